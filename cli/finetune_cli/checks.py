@@ -120,9 +120,9 @@ def _is_about_unsupported_field(problem: Problem, unsupported_problems: list[Pro
 
     Such a problem is not reported, because its hint would contradict the hint to remove the field.
     """
-    paths = [field.path for field in unsupported_problems]
-    return any(is_within(problem.path, path) for path in paths) or (
-        "tracking.reportTo" in paths and is_within(problem.path, "tracking")
+    unsupported_paths = [field.path for field in unsupported_problems]
+    return any(is_within(problem.path, path) for path in unsupported_paths) or (
+        "tracking.reportTo" in unsupported_paths and is_within(problem.path, "tracking")
     )
 
 
@@ -180,9 +180,9 @@ def _make_name_hint(name: str, metadata: Any) -> str:
     rule = f"write at most {MAX_NAME_LENGTH} characters a-z, 0-9 and -, beginning with a letter"
     if not name and isinstance(metadata, dict) and metadata.get("generateName"):
         return f"only `kubectl create` uses generateName, so {rule}"
-    corrected = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    is_corrected = bool(corrected) and corrected != name and not find_name_problem(corrected)
-    return f"{rule}, for example {corrected}" if is_corrected else rule
+    corrected_name = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    can_suggest_name = bool(corrected_name) and corrected_name != name and not find_name_problem(corrected_name)
+    return f"{rule}, for example {corrected_name}" if can_suggest_name else rule
 
 
 def find_name_problem(name: str) -> str:
@@ -195,9 +195,9 @@ def find_name_problem(name: str) -> str:
 
 
 def _report_unknown_key(manifest: Manifest, key: str, known_keys: tuple[str, ...], prefix: str) -> Finding:
-    closest = find_closest_name(key, known_keys)
+    closest_key = find_closest_name(key, known_keys)
     hint = (
-        f"did you mean {prefix}{closest}?" if closest else "remove it" if prefix else "remove it, or move it below spec"
+        f"did you mean {prefix}{closest_key}?" if closest_key else "remove it" if prefix else "remove it, or move it below spec"
     )
     return Finding(Mistake(manifest.location(prefix + key), prefix + key, "unknown field", hint), "UnknownField")
 
@@ -224,26 +224,26 @@ def _load_spec(raw_spec: dict[str, Any]) -> tuple[FineTuneJobSpec | None, list[F
     Invalid values are removed, so that the rules can check all other fields.
     """
     errors: list[FieldError] = []
-    value = raw_spec
+    remaining_values = raw_spec
     for _ in range(3):
         try:
-            return load_spec(value), errors
+            return load_spec(remaining_values), errors
         except ValidationError as error:
             errors += list(iterate_field_errors(error, errors))
-            value = _remove_locations(value, list(find_locations_to_remove(error)))
+            remaining_values = _remove_locations(remaining_values, list(find_locations_to_remove(error)))
     return None, errors
 
 
 def _remove_locations(raw_spec: dict[str, Any], locations: list[tuple[Any, ...]]) -> dict[str, Any]:
     """Return a copy without the fields at these locations. A list with an invalid item is removed as a whole."""
-    result = copy.deepcopy(raw_spec)
+    remaining_spec = copy.deepcopy(raw_spec)
     for location in locations:
-        parent: Any = result
+        parent: Any = remaining_spec
         for depth, key in enumerate(location):
-            inner = parent.get(key) if isinstance(parent, dict) else None
-            if depth == len(location) - 1 or not isinstance(inner, dict):
+            inner_value = parent.get(key) if isinstance(parent, dict) else None
+            if depth == len(location) - 1 or not isinstance(inner_value, dict):
                 if isinstance(parent, dict):
                     parent.pop(key, None)
                 break
-            parent = inner
-    return result
+            parent = inner_value
+    return remaining_spec

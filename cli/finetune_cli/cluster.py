@@ -99,8 +99,8 @@ class Cluster:
     def list_jobs(self, *, all_namespaces: bool, label_selector: str = "") -> list[KubeObject]:
         """Return the FineTuneJobs of this namespace, or of all namespaces."""
         path = self._make_jobs_path(all_namespaces)
-        items = self.call_api("GET", path, {"labelSelector": label_selector} if label_selector else None).get("items") or []
-        return [{"apiVersion": API_VERSION, "kind": KIND, **item} for item in items]
+        jobs = self.call_api("GET", path, {"labelSelector": label_selector} if label_selector else None).get("items") or []
+        return [{"apiVersion": API_VERSION, "kind": KIND, **item} for item in jobs]
 
     def wait_until_created(self, name: str, deadline: float | None) -> bool:
         """Wait until a FineTuneJob exists. Return False if it does not exist at the deadline (in seconds of `time.monotonic`). Raises ClusterError."""
@@ -149,27 +149,27 @@ class Cluster:
         """Yield the pods with these labels now and after every change, until the deadline (in seconds of `time.monotonic`). Raises ClusterError."""
         path = f"{CORE_API_PATH}/{self._make_namespaced_path('pods')}"
         while True:
-            collection = self.call_api("GET", path, {"labelSelector": selector})
-            yield from collection.get("items") or []
+            pod_list = self.call_api("GET", path, {"labelSelector": selector})
+            yield from pod_list.get("items") or []
             if time.monotonic() >= deadline:
                 return
-            query = {"labelSelector": selector, "resourceVersion": collection["metadata"]["resourceVersion"]}
+            query = {"labelSelector": selector, "resourceVersion": pod_list["metadata"]["resourceVersion"]}
             for event in self._watch(path, query, deadline):
                 if event.get("type") not in ("ADDED", "MODIFIED"):
                     break
                 yield event["object"]
 
-    def read_from_pod(self, namespace: str, pod: str, path: str) -> KubeObject:
+    def read_from_pod(self, namespace: str, pod_name: str, path: str) -> KubeObject:
         """Send a GET request through the API server to the HTTP server of a trainer pod, and return the JSON response. Raises ClusterError."""
-        address = self._make_namespaced_path("pods", f"{pod}:{PROGRESS_PORT}", namespace=namespace).replace("%3A", ":")
-        return self.call_api("GET", f"{CORE_API_PATH}/{address}/proxy{path}", timeout_seconds=POD_TIMEOUT_SECONDS)
+        proxy_path = self._make_namespaced_path("pods", f"{pod_name}:{PROGRESS_PORT}", namespace=namespace).replace("%3A", ":")
+        return self.call_api("GET", f"{CORE_API_PATH}/{proxy_path}/proxy{path}", timeout_seconds=POD_TIMEOUT_SECONDS)
 
     def is_allowed_to(self, verb: str, resource: str) -> bool:
         """Whether the user may use a verb on a resource such as `pods/log` or `events.events.k8s.io` in the namespace. Raises ClusterError."""
         name, _, group = resource.partition(".")
         plural, _, subresource = name.partition("/")
-        attributes = {"namespace": self.namespace, "verb": verb, "group": group, "resource": plural, "subresource": subresource}
-        body = {"apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectAccessReview", "spec": {"resourceAttributes": attributes}}
+        resource_attributes = {"namespace": self.namespace, "verb": verb, "group": group, "resource": plural, "subresource": subresource}
+        body = {"apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectAccessReview", "spec": {"resourceAttributes": resource_attributes}}
         review = self.call_api("POST", "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews", None, body)
         return bool((review.get("status") or {}).get("allowed"))
 
@@ -182,7 +182,7 @@ class Cluster:
         """Return a Secret of the namespace."""
         return self.call_api("GET", f"{CORE_API_PATH}/{self._make_namespaced_path('secrets', name)}")
 
-    def stream_log(self, pod: str, container: str, *, follow: bool, tail_lines: int | None) -> Iterator[str]:
+    def stream_log(self, pod_name: str, container: str, *, follow: bool, tail_lines: int | None) -> Iterator[str]:
         """Yield the lines of a container's log. Raises ClusterError."""
         query = {
             "container": container,
@@ -191,7 +191,7 @@ class Cluster:
         }
         response = self._send(
             "GET",
-            f"{CORE_API_PATH}/{self._make_namespaced_path('pods', pod)}/log",
+            f"{CORE_API_PATH}/{self._make_namespaced_path('pods', pod_name)}/log",
             query,
             None,
             "",
@@ -213,20 +213,20 @@ class Cluster:
         """Send one request and return its JSON response. Raises ClusterError."""
         response = self._send(method, path, query or {}, body, content_type, accept_type, timeout_seconds)
         try:
-            value = json.loads(response.read())
+            response_object = json.loads(response.read())
         except ValueError:
-            value = None
-        if not isinstance(value, dict):
+            response_object = None
+        if not isinstance(response_object, dict):
             raise ClusterError(
                 f"{self.client.configuration.host} does not respond like a Kubernetes API server: the address may be that of a login page or a proxy"
             )
-        return value
+        return response_object
 
     def _watch(self, path: str, query: dict[str, str], deadline: float | None) -> Iterator[KubeObject]:
         """Yield the events of one watch request. The API server ends the request at the deadline or earlier."""
-        seconds = _compute_watch_seconds(deadline)
-        query = {**query, "watch": "true", "timeoutSeconds": str(seconds)}
-        response = self._send("GET", path, query, None, "", "application/json", seconds + CALL_TIMEOUT_SECONDS)
+        watch_seconds = _compute_watch_seconds(deadline)
+        query = {**query, "watch": "true", "timeoutSeconds": str(watch_seconds)}
+        response = self._send("GET", path, query, None, "", "application/json", watch_seconds + CALL_TIMEOUT_SECONDS)
         for line in _read_lines(response):
             if line.strip():
                 yield json.loads(line)
@@ -286,8 +286,8 @@ class Cluster:
             hint = "install the operator's chart, or choose another cluster with --context"
             return ClusterError(f"the cluster at {host} has no CRD for {KIND} {API_VERSION}: {hint}")
         if not message:
-            text = " ".join(body[:200].decode(errors="replace").split())
-            message = f"the API server at {host} responded with HTTP {status}: {text[:120]}"
+            body_excerpt = " ".join(body[:200].decode(errors="replace").split())
+            message = f"the API server at {host} responded with HTTP {status}: {body_excerpt[:120]}"
         return ClusterError(message, status)
 
     def _make_job_path(self, name: str) -> str:
@@ -307,8 +307,8 @@ class Cluster:
         plural_kind = {KIND: PLURAL, "Secret": "secrets", "ConfigMap": "configmaps", "Job": "jobs"}.get(kind)
         if plural_kind is None:
             raise ClusterError(f"this command does not submit objects of kind {kind}: use kubectl apply")
-        root = CORE_API_PATH if version == "v1" else f"/apis/{version}"
-        return f"{root}/{self._make_namespaced_path(plural_kind, namespace=str(namespace))}"
+        api_path = CORE_API_PATH if version == "v1" else f"/apis/{version}"
+        return f"{api_path}/{self._make_namespaced_path(plural_kind, namespace=str(namespace))}"
 
 
 def _compute_watch_seconds(deadline: float | None) -> int:
@@ -343,7 +343,7 @@ def connect(namespace: str | None, context: str | None, kubeconfig: Path | None)
     return Cluster(client.ApiClient(configuration), namespace or context_namespace or "default")
 
 
-def _load_kubeconfig(configuration: Any, context: str | None, path: str | None) -> str | None:
+def _load_kubeconfig(configuration: Any, context: str | None, kubeconfig_path: str | None) -> str | None:
     """Load the kubeconfig into `configuration` and return the namespace of the selected context.
 
     Raises ConfigException or ClusterError.
@@ -352,16 +352,16 @@ def _load_kubeconfig(configuration: Any, context: str | None, path: str | None) 
 
     with _capture_log_errors() as log_errors:
         try:
-            config.load_kube_config(config_file=path, context=context, client_configuration=configuration)
-            contexts, active_context = config.list_kube_config_contexts(config_file=path)
+            config.load_kube_config(config_file=kubeconfig_path, context=context, client_configuration=configuration)
+            contexts, active_context = config.list_kube_config_contexts(config_file=kubeconfig_path)
         except config.ConfigException:
             raise
         except OSError as error:
-            raise ClusterError(f"{error.filename or path or 'the kubeconfig'}: {error.strerror}") from None
+            raise ClusterError(f"{error.filename or kubeconfig_path or 'the kubeconfig'}: {error.strerror}") from None
         except Exception as error:
             # The kubernetes library does not catch the exceptions of its parsers. The text of such an exception may quote credentials, so it is not printed.
             raise ClusterError(
-                f"{path or '~/.kube/config'} is not a valid kubeconfig ({type(error).__name__})"
+                f"{kubeconfig_path or '~/.kube/config'} is not a valid kubeconfig ({type(error).__name__})"
             ) from None
     if log_errors:
         raise ClusterError(f"the kubeconfig gave no credentials: {'; '.join(log_errors)}")

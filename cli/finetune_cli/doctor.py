@@ -115,8 +115,8 @@ class Doctor:
         version, host = self.cluster.get_version(), self.cluster.client.configuration.host
         match = re.match(r"v?(\d+)\.(\d+)", version)
         if match and (int(match[1]), int(match[2])) < OLDEST_KUBERNETES:
-            oldest = ".".join(map(str, OLDEST_KUBERNETES))
-            return CheckResult(CheckName.CLUSTER, CheckState.FAILED, f"Kubernetes {version} at {host} is older than {oldest}", "upgrade the cluster")
+            oldest_version = ".".join(map(str, OLDEST_KUBERNETES))
+            return CheckResult(CheckName.CLUSTER, CheckState.FAILED, f"Kubernetes {version} at {host} is older than {oldest_version}", "upgrade the cluster")
         return CheckResult(CheckName.CLUSTER, CheckState.OK, f"Kubernetes {version} at {host}")
 
     def _check_crd(self) -> CheckResult:
@@ -141,8 +141,8 @@ class Doctor:
 
     def _read_served_fields(self) -> set[str]:
         """Return the paths of all spec fields from the API server's OpenAPI document. Every user may read this document."""
-        document = self.cluster.call_api("GET", f"/openapi/v3/apis/{API_VERSION}")
-        schemas = (document.get("components") or {}).get("schemas") or {}
+        openapi_document = self.cluster.call_api("GET", f"/openapi/v3/apis/{API_VERSION}")
+        schemas = (openapi_document.get("components") or {}).get("schemas") or {}
         for schema in schemas.values():
             if any(one.get("kind") == KIND for one in schema.get("x-kubernetes-group-version-kind") or []):
                 return {one.path for one in iterate_fields_below("spec", schema["properties"]["spec"])} - {"spec"}
@@ -178,9 +178,10 @@ class Doctor:
             return None
 
     def _check_rights(self) -> CheckResult:
-        missing = [f"{verb} {resource}" for resource, verb in REQUIRED_RIGHTS if not self.cluster.is_allowed_to(verb, resource)]
-        if missing:
-            return CheckResult(CheckName.RIGHTS, CheckState.FAILED, f"in namespace {self.cluster.namespace} you may not: {', '.join(missing)}", ROLE_CURE)
+        missing_rights = [f"{verb} {resource}" for resource, verb in REQUIRED_RIGHTS if not self.cluster.is_allowed_to(verb, resource)]
+        if missing_rights:
+            message = f"in namespace {self.cluster.namespace} you may not: {', '.join(missing_rights)}"
+            return CheckResult(CheckName.RIGHTS, CheckState.FAILED, message, ROLE_CURE)
         return CheckResult(CheckName.RIGHTS, CheckState.OK, f"all rights of this program in namespace {self.cluster.namespace}")
 
     # --- nodes
@@ -190,14 +191,14 @@ class Doctor:
             return self._report_unreadable_configuration(CheckName.POOLS)
         nodes, pools = list_nodes(self.cluster), self.installation.config.node_pools
         if not pools:
-            gpus = sum(count_gpus_of_node(node, DEFAULT_GPU_RESOURCE) for node in nodes)
-            return CheckResult(CheckName.POOLS, CheckState.OK, f"no node pools are configured; the nodes have {gpus} {DEFAULT_GPU_RESOURCE}")
-        problems = [problem for pool in pools if (problem := find_pool_problem(pool, nodes))]
-        if problems:
+            gpu_count = sum(count_gpus_of_node(node, DEFAULT_GPU_RESOURCE) for node in nodes)
+            return CheckResult(CheckName.POOLS, CheckState.OK, f"no node pools are configured; the nodes have {gpu_count} {DEFAULT_GPU_RESOURCE}")
+        pool_problems = [problem for pool in pools if (problem := find_pool_problem(pool, nodes))]
+        if pool_problems:
             cure = "correct nodePools in the chart's values, or install the device plugin; for nodes that an autoscaler adds, use --skip pools"
-            return CheckResult(CheckName.POOLS, CheckState.FAILED, "; ".join(problems), cure)
-        counts = ", ".join(f"{pool.name} ({len(select_nodes_of_pool(pool, nodes))} nodes)" for pool in pools)
-        return CheckResult(CheckName.POOLS, CheckState.OK, counts)
+            return CheckResult(CheckName.POOLS, CheckState.FAILED, "; ".join(pool_problems), cure)
+        node_counts_text = ", ".join(f"{pool.name} ({len(select_nodes_of_pool(pool, nodes))} nodes)" for pool in pools)
+        return CheckResult(CheckName.POOLS, CheckState.OK, node_counts_text)
 
     def _report_unreadable_configuration(self, check: CheckName) -> CheckResult:
         cure = "ask for the permission to read the operator's ConfigMap, or name its namespace with --operator-namespace"
@@ -236,9 +237,9 @@ class Doctor:
         if not trainer.image:
             return None
         pool = self._select_pool(config.node_pools if config else [])
-        selector = {**(pool.node_selector if pool else {}), **((placement.node_selector or {}) if placement else {})}
+        node_selector = {**(pool.node_selector if pool else {}), **((placement.node_selector or {}) if placement else {})}
         tolerations = [*(pool.tolerations if pool else []), *(one.to_wire() for one in (placement.tolerations or [] if placement else []))]
-        return ProbeSettings(trainer, selector, tolerations, self._resolve_storage(config.storage if config else StorageRoot()))
+        return ProbeSettings(trainer, node_selector, tolerations, self._resolve_storage(config.storage if config else StorageRoot()))
 
     def _select_pool(self, pools: list[Pool]) -> Pool | None:
         """Return the node pool in which the job runs: the pool that the job names, or the default pool. Return None if the job trains on CPUs."""
@@ -249,21 +250,21 @@ class Doctor:
             return None
         return next((pool for pool in pools if pool.default), None)
 
-    def _resolve_storage(self, default: StorageRoot) -> StorageRoot:
+    def _resolve_storage(self, default_storage: StorageRoot) -> StorageRoot:
         if self.spec is None:
-            return default
-        return resolve_defaults(self.spec, platform_defaults=PlatformDefaults(storage=default if default.uri else None)).spec.storage
+            return default_storage
+        return resolve_defaults(self.spec, platform_defaults=PlatformDefaults(storage=default_storage if default_storage.uri else None)).spec.storage
 
 
 def find_pool_problem(pool: Pool, nodes: list[dict[str, Any]]) -> str:
     """Return why jobs cannot run in a pool now, or an empty string."""
-    own_nodes = select_nodes_of_pool(pool, nodes)
+    pool_nodes = select_nodes_of_pool(pool, nodes)
     labels = ", ".join(f"{key}={value}" for key, value in pool.node_selector.items())
-    if not own_nodes:
+    if not pool_nodes:
         return f"pool {pool.name}: no node has the labels {labels}" if labels else f"pool {pool.name}: the cluster has no nodes"
-    most = max(count_gpus_of_node(node, pool.gpu_resource) for node in own_nodes)
-    if most < pool.gpus_per_node:
-        return f"pool {pool.name}: its nodes have at most {most} {pool.gpu_resource}, but gpusPerNode is {pool.gpus_per_node}"
+    largest_gpu_count = max(count_gpus_of_node(node, pool.gpu_resource) for node in pool_nodes)
+    if largest_gpu_count < pool.gpus_per_node:
+        return f"pool {pool.name}: its nodes have at most {largest_gpu_count} {pool.gpu_resource}, but gpusPerNode is {pool.gpus_per_node}"
     return ""
 
 
@@ -295,8 +296,8 @@ def to_storage_result(settings: ProbeSettings, result: ProbeResult) -> CheckResu
         return CheckResult(CheckName.STORAGE, CheckState.UNKNOWN, f"{uri}: not checked, because the pod did not run the check", "correct the image first")
     if not result.storage.ok:
         return CheckResult(CheckName.STORAGE, CheckState.FAILED, f"{result.storage.code}: {result.storage.message}", result.storage.hint)
-    limits = f" ({result.storage.message})" if result.storage.message else ""
-    return CheckResult(CheckName.STORAGE, CheckState.OK, f"a pod can write, read and list in {uri}{limits}")
+    limits_text = f" ({result.storage.message})" if result.storage.message else ""
+    return CheckResult(CheckName.STORAGE, CheckState.OK, f"a pod can write, read and list in {uri}{limits_text}")
 
 
 def _list_first(paths: list[str]) -> str:
@@ -304,8 +305,8 @@ def _list_first(paths: list[str]) -> str:
 
     If a field is in `paths`, the fields inside it are neither listed nor counted.
     """
-    outermost = [path for path in paths if not any(path.startswith((f"{other}.", f"{other}[")) for other in paths)]
-    return ", ".join(outermost[:3]) + (f" and {len(outermost) - 3} more fields" if len(outermost) > 3 else "")
+    outermost_paths = [path for path in paths if not any(path.startswith((f"{other}.", f"{other}[")) for other in paths)]
+    return ", ".join(outermost_paths[:3]) + (f" and {len(outermost_paths) - 3} more fields" if len(outermost_paths) > 3 else "")
 
 
 def _to_minor_release(version: str) -> str:

@@ -72,22 +72,22 @@ class Source:
     manifest: bytes | None = None
 
 
-def make_committed_source(storage: JobStorage, committed: CommittedFolder) -> Source:
+def make_committed_source(storage: JobStorage, committed_folder: CommittedFolder) -> Source:
     """Return the files of a committed checkpoint or model. Raises StorageError if the manifest is damaged."""
-    content = read_manifest_bytes(storage, committed)
-    folder = f"{committed.folder}/{committed.path}"
-    entries = read_file_list(storage.make_object_uri(folder), parse_manifest(content))
+    manifest_bytes = read_manifest_bytes(storage, committed_folder)
+    folder = f"{committed_folder.folder}/{committed_folder.path}"
+    entries = read_file_list(storage.make_object_uri(folder), parse_manifest(manifest_bytes))
     files = tuple(RemoteFile(f"{folder}/{one['path']}", str(one["path"]), int(one["size"]), sha256=str(one["sha256"])) for one in entries)
-    return Source(storage, files, content)
+    return Source(storage, files, manifest_bytes)
 
 
 def make_plain_source(storage: JobStorage, key: str) -> Source:
     """Return the object with this key, or all objects below it, as files to download. Raises StorageError if there is no object."""
-    single = storage.find_object(key) if key else None
-    found = [single] if single is not None else list(storage.list_objects(key))
-    folder = "" if not key else f"{key}/" if single is None else key[: -len(key.rpartition("/")[2])]
+    single_object = storage.find_object(key) if key else None
+    stored_objects = [single_object] if single_object is not None else list(storage.list_objects(key))
+    folder = "" if not key else f"{key}/" if single_object is None else key[: -len(key.rpartition("/")[2])]
     files = []
-    for stored in found:
+    for stored in stored_objects:
         path = stored.key.removeprefix(folder)
         if path.endswith("/") or not path:  # an empty object that stands for a folder
             continue
@@ -117,11 +117,13 @@ def download(source: Source, folder: Path, progress: Progress, *, overwrite: boo
 
 
 def _require_disk_space(source: Source, folder: Path) -> None:
-    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-    needed = sum(file.size for file in source.files if not (folder / file.path).exists() and not _make_part_file_path(folder / file.path, file).exists())
-    free = shutil.disk_usage(existing).free
-    if needed > free:
-        raise StorageError(f"{existing} has {free / 1e9:.1f} GB free, but the download needs {needed / 1e9:.1f} GB; choose another folder with --to")
+    existing_folder = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    needed_bytes = sum(file.size for file in source.files if not (folder / file.path).exists() and not _make_part_file_path(folder / file.path, file).exists())
+    free_bytes = shutil.disk_usage(existing_folder).free
+    if needed_bytes > free_bytes:
+        raise StorageError(
+            f"{existing_folder} has {free_bytes / 1e9:.1f} GB free, but the download needs {needed_bytes / 1e9:.1f} GB; choose another folder with --to"
+        )
 
 
 def _make_part_file_path(target: Path, file: RemoteFile) -> Path:
@@ -164,11 +166,11 @@ class Download:
         if not comparison.is_equal:
             size = self._part.stat().st_size
             self._part.unlink()
-            expected = f"the manifest lists {self._file.size} bytes and {self._file.sha256[:12]}..."
+            expected_text = f"the manifest lists {self._file.size} bytes and {self._file.sha256[:12]}..."
             if not self._file.sha256:
-                expected = f"the store lists {self._file.size} bytes and the ETag {self._file.etag}"
+                expected_text = f"the store lists {self._file.size} bytes and the ETag {self._file.etag}"
             uri = self._storage.make_object_uri(self._file.key)
-            raise StorageError(f"{uri} is damaged: the file has {size} bytes and sha256 {comparison.sha256[:12]}..., but {expected}")
+            raise StorageError(f"{uri} is damaged: the file has {size} bytes and sha256 {comparison.sha256[:12]}..., but {expected_text}")
         self._part.replace(self._target)
         return self._make_result(comparison.sha256, FileState.RESUMED if is_resumed else FileState.TRANSFERRED, comparison.check)
 
@@ -184,13 +186,13 @@ class Download:
             report_bytes(file.tell())
             lost_connections = 0
             while file.tell() < self._file.size:
-                start = file.tell()
+                start_offset = file.tell()
                 try:
-                    for chunk in self._storage.read_chunks(self._file.key, start, self._file.etag):
+                    for chunk in self._storage.read_chunks(self._file.key, start_offset, self._file.etag):
                         file.write(chunk)
                         report_bytes(len(chunk))
                 except ConnectionLost:
-                    lost_connections = lost_connections + 1 if file.tell() == start else 0
+                    lost_connections = lost_connections + 1 if file.tell() == start_offset else 0
                     if lost_connections >= MAX_LOST_CONNECTIONS:
                         raise
                 else:
@@ -207,8 +209,8 @@ class Download:
         part_bytes = self._find_part_bytes()
         if part_bytes is None:
             return _Comparison(Check.SIZE, compute_sha256_of_file(path), True)
-        digest = digest_file(path, part_bytes)
-        return _Comparison(Check.ETAG, digest.sha256, digest.etag == self._file.etag)
+        local_digest = digest_file(path, part_bytes)
+        return _Comparison(Check.ETAG, local_digest.sha256, local_digest.etag == self._file.etag)
 
     def _find_part_bytes(self) -> int | None:
         """Return the size of the parts in bytes in which the object was uploaded.
@@ -222,10 +224,10 @@ class Download:
         match = _MULTIPART_ETAG.match(self._file.etag)
         if match is None:
             return None
-        default_size = choose_part_bytes(self._file.size)
-        if -(-self._file.size // default_size) == int(match[1]):
-            return default_size
+        default_part_bytes = choose_part_bytes(self._file.size)
+        if -(-self._file.size // default_part_bytes) == int(match[1]):
+            return default_part_bytes
         with StorageErrors(self._storage.make_object_uri(self._file.key)):
             response = self._storage.client.head_object(Bucket=self._storage.bucket, Key=self._storage.make_full_key(self._file.key), PartNumber=1)
-        first_part = int(response["ContentLength"])
-        return first_part if -(-self._file.size // max(1, first_part)) == int(match[1]) else None
+        first_part_bytes = int(response["ContentLength"])
+        return first_part_bytes if -(-self._file.size // max(1, first_part_bytes)) == int(match[1]) else None

@@ -9,7 +9,7 @@ from typing import Any
 from finetune_api.patterns import MISMATCH_TEXTS
 from pydantic import ValidationError
 
-from finetune_cli.value_hints import hint_for_value, to_yaml_text
+from finetune_cli.value_hints import make_hint_for_value, to_yaml_text
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ def iterate_field_errors(error: ValidationError, known_errors: Iterable[FieldErr
             is_within(other.path, path.rpartition(".")[0] or path) for other in earlier_errors
         ):
             continue
-        hint = hint_for_value(details["type"], details["input"], path, details.get("ctx", {}))
-        yield FieldError(path, _message(details), hint, details["type"] == "extra_forbidden")
+        hint = make_hint_for_value(details["type"], details["input"], path, details.get("ctx", {}))
+        yield FieldError(path, _make_message(details), hint, details["type"] == "extra_forbidden")
 
 
 def find_locations_to_remove(error: ValidationError) -> Iterator[tuple[Any, ...]]:
@@ -59,7 +59,7 @@ def to_dotted_path(location: tuple[Any, ...]) -> str:
     return path
 
 
-def _message(details: Any) -> str:
+def _make_message(details: Any) -> str:
     if details["type"] == "missing":
         return "this required field is missing"
     value = details["input"]

@@ -60,9 +60,9 @@ def describe_type(schema: dict[str, Any]) -> str:
         return " | ".join(str(value) for value in schema["enum"])
     if schema.get("properties"):
         return "group"
-    low = f"{'>' if schema.get('exclusiveMinimum') else '>='} {schema['minimum']:g}" if "minimum" in schema else ""
-    high = f"{'<' if schema.get('exclusiveMaximum') else '<='} {schema['maximum']:g}" if "maximum" in schema else ""
-    bounds = ", ".join(part for part in (low, high) if part)
+    low_bound_text = f"{'>' if schema.get('exclusiveMinimum') else '>='} {schema['minimum']:g}" if "minimum" in schema else ""
+    high_bound_text = f"{'<' if schema.get('exclusiveMaximum') else '<='} {schema['maximum']:g}" if "maximum" in schema else ""
+    bounds = ", ".join(part for part in (low_bound_text, high_bound_text) if part)
     return " ".join(part for part in (str(schema.get("type", "object")), bounds) if part)
 
 
@@ -93,8 +93,8 @@ def make_group_example(path: str) -> str:
     if field is None or not (field.is_group or pattern.endswith("[]")):
         return ""
     prefix = f"{pattern}."
-    inner = [item.path.removeprefix(prefix) for item in fields() if item.path.startswith(prefix)]
-    examples = [(name, find_example(f"{path}.{name}")) for name in inner if "." not in name]
+    inner_paths = [item.path.removeprefix(prefix) for item in fields() if item.path.startswith(prefix)]
+    examples = [(name, find_example(f"{path}.{name}")) for name in inner_paths if "." not in name]
     pairs = [f"{name}: {example}" for name, example in examples if example]
     # The example shows all fields of a reference, the first two of a list item (the schema lists required fields first), and one of any other group.
     shown_pairs = pairs if path.endswith("Ref") else pairs[: 2 if pattern.endswith("[]") else 1]

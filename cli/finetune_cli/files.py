@@ -34,11 +34,11 @@ def display_name(path: Path) -> str:
 def read_text(path: Path) -> str:
     """Read a UTF-8 text file without its byte order mark. Raises UnreadableFile."""
     try:
-        data = _read_bytes(path)
-        if len(data) > MAX_BYTES and path.suffix != DATA_SUFFIX:
+        content = _read_bytes(path)
+        if len(content) > MAX_BYTES and path.suffix != DATA_SUFFIX:
             message = f"the file is larger than {MAX_BYTES >> 20} MiB, which is too large for a configuration"
             raise UnreadableFile(Mistake(display_name(path), "", message))
-        return data.decode("utf-8-sig").replace("\r\n", "\n")
+        return content.decode("utf-8-sig").replace("\r\n", "\n")
     except FileNotFoundError:
         message = "there is no such file"
     except IsADirectoryError:

@@ -18,7 +18,7 @@ from finetune_cli.output import CommandError
 
 DEFAULT_NAMESPACE = "finetune-operator"
 """The namespace that the installation guide uses. If the user may not list objects in all namespaces, no other namespace is searched for the operator."""
-SELECTOR = "app.kubernetes.io/part-of=finetune-operator"
+CHART_SELECTOR = "app.kubernetes.io/part-of=finetune-operator"
 """Label of every object of the chart."""
 CONFIG_KEY = "config.yaml"
 DEFAULT_GPU_RESOURCE = "nvidia.com/gpu"
@@ -65,8 +65,8 @@ class InstalledConfig(LenientModel):
     def compute_pod_defaults(self, pool: Pool) -> dict[str, str]:
         """Return the default CPU, memory, disk and shared memory of a pod that uses all GPUs of one node of this pool."""
         per_gpu = self.resources.get("perGpu") or {}
-        configured = ConfiguredResources(_select_quantities(pool.resources), _select_quantities(per_gpu), _select_quantities(self.resources))
-        return choose_pod_resources(count_whole_gpus(pool.gpu_resource, pool.gpus_per_node), pool.gpu_memory, configured)
+        configured_resources = ConfiguredResources(_select_quantities(pool.resources), _select_quantities(per_gpu), _select_quantities(self.resources))
+        return choose_pod_resources(count_whole_gpus(pool.gpu_resource, pool.gpus_per_node), pool.gpu_memory, configured_resources)
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def list_chart_objects(cluster: Cluster, plural: str, api_path: str, namespace: 
 
     If `namespace` is None, search all namespaces, or DEFAULT_NAMESPACE if the user may not list objects in all namespaces. Raises ClusterError.
     """
-    query = {"labelSelector": SELECTOR}
+    query = {"labelSelector": CHART_SELECTOR}
     if namespace is None:
         try:
             return list(cluster.call_api("GET", f"{api_path}/{plural}", query).get("items") or [])
@@ -109,26 +109,26 @@ def find_installation(cluster: Cluster, namespace: str | None = None) -> Install
     """Read the operator's configuration from its ConfigMap. Raises InstallationMissing, or ClusterError if the user may not read the ConfigMap."""
     config_maps = [one for one in list_chart_objects(cluster, "configmaps", CORE_API_PATH, namespace) if CONFIG_KEY in (one.get("data") or {})]
     # If one operator manages all namespaces and another manages only some, the second has precedence in the namespaces that it manages.
-    found = [Installation(one["metadata"]["namespace"], one["metadata"]["name"], _parse_config(one)) for one in config_maps]
-    suitable = [one for one in found if one.config.namespaces is None or cluster.namespace in one.config.namespaces]
-    if not suitable:
-        place = f"namespace {namespace}" if namespace else "the namespaces that you may read"
+    installations = [Installation(one["metadata"]["namespace"], one["metadata"]["name"], _parse_config(one)) for one in config_maps]
+    suitable_installations = [one for one in installations if one.config.namespaces is None or cluster.namespace in one.config.namespaces]
+    if not suitable_installations:
+        searched_location = f"namespace {namespace}" if namespace else "the namespaces that you may read"
         hint = "install the chart, or name its namespace with --operator-namespace"
-        if found:
-            hint = f"the operator found manages only {', '.join(found[0].config.namespaces or [])}"
-        raise InstallationMissing(f"there is no operator for namespace {cluster.namespace} in {place}; {hint}")
-    return sorted(suitable, key=lambda one: one.config.namespaces is None)[0]
+        if installations:
+            hint = f"the operator found manages only {', '.join(installations[0].config.namespaces or [])}"
+        raise InstallationMissing(f"there is no operator for namespace {cluster.namespace} in {searched_location}; {hint}")
+    return sorted(suitable_installations, key=lambda one: one.config.namespaces is None)[0]
 
 
 def _parse_config(config_map: KubeObject) -> InstalledConfig:
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
 
-    place = f"ConfigMap {config_map['metadata']['namespace']}/{config_map['metadata']['name']}"
+    location = f"ConfigMap {config_map['metadata']['namespace']}/{config_map['metadata']['name']}"
     try:
         return InstalledConfig.model_validate(YAML(typ="safe", pure=True).load(config_map["data"][CONFIG_KEY]) or {})
     except (YAMLError, ValidationError) as error:
-        raise InstallationMissing(f"{place}: {CONFIG_KEY} is not a configuration of this operator ({type(error).__name__})") from None
+        raise InstallationMissing(f"{location}: {CONFIG_KEY} is not a configuration of this operator ({type(error).__name__})") from None
 
 
 def _select_quantities(resources: dict[str, Any]) -> dict[str, Any]:
@@ -156,16 +156,16 @@ def select_nodes_of_pool(pool: Pool, nodes: Iterable[KubeObject]) -> list[KubeOb
 
 def compute_pool_usage(pool: Pool, nodes: list[KubeObject], pods: list[KubeObject]) -> PoolUsage:
     """Return how many nodes and GPUs of a pool exist, are usable and are free. `is_usable` says which nodes are usable."""
-    own_nodes = select_nodes_of_pool(pool, nodes)
-    usable = {node["metadata"]["name"]: count_gpus_of_node(node, pool.gpu_resource) for node in own_nodes if is_usable(node, pool)}
-    used = dict.fromkeys(usable, 0)
+    pool_nodes = select_nodes_of_pool(pool, nodes)
+    usable_gpus_by_node = {node["metadata"]["name"]: count_gpus_of_node(node, pool.gpu_resource) for node in pool_nodes if is_usable(node, pool)}
+    used_gpus_by_node = dict.fromkeys(usable_gpus_by_node, 0)
     for pod in pods:
-        node = (pod.get("spec") or {}).get("nodeName")
-        if node in used:
-            used[node] += count_requested_gpus(pod, pool.gpu_resource)
-    free = {name: max(0, usable[name] - used[name]) for name in usable}
-    free_nodes = sum(1 for name in free if free[name] >= max(1, pool.gpus_per_node)) if pool.gpus_per_node else len(usable)
-    return PoolUsage(len(own_nodes), len(usable), sum(usable.values()), sum(free.values()), free_nodes)
+        node_name = (pod.get("spec") or {}).get("nodeName")
+        if node_name in used_gpus_by_node:
+            used_gpus_by_node[node_name] += count_requested_gpus(pod, pool.gpu_resource)
+    free_gpus_by_node = {name: max(0, usable_gpus_by_node[name] - used_gpus_by_node[name]) for name in usable_gpus_by_node}
+    free_nodes = sum(1 for gpus in free_gpus_by_node.values() if gpus >= max(1, pool.gpus_per_node)) if pool.gpus_per_node else len(usable_gpus_by_node)
+    return PoolUsage(len(pool_nodes), len(usable_gpus_by_node), sum(usable_gpus_by_node.values()), sum(free_gpus_by_node.values()), free_nodes)
 
 
 def count_gpus_of_node(node: KubeObject, resource: str) -> int:
@@ -191,8 +191,8 @@ def _tolerates(toleration: dict[str, Any], taint: dict[str, Any]) -> bool:
 def count_requested_gpus(pod: KubeObject, resource: str) -> int:
     """Return the number of GPUs that a pod requests: the sum of its containers, or the largest request of an init container if that is higher."""
     spec = pod.get("spec") or {}
-    running = sum(_read_requests(spec.get("containers") or [], resource))
-    return max([running, *_read_requests(spec.get("initContainers") or [], resource)])
+    container_gpus = sum(_read_requests(spec.get("containers") or [], resource))
+    return max([container_gpus, *_read_requests(spec.get("initContainers") or [], resource)])
 
 
 def _read_requests(containers: list[dict[str, Any]], resource: str) -> Iterator[int]:

@@ -55,19 +55,19 @@ def read_gpu(gpu: str | None, gpu_memory: str | None, gpus_per_node: int | None 
         raise output.fail(f"--gpus-per-node {gpus_per_node}: write a number of at least 1")
     if gpus_per_node is not None and gpu is None and gpu_memory is None:
         raise output.fail("--gpus-per-node needs the memory of a GPU: add --gpu NAME or --gpu-memory SIZE")
-    count = gpus_per_node or 1
+    gpu_count = gpus_per_node or 1
     if gpu is not None:
         memory_bytes = GPU_TYPES[gpu.lower()].memory_bytes
-        return GpuPool(name=gpu.lower(), memory_bytes=memory_bytes, gpu_type=gpu.lower(), gpus_per_node=count, is_current=True)
+        return GpuPool(name=gpu.lower(), memory_bytes=memory_bytes, gpu_type=gpu.lower(), gpus_per_node=gpu_count, is_current=True)
     if gpu_memory is None:
         return None
     problem = find_quantity_problem(gpu_memory, SIZE_KIND)
     if problem is not None:
         raise output.fail(f"--gpu-memory: {'; '.join(problem)}")
-    amount = int(parse_amount(gpu_memory))
-    if amount < 1:
+    given_memory_bytes = int(parse_amount(gpu_memory))
+    if given_memory_bytes < 1:
         raise output.fail(f"--gpu-memory {gpu_memory}: the size must be above 0; write for example 80Gi")
-    return GpuPool(name="the GPU", memory_bytes=amount, gpus_per_node=count, is_current=True)
+    return GpuPool(name="the GPU", memory_bytes=given_memory_bytes, gpus_per_node=gpu_count, is_current=True)
 
 
 def plan_job(resolved: ResolvedSpec, shape: ModelShape, pool: GpuPool | None, facts: RunFacts, data: DataSize | None = None) -> MethodPlan:
@@ -88,8 +88,8 @@ def plan_job(resolved: ResolvedSpec, shape: ModelShape, pool: GpuPool | None, fa
         if error.code != "ChoicesNotPlanned":
             raise
         return MethodPlan(resolved.spec, plan_memory(resolved.spec, shape, facts), notes=(f"the plan chooses no values: {error.message}",))
-    hidden = {POOL_PATH, *([GPUS_PATH] if pool.gpus_per_node == 1 else [])}
-    choices = tuple(choice for choice in decision.choices if choice.field not in hidden)
+    hidden_fields = {POOL_PATH, *([GPUS_PATH] if pool.gpus_per_node == 1 else [])}
+    choices = tuple(choice for choice in decision.choices if choice.field not in hidden_fields)
     return MethodPlan(decision.resolved.spec, decision.plan, choices, decision.changes, decision.refusal)
 
 
@@ -104,18 +104,19 @@ def read_model(spec: FineTuneJobSpec, folder: Path | None) -> tuple[ModelShape, 
     from finetune_api.memory.architecture import read_model_shape, read_stored_bytes
     from finetune_api.memory.plan import count_parameters, format_gigabytes
 
-    found = find_model(spec, folder)
-    if found is None:
+    model_folder = find_model(spec, folder)
+    if model_folder is None:
         source = (spec.model.source or "").removeprefix("file://")
         raise output.fail(
             f"model.source is {source or 'missing'}, which is no folder on this machine: add --model-config FOLDER with the config.json of this model"
         )
-    shape = read_model_shape(found)
-    stored, expected = read_stored_bytes(found), count_parameters(shape) * shape.stored_value_bytes
-    if stored is None or abs(stored / expected - 1) <= STORED_SIZE_TOLERANCE:
+    shape = read_model_shape(model_folder)
+    stored_bytes, expected_bytes = read_stored_bytes(model_folder), count_parameters(shape) * shape.stored_value_bytes
+    if stored_bytes is None or abs(stored_bytes / expected_bytes - 1) <= STORED_SIZE_TOLERANCE:
         return shape, []
     return shape, [
-        f"the weight files have {format_gigabytes(stored)}, but the plan assumes {format_gigabytes(int(expected))}: the plan may be wrong by this difference"
+        f"the weight files have {format_gigabytes(stored_bytes)}, but the plan assumes {format_gigabytes(int(expected_bytes))}: "
+        f"the plan may be wrong by this difference"
     ]
 
 
@@ -134,23 +135,23 @@ def find_memory_findings(manifest: Manifest, spec: FineTuneJobSpec, *, pool: Gpu
 
     if gpus_per_node(spec) == 0 or check_spec(spec):
         return
-    model = find_model(spec, folder)
+    model_folder = find_model(spec, folder)
     path, location = "spec", manifest.location("spec")
-    if model is None:
+    if model_folder is None:
         message = f"the memory of the job is not planned, because model.source {spec.model.source} is no folder on this machine"
         yield Finding(Mistake(location, path, message, "add --model-config FOLDER with the config.json of this model"), "NotPlanned", is_error=False)
         return
     try:
-        planned = plan_job(resolve_defaults(spec), read_model_shape(model), pool, RunFacts())
+        method_plan = plan_job(resolve_defaults(spec), read_model_shape(model_folder), pool, RunFacts())
     except FineTuneError as error:
         yield Finding(Mistake(location, path, f"the memory of the job is not planned: {error.message}", error.hint or ""), "NotPlanned", is_error=False)
         return
-    memory = planned.plan.memory
-    if planned.refusal is not None:
-        yield Finding(Mistake(location, path, planned.refusal.message, planned.refusal.hint or ""), "DoesNotFit")
+    memory = method_plan.plan.memory
+    if method_plan.refusal is not None:
+        yield Finding(Mistake(location, path, method_plan.refusal.message, method_plan.refusal.hint or ""), "DoesNotFit")
     elif memory.upper_bytes > (pool.memory_bytes or 0):
         message = (
             f"the job may not fit: {format_gigabytes(memory.expected_bytes)} are expected on each GPU and "
             f"at most {format_gigabytes(memory.upper_bytes)} are possible, but {pool.name} has {format_gigabytes(pool.memory_bytes or 0)}"
         )
-        yield Finding(Mistake(location, path, message, format_changes_hint(planned.changes)), "DoesNotFit", is_error=False)
+        yield Finding(Mistake(location, path, message, format_changes_hint(method_plan.changes)), "DoesNotFit", is_error=False)

@@ -51,26 +51,26 @@ class JobStorage:
 
     def __init__(self, uri: str, storage_root: StorageRoot, credentials: dict[str, str] | None = None):
         self.uri = uri.rstrip("/")
-        parts = urlsplit(self.uri)
-        self.local = Path(parts.path) if parts.scheme == "file" else None
-        if parts.scheme not in ("s3", "file"):
+        uri_parts = urlsplit(self.uri)
+        self.local = Path(uri_parts.path) if uri_parts.scheme == "file" else None
+        if uri_parts.scheme not in ("s3", "file"):
             raise StorageError(f"{uri}: this command reads only s3:// and file:// storage")
-        self.bucket, self.prefix = parts.netloc, parts.path.strip("/")
+        self.bucket, self.prefix = uri_parts.netloc, uri_parts.path.strip("/")
         self.client: Any = None if self.local else _make_s3_client(storage_root, credentials)
 
     def open_folder(self, uri: str) -> JobStorage:
         """Return the JobStorage of another URI in the same bucket or file system. It uses the same S3 client as this JobStorage."""
-        opened = copy.copy(self)
-        parts = urlsplit(uri)
-        opened.uri, opened.prefix = uri.rstrip("/"), parts.path.strip("/")
-        opened.local = Path(parts.path) if self.local is not None else None
-        return opened
+        folder_storage = copy.copy(self)
+        uri_parts = urlsplit(uri)
+        folder_storage.uri, folder_storage.prefix = uri.rstrip("/"), uri_parts.path.strip("/")
+        folder_storage.local = Path(uri_parts.path) if self.local is not None else None
+        return folder_storage
 
     def list_objects(self, folder_path: str = "") -> Iterator[StoredObject]:
         """Yield all objects below a folder, sorted by key. Raises StorageError."""
         if self.local is not None:
-            root = self.local / folder_path
-            for path in sorted(root.rglob("*")) if root.is_dir() else []:
+            root_path = self.local / folder_path
+            for path in sorted(root_path.rglob("*")) if root_path.is_dir() else []:
                 if path.is_file():
                     yield StoredObject(path.relative_to(self.local).as_posix(), path.stat().st_size)
             return
@@ -121,8 +121,8 @@ class JobStorage:
         """
         if self.local is None:
             return []
-        root = self.local / folder_path
-        paths = [root] if root.is_symlink() else sorted(root.rglob("*"))
+        root_path = self.local / folder_path
+        paths = [root_path] if root_path.is_symlink() else sorted(root_path.rglob("*"))
         return [path.relative_to(self.local).as_posix() for path in paths if path.is_symlink()]
 
     def find_object(self, key: str) -> StoredObject | None:
@@ -190,14 +190,14 @@ def _make_s3_client(storage_root: StorageRoot, credentials: dict[str, str] | Non
 
     has_endpoint = storage_root.endpoint or any(os.environ.get(name) for name in ENDPOINT_VARIABLES)
     addressing_style = storage_root.addressing_style or ("path" if has_endpoint else "virtual")
-    given = credentials or {}
+    given_credentials = credentials or {}
     return boto3.session.Session().client(
         "s3",
         endpoint_url=storage_root.endpoint,
         region_name=storage_root.region or "us-east-1",
-        aws_access_key_id=given.get("AWS_ACCESS_KEY_ID"),
-        aws_secret_access_key=given.get("AWS_SECRET_ACCESS_KEY"),
-        aws_session_token=given.get("AWS_SESSION_TOKEN"),
+        aws_access_key_id=given_credentials.get("AWS_ACCESS_KEY_ID"),
+        aws_secret_access_key=given_credentials.get("AWS_SECRET_ACCESS_KEY"),
+        aws_session_token=given_credentials.get("AWS_SESSION_TOKEN"),
         config=Config(
             s3={"addressing_style": str(addressing_style)}, retries={"max_attempts": 5, "mode": "standard"},
             request_checksum_calculation="when_required", response_checksum_validation="when_required",
@@ -256,17 +256,17 @@ def locate_job_folder(job: dict[str, Any]) -> tuple[str, StorageRoot]:
     status = job.get("status") or {}
     adopted_uid = (status.get("output") or {}).get("adoptedUid")
     uid = adopted_uid if is_folder_name(adopted_uid) else metadata["uid"]
-    tail = f"{metadata.get('namespace', 'default')}/{metadata['name']}/{uid}"
+    inner_path = f"{metadata.get('namespace', 'default')}/{metadata['name']}/{uid}"
     if connection.uri:
-        return f"{connection.uri.rstrip('/')}/{tail}", connection
-    known = [
+        return f"{connection.uri.rstrip('/')}/{inner_path}", connection
+    known_uris = [
         status.get("latestCheckpoint"),
         (status.get("output") or {}).get("uri"),
         *(c.get("uri") for c in status.get("checkpoints") or []),
     ]
-    for uri in known:
-        if uri and tail in uri:
-            return uri[: uri.index(tail) + len(tail)], connection
+    for uri in known_uris:
+        if uri and inner_path in uri:
+            return uri[: uri.index(inner_path) + len(inner_path)], connection
     raise StorageError(
         f"{metadata['name']} uses the operator's default storage, and the job's status contains no storage URI yet; give the storage root with --storage URI"
     )
@@ -293,9 +293,9 @@ class CommittedFolder:
 def list_committed_folders(storage: JobStorage) -> list[CommittedFolder]:
     """Return every folder with a commit marker: checkpoints by step, then the model. Raises StorageError."""
     keys = {stored.key for stored in storage.list_objects()}
-    marked = [key.rpartition("/")[0] for key in sorted(keys) if key.rpartition("/")[2] == Storage.COMMITTED]
+    marked_folders = [key.rpartition("/")[0] for key in sorted(keys) if key.rpartition("/")[2] == Storage.COMMITTED]
     folders = [
-        parse_marker(storage, folder, storage.read_object(f"{folder}/{Storage.COMMITTED}"), f"{folder}/{Storage.HEALTHY}" in keys) for folder in marked
+        parse_marker(storage, folder, storage.read_object(f"{folder}/{Storage.COMMITTED}"), f"{folder}/{Storage.HEALTHY}" in keys) for folder in marked_folders
     ]
     return sorted(folders, key=lambda committed: (committed.folder.startswith(Storage.MODEL), committed.folder))
 
@@ -330,10 +330,10 @@ def read_manifest(storage: JobStorage, committed_folder: CommittedFolder) -> dic
 def read_manifest_bytes(storage: JobStorage, committed_folder: CommittedFolder) -> bytes:
     """Return the manifest's bytes as they are stored. Raises StorageError if the sha256 of these bytes differs from the sha256 in the commit marker."""
     key = f"{committed_folder.folder}/{committed_folder.path}/{Storage.MANIFEST}"
-    data = storage.read_object(key)
-    if hashlib.sha256(data).hexdigest() != committed_folder.manifest_sha256:
+    manifest_bytes = storage.read_object(key)
+    if hashlib.sha256(manifest_bytes).hexdigest() != committed_folder.manifest_sha256:
         raise StorageError(f"{storage.uri}/{key} is damaged: the commit marker contains another sha256")
-    return data
+    return manifest_bytes
 
 
 def parse_manifest(content: bytes) -> dict[str, Any]:
@@ -357,7 +357,7 @@ def read_file_list(location: str, manifest: dict[str, Any]) -> list[dict[str, An
 
 def verify_files(storage: JobStorage, committed_folder: CommittedFolder) -> int:
     """Read every file of a checkpoint or model and compare it with the manifest. Returns the number of bytes read. Raises StorageError."""
-    total = 0
+    total_bytes = 0
     for entry in read_file_list(storage.uri, read_manifest(storage, committed_folder)):
         key = f"{committed_folder.folder}/{committed_folder.path}/{entry['path']}"
         sha256, byte_count = hash_object(storage, key)
@@ -366,8 +366,8 @@ def verify_files(storage: JobStorage, committed_folder: CommittedFolder) -> int:
                 f"{storage.uri}/{key} is damaged: the file has {byte_count} bytes and sha256 {sha256[:12]}..., "
                 f"but the manifest lists {entry['size']} bytes and {entry['sha256'][:12]}..."
             )
-        total += byte_count
-    return total
+        total_bytes += byte_count
+    return total_bytes
 
 
 def hash_object(storage: JobStorage, object_key: str) -> tuple[str, int]:

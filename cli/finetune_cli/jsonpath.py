@@ -10,11 +10,11 @@ from typing import Any
 from finetune_cli.output import CommandError
 
 EXAMPLE = "{.status.phase}"
-_NAME = re.compile(r"\.((?:\\.|[^.\[\]{}\\?*'\"])+)")
-_QUOTED_NAME = re.compile(r"""\[(?P<quote>['"])(?P<name>.+?)(?P=quote)\]""")
-_INDEX = re.compile(r"\[(-?\d+)\]")
-_ALL = re.compile(r"\[\*\]|\.\*")
-_FILTER = re.compile(r"""\[\?\(@(?P<path>\.[^=!<>]+?)\s*==\s*(?P<value>"[^"]*"|'[^']*'|[^)'"]+?)\s*\)\]""")
+_NAME_PATTERN = re.compile(r"\.((?:\\.|[^.\[\]{}\\?*'\"])+)")
+_QUOTED_NAME_PATTERN = re.compile(r"""\[(?P<quote>['"])(?P<name>.+?)(?P=quote)\]""")
+_INDEX_PATTERN = re.compile(r"\[(-?\d+)\]")
+_ALL_PATTERN = re.compile(r"\[\*\]|\.\*")
+_FILTER_PATTERN = re.compile(r"""\[\?\(@(?P<path>\.[^=!<>]+?)\s*==\s*(?P<value>"[^"]*"|'[^']*'|[^)'"]+?)\s*\)\]""")
 
 
 class InvalidJsonPath(CommandError):
@@ -33,10 +33,10 @@ class JsonPath:
 
     def find(self, value: Any) -> list[Any]:
         """Return all values at the path. A field that does not exist adds no value."""
-        found = [value]
+        found_values = [value]
         for step in self.steps:
-            found = [inner for one in found for inner in _apply_step(one, step)]
-        return found
+            found_values = [inner for one in found_values for inner in _apply_step(one, step)]
+        return found_values
 
 
 def parse_json_path(text: str) -> JsonPath:
@@ -57,15 +57,15 @@ def parse_json_path(text: str) -> JsonPath:
 
 def _parse_next_step(expression: str, remaining_text: str) -> tuple[str | int | tuple[JsonPath, str], int]:
     """Parse the first step of `remaining_text`, the part of the expression that is not parsed yet. Return the step and its length."""
-    if match := _ALL.match(remaining_text):
+    if match := _ALL_PATTERN.match(remaining_text):
         return "*", match.end()
-    if match := _INDEX.match(remaining_text):
+    if match := _INDEX_PATTERN.match(remaining_text):
         return int(match[1]), match.end()
-    if match := _FILTER.match(remaining_text):
+    if match := _FILTER_PATTERN.match(remaining_text):
         return (parse_json_path(match["path"]), match["value"].strip("'\"")), match.end()
-    if match := _QUOTED_NAME.match(remaining_text):
+    if match := _QUOTED_NAME_PATTERN.match(remaining_text):
         return f".{match['name']}", match.end()
-    if match := _NAME.match(remaining_text):
+    if match := _NAME_PATTERN.match(remaining_text):
         return "." + re.sub(r"\\(.)", r"\1", match[1]), match.end()
     raise InvalidJsonPath(
         f'{expression}: {remaining_text!r} is not understood; write a path such as {EXAMPLE} or {{.status.conditions[?(@.type=="Finished")].status}}'

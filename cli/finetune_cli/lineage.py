@@ -167,11 +167,11 @@ class Verifier:
 
     def _check_marker(self) -> dict[str, Any] | None:
         """Return the model's commit marker, or None if it is missing or invalid."""
-        data = self._storage.read_if_exists(MARKER_KEY)
-        if data is None:
+        marker_bytes = self._storage.read_if_exists(MARKER_KEY)
+        if marker_bytes is None:
             self._add_finding(CheckName.MARKER, Code.MARKER_MISSING, f"{self._storage.uri} has no {MARKER_KEY}: no model is committed there")
             return None
-        marker = _parse_json_object(data)
+        marker = _parse_json_object(marker_bytes)
         path, digest = marker.get("path"), marker.get("manifestSha256")
         if not isinstance(path, str) or "/" in path or parse_attempt_of_uri(path) is None or not _is_sha256(digest):
             self._add_finding(CheckName.MARKER, Code.MARKER_INVALID, f"{MARKER_KEY} does not name a folder and the sha256 of its manifest")
@@ -182,15 +182,15 @@ class Verifier:
 
     def _check_manifest(self, marker: dict[str, Any]) -> None:
         key = f"{self._result.folder}/{Storage.MANIFEST}"
-        data = self._storage.read_if_exists(key)
-        if data is None:
+        manifest_bytes = self._storage.read_if_exists(key)
+        if manifest_bytes is None:
             self._add_finding(CheckName.MANIFEST, Code.MANIFEST_MISSING, f"{key} is missing")
             return
-        digest = self._result.manifest_sha256 = hashlib.sha256(data).hexdigest()
+        digest = self._result.manifest_sha256 = hashlib.sha256(manifest_bytes).hexdigest()
         if digest != marker["manifestSha256"]:
-            named = marker["manifestSha256"]
-            self._add_finding(CheckName.MANIFEST, Code.MANIFEST_CHANGED, f"{key} has sha256 {digest[:12]}..., but the marker names {named[:12]}...")
-        manifest = _parse_json_object(data)
+            named_digest = marker["manifestSha256"]
+            self._add_finding(CheckName.MANIFEST, Code.MANIFEST_CHANGED, f"{key} has sha256 {digest[:12]}..., but the marker names {named_digest[:12]}...")
+        manifest = _parse_json_object(manifest_bytes)
         entries = manifest.get("files")
         if not isinstance(entries, list) or not entries or not all(map(_is_file_entry, entries)) or not isinstance(manifest.get("facts"), dict):
             self._add_finding(CheckName.MANIFEST, Code.MANIFEST_INVALID, f"{key} does not contain the files with path, size and sha256, and the facts")
@@ -207,17 +207,17 @@ class Verifier:
         if self._result.manifest is None:
             return
         folder, total = self._result.folder, 0
-        stored = {one.key.removeprefix(f"{folder}/") for one in self._storage.list_objects(folder)}
+        stored_paths = {one.key.removeprefix(f"{folder}/") for one in self._storage.list_objects(folder)}
         entries = {entry["path"]: entry for entry in self._result.manifest["files"] if _is_inside(entry["path"])}
         for path, entry in entries.items():
             if self._is_linked(f"{folder}/{path}"):
                 continue
-            if path not in stored:
+            if path not in stored_paths:
                 self._add_finding(CheckName.FILES, Code.FILE_MISSING, f"{path} is missing")
                 continue
             total += entry["size"]
             self._check_file(folder, path, entry)
-        for path in sorted(stored - entries.keys() - {Storage.MANIFEST.value}):
+        for path in sorted(stored_paths - entries.keys() - {Storage.MANIFEST.value}):
             if not self._is_linked(f"{folder}/{path}"):
                 self._add_finding(CheckName.FILES, Code.FILE_UNEXPECTED, f"{path} is in the model's folder, but not in the manifest")
         self._add_note(CheckName.FILES, f"{len(entries)} files, {total} bytes read again")
@@ -233,14 +233,14 @@ class Verifier:
     # ---- the statement ----
 
     def _check_statement(self) -> None:
-        data = self._storage.read_if_exists(STATEMENT_KEY)
-        if data is None:
+        statement_bytes = self._storage.read_if_exists(STATEMENT_KEY)
+        if statement_bytes is None:
             text = f"{STATEMENT_KEY} is missing, for example because the run used a release before 0.2.0; this run cannot be signed or replayed"
             self._add_finding(CheckName.STATEMENT, Code.STATEMENT_MISSING, text)
             return
-        self._result.statement_bytes = data
+        self._result.statement_bytes = statement_bytes
         try:
-            statement = Statement.model_validate_json(data)
+            statement = Statement.model_validate_json(statement_bytes)
         except ValidationError as error:
             location = ".".join(map(str, error.errors()[0]["loc"])) or "the whole file"
             self._add_finding(CheckName.STATEMENT, Code.STATEMENT_INVALID, f"{STATEMENT_KEY} is not a statement of a fine-tuning run: {location}")
@@ -262,19 +262,19 @@ class Verifier:
             self._compare_spec(statement, manifest)
 
     def _compare_subjects(self, statement: Statement, manifest: dict[str, Any]) -> None:
-        expected = [(Storage.MANIFEST.value, self._result.manifest_sha256), *((entry["path"], entry["sha256"]) for entry in manifest["files"])]
+        expected_subjects = [(Storage.MANIFEST.value, self._result.manifest_sha256), *((entry["path"], entry["sha256"]) for entry in manifest["files"])]
         subjects = [(one.name or "", one.digest.get("sha256", "")) for one in statement.subject]
-        if Counter(expected) != Counter(subjects):
-            name = sorted((Counter(expected) - Counter(subjects)) + (Counter(subjects) - Counter(expected)))[0][0]
+        if Counter(expected_subjects) != Counter(subjects):
+            name = sorted((Counter(expected_subjects) - Counter(subjects)) + (Counter(subjects) - Counter(expected_subjects)))[0][0]
             self._add_finding(CheckName.STATEMENT, Code.SUBJECT_CHANGED, f"{name} in the statement's subjects differs from the manifest")
 
     def _compare_spec(self, statement: Statement, manifest: dict[str, Any]) -> None:
         """Compare the statement's spec with the run configuration of the attempt that committed the model."""
         key = f"{Storage.RUN}/{attempt_folder(int(manifest.get('attempt') or 1))}/{RUN_FILE_NAME}"
-        data = self._storage.read_if_exists(key)
-        if data is None:
+        run_file_bytes = self._storage.read_if_exists(key)
+        if run_file_bytes is None:
             return
-        spec, _ = remove_secrets(_parse_json_object(data).get("spec") or {})
+        spec, _ = remove_secrets(_parse_json_object(run_file_bytes).get("spec") or {})
         if spec != statement.spec:
             path = next(iter(sorted(_find_different_paths(spec, statement.spec))), "spec")
             self._add_finding(CheckName.STATEMENT, Code.CONTRADICTS_RUN, f"{path} in the statement differs from {key}")
@@ -287,27 +287,27 @@ class Verifier:
         if self._result.statement is None or self._result.select_findings(CheckName.STATEMENT):
             return
         byproducts = self._result.statement.predicate.run_details.byproducts
-        stored = 0
+        stored_count = 0
         for checkpoint in byproducts:
-            data = self._storage.read_if_exists(f"{checkpoint.name}/{Storage.COMMITTED}")
-            stored += data is not None
-            if data is not None and _parse_json_object(data).get("manifestSha256") != checkpoint.digest.get("sha256"):
+            marker_bytes = self._storage.read_if_exists(f"{checkpoint.name}/{Storage.COMMITTED}")
+            stored_count += marker_bytes is not None
+            if marker_bytes is not None and _parse_json_object(marker_bytes).get("manifestSha256") != checkpoint.digest.get("sha256"):
                 self._add_finding(CheckName.CHECKPOINTS, Code.CHECKPOINT_CHANGED, f"{checkpoint.name} has another manifest than in the statement")
-        self._add_note(CheckName.CHECKPOINTS, f"{stored} of {len(byproducts)} named checkpoints are stored (their files are not read)")
+        self._add_note(CheckName.CHECKPOINTS, f"{stored_count} of {len(byproducts)} named checkpoints are stored (their files are not read)")
 
     # ---- the signature ----
 
     def _check_signature(self, public_key: Ed25519PublicKey | None, require_signature: bool) -> None:
-        data = self._storage.read_if_exists(ENVELOPE_KEY)
-        if data is None:
+        envelope_bytes = self._storage.read_if_exists(ENVELOPE_KEY)
+        if envelope_bytes is None:
             if public_key is not None or require_signature:
                 self._add_finding(CheckName.SIGNATURE, Code.UNSIGNED, "the statement is unsigned; sign it with `finetune sign`")
             return
-        findings_before = len(self._result.findings)
-        envelope = self._read_envelope(data)
+        finding_count_before = len(self._result.findings)
+        envelope = self._read_envelope(envelope_bytes)
         if envelope is not None:
             self._check_envelope(envelope, public_key)
-        if len(self._result.findings) > findings_before:
+        if len(self._result.findings) > finding_count_before:
             self._result.signature = SignatureState.FAILED
         else:
             self._result.signature = SignatureState.VERIFIED if public_key is not None else SignatureState.NOT_CHECKED
@@ -348,18 +348,18 @@ def find_contradictions(statement: Statement, manifest: dict[str, Any]) -> Itera
             yield name
     if statement.run.step != manifest.get("step"):
         yield "step"
-    base = statement.dependency(BASE_MODEL_DEPENDENCY)
+    base_model = statement.dependency(BASE_MODEL_DEPENDENCY)
     revision = facts.get("modelRevision")
-    if base is None or base.annotations.get(REVISION_ANNOTATION) != revision or base.digest.get("gitCommit", revision) != revision:
+    if base_model is None or base_model.annotations.get(REVISION_ANNOTATION) != revision or base_model.digest.get("gitCommit", revision) != revision:
         yield "the revision of the base model"
     if not _has_digest(statement, facts.get("datasetDigest"), ("dataset.train", "dataset.mixture[")):
         yield "the digest of the training data"
-    beside = facts.get("beside") or {}
+    digest_by_name = facts.get("beside") or {}
     for path, name in (("dataset.validation", "validation data"), ("dataset.test", "test data")):
-        if name in beside and not _has_digest(statement, beside[name], (path,)):
+        if name in digest_by_name and not _has_digest(statement, digest_by_name[name], (path,)):
             yield f"the digest of the {name}"
     for name in IMAGE_SETS:
-        if name in beside and not _has_digest(statement, beside[name], (name,)):
+        if name in digest_by_name and not _has_digest(statement, digest_by_name[name], (name,)):
             yield f"the digest of the {name}"
 
 
@@ -369,17 +369,17 @@ def _has_digest(statement: Statement, digest: Any, name_prefixes: tuple[str, ...
     If the statement also has digests of single files of these sources, the hash of these single digests must be equal to the combined digest.
     """
     resources = [one for one in statement.predicate.build_definition.resolved_dependencies if (one.name or "").startswith(name_prefixes)]
-    combined = [one.annotations["combinedDigest"] for one in resources if "combinedDigest" in one.annotations]
-    files = [one.digest["sha256"] for one in resources if "combinedDigest" not in one.annotations and "sha256" in one.digest]
-    are_files_right = not files or hashlib.sha256("\n".join(files).encode()).hexdigest() == digest
-    return bool(combined) and set(combined) == {digest} and are_files_right
+    combined_digests = [one.annotations["combinedDigest"] for one in resources if "combinedDigest" in one.annotations]
+    file_digests = [one.digest["sha256"] for one in resources if "combinedDigest" not in one.annotations and "sha256" in one.digest]
+    are_files_right = not file_digests or hashlib.sha256("\n".join(file_digests).encode()).hexdigest() == digest
+    return bool(combined_digests) and set(combined_digests) == {digest} and are_files_right
 
 
 def read_envelope(storage: JobStorage) -> Envelope | None:
     """Return the stored envelope, or None if it is missing or invalid. Raises StorageError."""
-    data = storage.read_if_exists(ENVELOPE_KEY)
+    envelope_bytes = storage.read_if_exists(ENVELOPE_KEY)
     try:
-        return Envelope.model_validate_json(data) if data is not None else None
+        return Envelope.model_validate_json(envelope_bytes) if envelope_bytes is not None else None
     except ValidationError:
         return None
 

@@ -46,10 +46,10 @@ from finetune_cli.overrides import attribute_to_option, parse_overrides
 from finetune_cli.provenance import AssignedValue
 from finetune_cli.status_text import draw_progress_bar
 
-NAMESPACE = "local"
+LOCAL_NAMESPACE = "local"
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 300
-CONFIG_MAPS = "config-maps"
+CONFIG_MAPS_FOLDER = "config-maps"
 """Folder with the local files that replace ConfigMaps."""
 
 
@@ -124,26 +124,26 @@ def _write_run(name: str, resolution: ResolvedSpec, root: Path, notes: list[str]
     uid = str(uuid.uuid5(uuid.NAMESPACE_URL, f"file://{root}/{name}"))
     state_folder = root / ".finetune" / name
     state_folder.mkdir(parents=True, exist_ok=True)
-    job_folder = root / NAMESPACE / name / uid
+    job_folder = root / LOCAL_NAMESPACE / name / uid
     resolution = _continue_job(state_folder / names.RUN_FILE_NAME, resolution, job_folder, name)
-    counter = state_folder / "attempt"
-    counted = int(counter.read_text(encoding="utf-8")) if counter.is_file() else 0
+    counter_file = state_folder / "attempt"
+    counted_attempts = int(counter_file.read_text(encoding="utf-8")) if counter_file.is_file() else 0
     # The attempts in storage are counted too, because the user may have deleted the folder of the attempt counter. This folder also contains
     # downloads, so users delete it to free disk space.
-    attempt = max(counted, find_last_attempt(job_folder)) + 1
-    counter.write_text(str(attempt), encoding="utf-8")
+    attempt = max(counted_attempts, find_last_attempt(job_folder)) + 1
+    counter_file.write_text(str(attempt), encoding="utf-8")
     spec, defaults = resolution.spec, resolution.defaults
-    gpus = spec.resources.gpus_per_node or 0
+    gpu_count = spec.resources.gpus_per_node or 0
     run = RunConfig(
         name=name,
-        namespace=NAMESPACE,
+        namespace=LOCAL_NAMESPACE,
         uid=uid,
         attempt=attempt,
         spec=spec,
         defaults=sorted(defaults),
         origins=find_origins(defaults),
         world=World(
-            nodes=1, processes_per_node=spec.resources.processes_per_node or max(1, gpus), gpus_per_node=gpus,
+            nodes=1, processes_per_node=spec.resources.processes_per_node or max(1, gpu_count), gpus_per_node=gpu_count,
             master_address="127.0.0.1", master_port=0, rendezvous_id=f"{uid}-{attempt}",
         ),
         storage=StoreTarget(uri=f"file://{job_folder}"),
@@ -154,7 +154,7 @@ def _write_run(name: str, resolution: ResolvedSpec, root: Path, notes: list[str]
     run_file = state_folder / names.RUN_FILE_NAME
     run_file.write_bytes(run.to_bytes())
     log, all_notes = state_folder / f"attempt-{attempt}.log", (*notes, *resolution.notes)
-    return LocalRun(name, run, run_file, state_folder / "work", log, all_notes, state_folder / CONFIG_MAPS)
+    return LocalRun(name, run, run_file, state_folder / "work", log, all_notes, state_folder / CONFIG_MAPS_FOLDER)
 
 
 def _link_config_maps(folder: Path, config_maps: dict[str, Path]) -> None:
@@ -168,8 +168,8 @@ def _link_config_maps(folder: Path, config_maps: dict[str, Path]) -> None:
 
 def find_last_attempt(job_folder: Path) -> int:
     """Return the highest attempt number that the trainer recorded in storage, or 0 without attempts."""
-    numbers = (names.parse_attempt_of_folder(path.name) for path in (job_folder / names.Storage.RUN).glob("*"))
-    return max((number for number in numbers if number is not None), default=0)
+    attempt_numbers = (names.parse_attempt_of_folder(path.name) for path in (job_folder / names.Storage.RUN).glob("*"))
+    return max((number for number in attempt_numbers if number is not None), default=0)
 
 
 def _continue_job(run_file: Path, resolution: ResolvedSpec, job_folder: Path, name: str) -> ResolvedSpec:
@@ -187,10 +187,10 @@ def _continue_job(run_file: Path, resolution: ResolvedSpec, job_folder: Path, na
         resolution = keep_recorded_defaults(resolution, {path: value for path, value in recorded_defaults.items() if value is not None})
     except ValidationError as error:
         raise LocalRunError(f"this release cannot use the defaults recorded in {run_file}: choose another folder with -o") from error
-    old, new = flatten(earlier_run.spec.to_wire()), flatten(resolution.spec.to_wire())
-    changed = sorted(path for path in {*old, *new} if old.get(path) != new.get(path))
-    if changed:
-        differences = "; ".join(f"{path} {old.get(path, '-')} -> {new.get(path, '-')}" for path in changed[:3])
+    old_values, new_values = flatten(earlier_run.spec.to_wire()), flatten(resolution.spec.to_wire())
+    changed_paths = sorted(path for path in {*old_values, *new_values} if old_values.get(path) != new_values.get(path))
+    if changed_paths:
+        differences = "; ".join(f"{path} {old_values.get(path, '-')} -> {new_values.get(path, '-')}" for path in changed_paths[:3])
         raise LocalRunError(
             f"{job_folder} holds results of a job {name} with another spec ({differences}): choose another folder with -o, or delete this folder"
         )
@@ -242,9 +242,9 @@ def run_trainer(run: LocalRun, interpreter_path: str | None, variables: dict[str
 
 def require_trainer(interpreter: str) -> None:
     """Raise LocalRunError if the interpreter has no trainer installed."""
-    check = "import importlib.util, sys; sys.exit(importlib.util.find_spec('finetune_trainer') is None)"
+    check_code = "import importlib.util, sys; sys.exit(importlib.util.find_spec('finetune_trainer') is None)"
     try:
-        is_installed = subprocess.run([interpreter, "-c", check], check=False, capture_output=True).returncode == 0
+        is_installed = subprocess.run([interpreter, "-c", check_code], check=False, capture_output=True).returncode == 0
     except OSError as error:
         raise LocalRunError(f"--python {interpreter}: {error.strerror}") from None
     if not is_installed:
@@ -263,12 +263,12 @@ def find_free_port() -> int:
 @contextmanager
 def _treat_termination_as_interrupt() -> Iterator[None]:
     """Treat SIGTERM and SIGHUP as Ctrl-C. Without this handler, these signals would end this program, but the trainer would run on."""
-    previous = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGTERM, signal.SIGHUP)}
+    previous_handlers = {signal_number: signal.signal(signal_number, signal.default_int_handler) for signal_number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for signal_number, handler in previous_handlers.items():
+            signal.signal(signal_number, handler)
 
 
 def _wait_for_trainer(process: subprocess.Popen[bytes], port: int, termination_file: Path) -> int:
@@ -278,14 +278,14 @@ def _wait_for_trainer(process: subprocess.Popen[bytes], port: int, termination_f
     The first Ctrl-C or SIGTERM makes the trainer save and stop; the second kills the trainer.
     """
     show_report = make_progress_printer()
-    interrupts = 0
+    interrupt_count = 0
     while True:
         try:
             code = _poll_trainer(process, port, show_report)
         except KeyboardInterrupt:
-            interrupts += 1
-            process.send_signal(signal.SIGTERM if interrupts == 1 else signal.SIGKILL)
-            hint = "saving a checkpoint; press Ctrl-C again to stop without saving" if interrupts == 1 else "stopped"
+            interrupt_count += 1
+            process.send_signal(signal.SIGTERM if interrupt_count == 1 else signal.SIGKILL)
+            hint = "saving a checkpoint; press Ctrl-C again to stop without saving" if interrupt_count == 1 else "stopped"
             output.print_notes([hint])
             continue
         if code is not None:
@@ -322,20 +322,20 @@ def make_progress_printer() -> Callable[[ProgressReport | None], None]:
     is_terminal = output.error_console().is_terminal
     last: list[tuple[Any, Any]] = [(None, None)]
 
-    def show(report: ProgressReport | None) -> None:
+    def show_report(report: ProgressReport | None) -> None:
         if report is None:
             if is_terminal:
                 sys.stderr.write("\n")
             return
-        state = (report.stage, (report.progress.percent or 0) // 10)
+        shown_state = (report.stage, (report.progress.percent or 0) // 10)
         if is_terminal:
             sys.stderr.write("\r\033[K" + format_report_line(report))
             sys.stderr.flush()
-        elif state != last[0]:
+        elif shown_state != last[0]:
             output.error_console().print(format_report_line(report))
-        last[0] = state
+        last[0] = shown_state
 
-    return show
+    return show_report
 
 
 def format_report_line(report: ProgressReport) -> str:
@@ -352,24 +352,24 @@ def format_report_line(report: ProgressReport) -> str:
     return "  ".join(parts)
 
 
-def _print_result(code: int, termination_file: Path, run: LocalRun) -> int:
+def _print_result(exit_code: int, termination_file: Path, run: LocalRun) -> int:
     """Print the result of the run, and return the exit code of `finetune run`."""
-    message = _read_termination_message(termination_file)
-    if code == ExitCode.OK:
-        uri = message.output.uri if message and message.output else run.config.storage.uri
+    termination_message = _read_termination_message(termination_file)
+    if exit_code == ExitCode.OK:
+        uri = termination_message.output.uri if termination_message and termination_message.output else run.config.storage.uri
         output.write(f"{run.name}: done, the model is in {uri}")
         output.print_notes([f"report: {report}" for report in [_find_report_file(run)] if report is not None])
         return output.OK
-    if code == ExitCode.PREEMPTED_SAVED:
+    if exit_code == ExitCode.PREEMPTED_SAVED:
         output.print_notes(
-            [f"stopped and saved at step {message.step if message else '-'}; run the same command again to continue"]
+            [f"stopped and saved at step {termination_message.step if termination_message else '-'}; run the same command again to continue"]
         )
         return output.ERROR
-    if message is not None and message.message:
-        output.print_errors([f"{message.class_ or ''} {message.code or ''}: {message.message}".strip()])
-        output.print_notes([message.hint] if message.hint else [])
+    if termination_message is not None and termination_message.message:
+        output.print_errors([f"{termination_message.class_ or ''} {termination_message.code or ''}: {termination_message.message}".strip()])
+        output.print_notes([termination_message.hint] if termination_message.hint else [])
     else:
-        output.print_errors([f"the trainer ended with exit code {code}", *_read_last_lines(run.log)])
+        output.print_errors([f"the trainer ended with exit code {exit_code}", *_read_last_lines(run.log)])
     output.print_notes([f"report: {report}" for report in [_find_report_file(run)] if report is not None])
     output.print_notes([f"log: {run.log}"])
     return output.JOB_FAILED

@@ -45,13 +45,13 @@ class LocalMachine:
 
 def parse_folders(option: str, pair_texts: list[str]) -> dict[str, Path]:
     """Parse `NAME=FOLDER` texts. Raises LocalRunError if a folder does not exist."""
-    result = {}
+    folders = {}
     for text in pair_texts:
         name, equals, path = text.partition("=")
         if not equals or not Path(path).is_dir():
             raise LocalRunError(f"{option} {text}: write NAME=FOLDER with an existing folder")
-        result[name] = Path(path).resolve()
-    return result
+        folders[name] = Path(path).resolve()
+    return folders
 
 
 def count_gpus() -> int:
@@ -70,9 +70,9 @@ def adapt_spec(spec: dict[str, Any], machine: LocalMachine) -> list[str]:
         notes.append(f"policy.onExistingResult {mode} has no effect in a local run: a local run never adopts the stored result of another job")
         del spec["policy"]["onExistingResult"]
     for path in SOURCE_FIELDS:
-        text = get_value(spec, path)
-        if isinstance(text, str) and text:
-            set_value(spec, path, to_local_source(text, path, machine))
+        source_text = get_value(spec, path)
+        if isinstance(source_text, str) and source_text:
+            set_value(spec, path, to_local_source(source_text, path, machine))
     for path, item, key in _find_sources_in_lists(spec):
         item[key] = to_local_source(item[key], path, machine)
     _inline_config_maps(spec, machine)
@@ -153,9 +153,9 @@ def _inline_config_maps(spec: dict[str, Any], machine: LocalMachine) -> None:
         name, key = str(reference.get("name")), str(reference.get("key"))
         file = _find_path_in_folder(machine.config_maps, name, key, "dataset.chatTemplate.configMapRef", "--config-map")
         spec["dataset"]["chatTemplate"] = {"text": file.read_text(encoding="utf-8")}
-    prompts = get_value(spec, "evaluation.comparison.promptsRef")
-    if isinstance(prompts, dict):
-        name, key = str(prompts.get("name")), str(prompts.get("key"))
+    prompts_reference = get_value(spec, "evaluation.comparison.promptsRef")
+    if isinstance(prompts_reference, dict):
+        name, key = str(prompts_reference.get("name")), str(prompts_reference.get("key"))
         _find_path_in_folder(machine.config_maps, name, key, "evaluation.comparison.promptsRef", "--config-map")
     for path in ("distributed.deepspeed.configRef", "distributed.fsdp.configRef"):
         if get_value(spec, path) is not None:

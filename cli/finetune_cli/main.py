@@ -102,7 +102,7 @@ def _print_version(is_requested: bool) -> None:
 
 
 @app.callback()
-def _root(
+def _handle_root_options(
     version: Annotated[
         bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
     ] = False,
@@ -115,7 +115,7 @@ for _name, _command in COMMANDS.items():
 
 
 TRACE_VARIABLE = "FINETUNE_TRACE"
-PROGRAM = "finetune"
+PROGRAM_NAME = "finetune"
 NO_FILE_COMPLETION = 4
 """Number that tells kubectl not to complete file names (cobra's ShellCompDirectiveNoFileComp)."""
 CLICK_USAGE_ERROR = 2
@@ -130,8 +130,8 @@ def main(arguments: list[str] | None = None) -> None:
     words = list(sys.argv[1:] if arguments is None else arguments)
     tool_arguments: list[str] = []
     if "--" in words and "import" in words[: words.index("--")]:
-        cut = words.index("--")
-        words, tool_arguments = words[:cut], words[cut + 1 :]
+        separator_index = words.index("--")
+        words, tool_arguments = words[:separator_index], words[separator_index + 1 :]
     sys.exit(_flush_stdout(run(words, tool_arguments)))
 
 
@@ -192,8 +192,8 @@ def _print_bug(error: Exception) -> None:
     from finetune_cli import output
 
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    file = frame.filename.replace("\\", "/").rpartition("/")[2]
-    output.print_errors([f"this is a bug in {_get_program_name()}: {type(error).__name__} in {file}:{frame.lineno}"])
+    file_name = frame.filename.replace("\\", "/").rpartition("/")[2]
+    output.print_errors([f"this is a bug in {_get_program_name()}: {type(error).__name__} in {file_name}:{frame.lineno}"])
     if os.environ.get(TRACE_VARIABLE):
         traceback.print_exception(error)
     else:
@@ -206,9 +206,9 @@ def kubectl_complete() -> None:
 
     words = sys.argv[1:]
     os.environ["_FINETUNE_COMPLETE"] = "complete_bash"
-    os.environ["COMP_WORDS"], os.environ["COMP_CWORD"] = shlex.join([PROGRAM, *words]), str(len(words))
+    os.environ["COMP_WORDS"], os.environ["COMP_CWORD"] = shlex.join([PROGRAM_NAME, *words]), str(len(words))
     try:
-        app(args=[], prog_name=PROGRAM)
+        app(args=[], prog_name=PROGRAM_NAME)
     except SystemExit:
         sys.stdout.write(f":{NO_FILE_COMPLETION}\n")
 
@@ -219,8 +219,8 @@ def _get_program_name() -> str:
     For the options that install shell completion, the name is always `finetune`, because kubectl has its own completion for plugins.
     """
     if any(word.startswith(("--install-completion", "--show-completion")) for word in sys.argv):
-        return PROGRAM
-    return "kubectl finetune" if sys.argv and sys.argv[0].rpartition("/")[2].startswith("kubectl-") else PROGRAM
+        return PROGRAM_NAME
+    return "kubectl finetune" if sys.argv and sys.argv[0].rpartition("/")[2].startswith("kubectl-") else PROGRAM_NAME
 
 
 if __name__ == "__main__":

@@ -104,11 +104,11 @@ def parse_manifests(text: str, file: str) -> Iterator[Manifest]:
 def _iterate_list_items(file: str, document_number: int, list_document: Tree) -> Iterator[Manifest]:
     """Yield the objects of a `List`. `kubectl get -o yaml` prints several objects as such a document."""
     for i, item in enumerate(list_document.value["items"]):
-        start = f"items[{i}]"
+        item_path = f"items[{i}]"
         if not isinstance(item, dict):
-            location = f"{file}:{list_document.lines.get(start, list_document.line)}"
-            raise UnreadableFile(Mistake(location, start, "this is not a manifest, because it is not a mapping"))
+            location = f"{file}:{list_document.lines.get(item_path, list_document.line)}"
+            raise UnreadableFile(Mistake(location, item_path, "this is not a manifest, because it is not a mapping"))
         lines = {
-            path.removeprefix(f"{start}."): line for path, line in list_document.lines.items() if path.startswith(f"{start}.")
+            path.removeprefix(f"{item_path}."): line for path, line in list_document.lines.items() if path.startswith(f"{item_path}.")
         }
         yield Manifest(file, document_number, item, lines)

@@ -19,8 +19,8 @@ class Mistake:
     feature: str = ""
 
     def __str__(self) -> str:
-        start = ": ".join(dict.fromkeys(part for part in (self.location, self.key) if part))
-        return f"{start}: {self.message}" + (f"; {self.hint}" if self.hint else "")
+        prefix = ": ".join(dict.fromkeys(part for part in (self.location, self.key) if part))
+        return f"{prefix}: {self.message}" + (f"; {self.hint}" if self.hint else "")
 
 
 class InvalidInput(Exception):

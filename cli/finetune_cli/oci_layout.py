@@ -49,7 +49,7 @@ ARCHITECTURES = ("amd64", "arm64")
 """Architectures of nodes with GPUs, with the names of the OCI image specification."""
 MODELS_FOLDER = "models"
 """The folder in an image that holds the model's files. KServe expects models there."""
-BLOBS = Path("blobs/sha256")
+BLOBS_FOLDER = Path("blobs/sha256")
 FILE_MODE = 0o644
 
 
@@ -87,12 +87,12 @@ def write_layout(storage: JobStorage, target: Path, form: LayoutForm, tag: str, 
 def _write_files(storage: JobStorage, layout_folder: Path, form: LayoutForm, tag: str, report_file: Callable[[str, int], None]) -> WrittenLayout:
     committed, manifest = _select_model(storage)
     files = read_file_list(storage.uri, manifest)
-    (layout_folder / BLOBS).mkdir(parents=True)
+    (layout_folder / BLOBS_FOLDER).mkdir(parents=True)
     for entry in files:
         report_file(str(entry["path"]), int(entry["size"]))
         key = f"{committed.folder}/{committed.path}/{entry['path']}"
         file = RemoteFile(key, str(entry["path"]), int(entry["size"]), sha256=str(entry["sha256"]))
-        Download(storage, file, layout_folder / BLOBS / file.sha256).run(SilentProgress(), overwrite=False)
+        Download(storage, file, layout_folder / BLOBS_FOLDER / file.sha256).run(SilentProgress(), overwrite=False)
     entries = [ModelFile(str(entry["path"]), int(entry["size"]), str(entry["sha256"])) for entry in files]
     entry = _pack_image(layout_folder, entries) if form is LayoutForm.IMAGE else _write_modelpack(layout_folder, manifest, entries)
     entry["annotations"] = {"org.opencontainers.image.ref.name": tag}
@@ -134,40 +134,40 @@ def _pack_image(layout_folder: Path, files: list[ModelFile]) -> dict[str, Any]:
 
     The tar layers contain constant times and owners, so that equal models have equal digests.
     """
-    ordered = sorted(files, key=lambda file: file.path)
-    uses = Counter(file.sha256 for file in files)
+    ordered_files = sorted(files, key=lambda file: file.path)
+    use_counts = Counter(file.sha256 for file in files)
     layers = []
-    for file in ordered:
+    for file in ordered_files:
         layers.append(_pack_layer(layout_folder, file))
-        uses[file.sha256] -= 1
-        if not uses[file.sha256]:  # files with the same content share one downloaded blob
-            (layout_folder / BLOBS / file.sha256).unlink()
-    history = [{"created_by": f"finetune export: {file.path}"} for file in ordered]
+        use_counts[file.sha256] -= 1
+        if not use_counts[file.sha256]:  # files with the same content share one downloaded blob
+            (layout_folder / BLOBS_FOLDER / file.sha256).unlink()
+    history = [{"created_by": f"finetune export: {file.path}"} for file in ordered_files]
     rootfs = {"type": "layers", "diff_ids": [layer["digest"] for layer in layers]}
-    images = []
+    image_descriptors = []
     for architecture in ARCHITECTURES:
         platform = {"architecture": architecture, "os": "linux"}
-        config = to_canonical_json({**platform, "config": {}, "history": history, "rootfs": rootfs})
-        config_descriptor = build_descriptor(IMAGE_CONFIG_TYPE, config)
-        manifest = to_canonical_json({"schemaVersion": 2, "mediaType": MANIFEST_MEDIA_TYPE, "config": config_descriptor, "layers": layers})
-        _write_blob(layout_folder, config)
-        _write_blob(layout_folder, manifest)
-        images.append({**build_descriptor(MANIFEST_MEDIA_TYPE, manifest), "platform": platform})
-    index = _build_index(images)
+        config_bytes = to_canonical_json({**platform, "config": {}, "history": history, "rootfs": rootfs})
+        config_descriptor = build_descriptor(IMAGE_CONFIG_TYPE, config_bytes)
+        manifest_bytes = to_canonical_json({"schemaVersion": 2, "mediaType": MANIFEST_MEDIA_TYPE, "config": config_descriptor, "layers": layers})
+        _write_blob(layout_folder, config_bytes)
+        _write_blob(layout_folder, manifest_bytes)
+        image_descriptors.append({**build_descriptor(MANIFEST_MEDIA_TYPE, manifest_bytes), "platform": platform})
+    index = _build_index(image_descriptors)
     _write_blob(layout_folder, index)
     return build_descriptor(INDEX_TYPE, index)
 
 
 def _pack_layer(layout_folder: Path, file: ModelFile) -> dict[str, Any]:
     """Write a tar layer that holds a file. Returns the descriptor of the layer."""
-    source, packed = layout_folder / BLOBS / file.sha256, layout_folder / f"{file.sha256}.tar"
+    source, packed = layout_folder / BLOBS_FOLDER / file.sha256, layout_folder / f"{file.sha256}.tar"
     with packed.open("wb") as raw:
         writer = _HashingWriter(raw)
         with tarfile.open(fileobj=writer, mode="w|", format=tarfile.PAX_FORMAT) as archive, source.open("rb") as content:
             entry = tarfile.TarInfo(f"{MODELS_FOLDER}/{file.path}")
             entry.size, entry.mode = file.size, FILE_MODE
             archive.addfile(entry, content)
-    packed.rename(layout_folder / BLOBS / writer.sha256)
+    packed.rename(layout_folder / BLOBS_FOLDER / writer.sha256)
     return {"mediaType": LAYER_TYPE, "digest": f"sha256:{writer.sha256}", "size": writer.size}
 
 
@@ -189,6 +189,6 @@ class _HashingWriter:
 
 
 def _write_blob(layout_folder: Path, data: bytes) -> None:
-    (layout_folder / BLOBS / compute_digest(data).removeprefix("sha256:")).write_bytes(data)
+    (layout_folder / BLOBS_FOLDER / compute_digest(data).removeprefix("sha256:")).write_bytes(data)
 
 

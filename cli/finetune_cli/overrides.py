@@ -54,10 +54,10 @@ def attribute_to_option(mistake: Mistake, overrides: Mapping[str, AssignedValue]
         return mistake
     option = assigned.origin.location
     key = path if option == "--set" else option
-    return Mistake(option, key, mistake.message, hint_for_option(mistake.hint, option, path))
+    return Mistake(option, key, mistake.message, make_hint_for_option(mistake.hint, option, path))
 
 
-def hint_for_option(hint: str, option: str, path: str) -> str:
+def make_hint_for_option(hint: str, option: str, path: str) -> str:
     """Return the hint for the value of an option. A YAML example becomes an example of the option.
 
     An option can only set a whole list, so the example for a list item becomes a list.
@@ -92,7 +92,7 @@ def _parse_set(text: str, fields_by_path: dict[str, Field], mistakes: list[Mista
     path = written_path.removeprefix("spec.")
     field = fields_by_path.get(path)
     if field is None:
-        mistakes.append(Mistake("--set", written_path, "unknown field", _hint_for_unknown(path, fields_by_path)))
+        mistakes.append(Mistake("--set", written_path, "unknown field", _make_hint_for_unknown(path, fields_by_path)))
     elif not equals or value == "":
         mistakes.append(
             Mistake(
@@ -110,18 +110,18 @@ def _parse_set(text: str, fields_by_path: dict[str, Field], mistakes: list[Mista
     return {}
 
 
-def _hint_for_unknown(path: str, by_path: dict[str, Field]) -> str:
+def _make_hint_for_unknown(path: str, fields_by_path: dict[str, Field]) -> str:
     """Return a hint what to write instead of an unknown path. An option cannot set a part of a list or map, but only the whole list or map."""
     parent = path
-    while parent and parent not in by_path:
+    while parent and parent not in fields_by_path:
         parent = parent[: parent.rfind("[")] if parent.endswith("]") else parent.rpartition(".")[0]
-    type_text = by_path[parent].type_text if parent else ""
+    type_text = fields_by_path[parent].type_text if parent else ""
     if type_text.startswith("list of"):
         return f"set the whole list: --set '{parent}=[...]'"
     if type_text.startswith("map of"):
         return f"set the whole map: --set '{parent}={{NAME: VALUE}}'"
-    closest = suggest_field(path, [field_path for field_path in by_path if "[]" not in field_path])
-    return f"did you mean {closest}?" if closest else "`finetune explain` lists all fields"
+    closest_path = suggest_field(path, [field_path for field_path in fields_by_path if "[]" not in field_path])
+    return f"did you mean {closest_path}?" if closest_path else "`finetune explain` lists all fields"
 
 
 def _convert_text(type_text: str, text: str) -> Any:

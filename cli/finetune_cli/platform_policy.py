@@ -52,10 +52,10 @@ class ChartPolicy:
     def find_problems(self, manifest: Manifest, spec: FineTuneJobSpec, namespace: str | None) -> Iterator[Finding]:
         """Yield a finding for each value that the rules refuse. `namespace`: the namespace of a manifest without metadata.namespace; None means `default`."""
         metadata = manifest.value.get("metadata")
-        own_namespace = metadata.get("namespace") if isinstance(metadata, dict) else None
-        used_namespace = str(own_namespace or namespace or "default")
-        platform = Platform(used_namespace, self.storage_uri, self.pools)
-        for problem in check_policy(spec, self.policy.rules_for(used_namespace), platform):
+        manifest_namespace = metadata.get("namespace") if isinstance(metadata, dict) else None
+        effective_namespace = str(manifest_namespace or namespace or "default")
+        platform = Platform(effective_namespace, self.storage_uri, self.pools)
+        for problem in check_policy(spec, self.policy.rules_for(effective_namespace), platform):
             path = f"spec.{problem.path}"
             yield Finding(Mistake(manifest.location(path), path, problem.message, problem.hint), FINDING_CODE)
 
@@ -67,8 +67,8 @@ def read_chart_policy(path: Path) -> ChartPolicy:
     if isinstance(policy, dict):
         values = {**values, "policy": {key: value for key, value in policy.items() if key != CHART_ONLY_KEY}}
     try:
-        found = _ChartValues.model_validate({key: value for key, value in values.items() if value is not None})
+        chart_values = _ChartValues.model_validate({key: value for key, value in values.items() if value is not None})
     except ValidationError as error:
         raise InvalidInput(list(list_mistakes(error, display_name(path), lines, "there is no rule of this name"))) from error
-    pools = tuple(Pool(pool.name, pool.gpu_resource, pool.default) for pool in found.node_pools)
-    return ChartPolicy(found.policy, found.storage.uri, pools)
+    pools = tuple(Pool(pool.name, pool.gpu_resource, pool.default) for pool in chart_values.node_pools)
+    return ChartPolicy(chart_values.policy, chart_values.storage.uri, pools)

@@ -36,14 +36,14 @@ class UnusedRows:
 
         Each group is deleted with its own request, because a store may delete the objects of one request in any order.
         """
-        deleted = {}
+        deleted_groups_by_digest = {}
         for digest, groups in self.groups_by_digest.items():
             if not _is_unused(self.storage, digest, now):
                 continue
             for group in groups:
                 self.storage.delete_objects(group)
-            deleted[digest] = groups
-        return UnusedRows(self.storage, deleted)
+            deleted_groups_by_digest[digest] = groups
+        return UnusedRows(self.storage, deleted_groups_by_digest)
 
 
 def find_unused_rows(job_storage: JobStorage, now: datetime) -> UnusedRows:
@@ -52,15 +52,15 @@ def find_unused_rows(job_storage: JobStorage, now: datetime) -> UnusedRows:
     If rows have no readable marker `_USED`, they are not returned, because the next preparation pod writes this marker.
     """
     storage = job_storage.open_folder(prepared_root(job_storage.uri))
-    by_digest: dict[str, dict[str, StoredObject]] = {}
+    objects_by_digest: dict[str, dict[str, StoredObject]] = {}
     for stored in storage.list_objects():
-        by_digest.setdefault(stored.key.partition("/")[0], {})[stored.key] = stored
-    unused = {
+        objects_by_digest.setdefault(stored.key.partition("/")[0], {})[stored.key] = stored
+    unused_groups_by_digest = {
         digest: [[objects[key] for key in group] for group in group_keys_for_removal(objects)]
-        for digest, objects in by_digest.items()
+        for digest, objects in objects_by_digest.items()
         if _is_unused(storage, digest, now)
     }
-    return UnusedRows(storage, unused)
+    return UnusedRows(storage, unused_groups_by_digest)
 
 
 def _is_unused(storage: JobStorage, digest: str, now: datetime) -> bool:

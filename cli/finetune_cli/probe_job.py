@@ -25,7 +25,7 @@ PULL_PROBLEMS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrIma
 CONFIG_PROBLEMS = ("CreateContainerConfigError",)
 """Reasons that Kubernetes gives if a container waits for a missing Secret or ConfigMap. At this time, the image of the container is already pulled."""
 TTL_SECONDS = 60
-LABELS = {"app.kubernetes.io/name": "finetune-doctor"}
+PROBE_LABELS = {"app.kubernetes.io/name": "finetune-doctor"}
 NO_STORAGE_URI = "file:///tmp"
 """If no storage is known, the pod checks its own temporary folder, so that the image can still be checked."""
 
@@ -64,11 +64,11 @@ class ProbeResult:
 
 def run_probe(cluster: Cluster, settings: ProbeSettings, timeout_seconds: float) -> ProbeResult:
     """Create the Job, wait until its pod has ended, and delete the Job. Raises ClusterError."""
-    created = cluster.create_object(build_job(cluster.namespace, settings, int(timeout_seconds) + 30))
+    created_job = cluster.create_object(build_job(cluster.namespace, settings, int(timeout_seconds) + 30))
     try:
-        return _wait_for_result(cluster, created, time.monotonic() + timeout_seconds)
+        return _wait_for_result(cluster, created_job, time.monotonic() + timeout_seconds)
     finally:
-        cluster.delete_object(created)
+        cluster.delete_object(created_job)
 
 
 def build_job(namespace: str, settings: ProbeSettings, deadline_seconds: int) -> KubeObject:
@@ -93,12 +93,12 @@ def build_job(namespace: str, settings: ProbeSettings, deadline_seconds: int) ->
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
-        "metadata": {"generateName": "finetune-doctor-", "namespace": namespace, "labels": LABELS},
+        "metadata": {"generateName": "finetune-doctor-", "namespace": namespace, "labels": PROBE_LABELS},
         "spec": {
             "backoffLimit": 0,
             "activeDeadlineSeconds": deadline_seconds,
             "ttlSecondsAfterFinished": TTL_SECONDS,
-            "template": {"metadata": {"labels": LABELS}, "spec": pod},
+            "template": {"metadata": {"labels": PROBE_LABELS}, "spec": pod},
         },
     }
 
@@ -193,8 +193,8 @@ def _parse_message(message: str) -> StorageCheckResult | None:
 def _make_waiting_message(pod: KubeObject) -> str:
     """Return the reason why a pod waits: the message of the scheduler, or a text that the image is being pulled."""
     status = pod.get("status") or {}
-    scheduled: Callable[[KubeObject], bool] = lambda one: one["type"] == "PodScheduled" and one["status"] == "False"  # noqa: E731
-    message = next((str(one.get("message") or "") for one in filter(scheduled, status.get("conditions") or [])), "")
+    is_unscheduled: Callable[[KubeObject], bool] = lambda one: one["type"] == "PodScheduled" and one["status"] == "False"  # noqa: E731
+    message = next((str(one.get("message") or "") for one in filter(is_unscheduled, status.get("conditions") or [])), "")
     if message:
         return f"the pod fits on no node: {message}"
     return "the image is still being pulled" if (pod.get("spec") or {}).get("nodeName") else ""

@@ -103,11 +103,11 @@ def _read_json_rows(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
 def _read_csv_rows(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
     """Return each row with its location. Columns are separated by commas, or by semicolons or tabs, which some spreadsheet programs write."""
     text = read_text(path)
-    head = text.partition("\n")[0]
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=head.count))
-    missing = [name for name in ("id", *SCORE_COLUMNS) if name not in (reader.fieldnames or [])]
-    if missing:
-        problem = f"this is not a rating sheet: the columns {', '.join(missing)} are missing"
+    header_line = text.partition("\n")[0]
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=header_line.count))
+    missing_columns = [name for name in ("id", *SCORE_COLUMNS) if name not in (reader.fieldnames or [])]
+    if missing_columns:
+        problem = f"this is not a rating sheet: the columns {', '.join(missing_columns)} are missing"
         raise InvalidInput([Mistake(f"{display_name(path)}:1", "", problem, "keep the first line of the sheet")])
     rows, line = [], reader.line_num + 1
     for row in reader:
@@ -123,13 +123,13 @@ def _read_scores(location: str, row: Mapping[str, Any], mistakes: list[Mistake])
         if value is None or str(value).strip() == "":
             continue
         try:
-            number = float(str(value).strip())
+            score = float(str(value).strip())
         except ValueError:
-            number = math.nan
-        if isinstance(value, bool) or not LOWEST_SCORE <= number <= HIGHEST_SCORE or number != int(number):
+            score = math.nan
+        if isinstance(value, bool) or not LOWEST_SCORE <= score <= HIGHEST_SCORE or score != int(score):
             mistakes.append(Mistake(location, name, f"{str(value)[:40]!r} is not a score", SCORE_HINT))
         else:
-            scores[name] = int(number)
+            scores[name] = int(score)
     return scores
 
 
@@ -165,15 +165,15 @@ def describe_values(values: Sequence[int]) -> dict[str, float | int | None]:
     }  # fmt: skip
 
 
-def _compute_agreement(ratings: Iterable[Rating], score: str) -> dict[str, Any]:
-    by_answer: dict[str, list[int]] = defaultdict(list)
+def _compute_agreement(ratings: Iterable[Rating], score_name: str) -> dict[str, Any]:
+    scores_by_answer: dict[str, list[int]] = defaultdict(list)
     for rating in ratings:
-        if score in rating.scores:
-            by_answer[rating.answer].append(rating.scores[score])
-    alpha = compute_krippendorff_alpha(list(by_answer.values()))
+        if score_name in rating.scores:
+            scores_by_answer[rating.answer].append(rating.scores[score_name])
+    alpha = compute_krippendorff_alpha(list(scores_by_answer.values()))
     if alpha is not None:
         return {"alpha": alpha}
-    is_rated_twice = any(len(values) > 1 for values in by_answer.values())
+    is_rated_twice = any(len(values) > 1 for values in scores_by_answer.values())
     return {"alpha": None, "reason": "all scores are equal" if is_rated_twice else "no answer has scores by two raters"}
 
 
@@ -186,23 +186,23 @@ def compute_krippendorff_alpha(units: Sequence[Sequence[int]]) -> float | None:
     square of n_c/2 + n_(c+1) + ... + n_(k-1) + n_k/2, where n are the counts of the scores (Krippendorff 2011, "Computing
     Krippendorff's Alpha-Reliability", section D). None if all scores are equal, or if no answer has two scores.
     """
-    paired = [unit for unit in units if len(unit) > 1]
+    paired_units = [unit for unit in units if len(unit) > 1]
     counts: dict[int, int] = defaultdict(int)
-    for unit in paired:
+    for unit in paired_units:
         for value in unit:
             counts[value] += 1
-    total = sum(counts.values())
+    value_count = sum(counts.values())
 
-    def distance(first_score: int, second_score: int) -> float:
+    def compute_distance(first_score: int, second_score: int) -> float:
         low, high = min(first_score, second_score), max(first_score, second_score)
-        between = sum(count for value, count in counts.items() if low <= value <= high)
-        return (between - (counts[low] + counts[high]) / 2) ** 2
+        value_count_between = sum(count for value, count in counts.items() if low <= value <= high)
+        return (value_count_between - (counts[low] + counts[high]) / 2) ** 2
 
-    expected = sum(counts[one] * counts[other] * distance(one, other) for one, other in product(list(counts), repeat=2))
-    if expected == 0:
+    expected_disagreement = sum(counts[one] * counts[other] * compute_distance(one, other) for one, other in product(list(counts), repeat=2))
+    if expected_disagreement == 0:
         return None
-    observed = sum(distance(one, other) / (len(unit) - 1) for unit in paired for one, other in product(unit, repeat=2))
-    return 1 - (total - 1) * observed / expected
+    observed_disagreement = sum(compute_distance(one, other) / (len(unit) - 1) for unit in paired_units for one, other in product(unit, repeat=2))
+    return 1 - (value_count - 1) * observed_disagreement / expected_disagreement
 
 
 def compute_win_rate(ratings: Iterable[Rating]) -> dict[str, Any]:
@@ -215,24 +215,24 @@ def compute_win_rate(ratings: Iterable[Rating]) -> dict[str, Any]:
     for rating in ratings:
         if "overall" in rating.scores:
             pairs[rating.question, rating.rater][rating.model] = rating.scores["overall"]
-    by_question: dict[str, list[float]] = defaultdict(list)
-    wins = ties = losses = 0
+    outcomes_by_question: dict[str, list[float]] = defaultdict(list)
+    win_count = tie_count = loss_count = 0
     for (question, _), scores in pairs.items():
         if TRAINED_MODEL not in scores or BASE_MODEL not in scores:
             continue
         difference = scores[TRAINED_MODEL] - scores[BASE_MODEL]
-        wins, ties, losses = wins + (difference > 0), ties + (difference == 0), losses + (difference < 0)
-        by_question[question].append(0.5 if difference == 0 else float(difference > 0))
-    if not by_question:
+        win_count, tie_count, loss_count = win_count + (difference > 0), tie_count + (difference == 0), loss_count + (difference < 0)
+        outcomes_by_question[question].append(0.5 if difference == 0 else float(difference > 0))
+    if not outcomes_by_question:
         return {"rate": None, "reason": "no rater has given both answers to a question an `overall` score, or --key is missing"}
-    rate = statistics.fmean(statistics.fmean(values) for values in by_question.values())
-    low, high = compute_wilson_interval(rate, len(by_question))
-    return {"rate": rate, "low": low, "high": high, "questions": len(by_question), "wins": wins, "ties": ties, "losses": losses}
+    win_rate = statistics.fmean(statistics.fmean(values) for values in outcomes_by_question.values())
+    low, high = compute_wilson_interval(win_rate, len(outcomes_by_question))
+    return {"rate": win_rate, "low": low, "high": high, "questions": len(outcomes_by_question), "wins": win_count, "ties": tie_count, "losses": loss_count}
 
 
 def compute_wilson_interval(rate: float, question_count: int) -> tuple[float, float]:
     """Return Wilson's 95 % score interval of a rate."""
     scale = 1 + Z_95**2 / question_count
     center = (rate + Z_95**2 / (2 * question_count)) / scale
-    half = Z_95 / scale * math.sqrt(rate * (1 - rate) / question_count + Z_95**2 / (4 * question_count**2))
-    return max(0.0, center - half), min(1.0, center + half)
+    half_width = Z_95 / scale * math.sqrt(rate * (1 - rate) / question_count + Z_95**2 / (4 * question_count**2))
+    return max(0.0, center - half_width), min(1.0, center + half_width)

@@ -77,9 +77,9 @@ class ReplayResult:
 def read_run(storage: JobStorage) -> CheckResults:
     """Verify the stored model and read its statement. Raises StorageError if the model is damaged. Prints other findings as warnings."""
     verification = Verifier(storage).verify()
-    damage = verification.select_findings(*MODEL_CHECKS)
-    if damage:
-        raise StorageError(f"{damage[0].code}: {damage[0].message}; a damaged model cannot be compared")
+    damage_findings = verification.select_findings(*MODEL_CHECKS)
+    if damage_findings:
+        raise StorageError(f"{damage_findings[0].code}: {damage_findings[0].message}; a damaged model cannot be compared")
     require_statement(verification)
     output.print_warnings(f"{finding.code}: {finding.message}" for finding in verification.findings)
     return verification
@@ -96,19 +96,19 @@ def replay(storage: JobStorage, folder: Path, options: ReplayOptions) -> ReplayR
     statement = require_statement(verification)
     run = _prepare_replay(statement, folder, options)
     variables = {Env.EXPECTED_INPUTS.value: json.dumps(_collect_expected_inputs(statement))}
-    threads = {one.threads for one in statement.run.attempts if one.threads}
-    if threads:
-        variables["OMP_NUM_THREADS"] = str(max(threads))
-    code = run_trainer(run, options.python, variables)
-    if code != output.OK:
-        return code
-    repeated = Verifier(JobStorage(run.config.storage.uri, StorageRoot())).verify()
+    thread_counts = {one.threads for one in statement.run.attempts if one.threads}
+    if thread_counts:
+        variables["OMP_NUM_THREADS"] = str(max(thread_counts))
+    exit_code = run_trainer(run, options.python, variables)
+    if exit_code != output.OK:
+        return exit_code
+    repeated_verification = Verifier(JobStorage(run.config.storage.uri, StorageRoot())).verify()
     original_folder = folder / "original"
-    marker = CommittedFolder("model", verification.folder.removeprefix("model/"), verification.manifest_sha256, True)
-    download(make_committed_source(storage, marker), original_folder, SilentProgress())
-    repeated_folder = Path(run.config.storage.uri.removeprefix("file://")) / repeated.folder
+    committed_folder = CommittedFolder("model", verification.folder.removeprefix("model/"), verification.manifest_sha256, True)
+    download(make_committed_source(storage, committed_folder), original_folder, SilentProgress())
+    repeated_folder = Path(run.config.storage.uri.removeprefix("file://")) / repeated_verification.folder
     comparison = compare_weights(interpreter, original_folder, repeated_folder)
-    return ReplayResult(comparison, list(find_reasons_to_differ(statement, require_statement(repeated))))
+    return ReplayResult(comparison, list(find_reasons_to_differ(statement, require_statement(repeated_verification))))
 
 
 def _collect_expected_inputs(statement: Statement) -> dict[str, Any]:
@@ -123,18 +123,18 @@ def _collect_expected_inputs(statement: Statement) -> dict[str, Any]:
 
 def _prepare_replay(statement: Statement, folder: Path, options: ReplayOptions) -> LocalRun:
     """Write the run configuration of the replay."""
-    internal = statement.predicate.build_definition.internal_parameters
-    _require_complete_sources(internal.get("redactedFields") or [], options.set_texts)
+    internal_parameters = statement.predicate.build_definition.internal_parameters
+    _require_complete_sources(internal_parameters.get("redactedFields") or [], options.set_texts)
     spec, recorded_defaults = make_replay_spec(statement)
     manifest_file = folder / "job.json"
     manifest = {"apiVersion": f"{GROUP}/{VERSION}", "kind": KIND, "metadata": {"name": statement.job.split("/")[1]}, "spec": spec}
     manifest_file.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     run = prepare_run(manifest_file, folder, options.set_texts, options.config_maps, options.claims, recorded_defaults=recorded_defaults)
-    ranks = int(statement.run.facts.get("worldSize") or 1)
-    if run.config.world.size != ranks:
+    rank_count = int(statement.run.facts.get("worldSize") or 1)
+    if run.config.world.size != rank_count:
         raise ReplayRefused(
-            "WorldSizeDiffers", f"the run had {ranks} ranks, but this machine runs {run.config.world.size}, so each step would train on other rows; "
-            f"use a machine with {ranks} GPUs or, for a run on CPUs, give --set resources.processesPerNode={ranks}",
+            "WorldSizeDiffers", f"the run had {rank_count} ranks, but this machine runs {run.config.world.size}, so each step would train on other rows; "
+            f"use a machine with {rank_count} GPUs or, for a run on CPUs, give --set resources.processesPerNode={rank_count}",
         )  # fmt: skip
     return run
 
@@ -156,18 +156,18 @@ def make_replay_spec(statement: Statement) -> tuple[dict[str, Any], dict[str, An
 
 
 def _require_complete_sources(redacted_fields: list[str], set_texts: list[str]) -> None:
-    given = {text.partition("=")[0] for text in set_texts}
+    given_paths = {text.partition("=")[0] for text in set_texts}
     for path in redacted_fields:
         is_source = path in SOURCE_FIELDS or path.startswith("dataset.mixture[")
-        if is_source and path not in given:
+        if is_source and path not in given_paths:
             raise ReplayRefused(
                 "SourceRedacted", f"the statement omits the address in {path}, because it contained a secret; give it with --set {path}=URI"
             )
 
 
-def compare_weights(interpreter: str, left: Path, right: Path) -> WeightComparison:
+def compare_weights(interpreter: str, left_folder: Path, right_folder: Path) -> WeightComparison:
     """Compare the weights of two models with the trainer's interpreter, because the command line has no library for tensors. Raises LocalRunError."""
-    command = [interpreter, "-m", "finetune_trainer", "compare-weights", str(left), str(right)]
+    command = [interpreter, "-m", "finetune_trainer", "compare-weights", str(left_folder), str(right_folder)]
     process = subprocess.run(command, capture_output=True, text=True, check=False)
     if process.returncode != 0:
         last_line = (process.stderr.strip().splitlines() or ["no message"])[-1]
@@ -175,15 +175,19 @@ def compare_weights(interpreter: str, left: Path, right: Path) -> WeightComparis
     return WeightComparison.model_validate_json(process.stdout)
 
 
-def find_reasons_to_differ(original: Statement, repeated: Statement) -> Iterator[str]:
+def find_reasons_to_differ(original_statement: Statement, repeated_statement: Statement) -> Iterator[str]:
     """Yield the known reasons why the weights of two runs may differ."""
-    for name, run in (("the run", original), ("the replay", repeated)):
+    for name, run in (("the run", original_statement), ("the replay", repeated_statement)):
         devices = {device for one in run.run.attempts if (device := one.resolved.device) and not device.lower().startswith(CPU)}
         if devices:
             yield f"{name} used {', '.join(sorted(devices))}; equal weights are only expected on CPUs"
-    before, now = (run.predicate.run_details.builder.version for run in (original, repeated))
-    changed = [f"{name} {before.get(name, '-')} -> {now.get(name, '-')}" for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+    original_versions, repeated_versions = (run.predicate.run_details.builder.version for run in (original_statement, repeated_statement))
+    changed = [
+        f"{name} {original_versions.get(name, '-')} -> {repeated_versions.get(name, '-')}"
+        for name in sorted(original_versions.keys() | repeated_versions.keys())
+        if original_versions.get(name) != repeated_versions.get(name)
+    ]
     if changed:
         yield f"library versions differ: {', '.join(changed)}"
-    if original.predicate.build_definition.internal_parameters.get("originalValues"):
+    if original_statement.predicate.build_definition.internal_parameters.get("originalValues"):
         yield "the operator changed values of the spec between the attempts of the run, for example after exhausted memory"

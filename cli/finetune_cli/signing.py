@@ -33,11 +33,11 @@ def read_private_key(path: Path) -> Ed25519PrivateKey:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-    data = _read_key_file(path)
+    pem_bytes = _read_key_file(path)
     _require_private_file(path)
-    is_encrypted = b"ENCRYPTED" in data
+    is_encrypted = b"ENCRYPTED" in pem_bytes
     try:
-        key = load_pem_private_key(data, _ask_password(path).encode() if is_encrypted else None)
+        key = load_pem_private_key(pem_bytes, _ask_password(path).encode() if is_encrypted else None)
     except (ValueError, TypeError):
         problem = "the password is wrong, or the file is damaged" if is_encrypted else "this is not a private key in PEM form"
         raise KeyFileError(f"{path}: {problem}; {NEW_KEY_HINT}") from None
@@ -52,11 +52,11 @@ def read_public_key(path: Path) -> Ed25519PublicKey:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
-    data = _read_key_file(path)
-    if b"PRIVATE KEY" in data:
+    pem_bytes = _read_key_file(path)
+    if b"PRIVATE KEY" in pem_bytes:
         raise KeyFileError(f"{path}: this is a private key; give the public key, for example {path}.pub")
     try:
-        key = load_pem_public_key(data)
+        key = load_pem_public_key(pem_bytes)
     except (ValueError, UnsupportedAlgorithm):
         raise KeyFileError(f"{path}: this is not a public key in PEM form; write one with `openssl pkey -in KEY -pubout`") from None
     if not isinstance(key, Ed25519PublicKey):
@@ -73,9 +73,9 @@ def _read_key_file(path: Path) -> bytes:
 
 def _require_private_file(path: Path) -> None:
     """Raise KeyFileError if other users can read or replace the file."""
-    mode = stat.S_IMODE(path.stat().st_mode)
-    if os.name == "posix" and mode & 0o077:
-        raise KeyFileError(f"{path}: other users have access to this private key (mode {mode:03o}); run `chmod 600 {path}`")
+    file_mode = stat.S_IMODE(path.stat().st_mode)
+    if os.name == "posix" and file_mode & 0o077:
+        raise KeyFileError(f"{path}: other users have access to this private key (mode {file_mode:03o}); run `chmod 600 {path}`")
 
 
 def _ask_password(path: Path) -> str:
@@ -104,9 +104,9 @@ def write_new_key(path: Path, password: str) -> Path:
     )
 
     key, public_path = Ed25519PrivateKey.generate(), path.with_name(f"{path.name}.pub")
-    protection = BestAvailableEncryption(password.encode()) if password else NoEncryption()
+    encryption = BestAvailableEncryption(password.encode()) if password else NoEncryption()
     contents = {
-        path: (key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, protection), 0o600),
+        path: (key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, encryption), 0o600),
         public_path: (key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo), 0o644),
     }
     for file in contents:
@@ -130,8 +130,10 @@ def compute_key_id(public_key: Any) -> str:
 
 def sign(payload: bytes, private_key: Ed25519PrivateKey, other_signatures: list[Signature]) -> Envelope:
     """Sign a statement. `other_signatures`: earlier signatures of the same payload. The envelope keeps them, except signatures with the ID of this key."""
-    own = Signature(keyid=compute_key_id(private_key.public_key()), sig=base64.b64encode(private_key.sign(encode_signed_bytes(PAYLOAD_TYPE, payload))).decode())
-    signatures = [*(one for one in other_signatures if one.keyid != own.keyid), own]
+    new_signature = Signature(
+        keyid=compute_key_id(private_key.public_key()), sig=base64.b64encode(private_key.sign(encode_signed_bytes(PAYLOAD_TYPE, payload))).decode()
+    )
+    signatures = [*(one for one in other_signatures if one.keyid != new_signature.keyid), new_signature]
     return Envelope(payload_type=PAYLOAD_TYPE, payload=base64.b64encode(payload).decode(), signatures=signatures)
 
 

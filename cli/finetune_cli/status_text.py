@@ -45,8 +45,8 @@ def has_succeeded(status: FineTuneJobStatus) -> bool:
 
 def draw_progress_bar(percent: int | None) -> str:
     """Draw a progress bar of fixed width."""
-    filled_cells = 0 if percent is None else max(0, min(BAR_WIDTH, round(BAR_WIDTH * percent / 100)))
-    return "█" * filled_cells + "░" * (BAR_WIDTH - filled_cells)
+    filled_cell_count = 0 if percent is None else max(0, min(BAR_WIDTH, round(BAR_WIDTH * percent / 100)))
+    return "█" * filled_cell_count + "░" * (BAR_WIDTH - filled_cell_count)
 
 
 def draw_sparkline(values: list[float]) -> str:
@@ -65,9 +65,9 @@ def format_stage_line(phase: Phase | None) -> str:
     current_index = next((i for i, group in enumerate(STAGE_PHASES) if phase in group), None)
     if current_index is None:
         return ""
-    last = len(STAGE_NAMES) - 1
+    last_index = len(STAGE_NAMES) - 1
     stage_marks = [
-        "●" if i < current_index or (i == last and current_index == last) else "◐" if i == current_index else "○"
+        "●" if i < current_index or (i == last_index and current_index == last_index) else "◐" if i == current_index else "○"
         for i in range(len(STAGE_NAMES))
     ]
     return "  ".join(f"{mark} {name}" for mark, name in zip(stage_marks, STAGE_NAMES, strict=True))
@@ -157,11 +157,11 @@ def _format_progress_lines(status: FineTuneJobStatus, losses: list[float], now: 
     progress, metrics = status.progress, status.metrics
     lines = []
     if progress is not None and progress.step is not None:
-        eta = f", {progress.eta} left" if progress.eta else ""
-        lines.append(f"progress  {draw_progress_bar(progress.percent)} {progress.display or progress.step}{eta}")
+        eta_text = f", {progress.eta} left" if progress.eta else ""
+        lines.append(f"progress  {draw_progress_bar(progress.percent)} {progress.display or progress.step}{eta_text}")
         if progress.tokens_per_second:
-            speed = f"{progress.tokens_per_second:,.0f} tokens/s, {progress.tokens_seen or 0:,} tokens in total"
-            lines.append(f"speed     {speed}, reported {format_age(progress.update_time, now)} ago")
+            speed_text = f"{progress.tokens_per_second:,.0f} tokens/s, {progress.tokens_seen or 0:,} tokens in total"
+            lines.append(f"speed     {speed_text}, reported {format_age(progress.update_time, now)} ago")
     if status.latest_checkpoint_step is not None:
         lines.append(f"saved     step {status.latest_checkpoint_step}")
     if metrics is not None:
@@ -175,8 +175,8 @@ def _format_progress_lines(status: FineTuneJobStatus, losses: list[float], now: 
             if value is not None
         ]
         if loss_texts:
-            spark = draw_sparkline(losses) if len(losses) > 1 else ""
-            lines.append(f"loss      {', '.join(loss_texts)}" + (f"  {spark}" if spark else ""))
+            sparkline = draw_sparkline(losses) if len(losses) > 1 else ""
+            lines.append(f"loss      {', '.join(loss_texts)}" + (f"  {sparkline}" if sparkline else ""))
     if status.workers is not None and status.workers.total:
         lines.append(f"workers   {status.workers.display} ready")
     return lines
@@ -236,10 +236,10 @@ def format_checkpoint_table(status: FineTuneJobStatus, now: datetime | None = No
     """Return a table with one line per checkpoint."""
     lines = ["STEP      HEALTHY  LOSS      SIZE        AGE   URI"]
     for checkpoint in sorted(status.checkpoints, key=lambda entry: entry.step):
-        healthy = {True: "yes", False: "no", None: "-"}[checkpoint.healthy]
-        loss = "-" if checkpoint.eval_loss is None else f"{checkpoint.eval_loss:.4g}"
+        healthy_text = {True: "yes", False: "no", None: "-"}[checkpoint.healthy]
+        loss_text = "-" if checkpoint.eval_loss is None else f"{checkpoint.eval_loss:.4g}"
         lines.append(
-            f"{checkpoint.step:<9} {healthy:<8} {loss:<9} {format_bytes(checkpoint.bytes):<11} {format_age(checkpoint.time, now):<5} {checkpoint.uri}"
+            f"{checkpoint.step:<9} {healthy_text:<8} {loss_text:<9} {format_bytes(checkpoint.bytes):<11} {format_age(checkpoint.time, now):<5} {checkpoint.uri}"
         )
     return lines
 
@@ -249,12 +249,12 @@ def _format_output_lines(status: FineTuneJobStatus) -> list[str]:
     if status.output is not None and status.output.uri:
         lines += ["", f"output    {status.output.uri} ({status.output.kind or '-'})"]
         output = status.output
-        further = {
+        further_uris = {
             "merged": output.merged_uri, "copy": output.published_uri, "hub": output.hub_uri, "OCI": output.oci_digest,
             "report": output.report_uri, "lineage": output.lineage_uri,
             "adopted": f"from the earlier job with uid {output.adopted_uid}, without training" if output.adopted_uid else None,
         }  # fmt: skip
-        lines += [f"{name:<9} {uri}" for name, uri in further.items() if uri]
+        lines += [f"{name:<9} {uri}" for name, uri in further_uris.items() if uri]
     lines += _format_evaluation_lines(status)
     if status.adaptations:
         lines.append("")
@@ -294,8 +294,8 @@ def _format_metric_lines(evaluation: EvaluationResult) -> list[str]:
     """Return one line for each metric, with its value or the reason why it has no value."""
     if not evaluation.metrics:
         return []
-    rows = f" on {evaluation.rows} rows" if evaluation.rows is not None else ""
-    return ["", f"evaluation{rows}", *(f"  {name:<22} {_format_metric(metric)}" for name, metric in evaluation.metrics.items())]
+    rows_text = f" on {evaluation.rows} rows" if evaluation.rows is not None else ""
+    return ["", f"evaluation{rows_text}", *(f"  {name:<22} {_format_metric(metric)}" for name, metric in evaluation.metrics.items())]
 
 
 def _format_metric(metric: MetricResult) -> str:

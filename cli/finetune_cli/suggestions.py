@@ -20,12 +20,12 @@ def suggest_field(path: str, known_paths: Iterable[str]) -> str:
     """
     candidates = list(known_paths)
     group, _, name = path.rpartition(".")
-    same_group = (field for field in candidates if field.rpartition(".")[0] == group)
-    other_spelling = next((field for field in same_group if normalise(field.rpartition(".")[2]) == normalise(name)), "")
+    fields_of_group = (field for field in candidates if field.rpartition(".")[0] == group)
+    differently_spelled_field = next((field for field in fields_of_group if normalise(field.rpartition(".")[2]) == normalise(name)), "")
     prefix = "spec." if path.startswith("spec.") else ""
     alias = find_field_for_alias(path.removeprefix("spec."))
     known_alias = prefix + alias if prefix + alias in candidates else ""
-    return other_spelling or known_alias or _find_field_elsewhere(path, candidates) or find_closest_name(path, candidates)
+    return differently_spelled_field or known_alias or _find_field_elsewhere(path, candidates) or find_closest_name(path, candidates)
 
 
 def _find_field_elsewhere(path: str, candidates: list[str]) -> str:
@@ -34,34 +34,34 @@ def _find_field_elsewhere(path: str, candidates: list[str]) -> str:
     Fields below the group of `path` have precedence. If the name is in COMMON_NAMES, no other fields are considered.
     """
     group, _, name = path.rpartition(".")
-    same_name = [field for field in candidates if normalise(field.rpartition(".")[2]) == normalise(name)]
-    below_group = [field for field in same_name if group and field.startswith(f"{group}.")]
-    found = below_group or (same_name if name not in COMMON_NAMES else [])
-    least_nested = [field for field in found if field.count(".") == min(one.count(".") for one in found)]
-    return least_nested[0] if len(least_nested) == 1 else ""
+    same_name_fields = [field for field in candidates if normalise(field.rpartition(".")[2]) == normalise(name)]
+    fields_below_group = [field for field in same_name_fields if group and field.startswith(f"{group}.")]
+    suitable_fields = fields_below_group or (same_name_fields if name not in COMMON_NAMES else [])
+    least_nested_fields = [field for field in suitable_fields if field.count(".") == min(one.count(".") for one in suitable_fields)]
+    return least_nested_fields[0] if len(least_nested_fields) == 1 else ""
 
 
 def find_closest_name(word: str, known_names: Iterable[str]) -> str:
     """Return the known name that is most similar to a word, or an empty string. For a dotted word, names of the same group have precedence."""
     candidates = list(dict.fromkeys(known_names))
-    head, dot, tail = word.rpartition(".")
+    head, dot, last_part = word.rpartition(".")
     siblings = {
         candidate.rpartition(".")[2]: candidate for candidate in candidates if candidate.rpartition(".")[0] == head
     }
-    initials = {_get_initials(name): candidate for name, candidate in reversed(siblings.items())}
-    if len(tail.strip("-")) <= 3 and tail.strip("-").lower() in initials:
-        return initials[tail.strip("-").lower()]
-    similar = _find_most_similar(tail, siblings, 0.55)
-    if similar:
-        return siblings[similar]
-    same_prefix = next(
-        (candidate for name, candidate in siblings.items() if tail.startswith(name) or name.startswith(tail)), ""
+    sibling_by_initials = {_get_initials(name): candidate for name, candidate in reversed(siblings.items())}
+    if len(last_part.strip("-")) <= 3 and last_part.strip("-").lower() in sibling_by_initials:
+        return sibling_by_initials[last_part.strip("-").lower()]
+    similar_name = _find_most_similar(last_part, siblings, 0.55)
+    if similar_name:
+        return siblings[similar_name]
+    same_prefix_name = next(
+        (candidate for name, candidate in siblings.items() if last_part.startswith(name) or name.startswith(last_part)), ""
     )
     if not dot:
-        return same_prefix if len(tail) > 1 else ""
-    other_groups = (candidate for candidate in candidates if candidate.rpartition(".")[2] == tail and tail not in COMMON_NAMES)
-    name_in_other_group = next(other_groups, "")
-    return same_prefix or name_in_other_group or ("" if siblings else _find_most_similar(word, candidates, 0.8))
+        return same_prefix_name if len(last_part) > 1 else ""
+    names_in_other_groups = (candidate for candidate in candidates if candidate.rpartition(".")[2] == last_part and last_part not in COMMON_NAMES)
+    name_in_other_group = next(names_in_other_groups, "")
+    return same_prefix_name or name_in_other_group or ("" if siblings else _find_most_similar(word, candidates, 0.8))
 
 
 def _find_most_similar(word: str, known_names: Iterable[str], cutoff: float) -> str:

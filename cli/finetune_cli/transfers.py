@@ -109,18 +109,18 @@ def compute_sha256_of_file(path: Path) -> str:
 def write_whole_file(path: Path, content: bytes) -> None:
     """Write a small file under a temporary name, then rename it, so that the file is never incomplete. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}{PART_SUFFIX}")
-    part.write_bytes(content)
-    part.replace(path)
+    part_path = path.with_name(f".{path.name}{PART_SUFFIX}")
+    part_path.write_bytes(content)
+    part_path.replace(path)
 
 
 def digest_file(path: Path, part_bytes: int | None = None) -> LocalDigest:
     """Read a local file and return its digests. Raises OSError."""
     size = path.stat().st_size
-    length = part_bytes or choose_part_bytes(size)
+    effective_part_bytes = part_bytes or choose_part_bytes(size)
     whole, parts = hashlib.sha256(), []
     with path.open("rb") as file:
-        while part := file.read(length):
+        while part := file.read(effective_part_bytes):
             whole.update(part)
             parts.append(hashlib.md5(part, usedforsecurity=False).digest())
-    return LocalDigest(size, length, whole.hexdigest(), tuple(parts) or (hashlib.md5(usedforsecurity=False).digest(),))
+    return LocalDigest(size, effective_part_bytes, whole.hexdigest(), tuple(parts) or (hashlib.md5(usedforsecurity=False).digest(),))

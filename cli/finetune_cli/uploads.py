@@ -91,9 +91,9 @@ def read_committed_upload(source: Path) -> CommittedUpload | None:
     path = source / Storage.MANIFEST
     if not path.is_file():
         return None
-    content = path.read_bytes()
+    manifest_bytes = path.read_bytes()
     try:
-        manifest = json.loads(content)
+        manifest = json.loads(manifest_bytes)
     except ValueError:
         return None
     if not isinstance(manifest, dict) or not {"files", "step", "incarnation"} <= manifest.keys():
@@ -108,10 +108,12 @@ def read_committed_upload(source: Path) -> CommittedUpload | None:
         LocalFile(source / str(entry["path"]), f"{folder}/{incarnation}/{entry['path']}", str(entry["sha256"]))
         for entry in read_file_list(str(path), manifest)
     )
-    missing = [str(file.path) for file in files if not file.path.is_file()]
-    if missing:
-        raise StorageError(f"{missing[0]} is missing, but {path} lists it ({len(missing)} of {len(files)} files are missing); download the folder again")
-    return CommittedUpload(folder, incarnation, int(manifest.get("attempt") or 1), content, files)
+    missing_paths = [str(file.path) for file in files if not file.path.is_file()]
+    if missing_paths:
+        raise StorageError(
+            f"{missing_paths[0]} is missing, but {path} lists it ({len(missing_paths)} of {len(files)} files are missing); download the folder again"
+        )
+    return CommittedUpload(folder, incarnation, int(manifest.get("attempt") or 1), manifest_bytes, files)
 
 
 class Uploader:
@@ -127,13 +129,13 @@ class Uploader:
 
     def upload_committed(self, upload: CommittedUpload) -> list[TransferredFile]:
         """Upload the files of a checkpoint or model, then its manifest, then its commit marker. Raises StorageError, OSError."""
-        existing = find_committed_folder(self._storage, upload.folder)
-        if existing is not None and existing.manifest_sha256 != upload.manifest_sha256:
+        existing_folder = find_committed_folder(self._storage, upload.folder)
+        if existing_folder is not None and existing_folder.manifest_sha256 != upload.manifest_sha256:
             raise StorageError(f"{self._storage.make_object_uri(upload.folder)} already contains another checkpoint or model; choose another target")
-        uploaded = self.upload_files(list(upload.files))
+        uploaded_files = self.upload_files(list(upload.files))
         self._storage.write_object(f"{upload.folder}/{upload.incarnation}/{Storage.MANIFEST}", upload.manifest)
         self._storage.write_object(f"{upload.folder}/{Storage.COMMITTED}", upload.marker)
-        return uploaded
+        return uploaded_files
 
     def _upload_file(self, file: LocalFile) -> TransferredFile:
         report_bytes = self._progress.begin_file(file.path.name, file.path.stat().st_size)
@@ -151,8 +153,8 @@ class Uploader:
         return TransferredFile(file.path, self._storage.make_object_uri(file.key), digest.size, digest.sha256, state, check)
 
     def _upload_to_s3(self, file: LocalFile, digest: LocalDigest, report_bytes: Callable[[int], None]) -> FileState:
-        stored = self._find_stored(file)
-        if stored is not None and (stored.size, stored.etag) == (digest.size, digest.etag):
+        stored_object = self._find_stored_object(file)
+        if stored_object is not None and (stored_object.size, stored_object.etag) == (digest.size, digest.etag):
             report_bytes(digest.size)
             return FileState.UNCHANGED
         if len(digest.part_md5s) == 1:
@@ -165,7 +167,7 @@ class Uploader:
         upload = MultipartUpload(self._storage, file, digest)
         return upload.run(report_bytes)
 
-    def _find_stored(self, file: LocalFile) -> StoredObject | None:
+    def _find_stored_object(self, file: LocalFile) -> StoredObject | None:
         """Return the stored object of a file, or None if the object does not exist or the credentials may not read it.
 
         Wrong credentials make the upload itself fail.
@@ -193,19 +195,19 @@ class MultipartUpload:
     def run(self, report_bytes: Callable[[int], None]) -> FileState:
         """Upload the missing parts and complete the upload. Raises StorageError. After an interruption, the uploaded parts stay in the store."""
         with StorageErrors(self._uri):
-            upload_id, etags = self._find_unfinished()
+            upload_id, etags = self._find_unfinished_upload()
             state = FileState.RESUMED if etags else FileState.TRANSFERRED
             if upload_id is None:
                 upload_id = str(self._client.create_multipart_upload(**self._location)["UploadId"])
-            report_bytes(sum(self._compute_part_bytes(number) for number in etags))
-            missing = [number for number in range(1, len(self._digest.part_md5s) + 1) if number not in etags]
-            for number, etag in self._upload_parts(upload_id, missing, report_bytes):
-                etags[number] = etag
-            parts = [{"PartNumber": number, "ETag": etags[number]} for number in sorted(etags)]
+            report_bytes(sum(self._compute_part_bytes(part_number) for part_number in etags))
+            missing_part_numbers = [part_number for part_number in range(1, len(self._digest.part_md5s) + 1) if part_number not in etags]
+            for part_number, etag in self._upload_parts(upload_id, missing_part_numbers, report_bytes):
+                etags[part_number] = etag
+            parts = [{"PartNumber": part_number, "ETag": etags[part_number]} for part_number in sorted(etags)]
             self._client.complete_multipart_upload(**self._location, UploadId=upload_id, MultipartUpload={"Parts": parts})
         return state
 
-    def _upload_parts(self, upload_id: str, numbers: list[int], report_bytes: Callable[[int], None]) -> list[tuple[int, str]]:
+    def _upload_parts(self, upload_id: str, part_numbers: list[int], report_bytes: Callable[[int], None]) -> list[tuple[int, str]]:
         def upload_part(part_number: int) -> tuple[int, str]:
             with self._file.path.open("rb") as file:
                 file.seek((part_number - 1) * self._digest.part_bytes)
@@ -218,7 +220,7 @@ class MultipartUpload:
 
         pool = ThreadPoolExecutor(PARALLEL_TRANSFERS)
         try:
-            return list(pool.map(upload_part, numbers))
+            return list(pool.map(upload_part, part_numbers))
         finally:
             # After a failure or Ctrl-C, no further part is started.
             pool.shutdown(wait=True, cancel_futures=True)
@@ -226,7 +228,7 @@ class MultipartUpload:
     def _compute_part_bytes(self, part_number: int) -> int:
         return min(self._digest.part_bytes, self._digest.size - (part_number - 1) * self._digest.part_bytes)
 
-    def _find_unfinished(self) -> tuple[str | None, dict[int, str]]:
+    def _find_unfinished_upload(self) -> tuple[str | None, dict[int, str]]:
         """Return the ID of the unfinished upload that has the most parts, and the ETags of its parts.
 
         If there is no unfinished upload, return None and no ETags.
@@ -236,16 +238,16 @@ class MultipartUpload:
         """
         from botocore.exceptions import ClientError
 
-        best: tuple[str | None, dict[int, str]] = (None, {})
+        best_upload: tuple[str | None, dict[int, str]] = (None, {})
         try:
             for page in self._client.get_paginator("list_multipart_uploads").paginate(Bucket=self._location["Bucket"], Prefix=self._location["Key"]):
                 for entry in page.get("Uploads") or []:
                     etags = self._find_matching_parts(entry) if entry["Key"] == self._location["Key"] else None
-                    if etags and len(etags) > len(best[1]):
-                        best = (str(entry["UploadId"]), etags)
+                    if etags and len(etags) > len(best_upload[1]):
+                        best_upload = (str(entry["UploadId"]), etags)
         except ClientError:
             return None, {}
-        return best
+        return best_upload
 
     def _find_matching_parts(self, upload: dict[str, Any]) -> dict[int, str] | None:
         """Return the ETags of an unfinished upload by part number, or None if a part differs from the file."""
@@ -266,8 +268,8 @@ def _copy_file(storage: JobStorage, file: LocalFile, digest: LocalDigest, report
     is_equal = target.is_file() and target.stat().st_size == digest.size and compute_sha256_of_file(target) == digest.sha256
     if not is_equal:
         target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(f".{target.name}{PART_SUFFIX}")
-        shutil.copyfile(file.path, part)
-        part.replace(target)
+        part_path = target.with_name(f".{target.name}{PART_SUFFIX}")
+        shutil.copyfile(file.path, part_path)
+        part_path.replace(target)
     report_bytes(digest.size)
     return FileState.UNCHANGED if is_equal else FileState.TRANSFERRED

@@ -28,8 +28,8 @@ FIELD_OF_GROUP_FOR_NUMBER = {"dataset.split": "validation", "training.earlyStopp
 """For each group: the field that users mean if they write a number instead of the group."""
 FIELDS_WITH_OPTIONAL_LIMIT = ("training.maxSteps", "policy.activeDeadlineSeconds")
 """Fields in which other tools allow 0 or -1, meaning that there is no limit."""
-PLAIN_TEXT = re.compile(r"[\w./@-]+")
-ZERO_STAGE = re.compile(r"(?:deepspeed)?(?:zero|stage|zerostage)(\d)")
+PLAIN_TEXT_PATTERN = re.compile(r"[\w./@-]+")
+ZERO_STAGE_PATTERN = re.compile(r"(?:deepspeed)?(?:zero|stage|zerostage)(\d)")
 
 
 def to_yaml_text(value: Any) -> str:
@@ -49,29 +49,29 @@ def make_group_example_hint(path: str) -> str:
     return f"write for example {example}" if example else ""
 
 
-def hint_for_value(error_type: str, value: Any, path: str, context: Mapping[str, Any]) -> str:
+def make_hint_for_value(error_type: str, value: Any, path: str, context: Mapping[str, Any]) -> str:
     """Return a hint that says what to write instead of an invalid value.
 
     `error_type` and `context` come from pydantic's error; `path` is relative to spec.
     """
     if error_type in ("model_type", "model_attributes_type", "dict_type"):
-        return _hint_for_group(value, path)
+        return _make_hint_for_group(value, path)
     if error_type == "string_pattern_mismatch":
-        return _hint_for_pattern(str(value), path) or make_field_example_hint(path)
+        return _make_hint_for_pattern(str(value), path) or make_field_example_hint(path)
     if error_type in ("enum", "literal_error"):
-        return _hint_for_word(value, path)
+        return _make_hint_for_word(value, path)
     if error_type == "list_type":
-        return _hint_for_list(value, path)
+        return _make_hint_for_list(value, path)
     if error_type == "bool_type":
-        return _hint_for_bool(value)
+        return _make_hint_for_bool(value)
     if error_type == "string_type":
-        return _hint_for_string(value, path)
+        return _make_hint_for_string(value, path)
     if error_type in ("missing", "string_too_short"):
         return make_field_example_hint(path)
     if error_type in ("less_than", "less_than_equal", "greater_than", "greater_than_equal"):
-        return _hint_for_bound(value, path, context)
+        return _make_hint_for_bound(value, path, context)
     if error_type in ("int_type", "float_type", "int_from_float", "int_parsing", "float_parsing", "finite_number"):
-        return _hint_for_number(value, path)
+        return _make_hint_for_number(value, path)
     return make_field_example_hint(path) if error_type == "value_error" else ""
 
 
@@ -81,10 +81,10 @@ def _make_field_name(path: str) -> str:
 
 def _to_yaml(value: Any) -> str:
     """Return a value in YAML's flow style."""
-    return value if isinstance(value, str) and PLAIN_TEXT.fullmatch(value) else json.dumps(value, ensure_ascii=False)
+    return value if isinstance(value, str) and PLAIN_TEXT_PATTERN.fullmatch(value) else json.dumps(value, ensure_ascii=False)
 
 
-def _hint_to_remove(path: str) -> str:
+def _make_hint_to_remove(path: str) -> str:
     """Return a hint to remove a field. The hint names the field's default if it has one."""
     field = find_field(path)
     match = re.search(r"Default: (.*?)\.(?: Example|$)", field.description) if field else None
@@ -95,12 +95,12 @@ def _hint_to_remove(path: str) -> str:
 # --- groups and lists -----------------------------------------------------------------------------------------------
 
 
-def _hint_for_group(value: Any, path: str) -> str:
+def _make_hint_for_group(value: Any, path: str) -> str:
     """Return a hint with the group to write instead of a scalar: `storage: {uri: s3://bucket/x}` for `storage: s3://bucket/x`."""
     name, example, pattern = _make_field_name(path), make_group_example_hint(path), remove_indexes(path)
     field = find_field(path)
     if field is not None and field.type_text.startswith("map of"):
-        return _hint_for_map(value, path)
+        return _make_hint_for_map(value, path)
     if isinstance(value, bool) and find_field(f"{path}.enabled") is not None:
         return f"write {name}: {{enabled: {to_yaml_text(value)}}}"
     if isinstance(value, int | float) and not isinstance(value, bool) and pattern in FIELD_OF_GROUP_FOR_NUMBER:
@@ -119,16 +119,16 @@ def _hint_for_group(value: Any, path: str) -> str:
     return f"write {{{field_name}: {word}}}" if path.endswith("]") else f"write {name}: {{{field_name}: {word}}}"
 
 
-def _hint_for_map(value: Any, path: str) -> str:
+def _make_hint_for_map(value: Any, path: str) -> str:
     """Return a hint with the map to write instead of texts such as `gpu=a100`."""
     texts = value if isinstance(value, list) else str(value).split(",")
     pairs = [str(text).strip().partition("=") for text in texts]
-    if all(separator and PLAIN_TEXT.fullmatch(key) for key, separator, _ in pairs) and not contains_secret(value):
+    if all(separator and PLAIN_TEXT_PATTERN.fullmatch(key) for key, separator, _ in pairs) and not contains_secret(value):
         return f"write {_make_field_name(path)}: {{{', '.join(f'{key}: {_to_yaml(inner)}' for key, _, inner in pairs)}}}"
     return make_field_example_hint(path)
 
 
-def _hint_for_list(value: Any, path: str) -> str:
+def _make_hint_for_list(value: Any, path: str) -> str:
     """Return a hint with the list to write instead of a single value: `targetModules: [q_proj, v_proj]` for `q_proj,v_proj`."""
     name, field = _make_field_name(path), find_field(path)
     type_text = field.type_text if field else ""
@@ -152,12 +152,12 @@ def _hint_for_list(value: Any, path: str) -> str:
 # --- words, booleans and texts --------------------------------------------------------------------------------------
 
 
-def _hint_for_word(value: Any, path: str) -> str:
+def _make_hint_for_word(value: Any, path: str) -> str:
     """Return a hint with the allowed word that the user probably means, or with the field that allows the given word."""
     text = to_yaml_text(value).strip("'")
-    stage = ZERO_STAGE.fullmatch(normalise(text))
-    if path == "distributed.strategy" and stage:
-        return f"write `strategy: deepspeed` and `deepspeed: {{zeroStage: {stage[1]}}}`"
+    stage_match = ZERO_STAGE_PATTERN.fullmatch(normalise(text))
+    if path == "distributed.strategy" and stage_match:
+        return f"write `strategy: deepspeed` and `deepspeed: {{zeroStage: {stage_match[1]}}}`"
     word = _find_known_word(text, path)
     if word in ("no", "on", "off") and isinstance(value, bool):
         return f'write "{word}" in quotes, because YAML reads {word} without quotes as {text}'
@@ -165,12 +165,12 @@ def _hint_for_word(value: Any, path: str) -> str:
         return f"write {word}"
     if path.endswith("]") and text.lower() in WORDS_FOR_NO_VALUE:
         return f"remove {_make_field_name(path).partition('[')[0]}"
-    other = _find_field_with_word(text)
-    if other:
-        return f"{text} is a value of {other}"
-    words = {normalise(known): known for known in _list_allowed_words(path)}
-    similar = difflib.get_close_matches(normalise(text), words, 1, 0.75)
-    return f"did you mean {words[similar[0]]}?" if similar else ""
+    other_field = _find_field_with_word(text)
+    if other_field:
+        return f"{text} is a value of {other_field}"
+    word_by_spelling = {normalise(known): known for known in _list_allowed_words(path)}
+    similar_words = difflib.get_close_matches(normalise(text), word_by_spelling, 1, 0.75)
+    return f"did you mean {word_by_spelling[similar_words[0]]}?" if similar_words else ""
 
 
 def _list_allowed_words(path: str) -> tuple[str, ...]:
@@ -183,9 +183,9 @@ def _find_known_word(text: str, path: str) -> str:
     """Return the allowed word that `text` means, in another spelling or as a name from other tools. Return an empty string for an unknown text."""
     pattern = remove_indexes(path).removesuffix("[]")
     spelling = normalise(text).removeprefix("torch.")
-    by_spelling = {normalise(word): word for word in _list_allowed_words(path)}
+    word_by_spelling = {normalise(word): word for word in _list_allowed_words(path)}
     aliases = next((words for field, words in VALUE_ALIASES.items() if pattern.endswith(field)), {})
-    return by_spelling.get(spelling) or aliases.get(spelling, "")
+    return word_by_spelling.get(spelling) or aliases.get(spelling, "")
 
 
 def _find_field_with_word(text: str) -> str:
@@ -200,13 +200,13 @@ def _find_field_with_word(text: str) -> str:
     return ""
 
 
-def _hint_for_bool(value: Any) -> str:
+def _make_hint_for_bool(value: Any) -> str:
     text = str(value).strip().lower()
     word = "true" if text in TRUE_WORDS else "false" if text in FALSE_WORDS else ""
     return f"write {word} without quotes" if word and isinstance(value, str) else f"write {word}" if word else "write true or false"
 
 
-def _hint_for_string(value: Any, path: str) -> str:
+def _make_hint_for_string(value: Any, path: str) -> str:
     """Return a hint with the text to write instead of a number, boolean, list or mapping."""
     if path == "checkpoint.resume" and isinstance(value, bool):
         return f"write {'auto' if value else 'never'}"
@@ -215,13 +215,13 @@ def _hint_for_string(value: Any, path: str) -> str:
     if isinstance(value, list) and path == "dataset.train" and all(isinstance(item, str) for item in value):
         return f"write mixture: [{', '.join(f'{{source: {item}}}' for item in value)}]" if len(value) > 1 else f"write train: {''.join(value)}"
     if isinstance(value, dict):
-        inner = next((value[key] for key in ("name", "claimName", "secretName", "source", "path", "uri") if isinstance(value.get(key), str)), None)
-        if inner is not None and not contains_secret(inner):
-            return f"write {inner}" if path.endswith("]") else f"write {_make_field_name(path)}: {_to_yaml(inner)}"
+        inner_value = next((value[key] for key in ("name", "claimName", "secretName", "source", "path", "uri") if isinstance(value.get(key), str)), None)
+        if inner_value is not None and not contains_secret(inner_value):
+            return f"write {inner_value}" if path.endswith("]") else f"write {_make_field_name(path)}: {_to_yaml(inner_value)}"
     return make_field_example_hint(path)
 
 
-def _hint_for_pattern(value: str, path: str) -> str:
+def _make_hint_for_pattern(value: str, path: str) -> str:
     """Return a hint with the corrected text of a field that requires a pattern, or an empty string."""
     name = _make_field_name(path)
     if contains_secret(value):
@@ -243,19 +243,19 @@ def _hint_for_pattern(value: str, path: str) -> str:
     if path == "output.dir" and value.startswith("/") and not re.search(r"\s", value.strip("/")):
         return f"write {value.strip('/')}" if value.strip("/") else ""
     if name == "name" or name.endswith(("Name", "Claim", "Map")) or name == "secret":
-        corrected = re.sub(r"[^a-z0-9.-]+", "-", value.lower()).strip("-.")
-        return f"write {corrected}" if corrected and path != "output.runName.name" and not path.startswith("placement.env") else ""
+        corrected_name = re.sub(r"[^a-z0-9.-]+", "-", value.lower()).strip("-.")
+        return f"write {corrected_name}" if corrected_name and path != "output.runName.name" and not path.startswith("placement.env") else ""
     return ""
 
 
 # --- numbers --------------------------------------------------------------------------------------------------------
 
 
-def _hint_for_number(value: Any, path: str) -> str:
+def _make_hint_for_number(value: Any, path: str) -> str:
     name, field = _make_field_name(path), find_field(path)
     is_integer = field is not None and field.type_text.startswith("integer")
     if isinstance(value, float):
-        return _hint_for_fraction(value, path)
+        return _make_hint_for_fraction(value, path)
     if not isinstance(value, str) or contains_secret(value):
         return make_field_example_hint(path)
     text = value.strip().lower().replace("_", "")
@@ -266,7 +266,7 @@ def _hint_for_number(value: Any, path: str) -> str:
     if match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*k", text):
         return f"write {round(float(match[1]) * (1024 if 'Length' in name else 1000))}"
     if text in WORDS_FOR_NO_VALUE:
-        return _hint_to_remove(path)
+        return _make_hint_to_remove(path)
     if match := re.fullmatch(r"(\d+)\s*-?bits?", text):
         return f"write {match[1]}"
     if not is_integer and re.fullmatch(r"\d+,\d+", text) and not re.fullmatch(r"[1-9]\d{0,2},\d{3}", text):
@@ -276,7 +276,7 @@ def _hint_for_number(value: Any, path: str) -> str:
     return make_field_example_hint(path)
 
 
-def _hint_for_fraction(value: float, path: str) -> str:
+def _make_hint_for_fraction(value: float, path: str) -> str:
     """Return the hint for a fraction in a field that takes whole numbers."""
     if path == "training.warmupSteps" and 0 < value < 1:
         return f"write warmupRatio: {value:g}, or a whole number of steps"
@@ -287,14 +287,14 @@ def _hint_for_fraction(value: float, path: str) -> str:
     return make_field_example_hint(path)
 
 
-def _hint_for_bound(value: Any, path: str, context: Mapping[str, Any]) -> str:
+def _make_hint_for_bound(value: Any, path: str, context: Mapping[str, Any]) -> str:
     """Return the hint for a number that is too small or too large."""
     limit = context.get("le", context.get("lt"))
     if limit is not None and limit <= 1 < value <= 100:
         steps_field = f", or {_make_field_name(path).replace('Ratio', 'Steps')}: {value:g}" if path == "training.warmupRatio" else ""
         return f"write {value / 100:g} for {value:g} percent{steps_field}"
     if limit is None and path in FIELDS_WITH_OPTIONAL_LIMIT:
-        return _hint_to_remove(path)
+        return _make_hint_to_remove(path)
     if limit is None and path == "checkpoint.keep":
         return "write 0 to keep all checkpoints"
     return make_field_example_hint(path)

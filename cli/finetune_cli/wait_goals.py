@@ -86,13 +86,13 @@ class JsonPathGoal:
 
     def is_reached(self, job: dict[str, Any]) -> bool:
         """Whether the path has the value. Raises InvalidGoal if the path selects several values, a list or an object."""
-        found = self.path.find(job)
-        if self.value is None or not found:
-            return bool(found)
-        if len(found) > 1 or isinstance(found[0], dict | list):
-            kind = f"{len(found)} values" if len(found) > 1 else "an object or a list"
+        found_values = self.path.find(job)
+        if self.value is None or not found_values:
+            return bool(found_values)
+        if len(found_values) > 1 or isinstance(found_values[0], dict | list):
+            kind = f"{len(found_values)} values" if len(found_values) > 1 else "an object or a list"
             raise InvalidGoal(f"{self.path.text} has {kind}, which cannot equal {self.value!r}; write the path of one value, for example {EXAMPLE}")
-        return to_kubectl_text(found[0]) == self.value
+        return to_kubectl_text(found_values[0]) == self.value
 
     @property
     def ends_with_job(self) -> bool:
@@ -130,27 +130,27 @@ def parse_goal(text: str) -> Goal:
 
 
 def _parse_condition(name: str, text: str) -> Condition:
-    found = {condition.value.lower(): condition for condition in Condition}.get(name.lower())
-    if found is None:
+    condition_type = {condition.value.lower(): condition for condition in Condition}.get(name.lower())
+    if condition_type is None:
         raise InvalidGoal(f"--for {text}: unknown condition; write one of {RUNNING}, {', '.join(Condition)}; other forms: {GOAL_EXAMPLES}")
-    return found
+    return condition_type
 
 
 def _parse_status(status: str, text: str) -> str:
-    found = next((known for known in ("True", "False", "Unknown") if known.lower() == (status or "True").lower()), None)
-    if found is None:
+    known_status = next((known for known in ("True", "False", "Unknown") if known.lower() == (status or "True").lower()), None)
+    if known_status is None:
         raise InvalidGoal(f"--for {text}: {status} is not the status of a condition; write True, False or Unknown")
-    return found
+    return known_status
 
 
 def _parse_json_path_goal(text: str) -> JsonPathGoal:
-    unquoted = text.strip("'\"") if text.endswith(("'", '"')) else text
-    if unquoted.startswith("{") or unquoted.startswith(("'{", '"{')):
-        path, brace, rest = unquoted.rpartition("}")
+    unquoted_text = text.strip("'\"") if text.endswith(("'", '"')) else text
+    if unquoted_text.startswith("{") or unquoted_text.startswith(("'{", '"{')):
+        path, brace, rest = unquoted_text.rpartition("}")
         path, rest = path + brace, rest.lstrip("'\"")
     else:
-        cut = re.search(r"=(?![^\[]*\])", unquoted)
-        path, rest = (unquoted[: cut.start()], unquoted[cut.start() :]) if cut else (unquoted, "")
+        separator_match = re.search(r"=(?![^\[]*\])", unquoted_text)
+        path, rest = (unquoted_text[: separator_match.start()], unquoted_text[separator_match.start() :]) if separator_match else (unquoted_text, "")
     if rest and not rest.startswith("="):
         raise InvalidGoal(f"--for jsonpath={text}: write `=` and a value after the path, for example jsonpath='{EXAMPLE}'=Running")
     return JsonPathGoal(parse_json_path(path), rest[1:].strip("'\"") if rest else None)

@@ -128,22 +128,22 @@ class _NodeReader:
         """Python ids of the nodes that enclose the current node. An alias to an enclosing node would cause an endless recursion."""
 
     def read(self, node: Any, path: str) -> Any:
-        line = node.start_mark.line + 1
+        line_number = node.start_mark.line + 1
         self.value_count += 1
         if self.value_count > MAX_NODES:
-            raise InvalidYaml(f"the file holds more than {MAX_NODES} values after aliases are expanded", line)
-        self.tree.lines.setdefault(path, line)
-        kind = str(node.tag).rpartition(":")[2]
+            raise InvalidYaml(f"the file holds more than {MAX_NODES} values after aliases are expanded", line_number)
+        self.tree.lines.setdefault(path, line_number)
+        tag_name = str(node.tag).rpartition(":")[2]
         if node.id == "scalar":
             return (
                 read_scalar(node)
-                if kind in SCALAR_TAGS
-                else self._add_problem(line, path, f"the tag {node.tag} is not supported")
+                if tag_name in SCALAR_TAGS
+                else self._add_problem(line_number, path, f"the tag {node.tag} is not supported")
             )
         if id(node) in self.unfinished:
-            return self._add_problem(line, path, "the alias refers to a value that contains it")
-        if kind not in ("map", "seq"):
-            return self._add_problem(line, path, f"the tag {node.tag} is not supported")
+            return self._add_problem(line_number, path, "the alias refers to a value that contains it")
+        if tag_name not in ("map", "seq"):
+            return self._add_problem(line_number, path, f"the tag {node.tag} is not supported")
         self.unfinished.add(id(node))
         value = self._read_mapping(node, path) if node.id == "mapping" else self._read_sequence(node, path)
         self.unfinished.discard(id(node))
@@ -196,29 +196,29 @@ def _is_merge(node: Any) -> bool:
 
 def read_scalar(node: Any) -> Any:
     """Return the value of a scalar node by the rules of YAML 1.1, with the exception for numbers in this module's docstring."""
-    kind = str(node.tag).rpartition(":")[2]
-    raw = str(node.value)
-    if kind == "null":
+    tag_name = str(node.tag).rpartition(":")[2]
+    raw_text = str(node.value)
+    if tag_name == "null":
         return None
-    if kind == "bool":
-        return raw.lower() in ("true", "yes", "on", "y")
-    if kind in ("int", "float") and not node.style:
-        return _parse_plain_number(raw)
-    return raw
+    if tag_name == "bool":
+        return raw_text.lower() in ("true", "yes", "on", "y")
+    if tag_name in ("int", "float") and not node.style:
+        return _parse_plain_number(raw_text)
+    return raw_text
 
 
 def _parse_plain_number(number_text: str) -> Any:
     """Parse a number of YAML 1.1: with underscores, 0x, 0b, or a leading 0 for octal. A number in base 60 stays text."""
     digits = number_text.replace("_", "")
     sign = -1 if digits.startswith("-") else 1
-    plain = digits.lstrip("+-")
+    unsigned_digits = digits.lstrip("+-")
     try:
-        if plain.lower().startswith("0x"):
-            return sign * int(plain[2:], 16)
-        if plain.lower().startswith("0b"):
-            return sign * int(plain[2:], 2)
-        if plain.isdigit():
-            return sign * int(plain, 8 if len(plain) > 1 and plain.startswith("0") else 10)
+        if unsigned_digits.lower().startswith("0x"):
+            return sign * int(unsigned_digits[2:], 16)
+        if unsigned_digits.lower().startswith("0b"):
+            return sign * int(unsigned_digits[2:], 2)
+        if unsigned_digits.isdigit():
+            return sign * int(unsigned_digits, 8 if len(unsigned_digits) > 1 and unsigned_digits.startswith("0") else 10)
         return float(digits)
     except ValueError:
         return number_text

@@ -48,11 +48,11 @@ def checkpoints(
     from finetune_cli.status_text import format_checkpoint_table, parse_status
 
     require_format(output_format, "yaml", "json")
-    options = [
-        option for option, given in (("--verify", verify), ("--download", download), ("-o", output_format)) if given
+    given_options = [
+        option for option, is_given in (("--verify", verify), ("--download", download), ("-o", output_format)) if is_given
     ]
-    if len(options) > 1:
-        raise output.fail(f"{' and '.join(options)} exclude each other: choose one of them")
+    if len(given_options) > 1:
+        raise output.fail(f"{' and '.join(given_options)} exclude each other: choose one of them")
     cluster = connect(namespace, context, kubeconfig)
     job = cluster.get_job(name)
     if verify:
@@ -75,8 +75,8 @@ def _verify_checkpoints(storage: JobStorage) -> None:
     committed_folders = list_committed_folders(storage)
     if not committed_folders:
         output.print_notes([f"there is no committed checkpoint or model below {storage.uri}"])
-    damaged = [folder for folder in committed_folders if not _is_intact(storage, folder)]
-    if damaged:
+    damaged_folders = [folder for folder in committed_folders if not _is_intact(storage, folder)]
+    if damaged_folders:
         raise output.CommandExit(output.ERROR)
 
 
@@ -85,11 +85,11 @@ def _is_intact(storage: JobStorage, committed_folder: CommittedFolder) -> bool:
     from finetune_cli.status_text import format_bytes
 
     try:
-        count = verify_files(storage, committed_folder)
+        verified_bytes = verify_files(storage, committed_folder)
     except StorageError as error:
         output.print_errors([f"{committed_folder.folder}: {error}"])
         return False
-    output.write(f"{committed_folder.folder}: ok, {format_bytes(count)}" + (", healthy" if committed_folder.is_healthy else ""))
+    output.write(f"{committed_folder.folder}: ok, {format_bytes(verified_bytes)}" + (", healthy" if committed_folder.is_healthy else ""))
     return True
 
 

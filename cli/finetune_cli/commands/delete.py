@@ -30,9 +30,9 @@ def delete(
 
     cluster = connect(namespace, context, kubeconfig)
     jobs = [cluster.get_job(parse_job_name(name)) for name in names]
-    running = [job["metadata"]["name"] for job in jobs if not has_finished(parse_status(job))]
-    if running and not yes:
-        question = f"{', '.join(running)} {'has' if len(running) == 1 else 'have'} not finished, and cannot be resumed after the deletion"
+    unfinished_names = [job["metadata"]["name"] for job in jobs if not has_finished(parse_status(job))]
+    if unfinished_names and not yes:
+        question = f"{', '.join(unfinished_names)} {'has' if len(unfinished_names) == 1 else 'have'} not finished, and cannot be resumed after the deletion"
         if not sys.stdin.isatty():
             raise output.fail(f"{question}: confirm with --yes")
         typer.confirm(f"{question}. Delete?", abort=True, err=True)
@@ -51,17 +51,17 @@ def describe_remaining_files(job: dict[str, Any]) -> list[str]:
     try:
         uri, connection = locate_job_folder(job)
     except StorageError:
-        purge = f"finetune purge {metadata['name']} -n {metadata['namespace']} --uid {metadata['uid']} --storage URI"
-        return [f"files that the job has stored stay in the operator's default storage; to remove them, run `{purge}` with the URI of this storage"]
-    parts = [f"{len(status.checkpoints)} checkpoints ({format_bytes(sum(one.bytes or 0 for one in status.checkpoints))})"] if status.checkpoints else []
-    parts += [f"the {status.output.kind or 'model'}"] if status.output and status.output.uri else []
-    copies = [str(one) for one in (status.output.published_uri, status.output.hub_uri) if one] if status.output else []
-    root, *_, uid = uri.rsplit("/", 3)
+        purge_text = f"finetune purge {metadata['name']} -n {metadata['namespace']} --uid {metadata['uid']} --storage URI"
+        return [f"files that the job has stored stay in the operator's default storage; to remove them, run `{purge_text}` with the URI of this storage"]
+    file_texts = [f"{len(status.checkpoints)} checkpoints ({format_bytes(sum(one.bytes or 0 for one in status.checkpoints))})"] if status.checkpoints else []
+    file_texts += [f"the {status.output.kind or 'model'}"] if status.output and status.output.uri else []
+    copy_uris = [str(one) for one in (status.output.published_uri, status.output.hub_uri) if one] if status.output else []
+    storage_root_uri, *_, uid = uri.rsplit("/", 3)
     if not uri.startswith(("s3://", "file://")):
-        remove = f"to remove them, delete the folder {uri}"
+        removal_hint = f"to remove them, delete the folder {uri}"
     else:
-        purge_command = ["finetune", "purge", metadata["name"], "-n", metadata["namespace"], "--uid", uid, "--storage", root]
+        purge_command = ["finetune", "purge", metadata["name"], "-n", metadata["namespace"], "--uid", uid, "--storage", storage_root_uri]
         purge_command += ["--endpoint", connection.endpoint] if connection.endpoint else []
-        remove = f"to remove them, run `{shlex.join(purge_command)}`"
-    notes = [f"{' and '.join(parts) or 'files that the job has stored'} stay in {uri}; {remove}"]
-    return [*notes, f"copies stay in {' and '.join(copies)}"] if copies else notes
+        removal_hint = f"to remove them, run `{shlex.join(purge_command)}`"
+    notes = [f"{' and '.join(file_texts) or 'files that the job has stored'} stay in {uri}; {removal_hint}"]
+    return [*notes, f"copies stay in {' and '.join(copy_uris)}"] if copy_uris else notes

@@ -48,8 +48,8 @@ def diff(
     if not rows:
         output.print_notes(["both jobs have the same configuration"])
         return
-    width = max(len(path) for path, *_ in rows)
-    output.write("\n".join(f"{path:<{width}}  {a}  ->  {b}" for path, a, b in rows))
+    path_width = max(len(path) for path, *_ in rows)
+    output.write("\n".join(f"{path:<{path_width}}  {a}  ->  {b}" for path, a, b in rows))
 
 
 def _fill_in_defaults(spec: dict[str, Any], name: str) -> dict[str, Any]:

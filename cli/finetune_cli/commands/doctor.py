@@ -62,10 +62,10 @@ def doctor(
 
     require_format(output_format, "yaml", "json")
     skipped, spec = _parse_skipped_checks(skip or []), None if file is None else _read_spec(file)
-    seconds = parse_timeout(timeout) or 0
+    timeout_seconds = parse_timeout(timeout) or 0
     results: list[CheckResult] = []
     try:
-        doctor_run = Doctor(connect(namespace, context, kubeconfig), operator_namespace, spec, seconds, skipped)
+        doctor_run = Doctor(connect(namespace, context, kubeconfig), operator_namespace, spec, timeout_seconds, skipped)
         for result in doctor_run.run():
             results.append(result)
             if output_format is None:
@@ -85,9 +85,9 @@ def doctor(
 def _parse_skipped_checks(check_names: list[str]) -> frozenset[CheckName]:
     from finetune_cli.doctor import CheckName
 
-    unknown = [word for word in check_names if word not in CHECK_NAMES]
-    if unknown:
-        raise output.fail(f"--skip {unknown[0]}: unknown check; write one of {', '.join(CHECK_NAMES)}")
+    unknown_names = [word for word in check_names if word not in CHECK_NAMES]
+    if unknown_names:
+        raise output.fail(f"--skip {unknown_names[0]}: unknown check; write one of {', '.join(CHECK_NAMES)}")
     return frozenset(CheckName(word) for word in check_names)
 
 
@@ -107,8 +107,8 @@ def _write_line(result: CheckResult) -> None:
     """Print the result of a check as one line: mark, name, what was found, and what to do."""
     from rich.text import Text
 
-    cure = f"; {result.cure}" if result.cure and result.state != "ok" else ""
-    text = " ".join(f"{result.message}{cure}".split())
+    cure_suffix = f"; {result.cure}" if result.cure and result.state != "ok" else ""
+    text = " ".join(f"{result.message}{cure_suffix}".split())
     output.stdout_console().print(Text.assemble((MARK_BY_STATE[result.state], STYLE_BY_STATE[result.state]), f" {result.check:<9} {text}"))
 
 

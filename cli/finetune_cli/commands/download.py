@@ -120,13 +120,13 @@ def find_source_of_folder(storage: JobStorage, folder: str) -> Source:
     from finetune_cli.downloads import make_committed_source, make_plain_source
     from finetune_cli.job_storage import StorageError, find_committed_folder, list_committed_folders
 
-    committed = find_committed_folder(storage, folder)
-    if committed is not None:
-        return make_committed_source(storage, committed)
+    committed_folder = find_committed_folder(storage, folder)
+    if committed_folder is not None:
+        return make_committed_source(storage, committed_folder)
     if folder in RESULT_FOLDERS and folder != "merged":
         return make_plain_source(storage, folder)
-    available = ", ".join(one.folder for one in list_committed_folders(storage)) or "nothing"
-    raise StorageError(f"{folder} is not committed below {storage.uri}; available: {available}")
+    available_text = ", ".join(one.folder for one in list_committed_folders(storage)) or "nothing"
+    raise StorageError(f"{folder} is not committed below {storage.uri}; available: {available_text}")
 
 
 def _find_source_of_uri(uri: str, options: StorageOptions) -> tuple[Source, str]:
@@ -138,14 +138,14 @@ def _find_source_of_uri(uri: str, options: StorageOptions) -> tuple[Source, str]
     from finetune_cli.downloads import make_committed_source, make_plain_source
     from finetune_cli.job_storage import find_committed_folder
 
-    address = uri.rstrip("/")
-    outer = address.rpartition("/")[0] if parse_attempt_of_uri(address) is not None else address
-    parent, _, name = outer.rpartition("/")
+    trimmed_uri = uri.rstrip("/")
+    outer_uri = trimmed_uri.rpartition("/")[0] if parse_attempt_of_uri(trimmed_uri) is not None else trimmed_uri
+    parent, _, name = outer_uri.rpartition("/")
     if parent.endswith(("/", ":")):  # the URI is s3://bucket, without a key
-        return make_plain_source(open_uri(outer, options), ""), name
+        return make_plain_source(open_uri(outer_uri, options), ""), name
     storage = open_uri(parent, options)
-    committed = find_committed_folder(storage, name)
-    if committed is not None and (outer == address or committed.path == address.rpartition("/")[2]):
-        return make_committed_source(storage, committed), name
-    source = make_plain_source(storage, address.removeprefix(f"{parent}/"))
+    committed_folder = find_committed_folder(storage, name)
+    if committed_folder is not None and (outer_uri == trimmed_uri or committed_folder.path == trimmed_uri.rpartition("/")[2]):
+        return make_committed_source(storage, committed_folder), name
+    source = make_plain_source(storage, trimmed_uri.removeprefix(f"{parent}/"))
     return source, "." if [file.path for file in source.files] == [name] else name

@@ -53,9 +53,9 @@ def explain(
     ]
     if not matches:
         suggestion = suggest_field(f"spec.{field_path.removeprefix('spec.')}", [field.path for field in all_fields])
-        mentions = [] if suggestion else _find_fields_containing(field_path, all_fields)
+        mentioning_fields = [] if suggestion else _find_fields_containing(field_path, all_fields)
         hint = f"did you mean {suggestion}?" if suggestion else "search the descriptions with --search WORD"
-        hint = f"these fields mention the word: {', '.join(field.path for field in mentions)}" if mentions else hint
+        hint = f"these fields mention the word: {', '.join(field.path for field in mentioning_fields)}" if mentioning_fields else hint
         raise output.fail(f"{path} is not a field of a FineTuneJob; {hint}")
     output.write("\n\n".join(_format_entry(field, all_fields) for field in matches))
 
@@ -76,10 +76,10 @@ def _format_entry(field: Field, all_fields: tuple[Field, ...]) -> str:
     prefix = field.path + ("[]." if field.type_text.startswith("list of") else ".")
     children = [child for child in all_fields if child.path.startswith(prefix) and "." not in child.path[len(prefix) :]]
     if children:
-        width = max(len(child.path) - len(prefix) for child in children)
+        name_width = max(len(child.path) - len(prefix) for child in children)
         lines += [
             "",
-            *(f"  {child.path[len(prefix) :]:<{width}}  <{child.type_text}>  {_describe_field(child)}" for child in children),
+            *(f"  {child.path[len(prefix) :]:<{name_width}}  <{child.type_text}>  {_describe_field(child)}" for child in children),
         ]
     return "\n".join(lines)
 
@@ -91,8 +91,8 @@ def _describe_field(field: Field) -> str:
     for row in UNSUPPORTED_FIELDS:
         path = f"spec.{to_wire_path(row.path)}"
         if field.path == path or field.path.startswith((f"{path}.", f"{path}[")):
-            mark = (
+            support_mark = (
                 "[not supported yet]" if row.refuses_every_value else f"[some values are not supported yet: {row.hint}]"
             )
-            return f"{mark} {field.description}"
+            return f"{support_mark} {field.description}"
     return field.description

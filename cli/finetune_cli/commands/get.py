@@ -51,8 +51,8 @@ def get(
         raise output.fail(f"{name} with --all-namespaces: a single job is in one namespace; give the namespace with -n")
     cluster = connect(namespace, context, kubeconfig)
     if output_format in ("yaml", "json", "name"):
-        items = [cluster.get_job(name)] if name else cluster.list_jobs(all_namespaces=all_namespaces)
-        _write_objects(items, output_format, is_single=name is not None)
+        jobs = [cluster.get_job(name)] if name else cluster.list_jobs(all_namespaces=all_namespaces)
+        _write_objects(jobs, output_format, is_single=name is not None)
         return
     if output_format == "cost":
         _write_costs([cluster.get_job(name)] if name else cluster.list_jobs(all_namespaces=all_namespaces), cluster.namespace, all_namespaces=all_namespaces)
@@ -94,16 +94,16 @@ def _write_costs(jobs: list[dict[str, Any]], namespace: str, *, all_namespaces: 
 def _format_cost_cells(job: dict[str, Any], *, with_namespace: bool) -> list[str]:
     from finetune_cli.status_text import parse_status
 
-    def amount(value: float | None) -> str:
+    def format_amount(value: float | None) -> str:
         return "-" if value is None else f"{value:.2f}"
 
     status, metadata = parse_status(job), job["metadata"]
     spent, planned = status.cost, status.plan.cost if status.plan else None
     return [
         *([metadata["namespace"]] if with_namespace else []),
-        metadata["name"], str(status.phase or "-"), amount(spent.gpu_hours if spent else None), amount(planned.gpu_hours if planned else None),
-        amount(spent.amount if spent else None), amount(planned.expected if planned else None),
-        amount((job["spec"].get("policy") or {}).get("maxCost")), (spent and spent.currency) or (planned and planned.currency) or "-",
+        metadata["name"], str(status.phase or "-"), format_amount(spent.gpu_hours if spent else None), format_amount(planned.gpu_hours if planned else None),
+        format_amount(spent.amount if spent else None), format_amount(planned.expected if planned else None),
+        format_amount((job["spec"].get("policy") or {}).get("maxCost")), (spent and spent.currency) or (planned and planned.currency) or "-",
     ]  # fmt: skip
 
 
@@ -113,8 +113,8 @@ def _format_table(columns: list[dict[str, Any]], rows: list[dict[str, Any]], *, 
     header_cells = (["NAMESPACE"] if with_namespaces else []) + [str(columns[i]["name"]).upper() for i in shown_column_indexes]
     lines = [header_cells]
     for row in rows:
-        namespace = [row["object"]["metadata"].get("namespace", "")] if with_namespaces else []
+        namespace_cells = [row["object"]["metadata"].get("namespace", "")] if with_namespaces else []
         lines.append(
-            namespace + ["-" if row["cells"][i] in (None, "") else str(row["cells"][i]) for i in shown_column_indexes]
+            namespace_cells + ["-" if row["cells"][i] in (None, "") else str(row["cells"][i]) for i in shown_column_indexes]
         )
     return format_rows(lines)

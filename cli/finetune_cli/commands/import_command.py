@@ -168,6 +168,6 @@ def format_options_table(import_result: ImportResult) -> str:
         if key not in used_keys:
             option_table.add_row(key, "-", "-", reason)
     buffer = StringIO()
-    width = sys.stdout.isatty() and output.stdout_console().width or 200
-    Console(file=buffer, width=width, highlight=False).print(option_table)
+    table_width = sys.stdout.isatty() and output.stdout_console().width or 200
+    Console(file=buffer, width=table_width, highlight=False).print(option_table)
     return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines())

@@ -63,15 +63,15 @@ def init(
     from finetune_cli.files import write_text
 
     is_interactive = sys.stdin.isatty()
-    given = {
+    given_values = {
         "name": name, "model": model, "data": data, "validation": validation, "storage": storage, "method": method, "trainer": trainer, "gpus": gpus,
     }  # fmt: skip
-    text = _ask_for_valid_manifest(given, is_interactive)
+    text = _ask_for_valid_manifest(given_values, is_interactive)
     while file is not None and file.exists():
         if not is_interactive:
             raise output.fail(f"{file} already exists; choose another file")
         output.print_errors([f"{file} already exists"])
-        file = Path(_ask("file"))
+        file = Path(_ask_for_value("file"))
     if file is None:
         output.write(text)
     else:
@@ -86,7 +86,7 @@ def _ask_for_valid_manifest(values: dict[str, Any], is_interactive: bool) -> str
             if not is_interactive:
                 missing_argument = "NAME" if key == "name" else _make_option_name(key)
                 raise output.fail(f"{missing_argument} is missing; `finetune init` asks for missing values only on a terminal")
-            values[key] = _ask(key)
+            values[key] = _ask_for_value(key)
     while True:
         text = build_manifest_text(**values)
         mistakes = _find_unknown_words(values) or _find_mistakes(text, values)
@@ -97,7 +97,7 @@ def _ask_for_valid_manifest(values: dict[str, Any], is_interactive: bool) -> str
             raise output.fail(*mistakes)
         output.print_errors(mistakes)
         for key in wrong_keys:
-            values[key] = _ask(key)
+            values[key] = _ask_for_value(key)
 
 
 def _make_option_name(value_name: str) -> str:
@@ -105,7 +105,7 @@ def _make_option_name(value_name: str) -> str:
     return "metadata.name" if value_name == "name" else f"--{value_name}"
 
 
-def _ask(value_name: str) -> Any:
+def _ask_for_value(value_name: str) -> Any:
     """Ask on stderr until the user gives a value or, for `gpus`, a number.
 
     The question is not on stdout, because stdout is for the manifest. Raises Abort at the end of the input.
@@ -163,7 +163,7 @@ def build_manifest_text(
 
     from finetune_api.names import API_VERSION, KIND
 
-    def quoted(value: Any) -> str:
+    def quote_value(value: Any) -> str:
         return json.dumps(str(value), ensure_ascii=False)
 
     dataset_format = FORMAT_OF_TRAINER.get(trainer)
@@ -171,10 +171,10 @@ def build_manifest_text(
         f"apiVersion: {API_VERSION}",
         f"kind: {KIND}",
         "metadata:",
-        f"  name: {quoted(name)}",
+        f"  name: {quote_value(name)}",
         "spec:",
         "  model:",
-        f"    source: {quoted(model)}",
+        f"    source: {quote_value(model)}",
         "    # tokenSecretRef: {name: hub, key: token}   # for gated models",
         "  method:",
         f"    type: {method}   # {', '.join(METHOD_TYPES)}",
@@ -184,14 +184,14 @@ def build_manifest_text(
     lines += ["  trainer:", f"    type: {trainer}   # {', '.join(TRAINER_TYPES)}"]
     if trainer == "grpo":
         lines += ["    rewards:", "      - builtin: regex", "        parameters: {pattern: '^Answer: '}"]
-    lines += ["  dataset:", f"    train: {quoted(data)}"]
+    lines += ["  dataset:", f"    train: {quote_value(data)}"]
     lines += (
         [f"    format: {dataset_format}"]
         if dataset_format
         else ["    # format: messages   # default: detected from the rows"]
     )
     lines += (
-        [f"    validation: {quoted(validation)}"]
+        [f"    validation: {quote_value(validation)}"]
         if validation
         else ["    # split: {validation: 0.1}   # or validation: URI"]
     )
@@ -205,7 +205,7 @@ def build_manifest_text(
         "    # nodes: 1",
     ]
     lines += (
-        ["  storage:", f"    uri: {quoted(storage)}"]
+        ["  storage:", f"    uri: {quote_value(storage)}"]
         if storage
         else ["  # storage: {uri: 's3://bucket/prefix'}   # default: the operator's storage"]
     )

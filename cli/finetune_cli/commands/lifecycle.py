@@ -67,10 +67,10 @@ def _patch_spec(
     status = parse_status(job)
     if has_finished(status):
         raise ClusterError(f"{name} has already ended: {status.phase}")
-    before = job.get("spec") or {}
-    if all(bool(before.get(key)) == value for key, value in spec.items()):
-        values = ", ".join(f"{key} is already {str(value).lower()}" for key, value in spec.items())
-        output.print_notes([f"{name}: nothing to change, {values}"])
+    old_spec = job.get("spec") or {}
+    if all(bool(old_spec.get(key)) == value for key, value in spec.items()):
+        unchanged_text = ", ".join(f"{key} is already {str(value).lower()}" for key, value in spec.items())
+        output.print_notes([f"{name}: nothing to change, {unchanged_text}"])
         return
     cluster.patch_spec(name, spec)
     output.write(f"{name}: {effect}")

@@ -64,8 +64,8 @@ def select_pods(
         selected_attempt = attempt if attempt is not None else attempts[-1]
         pods = [pod for pod in pods if get_attempt(pod) == selected_attempt]
     if rank is not None:
-        index = rank // count_ranks_per_pod(job)
-        matching_pods = [pod for pod in pods if get_pod_index(pod) == index]
+        pod_index = rank // count_ranks_per_pod(job)
+        matching_pods = [pod for pod in pods if get_pod_index(pod) == pod_index]
         if not matching_pods:
             raise ClusterError(
                 f"{name} has no pod with rank {rank}: the job has {len(pods)} pods with {count_ranks_per_pod(job)} ranks each"
@@ -88,32 +88,32 @@ def merge_log_lines(
     lines: queue.Queue[tuple[str, str | None]] = queue.Queue(maxsize=1000)
 
     def queue_log_lines(pod: dict[str, Any]) -> None:
-        origin = f"[{get_attempt(pod)}/{get_pod_index(pod)}]"
+        line_prefix = f"[{get_attempt(pod)}/{get_pod_index(pod)}]"
         try:
             for line in _stream_log(cluster, pod, follow, tail):
-                lines.put((origin, line))
+                lines.put((line_prefix, line))
         except ClusterError as error:
-            lines.put((origin, f"({error})"))
+            lines.put((line_prefix, f"({error})"))
         finally:
-            lines.put((origin, None))
+            lines.put((line_prefix, None))
 
     if not follow:
         for pod in pods:
-            origin = f"[{get_attempt(pod)}/{get_pod_index(pod)}]"
+            line_prefix = f"[{get_attempt(pod)}/{get_pod_index(pod)}]"
             try:
-                yield from ((origin, line) for line in _stream_log(cluster, pod, follow, tail))
+                yield from ((line_prefix, line) for line in _stream_log(cluster, pod, follow, tail))
             except ClusterError as error:
-                yield origin, f"({error})"
+                yield line_prefix, f"({error})"
         return
     for pod in pods:
         threading.Thread(target=queue_log_lines, args=(pod,), daemon=True).start()
-    running = len(pods)
-    while running:
-        origin, line = lines.get()
+    running_stream_count = len(pods)
+    while running_stream_count:
+        line_prefix, line = lines.get()
         if line is None:
-            running -= 1
+            running_stream_count -= 1
         else:
-            yield origin, line
+            yield line_prefix, line
 
 
 def _stream_log(cluster: Cluster, pod: dict[str, Any], follow: bool, tail: int | None) -> Iterator[str]:

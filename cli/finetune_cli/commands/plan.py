@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from finetune_cli.job_plan import MethodPlan
 
-    Times = dict[str, tuple[TimePlan, CostPlan | None]]
+    TimeAndCostPlans = dict[str, tuple[TimePlan, CostPlan | None]]
 
 COMPARABLE_METHODS = ("lora", "qlora", "dora", "ia3", "promptTuning", "prefixTuning", "full")
 TIME_CONTENT_NOTE = "the time is only that of the optimizer steps; it does not contain start, evaluation, checkpoints and upload"
@@ -102,20 +102,20 @@ def plan(
     resolved, name = _read_spec(file)
     try:
         shape, notes = read_model(resolved.spec, model_config)
-        facts, data = RunFacts(longest_tokens=longest_row), _to_data_size(resolved.spec, rows, mean_row)
-        plans = _plan_methods(resolved, shape, _parse_methods(compare), pool, facts, data)
+        facts, data_size = RunFacts(longest_tokens=longest_row), _to_data_size(resolved.spec, rows, mean_row)
+        plans = _plan_methods(resolved, shape, _parse_methods(compare), pool, facts, data_size)
         proposals = _propose_changes(next(iter(plans.values())), shape, pool, facts) if fit and pool is not None else []
-        times = _plan_times(shape, plans, pool, data, price)
+        time_plans = _plan_times(shape, plans, pool, data_size, price)
     except FineTuneError as error:
         raise output.fail(f"{error.message}; {error.hint}" if error.hint else error.message) from error
     memory_bytes = pool.memory_bytes if pool is not None else None
     if output_format is not None:
-        write_data(_to_dict(name, plans, times, memory_bytes, proposals), output_format)
+        write_data(_to_dict(name, plans, time_plans, memory_bytes, proposals), output_format)
     else:
-        summary = _describe_model(name, next(iter(plans.values())).spec, shape)
-        lines = [*summary, "", *_format_table(plans, times, memory_bytes, gpu), *_format_choice_lines(plans)]
+        summary_lines = _describe_model(name, next(iter(plans.values())).spec, shape)
+        lines = [*summary_lines, "", *_format_table(plans, time_plans, memory_bytes, gpu), *_format_choice_lines(plans)]
         output.write("\n".join([*lines, *(["", *proposals] if proposals else [])]))
-    notes = [*notes, *(note for method_plan in plans.values() for note in method_plan.notes), *_make_time_notes(times)]
+    notes = [*notes, *(note for method_plan in plans.values() for note in method_plan.notes), *_make_time_notes(time_plans)]
     output.print_notes(dict.fromkeys([*notes, *(sentence for method_plan in plans.values() for sentence in method_plan.plan.assumptions)]))
     refusals = [method_plan.refusal for method_plan in plans.values() if method_plan.refusal is not None]
     if refusals and len(refusals) == len(plans):
@@ -124,10 +124,10 @@ def plan(
         raise output.CommandExit(output.ERROR)
 
 
-def _make_time_notes(times: Times) -> list[str]:
+def _make_time_notes(time_plans: TimeAndCostPlans) -> list[str]:
     """Return notes about the planned time: what it includes, and whether its bounds are calibrated with measured runs on this type of GPU."""
-    runs = {time.calibration_runs if time.calibrated else None for time, _ in times.values()}
-    texts = (f"are calibrated with {count} runs on this type of GPU" if count is not None else "are not calibrated for this GPU" for count in runs)
+    run_counts = {time.calibration_runs if time.calibrated else None for time, _ in time_plans.values()}
+    texts = (f"are calibrated with {count} runs on this type of GPU" if count is not None else "are not calibrated for this GPU" for count in run_counts)
     return [f"{TIME_CONTENT_NOTE}; its bounds {text}" for text in texts]
 
 
@@ -160,7 +160,7 @@ def _to_data_size(spec: FineTuneJobSpec, row_count: int | None, mean_row_tokens:
 
 
 def _plan_methods(
-    resolved: ResolvedSpec, shape: ModelShape, methods: list[str], pool: GpuPool | None, facts: RunFacts, data: DataSize | None
+    resolved: ResolvedSpec, shape: ModelShape, methods: list[str], pool: GpuPool | None, facts: RunFacts, data_size: DataSize | None
 ) -> dict[str, MethodPlan]:
     """Plan the job with each of `methods`, or with its own method if the list is empty. Returns the plans by method."""
     from dataclasses import replace
@@ -170,27 +170,27 @@ def _plan_methods(
     from finetune_cli.job_plan import plan_job
 
     specs = {method: change_spec(resolved.spec, {"method.type": method}) for method in methods} or {str(resolved.spec.method.type): resolved.spec}
-    return {method: plan_job(replace(resolved, spec=spec), shape, pool, facts, data) for method, spec in specs.items()}
+    return {method: plan_job(replace(resolved, spec=spec), shape, pool, facts, data_size) for method, spec in specs.items()}
 
 
-def _plan_times(shape: ModelShape, plans: dict[str, MethodPlan], pool: GpuPool | None, data: DataSize | None, price: float | None) -> Times:
+def _plan_times(shape: ModelShape, plans: dict[str, MethodPlan], pool: GpuPool | None, data_size: DataSize | None, price: float | None) -> TimeAndCostPlans:
     """Return the planned time and cost by method. If the GPU type or the data size is unknown, the result is empty."""
     from finetune_api.errors import ConfigError
     from finetune_api.gpus import GPU_TYPES
     from finetune_api.rules import world_size
     from finetune_api.time_plan import plan_cost, plan_time, plan_work
 
-    if pool is None or pool.gpu_type is None or data is None:
+    if pool is None or pool.gpu_type is None or data_size is None:
         return {}
-    times = {}
+    plans_by_method = {}
     for method, method_plan in plans.items():
-        work = plan_work(method_plan.spec, shape, data, method_plan.plan.recomputed_layer_count / max(method_plan.plan.layer_count, 1))
-        if work is None:
+        training_work = plan_work(method_plan.spec, shape, data_size, method_plan.plan.recomputed_layer_count / max(method_plan.plan.layer_count, 1))
+        if training_work is None:
             raise ConfigError("TimeNotPlanned", "the time of this objective cannot be planned", hint="remove --rows, --mean-row and --price")
-        gpus = world_size(method_plan.spec)
-        time = plan_time(work, GPU_TYPES[pool.gpu_type], gpus)
-        times[method] = (time, plan_cost(time, gpus, price, "") if price is not None else None)
-    return times
+        gpu_count = world_size(method_plan.spec)
+        time_plan = plan_time(training_work, GPU_TYPES[pool.gpu_type], gpu_count)
+        plans_by_method[method] = (time_plan, plan_cost(time_plan, gpu_count, price, "") if price is not None else None)
+    return plans_by_method
 
 
 def _read_spec(file: Path) -> tuple[ResolvedSpec, str]:
@@ -209,22 +209,22 @@ def _read_spec(file: Path) -> tuple[ResolvedSpec, str]:
 
 def _parse_methods(compare: str | None) -> list[str]:
     methods = [] if compare is None else [method.strip() for method in compare.split(",") if method.strip()]
-    unknown = [method for method in methods if method not in COMPARABLE_METHODS]
-    if unknown or (compare is not None and not methods):
+    unknown_methods = [method for method in methods if method not in COMPARABLE_METHODS]
+    if unknown_methods or (compare is not None and not methods):
         raise output.fail(f"--compare {compare}: write one or more of {', '.join(COMPARABLE_METHODS)}, separated by commas")
     return methods
 
 
-def _propose_changes(job: MethodPlan, shape: ModelShape, pool: GpuPool, facts: RunFacts) -> list[str]:
+def _propose_changes(job_plan: MethodPlan, shape: ModelShape, pool: GpuPool, facts: RunFacts) -> list[str]:
     """Return the largest micro-batch if the job fits, otherwise the changes that make it fit, as lines of text."""
     from finetune_api.memory.changes import NO_CHANGE_HINT, format_change
     from finetune_api.memory.plan import find_largest_micro_batch
 
     memory_bytes = pool.memory_bytes or 0
-    if job.plan.fits(memory_bytes):
-        rows = find_largest_micro_batch(job.spec, shape, memory_bytes, facts)
-        return [f"largest micro-batch that fits: training.batchSizePerDevice: {rows}"]
-    return ["changes that make the job fit:", *(f"  {format_change(change)}" for change in job.changes)] if job.changes else [NO_CHANGE_HINT]
+    if job_plan.plan.fits(memory_bytes):
+        micro_batch_rows = find_largest_micro_batch(job_plan.spec, shape, memory_bytes, facts)
+        return [f"largest micro-batch that fits: training.batchSizePerDevice: {micro_batch_rows}"]
+    return ["changes that make the job fit:", *(f"  {format_change(change)}" for change in job_plan.changes)] if job_plan.changes else [NO_CHANGE_HINT]
 
 
 def _format_choice_lines(plans: dict[str, MethodPlan]) -> list[str]:
@@ -241,14 +241,14 @@ def _describe_model(name: str, spec: FineTuneJobSpec, shape: ModelShape) -> list
 
     rows, ranks = spec.training.batch_size_per_device or 4, world_size(spec)
     sequences_per_row = OBJECTIVES[trainer_type_of(spec)].sequences_per_row
-    batch = f"{rows}" if sequences_per_row == 1 else f"{rows} pairs ({sequences_per_row * rows} sequences)"
+    batch_text = f"{rows}" if sequences_per_row == 1 else f"{rows} pairs ({sequences_per_row * rows} sequences)"
     return [
         f"{name or 'job'}: {shape.model_type} with {count_parameters(shape) / 1e9:.2f} billion parameters, {ranks} {'rank' if ranks == 1 else 'ranks'}, "
-        f"micro-batches of {batch} x {spec.dataset.max_sequence_length or 2048} tokens"
+        f"micro-batches of {batch_text} x {spec.dataset.max_sequence_length or 2048} tokens"
     ]
 
 
-def _format_table(plans: dict[str, MethodPlan], times: Times, memory_bytes: int | None, gpu: str | None) -> list[str]:
+def _format_table(plans: dict[str, MethodPlan], time_plans: TimeAndCostPlans, memory_bytes: int | None, gpu: str | None) -> list[str]:
     """Return a table with one column for each plan: the memory of each rank (parts, expected peak, upper bound), time and cost."""
     from finetune_api.memory.plan import format_gigabytes
 
@@ -264,15 +264,15 @@ def _format_table(plans: dict[str, MethodPlan], times: Times, memory_bytes: int 
         rows.append((f"memory of {gpu or 'the GPU'}", [format_gigabytes(memory_bytes)] * len(plans)))
         rows.append(("fits", ["yes" if method_plan.plan.fits(memory_bytes) else "no" for method_plan in plans.values()]))
     rows.append(("recomputed layers", [f"{method_plan.plan.recomputed_layer_count} of {method_plan.plan.layer_count}" for method_plan in plans.values()]))
-    rows += _format_time_rows(times)
+    rows += _format_time_rows(time_plans)
     width, columns = max(len(label) for label, _ in rows), max(len(cell) for _, cells in rows for cell in cells)
     return [f"{label:<{width}}  {'  '.join(f'{cell:>{columns}}' for cell in cells)}".rstrip() for label, cells in rows]
 
 
-def _format_time_rows(times: Times) -> list[tuple[str, list[str]]]:
-    if not times:
+def _format_time_rows(time_plans: TimeAndCostPlans) -> list[tuple[str, list[str]]]:
+    if not time_plans:
         return []
-    durations, costs = [time for time, _ in times.values()], [cost for _, cost in times.values() if cost is not None]
+    durations, costs = [time for time, _ in time_plans.values()], [cost for _, cost in time_plans.values() if cost is not None]
     rows = [
         ("expected time", [format_hours(time_plan.expected_seconds) for time_plan in durations]),
         ("time, bounds", [f"{format_hours(time_plan.lower_seconds)} - {format_hours(time_plan.upper_seconds)}" for time_plan in durations]),
@@ -289,7 +289,7 @@ def format_hours(seconds: int) -> str:
     return f"{minutes // 60}h{minutes % 60:02}m"
 
 
-def _to_dict(name: str, plans: dict[str, MethodPlan], times: Times, memory_bytes: int | None, proposals: list[str]) -> dict[str, Any]:
+def _to_dict(name: str, plans: dict[str, MethodPlan], time_plans: TimeAndCostPlans, memory_bytes: int | None, proposals: list[str]) -> dict[str, Any]:
     data: dict[str, Any] = {"name": name, "plans": []}
     for method, method_plan in plans.items():
         entry: dict[str, Any] = {
@@ -298,8 +298,8 @@ def _to_dict(name: str, plans: dict[str, MethodPlan], times: Times, memory_bytes
         }  # fmt: skip
         if memory_bytes is not None:
             entry |= {"gpuBytes": memory_bytes, "fits": method_plan.plan.fits(memory_bytes), "choices": [choice.to_wire() for choice in method_plan.choices]}
-        if method in times:
-            time, cost = times[method]
+        if method in time_plans:
+            time, cost = time_plans[method]
             entry |= {"time": time.to_wire()} | ({"cost": cost.to_wire()} if cost is not None else {})
         data["plans"].append(entry)
     return data | ({"proposals": proposals} if proposals else {})

@@ -51,15 +51,15 @@ def pools(
     require_format(output_format, "yaml", "json")
     cluster = connect(namespace, context, kubeconfig)
     config = find_installation(cluster, operator_namespace).config
-    listed = config.node_pools or [Pool(name="-", description=f"no pools are configured: every node with {DEFAULT_GPU_RESOURCE}", gpus_per_node=1)]
-    usages = _read_usages(cluster, listed)
+    listed_pools = config.node_pools or [Pool(name="-", description=f"no pools are configured: every node with {DEFAULT_GPU_RESOURCE}", gpus_per_node=1)]
+    usages = _read_usages(cluster, listed_pools)
     if output_format is not None:
         write_data([to_dict(config, pool, usages.get(pool.name)) for pool in config.node_pools], output_format)
         return
-    output.write(format_rows([COLUMN_NAMES, *(_format_row(config, pool, usages.get(pool.name)) for pool in listed)]))
+    output.write(format_rows([COLUMN_NAMES, *(_format_row(config, pool, usages.get(pool.name)) for pool in listed_pools)]))
 
 
-def _read_usages(cluster: Cluster, listed: list[Pool]) -> dict[str, PoolUsage]:
+def _read_usages(cluster: Cluster, listed_pools: list[Pool]) -> dict[str, PoolUsage]:
     """Return the usage of each pool by name. If the user may not list nodes and pods, print a note and return an empty dict."""
     from finetune_cli.cluster import ClusterError
     from finetune_cli.installation import compute_pool_usage, list_active_pods, list_nodes
@@ -71,17 +71,17 @@ def _read_usages(cluster: Cluster, listed: list[Pool]) -> dict[str, PoolUsage]:
             raise
         output.print_notes(["nodes and free GPUs are unknown: you may not list the nodes and pods of the cluster"])
         return {}
-    return {pool.name: compute_pool_usage(pool, nodes, active_pods) for pool in listed}
+    return {pool.name: compute_pool_usage(pool, nodes, active_pods) for pool in listed_pools}
 
 
 def _format_row(config: InstalledConfig, pool: Pool, usage: PoolUsage | None) -> list[str]:
-    nodes = "-" if usage is None else str(usage.nodes) if usage.nodes == usage.usable_nodes else f"{usage.usable_nodes} of {usage.nodes}"
-    free = "-" if usage is None or not pool.gpus_per_node else f"{usage.free_gpus} of {usage.gpus}"
-    quantities = ("cpu {cpu}, memory {memory}, disk {ephemeral_storage}, shm {shared_memory}").format(**config.compute_pod_defaults(pool))
+    nodes_text = "-" if usage is None else str(usage.nodes) if usage.nodes == usage.usable_nodes else f"{usage.usable_nodes} of {usage.nodes}"
+    free_gpus_text = "-" if usage is None or not pool.gpus_per_node else f"{usage.free_gpus} of {usage.gpus}"
+    quantities_text = ("cpu {cpu}, memory {memory}, disk {ephemeral_storage}, shm {shared_memory}").format(**config.compute_pod_defaults(pool))
     is_placeholder = pool.name == "-"
     return [
-        pool.name, "yes" if pool.default else "-", "-" if is_placeholder else str(pool.gpus_per_node), str(pool.gpu_memory or "-"), nodes, free,
-        "-" if is_placeholder else quantities, pool.description or "-",
+        pool.name, "yes" if pool.default else "-", "-" if is_placeholder else str(pool.gpus_per_node), str(pool.gpu_memory or "-"), nodes_text, free_gpus_text,
+        "-" if is_placeholder else quantities_text, pool.description or "-",
     ]  # fmt: skip
 
 
@@ -90,12 +90,12 @@ def to_dict(config: InstalledConfig, pool: Pool, usage: PoolUsage | None) -> dic
     from pydantic.alias_generators import to_camel
 
     defaults = {to_camel(name): value for name, value in config.compute_pod_defaults(pool).items()}
-    current = None
+    usage_values = None
     if usage is not None:
-        current = {
+        usage_values = {
             "nodes": usage.nodes, "usableNodes": usage.usable_nodes, "freeNodes": usage.free_nodes, "gpus": usage.gpus, "freeGpus": usage.free_gpus,
         }  # fmt: skip
     return {
         "name": pool.name, "description": pool.description, "default": pool.default, "gpusPerNode": pool.gpus_per_node, "gpuMemory": pool.gpu_memory,
-        "gpuResource": pool.gpu_resource, "maxNodes": pool.max_nodes, "nodeSelector": pool.node_selector, "podDefaults": defaults, "usage": current,
+        "gpuResource": pool.gpu_resource, "maxNodes": pool.max_nodes, "nodeSelector": pool.node_selector, "podDefaults": defaults, "usage": usage_values,
     }  # fmt: skip

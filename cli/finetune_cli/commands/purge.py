@@ -54,23 +54,23 @@ def purge(
     if uid is not None and storage is None:
         raise StorageError("--uid needs --storage URI: the storage root of a deleted job is unknown")
     job = _get_finished_job(cluster, name, uid)
-    opened = open_storage(cluster, job, use_secret, endpoint, storage)
-    objects, unused = list(opened.list_objects()), find_unused_rows(opened, datetime.now(UTC))
+    job_storage = open_storage(cluster, job, use_secret, endpoint, storage)
+    objects, unused = list(job_storage.list_objects()), find_unused_rows(job_storage, datetime.now(UTC))
     if not objects:
-        output.print_notes([f"there are no objects below {opened.uri}"])
+        output.print_notes([f"there are no objects below {job_storage.uri}"])
     if not objects and not unused.objects:
         return
-    total = format_bytes(sum(stored.size for stored in objects))
-    unused_total = f"{len(unused.objects)} objects, {format_bytes(unused.bytes)}"
-    shown = [f"{len(objects)} objects, {total}, below {opened.uri}"] if objects else []
-    shown += [f"{unused_total}, of unused prepared rows below {unused.storage.uri}"] if unused.objects else []
-    _confirm_deletion(name, " and ".join(shown), yes)
+    total_size = format_bytes(sum(stored.size for stored in objects))
+    unused_summary = f"{len(unused.objects)} objects, {format_bytes(unused.bytes)}"
+    object_texts = [f"{len(objects)} objects, {total_size}, below {job_storage.uri}"] if objects else []
+    object_texts += [f"{unused_summary}, of unused prepared rows below {unused.storage.uri}"] if unused.objects else []
+    _confirm_deletion(name, " and ".join(object_texts), yes)
     if objects:
-        opened.delete_objects(_sort_markers_first(objects))
-        output.write(f"{name}: {len(objects)} objects, {total}, deleted")
+        job_storage.delete_objects(_sort_markers_first(objects))
+        output.write(f"{name}: {len(objects)} objects, {total_size}, deleted")
     if unused.objects:
-        deleted = unused.delete(datetime.now(UTC))
-        output.write(f"unused prepared rows: {len(deleted.objects)} objects, {format_bytes(deleted.bytes)}, deleted")
+        deleted_rows = unused.delete(datetime.now(UTC))
+        output.write(f"unused prepared rows: {len(deleted_rows.objects)} objects, {format_bytes(deleted_rows.bytes)}, deleted")
 
 
 def _get_finished_job(cluster: Cluster, name: str, uid: str | None) -> dict[str, Any]:
@@ -105,16 +105,16 @@ def _sort_markers_first(objects: list[StoredObject]) -> list[StoredObject]:
     return sorted(objects, key=lambda stored: not stored.key.endswith((Storage.COMMITTED, Storage.HEALTHY)))
 
 
-def _confirm_deletion(name: str, objects: str, yes: str | None) -> None:
+def _confirm_deletion(name: str, objects_text: str, confirmed_name: str | None) -> None:
     """Ask for confirmation, then for the job's name. Raises StorageError if the user declines."""
     from finetune_cli.job_storage import StorageError
 
-    if yes is not None:
-        if yes != name:
-            raise StorageError(f"--yes-purge {yes}: this is not the name of the job; the name is {name}")
+    if confirmed_name is not None:
+        if confirmed_name != name:
+            raise StorageError(f"--yes-purge {confirmed_name}: this is not the name of the job; the name is {name}")
         return
     if not sys.stdin.isatty():
-        raise StorageError(f"{objects} would be deleted permanently: confirm with --yes-purge {name}")
-    typer.confirm(f"Delete {objects}?", abort=True, err=True)
+        raise StorageError(f"{objects_text} would be deleted permanently: confirm with --yes-purge {name}")
+    typer.confirm(f"Delete {objects_text}?", abort=True, err=True)
     if typer.prompt("Type the name of the job", err=True) != name:
         raise StorageError("this is not the name of the job; nothing was deleted")

@@ -25,10 +25,10 @@ def ratings(
     from finetune_cli.ratings import read_ratings, summarise
 
     require_format(output_format, "yaml", "json")
-    found = read_ratings(files, key)
-    if not found:
+    all_ratings = read_ratings(files, key)
+    if not all_ratings:
         raise output.fail("the sheets contain no scores; fill in the columns relevance, accuracy, coherence and overall")
-    summary = summarise(found)
+    summary = summarise(all_ratings)
     if output_format is not None:
         write_data(summary, output_format)
     else:
@@ -41,17 +41,18 @@ def format_summary(summary: dict[str, Any]) -> list[str]:
     lines.append(f"{'MODEL':<8} {'SCORE':<10} {'COUNT':>5} {'MEAN':>6} {'MEDIAN':>6} {'STD':>6} {'MIN':>4} {'MAX':>4}")
     for model, scores in summary["scores"].items():
         for name, one in scores.items():
-            numbers = (_format_number(one["mean"]), _format_number(one["median"]), _format_number(one["std"]), one["min"], one["max"])
-            mean, median, deviation, low, high = ("-" if number is None else number for number in numbers)
+            score_cells = (_format_number(one["mean"]), _format_number(one["median"]), _format_number(one["std"]), one["min"], one["max"])
+            mean, median, deviation, low, high = ("-" if number is None else number for number in score_cells)
             lines.append(f"{model or '-':<8} {name:<10} {one['count']:>5} {mean:>6} {median:>6} {deviation:>6} {low:>4} {high:>4}")
     lines += ["", "agreement of the raters (Krippendorff's alpha: 1 is perfect, 0 is chance)"]
     lines += [f"  {name:<10} {_format_number(one['alpha']) or '- (' + one['reason'] + ')'}" for name, one in summary["agreement"].items()]
-    wins = summary["winRate"]
-    if wins["rate"] is None:
-        text = f"- ({wins['reason']})"
+    win_rate_entry = summary["winRate"]
+    if win_rate_entry["rate"] is None:
+        text = f"- ({win_rate_entry['reason']})"
     else:
-        text = f"{wins['rate']:.2f}, 95 % interval {wins['low']:.2f} to {wins['high']:.2f}, on {wins['questions']} questions"
-        text += f" ({wins['wins']} wins, {wins['ties']} ties, {wins['losses']} losses)"
+        text = f"{win_rate_entry['rate']:.2f}, 95 % interval {win_rate_entry['low']:.2f} to {win_rate_entry['high']:.2f}"
+        text += f", on {win_rate_entry['questions']} questions"
+        text += f" ({win_rate_entry['wins']} wins, {win_rate_entry['ties']} ties, {win_rate_entry['losses']} losses)"
     return [*lines, "", f"win rate of the trained model: {text}"]
 
 

@@ -43,10 +43,10 @@ def report(
             f"-o {file}: `finetune report` downloads an HTML page; for the archive for a bug report, write `finetune support-bundle {name} -o {file}`"
         )
     cluster = connect(namespace, context, kubeconfig)
-    page = read_report(open_storage(cluster, cluster.get_job(name), use_secret, endpoint, storage), name)
+    report_html = read_report(open_storage(cluster, cluster.get_job(name), use_secret, endpoint, storage), name)
     path = file or Path(f"finetune-report-{name}.html")
     try:
-        path.write_bytes(page)
+        path.write_bytes(report_html)
     except OSError as error:
         raise make_unwritable_file_error(path, error) from None
     output.write(str(path))

@@ -84,24 +84,24 @@ def find_chosen_values(job: dict[str, Any], changed_values: dict[str, Any]) -> d
     from finetune_cli.status_text import parse_status
 
     plan = parse_status(job).plan
-    chosen = {choice.field: choice.value for choice in (plan.choices if plan is not None else None) or []}
-    replaced: set[str] = set()
+    chosen_values = {choice.field: choice.value for choice in (plan.choices if plan is not None else None) or []}
+    replaced_paths: set[str] = set()
     if any(path in changed_values for path in (*BATCH_PATHS, GPUS_PATH, "training.effectiveBatchSize", "resources.nodes", PROCESSES_PATH)):
-        replaced |= set(BATCH_PATHS)
+        replaced_paths |= set(BATCH_PATHS)
     if PROCESSES_PATH in changed_values:
-        replaced.add(GPUS_PATH)
+        replaced_paths.add(GPUS_PATH)
     resources = {f"resources.{name}": value for name, value in ((job.get("spec") or {}).get("resources") or {}).items()}
-    counts = resources | {path: value for path, value in chosen.items() if path not in replaced} | changed_values
-    ranks_per_node = counts.get(PROCESSES_PATH) or counts.get(GPUS_PATH) or 1
-    if (counts.get("resources.nodes") or 1) * ranks_per_node == 1:
-        replaced.add(STRATEGY_PATH)
-    return {path: value for path, value in chosen.items() if path not in replaced}
+    resource_values = resources | {path: value for path, value in chosen_values.items() if path not in replaced_paths} | changed_values
+    ranks_per_node = resource_values.get(PROCESSES_PATH) or resource_values.get(GPUS_PATH) or 1
+    if (resource_values.get("resources.nodes") or 1) * ranks_per_node == 1:
+        replaced_paths.add(STRATEGY_PATH)
+    return {path: value for path, value in chosen_values.items() if path not in replaced_paths}
 
 
 def _find_strategy(job: dict[str, Any], changed_values: dict[str, Any]) -> Any:
     """Return the distributed strategy of the new job, or None if its spec does not set a strategy."""
-    distributed = (job.get("spec") or {}).get("distributed") or {}
-    return changed_values.get("distributed.strategy", distributed.get("strategy"))
+    distributed_spec = (job.get("spec") or {}).get("distributed") or {}
+    return changed_values.get("distributed.strategy", distributed_spec.get("strategy"))
 
 
 def _find_checkpoint_uri(job: dict[str, Any], step: int) -> str:
@@ -111,14 +111,14 @@ def _find_checkpoint_uri(job: dict[str, Any], step: int) -> str:
     checkpoints = parse_status(job).checkpoints
     uri = next((checkpoint.uri for checkpoint in checkpoints if checkpoint.step == step), None)
     if uri is None:
-        steps = (
+        steps_text = (
             ", ".join(
                 str(checkpoint.step) for checkpoint in sorted(checkpoints, key=lambda checkpoint: checkpoint.step)
             )
             or "none"
         )
         raise ClusterError(
-            f"the status of {job['metadata']['name']} lists no checkpoint of step {step}, only: {steps}; "
+            f"the status of {job['metadata']['name']} lists no checkpoint of step {step}, only: {steps_text}; "
             "name another checkpoint with --set checkpoint.resume=URI"
         )
     return uri
@@ -148,9 +148,9 @@ def build_rerun(old_job: dict[str, Any], name: str, changed_values: dict[str, An
     from finetune_cli.fields import with_values
 
     spec = with_values(old_job.get("spec") or {}, {"suspend": None, "cancel": None, **changed_values})
-    metadata = old_job["metadata"]
-    annotations = {Annotation.RERUN_OF.value: f"{metadata['name']}/{metadata['uid']}"}
+    old_metadata = old_job["metadata"]
+    annotations = {Annotation.RERUN_OF.value: f"{old_metadata['name']}/{old_metadata['uid']}"}
     if step is not None:
         annotations[Annotation.FROM_STEP.value] = str(step)
-    body = {"name": name, "namespace": metadata.get("namespace"), "annotations": annotations}
-    return {"apiVersion": API_VERSION, "kind": KIND, "metadata": body, "spec": spec}
+    new_metadata = {"name": name, "namespace": old_metadata.get("namespace"), "annotations": annotations}
+    return {"apiVersion": API_VERSION, "kind": KIND, "metadata": new_metadata, "spec": spec}

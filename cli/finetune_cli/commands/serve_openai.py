@@ -37,11 +37,11 @@ def serve_openai(
     from finetune_cli.openai_server.keys import KeyTable
     from finetune_cli.openai_server.service import FineTuningService
 
-    loaded = load_config(config)
-    mistakes = check_models(loaded)
+    server_config = load_config(config)
+    mistakes = check_models(server_config)
     if mistakes:
         raise InvalidInput(mistakes)
-    app = create_app(FineTuningService(loaded, connect(None, context, kubeconfig)), KeyTable(keys))
+    app = create_app(FineTuningService(server_config, connect(None, context, kubeconfig)), KeyTable(keys))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     try:
         asyncio.run(serve(app, host, port, lambda address: output.print_notes([f"base URL for clients: {address}"])))

@@ -16,9 +16,9 @@ def complete_job(ctx: typer.Context, incomplete: str) -> list[str]:
     """Return the names of FineTuneJobs that begin with the typed text. If the cluster cannot be reached, return no names."""
     from finetune_cli.cluster import connect
 
-    given = ctx.params
+    given_options = ctx.params
     try:
-        jobs = connect(given.get("namespace"), given.get("context"), given.get("kubeconfig")).list_jobs(all_namespaces=False)
+        jobs = connect(given_options.get("namespace"), given_options.get("context"), given_options.get("kubeconfig")).list_jobs(all_namespaces=False)
     except output.CommandError:
         return []
     return [name for name in (job["metadata"]["name"] for job in jobs) if name.startswith(incomplete)]
@@ -35,8 +35,8 @@ def complete_path(incomplete: str) -> list[str]:
     """Return the paths of fields that begin with the typed text."""
     from finetune_cli.fields import fields
 
-    known = (field.path.removeprefix("spec.").replace("[]", "") for field in fields())
-    return [path for path in known if path.startswith(incomplete)]
+    known_paths = (field.path.removeprefix("spec.").replace("[]", "") for field in fields())
+    return [path for path in known_paths if path.startswith(incomplete)]
 
 
 def complete_set(incomplete: str) -> list[str]:

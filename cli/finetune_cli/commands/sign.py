@@ -96,10 +96,10 @@ def _compare_with_status(verification: CheckResults, job: dict[str, Any]) -> Non
     from finetune_cli.job_storage import StorageError
     from finetune_cli.status_text import parse_status
 
-    model = parse_status(job).output
-    if model is not None and model.sha256 is not None and model.sha256 != verification.manifest_sha256:
+    model_output = parse_status(job).output
+    if model_output is not None and model_output.sha256 is not None and model_output.sha256 != verification.manifest_sha256:
         raise StorageError(
-            f"the job's status names a model with the manifest {model.sha256[:12]}..., but storage has {verification.manifest_sha256[:12]}...: "
+            f"the job's status names a model with the manifest {model_output.sha256[:12]}..., but storage has {verification.manifest_sha256[:12]}...: "
             "nothing was signed, because the model was replaced after the run"
         )
 
@@ -116,12 +116,14 @@ def _add_image_digest(statement: bytes, job: dict[str, Any]) -> bytes:
     image, _, digest = ((resolved.image_digest if resolved is not None else None) or "").rpartition("sha256:")
     if resolved is None or not digest:
         return statement
-    value = json.loads(statement)
-    definition = value["predicate"]["buildDefinition"]
-    own = Resource(name=TRAINER_IMAGE_DEPENDENCY, uri=image.rstrip("@") or resolved.image, digest={"sha256": digest}, annotations={"observedBy": "operator"})
-    others = [one for one in definition["resolvedDependencies"] if one.get("name") != TRAINER_IMAGE_DEPENDENCY]
-    definition["resolvedDependencies"] = [*others, own.to_wire()]
-    return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False).encode()
+    statement_object = json.loads(statement)
+    build_definition = statement_object["predicate"]["buildDefinition"]
+    image_dependency = Resource(
+        name=TRAINER_IMAGE_DEPENDENCY, uri=image.rstrip("@") or resolved.image, digest={"sha256": digest}, annotations={"observedBy": "operator"}
+    )
+    other_dependencies = [one for one in build_definition["resolvedDependencies"] if one.get("name") != TRAINER_IMAGE_DEPENDENCY]
+    build_definition["resolvedDependencies"] = [*other_dependencies, image_dependency.to_wire()]
+    return json.dumps(statement_object, indent=1, sort_keys=True, ensure_ascii=False).encode()
 
 
 def _store_signature(storage: JobStorage, payload: bytes, private_key: Any) -> None:
@@ -133,10 +135,10 @@ def _store_signature(storage: JobStorage, payload: bytes, private_key: Any) -> N
     from finetune_cli import signing
     from finetune_cli.lineage import read_envelope
 
-    earlier = read_envelope(storage)
-    is_same = earlier is not None and signing.decode_payload(earlier) == payload
-    if earlier is not None and not is_same:
+    earlier_envelope = read_envelope(storage)
+    has_same_payload = earlier_envelope is not None and signing.decode_payload(earlier_envelope) == payload
+    if earlier_envelope is not None and not has_same_payload:
         output.print_notes(["earlier signatures are removed, because they are for another statement"])
-    envelope = signing.sign(payload, private_key, earlier.signatures if earlier is not None and is_same else [])
+    envelope = signing.sign(payload, private_key, earlier_envelope.signatures if earlier_envelope is not None and has_same_payload else [])
     storage.write_object(STATEMENT_KEY, payload)
     storage.write_object(ENVELOPE_KEY, json.dumps(envelope.to_wire(), indent=1).encode())

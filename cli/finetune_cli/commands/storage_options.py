@@ -110,10 +110,10 @@ def open_uri(uri: str, options: StorageOptions) -> JobStorage:
     if not uri.startswith(("s3://", "file:///")) or not uri.partition("://")[2].strip("/"):
         raise StorageError(f"{uri}: write s3://bucket/folder, or file:///folder for a local folder")
     try:
-        root = StorageRoot(endpoint=options.endpoint, region=os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION"))
+        storage_root = StorageRoot(endpoint=options.endpoint, region=os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION"))
     except ValidationError:
         raise StorageError(f"--endpoint {options.endpoint}: write scheme and host, for example https://s3.example.com") from None
     if options.secret_name is None:
-        return JobStorage(uri, root)
+        return JobStorage(uri, storage_root)
     cluster = connect(options.namespace, options.context, options.kubeconfig)
-    return JobStorage(uri, root, decode_secret(cluster.get_secret(options.secret_name)))
+    return JobStorage(uri, storage_root, decode_secret(cluster.get_secret(options.secret_name)))

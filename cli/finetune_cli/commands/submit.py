@@ -88,13 +88,13 @@ def _select_namespace(cluster: Cluster, manifest: Manifest) -> Cluster:
 def _submit_manifest(cluster: Cluster, manifest: Manifest, dry_run: bool) -> None:
     from finetune_cli.cluster import ClusterError
 
-    target = _select_namespace(cluster, manifest)
+    target_cluster = _select_namespace(cluster, manifest)
     kind, name = manifest.value["kind"], manifest.name
     try:
         if manifest.is_job:
-            target.create_object(manifest.value, dry_run=dry_run)
+            target_cluster.create_object(manifest.value, dry_run=dry_run)
         else:
-            target.apply_object(manifest.value, dry_run=dry_run)
+            target_cluster.apply_object(manifest.value, dry_run=dry_run)
     except ClusterError as error:
         is_name_taken = error.code == HTTPStatus.CONFLICT and manifest.is_job
         hint = (
@@ -103,5 +103,5 @@ def _submit_manifest(cluster: Cluster, manifest: Manifest, dry_run: bool) -> Non
             else ""
         )
         raise ClusterError(f"{kind} {name}: {error}{hint}", error.code) from None
-    verb = f"{'would be ' if dry_run else ''}{'created' if manifest.is_job else 'applied'}"
-    output.write(f"{kind.lower()} {name} {verb} in namespace {target.namespace}")
+    outcome_text = f"{'would be ' if dry_run else ''}{'created' if manifest.is_job else 'applied'}"
+    output.write(f"{kind.lower()} {name} {outcome_text} in namespace {target_cluster.namespace}")

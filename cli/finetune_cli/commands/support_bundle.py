@@ -20,7 +20,7 @@ from finetune_cli.yaml_writer import to_yaml
 if TYPE_CHECKING:
     from finetune_cli.cluster import Cluster
 
-LOG_LINES = 2000
+LOG_LINE_COUNT = 2000
 """Number of log lines that the archive contains from the end of each pod's log."""
 SECRET_NAME_PATTERN = re.compile(r"(token|secret(?!keyref|ref|name)|passw|api_?key|credential(?!ssecretref))", re.IGNORECASE)
 SECRET_TEXT_PATTERN = re.compile(
@@ -63,10 +63,10 @@ def support_bundle(
 def _write_archive(path: Path, name: str, files: dict[str, str]) -> None:
     with tarfile.open(path, "w:gz") as archive:
         for file_name, text in files.items():
-            info = tarfile.TarInfo(f"finetune-support-{name}/{file_name}")
-            data = text.encode()
-            info.size, info.mtime = len(data), int(time.time())
-            archive.addfile(info, io.BytesIO(data))
+            archive_entry = tarfile.TarInfo(f"finetune-support-{name}/{file_name}")
+            content = text.encode()
+            archive_entry.size, archive_entry.mtime = len(content), int(time.time())
+            archive.addfile(archive_entry, io.BytesIO(content))
 
 
 def collect_files(cluster: Cluster, job: dict[str, Any]) -> dict[str, str]:
@@ -78,27 +78,27 @@ def collect_files(cluster: Cluster, job: dict[str, Any]) -> dict[str, str]:
 
     name = job["metadata"]["name"]
     job["metadata"].pop("managedFields", None)
-    files = {"job.yaml": to_yaml(redact_value(job)), "status.txt": describe_job(job)}
+    text_by_file_name = {"job.yaml": to_yaml(redact_value(job)), "status.txt": describe_job(job)}
     pods: list[dict[str, Any]] = []
     try:
         pods = cluster.list_pods(name)
         for pod in pods:
             pod["metadata"].pop("managedFields", None)
-        files["pods.yaml"] = to_yaml(redact_value(pods))
+        text_by_file_name["pods.yaml"] = to_yaml(redact_value(pods))
         object_uids = {job["metadata"]["uid"], *(pod["metadata"]["uid"] for pod in pods)}
-        files["events.txt"] = "\n".join(map(format_event_line, cluster.list_events(object_uids)))
-        files["versions.json"] = json.dumps(
+        text_by_file_name["events.txt"] = "\n".join(map(format_event_line, cluster.list_events(object_uids)))
+        text_by_file_name["versions.json"] = json.dumps(
             {"kubernetes": cluster.get_version(), "python": platform.python_version()}, indent=1
         )
     except ClusterError as error:
-        files["errors.txt"] = str(error)
+        text_by_file_name["errors.txt"] = str(error)
     for pod in pods:
         pod_name = pod["metadata"]["name"]
         try:
-            files[f"logs/{pod_name}.txt"] = "\n".join(cluster.stream_log(pod_name, TRAINER_CONTAINER, follow=False, tail_lines=LOG_LINES))
+            text_by_file_name[f"logs/{pod_name}.txt"] = "\n".join(cluster.stream_log(pod_name, TRAINER_CONTAINER, follow=False, tail_lines=LOG_LINE_COUNT))
         except ClusterError as error:
-            files[f"logs/{pod_name}.txt"] = f"({error})"
-    return {file_name: redact_for_others(text) for file_name, text in files.items()}
+            text_by_file_name[f"logs/{pod_name}.txt"] = f"({error})"
+    return {file_name: redact_for_others(text) for file_name, text in text_by_file_name.items()}
 
 
 def redact_for_others(text: str) -> str:

@@ -81,8 +81,8 @@ def top(
     elif not rows:
         output.print_notes([f"{name} has no running pods" if name else "there are no jobs with running pods"])
     else:
-        header = ["NAMESPACE", *COLUMN_NAMES] if all_namespaces else COLUMN_NAMES
-        output.write(format_rows([header, *(_format_cells(row, all_namespaces) for row in rows)]))
+        header_cells = ["NAMESPACE", *COLUMN_NAMES] if all_namespaces else COLUMN_NAMES
+        output.write(format_rows([header_cells, *(_format_cells(row, all_namespaces) for row in rows)]))
 
 
 def _read_rows(cluster: Cluster, jobs: list[dict[str, Any]], all_namespaces: bool) -> list[PodRow]:
@@ -95,15 +95,17 @@ def _read_rows(cluster: Cluster, jobs: list[dict[str, Any]], all_namespaces: boo
     from finetune_cli.status_text import has_finished, parse_status
 
     jobs_by_uid = {job["metadata"]["uid"]: job for job in jobs if not has_finished(parse_status(job))}
-    running = [
+    running_pods = [
         pod
         for pod in (cluster.list_trainer_pods(all_namespaces=all_namespaces) if jobs_by_uid else [])
         if (pod.get("status") or {}).get("phase") == "Running" and (pod["metadata"].get("labels") or {}).get(Label.JOB_UID) in jobs_by_uid
     ]
-    pairs = [(jobs_by_uid[pod["metadata"]["labels"][Label.JOB_UID]], pod) for pod in running]
-    current = [(job, pod) for job, pod in pairs if get_attempt(pod) == max(get_attempt(other) for owner, other in pairs if owner is job)]
+    jobs_and_pods = [(jobs_by_uid[pod["metadata"]["labels"][Label.JOB_UID]], pod) for pod in running_pods]
+    current_jobs_and_pods = [
+        (job, pod) for job, pod in jobs_and_pods if get_attempt(pod) == max(get_attempt(other) for owner, other in jobs_and_pods if owner is job)
+    ]
     with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
-        return list(pool.map(lambda pair: _read_row(cluster, *pair), current))
+        return list(pool.map(lambda pair: _read_row(cluster, *pair), current_jobs_and_pods))
 
 
 def _read_row(cluster: Cluster, job: dict[str, Any], pod: dict[str, Any]) -> PodRow:
@@ -132,14 +134,15 @@ def _format_cells(row: PodRow, with_namespace: bool) -> list[str]:
     progress = status.progress
     gpus = row.usage.gpus if row.usage else []
     utilizations = [gpu.utilization_percent for gpu in gpus if gpu.utilization_percent is not None]
-    fullest = max((gpu for gpu in gpus if gpu.memory_used_bytes is not None), key=lambda gpu: gpu.memory_used_bytes or 0, default=None)
-    speed = progress.tokens_per_second if progress else None
+    fullest_gpu = max((gpu for gpu in gpus if gpu.memory_used_bytes is not None), key=lambda gpu: gpu.memory_used_bytes or 0, default=None)
+    tokens_per_second = progress.tokens_per_second if progress else None
     return [
         *([metadata["namespace"]] if with_namespace else []),
-        metadata["name"], str(status.phase or "-"), (progress.display if progress else None) or "-", f"{speed:,.0f}" if speed is not None else "-",
+        metadata["name"], str(status.phase or "-"), (progress.display if progress else None) or "-",
+        f"{tokens_per_second:,.0f}" if tokens_per_second is not None else "-",
         (progress.eta if progress else None) or "-", row.pod["metadata"]["name"], (row.pod.get("spec") or {}).get("nodeName") or "-",
         str(len(gpus)) if row.usage else "-", f"{sum(utilizations) / len(utilizations):.0f}" if utilizations else "-",
-        f"{format_bytes(fullest.memory_used_bytes)} of {format_bytes(fullest.memory_total_bytes)}" if fullest else "-",
+        f"{format_bytes(fullest_gpu.memory_used_bytes)} of {format_bytes(fullest_gpu.memory_total_bytes)}" if fullest_gpu else "-",
         f"{format_bytes(row.usage.memory_used_bytes)} of {format_bytes(row.usage.memory_total_bytes)}" if row.usage else "-",
     ]  # fmt: skip
 

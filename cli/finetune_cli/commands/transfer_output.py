@@ -71,14 +71,14 @@ def summarise_files(files: list[TransferredFile]) -> str:
 
     counts = {text: sum(1 for file in files if file.state == state) for state, text in STATE_TEXTS.items() if text}
     details = ", ".join(f"{count} {text}" for text, count in counts.items() if count)
-    number = f"{len(files)} file{'s' if len(files) != 1 else ''}"
-    return f"{number}, {format_bytes(sum(file.size for file in files))}" + (f" ({details})" if details else "")
+    file_count_text = f"{len(files)} file{'s' if len(files) != 1 else ''}"
+    return f"{file_count_text}, {format_bytes(sum(file.size for file in files))}" + (f" ({details})" if details else "")
 
 
 def describe_checks(files: list[TransferredFile]) -> str:
     """Return how the files were checked, as a text that lists each kind of check once."""
-    texts = {"sha256": "sha256 of the manifest", "etag": "MD5 of the store", "size": "size only, because the store gives no digest"}
-    return ", ".join(text for check, text in texts.items() if any(file.check == check for file in files))
+    text_by_check = {"sha256": "sha256 of the manifest", "etag": "MD5 of the store", "size": "size only, because the store gives no digest"}
+    return ", ".join(text for check, text in text_by_check.items() if any(file.check == check for file in files))
 
 
 def to_dict(uri: str, local_path: Path, files: list[TransferredFile]) -> dict[str, Any]:

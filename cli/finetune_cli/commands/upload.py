@@ -64,13 +64,13 @@ def _upload_source(source: Path, target: str, options: StorageOptions, progress:
     from finetune_cli.job_storage import to_job_folder_uri
     from finetune_cli.uploads import LocalFile, Uploader, list_plain_files, read_committed_upload
 
-    committed = read_committed_upload(source) if source.is_dir() else None
-    if committed is not None:
+    committed_upload = read_committed_upload(source) if source.is_dir() else None
+    if committed_upload is not None:
         storage = open_uri(to_job_folder_uri(target), options)
-        files = Uploader(storage, progress).upload_committed(committed)
-        uri = storage.make_object_uri(committed.folder)
-        if committed.folder.startswith("model"):
-            return f"{uri}/{committed.incarnation}", files, f"to use the model, write `model.source: {uri}/{committed.incarnation}`"
+        files = Uploader(storage, progress).upload_committed(committed_upload)
+        uri = storage.make_object_uri(committed_upload.folder)
+        if committed_upload.folder.startswith("model"):
+            return f"{uri}/{committed_upload.incarnation}", files, f"to use the model, write `model.source: {uri}/{committed_upload.incarnation}`"
         return uri, files, f"to continue from the checkpoint, write `checkpoint.resume: {uri}`"
     if source.is_dir():
         storage = open_uri(target, options)

@@ -71,13 +71,13 @@ def validate(
     pool = read_gpu(gpu, gpu_memory, gpus_per_node)
     if model_config is not None and pool is None:
         raise output.fail("--model-config has no effect without the memory of a GPU: add --gpu NAME or --gpu-memory SIZE")
-    more_checks = [] if policy is None else [_make_policy_check(policy, namespace)]
+    extra_checks = [] if policy is None else [_make_policy_check(policy, namespace)]
     if pool is not None:
-        more_checks.append(partial(find_memory_findings, pool=pool, folder=model_config))
+        extra_checks.append(partial(find_memory_findings, pool=pool, folder=model_config))
     manifests, read_mistakes = read_all_manifests(files)
     errors = list(map(str, read_mistakes))
     for manifest in manifests:
-        errors += _find_errors(manifest, ExecutionTarget.LOCAL if local else ExecutionTarget.CLUSTER, strict, more_checks)
+        errors += _find_errors(manifest, ExecutionTarget.LOCAL if local else ExecutionTarget.CLUSTER, strict, extra_checks)
     jobs = [manifest for manifest in manifests if manifest.is_job]
     if not jobs and not errors:
         errors.append(f"{', '.join(map(display_name, files))}: there is no FineTuneJob in the input")
@@ -99,7 +99,7 @@ def _make_policy_check(file: Path, namespace: str | None) -> SpecCheck:
     return lambda manifest, spec: chart_policy.find_problems(manifest, spec, namespace)
 
 
-def _find_errors(manifest: Manifest, execution_target: object, strict: bool, more_checks: list[SpecCheck]) -> list[str]:
+def _find_errors(manifest: Manifest, execution_target: object, strict: bool, extra_checks: list[SpecCheck]) -> list[str]:
     from finetune_api.rules import ExecutionTarget
 
     from finetune_cli.checks import check_manifest, select_errors, select_warnings
@@ -112,7 +112,7 @@ def _find_errors(manifest: Manifest, execution_target: object, strict: bool, mor
             return [f"{manifest.file}: kind: this required field is missing; write kind: FineTuneJob"]
         return []
     spec, findings = check_manifest(manifest, ExecutionTarget(str(execution_target)))
-    for check_more in more_checks if spec is not None else ():
+    for check_more in extra_checks if spec is not None else ():
         findings += check_more(manifest, spec)
     if not strict:
         output.print_warnings(select_warnings(findings))
@@ -121,14 +121,15 @@ def _find_errors(manifest: Manifest, execution_target: object, strict: bool, mor
 
 
 def _find_duplicate_names(jobs: list[Manifest]) -> list[str]:
-    seen: dict[tuple[str, str], Manifest] = {}
+    first_job_by_name: dict[tuple[str, str], Manifest] = {}
     errors = []
     for job in jobs:
         metadata = job.value.get("metadata")
-        full_name = (str(metadata.get("namespace", "")) if isinstance(metadata, dict) else "", job.name)
-        if job.name and full_name in seen:
+        namespace_and_name = (str(metadata.get("namespace", "")) if isinstance(metadata, dict) else "", job.name)
+        if job.name and namespace_and_name in first_job_by_name:
             errors.append(
-                f"{job.location('metadata.name')}: metadata.name: {job.name} is used twice, first in {seen[full_name].location('metadata.name')}"
+                f"{job.location('metadata.name')}: metadata.name: {job.name} is used twice, "
+                f"first in {first_job_by_name[namespace_and_name].location('metadata.name')}"
             )
-        seen.setdefault(full_name, job)
+        first_job_by_name.setdefault(namespace_and_name, job)
     return errors

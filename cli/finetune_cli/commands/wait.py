@@ -58,8 +58,8 @@ def wait(
     else:
         result = _wait_for_goal(cluster, name, goal_text, goal, deadline)
     if result is None:
-        state = f"{goal}d" if isinstance(goal, Existence) else goal_text.removeprefix("condition=")
-        raise output.fail(f"{name} is not {state} after {timeout if not str(timeout).isdigit() else f'{timeout} s'}")
+        expected_state = f"{goal}d" if isinstance(goal, Existence) else goal_text.removeprefix("condition=")
+        raise output.fail(f"{name} is not {expected_state} after {timeout if not str(timeout).isdigit() else f'{timeout} s'}")
     output.write(f"{name}: {result}")
 
 

@@ -58,13 +58,13 @@ def read_accelerate(draft: JobDraft, document: InputDocument) -> None:
     parsed_file = parse_document(document)
     for key in parsed_file.value:
         if key not in ACCELERATE_KEYS:
-            closest = find_closest_name(key, ACCELERATE_KEYS)
+            closest_key = find_closest_name(key, ACCELERATE_KEYS)
             draft.mistakes.append(
                 Mistake(
                     _locate_option(document, parsed_file, key),
                     key,
                     "unknown key",
-                    f"did you mean {closest}?" if closest else "remove it",
+                    f"did you mean {closest_key}?" if closest_key else "remove it",
                 )
             )
     distributed_type = str(parsed_file.value.get("distributed_type", "NO")).upper()
@@ -88,7 +88,7 @@ def read_accelerate(draft: JobDraft, document: InputDocument) -> None:
         )
         return
     assign_consistently(draft, "distributed.strategy", "distributed_type", strategy, origin)
-    _set_sizes(draft, document, parsed_file)
+    _set_process_counts(draft, document, parsed_file)
     _set_precision(draft, document, parsed_file)
     unused_keys = [key for key in IGNORED_KEYS if parsed_file.value.get(key) not in (None, False, {}, "NO", "no", "all")]
     if unused_keys:
@@ -116,7 +116,7 @@ def _locate_option(document: InputDocument, parsed_file: Tree, option_key: str) 
     return f"{document.name}:{parsed_file.lines[option_key]}" if option_key in parsed_file.lines else document.name
 
 
-def _set_sizes(draft: JobDraft, document: InputDocument, parsed_file: Tree) -> None:
+def _set_process_counts(draft: JobDraft, document: InputDocument, parsed_file: Tree) -> None:
     machines, processes = parsed_file.value.get("num_machines", 1), parsed_file.value.get("num_processes")
     origin = ValueOrigin(_locate_option(document, parsed_file, "num_processes"))
     for key, value in (("num_machines", machines), ("num_processes", processes)):
@@ -142,9 +142,9 @@ def _set_sizes(draft: JobDraft, document: InputDocument, parsed_file: Tree) -> N
         )
         return
     processes_per_machine = processes // machines
-    on_cpu = parsed_file.value.get("use_cpu") is True
-    draft.values["resources.gpusPerNode"] = AssignedValue(0 if on_cpu else processes_per_machine, origin, "num_processes")
-    if on_cpu:
+    uses_cpu = parsed_file.value.get("use_cpu") is True
+    draft.values["resources.gpusPerNode"] = AssignedValue(0 if uses_cpu else processes_per_machine, origin, "num_processes")
+    if uses_cpu:
         draft.values["resources.processesPerNode"] = AssignedValue(processes_per_machine, origin, "num_processes")
 
 

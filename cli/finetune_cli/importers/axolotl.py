@@ -8,12 +8,12 @@ from typing import Any
 
 from finetune_cli.importers.axolotl_data import set_data, set_test_data
 from finetune_cli.importers.axolotl_keys import (
+    FEATURE_BY_PLUGIN,
     FSDP_NAMES,
     GRPO_IGNORED_OPTION_ROWS,
     IGNORED_OPTION_ROWS,
-    ONLY_TRACKERS,
+    ONLY_TRACKERS_REASON,
     OPTION_GROUP_ROWS,
-    PLUGINS,
     REFUSED_OPTION_ROWS,
 )
 from finetune_cli.importers.converters import (
@@ -50,12 +50,12 @@ from finetune_cli.importers.sources import assign_output_folder
 from finetune_cli.importers.training_arguments import has_validation, set_deepspeed, set_state_dict, to_flag_or_path
 from finetune_cli.mistakes import Mistake
 
-TRAINERS = {
+TRAINER_BY_OBJECTIVE = {
     "dpo": "dpo", "ipo": "dpo", "kto": "kto", "orpo": "orpo", "grpo": "grpo", "gdpo": "gdpo", "simpo": "simpo", "ebft": "ebft",
 }  # fmt: skip
 UNSUPPORTED_TRAINERS = {"gdpo": "GDPO", "simpo": "SimPO", "ebft": "energy-based fine-tuning"}
 ATTENTION_BY_NAME = {"eager": "eager", "sdpa": "sdpa", "flash_attention_2": "flashAttention2", "auto": "auto"}
-OLD_ATTENTION_KEYS = {
+ATTENTION_BY_OLD_KEY = {
     "flash_attention": "flash_attention_2", "sdp_attention": "sdpa", "eager_attention": "eager", "xformers_attention": "xformers",
     "sage_attention": "sage", "flex_attention": "flex_attention",
 }  # fmt: skip
@@ -63,8 +63,8 @@ INIT_BY_NAME = {
     "true": "default", "gaussian": "gaussian", "pissa": "pissa", "olora": "olora", "eva": "eva", "loftq": "loftq",
 }  # fmt: skip
 TEMPLATE_VARIABLES_PATH = "dataset.templateVariables"
-MODEL_CLASSES = re.compile(r"^(AutoModel\w*|\w+ForCausalLM|\w+LMHeadModel|\w+ForConditionalGeneration)$")
-CLASSES_WITHOUT_SUPPORT = {
+MODEL_CLASS_PATTERN = re.compile(r"^(AutoModel\w*|\w+ForCausalLM|\w+LMHeadModel|\w+ForConditionalGeneration)$")
+FEATURE_BY_UNSUPPORTED_CLASS = {
     "MambaLMHeadModel": "a model of the package mamba_ssm",
     "AutoModelForTokenClassification": "token classification",
 }
@@ -111,7 +111,7 @@ OPTION_TABLE: tuple[OptionRow, ...] = (
     OptionRow("model_quantization_config", is_set_by_combine=True),
     OptionRow("model_quantization_config_kwargs.dequantize", convert=to_boolean, is_set_by_combine=True),
     OptionRow("attn_implementation", "model.attention", is_set_by_combine=True),
-    *(OptionRow(key, "model.attention", to_boolean, is_set_by_combine=True) for key in OLD_ATTENTION_KEYS if key != "xformers_attention"),
+    *(OptionRow(key, "model.attention", to_boolean, is_set_by_combine=True) for key in ATTENTION_BY_OLD_KEY if key != "xformers_attention"),
     OptionRow("special_tokens.pad_token", "model.padToken"),
     OptionRow("special_tokens.additional_special_tokens", "model.newTokens", to_name_list, is_set_by_combine=True),
     *(OptionRow(f"special_tokens.{name}_token", is_set_by_combine=True) for name in ("bos", "eos", "unk", "mask", "sep", "cls")),
@@ -139,7 +139,7 @@ OPTION_TABLE: tuple[OptionRow, ...] = (
     OptionRow("spectrum_model_name", is_set_by_combine=True),
     OptionRow("plugins", convert=to_list_of(to_text), is_set_by_combine=True),
     # objective
-    OptionRow("rl", "trainer.type", to_choice(TRAINERS), is_set_by_combine=True),
+    OptionRow("rl", "trainer.type", to_choice(TRAINER_BY_OBJECTIVE), is_set_by_combine=True),
     OptionRow("reward_model", "trainer.type", to_boolean, is_set_by_combine=True),
     OptionRow("num_labels", convert=to_integer(1), is_set_by_combine=True),
     OptionRow("rl_beta", "trainer.dpo.beta", to_number(exclusive_low=0), ("dpo_beta",), is_set_by_combine=True),
@@ -223,9 +223,9 @@ OPTION_TABLE: tuple[OptionRow, ...] = (
     OptionRow("mlflow_experiment_name", "tracking.mlflow.experimentName", is_set_by_combine=True),
     OptionRow("mlflow_run_name", "output.runName.name", is_set_by_combine=True),
     OptionRow("use_tensorboard", "tracking.reportTo", to_boolean, is_set_by_combine=True),
-    OptionRow("comet_api_key", no_effect=ONLY_TRACKERS, is_secret=True),
-    OptionRow("swanlab_api_key", no_effect=ONLY_TRACKERS, is_secret=True),
-    OptionRow("swanlab_lark_secret", no_effect=ONLY_TRACKERS, is_secret=True),
+    OptionRow("comet_api_key", no_effect=ONLY_TRACKERS_REASON, is_secret=True),
+    OptionRow("swanlab_api_key", no_effect=ONLY_TRACKERS_REASON, is_secret=True),
+    OptionRow("swanlab_lark_secret", no_effect=ONLY_TRACKERS_REASON, is_secret=True),
     # distribution
     OptionRow("deepspeed", "distributed.deepspeed", try_converters(to_text, to_mapping), is_set_by_combine=True),
     OptionRow("fsdp", "distributed.fsdp.sharding", try_converters(to_list_of(to_text)), is_set_by_combine=True),
@@ -333,10 +333,10 @@ def _set_model(draft: JobDraft) -> None:
     name = draft.get("model_type")
     if (
         name
-        and (name in CLASSES_WITHOUT_SUPPORT or not MODEL_CLASSES.match(name))
+        and (name in FEATURE_BY_UNSUPPORTED_CLASS or not MODEL_CLASS_PATTERN.match(name))
         and name != "AutoModelForSequenceClassification"
     ):
-        draft.refuse_feature("model_type", CLASSES_WITHOUT_SUPPORT.get(name, f"the model class {name}"))
+        draft.refuse_feature("model_type", FEATURE_BY_UNSUPPORTED_CLASS.get(name, f"the model class {name}"))
     elif name:
         draft.add_reason("model_type", "no effect: the trainer reads the class from the model's own configuration")
     if draft.get("cls_model_config"):
@@ -358,17 +358,17 @@ def _set_model(draft: JobDraft) -> None:
 
 
 def _set_attention(draft: JobDraft) -> None:
-    old = [key for key in OLD_ATTENTION_KEYS if draft.get(key)]
-    for old_key in OLD_ATTENTION_KEYS:
+    old_keys = [key for key in ATTENTION_BY_OLD_KEY if draft.get(key)]
+    for old_key in ATTENTION_BY_OLD_KEY:
         if draft.get(old_key) is False:
             draft.add_reason(old_key, "no effect: this attention implementation is turned off")
-    key = "attn_implementation" if "attn_implementation" in draft.given_options else old[0] if old else None
+    key = "attn_implementation" if "attn_implementation" in draft.given_options else old_keys[0] if old_keys else None
     if key is None:
         return
-    for other in old:
+    for other in old_keys:
         if other != key:
             draft.add_reason(other, f"no effect: {key} is used instead")
-    name = str(draft.get(key)) if key == "attn_implementation" else OLD_ATTENTION_KEYS[key]
+    name = str(draft.get(key)) if key == "attn_implementation" else ATTENTION_BY_OLD_KEY[key]
     if name in ATTENTION_BY_NAME:
         draft.assign("model.attention", ATTENTION_BY_NAME[name], key)
     else:
@@ -409,7 +409,7 @@ def _describe_kept_token(draft: JobDraft, option_key: str, token: str) -> str:
 def _set_method(draft: JobDraft) -> None:
     adapter, in_4bit, in_8bit = draft.get("adapter"), draft.get("load_in_4bit"), draft.get("load_in_8bit")
     for plugin in draft.get("plugins") or []:
-        feature = PLUGINS.get(plugin, f"the plugin {plugin}")
+        feature = FEATURE_BY_PLUGIN.get(plugin, f"the plugin {plugin}")
         if feature:
             draft.refuse_feature("plugins", feature)
     if "plugins" in draft.given_options:
@@ -754,14 +754,14 @@ def _set_accumulation(draft: JobDraft) -> None:
 
 def _set_distribution(draft: JobDraft) -> None:
     shards, replicas = draft.get("dp_shard_size", 1), draft.get("dp_replicate_size", 1)
-    sizes = [key for key in ("dp_shard_size", "dp_replicate_size") if key in draft.given_options]
-    for key in sizes:
+    size_keys = [key for key in ("dp_shard_size", "dp_replicate_size") if key in draft.given_options]
+    for key in size_keys:
         draft.add_reason(
             key,
             "included in resources.gpusPerNode" if shards * replicas > 1 else "no effect: 1 does not set the number of GPUs",
         )
     if shards * replicas > 1:
-        draft.assign("resources.gpusPerNode", shards * replicas, sizes[0])
+        draft.assign("resources.gpusPerNode", shards * replicas, size_keys[0])
         if replicas > 1 and shards > 1:
             draft.add_warning(
                 "dp_replicate_size: the job shards over all GPUs instead of replicating shards: the results are the same"
@@ -789,8 +789,8 @@ def _set_fsdp(draft: JobDraft) -> None:
     sharding = str(
         draft.get("fsdp_config.sharding_strategy") or next((word for word in fsdp_words if "shard" in word), "full_shard")
     ).upper()
-    reshard = draft.get("fsdp_config.reshard_after_forward")
-    if sharding in ("SHARD_GRAD_OP", "HYBRID_SHARD_ZERO2") or reshard is False:
+    reshard_value = draft.get("fsdp_config.reshard_after_forward")
+    if sharding in ("SHARD_GRAD_OP", "HYBRID_SHARD_ZERO2") or reshard_value is False:
         draft.assign("distributed.fsdp.sharding", "shardGradOp", source_key)
     elif sharding == "NO_SHARD":
         draft.assign("distributed.fsdp.sharding", "noShard", source_key)

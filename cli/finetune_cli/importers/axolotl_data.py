@@ -9,7 +9,7 @@ from typing import Any
 from finetune_cli.importers.chat_templates import MARKERS, TurnMarkers, assign_chat_template, assign_template_text
 from finetune_cli.importers.data_sources import (
     CONTENT_KEYS,
-    READABLE_FILE,
+    READABLE_FILE_PATTERN,
     ROLE_KEYS,
     ROLE_NAMES,
     DataSource,
@@ -37,11 +37,11 @@ class PromptStrategy:
     missing_feature: str = ""
 
 
-def _refused_strategy(feature: str) -> PromptStrategy:
+def _make_refused_strategy(feature: str) -> PromptStrategy:
     return PromptStrategy(missing_feature=feature)
 
 
-def _pair_strategy(question: str, answer: str, template: str = "alpaca", **columns: str) -> PromptStrategy:
+def _make_pair_strategy(question: str, answer: str, template: str = "alpaca", **columns: str) -> PromptStrategy:
     return PromptStrategy("instruction", {"question": question, "answer": answer, **columns}, template)
 
 
@@ -49,30 +49,31 @@ PROMPT_STRATEGY_BY_TYPE: Mapping[str, PromptStrategy] = {
     "alpaca": PromptStrategy("alpaca", {}, "alpaca"), "alpaca_instruct": PromptStrategy("alpaca", {}, "alpaca"),
     "alpaca_instruct.load": PromptStrategy("alpaca", {}, "alpaca"), "alpaca_instruct.load_no_prompt": PromptStrategy("alpaca", {}, "alpaca"),
     "alpaca_chat": PromptStrategy("alpaca", {}, "vicuna"), "alpaca_chat.load": PromptStrategy("alpaca", {}, "vicuna"),
-    "alpaca_chat.load_concise": PromptStrategy("alpaca", {}, "vicuna"), "alpaca_chat.load_qa": _pair_strategy("question", "answer", "vicuna"),
-    "alpaca_chat.load_camel_ai": _pair_strategy("message_1", "message_2", "vicuna"),
+    "alpaca_chat.load_concise": PromptStrategy("alpaca", {}, "vicuna"), "alpaca_chat.load_qa": _make_pair_strategy("question", "answer", "vicuna"),
+    "alpaca_chat.load_camel_ai": _make_pair_strategy("message_1", "message_2", "vicuna"),
     "alpaca_chat.load_no_prompt": PromptStrategy("alpaca", {}, "vicuna"),
     "alpaca_w_system": PromptStrategy("alpaca", {"system": "system"}, "alpaca"),
     "alpaca_w_system.load": PromptStrategy("alpaca", {"system": "system"}, "alpaca"),
     "alpaca_w_system.load_instruct": PromptStrategy("alpaca", {"system": "system"}, "alpaca"),
     "alpaca_w_system.load_chat": PromptStrategy("alpaca", {"system": "system"}, "vicuna"),
-    "alpaca_w_system.load_open_orca": _pair_strategy("question", "response", system="system_prompt"),
-    "alpaca_w_system.load_open_orca_chatml": _pair_strategy("question", "response", "chatml", system="system_prompt"),
-    "gpteacher": PromptStrategy("alpaca", {"answer": "response"}, "alpaca"), "oasst": _pair_strategy("INSTRUCTION", "RESPONSE"),
-    "summarizetldr": _pair_strategy("article", "summary"), "context_qa": _pair_strategy("question", "answer"),
-    "metharme": _pair_strategy("prompt", "generation", "metharme"),
+    "alpaca_w_system.load_open_orca": _make_pair_strategy("question", "response", system="system_prompt"),
+    "alpaca_w_system.load_open_orca_chatml": _make_pair_strategy("question", "response", "chatml", system="system_prompt"),
+    "gpteacher": PromptStrategy("alpaca", {"answer": "response"}, "alpaca"), "oasst": _make_pair_strategy("INSTRUCTION", "RESPONSE"),
+    "summarizetldr": _make_pair_strategy("article", "summary"), "context_qa": _make_pair_strategy("question", "answer"),
+    "metharme": _make_pair_strategy("prompt", "generation", "metharme"),
     "orcamini": PromptStrategy("alpaca", {"system": "system"}, "alpaca"),
     "completion": PromptStrategy("plainText"), "pretrain": PromptStrategy("plainText"), "chat_template": PromptStrategy("messages", {}, "chat"),
     "chat": PromptStrategy("messages", {}, "chat"), "messages.chat": PromptStrategy("messages", {}, "chat"), "sharegpt": PromptStrategy("sharegpt", {}, "chat"),
     "sharegpt.load": PromptStrategy("sharegpt", {}, "chat"), "sharegpt.load_role": PromptStrategy("sharegpt", {}, "chat"),
     "sharegpt.load_guanaco": PromptStrategy("sharegpt", {}, "chat"), "sharegpt.load_ultrachat": PromptStrategy("messages", {}, "chat"),
     "llama2_chat": PromptStrategy("sharegpt", {}, "mistral"),
-    "reflection": _refused_strategy("the prompt strategy reflection, which puts two answers into a row"),
-    "explainchoice": _refused_strategy("the prompt strategy explainchoice"), "concisechoice": _refused_strategy("the prompt strategy concisechoice"),
-    "jeopardy": _refused_strategy("the prompt strategy jeopardy"), "creative_acr": _refused_strategy("the prompt strategy creative_acr"),
-    "pygmalion": _refused_strategy("the prompt strategy pygmalion"), "input_output": _refused_strategy("a label for each segment of a row (input_output)"),
-    "stepwise_supervised": _refused_strategy("training of a process reward model"), "_synthetic": _refused_strategy("synthetic rows"),
-    "ebft": _refused_strategy("energy-based fine-tuning"),
+    "reflection": _make_refused_strategy("the prompt strategy reflection, which puts two answers into a row"),
+    "explainchoice": _make_refused_strategy("the prompt strategy explainchoice"), "concisechoice": _make_refused_strategy("the prompt strategy concisechoice"),
+    "jeopardy": _make_refused_strategy("the prompt strategy jeopardy"), "creative_acr": _make_refused_strategy("the prompt strategy creative_acr"),
+    "pygmalion": _make_refused_strategy("the prompt strategy pygmalion"),
+    "input_output": _make_refused_strategy("a label for each segment of a row (input_output)"),
+    "stepwise_supervised": _make_refused_strategy("training of a process reward model"), "_synthetic": _make_refused_strategy("synthetic rows"),
+    "ebft": _make_refused_strategy("energy-based fine-tuning"),
 }  # fmt: skip
 """Axolotl's prompt strategies for supervised training, by the name in the option `type`.
 
@@ -221,7 +222,7 @@ def _choose_strategy(entry: dict[str, Any], trainer: str, option_key: str) -> Pr
             "passthrough",
             "bradley_terry",
         ):
-            return _refused_strategy(f"the prompt strategy {prompt_type} for {trainer}")
+            return _make_refused_strategy(f"the prompt strategy {prompt_type} for {trainer}")
         columns = dict(PREFERENCE_COLUMNS[name])
         if prefix == "chat_template" and name == "default":
             columns["question"] = "messages"
@@ -229,15 +230,15 @@ def _choose_strategy(entry: dict[str, Any], trainer: str, option_key: str) -> Pr
     if trainer == "kto":
         prefix, _, name = base.rpartition(".") if "." in base else ("", "", base)
         if name not in KTO_COLUMNS or prefix not in ("", "chatml", "llama3", "user_defined"):
-            return _refused_strategy(f"the prompt strategy {prompt_type} for kto")
+            return _make_refused_strategy(f"the prompt strategy {prompt_type} for kto")
         return PromptStrategy("unpairedPreference", KTO_COLUMNS[name], prefix if prefix in ("chatml", "llama3") else "chat")
     if trainer == "grpo":
         return PromptStrategy("promptOnly", {}, "chat")
     if not base:
-        return _refused_strategy("training on rows that are already tokenised")
+        return _make_refused_strategy("training on rows that are already tokenised")
     strategy = PROMPT_STRATEGY_BY_TYPE.get(base) or PROMPT_STRATEGY_BY_TYPE.get(base.partition(".")[0])
     if strategy is None:
-        return _refused_strategy("energy-based fine-tuning" if base.startswith("ebft") else f"the prompt strategy {base}")
+        return _make_refused_strategy("energy-based fine-tuning" if base.startswith("ebft") else f"the prompt strategy {base}")
     return (
         PromptStrategy(strategy.format, strategy.columns, TEMPLATE_BY_STYLE.get(style, strategy.template), strategy.missing_feature)
         if strategy.template not in ("", "chat")
@@ -333,7 +334,7 @@ def _find_source_uri(draft: JobDraft, option_key: str, entry_path: str, location
     if path in FILE_BUILDERS and files:
         return normalise_source_uri(draft, option_key, "dataset.train", str(files[0]))
     if files:
-        if not READABLE_FILE.search(str(files[0])):
+        if not READABLE_FILE_PATTERN.search(str(files[0])):
             draft.refuse_feature_at(
                 location,
                 f"{entry_path}.data_files",
@@ -430,8 +431,8 @@ def _choose_template(draft: JobDraft, location: str, entry_path: str, entry: dic
         return strategy.template
     if entry.get("chat_template_jinja"):
         return f"jinja:{entry['chat_template_jinja']}"
-    own_template = entry.get("chat_template") or entry.get("conversation")
-    return f"chat:{own_template}" if own_template and own_template != "tokenizer_default" else "chat"
+    entry_template = entry.get("chat_template") or entry.get("conversation")
+    return f"chat:{entry_template}" if entry_template and entry_template != "tokenizer_default" else "chat"
 
 
 def _set_template(draft: JobDraft, option_key: str, templates: list[str]) -> None:
@@ -463,24 +464,24 @@ def _set_template(draft: JobDraft, option_key: str, templates: list[str]) -> Non
 
 
 def _set_chat_template(draft: JobDraft, option_key: str, name: str) -> None:
-    given = draft.get("chat_template")
-    jinja = draft.get("chat_template_jinja")
-    name = name or str(given or "")
-    own_key = "chat_template" if "chat_template" in draft.given_options else option_key
-    if name == "jinja" or (jinja and not name):
-        _set_jinja(draft, "chat_template_jinja" if jinja else own_key, str(jinja or ""))
+    given_template = draft.get("chat_template")
+    jinja_text = draft.get("chat_template_jinja")
+    name = name or str(given_template or "")
+    template_key = "chat_template" if "chat_template" in draft.given_options else option_key
+    if name == "jinja" or (jinja_text and not name):
+        _set_jinja(draft, "chat_template_jinja" if jinja_text else template_key, str(jinja_text or ""))
         return
     if name.startswith("tokenizer_default_fallback_"):
-        fallback = name.removeprefix("tokenizer_default_fallback_")
+        fallback_name = name.removeprefix("tokenizer_default_fallback_")
         draft.add_warning(
-            f"chat_template: the chat template of the tokenizer is used; if it has none, write the template {fallback} in dataset.chatTemplate.text"
+            f"chat_template: the chat template of the tokenizer is used; if it has none, write the template {fallback_name} in dataset.chatTemplate.text"
         )
-        draft.add_reason(own_key, "the chat template of the tokenizer is used")
+        draft.add_reason(template_key, "the chat template of the tokenizer is used")
     elif name in ("", "tokenizer_default"):
-        if own_key == "chat_template":
-            draft.add_reason(own_key, "the chat template of the tokenizer is used")
+        if template_key == "chat_template":
+            draft.add_reason(template_key, "the chat template of the tokenizer is used")
     else:
-        assign_chat_template(draft, own_key, {"llama-3": "llama3", "llama-2": "llama2"}.get(name, name))
+        assign_chat_template(draft, template_key, {"llama-3": "llama3", "llama-2": "llama2"}.get(name, name))
 
 
 def _set_jinja(draft: JobDraft, option_key: str, text: str) -> None:

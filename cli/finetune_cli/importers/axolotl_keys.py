@@ -16,7 +16,7 @@ from finetune_cli.importers.options import (
     make_refused_options,
 )
 
-ONLY_TRACKERS = (
+ONLY_TRACKERS_REASON = (
     "a FineTuneJob reports to wandb, tensorboard, mlflow and mongodb; the metrics are also in the job's storage"
 )
 IGNORED_OPTION_ROWS: tuple[OptionRow, ...] = (
@@ -61,7 +61,7 @@ IGNORED_OPTION_ROWS: tuple[OptionRow, ...] = (
         "merge_lora merge_method merge_dequant nvfp4_merge_aware_start_step gradio_title gradio_share "
              "gradio_server_name gradio_server_port gradio_max_new_tokens gradio_temperature"),
     *make_ignored_options("for private data, set model.tokenSecretRef to a Secret with a token of the hub", "hf_use_auth_token"),
-    *make_ignored_options(ONLY_TRACKERS, "wandb_watch wandb_run_id wandb_log_model hf_mlflow_log_artifacts use_comet comet_workspace comet_project_name "
+    *make_ignored_options(ONLY_TRACKERS_REASON, "wandb_watch wandb_run_id wandb_log_model hf_mlflow_log_artifacts use_comet comet_workspace comet_project_name "
              "comet_experiment_key comet_mode comet_online comet_experiment_config use_trackio trackio_project_name trackio_run_name trackio_space_id "
              "use_swanlab swanlab_project swanlab_experiment_name swanlab_description swanlab_mode swanlab_workspace swanlab_log_model swanlab_web_host "
              "swanlab_api_host swanlab_log_completions swanlab_completion_log_interval swanlab_completion_max_buffer swanlab_lark_webhook_url "
@@ -174,7 +174,7 @@ FSDP_NAMES = (
     "reshard_after_forward", "mixed_precision_policy", "limit_all_gathers", "sharding_strategy", "backward_prefetch", "forward_prefetch",
 )  # fmt: skip
 """Keys of `fsdp_config`. Older files write each key with the prefix `fsdp_`."""
-PLUGINS = {
+FEATURE_BY_PLUGIN = {
     "axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin": "", "axolotl.integrations.liger.LigerPlugin": "",
     "axolotl.integrations.kernels.KernelsPlugin": "", "axolotl.integrations.swanlab.SwanLabPlugin": "",
     "axolotl.integrations.spectrum.SpectrumPlugin": "", "axolotl.integrations.expert_parallel.ExpertParallelPlugin": "expert parallelism",

@@ -18,12 +18,12 @@ NEGATIVE_NUMBER_PATTERN = re.compile(r"^-(\d|\.\d)")
 
 def strip_launcher(command_words: tuple[str, ...]) -> list[str]:
     """Return the words of a command line without line continuations, and without a launcher such as `python train.py` or `accelerate launch x.py`."""
-    remaining = [word for word in command_words if word.strip() not in ("\\", "")]
-    while remaining and (remaining[0] in LAUNCHERS or remaining[0].endswith(".py")):
-        launcher = remaining.pop(0)
-        if launcher in LAUNCHERS and remaining[:1] == ["-m"]:
-            del remaining[:2]
-    return remaining
+    remaining_words = [word for word in command_words if word.strip() not in ("\\", "")]
+    while remaining_words and (remaining_words[0] in LAUNCHERS or remaining_words[0].endswith(".py")):
+        launcher = remaining_words.pop(0)
+        if launcher in LAUNCHERS and remaining_words[:1] == ["-m"]:
+            del remaining_words[:2]
+    return remaining_words
 
 
 @dataclass
@@ -41,17 +41,17 @@ class ParsedFlags:
 def parse_flags(command_words: list[str], takes_value: Callable[[str], bool]) -> ParsedFlags:
     """Split a command line into flags and values: `--a v` or `--a=v`. `takes_value` returns whether the flag with this name can have a value."""
     flags = ParsedFlags()
-    remaining = list(command_words)
-    while remaining:
-        word = remaining.pop(0)
+    remaining_words = list(command_words)
+    while remaining_words:
+        word = remaining_words.pop(0)
         if not word.startswith("-") or NEGATIVE_NUMBER_PATTERN.match(word):
             flags.stray_words.append(word)
             continue
         name, equals, value = word.partition("=")
         if equals:
             flags.name_value_pairs.append((name, value))
-        elif takes_value(name) and remaining and (not remaining[0].startswith("-") or NEGATIVE_NUMBER_PATTERN.match(remaining[0])):
-            flags.name_value_pairs.append((name, remaining.pop(0)))
+        elif takes_value(name) and remaining_words and (not remaining_words[0].startswith("-") or NEGATIVE_NUMBER_PATTERN.match(remaining_words[0])):
+            flags.name_value_pairs.append((name, remaining_words.pop(0)))
         else:
             flags.name_value_pairs.append((name, None))
     return flags

@@ -50,11 +50,11 @@ def to_number(
     allowed_text = _describe_range("a number", low, high, exclusive_low, exclusive_high)
 
     def convert(value: Any) -> float | int:
-        converted = _parse_number(value)
-        if converted is None:
+        converted_number = _parse_number(value)
+        if converted_number is None:
             raise ConversionError("is not a number", allowed_text)
-        _check_range(converted, low, high, exclusive_low, exclusive_high, allowed_text)
-        return converted
+        _check_range(converted_number, low, high, exclusive_low, exclusive_high, allowed_text)
+        return converted_number
 
     return convert
 
@@ -64,15 +64,15 @@ def to_integer(low: float = -math.inf, high: float = math.inf) -> Converter:
     allowed_text = _describe_range("an integer", low, high, None, None)
 
     def convert(value: Any) -> int:
-        converted = _parse_number(value)
+        converted_number = _parse_number(value)
         if (
-            converted is None
-            or converted != int(converted)
+            converted_number is None
+            or converted_number != int(converted_number)
             or (isinstance(value, str) and not INTEGER_PATTERN.match(value.strip()))
         ):
             raise ConversionError("is not an integer", allowed_text)
-        _check_range(converted, low, high, None, None, allowed_text)
-        return int(converted)
+        _check_range(converted_number, low, high, None, None, allowed_text)
+        return int(converted_number)
 
     return convert
 
@@ -225,8 +225,8 @@ def to_choice(allowed_values: Mapping[str, Any] | Iterable[str], *, ignore_case:
             if normalised_word in value_by_word:
                 spec_value = value_by_word[normalised_word]
                 return spec_value.value if isinstance(spec_value, Enum) else spec_value
-        closest = find_closest_name(str(value), value_by_name)
-        raise ConversionError("is not an allowed value", f"one of {words}", closest)
+        closest_name = find_closest_name(str(value), value_by_name)
+        raise ConversionError("is not an allowed value", f"one of {words}", closest_name)
 
     return convert
 
@@ -254,7 +254,7 @@ def try_converters(*converters: Converter) -> Converter:
                 return converter(value)
             except ConversionError as error:
                 errors.append(error)
-        last = errors[-1]
-        raise ConversionError(last.problem, " or ".join(failure.allowed for failure in errors), last.closest)
+        last_error = errors[-1]
+        raise ConversionError(last_error.problem, " or ".join(failure.allowed for failure in errors), last_error.closest)
 
     return convert

@@ -9,7 +9,7 @@ from typing import Any
 
 from finetune_cli.importers.draft import JobDraft
 
-READABLE_FILE = re.compile(r"\.(jsonl?|csv|tsv|txt|parquet)(\.gz)?$", re.IGNORECASE)
+READABLE_FILE_PATTERN = re.compile(r"\.(jsonl?|csv|tsv|txt|parquet)(\.gz)?$", re.IGNORECASE)
 PERCENT_SPLIT_PATTERN = re.compile(r"^train\[:(\d+(?:\.\d+)?)%\]$")
 ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value", "text")
 """Names of the keys of a message that the trainer reads: first the keys with the role of the message, then the keys with its text."""
@@ -85,7 +85,7 @@ def _build_mixture(
             f"{draft.given_options[option_key].origin.location}: {option_key}: the tool reads the rows of all sources, "
             "but a mixture without weights takes the same number of rows from each source: set dataset.mixture[].weight to the numbers of rows"
         )
-    items = []
+    mixture_entries = []
     for data_source, weight in zip(data_sources, weights, strict=True):
         item: dict[str, Any] = {"source": data_source.source}
         if weight is not None:
@@ -94,8 +94,8 @@ def _build_mixture(
             item["format"] = data_source.format
         if not has_same_columns and data_source.columns:
             item["columns"] = dict(data_source.columns)
-        items.append(item)
-    return items
+        mixture_entries.append(item)
+    return mixture_entries
 
 
 def _assign_split_fractions(draft: JobDraft, option_key: str, data_sources: list[DataSource]) -> None:

@@ -33,9 +33,9 @@ def read_deepspeed(draft: JobDraft, document: InputDocument) -> None:
     """
     content = parse_json(document)
     origin = ValueOrigin(document.name)
-    zero = read_option_group(draft, content, "zero_optimization", origin)
+    zero_options = read_option_group(draft, content, "zero_optimization", origin)
     options: dict[str, tuple[str, Any]] = {
-        "distributed.deepspeed.zeroStage": ("zero_optimization.stage", zero.get("stage")),
+        "distributed.deepspeed.zeroStage": ("zero_optimization.stage", zero_options.get("stage")),
         "training.maxGradNorm": ("gradient_clipping", content.get("gradient_clipping")),
         "training.batchSizePerDevice": (
             "train_micro_batch_size_per_gpu",
@@ -53,7 +53,7 @@ def read_deepspeed(draft: JobDraft, document: InputDocument) -> None:
         ("distributed.deepspeed.offloadOptimizer", "offload_optimizer"),
         ("distributed.deepspeed.offloadParameters", "offload_param"),
     ):
-        device = (zero.get(key) or {}).get("device") if isinstance(zero.get(key), dict) else None
+        device = (zero_options.get(key) or {}).get("device") if isinstance(zero_options.get(key), dict) else None
         if device in ("cpu", "nvme"):
             assign_consistently(draft, path, f"zero_optimization.{key}.device", True, origin)
     for precision in ("bf16", "fp16"):
@@ -77,19 +77,19 @@ def read_option_group(draft: JobDraft, content: dict[str, Any], option_key: str,
 
 def assign_consistently(draft: JobDraft, spec_path: str, option_key: str, value: Any, origin: ValueOrigin) -> None:
     """Set a field. If another file gives a different value, record a mistake with both locations."""
-    existing = draft.values.get(spec_path)
-    if existing is not None and existing.key and existing.value != value:
+    existing_value = draft.values.get(spec_path)
+    if existing_value is not None and existing_value.key and existing_value.value != value:
         hint = f"make them equal, or write `auto` for {option_key}"
         draft.mistakes.append(
             Mistake(
-                f"{existing.origin.location}, {origin.location}",
-                f"{existing.key}, {option_key}",
-                f"{existing.value} and {value} are given for the same option",
+                f"{existing_value.origin.location}, {origin.location}",
+                f"{existing_value.key}, {option_key}",
+                f"{existing_value.value} and {value} are given for the same option",
                 hint,
             )
         )
         return
-    if existing is None or not existing.key:
+    if existing_value is None or not existing_value.key:
         draft.values[spec_path] = AssignedValue(value, origin, option_key)
 
 

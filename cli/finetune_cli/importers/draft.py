@@ -279,8 +279,8 @@ class JobDraft:
     def redact_message(self, message: str) -> str:
         """Return a message in which the secrets are redacted."""
         for secret in sorted(self.secret_texts, key=len, reverse=True):
-            edge = r"\b" if len(secret) < 6 else ""
-            message = re.sub(edge + re.escape(secret) + edge, REDACTED_TEXT, message)
+            word_edge = r"\b" if len(secret) < 6 else ""
+            message = re.sub(word_edge + re.escape(secret) + word_edge, REDACTED_TEXT, message)
         return redact_text(message)
 
 

@@ -33,11 +33,11 @@ from finetune_cli.mistakes import Mistake
 from finetune_cli.provenance import ValueOrigin
 from finetune_cli.suggestions import find_closest_name
 
-DATASET_FORMATS = {
+DATASET_FORMAT_BY_NAME = {
     "plain_text": "plainText", "mcq_jsonl": "mcq", "instruction_jsonl": "instruction", "instruction": "instruction", "qa": "qa", "text": "text",
     "conversation": "messages",
 }  # fmt: skip
-METRIC_NAMES = {
+METRIC_BY_NAME = {
     "accuracy": "accuracy", "f1": "f1", "precision": "precision", "recall": "recall", "perplexity": "perplexity", "bleu": "bleu", "rouge": "rouge",
     "rougeL": "rouge", "bertscore": "bertscore",
 }  # fmt: skip
@@ -57,7 +57,9 @@ OPTION_TABLE: tuple[OptionRow, ...] = (
     OptionRow("CACHE_DIR", "model.cache", is_set_by_combine=True),
     OptionRow("PAD_TOKEN", "model.padToken"),
     OptionRow("TRAIN_DATA_PATH", "dataset.train", aliases=("--data_path", "-data", "--data"), is_required=True, is_set_by_combine=True),
-    OptionRow("DATASET_TYPE", "dataset.format", to_choice(DATASET_FORMATS), ("--dataset_type", "-dataset_type"), is_required=True, is_set_by_combine=True),
+    OptionRow(
+        "DATASET_TYPE", "dataset.format", to_choice(DATASET_FORMAT_BY_NAME), ("--dataset_type", "-dataset_type"), is_required=True, is_set_by_combine=True
+    ),
     OptionRow("DATA_FORMAT", "dataset.fileFormat", to_choice(["jsonl", "json", "csv", "auto", "txt"])),
     OptionRow("VAL_DATA_PATH", "dataset.validation", aliases=("--val_path",), is_set_by_combine=True),
     OptionRow("TEST_DATA_PATH", "dataset.test", aliases=("--test_path",), is_set_by_combine=True),
@@ -94,7 +96,7 @@ OPTION_TABLE: tuple[OptionRow, ...] = (
     OptionRow("COMPARISON_DO_SAMPLE", "evaluation.comparison.generation.doSample", to_boolean),
     OptionRow("COMPARISON_OUTPUT", no_effect=FIXED_FILES_REASON),
     OptionRow("TRACK_METRICS", "evaluation.metrics", is_set_by_combine=True),
-    OptionRow("METRICS", "evaluation.metrics", to_list_of(to_choice(METRIC_NAMES)), is_set_by_combine=True),
+    OptionRow("METRICS", "evaluation.metrics", to_list_of(to_choice(METRIC_BY_NAME)), is_set_by_combine=True),
     OptionRow("METRICS_PATH", no_effect=FIXED_FILES_REASON),
     OptionRow("REPORT_PATH", no_effect=FIXED_FILES_REASON),
     OptionRow("LOG_INTERVAL", "tracking.loggingSteps", to_integer(1)),
@@ -224,8 +226,8 @@ def _expand_variables(value: str, values: dict[str, str], draft: JobDraft, locat
     from dotenv.variables import parse_variables
 
     variables = {**draft.request.environment, **values}
-    ratios_by_key = list(parse_variables(value))
-    for part in ratios_by_key:
+    parts = list(parse_variables(value))
+    for part in parts:
         name = getattr(part, "name", None)
         if name is not None and name not in variables and getattr(part, "default", None) is None:
             draft.mistakes.append(
@@ -236,7 +238,7 @@ def _expand_variables(value: str, values: dict[str, str], draft: JobDraft, locat
                     "set the variable above this line, or write its value here",
                 )
             )
-    return "".join(part.resolve(variables) for part in ratios_by_key)
+    return "".join(part.resolve(variables) for part in parts)
 
 
 def _read_flags(draft: JobDraft) -> Iterator[OptionEntry]:
@@ -317,8 +319,8 @@ def _set_dataset_format(draft: JobDraft) -> None:
 
 
 def _set_split(draft: JobDraft) -> None:
-    ratios = ("TRAIN_RATIO", "VAL_RATIO", "TEST_RATIO")
-    given_ratios = {key: float(draft.get(key)) for key in ratios if key in draft.given_options}
+    ratio_keys = ("TRAIN_RATIO", "VAL_RATIO", "TEST_RATIO")
+    given_ratios = {key: float(draft.get(key)) for key in ratio_keys if key in draft.given_options}
     if draft.has_value("dataset.validation") or draft.has_value("dataset.test"):
         for key in (*given_ratios, *(["SPLIT_SEED"] if "SPLIT_SEED" in draft.given_options else [])):
             option = draft.given_options[key]
@@ -326,19 +328,19 @@ def _set_split(draft: JobDraft) -> None:
                 f"{option.origin.location}: {option.key} has no effect: the training data is not split, because a validation or test file is given"
             )
         return
-    if any(key in draft.paths_of_invalid_keys for key in ratios):
+    if any(key in draft.paths_of_invalid_keys for key in ratio_keys):
         return
     total = sum(given_ratios.values())
-    names = "+".join(given_ratios)
+    key_names = "+".join(given_ratios)
     if len(given_ratios) == 3 and abs(total - 1) > 1e-6:
         draft.add_mistake(
             tuple(given_ratios),
-            f"{names} = {total:g}, but must be 1",
+            f"{key_names} = {total:g}, but must be 1",
             "change a ratio, or remove one, which the import then sets to the rest",
         )
         return
     if total > 1 + 1e-6:
-        draft.add_mistake(tuple(given_ratios), f"{names} = {total:g}, but must be at most 1", "reduce the ratios")
+        draft.add_mistake(tuple(given_ratios), f"{key_names} = {total:g}, but must be at most 1", "reduce the ratios")
         return
     ratios_by_key = _complete_ratios(given_ratios)
     if ratios_by_key["TRAIN_RATIO"] <= 0:
@@ -365,17 +367,17 @@ def _complete_ratios(given_ratios: dict[str, float]) -> dict[str, float]:
     the validation ratio is given, the test ratio is 0.1 (or all that is left, if that is less), and training gets the rest. If only the test ratio is given,
     the validation ratio follows in the same way.
     """
-    ratios = {"TRAIN_RATIO": 0.8, "VAL_RATIO": 0.1, "TEST_RATIO": 0.1}
+    default_ratios = {"TRAIN_RATIO": 0.8, "VAL_RATIO": 0.1, "TEST_RATIO": 0.1}
     if not given_ratios:
-        return ratios
+        return default_ratios
     remaining_ratio = round(1 - sum(given_ratios.values()), 10)
     if len(given_ratios) == 1 and "TRAIN_RATIO" in given_ratios:
         return {**given_ratios, "VAL_RATIO": round(remaining_ratio / 2, 10), "TEST_RATIO": round(remaining_ratio / 2, 10)}
     if len(given_ratios) == 1:
-        other_key = "TEST_RATIO" if "VAL_RATIO" in given_ratios else "VAL_RATIO"
-        other_ratio = min(ratios[other_key], remaining_ratio)
-        return {**given_ratios, other_key: other_ratio, "TRAIN_RATIO": round(remaining_ratio - other_ratio, 10)}
-    missing_key = next((key for key in ratios if key not in given_ratios), None)
+        second_key = "TEST_RATIO" if "VAL_RATIO" in given_ratios else "VAL_RATIO"
+        second_ratio = min(default_ratios[second_key], remaining_ratio)
+        return {**given_ratios, second_key: second_ratio, "TRAIN_RATIO": round(remaining_ratio - second_ratio, 10)}
+    missing_key = next((key for key in default_ratios if key not in given_ratios), None)
     return given_ratios if missing_key is None else {**given_ratios, missing_key: max(remaining_ratio, 0.0)}
 
 
@@ -493,13 +495,13 @@ def _set_metrics(draft: JobDraft) -> None:
     track_option = draft.given_options.get("TRACK_METRICS")
     if track_option is not None and str(track_option.value).lower() not in ("true", "false"):
         for value in str(track_option.value).strip("[]").split(","):
-            name = METRIC_NAMES.get(value.strip())
+            name = METRIC_BY_NAME.get(value.strip())
             if name is None:
-                closest = find_closest_name(value.strip(), METRIC_NAMES)
+                closest = find_closest_name(value.strip(), METRIC_BY_NAME)
                 draft.add_mistake(
                     "TRACK_METRICS",
                     f'"{value.strip()}" is not a supported metric',
-                    f"write one of {', '.join(METRIC_NAMES)}" + (f"; did you mean {closest}?" if closest else ""),
+                    f"write one of {', '.join(METRIC_BY_NAME)}" + (f"; did you mean {closest}?" if closest else ""),
                 )
             else:
                 metrics.append(name)

@@ -29,12 +29,12 @@ from finetune_cli.importers.converters import (
 from finetune_cli.importers.documents import iterate_entries, parse_document, peek_mapping
 from finetune_cli.importers.draft import Importer, InputDocument, JobDraft, OptionEntry, OptionRow, ToolDefault
 from finetune_cli.importers.sources import assign_output_folder, assign_source, is_local
-from finetune_cli.importers.toml import BIAS_BY_NAME, DTYPES_BY_NAME, SCHEDULERS_BY_NAME
+from finetune_cli.importers.toml import BIAS_BY_NAME, DTYPE_BY_NAME, SCHEDULER_BY_NAME
 from finetune_cli.mistakes import Mistake
 
 GENERATION_PATH = "evaluation.comparison.generation"
 TRACKERS_BY_NAME = {"wandb": ["wandb"], "tensorboard": ["tensorboard"], "mlflow": ["mlflow"], "none": []}
-DATASET_FORMATS = {"alpaca": "alpaca", "sharegpt": "sharegpt", "completion": "promptCompletion", "custom": "custom"}
+DATASET_FORMAT_BY_NAME = {"alpaca": "alpaca", "sharegpt": "sharegpt", "completion": "promptCompletion", "custom": "custom"}
 DEVICE_MAP_REASON = "the trainer assigns the model to devices"
 
 
@@ -62,7 +62,7 @@ def to_positive_number(value: Any) -> float | int:
 
 OPTION_TABLE: tuple[OptionRow, ...] = (
     OptionRow("model", "model.source", aliases=("base_model.name", "--model"), is_required=True, is_set_by_combine=True),
-    OptionRow("base_model.dtype", "model.dtype", to_choice(DTYPES_BY_NAME)),
+    OptionRow("base_model.dtype", "model.dtype", to_choice(DTYPE_BY_NAME)),
     OptionRow("base_model.device_map", no_effect=DEVICE_MAP_REASON),
     OptionRow("base_model.trust_remote_code", "model.trustRemoteCode", to_boolean),
     OptionRow("lora_r", "method.lora.rank", to_integer(1), ("lora.r", "--lora-r")),
@@ -84,7 +84,7 @@ OPTION_TABLE: tuple[OptionRow, ...] = (
     OptionRow("epochs", "training.epochs", to_number(exclusive_low=0), ("training.num_train_epochs", "--epochs")),
     OptionRow("training.max_steps", "training.maxSteps", to_steps_or_none),
     OptionRow("learning_rate", "training.learningRate", to_number(exclusive_low=0), ("training.learning_rate",)),
-    OptionRow("training.lr_scheduler_type", "training.scheduler", to_choice(SCHEDULERS_BY_NAME)),
+    OptionRow("training.lr_scheduler_type", "training.scheduler", to_choice(SCHEDULER_BY_NAME)),
     OptionRow("training.warmup_ratio", "training.warmupRatio", to_number(0, exclusive_high=1)),
     OptionRow("training.warmup_steps", "training.warmupSteps", to_integer(0)),
     OptionRow("training.optim", "training.optimizer"),
@@ -107,7 +107,7 @@ OPTION_TABLE: tuple[OptionRow, ...] = (
     OptionRow("training.report_to", "tracking.reportTo", to_choice(TRACKERS_BY_NAME), is_set_by_combine=True, empty_is_absent=False),
     OptionRow("training.seed", "training.seed", to_integer(0, 4294967295)),
     OptionRow("--data", "dataset.train", is_set_by_combine=True),
-    OptionRow("dataset.format", "dataset.format", to_choice(DATASET_FORMATS)),
+    OptionRow("dataset.format", "dataset.format", to_choice(DATASET_FORMAT_BY_NAME)),
     OptionRow("dataset.instruction_column", "dataset.columns.question"),
     OptionRow("dataset.input_column", "dataset.columns.input"),
     OptionRow("dataset.output_column", "dataset.columns.answer"),
@@ -136,7 +136,7 @@ OPTION_TABLE: tuple[OptionRow, ...] = (
     OptionRow("templates", "dataset.template", to_mapping, is_set_by_combine=True),
     OptionRow("requirements", convert=keep_value, no_effect="the group only documents memory requirements"),
 )  # fmt: skip
-HARD_CODED = "hard-coded in the tool"
+HARD_CODED_REASON = "hard-coded in the tool"
 
 
 def _is_qlora(draft: JobDraft) -> bool:
@@ -146,11 +146,11 @@ def _is_qlora(draft: JobDraft) -> bool:
 DEFAULTS: tuple[ToolDefault, ...] = (
     ToolDefault("method.lora.rank", 16),
     ToolDefault("method.lora.alpha", 32),
-    ToolDefault("method.lora.dropout", 0.05, HARD_CODED),
-    ToolDefault("method.lora.bias", "none", HARD_CODED),
-    ToolDefault("model.quantization.type", "nf4", HARD_CODED, _is_qlora),
-    ToolDefault("model.quantization.computeDtype", "bfloat16", HARD_CODED, _is_qlora),
-    ToolDefault("model.quantization.doubleQuant", True, HARD_CODED, _is_qlora),
+    ToolDefault("method.lora.dropout", 0.05, HARD_CODED_REASON),
+    ToolDefault("method.lora.bias", "none", HARD_CODED_REASON),
+    ToolDefault("model.quantization.type", "nf4", HARD_CODED_REASON, _is_qlora),
+    ToolDefault("model.quantization.computeDtype", "bfloat16", HARD_CODED_REASON, _is_qlora),
+    ToolDefault("model.quantization.doubleQuant", True, HARD_CODED_REASON, _is_qlora),
     ToolDefault("training.epochs", 3),
     ToolDefault("training.batchSizePerDevice", 4),
     ToolDefault("training.gradientAccumulationSteps", 4),
@@ -160,13 +160,13 @@ DEFAULTS: tuple[ToolDefault, ...] = (
     ToolDefault("training.optimizer", "adamw_torch"),
     ToolDefault("training.weightDecay", 0),
     ToolDefault("training.maxGradNorm", 1),
-    ToolDefault("training.mixedPrecision", "bf16", HARD_CODED, needs_gpu=True),
+    ToolDefault("training.mixedPrecision", "bf16", HARD_CODED_REASON, needs_gpu=True),
     ToolDefault("dataset.maxSequenceLength", 512),
     ToolDefault("checkpoint.strategy", "steps"),
     ToolDefault("checkpoint.steps", 100),
     ToolDefault("checkpoint.keep", 3),
-    ToolDefault("output.dir", "output", HARD_CODED),
-    ToolDefault("output.layout", "flat", HARD_CODED),
+    ToolDefault("output.dir", "output", HARD_CODED_REASON),
+    ToolDefault("output.layout", "flat", HARD_CODED_REASON),
     ToolDefault("tracking.reportTo", ["tensorboard"]),
     ToolDefault("tracking.loggingSteps", 10),
 )  # fmt: skip
@@ -258,12 +258,12 @@ def _set_method(draft: JobDraft) -> None:
                 )
             )
         return
-    source = key_4bit or (adapter_keys[0] if adapter_keys else key_8bit)
-    if source is None:
+    source_key = key_4bit or (adapter_keys[0] if adapter_keys else key_8bit)
+    if source_key is None:
         return
-    draft.assign("method.type", "qlora" if key_4bit else "lora", source)
+    draft.assign("method.type", "qlora" if key_4bit else "lora", source_key)
     if key_4bit or key_8bit:
-        draft.assign("model.quantization.bits", 4 if key_4bit else 8, key_4bit or key_8bit or source)
+        draft.assign("model.quantization.bits", 4 if key_4bit else 8, key_4bit or key_8bit or source_key)
 
 
 def _find_loading_key(draft: JobDraft, name: str) -> str | None:

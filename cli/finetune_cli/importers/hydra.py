@@ -27,13 +27,13 @@ from finetune_cli.importers.hydra_compose import (
     split_hydra_flags,
 )
 from finetune_cli.importers.sources import assign_source, is_local
-from finetune_cli.importers.toml import DEFAULT_PROJECTIONS, SCHEDULERS_BY_NAME
+from finetune_cli.importers.toml import DEFAULT_PROJECTIONS, SCHEDULER_BY_NAME
 from finetune_cli.importers.yaml import assume_two_gpus
 from finetune_cli.mistakes import Mistake
 from finetune_cli.suggestions import find_closest_name
 
 TRACKERS_BY_NAME = {"wandb": ["wandb"], "tensorboard": ["tensorboard"], "mlflow": ["mlflow"], "none": []}
-DATASET_FORMATS = {
+DATASET_FORMAT_BY_NAME = {
     "standard": "promptCompletion", "conversational": "messages", "preference": "preference", "no": "plainText", "simple": "plainText",
 }  # fmt: skip
 COLUMNS_BY_FORMAT: dict[str, dict[str, str]] = {
@@ -55,7 +55,7 @@ def make_training_option(option_key: str, *args: Any, **kwargs: Any) -> OptionRo
 OPTION_TABLE: tuple[OptionRow, ...] = (
     make_training_option("model", "model.source", is_required=True, is_set_by_combine=True),
     OptionRow("dataset.path", "dataset.train", is_set_by_combine=True, aliases=("--dataset",)),
-    OptionRow("dataset.format", "dataset.format", to_choice(DATASET_FORMATS), is_set_by_combine=True, aliases=("--format",)),
+    OptionRow("dataset.format", "dataset.format", to_choice(DATASET_FORMAT_BY_NAME), is_set_by_combine=True, aliases=("--format",)),
     make_training_option("trainer", "trainer.type", to_choice({"SFT": "sft", "DPO": "dpo", "GRPO": "grpo"})),
     make_training_option("distributed_training", "distributed.strategy", to_choice({"DDP": "ddp", "FSDP": "fsdp", "Unsloth": "unsloth"}),
         is_set_by_combine=True),
@@ -64,7 +64,7 @@ OPTION_TABLE: tuple[OptionRow, ...] = (
     make_training_option("optim", "training.optimizer"),
     make_training_option("learning_rate", "training.learningRate", to_number(exclusive_low=0)),
     make_training_option("num_train_epochs", "training.epochs", to_integer(1)),
-    make_training_option("lr_scheduler_type", "training.scheduler", to_choice(SCHEDULERS_BY_NAME)),
+    make_training_option("lr_scheduler_type", "training.scheduler", to_choice(SCHEDULER_BY_NAME)),
     make_training_option("save_steps", "checkpoint.steps", to_integer(1)),
     make_training_option("max_completion_length", "trainer.maxCompletionLength", to_integer(1)),
     make_training_option("max_seq_length", "dataset.maxSequenceLength", to_integer(1)),
@@ -82,36 +82,36 @@ OPTION_TABLE: tuple[OptionRow, ...] = (
     make_training_option("num_generations", "trainer.grpo.numGenerations", to_integer(2), is_set_by_combine=True),
     make_training_option("temperature", "trainer.grpo.temperature", to_number(exclusive_low=0), is_set_by_combine=True),
 )  # fmt: skip
-HARD_CODED = "hard-coded in the tool"
+HARD_CODED_REASON = "hard-coded in the tool"
 DEFAULTS: tuple[ToolDefault, ...] = (
-    ToolDefault("method.type", "lora", HARD_CODED),
-    ToolDefault("method.lora.rank", 128, HARD_CODED),
-    ToolDefault("method.lora.alpha", 64, HARD_CODED),
+    ToolDefault("method.type", "lora", HARD_CODED_REASON),
+    ToolDefault("method.lora.rank", 128, HARD_CODED_REASON),
+    ToolDefault("method.lora.alpha", 64, HARD_CODED_REASON),
     ToolDefault("method.lora.dropout", 0, "hard-coded in the tool for Unsloth", lambda draft: draft.value("trainer.backend") == "unsloth"),
-    ToolDefault("method.lora.dropout", 0.05, HARD_CODED),
-    ToolDefault("method.lora.targetModules", DEFAULT_PROJECTIONS, HARD_CODED),
-    ToolDefault("method.lora.bias", "none", HARD_CODED),
-    ToolDefault("model.dtype", "bfloat16", HARD_CODED, needs_gpu=True),
-    ToolDefault("model.attention", "flashAttention2", HARD_CODED, lambda draft: draft.value("trainer.backend") != "unsloth", needs_gpu=True),
+    ToolDefault("method.lora.dropout", 0.05, HARD_CODED_REASON),
+    ToolDefault("method.lora.targetModules", DEFAULT_PROJECTIONS, HARD_CODED_REASON),
+    ToolDefault("method.lora.bias", "none", HARD_CODED_REASON),
+    ToolDefault("model.dtype", "bfloat16", HARD_CODED_REASON, needs_gpu=True),
+    ToolDefault("model.attention", "flashAttention2", HARD_CODED_REASON, lambda draft: draft.value("trainer.backend") != "unsloth", needs_gpu=True),
     ToolDefault("trainer.type", "sft", "default in the tool's code"),
     ToolDefault("training.batchSizePerDevice", 2, "default in the tool's code"),
     ToolDefault("training.gradientAccumulationSteps", 4, "default in the tool's code"),
     ToolDefault("training.optimizer", "adamw_torch_fused", "default in the tool's code"),
     ToolDefault("training.epochs", 1, "default in the tool's code"),
     ToolDefault("training.scheduler", "cosine", "default in the tool's code"),
-    ToolDefault("training.warmupRatio", 0.1, HARD_CODED, lambda draft: not draft.has_value("training.warmupSteps")),
-    ToolDefault("training.weightDecay", 0, HARD_CODED),
-    ToolDefault("training.maxGradNorm", 1, HARD_CODED),
-    ToolDefault("training.mixedPrecision", "bf16", HARD_CODED, needs_gpu=True),
+    ToolDefault("training.warmupRatio", 0.1, HARD_CODED_REASON, lambda draft: not draft.has_value("training.warmupSteps")),
+    ToolDefault("training.weightDecay", 0, HARD_CODED_REASON),
+    ToolDefault("training.maxGradNorm", 1, HARD_CODED_REASON),
+    ToolDefault("training.mixedPrecision", "bf16", HARD_CODED_REASON, needs_gpu=True),
     ToolDefault("dataset.maxSequenceLength", 2048, "default in the tool's code"),
-    ToolDefault("dataset.responseOnly.enabled", False, HARD_CODED, lambda draft: draft.value("trainer.type", "sft") == "sft"),
-    ToolDefault("dataset.useChatTemplate", True, HARD_CODED, lambda draft: draft.value("dataset.format") not in ("plainText", None)),
-    ToolDefault("checkpoint.strategy", "steps", HARD_CODED),
+    ToolDefault("dataset.responseOnly.enabled", False, HARD_CODED_REASON, lambda draft: draft.value("trainer.type", "sft") == "sft"),
+    ToolDefault("dataset.useChatTemplate", True, HARD_CODED_REASON, lambda draft: draft.value("dataset.format") not in ("plainText", None)),
+    ToolDefault("checkpoint.strategy", "steps", HARD_CODED_REASON),
     ToolDefault("checkpoint.steps", 100, "default in the tool's code"),
-    ToolDefault("checkpoint.keep", 0, HARD_CODED),
-    ToolDefault("output.dir", "adapters", HARD_CODED),
-    ToolDefault("output.layout", "flat", HARD_CODED),
-    ToolDefault("tracking.loggingSteps", 50, HARD_CODED),
+    ToolDefault("checkpoint.keep", 0, HARD_CODED_REASON),
+    ToolDefault("output.dir", "adapters", HARD_CODED_REASON),
+    ToolDefault("output.layout", "flat", HARD_CODED_REASON),
+    ToolDefault("tracking.loggingSteps", 50, HARD_CODED_REASON),
 )  # fmt: skip
 DEFAULT_CONFIG: dict[str, Any] = {
     "training_config.model": "./my_saved_model/qwen3-full", "training_config.trainer": "SFT", "training_config.distributed_training": "Unsloth",
@@ -206,9 +206,9 @@ def _read_flags(draft: JobDraft, command_words: list[str]) -> Iterator[OptionEnt
     known_flags = sorted({f"--{key.partition('.')[2].replace('_', '-')}" for key in KNOWN_KEYS} | {"--dataset", "--format"})
     for name, value in flags.name_value_pairs:
         if normalise_key(name) not in KNOWN_KEYS:
-            closest = find_closest_name(name, known_flags)
+            closest_flag = find_closest_name(name, known_flags)
             draft.mistakes.append(
-                Mistake("command line", name, "unknown option", f"did you mean {closest}?" if closest else "remove it")
+                Mistake("command line", name, "unknown option", f"did you mean {closest_flag}?" if closest_flag else "remove it")
             )
         elif value is None:
             draft.mistakes.append(Mistake("command line", name, "the value is missing", f"write {name} VALUE"))
@@ -358,12 +358,12 @@ def _set_grpo(draft: JobDraft) -> None:
     draft.add_note(
         "GRPO uses the reward citationFormat, which is hard-coded in the tool; set other rewards in trainer.rewards"
     )
-    completions = int(draft.get("training_config.per_device_train_batch_size", 2)) * int(
+    completion_count = int(draft.get("training_config.per_device_train_batch_size", 2)) * int(
         draft.get("training_config.gradient_acc_steps", 4)
     )
     num_generations = int(draft.get("training_config.num_generations", 8))
-    if completions % num_generations and "training_config.num_generations" not in draft.given_options:
-        divisor = next((n for n in range(min(num_generations, completions), 1, -1) if completions % n == 0), None)
+    if completion_count % num_generations and "training_config.num_generations" not in draft.given_options:
+        divisor = next((n for n in range(min(num_generations, completion_count), 1, -1) if completion_count % n == 0), None)
         if divisor is None:
             draft.assign_default(
                 "training.gradientAccumulationSteps",
@@ -377,7 +377,7 @@ def _set_grpo(draft: JobDraft) -> None:
                 "chosen by the importer, because the number of completions in a step must be a multiple of numGenerations",
             )
             draft.add_note(
-                f"GRPO samples {divisor} completions per prompt, because the {completions} completions of a step are not a multiple of {num_generations}"
+                f"GRPO samples {divisor} completions per prompt, because the {completion_count} completions of a step are not a multiple of {num_generations}"
             )
 
 

@@ -144,10 +144,10 @@ def _read_group_folder(draft: JobDraft, document: InputDocument, command_words: 
     overrides = [f"+{group}={names[0]}" for group, names in names_by_group.items() if group not in chosen_groups]
     overrides += [f"+{word}" if word.partition("=")[0] in names_by_group else word for word in command_words]
     folders = (document.path, document.path / "configs", document.path / "conf")
-    with_groups = (
+    folders_with_groups = (
         candidate for candidate in folders if any((candidate / group).is_dir() for group in ("dataset", *TRAINING_GROUP_NAMES))
     )
-    return _compose_config(draft, next(with_groups, document.path), None, overrides, locations)
+    return _compose_config(draft, next(folders_with_groups, document.path), None, overrides, locations)
 
 
 def _read_primary_file(draft: JobDraft, document: InputDocument, parsed_file: Tree, command_words: list[str], locations: dict[str, str]) -> Any:
@@ -244,7 +244,7 @@ def _select_valid_overrides(draft: JobDraft, command_words: list[str], present_k
             valid_overrides.append(line)
             continue
         if normalise_key(key) not in known_keys:
-            closest = find_closest_name(
+            closest_key = find_closest_name(
                 key,
                 [
                     spelling
@@ -255,7 +255,7 @@ def _select_valid_overrides(draft: JobDraft, command_words: list[str], present_k
             plus_hint = "; + can only add keys of this tool" if override.is_add() else ""
             draft.mistakes.append(
                 Mistake(
-                    "command line", key, "unknown key", (f"did you mean {closest}?" if closest else "remove it") + plus_hint
+                    "command line", key, "unknown key", (f"did you mean {closest_key}?" if closest_key else "remove it") + plus_hint
                 )
             )
         elif override.is_delete() or override.is_force_add():
@@ -296,9 +296,9 @@ def _compose_config(draft: JobDraft, folder: Path, name: str | None, command_wor
     try:
         with initialize_config_dir(config_dir=str(folder.resolve()), version_base="1.3"):
             chosen_groups = [w for w in override_lines if w.lstrip("+~").partition("=")[0] in groups]
-            base = compose(config_name=name, overrides=chosen_groups)
+            base_config = compose(config_name=name, overrides=chosen_groups)
             present_keys = (
-                _list_keys({key: value for key, value in _to_mapping(base).items() if isinstance(value, dict)}) | groups
+                _list_keys({key: value for key, value in _to_mapping(base_config).items() if isinstance(value, dict)}) | groups
             )
             composed_config = compose(
                 config_name=name,

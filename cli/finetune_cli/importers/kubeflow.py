@@ -21,7 +21,7 @@ from finetune_cli.provenance import ValueOrigin
 
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 GPU_RESOURCE_PATTERN = re.compile(r"gpu|nvidia\.com/mig")
-OWN_OPTION_ROWS: tuple[OptionRow, ...] = (
+TRAINJOB_OPTION_ROWS: tuple[OptionRow, ...] = (
     OptionRow("spec.trainer.numNodes", "resources.nodes", to_integer(1)),
     OptionRow("spec.trainer.numProcPerNode", "resources.gpusPerNode", keep_value, is_set_by_combine=True),
     OptionRow("spec.trainer.resourcesPerNode", "resources", keep_value, is_set_by_combine=True),
@@ -80,7 +80,7 @@ def choose_variant(documents: tuple[InputDocument, ...]) -> Importer:
         return Importer(
             "kubeflow",
             TITLE,
-            (*OWN_OPTION_ROWS, *_make_optional(trl_options.OPTION_TABLE)),
+            (*TRAINJOB_OPTION_ROWS, *_make_optional(trl_options.OPTION_TABLE)),
             trl_options.DEFAULTS,
             recognises_input,
             read_options,
@@ -90,7 +90,7 @@ def choose_variant(documents: tuple[InputDocument, ...]) -> Importer:
     return Importer(
         "kubeflow",
         TITLE,
-        (*OWN_OPTION_ROWS, *torchtune.OPTION_TABLE),
+        (*TRAINJOB_OPTION_ROWS, *torchtune.OPTION_TABLE),
         torchtune.DEFAULTS,
         recognises_input,
         read_options,
@@ -241,9 +241,9 @@ def _set_resources(draft: JobDraft) -> None:
         draft.assign("resources.gpusPerNode", int(str(processes)), "spec.trainer.numProcPerNode")
     elif processes is not None:
         draft.add_reason("spec.trainer.numProcPerNode", "no effect: a FineTuneJob starts one rank per GPU")
-    queue = _mapping_or_empty(_mapping_or_empty(draft.get("metadata")).get("labels")).get(QUEUE_LABEL)
-    if queue:
-        draft.assign("placement.queueName", str(queue), "metadata")
+    queue_name = _mapping_or_empty(_mapping_or_empty(draft.get("metadata")).get("labels")).get(QUEUE_LABEL)
+    if queue_name:
+        draft.assign("placement.queueName", str(queue_name), "metadata")
     else:
         draft.add_reason("metadata", "the name comes from --name or the file")
     variables = draft.get("spec.trainer.env")
@@ -264,7 +264,7 @@ def _to_env_variable(variable: dict[str, Any]) -> dict[str, Any]:
 
 
 IMPORTER = Importer(
-    "kubeflow", TITLE, (*OWN_OPTION_ROWS,
+    "kubeflow", TITLE, (*TRAINJOB_OPTION_ROWS,
         *torchtune.OPTION_TABLE), torchtune.DEFAULTS, recognises_input, read_options, combine_torchtune_options, choose_variant=choose_variant,
     reports_every_key=True,
 )  # fmt: skip

@@ -234,10 +234,10 @@ def _set_model(draft: JobDraft) -> None:
             draft.assign(path, draft.get(key), key)
         elif key in draft.given_options:
             draft.add_reason(key, "no effect: the base model is not loaded in 4 bits")
-    new_tokens = [*(draft.get("add_tokens") or []), *(draft.get("add_special_tokens") or [])]
+    added_tokens = [*(draft.get("add_tokens") or []), *(draft.get("add_special_tokens") or [])]
     for key in ("add_tokens", "add_special_tokens"):
         if key in draft.given_options:
-            draft.assign("model.newTokens", list(dict.fromkeys(new_tokens)), key)
+            draft.assign("model.newTokens", list(dict.fromkeys(added_tokens)), key)
             draft.add_reason(key, "included in model.newTokens")
 
 

@@ -27,7 +27,7 @@ _PREFERENCE_ENTRY = {
 }
 
 
-def _columns(prompt: str, response: str | None = None, **other_columns: str) -> dict[str, Any]:
+def _make_columns(prompt: str, response: str | None = None, **other_columns: str) -> dict[str, Any]:
     return {"columns": {"prompt": prompt, **({"response": response} if response else {}), **other_columns}}
 
 
@@ -37,7 +37,7 @@ PUBLISHED_FILES: Mapping[str, tuple[int, str, dict[str, Any]]] = {
         _TOOL_CALLS_ENTRY),
     "dpo_en_demo": (300, "dpo_en_demo.json", _PREFERENCE_ENTRY), "dpo_zh_demo": (300, "dpo_zh_demo.json", _PREFERENCE_ENTRY),
     "kto_en_demo": (300, "kto_en_demo.json", {"formatting": "sharegpt", "columns": {"messages": "messages", "kto_tag": "label"}}),
-    "wiki_demo": (30, "wiki_demo.txt", _columns("text")), "c4_demo": (300, "c4_demo.jsonl", _columns("text")),
+    "wiki_demo": (30, "wiki_demo.txt", _make_columns("text")), "c4_demo": (300, "c4_demo.jsonl", _make_columns("text")),
     **{name: (0, f"{name}.json", {**_MESSAGES_ENTRY, "columns": {"images": "images"}}) for name in (
         "mllm_demo", "mllm_audio_demo", "mllm_video_demo", "mllm_video_audio_demo")},
 }  # fmt: skip
@@ -49,10 +49,12 @@ PUBLISHED_REPOSITORIES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "guanaco": ("JosephusCheung/GuanacoDataset", {}), "belle_2m": ("BelleGroup/train_2M_CN", {}), "belle_1m": ("BelleGroup/train_1M_CN", {}),
     "belle_0.5m": ("BelleGroup/train_0.5M_CN", {}), "belle_dialog": ("BelleGroup/generated_chat_0.4M", {}), "belle_math": ("BelleGroup/school_math_0.25M", {}),
     "open_platypus": ("garage-bAInd/Open-Platypus", {}), "codealpaca": ("sahil2801/CodeAlpaca-20k", {}), "alpaca_cot": ("QingyiSi/Alpaca-CoT", {}),
-    "openorca": ("Open-Orca/OpenOrca", _columns("question", "response", system="system_prompt")), "slimorca": ("Open-Orca/SlimOrca", _CONVERSATIONS_ENTRY),
-    "mathinstruct": ("TIGER-Lab/MathInstruct", _columns("instruction", "output")), "firefly": ("YeungNLP/firefly-train-1.1M", _columns("input", "target")),
-    "wikiqa": ("wiki_qa", _columns("question", "answer")), "webqa": ("suolyer/webqa", _columns("input", "output")), "webnovel": ("zxbsmk/webnovel_cn", {}),
-    "nectar_sft": ("AstraMindAI/SFT-Nectar", {}), "adgen_train": ("HasturOfficial/adgen", _columns("content", "summary")),
+    "openorca": ("Open-Orca/OpenOrca", _make_columns("question", "response", system="system_prompt")), "slimorca": ("Open-Orca/SlimOrca", _CONVERSATIONS_ENTRY),
+    "mathinstruct": ("TIGER-Lab/MathInstruct", _make_columns("instruction", "output")),
+    "firefly": ("YeungNLP/firefly-train-1.1M", _make_columns("input", "target")),
+    "wikiqa": ("wiki_qa", _make_columns("question", "answer")), "webqa": ("suolyer/webqa", _make_columns("input", "output")),
+    "webnovel": ("zxbsmk/webnovel_cn", {}),
+    "nectar_sft": ("AstraMindAI/SFT-Nectar", {}), "adgen_train": ("HasturOfficial/adgen", _make_columns("content", "summary")),
     "sharegpt_hyper": ("totally-not-an-llm/sharegpt-hyperfiltered-3k", _CONVERSATIONS_ENTRY), "sharegpt4": ("shibing624/sharegpt_gpt4", _CONVERSATIONS_ENTRY),
     "sgsc_b2b_entities": ("Nooxus-AI/NOO-Verified-Global-Entities", _MESSAGES_ENTRY),
     "ultrachat_200k": ("HuggingFaceH4/ultrachat_200k", {**_MESSAGES_ENTRY, "split": "train_sft"}), "infinity_instruct": ("BAAI/Infinity-Instruct",
@@ -61,33 +63,35 @@ PUBLISHED_REPOSITORIES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "lmsys_chat": ("lmsys/lmsys-chat-1m", {"formatting": "sharegpt", "columns": {"messages": "conversation"}}),
     "evol_instruct": ("WizardLM/WizardLM_evol_instruct_V2_196k", _CONVERSATIONS_ENTRY),
     "glaive_toolcall_100k": ("hiyouga/glaive-function-calling-v2-sharegpt", _TOOL_CALLS_ENTRY),
-    "cosmopedia": ("HuggingFaceTB/cosmopedia", _columns("prompt", "text")), "stem_zh": ("hfl/stem_zh_instruction", {}),
+    "cosmopedia": ("HuggingFaceTB/cosmopedia", _make_columns("prompt", "text")), "stem_zh": ("hfl/stem_zh_instruction", {}),
     "ruozhiba_gpt4": ("hfl/ruozhiba_gpt4_turbo", {}), "neo_sft": ("m-a-p/neo_sft_phase2", _CONVERSATIONS_ENTRY),
     "magpie_pro_300k": ("Magpie-Align/Magpie-Pro-300K-Filtered", _CONVERSATIONS_ENTRY),
-    "magpie_ultra": ("argilla/magpie-ultra-v0.1", _columns("instruction", "response")),
-    "web_instruct": ("TIGER-Lab/WebInstructSub", _columns("question", "answer")), "openo1_sft": ("llamafactory/OpenO1-SFT", _columns("prompt", "response")),
+    "magpie_ultra": ("argilla/magpie-ultra-v0.1", _make_columns("instruction", "response")),
+    "web_instruct": ("TIGER-Lab/WebInstructSub", _make_columns("question", "answer")),
+    "openo1_sft": ("llamafactory/OpenO1-SFT", _make_columns("prompt", "response")),
     "open_thoughts": ("llamafactory/OpenThoughts-114k", _MESSAGES_ENTRY), "open_r1_math": ("llamafactory/OpenR1-Math-94k", _MESSAGES_ENTRY),
     "chinese_r1_distill": ("Congliu/Chinese-DeepSeek-R1-Distill-data-110k-SFT", {}), "oasst_de": ("mayflowergmbh/oasst_de", {}),
     "dolly_15k_de": ("mayflowergmbh/dolly-15k_de", {}), "alpaca-gpt4_de": ("mayflowergmbh/alpaca-gpt4_de", {}),
     "openschnabeltier_de": ("mayflowergmbh/openschnabeltier_de", {}), "evol_instruct_de": ("mayflowergmbh/evol-instruct_de", {}),
     "dolphin_de": ("mayflowergmbh/dolphin_de", {}), "booksum_de": ("mayflowergmbh/booksum_de", {}), "airoboros_de": ("mayflowergmbh/airoboros-3.0_de", {}),
-    "ultrachat_de": ("mayflowergmbh/ultra-chat_de", {}), "dlr_web": ("Attention1115/DLR-Web", {**_columns("question", "response"), "split": "full"}),
+    "ultrachat_de": ("mayflowergmbh/ultra-chat_de", {}), "dlr_web": ("Attention1115/DLR-Web", {**_make_columns("question", "response"), "split": "full"}),
     "dpo_mix_en": ("llamafactory/DPO-En-Zh-20k", {**_PREFERENCE_ENTRY, "subset": "en"}), "dpo_mix_zh": ("llamafactory/DPO-En-Zh-20k",
         {**_PREFERENCE_ENTRY, "subset": "zh"}),
-    "ultrafeedback": ("llamafactory/ultrafeedback_binarized", {"ranking": True, **_columns("instruction", chosen="chosen", rejected="rejected")}),
-    "coig_p": ("m-a-p/COIG-P", _PREFERENCE_ENTRY), "orca_pairs": ("Intel/orca_dpo_pairs", {"ranking": True, **_columns("question", system="system")}),
+    "ultrafeedback": ("llamafactory/ultrafeedback_binarized", {"ranking": True, **_make_columns("instruction", chosen="chosen", rejected="rejected")}),
+    "coig_p": ("m-a-p/COIG-P", _PREFERENCE_ENTRY), "orca_pairs": ("Intel/orca_dpo_pairs", {"ranking": True, **_make_columns("question", system="system")}),
     "nectar_rm": ("AstraMindAI/RLAIF-Nectar", {"ranking": True}), "orca_dpo_de": ("mayflowergmbh/intel_orca_dpo_pairs_de", {"ranking": True}),
     "kto_mix_en": ("argilla/kto-mix-15k", {"formatting": "sharegpt", "columns": {"messages": "completion", "kto_tag": "label"}}),
-    "ultrafeedback_kto": ("argilla/ultrafeedback-binarized-preferences-cleaned-kto", _columns("prompt", "completion", kto_tag="label")),
-    "adgen_eval": ("HasturOfficial/adgen", {**_columns("content", "summary"), "split": "validation"}),
-    "refinedweb": ("tiiuae/falcon-refinedweb", _columns("content")), "redpajama_v2": ("togethercomputer/RedPajama-Data-V2", _columns("raw_content")),
-    "wikipedia_en": ("olm/olm-wikipedia-20221220", _columns("text")), "wikipedia_zh": ("pleisto/wikipedia-cn-20230720-filtered", _columns("completion")),
-    "pile": ("monology/pile-uncopyrighted", _columns("text")), "skypile": ("Skywork/SkyPile-150B", _columns("text")),
-    "fineweb": ("HuggingFaceFW/fineweb", _columns("text")), "fineweb_edu": ("HuggingFaceFW/fineweb-edu", _columns("text")),
-    "cci3_hq": ("BAAI/CCI3-HQ", _columns("text")), "cci3_data": ("BAAI/CCI3-Data", _columns("text")),
-    "cci4_base": ("BAAI/CCI4.0-M2-Base-v1", _columns("text")), "cci4_cot": ("BAAI/CCI4.0-M2-CoT-v1", _columns("text")),
-    "cci4_extra": ("BAAI/CCI4.0-M2-Extra-v1", _columns("text")), "the_stack": ("bigcode/the-stack", _columns("content")),
-    "starcoder_python": ("bigcode/starcoderdata", {**_columns("content"), "folder": "python"}),
+    "ultrafeedback_kto": ("argilla/ultrafeedback-binarized-preferences-cleaned-kto", _make_columns("prompt", "completion", kto_tag="label")),
+    "adgen_eval": ("HasturOfficial/adgen", {**_make_columns("content", "summary"), "split": "validation"}),
+    "refinedweb": ("tiiuae/falcon-refinedweb", _make_columns("content")), "redpajama_v2": ("togethercomputer/RedPajama-Data-V2", _make_columns("raw_content")),
+    "wikipedia_en": ("olm/olm-wikipedia-20221220", _make_columns("text")),
+    "wikipedia_zh": ("pleisto/wikipedia-cn-20230720-filtered", _make_columns("completion")),
+    "pile": ("monology/pile-uncopyrighted", _make_columns("text")), "skypile": ("Skywork/SkyPile-150B", _make_columns("text")),
+    "fineweb": ("HuggingFaceFW/fineweb", _make_columns("text")), "fineweb_edu": ("HuggingFaceFW/fineweb-edu", _make_columns("text")),
+    "cci3_hq": ("BAAI/CCI3-HQ", _make_columns("text")), "cci3_data": ("BAAI/CCI3-Data", _make_columns("text")),
+    "cci4_base": ("BAAI/CCI4.0-M2-Base-v1", _make_columns("text")), "cci4_cot": ("BAAI/CCI4.0-M2-CoT-v1", _make_columns("text")),
+    "cci4_extra": ("BAAI/CCI4.0-M2-Extra-v1", _make_columns("text")), "the_stack": ("bigcode/the-stack", _make_columns("content")),
+    "starcoder_python": ("bigcode/starcoderdata", {**_make_columns("content"), "folder": "python"}),
     **{name: (repository, {"columns": {"images": "images"}}) for name, repository in (
         ("llava_1k_en", "BUAADreamer/llava-en-zh-2k"), ("llava_1k_zh", "BUAADreamer/llava-en-zh-2k"), ("llava_150k_en", "BUAADreamer/llava-en-zh-300k"),
         ("llava_150k_zh", "BUAADreamer/llava-en-zh-300k"), ("pokemon_cap", "llamafactory/pokemon-gpt4o-captions"), ("mllm_pt_demo", "BUAADreamer/mllm_pt_demo"),
@@ -275,18 +279,18 @@ def _choose_format(columns: Mapping[str, str], trainer: str, *, is_conversation:
         question = answer = columns.get("messages", "conversations")
     else:
         question, answer = columns.get("prompt", "instruction"), columns.get("response", "output")
-    system = {"system": columns["system"]} if columns.get("system") and not is_conversation else {}
+    system_column = {"system": columns["system"]} if columns.get("system") and not is_conversation else {}
     if trainer == "kto":
         label = columns.get("kto_tag", "label")
-        return "unpairedPreference", {"question": question, "answer": answer, "label": label, **system}
+        return "unpairedPreference", {"question": question, "answer": answer, "label": label, **system_column}
     if trainer in ("dpo", "orpo", "reward"):
         chosen, rejected = columns.get("chosen", "chosen"), columns.get("rejected", "rejected")
-        return "preference", {"question": question, "chosen": chosen, "rejected": rejected, **system}
+        return "preference", {"question": question, "chosen": chosen, "rejected": rejected, **system_column}
     if is_conversation:
         return "messages", {"messages": question}
     column_by_field = {"question": question, "answer": answer, "input": columns.get("query", "input")}
     default_columns = {"question": "instruction", "answer": "output", "input": "input"}
-    return "alpaca", {name: column for name, column in column_by_field.items() if column != default_columns[name]} | system
+    return "alpaca", {name: column for name, column in column_by_field.items() if column != default_columns[name]} | system_column
 
 
 def _check_tags(draft: JobDraft, option_key: str, dataset_name: str, tags: Mapping[str, str]) -> None:
@@ -325,13 +329,13 @@ def _assign_weighted_sources(draft: JobDraft, data_sources: list[DataSource]) ->
             if mix_strategy != "concat" and len(data_sources) > 1
             else "no effect: the sources are not interleaved",
         )
-    limit = draft.get("max_samples")
-    if limit is not None:
-        larger_sources = [data_source.source for data_source in data_sources if data_source.row_count is None or data_source.row_count > limit]
+    row_limit = draft.get("max_samples")
+    if row_limit is not None:
+        larger_sources = [data_source.source for data_source in data_sources if data_source.row_count is None or data_source.row_count > row_limit]
         if larger_sources and "dataset.train" not in draft.request.overrides:
             draft.refuse_feature(
                 "max_samples",
-                f"a limit of {limit} rows for each data set",
+                f"a limit of {row_limit} rows for each data set",
                 "store the rows that you need in a file, and give --data URI; or set max_steps",
             )
         else:

@@ -51,10 +51,10 @@ def _convert_empty_group(value: Any) -> Any:
 
 def to_steps_or_fraction(value: Any) -> Any:
     """Convert a number of steps. A number below 1 means a fraction of all steps."""
-    converted = to_number(0)(value)
-    if converted >= 1 and converted != int(converted):
+    converted_number = to_number(0)(value)
+    if converted_number >= 1 and converted_number != int(converted_number):
         raise ConversionError("is neither a fraction nor a whole number of steps", "a number below 1, or an integer")
-    return int(converted) if converted >= 1 else converted
+    return int(converted_number) if converted_number >= 1 else converted_number
 
 
 def normalise_source_uri(draft: JobDraft, option_key: str, spec_path: str, name_or_path: str) -> str:
@@ -114,11 +114,11 @@ def assign_default_gpus(draft: JobDraft) -> None:
     """Set two GPUs if the strategy is FSDP on one node, because FSDP needs several GPUs. Add a note that the tool's files do not contain the number."""
     if "resources.gpusPerNode" in draft.request.overrides or draft.has_value("resources.gpusPerNode"):
         return
-    gpus = 2 if draft.value("distributed.strategy") == "fsdp" and not draft.value("resources.nodes", 1) > 1 else 1
-    if gpus > 1:
-        draft.assign_default("resources.gpusPerNode", gpus, "chosen by the importer: FSDP needs several GPUs")
+    gpu_count = 2 if draft.value("distributed.strategy") == "fsdp" and not draft.value("resources.nodes", 1) > 1 else 1
+    if gpu_count > 1:
+        draft.assign_default("resources.gpusPerNode", gpu_count, "chosen by the importer: FSDP needs several GPUs")
     draft.add_note(
-        f"the files do not contain the number of GPUs: the job has {gpus}; set the number with --gpus and --nodes"
+        f"the files do not contain the number of GPUs: the job has {gpu_count}; set the number with --gpus and --nodes"
     )
 
 

@@ -45,7 +45,7 @@ from finetune_cli.importers.no_effect import remove_options_without_effect
 from finetune_cli.importers.options import assign_secret_reference
 from finetune_cli.importers.other_tools import describe_fields, find_other_tool
 from finetune_cli.mistakes import InvalidInput, Mistake
-from finetune_cli.overrides import hint_for_option
+from finetune_cli.overrides import make_hint_for_option
 from finetune_cli.provenance import AssignedValue
 from finetune_cli.redaction import REDACTED_TEXT, SECRET_NAME_PATTERN, contains_secret
 from finetune_cli.suggestions import find_closest_name
@@ -230,11 +230,11 @@ def choose_importer(documents: tuple[InputDocument, ...], request: Request, impo
                 )
             ]
         )
-    matching = [importer for importer in importers.values() if importer.recognises_input(documents, request.tool_arguments)]
-    if len(matching) == 1:
-        return matching[0]
+    matching_importers = [importer for importer in importers.values() if importer.recognises_input(documents, request.tool_arguments)]
+    if len(matching_importers) == 1:
+        return matching_importers[0]
     file_names = ", ".join(document.name for document in documents) or "command line"
-    if not matching:
+    if not matching_importers:
         _check_syntax(documents)
         other_tool = find_other_tool(documents)
         if other_tool is not None:
@@ -250,14 +250,14 @@ def choose_importer(documents: tuple[InputDocument, ...], request: Request, impo
                 )
             ]
         )
-    importer_names = ", ".join(importer.name for importer in matching)
+    importer_names = ", ".join(importer.name for importer in matching_importers)
     raise InvalidInput(
         [
             Mistake(
                 file_names,
                 "",
                 f"several importers recognise this configuration: {importer_names}",
-                f"choose one with --from {'|'.join(importer.name for importer in matching)}",
+                f"choose one with --from {'|'.join(importer.name for importer in matching_importers)}",
             )
         ]
     )
@@ -397,9 +397,9 @@ def _report_unknown_option(importer: Importer, draft: JobDraft, entry: OptionEnt
     elif enclosing_option is not None:
         message, hint = "unknown key", f"{enclosing_option} takes a single value and is not a group"
     else:
-        closest = find_closest_name(entry.key, known_keys)
+        closest_key = find_closest_name(entry.key, known_keys)
         message = "unknown key"
-        hint = f"did you mean {closest}?" if closest else f"it is not an option of {importer.title}; remove it"
+        hint = f"did you mean {closest_key}?" if closest_key else f"it is not an option of {importer.title}; remove it"
     draft.mistakes.append(Mistake(entry.origin.location, entry.key, message, hint))
 
 
@@ -534,8 +534,8 @@ def _drop_field(draft: JobDraft, problem: Problem) -> None:
         draft.add_warning(f"{assigned.origin.location}: {assigned.key or problem.path}: {list_item} is left out: {problem.message}")
         return
     for path in [path for path in draft.values if is_within(path, problem.path)]:
-        removed = draft.values.pop(path)
-        draft.add_warning(f"{removed.origin.location}: {removed.key or path} is left out: spec.{problem.path} {problem.message}")
+        removed_value = draft.values.pop(path)
+        draft.add_warning(f"{removed_value.origin.location}: {removed_value.key or path} is left out: spec.{problem.path} {problem.message}")
 
 
 DISCRIMINATOR_VALUES: dict[str, tuple[str, ...]] = {
@@ -650,7 +650,7 @@ def _to_mistake(draft: JobDraft, problem: Problem) -> Mistake:
     keys = ", ".join(dict.fromkeys(value.key or f"spec.{problem.path}" for value in written_values))
     locations = ", ".join(dict.fromkeys(value.origin.location for value in written_values))
     override = draft.request.overrides.get(problem.path.partition("[")[0])
-    hint = hint_for_option(problem.hint, override.origin.location, problem.path) if override else problem.hint
+    hint = make_hint_for_option(problem.hint, override.origin.location, problem.path) if override else problem.hint
     message = _quote_user_spelling(draft, written_values[0]) + problem.message
     return Mistake(locations, keys, message, f"{hint} (spec.{problem.path})" if hint else "")
 

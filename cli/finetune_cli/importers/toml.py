@@ -38,15 +38,15 @@ from finetune_cli.mistakes import InvalidInput, Mistake
 from finetune_cli.provenance import ValueOrigin
 from finetune_cli.redaction import SECRET_NAME_PATTERN, USERINFO_PATTERN
 
-SCHEDULERS_BY_NAME = {
+SCHEDULER_BY_NAME = {
     "linear": "linear", "cosine": "cosine", "constant": "constant", "constant_with_warmup": "constantWithWarmup", "polynomial": "polynomial",
     "cosine_with_restarts": "cosineWithRestarts", "cosine_with_min_lr": "cosineWithMinLr", "inverse_sqrt": "inverseSqrt",
     "warmup_stable_decay": "warmupStableDecay",
 }  # fmt: skip
-DTYPES_BY_NAME = {"float16": "float16", "bfloat16": "bfloat16", "float32": "float32", "auto": "auto"}
+DTYPE_BY_NAME = {"float16": "float16", "bfloat16": "bfloat16", "float32": "float32", "auto": "auto"}
 BIAS_BY_NAME = {"none": "none", "all": "all", "lora_only": "loraOnly"}
 TRACKERS_BY_NAME = {"wandb": ["wandb"], "tensorboard": ["tensorboard"], "mlflow": ["mlflow"], "none": []}
-METRIC_NAMES = {
+METRIC_BY_NAME = {
     "bleu_score": "bleu", "rouge_score": "rouge", "factual_correctness": "factualCorrectness", "semantic_similarity": "semanticSimilarity",
     "answer_accuracy": "answerAccuracy", "answer_relevancy": "answerRelevancy", "answer_correctness": "answerCorrectness",
 }  # fmt: skip
@@ -75,7 +75,7 @@ GENERATION_PATH = "evaluation.comparison.generation"
 OPTION_TABLE: tuple[OptionRow, ...] = (
     make_tuner_option("base_model_id", "model.source", is_required=True, is_set_by_combine=True),
     make_tuner_option("max_sequence_length", "dataset.maxSequenceLength", to_integer(1)),
-    make_tuner_option("dtype", "model.dtype", to_choice(DTYPES_BY_NAME)),
+    make_tuner_option("dtype", "model.dtype", to_choice(DTYPE_BY_NAME)),
     make_tuner_option("load_in_4bit", "model.quantization.bits", to_boolean, is_set_by_combine=True),
     make_tuner_option("load_in_8bit", "model.quantization.bits", to_boolean, is_set_by_combine=True),
     make_tuner_option("full_finetuning", "method.type", to_boolean, is_set_by_combine=True),
@@ -99,7 +99,7 @@ OPTION_TABLE: tuple[OptionRow, ...] = (
     make_tuner_option("device_validation_batch_size", "evaluation.batchSizePerDevice", to_integer(1)),
     make_tuner_option("grad_accumulation", "training.gradientAccumulationSteps", to_integer(1)),
     make_tuner_option("warmup_steps", "training.warmupSteps", to_integer(0)),
-    make_tuner_option("lr_scheduler_type", "training.scheduler", to_choice(SCHEDULERS_BY_NAME)),
+    make_tuner_option("lr_scheduler_type", "training.scheduler", to_choice(SCHEDULER_BY_NAME)),
     make_tuner_option("optimizer", "training.optimizer"),
     make_tuner_option("weight_decay", "training.weightDecay", to_number(0)),
     make_tuner_option("grad_clip_norm", "training.maxGradNorm", to_number(0)),
@@ -149,7 +149,7 @@ OPTION_TABLE: tuple[OptionRow, ...] = (
     )),
     OptionRow("inferencer.hf_user_id", "output.hub.repository", is_set_by_combine=True, aliases=("evaluator.hf_user_id", "fine_tuner.hf_user_id")),
     *(OptionRow(f"{section}.{key}", convert=to_any_text, no_effect=ONE_RUN_NAME_REASON) for section in ("inferencer", "evaluator") for key in RUN_NAME_KEYS),
-    OptionRow("evaluator.metrics", "evaluation.metrics", to_list_of(to_choice(METRIC_NAMES))),
+    OptionRow("evaluator.metrics", "evaluation.metrics", to_list_of(to_choice(METRIC_BY_NAME))),
     OptionRow("evaluator.llm", "evaluation.judge.model", aliases=("evaluator.llm_model_id",)),
     OptionRow("evaluator.embedding", "evaluation.judge.embedding", aliases=("evaluator.embedding_model_id",), is_set_by_combine=True),
     OptionRow("evaluator.cost_per_million_input_tokens", "evaluation.judge.inputPrice", to_number(0)),
@@ -169,7 +169,7 @@ OPTION_TABLE: tuple[OptionRow, ...] = (
     OptionRow("--mlflow-password", "placement.env", is_set_by_combine=True, is_secret=True),
 )  # fmt: skip
 
-PATHS_BY_KEY = {option_row.key: option_row.path for option_row in OPTION_TABLE}
+PATH_BY_KEY = {option_row.key: option_row.path for option_row in OPTION_TABLE}
 
 
 def _evaluates_by_epoch(draft: JobDraft) -> bool:
@@ -295,7 +295,7 @@ def _check_variables(value: Any, option_key: str, origin: ValueOrigin, draft: Jo
     """Return whether all environment variables in a value are set. Record a mistake for each variable that is not."""
     missing_names = [name for name in _list_variables(value) if name not in draft.request.environment]
     for name in missing_names:
-        draft.paths_of_invalid_keys[option_key] = PATHS_BY_KEY.get(option_key, "")
+        draft.paths_of_invalid_keys[option_key] = PATH_BY_KEY.get(option_key, "")
         draft.mistakes.append(
             Mistake(origin.location, option_key, f"variable {name} is not set", "set the variable, or write its value here")
         )
@@ -513,7 +513,7 @@ def _set_loftq(draft: JobDraft, loftq_options: dict[str, Any], is_quantized: boo
 
 def _set_trackers(draft: JobDraft) -> None:
     given_option = draft.given_options.get("fine_tuner.report_to")
-    uri = draft.given_options.get("mlflow.tracking_uri")
+    uri_option = draft.given_options.get("mlflow.tracking_uri")
     if given_option is not None:
         draft.assign("tracking.reportTo", given_option.value, "fine_tuner.report_to")
         if (
@@ -527,16 +527,16 @@ def _set_trackers(draft: JobDraft) -> None:
                 "write [mlflow] tracking_uri",
                 explained_path="tracking.mlflow",
             )
-    elif uri is not None or draft.has_key("mlflow.tracking_uri"):
+    elif uri_option is not None or draft.has_key("mlflow.tracking_uri"):
         draft.assign_default("tracking.reportTo", ["mlflow"], EXAMPLE_ORIGIN)
     elif "fine_tuner.report_to" not in draft.paths_of_invalid_keys:
         draft.assign_default("tracking.reportTo", [], "no [mlflow] tracking_uri is given")
         draft.add_note("no tracking_uri is given, so metrics are not sent to mlflow (the tool's example sends them)")
-    if uri is None:
+    if uri_option is None:
         if draft.has_key("mlflow.tracking_uri"):
             draft.paths_of_invalid_keys["tracking.mlflow"] = "tracking.mlflow"
         return
-    address = str(uri.value)
+    address = str(uri_option.value)
     userinfo = USERINFO_PATTERN.search(address)
     if userinfo:
         user, _, password = userinfo.group(0).rstrip("@").partition(":")
@@ -544,7 +544,7 @@ def _set_trackers(draft: JobDraft) -> None:
             draft, "mlflow.tracking_uri", {"MLFLOW_TRACKING_USERNAME": user, "MLFLOW_TRACKING_PASSWORD": password}
         )
         address = USERINFO_PATTERN.sub("", address)
-        draft.add_warning(f"{uri.origin.location}: {uri.key}: user and password are moved into the Secret")
+        draft.add_warning(f"{uri_option.origin.location}: {uri_option.key}: user and password are moved into the Secret")
     draft.assign("tracking.mlflow.trackingUri", address, "mlflow.tracking_uri")
 
 

@@ -262,16 +262,16 @@ def set_torchtune_options(draft: JobDraft) -> None:
 
 def _set_model(draft: JobDraft) -> None:
     component = str(draft.get("model._component_", "")).rpartition(".")[2]
-    folder = draft.get("checkpointer.checkpoint_dir")
-    builder = re.sub(r"^(lora|qlora)_|_(instruct|base)$", "", component)
+    checkpoint_folder = draft.get("checkpointer.checkpoint_dir")
+    builder_name = re.sub(r"^(lora|qlora)_|_(instruct|base)$", "", component)
     if re.search("vision|multimodal|llama4|classifier", component):
         feature = "classification" if "classifier" in component else "training on images, video or audio"
         draft.refuse_feature("model._component_", feature, is_droppable=False)
         draft.paths_of_invalid_keys["model._component_"] = "model.source"
-    elif builder in REPOSITORY_BY_MODEL_BUILDER and "model.source" not in draft.request.overrides:
-        draft.assign("model.source", REPOSITORY_BY_MODEL_BUILDER[builder], "model._component_")
+    elif builder_name in REPOSITORY_BY_MODEL_BUILDER and "model.source" not in draft.request.overrides:
+        draft.assign("model.source", REPOSITORY_BY_MODEL_BUILDER[builder_name], "model._component_")
         draft.add_note(
-            f"the job loads {REPOSITORY_BY_MODEL_BUILDER[builder]} from the hub, and not the files in {folder or 'a folder'}; "
+            f"the job loads {REPOSITORY_BY_MODEL_BUILDER[builder_name]} from the hub, and not the files in {checkpoint_folder or 'a folder'}; "
             "give another model with --model URI"
         )
     elif component and "model.source" not in draft.request.overrides:
@@ -291,16 +291,16 @@ def _set_model(draft: JobDraft) -> None:
         )
     if "model.quantize_base" in draft.given_options:
         draft.add_reason("model.quantize_base", "included in method.type")
-    names = [MODULE_BY_NAME.get(name, name) for name in draft.get("model.lora_attn_modules") or []]
+    module_names = [MODULE_BY_NAME.get(name, name) for name in draft.get("model.lora_attn_modules") or []]
     if draft.get("model.apply_lora_to_mlp"):
-        names += ["gate_proj", "up_proj", "down_proj"]
+        module_names += ["gate_proj", "up_proj", "down_proj"]
     for key in ("model.lora_attn_modules", "model.apply_lora_to_mlp", "model.apply_lora_to_output"):
         if key in draft.given_options:
             draft.add_reason(key, "included in method.lora.targetModules")
-    if names and is_lora:
+    if module_names and is_lora:
         draft.assign(
             "method.lora.targetModules",
-            names,
+            module_names,
             "model.lora_attn_modules"
             if "model.lora_attn_modules" in draft.given_options
             else "model.apply_lora_to_mlp",
@@ -483,11 +483,11 @@ def _set_results(draft: JobDraft) -> None:
         assign_output_folder(draft, "output_dir")
         if not draft.has_value("output.dir"):
             draft.add_reason("output_dir", "no effect: results are in the job's storage")
-    logger = str(draft.get("metric_logger._component_", "")).rpartition(".")[2]
-    tracker = TRACKER_BY_LOGGER.get(logger)
+    logger_name = str(draft.get("metric_logger._component_", "")).rpartition(".")[2]
+    tracker = TRACKER_BY_LOGGER.get(logger_name)
     if tracker:
         draft.assign("tracking.reportTo", [tracker], "metric_logger._component_")
-    elif logger:
+    elif logger_name:
         draft.add_reason("metric_logger._component_", "metrics are in the job's storage")
     for key in ("metric_logger.project", "metric_logger.entity"):
         if key in draft.given_options and tracker == "wandb":

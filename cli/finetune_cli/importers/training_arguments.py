@@ -440,10 +440,10 @@ def set_results(draft: JobDraft) -> None:
         if not draft.has_value("output.dir"):
             draft.add_reason("output_dir", "no effect: results are in the job's storage")
     _set_hub(draft)
-    resume = draft.get("resume_from_checkpoint")
-    if isinstance(resume, bool):
+    resume_value = draft.get("resume_from_checkpoint")
+    if isinstance(resume_value, bool):
         draft.add_reason("resume_from_checkpoint", "no effect: each attempt of a job resumes from the last checkpoint")
-    elif resume is not None:
+    elif resume_value is not None:
         assign_source_uri(draft, "resume_from_checkpoint", "checkpoint.resume")
 
 

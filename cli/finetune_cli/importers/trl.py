@@ -22,7 +22,7 @@ from finetune_cli.importers.options import assign_source_uri
 from finetune_cli.importers.trl_options import DEFAULTS, OPAQUE_PATHS, OPTION_TABLE, set_trl_options
 from finetune_cli.yaml_reader import parse_value
 
-TRAINERS = {
+TRAINER_BY_COMMAND = {
     "sft": "sft",
     "dpo": "dpo",
     "kto": "kto",
@@ -79,7 +79,7 @@ def read_options(draft: JobDraft) -> Iterator[OptionEntry]:
 
 def parse_command(draft: JobDraft, command: tuple[str, ...]) -> ParsedFlags:
     """Return the flags of TRL's command line. Skip the launcher and the trainer."""
-    command_words = [word for word in strip_launcher(command) if word not in ("trl", *TRAINERS) and not word.endswith(".py")]
+    command_words = [word for word in strip_launcher(command) if word not in ("trl", *TRAINER_BY_COMMAND) and not word.endswith(".py")]
     flags = parse_flags(_join_lists(command_words), lambda name: True)
     add_stray_mistakes(draft, flags)
     return flags
@@ -117,7 +117,7 @@ def find_trainer(draft: JobDraft, command: tuple[str, ...]) -> tuple[str, bool]:
     """Return the name of the trainer, and whether the command names it. If the command does not name it, infer the trainer from the keys of the file."""
     for word in command:
         name = re.sub(r"^.*/|\.py$", "", word)
-        if name in TRAINERS:
+        if name in TRAINER_BY_COMMAND:
             return name, True
     for trainer, keys in KEYS_BY_TRAINER.items():
         if any(draft.has_key(key) or key in draft.reasons for key in keys):

@@ -246,18 +246,18 @@ def _set_method(draft: JobDraft, uses_peft: bool) -> None:
 
 
 def _set_objective(draft: JobDraft, trainer: str) -> None:
-    losses = draft.get("loss_type") or []
+    loss_names = draft.get("loss_type") or []
     if trainer == "dpo":
-        unknown_names = [name for name in losses if name not in DPO_LOSS_BY_NAME]
+        unknown_names = [name for name in loss_names if name not in DPO_LOSS_BY_NAME]
         if unknown_names:
             draft.refuse_feature("loss_type", f"the loss {', '.join(unknown_names)}", f"write one of {', '.join(DPO_LOSS_BY_NAME)}")
-        elif losses:
-            draft.assign("trainer.dpo.lossTypes", [DPO_LOSS_BY_NAME[name] for name in losses], "loss_type")
-    elif trainer == "grpo" and losses and losses[0] in GRPO_LOSS_BY_NAME:
-        draft.assign("trainer.grpo.lossType", GRPO_LOSS_BY_NAME[losses[0]], "loss_type")
-    elif losses and losses not in (["nll"], ["kto"]):
-        draft.refuse_feature("loss_type", f"the loss {', '.join(losses)} of {trainer}")
-    elif losses:
+        elif loss_names:
+            draft.assign("trainer.dpo.lossTypes", [DPO_LOSS_BY_NAME[name] for name in loss_names], "loss_type")
+    elif trainer == "grpo" and loss_names and loss_names[0] in GRPO_LOSS_BY_NAME:
+        draft.assign("trainer.grpo.lossType", GRPO_LOSS_BY_NAME[loss_names[0]], "loss_type")
+    elif loss_names and loss_names not in (["nll"], ["kto"]):
+        draft.refuse_feature("loss_type", f"the loss {', '.join(loss_names)} of {trainer}")
+    elif loss_names:
         draft.add_reason("loss_type", f"the loss of {trainer}")
     path_by_trainer_and_key = {
         "beta": {"grpo": "trainer.grpo.beta", **dict.fromkeys(("dpo", "kto", "orpo"), "trainer.dpo.beta")},
@@ -279,21 +279,21 @@ def _set_objective(draft: JobDraft, trainer: str) -> None:
 
 
 def _set_rewards(draft: JobDraft, trainer: str) -> None:
-    names = draft.get("reward_funcs") or []
-    unknown_names = [name for name in names if name not in BUILTIN_REWARD_BY_NAME]
+    reward_names = draft.get("reward_funcs") or []
+    unknown_names = [name for name in reward_names if name not in BUILTIN_REWARD_BY_NAME]
     if unknown_names and "trainer.rewards" not in draft.request.overrides:
         draft.refuse_feature(
             "reward_funcs",
             f"the reward function {', '.join(unknown_names)}",
             "store it in a ConfigMap and set trainer.rewards",
         )
-    elif names and trainer == "grpo":
+    elif reward_names and trainer == "grpo":
         draft.assign(
             "trainer.rewards",
-            [{"builtin": BUILTIN_REWARD_BY_NAME[name]} for name in names if name in BUILTIN_REWARD_BY_NAME],
+            [{"builtin": BUILTIN_REWARD_BY_NAME[name]} for name in reward_names if name in BUILTIN_REWARD_BY_NAME],
             "reward_funcs",
         )
-    elif names:
+    elif reward_names:
         draft.warn_no_effect("reward_funcs", f"the objective is {trainer}")
 
 

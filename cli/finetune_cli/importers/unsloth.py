@@ -59,14 +59,14 @@ OPTION_TABLE: tuple[OptionRow, ...] = (
     ),
     *OWN_OPTION_ROWS,
 )  # fmt: skip
-OWN_DEFAULTS = (
+UNSLOTH_DEFAULTS = (
     ToolDefault("method.lora.rank", 16, is_applicable=lambda draft: draft.value("method.type") in ("lora", "qlora")),
     ToolDefault("method.lora.alpha", 16, is_applicable=lambda draft: draft.value("method.type") in ("lora", "qlora")),
     ToolDefault("method.lora.dropout", 0, is_applicable=lambda draft: draft.value("method.type") in ("lora", "qlora")),
     ToolDefault("dataset.maxSequenceLength", 2048),
     ToolDefault("training.gradientCheckpointing", "unsloth", needs_gpu=True),
 )
-DEFAULTS = (*OWN_DEFAULTS, *trl_options.DEFAULTS)
+DEFAULTS = (*UNSLOTH_DEFAULTS, *trl_options.DEFAULTS)
 RECOGNISED_KEYS = (
     "r",
     "target_modules",

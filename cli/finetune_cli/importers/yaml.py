@@ -38,7 +38,7 @@ from finetune_cli.importers.sources import (
     assign_tokenizer,
     is_local,
 )
-from finetune_cli.importers.toml import BIAS_BY_NAME, DEFAULT_PROJECTIONS, SCHEDULERS_BY_NAME
+from finetune_cli.importers.toml import BIAS_BY_NAME, DEFAULT_PROJECTIONS, SCHEDULER_BY_NAME
 from finetune_cli.mistakes import Mistake
 from finetune_cli.provenance import ValueOrigin
 from finetune_cli.yaml_reader import parse_value
@@ -100,7 +100,7 @@ OPTION_TABLE: tuple[OptionRow, ...] = (
     OptionRow("training.micro_batch_size", "training.batchSizePerDevice", to_integer(1)),
     OptionRow("training.gradient_accumulation_steps", "training.gradientAccumulationSteps", to_integer(1)),
     OptionRow("training.learning_rate", "training.learningRate", to_number(exclusive_low=0)),
-    OptionRow("training.lr_scheduler_type", "training.scheduler", to_choice(SCHEDULERS_BY_NAME)),
+    OptionRow("training.lr_scheduler_type", "training.scheduler", to_choice(SCHEDULER_BY_NAME)),
     OptionRow("training.warmup_ratio", "training.warmupRatio", to_number(0, exclusive_high=1)),
     OptionRow("training.warmup_steps", "training.warmupSteps", to_integer(0)),
     OptionRow("training.max_grad_norm", "training.maxGradNorm", to_number(0)),
@@ -337,11 +337,11 @@ def _set_method(draft: JobDraft) -> None:
             explained_path="model.quantization",
         )
     elif bits:
-        source = next(
+        source_key = next(
             (key for key in (KEY_4BIT, KEY_8BIT) if draft.get(key)), KEY_BITS if KEY_BITS in draft.given_options else KEY_METHOD
         )
-        if source in draft.given_options:
-            draft.assign("model.quantization.bits", bits, source)
+        if source_key in draft.given_options:
+            draft.assign("model.quantization.bits", bits, source_key)
         else:
             draft.assign_default("model.quantization.bits", bits)
 
@@ -540,13 +540,13 @@ def _build_benchmark(name: str, folder: str | None) -> dict[str, Any]:
 
 def _set_eval_steps(draft: JobDraft, steps_key: str, is_enabled: bool) -> None:
     """Set the evaluation interval from the section `evaluation`. If this section has no interval, set it from the section `output`."""
-    other_key = "output.eval_steps"
-    if steps_key in draft.given_options and other_key in draft.given_options and draft.get(steps_key) != draft.get(other_key):
-        given_option = draft.given_options[other_key]
+    output_key = "output.eval_steps"
+    if steps_key in draft.given_options and output_key in draft.given_options and draft.get(steps_key) != draft.get(output_key):
+        given_option = draft.given_options[output_key]
         draft.add_warning(
             f"{given_option.origin.location}: {given_option.key} has no effect: evaluation.eval_steps ({draft.get(steps_key)}) overrides it"
         )
-    key = steps_key if steps_key in draft.given_options else other_key if other_key in draft.given_options else None
+    key = steps_key if steps_key in draft.given_options else output_key if output_key in draft.given_options else None
     if key and is_enabled:
         draft.assign("evaluation.steps", draft.get(key), key)
     elif key:

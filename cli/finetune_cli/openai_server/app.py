@@ -40,21 +40,21 @@ MAX_UPLOADS = 4
 UPLOAD_HINT = "send multipart/form-data with the fields purpose and file"
 
 
-def create_app(service: FineTuningService, keys: KeyTable) -> web.Application:
+def create_app(service: FineTuningService, key_table: KeyTable) -> web.Application:
     """Return the web application with all paths of the server."""
     handlers = Handlers(service)
-    app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[_answer_failures, _require_key(keys)])
-    job = "/v1/fine_tuning/jobs/{id}"
+    app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[_answer_failures, _require_key(key_table)])
+    job_path = "/v1/fine_tuning/jobs/{id}"
     app.add_routes([
         web.get(HEALTH_PATH, _get_health),
         web.post("/v1/fine_tuning/jobs", handlers.create_job),
         web.get("/v1/fine_tuning/jobs", handlers.call_with_query(service.list_jobs)),
-        web.get(job, handlers.call_with_id(service.get_job)),
-        web.post(f"{job}/cancel", handlers.change_job({"cancel": True})),
-        web.post(f"{job}/pause", handlers.change_job({"suspend": True})),
-        web.post(f"{job}/resume", handlers.change_job({"suspend": False})),
-        web.get(f"{job}/events", handlers.call_with_query(service.list_events)),
-        web.get(f"{job}/checkpoints", handlers.call_with_query(service.list_checkpoints)),
+        web.get(job_path, handlers.call_with_id(service.get_job)),
+        web.post(f"{job_path}/cancel", handlers.change_job({"cancel": True})),
+        web.post(f"{job_path}/pause", handlers.change_job({"suspend": True})),
+        web.post(f"{job_path}/resume", handlers.change_job({"suspend": False})),
+        web.get(f"{job_path}/events", handlers.call_with_query(service.list_events)),
+        web.get(f"{job_path}/checkpoints", handlers.call_with_query(service.list_checkpoints)),
         web.post("/v1/files", handlers.create_file),
         web.get("/v1/files", handlers.call_with_query(service.list_files)),
         web.get("/v1/files/{id}", handlers.call_with_id(service.get_file)),
@@ -138,21 +138,21 @@ class Handlers:
         return name
 
     async def _write_part(self, part: BodyPartReader, path: Path) -> None:
-        size = 0
+        received_bytes = 0
         with path.open("wb") as file:
             while chunk := await part.read_chunk(1 << 18):
-                size += len(chunk)
-                if size > self._service.max_file_bytes:
-                    limit = f"{self._service.max_file_bytes / (1 << 20):g} MiB"
-                    raise RequestFailure(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"the file is larger than {limit}", code="file_too_large", param="file")
+                received_bytes += len(chunk)
+                if received_bytes > self._service.max_file_bytes:
+                    limit_text = f"{self._service.max_file_bytes / (1 << 20):g} MiB"
+                    raise RequestFailure(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"the file is larger than {limit_text}", code="file_too_large", param="file")
                 await asyncio.to_thread(file.write, chunk)
 
     async def read_file(self, request: web.Request) -> web.StreamResponse:
         content = await asyncio.to_thread(self._service.read_file, request[ACCOUNT], request.match_info["id"])
         # The first chunk is read before the status is sent. If S3 fails at the first chunk, the client can therefore still get an error response.
         chunk = await asyncio.to_thread(next, content.chunks, b"")
-        disposition = f"attachment; filename*=UTF-8''{quote(content.name, safe='')}"
-        response = web.StreamResponse(headers={"Content-Type": "application/octet-stream", "Content-Disposition": disposition})
+        content_disposition = f"attachment; filename*=UTF-8''{quote(content.name, safe='')}"
+        response = web.StreamResponse(headers={"Content-Type": "application/octet-stream", "Content-Disposition": content_disposition})
         await response.prepare(request)
         try:
             while chunk:
@@ -189,7 +189,7 @@ async def _get_health(_: web.Request) -> web.Response:
     return web.Response(text="ok\n")
 
 
-def _require_key(keys: KeyTable) -> Any:
+def _require_key(key_table: KeyTable) -> Any:
     """Return a middleware that adds to each request the account of its API key, and refuses a request without a valid key."""
 
     @web.middleware
@@ -197,7 +197,7 @@ def _require_key(keys: KeyTable) -> Any:
         if request.path == HEALTH_PATH:
             return await handler(request)
         scheme, _, key = request.headers.get("Authorization", "").partition(" ")
-        account = await asyncio.to_thread(keys.find_account, key.strip()) if scheme.lower() == "bearer" and key.strip() else None
+        account = await asyncio.to_thread(key_table.find_account, key.strip()) if scheme.lower() == "bearer" and key.strip() else None
         if account is None:
             message = "the API key is missing or not valid: send a key of this server as bearer token in the header Authorization"
             raise RequestFailure(HTTPStatus.UNAUTHORIZED, message, code="invalid_api_key")

@@ -47,8 +47,8 @@ def convert_cluster_error(error: ClusterError, user: str) -> RequestFailure:
         return RequestFailure(HTTPStatus.INTERNAL_SERVER_ERROR, message, code="server_credentials")
     if error.code in (HTTPStatus.BAD_REQUEST, HTTPStatus.UNPROCESSABLE_ENTITY):
         return bad_request(_remove_object_name(str(error)), None, "invalid_job")
-    codes = {HTTPStatus.FORBIDDEN: "forbidden", HTTPStatus.CONFLICT: "conflict", HTTPStatus.TOO_MANY_REQUESTS: "rate_limit_exceeded"}
-    for status, code in codes.items():
+    code_by_status = {HTTPStatus.FORBIDDEN: "forbidden", HTTPStatus.CONFLICT: "conflict", HTTPStatus.TOO_MANY_REQUESTS: "rate_limit_exceeded"}
+    for status, code in code_by_status.items():
         if error.code == status:
             return RequestFailure(status, str(error), code=code)
     return RequestFailure(HTTPStatus.SERVICE_UNAVAILABLE, f"the cluster did not answer: {error}", code="cluster_unavailable")

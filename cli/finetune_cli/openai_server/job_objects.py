@@ -114,13 +114,13 @@ def _estimate_finish(status: FineTuneJobStatus) -> int | None:
 
 def build_api_events(job: dict[str, Any], events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the API's events of a job, newest first: its creation, the Kubernetes events, and one event with the latest metrics."""
-    objects = [_to_api_event(event) for event in events]
+    api_events = [_to_api_event(event) for event in events]
     metadata = job["metadata"]
-    objects.append(_build_event(f"ftevent-{metadata['uid']}-created", metadata["creationTimestamp"], "info", "Created fine-tuning job", "message"))
-    metrics = _build_metrics_event(job)
-    if metrics is not None:
-        objects.append(metrics)
-    return sorted(objects, key=lambda event: (event["created_at"], event["id"]), reverse=True)
+    api_events.append(_build_event(f"ftevent-{metadata['uid']}-created", metadata["creationTimestamp"], "info", "Created fine-tuning job", "message"))
+    metrics_event = _build_metrics_event(job)
+    if metrics_event is not None:
+        api_events.append(metrics_event)
+    return sorted(api_events, key=lambda event: (event["created_at"], event["id"]), reverse=True)
 
 
 def _to_api_event(event: dict[str, Any]) -> dict[str, Any]:
@@ -141,11 +141,11 @@ def _build_metrics_event(job: dict[str, Any]) -> dict[str, Any] | None:
     progress, metrics = status.progress, status.metrics
     if progress is None or progress.step is None or metrics is None or metrics.train_loss is None:
         return None
-    data = {"step": progress.step, "total_steps": progress.total_steps, "train_loss": metrics.train_loss, "full_valid_loss": metrics.eval_loss}
+    metric_values = {"step": progress.step, "total_steps": progress.total_steps, "train_loss": metrics.train_loss, "full_valid_loss": metrics.eval_loss}
     message = f"Step {progress.step}/{progress.total_steps}: training loss={metrics.train_loss:g}"
     message += "" if metrics.eval_loss is None else f", validation loss={metrics.eval_loss:g}"
     time = progress.update_time or job["metadata"]["creationTimestamp"]
-    known_metrics = {key: value for key, value in data.items() if value is not None}
+    known_metrics = {key: value for key, value in metric_values.items() if value is not None}
     return _build_event(f"ftevent-{job['metadata']['uid']}-step-{progress.step}", time, "info", message, "metrics", known_metrics)
 
 

@@ -64,10 +64,10 @@ def build_job(
     if "seed" not in request and get_value(served_model.spec, "training.seed") is None:
         request["seed"] = secrets.randbelow(1 << 31)
     sources = {parameter: make_file_uri(file) for parameter, file in files.items()}
-    result = import_request(request | sources, config, served_model, job_id)
-    annotations = {Annotation.OPENAI_REQUEST.value: json.dumps(request, sort_keys=True, ensure_ascii=False), **result.annotations}
+    import_result = import_request(request | sources, config, served_model, job_id)
+    annotations = {Annotation.OPENAI_REQUEST.value: json.dumps(request, sort_keys=True, ensure_ascii=False), **import_result.annotations}
     metadata = {"name": job_id, "labels": {Label.CREATED_BY.value: CREATED_BY}, "annotations": annotations}
-    return {"apiVersion": API_VERSION, "kind": KIND, "metadata": metadata, "spec": result.spec}
+    return {"apiVersion": API_VERSION, "kind": KIND, "metadata": metadata, "spec": import_result.spec}
 
 
 def check_models(config: ServerConfig) -> list[Mistake]:
@@ -90,10 +90,10 @@ def check_models(config: ServerConfig) -> list[Mistake]:
 
 def import_request(request: dict[str, Any], config: ServerConfig, served_model: ServedModel, job_id: str) -> ImportResult:
     """Import a request whose files are S3 URIs. Raise RequestFailure with all mistakes that the importer finds."""
-    text = json.dumps(request)
+    request_text = json.dumps(request)
     fields = dict(flatten_fields({**served_model.spec, "storage": config.storage.to_wire()}))
     origin = ValueOrigin("configuration of the server")
-    options = Request(
+    importer_request = Request(
         files=(),
         name=job_id,
         overrides={path: AssignedValue(value, origin) for path, value in fields.items() if path.startswith("resources.")},
@@ -102,16 +102,16 @@ def import_request(request: dict[str, Any], config: ServerConfig, served_model: 
         has_command_line=False,
     )
     try:
-        result = import_documents(options, (InputDocument(Path(REQUEST_NAME), text),), _build_importer(fields))
+        import_result = import_documents(importer_request, (InputDocument(Path(REQUEST_NAME), request_text),), _build_importer(fields))
     except InvalidInput as error:
         raise _to_failure(error.mistakes) from None
-    for warning in result.warnings:
+    for warning in import_result.warnings:
         # Clients of the API do not get warnings. Therefore, if the importer has a warning, for example about an option without effect, the request is
         # refused.
         location, _, message = warning.partition(": ")
         key = message.partition(": ")[0].partition(" has no effect")[0]
         raise bad_request(f"{message}: remove it" if "no effect" in message else message or location, key if key in request else None)
-    return result
+    return import_result
 
 
 def _build_importer(fields: dict[str, Any]) -> Importer:

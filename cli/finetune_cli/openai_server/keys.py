@@ -89,8 +89,8 @@ class KeyTable:
             message = "the table of API keys of this server is not valid: ask its administrator to correct the table; the server's log names the mistake"
             raise RequestFailure(HTTPStatus.SERVICE_UNAVAILABLE, message, code="keys_unavailable") from None
         digest = hashlib.sha256(api_key.encode("utf-8", "surrogateescape")).hexdigest()
-        matching = [entry for entry in entries if hmac.compare_digest(entry.sha256, digest)]
-        return Account(matching[0].namespace, matching[0].service_account) if matching else None
+        matching_entries = [entry for entry in entries if hmac.compare_digest(entry.sha256, digest)]
+        return Account(matching_entries[0].namespace, matching_entries[0].service_account) if matching_entries else None
 
     def _reload(self) -> None:
         try:

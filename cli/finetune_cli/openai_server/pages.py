@@ -34,18 +34,18 @@ def refuse_unknown_parameters(query: Mapping[str, str], *known_parameters: str) 
     """Raise RequestFailure if the query has a parameter that is not in `known_parameters`."""
     for name in query:
         if name not in known_parameters:
-            words = ", ".join(known_parameters) or "no parameters"
-            raise bad_request(f"the parameter {name} is not known here: this request takes {words}", name, "unknown_parameter")
+            known_names_text = ", ".join(known_parameters) or "no parameters"
+            raise bad_request(f"the parameter {name} is not known here: this request takes {known_names_text}", name, "unknown_parameter")
 
 
 def build_page(items: list[dict[str, Any]], request: PageRequest) -> dict[str, Any]:
     """Return one page of a list. Raise RequestFailure if the list has no object with the id `after`."""
-    start = 0
+    start_index = 0
     if request.after is not None:
         ids = [item["id"] for item in items]
         if request.after not in ids:
             raise bad_request(f"after: the list has no object with the id {request.after}", "after")
-        start = ids.index(request.after) + 1
-    page_items = items[start : start + request.limit]
+        start_index = ids.index(request.after) + 1
+    page_items = items[start_index : start_index + request.limit]
     end_ids = {"first_id": page_items[0]["id"], "last_id": page_items[-1]["id"]} if page_items else {"first_id": None, "last_id": None}
-    return {"object": "list", "data": page_items, "has_more": start + request.limit < len(items), **end_ids}
+    return {"object": "list", "data": page_items, "has_more": start_index + request.limit < len(items), **end_ids}

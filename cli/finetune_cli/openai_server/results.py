@@ -33,10 +33,10 @@ def build_metrics_csv(storage: JobStorage, job_folder: str) -> bytes:
     """
     folder = f"{job_folder}/{Storage.METRICS}"
     size_by_key = {stored.key: stored.size for stored in storage.list_objects(folder) if ATTEMPT_FILE_PATTERN.search(stored.key)}
-    size = sum(size_by_key.values())
-    if size > MAX_METRICS_BYTES:
-        limit = f"{size / (1 << 20):.1f} MiB, and this server reads at most {MAX_METRICS_BYTES >> 20} MiB"
-        raise bad_request(f"the metrics of this job have {limit}: read them in {storage.make_object_uri(folder)}", "file_id", "result_file_too_large")
+    total_bytes = sum(size_by_key.values())
+    if total_bytes > MAX_METRICS_BYTES:
+        limit_text = f"{total_bytes / (1 << 20):.1f} MiB, and this server reads at most {MAX_METRICS_BYTES >> 20} MiB"
+        raise bad_request(f"the metrics of this job have {limit_text}: read them in {storage.make_object_uri(folder)}", "file_id", "result_file_too_large")
     rows: dict[int, dict[str, Any]] = {}
     for key in sorted(size_by_key, key=_get_attempt_sort_key):
         attempt_rows: dict[int, dict[str, Any]] = {}
@@ -48,11 +48,11 @@ def build_metrics_csv(storage: JobStorage, job_folder: str) -> bytes:
         first_step = min(attempt_rows, default=0)
         rows = {step: row for step, row in rows.items() if step < first_step} | attempt_rows
     other_columns = sorted({name for row in rows.values() for name in row} - set(FIRST_COLUMNS))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [*FIRST_COLUMNS, *other_columns], lineterminator="\n")
+    csv_buffer = io.StringIO()
+    writer = csv.DictWriter(csv_buffer, [*FIRST_COLUMNS, *other_columns], lineterminator="\n")
     writer.writeheader()
     writer.writerows(row for _, row in sorted(rows.items()))
-    return text.getvalue().encode()
+    return csv_buffer.getvalue().encode()
 
 
 def _parse_line(line: bytes) -> dict[str, Any]:

@@ -87,15 +87,15 @@ class FineTuningService:
 
     def list_jobs(self, account: Account, query: Query) -> KubeObject:
         """Return a page of the jobs in the client's namespace, newest first."""
-        filters = {name[len("metadata[") : -1]: value for name, value in query.items() if name.startswith("metadata[") and name.endswith("]")}
-        refuse_unknown_parameters(query, "limit", "after", "metadata", *(f"metadata[{key}]" for key in filters))
+        metadata_filters = {name[len("metadata[") : -1]: value for name, value in query.items() if name.startswith("metadata[") and name.endswith("]")}
+        refuse_unknown_parameters(query, "limit", "after", "metadata", *(f"metadata[{key}]" for key in metadata_filters))
         if query.get("metadata", "null") != "null":
             raise bad_request("metadata must be null: write metadata[key]=value to search for a value", "metadata")
-        page = read_page_request(query, JOBS_PER_PAGE)
-        objects = [self._to_api_job(job) for job in self._list_jobs(account)]
-        objects.sort(key=lambda job: (job["created_at"], job["id"]), reverse=True)
-        matching = [job for job in objects if filters.items() <= job["metadata"].items() and not ("metadata" in query and job["metadata"])]
-        return build_page(matching, page)
+        page_request = read_page_request(query, JOBS_PER_PAGE)
+        api_jobs = [self._to_api_job(job) for job in self._list_jobs(account)]
+        api_jobs.sort(key=lambda job: (job["created_at"], job["id"]), reverse=True)
+        matching_jobs = [job for job in api_jobs if metadata_filters.items() <= job["metadata"].items() and not ("metadata" in query and job["metadata"])]
+        return build_page(matching_jobs, page_request)
 
     def get_job(self, account: Account, job_id: str) -> KubeObject:
         """Return the API's object for a job."""
@@ -113,16 +113,16 @@ class FineTuningService:
     def list_events(self, account: Account, job_id: str, query: Query) -> KubeObject:
         """Return a page of the events of a job, newest first."""
         refuse_unknown_parameters(query, "limit", "after")
-        page = read_page_request(query, EVENTS_PER_PAGE)
+        page_request = read_page_request(query, EVENTS_PER_PAGE)
         job = self._find_job(account, job_id)
         events = self._connect_as(account).list_events({job["metadata"]["uid"]})
-        return build_page(job_objects.build_api_events(job, events), page)
+        return build_page(job_objects.build_api_events(job, events), page_request)
 
     def list_checkpoints(self, account: Account, job_id: str, query: Query) -> KubeObject:
         """Return a page of the checkpoints of a job, newest first."""
         refuse_unknown_parameters(query, "limit", "after")
-        page = read_page_request(query, CHECKPOINTS_PER_PAGE)
-        return build_page(job_objects.build_api_checkpoints(self._find_job(account, job_id)), page)
+        page_request = read_page_request(query, CHECKPOINTS_PER_PAGE)
+        return build_page(job_objects.build_api_checkpoints(self._find_job(account, job_id)), page_request)
 
     # --- files
 
