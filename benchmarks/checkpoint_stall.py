@@ -30,9 +30,9 @@ from benchmarks.lib.bench_pods import Workspace, open_workspace, summarize
 from tests.support.s3proxy import Bandwidth, S3Proxy
 
 LORA_MODEL_SHAPE = {"hidden": 512, "layers": 8}
-SLOW_BYTES_PER_SECOND = 1e6
+SLOW_STORE_BYTES_PER_SECOND = 1e6
 STEPS_PER_CHECKPOINT = 10
-STEPS_BETWEEN_STALLS = {"lora": 10, "full": 15}
+STEPS_PER_CHECKPOINT_BY_METHOD = {"lora": 10, "full": 15}
 """Number of steps from one checkpoint to the next in the runs that measure stalls, by method."""
 
 
@@ -57,42 +57,42 @@ def run_training(
     target = workspace.target(name, endpoint_url=endpoint_url)
     environment = {"OMP_NUM_THREADS": "1", "BENCHMARK_CHECKPOINTS": "background" if writes_in_background else "blocking"}
     with workspace.create_pod(name, spec, target, "benchmarks.lib.timed_train", env=environment) as pod:
-        code = pod.end(580)
-        assert code == 0, pod.text[-3000:]
-        size = max((checkpoint.bytes or 0 for checkpoint in pod.termination_message().checkpoints), default=0)
+        exit_code = pod.end(580)
+        assert exit_code == 0, pod.text[-3000:]
+        largest_checkpoint_bytes = max((checkpoint.bytes or 0 for checkpoint in pod.termination_message().checkpoints), default=0)
         time_records = [json.loads(line) for line in (pod.folder / "work" / "times.jsonl").read_text().splitlines()]
     end_by_step = {entry["step"]: entry["ended"] for entry in time_records if "ended" in entry}
     stall_by_step = {entry["step"]: entry["stall"] for entry in time_records if "stall" in entry}
     # The time of a step includes the stall of the checkpoint before it.
-    steps = [end_by_step[step] - end_by_step[step - 1] for step in end_by_step if step - 1 in end_by_step and step - 1 not in stall_by_step]
-    before_last = [stall for step, stall in stall_by_step.items() if step < max(end_by_step)]
-    return TimedTraining(steps[2:], before_last, size, max(end_by_step.values()) - min(end_by_step.values()))
+    step_seconds = [end_by_step[step] - end_by_step[step - 1] for step in end_by_step if step - 1 in end_by_step and step - 1 not in stall_by_step]
+    stalls_before_last_step = [stall for step, stall in stall_by_step.items() if step < max(end_by_step)]
+    return TimedTraining(step_seconds[2:], stalls_before_last_step, largest_checkpoint_bytes, max(end_by_step.values()) - min(end_by_step.values()))
 
 
-def make_training_spec(workspace: Workspace, method: str, model_shape: dict[str, Any], steps: int, checkpoint_steps: int | None) -> dict[str, Any]:
-    checkpoint = {"steps": checkpoint_steps, "keep": 2} if checkpoint_steps else {"strategy": "no"}
+def make_training_spec(workspace: Workspace, method: str, model_shape: dict[str, Any], step_count: int, steps_per_checkpoint: int | None) -> dict[str, Any]:
+    checkpoint_settings = {"steps": steps_per_checkpoint, "keep": 2} if steps_per_checkpoint else {"strategy": "no"}
     return workspace.spec(
-        model_shape, method={"type": method}, checkpoint=checkpoint, tracking={"loggingSteps": 10},
-        training={"maxSteps": steps, "batchSizePerDevice": 1, "gradientAccumulationSteps": 1, "learningRate": 1e-4},
+        model_shape, method={"type": method}, checkpoint=checkpoint_settings, tracking={"loggingSteps": 10},
+        training={"maxSteps": step_count, "batchSizePerDevice": 1, "gradientAccumulationSteps": 1, "learningRate": 1e-4},
         policy={"stallTimeoutSeconds": 600},
     )  # fmt: skip
 
 
-def measure_stalls(workspace: Workspace, method: str, model_shape: dict[str, Any], steps: int, round_count: int) -> dict[str, Any]:
+def measure_stalls(workspace: Workspace, method: str, model_shape: dict[str, Any], step_count: int, round_count: int) -> dict[str, Any]:
     """Measure the stalls for one method. Runs that write checkpoints in the background alternate with blocking runs."""
     runs: dict[bool, list[TimedTraining]] = {True: [], False: []}
-    for number in range(round_count):
-        for writes_in_background in (True, False) if number % 2 == 0 else (False, True):
-            spec = make_training_spec(workspace, method, model_shape, steps, STEPS_BETWEEN_STALLS[method])
-            name = f"stall-{method}-{number}-{writes_in_background}"
-            runs[writes_in_background].append(run_training(workspace, name, spec, writes_in_background=writes_in_background))
+    for round_number in range(round_count):
+        for writes_in_background in (True, False) if round_number % 2 == 0 else (False, True):
+            spec = make_training_spec(workspace, method, model_shape, step_count, STEPS_PER_CHECKPOINT_BY_METHOD[method])
+            run_name = f"stall-{method}-{round_number}-{writes_in_background}"
+            runs[writes_in_background].append(run_training(workspace, run_name, spec, writes_in_background=writes_in_background))
             newest_run = runs[writes_in_background][-1]
-            print(f"{name}: stalls {[round(stall, 3) for stall in newest_run.stalls]}, {newest_run.total:.1f} s", flush=True)
-    pairs = list(zip(runs[True], runs[False], strict=True))
-    stall_ratios = [statistics.median(after.stalls) / statistics.median(before.stalls) for after, before in pairs]
-    time_ratios = [after.total / before.total for after, before in pairs]
+            print(f"{run_name}: stalls {[round(stall, 3) for stall in newest_run.stalls]}, {newest_run.total:.1f} s", flush=True)
+    run_pairs = list(zip(runs[True], runs[False], strict=True))
+    stall_ratios = [statistics.median(background_run.stalls) / statistics.median(blocking_run.stalls) for background_run, blocking_run in run_pairs]
+    time_ratios = [background_run.total / blocking_run.total for background_run, blocking_run in run_pairs]
     return {
-        "checkpointBytes": runs[True][0].checkpoint_bytes, "stepsPerCheckpoint": STEPS_BETWEEN_STALLS[method], "rounds": round_count,
+        "checkpointBytes": runs[True][0].checkpoint_bytes, "stepsPerCheckpoint": STEPS_PER_CHECKPOINT_BY_METHOD[method], "rounds": round_count,
         "stallRatio": round(statistics.median(stall_ratios), 4), "stallRatios": [round(ratio, 4) for ratio in stall_ratios],
         "trainingTimeRatio": round(statistics.median(time_ratios), 4), "trainingTimeRatios": [round(ratio, 4) for ratio in time_ratios],
         "stallSeconds": summarize([stall for run in runs[True] for stall in run.stalls], 4),
@@ -101,7 +101,7 @@ def measure_stalls(workspace: Workspace, method: str, model_shape: dict[str, Any
     }  # fmt: skip
 
 
-def measure_copies(folder: Path, megabytes: int, round_count: int) -> dict[str, Any]:
+def measure_save_stalls(folder: Path, megabytes: int, round_count: int) -> dict[str, Any]:
     """Measure in this process how long a save blocks its caller. Saves in the background alternate with blocking saves."""
     import torch
     from finetune_trainer.checkpoint.background import BackgroundWriter
@@ -111,13 +111,13 @@ def measure_copies(folder: Path, megabytes: int, round_count: int) -> dict[str, 
     writer, seconds = BackgroundWriter(), {True: [], False: []}  # type: tuple[BackgroundWriter, dict[bool, list[float]]]
     for number in range(round_count + 1):
         for writer.writes_in_background in (True, False) if number % 2 == 0 else (False, True):
-            started = time.monotonic()
+            started_at = time.monotonic()
             with writer.begin_checkpoint():
                 torch.save(state, folder / "state.pt")
             writer.finish_checkpoint()
-            seconds[writer.writes_in_background].append(time.monotonic() - started)
+            seconds[writer.writes_in_background].append(time.monotonic() - started_at)
             writer.wait()
-    ratios = [after / before for after, before in zip(seconds[True][1:], seconds[False][1:], strict=True)]
+    ratios = [background_seconds / blocking_seconds for background_seconds, blocking_seconds in zip(seconds[True][1:], seconds[False][1:], strict=True)]
     return {
         "stateBytes": sum(tensor.nbytes for tensor in state.values()), "rounds": round_count, "stallRatio": round(statistics.median(ratios), 4),
         "stallRatios": [round(ratio, 4) for ratio in ratios], "stallSeconds": summarize(seconds[True][1:], 4),
@@ -125,27 +125,25 @@ def measure_copies(folder: Path, megabytes: int, round_count: int) -> dict[str, 
     }  # fmt: skip
 
 
-def measure_slow_store(workspace: Workspace, round_count: int, steps: int) -> dict[str, Any]:
+def measure_slow_store(workspace: Workspace, round_count: int, step_count: int) -> dict[str, Any]:
     """Measure how much uploads limited to 1 MB/s slow down steps. Runs with and without checkpoints alternate."""
     median_pairs: list[tuple[float, float]] = []
     with S3Proxy(workspace.server.host_url) as proxy:
-        proxy.fault(Bandwidth(SLOW_BYTES_PER_SECOND), operation="PutObject")
-        proxy.fault(Bandwidth(SLOW_BYTES_PER_SECOND), operation="UploadPart", key="checkpoints/")
-        for number in range(round_count):
-            checkpoint_settings = (None, STEPS_PER_CHECKPOINT) if number % 2 == 0 else (STEPS_PER_CHECKPOINT, None)
-            median_by_setting = {}
-            for checkpoint_steps in checkpoint_settings:
-                spec = make_training_spec(workspace, "lora", {}, steps, checkpoint_steps)
-                training = run_training(workspace, f"slow-{number}-{checkpoint_steps}", spec, endpoint_url=proxy.url)
-                median_by_setting[checkpoint_steps] = statistics.median(training.steps)
-            median_pairs.append((median_by_setting[None], median_by_setting[STEPS_PER_CHECKPOINT]))
-            print(
-                f"round {number}: {median_by_setting[None] * 1000:.2f} ms without, {median_by_setting[STEPS_PER_CHECKPOINT] * 1000:.2f} ms with",
-                flush=True,
-            )
+        proxy.fault(Bandwidth(SLOW_STORE_BYTES_PER_SECOND), operation="PutObject")
+        proxy.fault(Bandwidth(SLOW_STORE_BYTES_PER_SECOND), operation="UploadPart", key="checkpoints/")
+        for round_number in range(round_count):
+            checkpoint_intervals = (None, STEPS_PER_CHECKPOINT) if round_number % 2 == 0 else (STEPS_PER_CHECKPOINT, None)
+            median_step_seconds_by_interval = {}
+            for steps_per_checkpoint in checkpoint_intervals:
+                spec = make_training_spec(workspace, "lora", {}, step_count, steps_per_checkpoint)
+                timed_training = run_training(workspace, f"slow-{round_number}-{steps_per_checkpoint}", spec, endpoint_url=proxy.url)
+                median_step_seconds_by_interval[steps_per_checkpoint] = statistics.median(timed_training.steps)
+            without, with_checkpoints = median_step_seconds_by_interval[None], median_step_seconds_by_interval[STEPS_PER_CHECKPOINT]
+            median_pairs.append((without, with_checkpoints))
+            print(f"round {round_number}: {without * 1000:.2f} ms without, {with_checkpoints * 1000:.2f} ms with", flush=True)
     ratios = [with_checkpoints / without for without, with_checkpoints in median_pairs]
     return {
-        "bytesPerSecond": SLOW_BYTES_PER_SECOND, "rounds": round_count, "stepsEach": steps, "ratio": round(statistics.median(ratios), 4),
+        "bytesPerSecond": SLOW_STORE_BYTES_PER_SECOND, "rounds": round_count, "stepsEach": step_count, "ratio": round(statistics.median(ratios), 4),
         "ratios": [round(ratio, 4) for ratio in ratios], "stepMsWithout": round(1000 * statistics.median(a for a, _ in median_pairs), 2),
     }  # fmt: skip
 
@@ -162,18 +160,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--slow-steps", type=int, default=600)
     options = parser.parse_args()
-    parts = options.parts.split(",")
-    path = record.RESULTS_FOLDER / "checkpoint_stall.json"
-    measurements: dict[str, Any] = json.loads(path.read_text())["figures"] if path.exists() else {}
+    chosen_parts = options.parts.split(",")
+    result_file = record.RESULTS_FOLDER / "checkpoint_stall.json"
+    measurements: dict[str, Any] = json.loads(result_file.read_text())["figures"] if result_file.exists() else {}
     with open_workspace() as workspace:
-        if "copy" in parts:
-            measurements["copy"] = measure_copies(workspace.folder, options.copy_megabytes, 2 * options.rounds)
-        if "lora" in parts:
+        if "copy" in chosen_parts:
+            measurements["copy"] = measure_save_stalls(workspace.folder, options.copy_megabytes, 2 * options.rounds)
+        if "lora" in chosen_parts:
             measurements["lora"] = measure_stalls(workspace, "lora", LORA_MODEL_SHAPE, options.lora_steps, options.rounds)
-        if "full" in parts:
+        if "full" in chosen_parts:
             full_model_shape = {"hidden": options.full_hidden, "layers": options.full_layers}
             measurements["full"] = measure_stalls(workspace, "full", full_model_shape, options.full_steps, options.rounds)
-        if "slow" in parts:
+        if "slow" in chosen_parts:
             measurements["slowStore"] = measure_slow_store(workspace, options.rounds, options.slow_steps)
     print(json.dumps(measurements, indent=1))
     print(record.write_result("checkpoint_stall", measurements, method=record.extract_method(__doc__)))

@@ -32,20 +32,20 @@ ENV_FILE_TEXT = "MODEL_NAME=org/m\nTRAIN_DATA_PATH=s3://data/t.jsonl\nDATASET_TY
 
 def measure_commands(commands: dict[str, list[str]], run_count: int) -> dict[str, dict[str, float]]:
     """Run each command `run_count` times. Returns the median and worst duration and the median CPU time of each command, in seconds."""
-    seconds_by_command: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
+    samples_by_command: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
     for round_number in range(run_count + 1):
         for name, arguments in commands.items():
-            start, cpu_seconds_before = time.perf_counter(), measure_children_cpu_seconds()
+            started_at, cpu_seconds_before = time.perf_counter(), measure_children_cpu_seconds()
             subprocess.run([sys.executable, "-m", "finetune_cli", *arguments], check=True, capture_output=True)
             if round_number:
-                seconds_by_command[name].append((time.perf_counter() - start, measure_children_cpu_seconds() - cpu_seconds_before))
+                samples_by_command[name].append((time.perf_counter() - started_at, measure_children_cpu_seconds() - cpu_seconds_before))
     return {
         name: {
             "medianSeconds": round(statistics.median(wall for wall, _ in samples), 3),
             "worstSeconds": round(max(wall for wall, _ in samples), 3),
             "medianCpuSeconds": round(statistics.median(cpu for _, cpu in samples), 3),
         }
-        for name, samples in seconds_by_command.items()
+        for name, samples in samples_by_command.items()
     }
 
 

@@ -22,11 +22,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-WORDS = 30_000
+WORD_COUNT = 30_000
 END, PAD, UNKNOWN = "<|im_end|>", "<|pad|>", "<|unknown|>"
 WORDS_PER_ROW = 1000
 ROW_COUNTS = (1000, 3000)
-TEMPLATE = (
+CHAT_TEMPLATE = (
     "{% for m in messages %}{{ m.role + ' ' + m.content + ' <|im_end|> ' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant ' }}{% endif %}"
 )
 
@@ -36,19 +36,19 @@ def make_tokenizer() -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    names = [END, PAD, UNKNOWN, "user", "assistant", *(f"w{number}" for number in range(WORDS))]
-    words = Tokenizer(models.WordLevel({name: number for number, name in enumerate(names)}, unk_token=UNKNOWN))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    token_texts = [END, PAD, UNKNOWN, "user", "assistant", *(f"w{number}" for number in range(WORD_COUNT))]
+    word_tokenizer = Tokenizer(models.WordLevel({name: number for number, name in enumerate(token_texts)}, unk_token=UNKNOWN))
+    word_tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
-        tokenizer_object=words, eos_token=END, pad_token=PAD, chat_template=TEMPLATE, clean_up_tokenization_spaces=False
+        tokenizer_object=word_tokenizer, eos_token=END, pad_token=PAD, chat_template=CHAT_TEMPLATE, clean_up_tokenization_spaces=False
     )
 
 
 def make_chat_row(row_number: int) -> dict[str, Any]:
     """Return a row with a question and its answer. The row has `WORDS_PER_ROW` words, which depend on the row's number."""
-    words = [f"w{(row_number * 7919 + index * 31) % WORDS}" for index in range(WORDS_PER_ROW)]
-    half = WORDS_PER_ROW // 2
-    return {"messages": [{"role": "user", "content": " ".join(words[:half])}, {"role": "assistant", "content": " ".join(words[half:])}]}
+    words = [f"w{(row_number * 7919 + index * 31) % WORD_COUNT}" for index in range(WORDS_PER_ROW)]
+    half_word_count = WORDS_PER_ROW // 2
+    return {"messages": [{"role": "user", "content": " ".join(words[:half_word_count])}, {"role": "assistant", "content": " ".join(words[half_word_count:])}]}
 
 
 def make_pair_row(row_number: int) -> dict[str, Any]:
@@ -65,9 +65,9 @@ def prepare_supervised(folder: Path, tokenizer: Any, row_count: int, **dataset: 
 
     run, inputs = make_run(folder, folder / "model", {"dataset": {"maxSequenceLength": 4096, "numProc": 1, **dataset}}, rows=())
     write_rows(inputs.train[0], make_chat_row, row_count)
-    start_counting()
-    data = prepare(run, inputs, tokenizer, max_positions=4096, cache_folder=folder / "tokens")
-    return sum(report.tokens for report in data.reports.values())
+    start_memory_counters()
+    prepared_data = prepare(run, inputs, tokenizer, max_positions=4096, cache_folder=folder / "tokens")
+    return sum(report.tokens for report in prepared_data.reports.values())
 
 
 def prepare_pairs(folder: Path, tokenizer: Any, row_count: int) -> int:
@@ -79,14 +79,14 @@ def prepare_pairs(folder: Path, tokenizer: Any, row_count: int) -> int:
     run, inputs = make_run(folder, folder / "model", {"dataset": {"maxSequenceLength": 4096, "numProc": 1}, "trainer": {"type": "dpo"}}, rows=())
     write_rows(inputs.train[0], make_pair_row, row_count)
     context: Any = SimpleNamespace(run=run, inputs=inputs, tokenizer=tokenizer, token_cache=folder / "tokens", max_positions=4096)
-    start_counting()
+    start_memory_counters()
     splits, _ = answers.load_rows(context, answers.RowLayout.PAIRS)
     return sum(len(ids) for row in splits.train for ids in row.values())
 
 
-def write_rows(path: Path, make_row: Callable[[int], dict[str, Any]], row_count: int) -> None:
+def write_rows(rows_file: Path, make_row: Callable[[int], dict[str, Any]], row_count: int) -> None:
     """Create and write the rows one by one, so that they do not stay in the memory of this process."""
-    with path.open("w") as file:
+    with rows_file.open("w") as file:
         file.writelines(json.dumps(make_row(number)) + "\n" for number in range(row_count))
 
 
@@ -98,7 +98,7 @@ CASE_BY_NAME: dict[str, Callable[[Path, Any, int], int]] = {
 }
 
 
-def start_counting() -> None:
+def start_memory_counters() -> None:
     """Start both memory counters. The libraries are imported first, so that their objects are not counted."""
     import accelerate
     import datasets
@@ -110,25 +110,26 @@ def start_counting() -> None:
     tracemalloc.start()
 
 
-def run_case(name: str, row_count: int) -> dict[str, int]:
+def run_case(case_name: str, row_count: int) -> dict[str, int]:
     """Prepare the rows of a case in this process. Returns the number of tokens and the peaks of both counters in bytes."""
     import pyarrow
 
     with tempfile.TemporaryDirectory() as folder:
-        tokens = CASE_BY_NAME[name](Path(folder), make_tokenizer(), row_count)
-        return {"tokens": tokens, "pythonPeak": tracemalloc.get_traced_memory()[1], "arrowPeak": pyarrow.default_memory_pool().max_memory()}
+        token_count = CASE_BY_NAME[case_name](Path(folder), make_tokenizer(), row_count)
+        return {"tokens": token_count, "pythonPeak": tracemalloc.get_traced_memory()[1], "arrowPeak": pyarrow.default_memory_pool().max_memory()}
 
 
-def measure(name: str, row_counts: tuple[int, ...]) -> dict[str, float]:
+def measure_case(case_name: str, row_counts: tuple[int, ...]) -> dict[str, float]:
     """Run a case with each number of rows in a new process. Returns the peaks of the larger run and the bytes per token."""
-    small, large = (
-        json.loads(subprocess.run([sys.executable, __file__, "--case", name, str(count)], check=True, capture_output=True, text=True).stdout)
-        for count in row_counts
+    small_result, large_result = (
+        json.loads(subprocess.run([sys.executable, __file__, "--case", case_name, str(row_count)], check=True, capture_output=True, text=True).stdout)
+        for row_count in row_counts
     )
-    peaks = [result["pythonPeak"] + result["arrowPeak"] for result in (small, large)]
+    peak_bytes = [result["pythonPeak"] + result["arrowPeak"] for result in (small_result, large_result)]
     return {
-        "tokens": large["tokens"], "peakMB": round(peaks[1] / 1e6, 1), "pythonPeakMB": round(large["pythonPeak"] / 1e6, 1),
-        "arrowPeakMB": round(large["arrowPeak"] / 1e6, 1), "bytesPerToken": round((peaks[1] - peaks[0]) / (large["tokens"] - small["tokens"]), 2),
+        "tokens": large_result["tokens"], "peakMB": round(peak_bytes[1] / 1e6, 1), "pythonPeakMB": round(large_result["pythonPeak"] / 1e6, 1),
+        "arrowPeakMB": round(large_result["arrowPeak"] / 1e6, 1),
+        "bytesPerToken": round((peak_bytes[1] - peak_bytes[0]) / (large_result["tokens"] - small_result["tokens"]), 2),
     }  # fmt: skip
 
 
@@ -141,7 +142,7 @@ def main() -> None:
     if options.case:
         print(json.dumps(run_case(options.case[0], int(options.case[1]))))
         return
-    figures = {name: measure(name, ROW_COUNTS) for name in CASE_BY_NAME}
+    figures = {name: measure_case(name, ROW_COUNTS) for name in CASE_BY_NAME}
     print(json.dumps(figures, indent=1))
     if not options.no_write:
         import record

@@ -31,11 +31,11 @@ from pydantic import ValidationError
 from ruamel.yaml import YAML
 
 POLL_SECONDS = 0.02
-GONE_POLL_SECONDS = 0.2
+DELETION_POLL_SECONDS = 0.2
 TIMEOUT_SECONDS = 300
 
 
-class NotMeasured(Exception):
+class FirstStepNotReached(Exception):
     """A run did not reach its first step. The message names the stage that did not finish."""
 
 
@@ -72,29 +72,29 @@ class Run:
         self._pod_is_running = threading.Event()
 
     def measure(self) -> dict[str, float]:
-        """Apply the manifest, wait for the first step, delete the job and wait until its pods are gone. Errors: NotMeasured."""
+        """Apply the manifest, wait for the first step, delete the job and wait until its pods are gone. Errors: FirstStepNotReached."""
         selector = f"{names.Label.JOB_NAME.value}={self._name}"
         for target in (self._watch_jobs, self._watch_pods):
             threading.Thread(target=target, args=(selector,), daemon=True).start()
         self._timeline.applied_at = time.monotonic()
-        collection = (names.GROUP, names.VERSION, self._namespace, names.PLURAL)
-        self._jobs.create_namespaced_custom_object(*collection, self._manifest)
+        collection_arguments = (names.GROUP, names.VERSION, self._namespace, names.PLURAL)
+        self._jobs.create_namespaced_custom_object(*collection_arguments, self._manifest)
         try:
             if not self._pod_is_running.wait(TIMEOUT_SECONDS):
-                raise NotMeasured(f"no pod of {self._name} ran within {TIMEOUT_SECONDS} s")
+                raise FirstStepNotReached(f"no pod of {self._name} ran within {TIMEOUT_SECONDS} s")
             self._wait_for_step()
         finally:
-            self._jobs.delete_namespaced_custom_object(*collection, self._name)
-            self._wait_until_gone(selector)
+            self._jobs.delete_namespaced_custom_object(*collection_arguments, self._name)
+            self._wait_until_pods_are_gone(selector)
         return self._timeline.compute_stage_seconds()
 
-    def _wait_until_gone(self, selector: str) -> None:
-        """Wait until the run has no pods. Errors: NotMeasured."""
+    def _wait_until_pods_are_gone(self, selector: str) -> None:
+        """Wait until the run has no pods. Errors: FirstStepNotReached."""
         deadline = time.monotonic() + TIMEOUT_SECONDS
         while self._core.list_namespaced_pod(self._namespace, label_selector=selector).items:
             if time.monotonic() > deadline:
-                raise NotMeasured(f"pods of {self._name} still exist {TIMEOUT_SECONDS} s after its deletion")
-            time.sleep(GONE_POLL_SECONDS)
+                raise FirstStepNotReached(f"pods of {self._name} still exist {TIMEOUT_SECONDS} s after its deletion")
+            time.sleep(DELETION_POLL_SECONDS)
 
     def _watch_jobs(self, selector: str) -> None:
         for _ in watch.Watch().stream(self._batch.list_namespaced_job, self._namespace, label_selector=selector):
@@ -113,11 +113,11 @@ class Run:
         """Derive the progress token from the attempt's Secret, and add it to the headers of all further requests."""
         pod = self._core.read_namespaced_pod(self._timeline.pod_name, self._namespace)
         job = self._batch.read_namespaced_job(pod.metadata.labels["batch.kubernetes.io/job-name"], self._namespace)
-        name = job.metadata.annotations.get(names.Annotation.ATTEMPT_SECRET)
-        if name is not None:
-            data = self._core.read_namespaced_secret(name, self._namespace).data
-            secret = base64.b64decode(data[names.ATTEMPT_SECRET_KEY]).decode()
-            self._core.api_client.set_default_header(names.PROGRESS_TOKEN_HEADER, derive_progress_token(secret))
+        secret_name = job.metadata.annotations.get(names.Annotation.ATTEMPT_SECRET)
+        if secret_name is not None:
+            secret_data = self._core.read_namespaced_secret(secret_name, self._namespace).data
+            attempt_secret = base64.b64decode(secret_data[names.ATTEMPT_SECRET_KEY]).decode()
+            self._core.api_client.set_default_header(names.PROGRESS_TOKEN_HEADER, derive_progress_token(attempt_secret))
 
     def _wait_for_step(self) -> None:
         """Request the pod's progress until it reports a finished step."""
@@ -130,13 +130,13 @@ class Run:
                 self._timeline.timings = report.timings
                 return
             time.sleep(POLL_SECONDS)
-        raise NotMeasured(f"pod {self._timeline.pod_name} has finished no step within {TIMEOUT_SECONDS} s")
+        raise FirstStepNotReached(f"pod {self._timeline.pod_name} has finished no step within {TIMEOUT_SECONDS} s")
 
     def _read_report(self) -> ProgressReport | None:
-        pod = f"{self._timeline.pod_name}:{names.PROGRESS_PORT}"
+        pod_address = f"{self._timeline.pod_name}:{names.PROGRESS_PORT}"
         try:
             response = self._core.connect_get_namespaced_pod_proxy_with_path(
-                pod, self._namespace, names.HttpPath.PROGRESS.value.lstrip("/"), _preload_content=False
+                pod_address, self._namespace, names.HttpPath.PROGRESS.value.lstrip("/"), _preload_content=False
             )
             return ProgressReport.model_validate_json(response.data)  # type: ignore[attr-defined]  # the stub does not know `_preload_content`
         except (client.ApiException, ValidationError):
@@ -145,8 +145,8 @@ class Run:
 
 def compute_median_stage_seconds(runs: list[dict[str, float]]) -> dict[str, float]:
     """Return the median duration of each stage in seconds. The median of a stage ignores runs that did not measure this stage."""
-    stages = dict.fromkeys(name for run in runs for name in run)
-    return {name: round(statistics.median([run[name] for run in runs if name in run]), 2) for name in stages}
+    stage_names = dict.fromkeys(name for run in runs for name in run)
+    return {name: round(statistics.median([run[name] for run in runs if name in run]), 2) for name in stage_names}
 
 
 def main() -> None:

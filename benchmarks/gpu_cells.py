@@ -38,7 +38,7 @@ The folder must be named `site-packages`: dill treats only modules in such a fol
 """
 PYTHONPATH = os.pathsep.join(str(ROOT / part) for part in ("crds", "operator", "trainer-image", "benchmarks", "."))
 RECORDED_PACKAGES = ("torch", "triton", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "deepspeed", "liger-kernel", "pyarrow")
-CELL_SECONDS = 90.0
+CELL_TIME_LIMIT_SECONDS = 90.0
 
 
 @dataclass(frozen=True)
@@ -47,65 +47,67 @@ class Cell:
 
     name: str
     command: Callable[[Path, bool], Sequence[str]]
-    seconds: float = CELL_SECONDS
+    seconds: float = CELL_TIME_LIMIT_SECONDS
 
 
-def make_environment_command(output: Path, is_rehearsal: bool) -> Sequence[str]:
-    return (sys.executable, str(Path(__file__)), "environment", str(output))
+def make_environment_command(output_file: Path, is_rehearsal: bool) -> Sequence[str]:
+    return (sys.executable, str(Path(__file__)), "environment", str(output_file))
 
 
-def make_test_cell(name: str, expression: str, *, processes: int, seconds: float = CELL_SECONDS) -> Cell:
+def make_test_cell(name: str, expression: str, *, process_count: int, time_limit_seconds: float = CELL_TIME_LIMIT_SECONDS) -> Cell:
     """Return a cell that runs tests of `tests/gpu`. `expression` selects the tests, as pytest's option -k."""
 
-    def command(output: Path, is_rehearsal: bool) -> Sequence[str]:
+    def make_command(output_file: Path, is_rehearsal: bool) -> Sequence[str]:
         # A machine without the project's environment lacks some of pytest's plugins that pyproject.toml configures.
-        options = ["-c", "/dev/null", "--rootdir", str(ROOT), "--noconftest", "--import-mode=importlib", "-p", "no:cacheprovider", "-q", "-ra"]
-        parallel = ["-n", str(processes), "--dist", "worksteal"] if processes > 1 else []
-        return (sys.executable, "-m", "pytest", *options, *parallel, "-p", "gpu_test_report", "-W", "ignore", "-k", expression, "tests/gpu")
+        pytest_options = ["-c", "/dev/null", "--rootdir", str(ROOT), "--noconftest", "--import-mode=importlib", "-p", "no:cacheprovider", "-q", "-ra"]
+        parallel_options = ["-n", str(process_count), "--dist", "worksteal"] if process_count > 1 else []
+        return (sys.executable, "-m", "pytest", *pytest_options, *parallel_options, "-p", "gpu_test_report", "-W", "ignore", "-k", expression, "tests/gpu")
 
-    return Cell(f"tests-{name}", command, seconds)
+    return Cell(f"tests-{name}", make_command, time_limit_seconds)
 
 
 def make_speed_cell(
-    model_size: str, method: str, data_kind: str, arms: str, *, rounds: int = 1, steps: int = 12, batch: int = 2, seconds: float = CELL_SECONDS,
+    model_size: str, method: str, data_kind: str, arm_names: str, *, round_count: int = 1, step_count: int = 12, batch_size: int = 2,
+    time_limit_seconds: float = CELL_TIME_LIMIT_SECONDS,
 ) -> Cell:
-    """Return a cell that runs `gpu_throughput.py`. `arms`: the names of the trainers that it compares, separated by semicolons."""
-    name = "-".join(["speed", model_size, method, data_kind, *([f"batch{batch}"] if batch != 2 else [])])
+    """Return a cell that runs `gpu_throughput.py`. `arm_names`: the names of the trainers that it compares, separated by semicolons."""
+    name = "-".join(["speed", model_size, method, data_kind, *([f"batch{batch_size}"] if batch_size != 2 else [])])
 
-    def command(output: Path, is_rehearsal: bool) -> Sequence[str]:
-        size = ["--shape", "tiny", "--device", "cpu", "--length", "256"] if is_rehearsal else ["--shape", model_size]
-        models = ["--model-cache", str(choose_model_folder())]
-        amount = ["--rounds", str(rounds), "--steps", str(steps), "--batch", str(batch), "--output", str(output), "--no-write"]
-        return (sys.executable, str(ROOT / "benchmarks/gpu_throughput.py"), *size, "--method", method, "--data", data_kind, "--arms", arms, *models, *amount)
+    def make_command(output_file: Path, is_rehearsal: bool) -> Sequence[str]:
+        size_options = ["--shape", "tiny", "--device", "cpu", "--length", "256"] if is_rehearsal else ["--shape", model_size]
+        model_options = ["--model-cache", str(choose_model_folder())]
+        round_options = ["--rounds", str(round_count), "--steps", str(step_count), "--batch", str(batch_size), "--output", str(output_file), "--no-write"]
+        workload_options = [*size_options, "--method", method, "--data", data_kind]
+        return (sys.executable, str(ROOT / "benchmarks/gpu_throughput.py"), *workload_options, "--arms", arm_names, *model_options, *round_options)
 
-    return Cell(name, command, seconds)
+    return Cell(name, make_command, time_limit_seconds)
 
 
 CELLS = (
     Cell("environment", make_environment_command, 60),
-    make_test_cell("features", "not does_not_fit", processes=12, seconds=300),
-    make_test_cell("memory", "does_not_fit", processes=1),
+    make_test_cell("features", "not does_not_fit", process_count=12, time_limit_seconds=300),
+    make_test_cell("memory", "does_not_fit", process_count=1),
     make_speed_cell("8b", "lora", "packed", "ours; tuned; bare"),
     make_speed_cell("8b", "lora", "chat", "ours; tuned; bare"),
-    make_speed_cell("1b", "lora", "packed", "ours; tuned; bare", steps=20),
+    make_speed_cell("1b", "lora", "packed", "ours; tuned; bare", step_count=20),
     make_speed_cell("8b", "qlora", "packed", "ours; tuned; bare"),
     make_speed_cell("8b", "full", "packed", "ours; ours, 16-bit weights; tuned, checkpointing on"),
-    make_speed_cell("1b", "full", "packed", "ours; tuned; bare", steps=20),
-    make_speed_cell("1b", "lora", "chat", "ours; tuned; bare", steps=20),
-    make_speed_cell("1b", "full", "chat", "ours; tuned; bare", steps=20),
-    make_speed_cell("1b", "lora", "packed", "tuned; tuned, compiled", steps=30, batch=4),
+    make_speed_cell("1b", "full", "packed", "ours; tuned; bare", step_count=20),
+    make_speed_cell("1b", "lora", "chat", "ours; tuned; bare", step_count=20),
+    make_speed_cell("1b", "full", "chat", "ours; tuned; bare", step_count=20),
+    make_speed_cell("1b", "lora", "packed", "tuned; tuned, compiled", step_count=30, batch_size=4),
 )
 
 
 def choose_model_folder() -> Path:
     """Return the folder of the generated models: in memory if 30 GiB of memory are free, because memory is faster than the disk."""
-    memory = Path("/dev/shm")  # noqa: S108  models are no secrets
-    if memory.exists() and os.statvfs(memory).f_bavail * os.statvfs(memory).f_frsize > 30 * 2**30:
-        return memory / "gpu-kit-models"
+    memory_folder = Path("/dev/shm")  # noqa: S108  models are no secrets
+    if memory_folder.exists() and os.statvfs(memory_folder).f_bavail * os.statvfs(memory_folder).f_frsize > 30 * 2**30:
+        return memory_folder / "gpu-kit-models"
     return PACKAGES_FOLDER / "models"
 
 
-def install(archive: Path) -> None:
+def install_kit(archive: Path) -> None:
     """Unpack the kit, so that the kit's packages take precedence over the packages of the machine's Python."""
     PACKAGES_FOLDER.mkdir(parents=True, exist_ok=True)
     with tarfile.open(archive) as tar:
@@ -122,13 +124,13 @@ def describe_environment() -> dict[str, Any]:
     result: dict[str, Any] = {"cores": os.cpu_count(), "versions": record.read_package_versions(RECORDED_PACKAGES) | {"cuda": torch.version.cuda}}
     if not torch.cuda.is_available():
         return result | {"device": "cpu"}
-    properties = torch.cuda.get_device_properties(0)
-    result |= {"device": properties.name, "memoryGb": round(properties.total_memory / 1e9, 1)}
+    gpu_properties = torch.cuda.get_device_properties(0)
+    result |= {"device": gpu_properties.name, "memoryGb": round(gpu_properties.total_memory / 1e9, 1)}
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    source = torch.randn(2**30, device="cuda")
-    target = torch.empty_like(source)
+    source_tensor = torch.randn(2**30, device="cuda")
+    target_tensor = torch.empty_like(source_tensor)
     result["matmulTeraflops"] = round(2 * 8192**3 / _measure_seconds(lambda: torch.matmul(a, b)) / 1e12, 1)
-    result["copyTerabytesPerSecond"] = round(2 * 4 * 2**30 / _measure_seconds(lambda: target.copy_(source)) / 1e12, 2)
+    result["copyTerabytesPerSecond"] = round(2 * 4 * 2**30 / _measure_seconds(lambda: target_tensor.copy_(source_tensor)) / 1e12, 2)
     return result
 
 
@@ -141,45 +143,45 @@ def _measure_seconds(action: Callable[[], Any]) -> float:
     durations = []
     for number in range(23):
         torch.cuda.synchronize()
-        start = time.perf_counter()
+        started_at = time.perf_counter()
         action()
         torch.cuda.synchronize()
-        durations += [time.perf_counter() - start] if number >= 3 else []
+        durations += [time.perf_counter() - started_at] if number >= 3 else []
     return statistics.median(durations)
 
 
-def run_cell(cell: Cell, folder: Path, seconds: float, *, is_rehearsal: bool) -> dict[str, Any]:
-    """Run one cell for at most `seconds`.
+def run_cell(cell: Cell, folder: Path, time_limit_seconds: float, *, is_rehearsal: bool) -> dict[str, Any]:
+    """Run one cell for at most `time_limit_seconds`.
 
     Returns its result. If the cell runs out of time, the result contains the figures that the cell has written so far.
     """
-    output, log = folder / f"{cell.name}.json", folder / f"{cell.name}.log"
+    output_file, log_file = folder / f"{cell.name}.json", folder / f"{cell.name}.log"
     environment = os.environ | {
         "PYTHONPATH": PYTHONPATH, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1",
-        gpu_test_report.REPORT_VARIABLE: str(output.with_suffix(".jsonl")),
+        gpu_test_report.REPORT_VARIABLE: str(output_file.with_suffix(".jsonl")),
         **({"REHEARSE_ON_CPU": "1", "OMP_NUM_THREADS": "1"} if is_rehearsal else {"OMP_NUM_THREADS": "4"}),
     }  # fmt: skip
     started_at = time.monotonic()
-    with log.open("wb") as stream:
-        process = subprocess.Popen(cell.command(output, is_rehearsal), env=environment, stdout=stream, stderr=stream, start_new_session=True)
+    with log_file.open("wb") as stream:
+        process = subprocess.Popen(cell.command(output_file, is_rehearsal), env=environment, stdout=stream, stderr=stream, start_new_session=True)
         try:
-            code: int | None = process.wait(seconds)
+            exit_code: int | None = process.wait(time_limit_seconds)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            code = None
-    figures = _read_figures(output)
-    status = "out of time" if code is None else "passed" if code == 0 else "failed"
+            exit_code = None
+    figures = _read_figures(output_file)
+    status = "out of time" if exit_code is None else "passed" if exit_code == 0 else "failed"
     result = {"status": status, "seconds": round(time.monotonic() - started_at, 1), "figures": figures}
-    return result if status == "passed" else result | {"log": log.read_text(errors="replace")[-1500:]}
+    return result if status == "passed" else result | {"log": log_file.read_text(errors="replace")[-1500:]}
 
 
-def _read_figures(output: Path) -> Any:
+def _read_figures(output_file: Path) -> Any:
     """Return the figures that a cell has written: its JSON file, or the results of its tests."""
-    if output.exists():
-        return json.loads(output.read_text())
-    report = output.with_suffix(".jsonl")
-    return gpu_test_report.read_report(report) if report.exists() else None
+    if output_file.exists():
+        return json.loads(output_file.read_text())
+    report_file = output_file.with_suffix(".jsonl")
+    return gpu_test_report.read_report(report_file) if report_file.exists() else None
 
 
 def has_result(figures: Any) -> bool:
@@ -191,40 +193,40 @@ def has_result(figures: Any) -> bool:
     return not all(isinstance(one, dict) and one.get("status", "passed") != "passed" for one in figures.values())
 
 
-def summarise(cells: Mapping[str, Any]) -> str:
+def summarise(cell_results: Mapping[str, Any]) -> str:
     """Return a short text with the status and main figures of all cells."""
     lines = []
-    for name, cell in cells.items():
-        lines.append(f"{cell['status']:12} {name} ({cell['seconds']} s)")
-        figures = cell["figures"] or {}
+    for name, cell_result in cell_results.items():
+        lines.append(f"{cell_result['status']:12} {name} ({cell_result['seconds']} s)")
+        figures = cell_result["figures"] or {}
         if "arms" in figures:
             lines += [f"    {arm}: {_describe_arm(one)}" for arm, one in figures["arms"].items()]
         elif name.startswith("tests-"):
-            failures = {test: one for test, one in figures.items() if one["status"] != "passed"}
-            lines.append(f"    {len(figures) - len(failures)} of {len(figures)} tests passed")
-            lines += [f"    {one['status']}: {test}: {one['text'][-400:]!r}" for test, one in failures.items()]
+            failed_tests = {test: one for test, one in figures.items() if one["status"] != "passed"}
+            lines.append(f"    {len(figures) - len(failed_tests)} of {len(figures)} tests passed")
+            lines += [f"    {one['status']}: {test}: {one['text'][-400:]!r}" for test, one in failed_tests.items()]
         else:
             lines.append(f"    {json.dumps(figures)[:900]}")
     return "\n".join(lines)
 
 
-def _describe_arm(arm: Mapping[str, Any]) -> str:
-    speed = arm["error"] or f"{arm['tokensPerSecond']} tokens/s, MFU {arm['mfu']}, first loss {arm['firstLoss']}"
-    return f"{speed}, {arm['peakMemoryGb']} GB, {arm['seconds']} s"
+def _describe_arm(arm_result: Mapping[str, Any]) -> str:
+    speed_or_error = arm_result["error"] or f"{arm_result['tokensPerSecond']} tokens/s, MFU {arm_result['mfu']}, first loss {arm_result['firstLoss']}"
+    return f"{speed_or_error}, {arm_result['peakMemoryGb']} GB, {arm_result['seconds']} s"
 
 
 def run_cells(options: argparse.Namespace) -> int:
     """Run the cells that have not passed yet, in order, until the time is used up. Returns 1 if a cell did not pass, else 0."""
     deadline = time.monotonic() + options.seconds
     options.output.mkdir(parents=True, exist_ok=True)
-    done = {name for file in options.done for name, cell in json.loads(file.read_text())["cells"].items() if cell["status"] == "passed"}
+    passed_cell_names = {name for file in options.done for name, cell in json.loads(file.read_text())["cells"].items() if cell["status"] == "passed"}
     results: dict[str, Any] = {}
     for cell in CELLS:
-        remaining = deadline - time.monotonic()
-        if (options.only and cell.name not in options.only) or cell.name in done or remaining < 20:
+        remaining_seconds = deadline - time.monotonic()
+        if (options.only and cell.name not in options.only) or cell.name in passed_cell_names or remaining_seconds < 20:
             continue
         print(f"--- {cell.name}", flush=True)
-        results[cell.name] = run_cell(cell, options.output, min(cell.seconds, options.cell_seconds, remaining - 5), is_rehearsal=options.rehearse)
+        results[cell.name] = run_cell(cell, options.output, min(cell.seconds, options.cell_seconds, remaining_seconds - 5), is_rehearsal=options.rehearse)
         (options.output / "gpu_cells.json").write_text(json.dumps({"cells": results}, indent=1))
         if not has_result(results[cell.name]["figures"]):
             print(f"{cell.name} has no result: the other cells are skipped, because the kit may not work on this machine")
@@ -233,56 +235,56 @@ def run_cells(options: argparse.Namespace) -> int:
     return int(any(cell["status"] != "passed" for cell in results.values()))
 
 
-def merge_results(files: Sequence[Path]) -> dict[str, Any]:
+def merge_results(result_files: Sequence[Path]) -> dict[str, Any]:
     """Merge the cells of several calls. A later result of a cell replaces an earlier result, unless the later result has no figures."""
-    merged: dict[str, Any] = {}
-    for file in files:
+    merged_cells: dict[str, Any] = {}
+    for file in result_files:
         for name, cell in json.loads(file.read_text())["cells"].items():
-            if name not in merged or has_result(cell["figures"]):
-                merged[name] = cell
-    return merged
+            if name not in merged_cells or has_result(cell["figures"]):
+                merged_cells[name] = cell
+    return merged_cells
 
 
-def write_results(name: str, files: Sequence[Path]) -> Path:
+def write_results(result_name: str, result_files: Sequence[Path]) -> Path:
     """Write the merged results to `results/<name>.json`, without logs and tracebacks. The cell `environment` describes the machine."""
-    cells = {cell: {key: value for key, value in result.items() if key != "log"} for cell, result in merge_results(files).items()}
+    cells = {cell: {key: value for key, value in result.items() if key != "log"} for cell, result in merge_results(result_files).items()}
     for test in (test for cell in cells.values() for test in cell["figures"].values() if isinstance(test, dict) and "text" in test):
         test["text"] = "\n".join(line for line in test["text"].splitlines() if line.startswith("E ") and "Error" in line)[-500:]
     if "environment" not in cells:
         raise SystemExit("the results lack the cell environment, which describes the machine: run this cell with --only environment, and add its result file")
     machine = cells.pop("environment")["figures"]
     method = record.extract_method(__doc__).replace("\n", " ")
-    return record.write_result(name, cells, method=method, machine=machine, versions=machine.pop("versions"))
+    return record.write_result(result_name, cells, method=method, machine=machine, versions=machine.pop("versions"))
 
 
 def parse_cells(text: str) -> list[str]:
     """Return the names of cells in an option, which are separated by commas. Errors: argparse.ArgumentTypeError for an unknown cell."""
-    names, known = text.split(","), [cell.name for cell in CELLS]
-    for name in names:
-        if name not in known:
-            raise argparse.ArgumentTypeError(f"there is no cell {name!r}: write one of {', '.join(known)}")
-    return names
+    cell_names, known_names = text.split(","), [cell.name for cell in CELLS]
+    for name in cell_names:
+        if name not in known_names:
+            raise argparse.ArgumentTypeError(f"there is no cell {name!r}: write one of {', '.join(known_names)}")
+    return cell_names
 
 
 def main() -> int:
     """Install the kit, run the cells, record the results, or describe the machine. Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("install", help="unpack the kit").add_argument("archive", type=Path)
-    commands.add_parser("environment", help="write versions and speed of this machine").add_argument("file", type=Path)
-    recorder = commands.add_parser("record", help="write the results of all calls to benchmarks/results")
-    recorder.add_argument("files", type=Path, nargs="+", help="results of all calls, oldest first")
-    recorder.add_argument("--name", default="gpu_cells", help="name of the file in benchmarks/results")
-    run = commands.add_parser("run", help="run the cells")
-    run.add_argument("--output", type=Path, required=True, help="folder for results and logs")
-    run.add_argument("--seconds", type=float, default=1e9, help="end after this time")
-    run.add_argument("--cell-seconds", type=float, default=1e9, help="end each cell after this time; what it has measured is kept")
-    run.add_argument("--done", type=Path, nargs="*", default=[], help="result files of earlier calls")
-    run.add_argument("--only", type=parse_cells, help=f"run only these cells, separated by commas: {', '.join(cell.name for cell in CELLS)}")
-    run.add_argument("--rehearse", action="store_true", help="run on a CPU with tiny models")
+    subparsers = parser.add_subparsers(dest="command", required=True)
+    subparsers.add_parser("install", help="unpack the kit").add_argument("archive", type=Path)
+    subparsers.add_parser("environment", help="write versions and speed of this machine").add_argument("file", type=Path)
+    record_parser = subparsers.add_parser("record", help="write the results of all calls to benchmarks/results")
+    record_parser.add_argument("files", type=Path, nargs="+", help="results of all calls, oldest first")
+    record_parser.add_argument("--name", default="gpu_cells", help="name of the file in benchmarks/results")
+    run_parser = subparsers.add_parser("run", help="run the cells")
+    run_parser.add_argument("--output", type=Path, required=True, help="folder for results and logs")
+    run_parser.add_argument("--seconds", type=float, default=1e9, help="end after this time")
+    run_parser.add_argument("--cell-seconds", type=float, default=1e9, help="end each cell after this time; what it has measured is kept")
+    run_parser.add_argument("--done", type=Path, nargs="*", default=[], help="result files of earlier calls")
+    run_parser.add_argument("--only", type=parse_cells, help=f"run only these cells, separated by commas: {', '.join(cell.name for cell in CELLS)}")
+    run_parser.add_argument("--rehearse", action="store_true", help="run on a CPU with tiny models")
     options = parser.parse_args()
     if options.command == "install":
-        install(options.archive)
+        install_kit(options.archive)
         return 0
     if options.command == "environment":
         options.file.write_text(json.dumps(describe_environment()))

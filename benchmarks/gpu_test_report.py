@@ -9,7 +9,7 @@ from typing import Any
 
 REPORT_VARIABLE = "GPU_TEST_REPORT"
 """Environment variable with the path of the report: one JSON object per line."""
-MAX_ERROR_TEXT = 3000
+MAX_ERROR_CHARACTERS = 3000
 """Maximum number of characters of an error text in the report."""
 
 
@@ -17,14 +17,14 @@ def pytest_runtest_logreport(report: Any) -> None:
     """Append the result of one test to the report. A setup or teardown that passed is left out."""
     if "PYTEST_XDIST_WORKER" in os.environ or (report.when != "call" and report.outcome == "passed"):
         return
-    line = {"name": report.nodeid.rpartition("::")[2], "status": report.outcome, "seconds": round(report.duration, 1)}
+    test_result = {"name": report.nodeid.rpartition("::")[2], "status": report.outcome, "seconds": round(report.duration, 1)}
     if report.outcome != "passed":
-        line["text"] = report.longreprtext[-MAX_ERROR_TEXT:]
+        test_result["text"] = report.longreprtext[-MAX_ERROR_CHARACTERS:]
     with Path(os.environ[REPORT_VARIABLE]).open("a") as stream:
-        stream.write(json.dumps(line) + "\n")
+        stream.write(json.dumps(test_result) + "\n")
 
 
-def read_report(path: Path) -> dict[str, dict[str, Any]]:
+def read_report(report_file: Path) -> dict[str, dict[str, Any]]:
     """Return the results in a report by test name."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return {line.pop("name"): line for line in lines}
+    test_results = [json.loads(line) for line in report_file.read_text().splitlines()]
+    return {line.pop("name"): line for line in test_results}

@@ -57,7 +57,7 @@ MODEL_SHAPES = {
     },
 }
 VOCABULARY_SIZES = {"tiny": 448, "1b": 128256, "8b": 128256}
-TIED_EMBEDDINGS = {"tiny": False, "1b": True, "8b": False}
+HAS_TIED_EMBEDDINGS = {"tiny": False, "1b": True, "8b": False}
 MEAN_CHAT_TOKENS = 500
 WORDS = ("red", "green", "blue", "one", "two", "three", "Paris", "Berlin", "fox", "dog")
 
@@ -171,8 +171,8 @@ def make_window_timer(workload: Workload, result: ArmResult) -> Any:
             if state.global_step == workload.warmup_steps:
                 self.started_at = now
                 return
-            tokens = sum(self.collator.counts[workload.warmup_steps : workload.steps])
-            result.tokens_per_second = tokens / (now - self.started_at)
+            token_count = sum(self.collator.counts[workload.warmup_steps : workload.steps])
+            result.tokens_per_second = token_count / (now - self.started_at)
             result.step_seconds = (now - self.started_at) / (workload.steps - workload.warmup_steps)
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
@@ -204,7 +204,7 @@ def make_model_config(workload: Workload, eos_token_id: int | None = None, pad_t
     from transformers import LlamaConfig
 
     return LlamaConfig(
-        **MODEL_SHAPES[workload.shape], vocab_size=VOCABULARY_SIZES[workload.shape], tie_word_embeddings=TIED_EMBEDDINGS[workload.shape],
+        **MODEL_SHAPES[workload.shape], vocab_size=VOCABULARY_SIZES[workload.shape], tie_word_embeddings=HAS_TIED_EMBEDDINGS[workload.shape],
         max_position_embeddings=max(workload.length, 512), dtype="bfloat16", eos_token_id=eos_token_id, pad_token_id=pad_token_id,
     )  # fmt: skip
 
@@ -213,27 +213,27 @@ def make_rows(workload: Workload) -> list[dict[str, Any]]:
     """Create random rows of different lengths, enough for all steps."""
     rng = random.Random(0)
 
-    def text(word_count: int) -> str:
+    def make_text(word_count: int) -> str:
         """Return a text with `word_count` words. With the tests' tokenizer, a word is about one token."""
         return " ".join(rng.choice(WORDS) for _ in range(max(1, word_count)))
 
     rows: list[dict[str, Any]] = []
     if workload.data == "chat":
         for _ in range(workload.chat_rows_per_step * (workload.steps + 1)):
-            tokens = min(workload.length // 2, max(16, int(rng.lognormvariate(5.9, 0.8))))
-            messages = [{"role": "user", "content": text(tokens // 3)}, {"role": "assistant", "content": text(tokens * 2 // 3)}]
+            word_count = min(workload.length // 2, max(16, int(rng.lognormvariate(5.9, 0.8))))
+            messages = [{"role": "user", "content": make_text(word_count // 3)}, {"role": "assistant", "content": make_text(word_count * 2 // 3)}]
             rows.append({"messages": messages})
         return rows
-    tokens = 0
-    while tokens < 1.3 * workload.length * workload.batch * (workload.steps + 1):
-        count = rng.randint(16, max(17, workload.length // 4))
-        rows.append({"text": text(count // 2)})
-        tokens += count // 2
+    total_word_count = 0
+    while total_word_count < 1.3 * workload.length * workload.batch * (workload.steps + 1):
+        word_count = rng.randint(16, max(17, workload.length // 4)) // 2
+        rows.append({"text": make_text(word_count)})
+        total_word_count += word_count
     return rows
 
 
-def make_our_spec(workload: Workload, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the spec of an arm of this trainer. `changes`: the settings that differ from the defaults."""
+def make_our_spec(workload: Workload, changed_settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the spec of an arm of this trainer. `changed_settings`: the settings that differ from the defaults."""
     from tests.support.learning import merge_mappings
 
     spec = merge_mappings(
@@ -243,13 +243,13 @@ def make_our_spec(workload: Workload, changes: Mapping[str, Any]) -> dict[str, A
             "training": {"maxSteps": workload.steps, "gradientAccumulationSteps": 1, "learningRate": 1e-5},
             "tracking": {"loggingSteps": workload.steps},
         },
-        changes,
+        changed_settings,
     )  # fmt: skip
-    rows = workload.batch if spec["dataset"].get("packing") else workload.chat_rows_per_step
-    return merge_mappings(spec, {"training": {"batchSizePerDevice": rows}})
+    rows_per_device = workload.batch if spec["dataset"].get("packing") else workload.chat_rows_per_step
+    return merge_mappings(spec, {"training": {"batchSizePerDevice": rows_per_device}})
 
 
-def run_our_arm(workload: Workload, changes: Mapping[str, Any], folder: Path, model: Path, result: ArmResult) -> None:
+def run_our_arm(workload: Workload, changed_settings: Mapping[str, Any], folder: Path, model_folder: Path, result: ArmResult) -> None:
     """Run this trainer once, and write the measurements into `result`."""
     from finetune_trainer import train
     from finetune_trainer.channel import Channel
@@ -257,14 +257,14 @@ def run_our_arm(workload: Workload, changes: Mapping[str, Any], folder: Path, mo
 
     from tests.support.learning import make_run
 
-    class TrainOnly(train.TrainingSession):
+    class SessionWithoutOutput(train.TrainingSession):
         def _save_output(self, trainer: Any, trainable_model: Any) -> tuple[Path, dict[str, Any]]:
             return self.inputs.output_dir, {}
 
-    run, inputs = make_run(folder, model, make_our_spec(workload, changes), make_rows(workload))
+    run, inputs = make_run(folder, model_folder, make_our_spec(workload, changed_settings), make_rows(workload))
     train.preload(run)
     channel = Channel.create_recording(folder / "work")
-    TrainOnly(run, channel, inputs, MeasuringHooks(make_window_timer(workload, result))).execute()
+    SessionWithoutOutput(run, channel, inputs, MeasuringHooks(make_window_timer(workload, result))).execute()
 
 
 @dataclass(frozen=True)
@@ -277,7 +277,7 @@ class PreparedTokens:
     """The run configuration of the arm `ours`, with which the data were tokenised."""
 
 
-def prepare_tokens(workload: Workload, folder: Path, model: Path) -> PreparedTokens:
+def prepare_tokens(workload: Workload, folder: Path, model_folder: Path) -> PreparedTokens:
     """Tokenise the rows as this trainer does."""
     from finetune_trainer import hardware, train
     from finetune_trainer import model as models
@@ -287,19 +287,19 @@ def prepare_tokens(workload: Workload, folder: Path, model: Path) -> PreparedTok
 
     from tests.support.learning import make_run
 
-    run, inputs = make_run(folder, model, make_our_spec(workload, {}), make_rows(workload))
+    run, inputs = make_run(folder, model_folder, make_our_spec(workload, {}), make_rows(workload))
     train.preload(run)
-    device = hardware.detect_hardware(run, 0)
+    detected_hardware = hardware.detect_hardware(run, 0)
     tokenizer, _ = models.load_tokenizer(run, inputs)
     context = TrainingContext(
-        run, inputs, device, DistributedStrategy(run, device, 1), tokenizer, folder / "work" / "tokens", workload.length, []
+        run, inputs, detected_hardware, DistributedStrategy(run, detected_hardware, 1), tokenizer, folder / "work" / "tokens", workload.length, []
     )
     data, _ = OBJECTIVE.load_data(context)
     return PreparedTokens(data.train, run)
 
 
 def run_trl_arm(
-    workload: Workload, arm: TrlArm, folder: Path, model_folder: Path, prepared: PreparedTokens, result: ArmResult
+    workload: Workload, arm: TrlArm, folder: Path, model_folder: Path, prepared_tokens: PreparedTokens, result: ArmResult
 ) -> None:
     """Run TRL once on the tokens that this trainer has prepared, and write the measurements into `result`."""
     import torch
@@ -309,24 +309,24 @@ def run_trl_arm(
     from trl import SFTConfig, SFTTrainer, pack_dataset
 
     attention.register()
-    tokens = prepared.tokens
+    token_dataset = prepared_tokens.tokens
     is_packed = workload.data == "packed" or arm.packs
     if is_packed and workload.data != "packed":
-        tokens = pack_dataset(tokens.select_columns(["input_ids", "labels"]), workload.length, "bfd")
+        token_dataset = pack_dataset(token_dataset.select_columns(["input_ids", "labels"]), workload.length, "bfd")
     set_seed(42)
-    quantization = BitsAndBytesConfig(
+    quantization_config = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
     ) if workload.method == "qlora" else None  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(
         model_folder, dtype=torch.bfloat16 if workload.is_gpu else torch.float32, attn_implementation=arm.attention,
-        quantization_config=quantization, device_map={"": 0} if workload.is_gpu else None,
+        quantization_config=quantization_config, device_map={"": 0} if workload.is_gpu else None,
     )  # fmt: skip
     if workload.method != "full":
-        lora = prepared.run.spec.method.lora
-        dropout = lora.dropout if arm.dropout is None else arm.dropout
-        config = LoraConfig(task_type="CAUSAL_LM", r=lora.rank, lora_alpha=lora.alpha, lora_dropout=dropout, target_modules="all-linear")
-        model = get_peft_model(model, config)
-    args = SFTConfig(
+        lora_settings = prepared_tokens.run.spec.method.lora
+        dropout = lora_settings.dropout if arm.dropout is None else arm.dropout
+        lora_config = LoraConfig(task_type="CAUSAL_LM", r=lora_settings.rank, lora_alpha=lora_settings.alpha, lora_dropout=dropout, target_modules="all-linear")
+        model = get_peft_model(model, lora_config)
+    sft_config = SFTConfig(
         output_dir=str(folder / "bare"), per_device_train_batch_size=workload.batch if is_packed else workload.chat_rows_per_step,
         gradient_accumulation_steps=1, max_steps=workload.steps, learning_rate=1e-5, logging_steps=workload.steps, logging_first_step=True,
         save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=not workload.is_gpu, bf16=workload.is_gpu,
@@ -337,8 +337,8 @@ def run_trl_arm(
     timer = make_window_timer(workload, result)
     trainer = SFTTrainer(
         model=model,
-        args=args,
-        train_dataset=tokens.with_format(None),
+        args=sft_config,
+        train_dataset=token_dataset.with_format(None),
         processing_class=AutoTokenizer.from_pretrained(model_folder),
         callbacks=[timer],
     )
@@ -347,7 +347,7 @@ def run_trl_arm(
     trainer.train()
 
 
-def run_arm(workload: Workload, name: str, folder: Path, model: Path, prepared: PreparedTokens) -> ArmResult:
+def run_arm(workload: Workload, arm_name: str, folder: Path, model_folder: Path, prepared_tokens: PreparedTokens) -> ArmResult:
     """Run one arm once. If the arm fails, the result contains the first line of the error."""
     import torch
     from accelerate.state import AcceleratorState, GradientState
@@ -360,10 +360,10 @@ def run_arm(workload: Workload, name: str, folder: Path, model: Path, prepared: 
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     try:
-        if name in OUR_ARMS:
-            run_our_arm(workload, OUR_ARMS[name], folder, model, result)
+        if arm_name in OUR_ARMS:
+            run_our_arm(workload, OUR_ARMS[arm_name], folder, model_folder, result)
         else:
-            run_trl_arm(workload, TRL_ARMS[name], folder, model, prepared, result)
+            run_trl_arm(workload, TRL_ARMS[arm_name], folder, model_folder, prepared_tokens, result)
     except Exception as error:
         result.error = f"{type(error).__name__}: {str(error).splitlines()[0][:300] if str(error) else ''}"
         if not isinstance(error, torch.OutOfMemoryError):
@@ -375,7 +375,7 @@ def run_arm(workload: Workload, name: str, folder: Path, model: Path, prepared: 
     return result
 
 
-def count_flops_per_token(workload: Workload, document_lengths: Sequence[int]) -> float:
+def compute_flops_per_token(workload: Workload, document_lengths: Sequence[int]) -> float:
     """Return the number of FLOPs that the model needs to train on one token. On average, a token attends to half of its document."""
     import torch
     from finetune_trainer.speed import ModelShape, flops_per_token
@@ -387,35 +387,39 @@ def count_flops_per_token(workload: Workload, document_lengths: Sequence[int]) -
     return flops_per_token(shape, attended_length, frozen_base=workload.method != "full")
 
 
-def uses_liger(arm: str) -> bool:
+def uses_liger(arm_name: str) -> bool:
     """Whether an arm uses Liger's kernels on a GPU."""
-    return TRL_ARMS[arm].liger if arm in TRL_ARMS else OUR_ARMS[arm].get("model", {}).get("ligerKernels") is not False
+    return TRL_ARMS[arm_name].liger if arm_name in TRL_ARMS else OUR_ARMS[arm_name].get("model", {}).get("ligerKernels") is not False
 
 
-def measure_arms(workload: Workload, names: Sequence[str], rounds: int, cache: Path) -> Iterator[dict[str, Any]]:
+def measure_arms(workload: Workload, arm_names: Sequence[str], round_count: int, model_cache_folder: Path) -> Iterator[dict[str, Any]]:
     """Run the arms one after the other. After each run, yield all figures measured so far, so that an interrupted benchmark keeps them."""
     import torch
     from finetune_trainer.speed import peak_flops_of
 
     folder = Path(tempfile.mkdtemp(prefix="gpu-throughput-"))
-    device = torch.cuda.get_device_name() if workload.is_gpu else "cpu"
-    model = make_model(cache / workload.shape, workload)
-    prepared = prepare_tokens(workload, folder / "tokens", model)
-    tokens = prepared.tokens
-    lengths = [length for row in tokens["seq_lengths"] for length in row] if workload.data == "packed" else [len(row) for row in tokens["input_ids"]]
-    flops, peak = count_flops_per_token(workload, lengths), peak_flops_of(device)
-    figures: dict[str, Any] = {"workload": asdict(workload), "device": device, "flopsPerToken": round(flops), "arms": {}}
+    device_name = torch.cuda.get_device_name() if workload.is_gpu else "cpu"
+    model_folder = make_model(model_cache_folder / workload.shape, workload)
+    prepared_tokens = prepare_tokens(workload, folder / "tokens", model_folder)
+    token_dataset = prepared_tokens.tokens
+    if workload.data == "packed":
+        document_lengths = [length for row in token_dataset["seq_lengths"] for length in row]
+    else:
+        document_lengths = [len(row) for row in token_dataset["input_ids"]]
+    flops_per_token, peak_flops = compute_flops_per_token(workload, document_lengths), peak_flops_of(device_name)
+    figures: dict[str, Any] = {"workload": asdict(workload), "device": device_name, "flopsPerToken": round(flops_per_token), "arms": {}}
     # Liger replaces the layers of a model type for the whole process.
-    names = sorted(names, key=uses_liger)
-    results: dict[str, list[ArmResult]] = {name: [] for name in names}
-    for name in names:
-        for number in range(rounds):
-            result = run_arm(workload, name, folder / f"{number}-{names.index(name)}", model, prepared)
-            results[name].append(result)
-            speeds = [one.tokens_per_second for one in results[name] if one.tokens_per_second]
-            speed = statistics.median(speeds) if speeds else None
-            figures["arms"][name] = {
-                "tokensPerSecond": speed and round(speed, 1), "mfu": speed and peak and round(speed * flops / peak, 4), "runs": len(speeds),
+    arm_names = sorted(arm_names, key=uses_liger)
+    results_by_arm: dict[str, list[ArmResult]] = {arm_name: [] for arm_name in arm_names}
+    for arm_name in arm_names:
+        for round_number in range(round_count):
+            result = run_arm(workload, arm_name, folder / f"{round_number}-{arm_names.index(arm_name)}", model_folder, prepared_tokens)
+            results_by_arm[arm_name].append(result)
+            speeds = [one.tokens_per_second for one in results_by_arm[arm_name] if one.tokens_per_second]
+            median_speed = statistics.median(speeds) if speeds else None
+            figures["arms"][arm_name] = {
+                "tokensPerSecond": median_speed and round(median_speed, 1),
+                "mfu": median_speed and peak_flops and round(median_speed * flops_per_token / peak_flops, 4), "runs": len(speeds),
                 "peakMemoryGb": result.peak_memory_gb, "stepSeconds": result.step_seconds and round(result.step_seconds, 4),
                 "firstLoss": result.first_loss, "attention": result.attention, "seconds": result.seconds, "error": result.error,
             }  # fmt: skip
@@ -424,11 +428,11 @@ def measure_arms(workload: Workload, names: Sequence[str], rounds: int, cache: P
 
 def parse_arms(text: str) -> list[str]:
     """Return the names of arms in an option, which are separated by semicolons. Errors: argparse.ArgumentTypeError for an unknown arm."""
-    names = [name.strip() for name in text.split(";")]
-    for name in names:
-        if name not in OUR_ARMS and name not in TRL_ARMS:
-            raise argparse.ArgumentTypeError(f"there is no arm {name!r}: write one of {'; '.join([*OUR_ARMS, *TRL_ARMS])}")
-    return names
+    arm_names = [arm_name.strip() for arm_name in text.split(";")]
+    for arm_name in arm_names:
+        if arm_name not in OUR_ARMS and arm_name not in TRL_ARMS:
+            raise argparse.ArgumentTypeError(f"there is no arm {arm_name!r}: write one of {'; '.join([*OUR_ARMS, *TRL_ARMS])}")
+    return arm_names
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -455,9 +459,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     workload = Workload(
         options.shape, options.method, options.data, options.length, options.batch, options.steps, options.warmup_steps, options.device == "cuda"
     )  # fmt: skip
-    cache = options.model_cache or Path(tempfile.mkdtemp(prefix="gpu-throughput-models-"))
+    model_cache_folder = options.model_cache or Path(tempfile.mkdtemp(prefix="gpu-throughput-models-"))
     figures: dict[str, Any] = {}
-    for figures in measure_arms(workload, options.arms, options.rounds, cache):
+    for figures in measure_arms(workload, options.arms, options.rounds, model_cache_folder):
         if options.output:
             options.output.write_text(json.dumps(figures))
     print(json.dumps(figures, indent=1))

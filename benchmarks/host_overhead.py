@@ -31,7 +31,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 WARMUP_STEPS = 10
-LAYERS = 32
+LAYER_COUNT = 32
 
 
 @dataclass
@@ -46,7 +46,7 @@ class StepTimes:
     losses: list[float] = field(default_factory=list)
     modules: int = 0
 
-    def after_warmup(self) -> StepTimes:
+    def remove_warmup_steps(self) -> StepTimes:
         """Remove the times of the warm-up steps, and return this object."""
         for values in (self.total, self.computation, self.data):
             del values[:WARMUP_STEPS]
@@ -58,8 +58,8 @@ class StepTimer:
 
     def __init__(self) -> None:
         self.times = StepTimes()
-        self._computation = self._data = 0.0
-        self._forward_began = self._step_began = 0.0
+        self._computation_seconds = self._data_seconds = 0.0
+        self._forward_began_at = self._step_began_at = 0.0
 
     def create_callbacks(self, run: Any, channel: Any, inputs: Any) -> list[Any]:
         """Return the rank's callbacks for checkpoints and reporting, followed by the callback that times the steps."""
@@ -70,14 +70,14 @@ class StepTimer:
 
         class TimingCallback(TrainerCallback):
             def on_trainer_created(self, trainer: Any) -> None:
-                trainer.accelerator.backward = timer.wrap_timed(trainer.accelerator.backward)
-                trainer.get_batch_samples = timer.wrap_timed(trainer.get_batch_samples, is_data=True)
+                trainer.accelerator.backward = timer.wrap_with_timer(trainer.accelerator.backward)
+                trainer.get_batch_samples = timer.wrap_with_timer(trainer.get_batch_samples, is_data=True)
 
             def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any) -> None:
                 timer.times.modules = sum(1 for _ in model.modules())
                 model.register_forward_pre_hook(timer._begin_forward)
                 model.register_forward_hook(timer._end_forward)
-                optimizer.step = timer.wrap_timed(optimizer.step)
+                optimizer.step = timer.wrap_with_timer(optimizer.step)
 
             def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
                 timer.end_step()
@@ -94,45 +94,45 @@ class StepTimer:
         """Do nothing: the artefact is not uploaded."""
 
     @contextmanager
-    def timed_gradient_norm(self) -> Iterator[None]:
+    def time_gradient_norm(self) -> Iterator[None]:
         """While the context is active, add the duration of torch's function for the gradient norm to the computation."""
         import torch
 
-        original = torch.nn.utils.clip_grad_norm_
-        torch.nn.utils.clip_grad_norm_ = self.wrap_timed(original)
+        original_function = torch.nn.utils.clip_grad_norm_
+        torch.nn.utils.clip_grad_norm_ = self.wrap_with_timer(original_function)
         try:
             yield
         finally:
-            torch.nn.utils.clip_grad_norm_ = original
+            torch.nn.utils.clip_grad_norm_ = original_function
 
-    def wrap_timed(self, function: Callable[..., Any], *, is_data: bool = False) -> Callable[..., Any]:
+    def wrap_with_timer(self, function: Callable[..., Any], *, is_data: bool = False) -> Callable[..., Any]:
         """Wrap a function, so that its duration counts as computation or, with `is_data`, as fetching data."""
 
-        def call(*args: Any, **options: Any) -> Any:
+        def call_timed(*args: Any, **options: Any) -> Any:
             began_at = time.perf_counter()
             result = function(*args, **options)
             seconds = time.perf_counter() - began_at
             if is_data:
-                self._data += seconds
+                self._data_seconds += seconds
             else:
-                self._computation += seconds
+                self._computation_seconds += seconds
             return result
 
-        return call
+        return call_timed
 
     def _begin_forward(self, *_: Any) -> None:
-        self._forward_began = time.perf_counter()
+        self._forward_began_at = time.perf_counter()
 
     def _end_forward(self, *_: Any) -> None:
-        self._computation += time.perf_counter() - self._forward_began
+        self._computation_seconds += time.perf_counter() - self._forward_began_at
 
     def end_step(self) -> None:
-        now = time.perf_counter()
-        if self._step_began:
-            self.times.total.append(now - self._step_began)
-            self.times.computation.append(self._computation)
-            self.times.data.append(self._data)
-        self._step_began, self._computation, self._data = now, 0.0, 0.0
+        ended_at = time.perf_counter()
+        if self._step_began_at:
+            self.times.total.append(ended_at - self._step_began_at)
+            self.times.computation.append(self._computation_seconds)
+            self.times.data.append(self._data_seconds)
+        self._step_began_at, self._computation_seconds, self._data_seconds = ended_at, 0.0, 0.0
 
 
 @contextmanager
@@ -144,15 +144,15 @@ def use_library_methods() -> Iterator[None]:
     def keep_library_code(model: Any) -> Iterator[None]:
         yield None
 
-    original = engine.collected_model
+    original_collected_model = engine.collected_model
     engine.collected_model = keep_library_code  # type: ignore[assignment]  # yields None instead of the lists
     try:
         yield
     finally:
-        engine.collected_model = original
+        engine.collected_model = original_collected_model
 
 
-def run_plain_loop(run: Any, inputs: Any, folder: Path, steps: int) -> StepTimes:
+def run_plain_loop(run: Any, inputs: Any, folder: Path, step_count: int) -> StepTimes:
     """Train in a loop that calls only the model, torch and the optimizer. Returns the times of the steps after the warm-up."""
     import torch
     from finetune_trainer import train
@@ -164,8 +164,8 @@ def run_plain_loop(run: Any, inputs: Any, folder: Path, steps: int) -> StepTimes
     optimizer, model = trainer.create_optimizer(), trainer.model.train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     batches = [batch for batch, _ in zip(trainer.get_train_dataloader(), range(8), strict=False)]
-    forward, backward, clip, step = map(timer.wrap_timed, (model, torch.Tensor.backward, torch.nn.utils.clip_grad_norm_, optimizer.step))
-    for number in range(steps):
+    forward, backward, clip, step = map(timer.wrap_with_timer, (model, torch.Tensor.backward, torch.nn.utils.clip_grad_norm_, optimizer.step))
+    for number in range(step_count):
         batch = batches[number % len(batches)]
         outputs = forward(**batch, use_cache=False, fused_lm_head=True)
         loss = -outputs.log_probs.sum() / outputs.label_mask.sum()
@@ -175,7 +175,7 @@ def run_plain_loop(run: Any, inputs: Any, folder: Path, steps: int) -> StepTimes
         del outputs, loss
         optimizer.zero_grad()
         timer.end_step()
-    return timer.times.after_warmup()
+    return timer.times.remove_warmup_steps()
 
 
 def run_rank(run: Any, inputs: Any, folder: Path, *, uses_library_methods: bool) -> StepTimes:
@@ -186,12 +186,12 @@ def run_rank(run: Any, inputs: Any, folder: Path, *, uses_library_methods: bool)
     from finetune_trainer.channel import Channel
 
     timer = StepTimer()
-    with use_library_methods() if uses_library_methods else nullcontext(), timer.timed_gradient_norm():
+    with use_library_methods() if uses_library_methods else nullcontext(), timer.time_gradient_norm():
         train.TrainingSession(run, Channel.create_recording(folder / "work"), inputs, timer).execute()
-    return timer.times.after_warmup()
+    return timer.times.remove_warmup_steps()
 
 
-def measure(round_count: int, steps: int, *, layer_count: int = LAYERS) -> dict[str, Any]:
+def measure(round_count: int, step_count: int, *, layer_count: int = LAYER_COUNT) -> dict[str, Any]:
     """Measure the three programs alternately. Errors: SystemExit if their losses differ."""
     import torch
     from trainer_overhead import suppress_warnings
@@ -201,43 +201,43 @@ def measure(round_count: int, steps: int, *, layer_count: int = LAYERS) -> dict[
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     folder = Path(tempfile.mkdtemp(prefix="host-overhead-"))
-    model = make_tiny_model(folder / "model", hidden=32, layers=layer_count)
+    model_folder = make_tiny_model(folder / "model", hidden=32, layers=layer_count)
     rows = [{"text": f"The quick brown fox jumps over the lazy dog {number}."} for number in range(64)]
     spec = {
         "method": {"type": "lora"}, "tracking": {"loggingSteps": 10},
-        "training": {"maxSteps": steps + WARMUP_STEPS + 1, "batchSizePerDevice": 1, "gradientAccumulationSteps": 1, "learningRate": 1e-4},
+        "training": {"maxSteps": step_count + WARMUP_STEPS + 1, "batchSizePerDevice": 1, "gradientAccumulationSteps": 1, "learningRate": 1e-4},
     }  # fmt: skip
-    run, inputs = make_run(folder, model, spec, rows)
+    run, inputs = make_run(folder, model_folder, spec, rows)
     programs: dict[str, Callable[[], StepTimes]] = {
         "ours": lambda: run_rank(run, inputs, folder, uses_library_methods=False),
         "libraries": lambda: run_rank(run, inputs, folder, uses_library_methods=True),
-        "plain": lambda: run_plain_loop(run, inputs, folder, steps + WARMUP_STEPS),
+        "plain": lambda: run_plain_loop(run, inputs, folder, step_count + WARMUP_STEPS),
     }  # fmt: skip
-    results: dict[str, list[StepTimes]] = {name: [] for name in programs}
+    results_by_program: dict[str, list[StepTimes]] = {name: [] for name in programs}
     with suppress_warnings():
         for round_number in range(round_count):
             for name in list(programs)[:: 1 if round_number % 2 == 0 else -1]:
-                results[name].append(programs[name]())
+                results_by_program[name].append(programs[name]())
     shutil.rmtree(folder)
-    losses = [times.losses for name in ("ours", "libraries") for times in results[name]]
-    if any(one != losses[0] for one in losses):
-        raise SystemExit(f"the losses of the runs differ: {losses}")
-    figures = {name: _summarise(runs) for name, runs in results.items()}
-    overheads = {name: round(figures[name]["outsideMs"] - figures["plain"]["outsideMs"], 3) for name in ("ours", "libraries")}
+    losses_of_runs = [times.losses for name in ("ours", "libraries") for times in results_by_program[name]]
+    if any(one != losses_of_runs[0] for one in losses_of_runs):
+        raise SystemExit(f"the losses of the runs differ: {losses_of_runs}")
+    figures_by_program = {name: _summarise(runs) for name, runs in results_by_program.items()}
+    overhead_by_program = {name: round(figures_by_program[name]["outsideMs"] - figures_by_program["plain"]["outsideMs"], 3) for name in ("ours", "libraries")}
     return {
-        "overheadMs": overheads, **figures, "modules": results["ours"][0].modules, "rounds": round_count, "stepsEach": steps,
-        "layers": layer_count, "threads": torch.get_num_threads(),
+        "overheadMs": overhead_by_program, **figures_by_program, "modules": results_by_program["ours"][0].modules, "rounds": round_count,
+        "stepsEach": step_count, "layers": layer_count, "threads": torch.get_num_threads(),
     }  # fmt: skip
 
 
 def _summarise(runs: list[StepTimes]) -> dict[str, float]:
     """Return the medians over all steps of all runs, in milliseconds."""
-    steps = [step for times in runs for step in zip(times.total, times.computation, times.data, strict=True)]
-    milliseconds = {
-        "outsideMs": statistics.median(total - computation - data for total, computation, data in steps),
-        "dataMs": statistics.median(data for *_, data in steps), "stepMs": statistics.median(total for total, *_ in steps),
+    step_durations = [step for times in runs for step in zip(times.total, times.computation, times.data, strict=True)]
+    median_seconds = {
+        "outsideMs": statistics.median(total - computation - data for total, computation, data in step_durations),
+        "dataMs": statistics.median(data for *_, data in step_durations), "stepMs": statistics.median(total for total, *_ in step_durations),
     }  # fmt: skip
-    return {name: round(1000 * seconds, 3) for name, seconds in milliseconds.items()}
+    return {name: round(1000 * seconds, 3) for name, seconds in median_seconds.items()}
 
 
 def main() -> None:

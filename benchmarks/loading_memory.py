@@ -23,7 +23,7 @@ from benchmarks.lib.bench_pods import POD_PYTHONPATH, Workspace, open_workspace
 from tests.pod.pod_harness import Pod, run_config
 
 MODEL_SHAPE = {"hidden": 768, "layers": 8}
-RANKS = 4
+RANK_COUNT = 4
 STRATEGIES: dict[str, dict[str, Any]] = {
     "fsdp": {"strategy": "fsdp"}, "zero3": {"strategy": "deepspeed", "deepspeed": {"zeroStage": 3}},
 }  # fmt: skip
@@ -34,45 +34,45 @@ def create_16_bit_model(workspace: Workspace) -> Path:
     import torch
     from transformers import AutoModelForCausalLM
 
-    source = Path(workspace.spec(MODEL_SHAPE)["model"]["source"].removeprefix("file://"))
-    folder = source.with_name(source.name + "-bf16")
-    shutil.copytree(source, folder)
-    AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).save_pretrained(folder)
-    return folder
+    source_folder = Path(workspace.spec(MODEL_SHAPE)["model"]["source"].removeprefix("file://"))
+    copy_folder = source_folder.with_name(source_folder.name + "-bf16")
+    shutil.copytree(source_folder, copy_folder)
+    AutoModelForCausalLM.from_pretrained(source_folder, dtype=torch.bfloat16).save_pretrained(copy_folder)
+    return copy_folder
 
 
-def run_training(workspace: Workspace, model: Path, strategy: str, loading: str, round_number: int) -> list[dict[str, Any]]:
+def run_training(workspace: Workspace, model_folder: Path, strategy: str, loading_mode: str, round_number: int) -> list[dict[str, Any]]:
     """Train two steps. Returns the measurements of each rank, as `benchmarks.lib.measured_loading` writes them."""
-    name = f"{strategy}-{loading}-{round_number}"
+    name = f"{strategy}-{loading_mode}-{round_number}"
     spec = workspace.spec(
         MODEL_SHAPE, method={"type": "full"}, checkpoint={"strategy": "no"}, tracking={"loggingSteps": 1}, distributed=STRATEGIES[strategy],
         training={"maxSteps": 2, "batchSizePerDevice": 1, "gradientAccumulationSteps": 1, "learningRate": 1e-4},
-    ) | {"model": {"source": f"file://{model}"}}  # fmt: skip
+    ) | {"model": {"source": f"file://{model_folder}"}}  # fmt: skip
     environment = {
-        "PYTHONPATH": POD_PYTHONPATH, "FINETUNE_TRAINER_MODULE": "benchmarks.lib.measured_loading", "BENCHMARK_LOADING": loading,
+        "PYTHONPATH": POD_PYTHONPATH, "FINETUNE_TRAINER_MODULE": "benchmarks.lib.measured_loading", "BENCHMARK_LOADING": loading_mode,
         **workspace.credentials,
     }  # fmt: skip
-    with Pod(run_config(spec, workspace.target(name), processes=RANKS), workspace.folder / name, environment) as pod:
+    with Pod(run_config(spec, workspace.target(name), processes=RANK_COUNT), workspace.folder / name, environment) as pod:
         assert pod.end(580) == 0, pod.text[-3000:]
-    return [json.loads((pod.folder / "work" / f"memory-{rank}.json").read_text()) for rank in range(RANKS)]
+    return [json.loads((pod.folder / "work" / f"memory-{rank}.json").read_text()) for rank in range(RANK_COUNT)]
 
 
-def measure_strategy(workspace: Workspace, model: Path, strategy: str, round_count: int) -> dict[str, Any]:
+def measure_strategy(workspace: Workspace, model_folder: Path, strategy: str, round_count: int) -> dict[str, Any]:
     """Measure loading with shared and with private weights in turn. Errors: AssertionError if the losses differ."""
-    ranks_by_loading: dict[str, list[dict[str, Any]]] = {"shared": [], "private": []}
+    measurements_by_mode: dict[str, list[dict[str, Any]]] = {"shared": [], "private": []}
     losses: set[tuple[float, ...]] = set()
-    for number in range(round_count):
-        for loading in ranks_by_loading:
-            ranks = run_training(workspace, model, strategy, loading, number)
-            ranks_by_loading[loading] += ranks
-            losses.add(tuple(ranks[0]["losses"]))
-            print(f"{strategy} {loading}: {[round((one['peak'] - one['before']) / 1e6) for one in ranks]} MB", flush=True)
+    for round_number in range(round_count):
+        for loading_mode in measurements_by_mode:
+            rank_measurements = run_training(workspace, model_folder, strategy, loading_mode, round_number)
+            measurements_by_mode[loading_mode] += rank_measurements
+            losses.add(tuple(rank_measurements[0]["losses"]))
+            print(f"{strategy} {loading_mode}: {[round((one['peak'] - one['before']) / 1e6) for one in rank_measurements]} MB", flush=True)
     assert len(losses) == 1, f"the losses differ: {losses}"
     return {"losses": list(losses.pop())} | {
-        f"{loading}Megabytes": {
-            until: summarize_increases([one[until] - one["before"] for one in ranks]) for until in ("loaded", "peak")
+        f"{loading_mode}Megabytes": {
+            until: summarize_increases([one[until] - one["before"] for one in rank_measurements]) for until in ("loaded", "peak")
         }
-        for loading, ranks in ranks_by_loading.items()
+        for loading_mode, rank_measurements in measurements_by_mode.items()
     }  # fmt: skip
 
 
@@ -88,12 +88,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     options = parser.parse_args()
     with open_workspace() as workspace:
-        model = create_16_bit_model(workspace)
+        model_folder = create_16_bit_model(workspace)
         measurements: dict[str, Any] = {
-            "ranks": RANKS, "rounds": options.rounds, "fileBytes": sum(file.stat().st_size for file in model.glob("*.safetensors")),
+            "ranks": RANK_COUNT, "rounds": options.rounds, "fileBytes": sum(file.stat().st_size for file in model_folder.glob("*.safetensors")),
         }  # fmt: skip
         for strategy in options.strategies.split(","):
-            measurements[strategy] = measure_strategy(workspace, model, strategy, options.rounds)
+            measurements[strategy] = measure_strategy(workspace, model_folder, strategy, options.rounds)
     print(json.dumps(measurements, indent=1))
     print(record.write_result("loading_memory", measurements, method=record.extract_method(__doc__)))
 

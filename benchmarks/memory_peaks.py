@@ -23,8 +23,8 @@ RECORDED_PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes")
 def measure(seed: int) -> dict[str, Any]:
     """Run the configuration of a seed. Returns the measured and the estimated peak in bytes."""
     run = SmallRun.draw(seed)
-    measured = measure_peak(run)
-    return {"seed": seed, "measuredBytes": measured, "expectedBytes": replay(run.as_step()).total_bytes}
+    measured_bytes = measure_peak(run)
+    return {"seed": seed, "measuredBytes": measured_bytes, "expectedBytes": replay(run.as_step()).total_bytes}
 
 
 def main() -> None:
@@ -32,12 +32,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=100)
     parser.add_argument("--first-seed", type=int, default=1000)
-    arguments = parser.parse_args()
-    measured = []
-    for seed in range(arguments.first_seed, arguments.first_seed + arguments.runs):
-        measured.append(measure(seed))
-        print(seed, f"{measured[-1]['expectedBytes'] / measured[-1]['measuredBytes'] - 1:+.2%}", flush=True)
-    figures = {**summarise_errors(measured), "peaks": measured}
+    options = parser.parse_args()
+    peaks = []
+    for seed in range(options.first_seed, options.first_seed + options.runs):
+        peaks.append(measure(seed))
+        print(seed, f"{peaks[-1]['expectedBytes'] / peaks[-1]['measuredBytes'] - 1:+.2%}", flush=True)
+    figures = {**summarise_errors(peaks), "peaks": peaks}
     record.write_result("memory_peaks", figures, method=record.extract_method(__doc__), versions=record.read_package_versions(RECORDED_PACKAGES))
 
 

@@ -25,8 +25,8 @@ RECORDED_PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bits
 def measure(seed: int) -> dict[str, Any]:
     """Run the configuration of a seed. Returns the measured and the estimated peak in bytes."""
     run = PreferenceRun.draw(seed)
-    measured = measure_preference_peak(run)
-    return {"seed": seed, "objective": run.objective.value, "measuredBytes": measured, "expectedBytes": replay(run.as_step()).total_bytes}
+    measured_bytes = measure_preference_peak(run)
+    return {"seed": seed, "objective": run.objective.value, "measuredBytes": measured_bytes, "expectedBytes": replay(run.as_step()).total_bytes}
 
 
 def main() -> None:
@@ -34,17 +34,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=80)
     parser.add_argument("--first-seed", type=int, default=2000)
-    arguments = parser.parse_args()
+    options = parser.parse_args()
     peaks = []
-    for seed in range(arguments.first_seed, arguments.first_seed + arguments.runs):
+    for seed in range(options.first_seed, options.first_seed + options.runs):
         peaks.append(measure(seed))
         print(seed, peaks[-1]["objective"], f"{peaks[-1]['expectedBytes'] / peaks[-1]['measuredBytes'] - 1:+.2%}", flush=True)
-    by_objective = {
+    errors_by_objective = {
         objective.value: summarise_errors([one for one in peaks if one["objective"] == objective.value])
         for objective in PREFERENCE_OBJECTIVES
         if any(one["objective"] == objective.value for one in peaks)
     }
-    figures = {**summarise_errors(peaks), "byObjective": by_objective, "peaks": peaks}
+    figures = {**summarise_errors(peaks), "byObjective": errors_by_objective, "peaks": peaks}
     record.write_result("memory_peaks_preferences", figures, method=record.extract_method(__doc__), versions=record.read_package_versions(RECORDED_PACKAGES))
 
 

@@ -17,41 +17,41 @@ from finetune_api.memory.plan import FRAGMENTATION, UPPER_MARGIN
 from finetune_api.memory.replay import replay
 from lib.published_runs import LARGEST_LENGTH, PUBLISHED_RUNS, SMALLEST_LENGTH, PublishedRun
 
-LENGTHS = range(SMALLEST_LENGTH, LARGEST_LENGTH + 1, 12)
+ROW_LENGTHS = range(SMALLEST_LENGTH, LARGEST_LENGTH + 1, 12)
 
 
 @cache
-def _estimate(run_name: str, length: int) -> float:
+def _estimate_bytes_by_name(run_name: str, row_length: int) -> float:
     run = next(one for one in PUBLISHED_RUNS if one.name == run_name)
-    return replay(run.as_step(length)).total_bytes * (1 + FRAGMENTATION)
+    return replay(run.as_step(row_length)).total_bytes * (1 + FRAGMENTATION)
 
 
-def estimate_bytes(run: PublishedRun, length: int) -> float:
+def estimate_bytes(run: PublishedRun, row_length: int) -> float:
     """Return the expected peak of reserved memory in bytes. Runs with equal settings share the cached result."""
-    return _estimate(next(one.name for one in PUBLISHED_RUNS if one.weights == run.weights), length)
+    return _estimate_bytes_by_name(next(one.name for one in PUBLISHED_RUNS if one.weights == run.weights), row_length)
 
 
 def fit_length(runs: list[PublishedRun]) -> int:
     """Return the length of the longest row for which the estimates of these runs have the smallest mean error."""
-    return min(LENGTHS, key=lambda length: statistics.mean(abs(estimate_bytes(one, length) / one.reserved_bytes - 1) for one in runs))
+    return min(ROW_LENGTHS, key=lambda length: statistics.mean(abs(estimate_bytes(one, length) / one.reserved_bytes - 1) for one in runs))
 
 
 def main() -> None:
     """Estimate the peaks of all runs and write the result."""
-    runs, errors, upper_ratios = {}, [], []
+    figures_by_run, errors, upper_ratios = {}, [], []
     for run in PUBLISHED_RUNS:
-        length = fit_length([one for one in PUBLISHED_RUNS if one.weights != run.weights])
-        expected = estimate_bytes(run, length)
-        errors.append(abs(expected / run.reserved_bytes - 1))
-        upper_ratios.append(expected * (1 + UPPER_MARGIN) / run.reserved_bytes)
-        runs[run.name] = {
-            "measuredGiB": round(run.reserved_bytes / 2**30, 2), "expectedGiB": round(expected / 2**30, 2),
-            "error": round(expected / run.reserved_bytes - 1, 4), "upperByMeasured": round(upper_ratios[-1], 4), "fittedTokens": length,
+        row_length = fit_length([one for one in PUBLISHED_RUNS if one.weights != run.weights])
+        expected_bytes = estimate_bytes(run, row_length)
+        errors.append(abs(expected_bytes / run.reserved_bytes - 1))
+        upper_ratios.append(expected_bytes * (1 + UPPER_MARGIN) / run.reserved_bytes)
+        figures_by_run[run.name] = {
+            "measuredGiB": round(run.reserved_bytes / 2**30, 2), "expectedGiB": round(expected_bytes / 2**30, 2),
+            "error": round(expected_bytes / run.reserved_bytes - 1, 4), "upperByMeasured": round(upper_ratios[-1], 4), "fittedTokens": row_length,
         }  # fmt: skip
-        print(run.name, runs[run.name])
+        print(run.name, figures_by_run[run.name])
     figures = {
         "runs": len(errors), "medianError": round(statistics.median(errors), 4), "worstError": round(max(errors), 4),
-        "smallestUpperByMeasured": round(min(upper_ratios), 4), "largestUpperByMeasured": round(max(upper_ratios), 4), "results": runs,
+        "smallestUpperByMeasured": round(min(upper_ratios), 4), "largestUpperByMeasured": round(max(upper_ratios), 4), "results": figures_by_run,
     }  # fmt: skip
     record.write_result("memory_published", figures, method=record.extract_method(__doc__), versions=record.read_package_versions(()))
 

@@ -37,8 +37,8 @@ from typing import Any
 import record
 from finetune_api import names
 from lib import finished_jobs
-from lib.kwok import STEADY_NAMESPACE, Kwok, make_nodes
-from lib.load import Client, FirstSeen, Object, make_condition_test, percentile
+from lib.kwok import STEADY_NAMESPACE, Kwok, create_nodes
+from lib.load import Client, FirstSeenWatch, Object, compute_percentile, make_condition_test
 from lib.operator import LagSampler, Operator, ProgressServer, count_writes
 from lib.plane import CpuUsage, FastControlPlane, read_memory_bytes
 from ruamel.yaml import YAML
@@ -80,10 +80,10 @@ class BurstVariant:
 
 def make_bare_job(name: str) -> Object:
     """Return a minimal Job with one pod."""
-    pod = {"restartPolicy": "Never", "containers": [{"name": "trainer", "image": "example.org/trainer:1"}]}
-    spec = {"completions": 1, "parallelism": 1, "completionMode": "Indexed", "backoffLimit": 0}
-    body = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": name}}
-    return body | {"spec": spec | {"podReplacementPolicy": "Failed", "template": {"spec": pod}}}
+    pod_spec = {"restartPolicy": "Never", "containers": [{"name": "trainer", "image": "example.org/trainer:1"}]}
+    job_spec = {"completions": 1, "parallelism": 1, "completionMode": "Indexed", "backoffLimit": 0}
+    job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": name}}
+    return job | {"spec": job_spec | {"podReplacementPolicy": "Failed", "template": {"spec": pod_spec}}}
 
 
 def make_same_pod_variant(job: Object) -> BurstVariant:
@@ -115,7 +115,7 @@ class LoadBenchmark:
 
     async def run(self) -> dict[str, Any]:
         """Run the chosen parts one after the other. Returns the figures by part."""
-        parts = {"burst": self._measure_burst, "idle": self._measure_idle, "restart": self._measure_restart, "steady": self._measure_steady}
+        measure_by_part = {"burst": self._measure_burst, "idle": self._measure_idle, "restart": self._measure_restart, "steady": self._measure_steady}
         await self._install_crd_and_nodes()
         figures: dict[str, Any] = {}
         async with self._progress:
@@ -123,23 +123,23 @@ class LoadBenchmark:
             with operator, Kwok(self._endpoint, self._folder / "kwok"):
                 if {"idle", "restart"} & set(self._options.parts):
                     await self._write_finished_jobs(operator)
-                for name, part in parts.items():
-                    if name in self._options.parts:
-                        print_progress(name)
-                        figures[name] = await part(operator)
+                for part_name, measure_part in measure_by_part.items():
+                    if part_name in self._options.parts:
+                        print_progress(part_name)
+                        figures[part_name] = await measure_part(operator)
         return figures
 
     async def _install_crd_and_nodes(self) -> None:
         crd = YAML(typ="safe").load((ROOT / "crds" / "finetunejobs.yaml").read_text())
-        path = f"/apis/apiextensions.k8s.io/v1/customresourcedefinitions/{crd['metadata']['name']}"
-        await self._client.send("PATCH", f"{path}?fieldManager=bench", crd, APPLY_PATCH_TYPE)
+        crd_path = f"/apis/apiextensions.k8s.io/v1/customresourcedefinitions/{crd['metadata']['name']}"
+        await self._client.send("PATCH", f"{crd_path}?fieldManager=bench", crd, APPLY_PATCH_TYPE)
         for _ in range(600):
             try:
                 await self._client.send("GET", f"{FINETUNEJOB_API_PATH}/{names.PLURAL}")
                 break
             except RuntimeError:
                 await asyncio.sleep(0.1)
-        await make_nodes(self._client, 4)
+        await create_nodes(self._client, 4)
 
     def _measure_usage(self, operator: Operator) -> CpuUsage:
         return CpuUsage.measure(self._control_plane.pids | {"operator": operator.pid})
@@ -149,7 +149,7 @@ class LoadBenchmark:
     async def _measure_burst(self, operator: Operator) -> dict[str, Any]:
         variants = (BARE_JOB_VARIANT, make_same_pod_variant(await self._create_operator_job()), FINETUNEJOB_VARIANT)
         rounds: dict[str, list[dict[str, Any]]] = {variant.name: [] for variant in variants}
-        async with LagSampler(operator) as lag:
+        async with LagSampler(operator) as lag_sampler:
             for number in range(self._options.round_count):
                 for variant in variants:
                     print_progress(f"burst {number + 1}/{self._options.round_count}: {variant.name}")
@@ -163,7 +163,7 @@ class LoadBenchmark:
         }  # fmt: skip
         return {
             "rounds": rounds, "ratios": ratios["bare"], "ratiosSamePod": ratios["same-pod"], **medians_by_variant,
-            "loopLagP99": round(percentile(lag.samples, 0.99), 3),
+            "loopLagP99": round(compute_percentile(lag_sampler.samples, 0.99), 3),
             "rssPeakMB": round(read_memory_bytes(operator.pid, "VmHWM") / 1e6, 1),
         }  # fmt: skip
 
@@ -171,41 +171,42 @@ class LoadBenchmark:
         """Return the Job that the operator creates for a FineTuneJob of the burst."""
         namespace = "model-of-burst"
         await self._create_namespace(namespace)
-        jobs = f"/apis/batch/v1/namespaces/{namespace}/jobs"
-        async with FirstSeen(self._client, jobs) as seen:
+        jobs_path = f"/apis/batch/v1/namespaces/{namespace}/jobs"
+        async with FirstSeenWatch(self._client, jobs_path) as job_watch:
             await self._client.send("POST", f"{FINETUNEJOB_API_PATH}/namespaces/{namespace}/{names.PLURAL}", make_finetunejob("model"))
-            await seen.wait_for_count(1, self._options.timeout_seconds)
-        return (await self._client.list(jobs))[0]
+            await job_watch.wait_for_count(1, self._options.timeout_seconds)
+        return (await self._client.list(jobs_path))[0]
 
     async def _run_burst(self, operator: Operator, variant: BurstVariant, namespace: str) -> dict[str, Any]:
-        options, count = self._options, self._options.job_count
+        options, job_count = self._options, self._options.job_count
         await self._create_namespace(namespace)
-        bodies = [variant.make_body(f"j{number}") for number in range(count)]
+        bodies = [variant.make_body(f"j{number}") for number in range(job_count)]
         jobs_path, pods_path = f"/apis/batch/v1/namespaces/{namespace}/jobs", f"/api/v1/namespaces/{namespace}/pods"
-        collection = f"{variant.api_path}/namespaces/{namespace}/{variant.plural}"
-        async with FirstSeen(self._client, jobs_path) as jobs, FirstSeen(self._client, pods_path) as pods:
-            usage, requests, began_at = self._measure_usage(operator), operator.count_requests(), time.monotonic()
-            sent_at_by_name = await self._client.create_all(collection, bodies, options.client_count)
+        collection_path = f"{variant.api_path}/namespaces/{namespace}/{variant.plural}"
+        async with FirstSeenWatch(self._client, jobs_path) as job_watch, FirstSeenWatch(self._client, pods_path) as pod_watch:
+            usage_at_start, requests_at_start, began_at = self._measure_usage(operator), operator.count_requests(), time.monotonic()
+            sent_at_by_name = await self._client.create_all(collection_path, bodies, options.client_count)
             created_at = time.monotonic()
-            jobs_seen_at = await jobs.wait_for_count(count, options.timeout_seconds)
-            pods_seen_at = await pods.wait_for_count(count, options.timeout_seconds)
-            cpu_seconds_to_pods, requests_to_pods = self._measure_usage(operator).used_since(usage), operator.count_requests() - requests
-        pod_wait_seconds = [moment - sent_at_by_name[name.split("-")[0]] for name, moment in pods.first_seen.items()]
-        async with FirstSeen(self._client, collection, variant.is_finished) as done:
-            started_at = time.monotonic()
+            jobs_seen_at = await job_watch.wait_for_count(job_count, options.timeout_seconds)
+            pods_seen_at = await pod_watch.wait_for_count(job_count, options.timeout_seconds)
+            cpu_seconds_to_pods = self._measure_usage(operator).compute_seconds_since(usage_at_start)
+            requests_to_pods = operator.count_requests() - requests_at_start
+        pod_wait_seconds = [seen_at - sent_at_by_name[name.split("-")[0]] for name, seen_at in pod_watch.first_seen.items()]
+        async with FirstSeenWatch(self._client, collection_path, variant.is_finished) as finished_watch:
+            scheduler_started_at = time.monotonic()
             with self._control_plane.run_scheduler():
-                ended_at = await done.wait_for_count(count, options.timeout_seconds)
+                all_finished_at = await finished_watch.wait_for_count(job_count, options.timeout_seconds)
                 await asyncio.sleep(2)  # shortly after the end of a job, the operator sends further writes, which must also be counted
                 usage_at_end = self._measure_usage(operator)
-        cpu_seconds_to_end, requests_to_end = usage_at_end.used_since(usage), operator.count_requests() - requests
+        cpu_seconds_to_end, requests_to_end = usage_at_end.compute_seconds_since(usage_at_start), operator.count_requests() - requests_at_start
         return {
             "created": round(created_at - began_at, 2), "jobsExist": round(jobs_seen_at - began_at, 2),
-            "podsExist": round(pods_seen_at - began_at, 2), "allDone": round(ended_at - started_at, 2),
-            "podWaitP50": round(percentile(pod_wait_seconds, 0.5), 3), "podWaitP99": round(percentile(pod_wait_seconds, 0.99), 3),
-            "cpuMsPerJobToPods": to_milliseconds_per_job(sum(cpu_seconds_to_pods.values()), count), "cpuSecondsToPods": cpu_seconds_to_pods,
-            "cpuMsPerJobToEnd": to_milliseconds_per_job(sum(cpu_seconds_to_end.values()), count), "cpuSecondsToEnd": cpu_seconds_to_end,
-            "writesPerJobToPods": round(count_writes(requests_to_pods) / count, 2),
-            "writesPerJobToEnd": round(count_writes(requests_to_end) / count, 2), "requestsPerJob": compute_requests_per_job(requests_to_end, count),
+            "podsExist": round(pods_seen_at - began_at, 2), "allDone": round(all_finished_at - scheduler_started_at, 2),
+            "podWaitP50": round(compute_percentile(pod_wait_seconds, 0.5), 3), "podWaitP99": round(compute_percentile(pod_wait_seconds, 0.99), 3),
+            "cpuMsPerJobToPods": convert_to_milliseconds_per_job(sum(cpu_seconds_to_pods.values()), job_count), "cpuSecondsToPods": cpu_seconds_to_pods,
+            "cpuMsPerJobToEnd": convert_to_milliseconds_per_job(sum(cpu_seconds_to_end.values()), job_count), "cpuSecondsToEnd": cpu_seconds_to_end,
+            "writesPerJobToPods": round(count_writes(requests_to_pods) / job_count, 2),
+            "writesPerJobToEnd": round(count_writes(requests_to_end) / job_count, 2), "requestsPerJob": compute_requests_per_job(requests_to_end, job_count),
         }  # fmt: skip
 
     async def _create_namespace(self, namespace: str) -> None:
@@ -225,11 +226,11 @@ class LoadBenchmark:
         print_progress(f"{self._options.finished_job_count} finished jobs")
         for namespace in ("model", FINISHED_NAMESPACE):
             await self._create_namespace(namespace)
-        collection = f"{FINETUNEJOB_API_PATH}/namespaces/model/{names.PLURAL}"
-        async with FirstSeen(self._client, collection, FINETUNEJOB_VARIANT.is_finished) as done:
-            await self._client.send("POST", collection, make_finetunejob("model"))
+        collection_path = f"{FINETUNEJOB_API_PATH}/namespaces/model/{names.PLURAL}"
+        async with FirstSeenWatch(self._client, collection_path, FINETUNEJOB_VARIANT.is_finished) as finished_watch:
+            await self._client.send("POST", collection_path, make_finetunejob("model"))
             with self._control_plane.run_scheduler():
-                await done.wait_for_count(1, self._options.timeout_seconds)
+                await finished_watch.wait_for_count(1, self._options.timeout_seconds)
         finished_job = await finished_jobs.read_finished_job(self._client, "model")
         operator.stop()
         await finished_jobs.write_copies(
@@ -239,53 +240,53 @@ class LoadBenchmark:
 
     async def _measure_idle(self, operator: Operator) -> dict[str, Any]:
         await asyncio.sleep(min(15, self._options.idle_seconds))
-        usage, requests, began_at = self._measure_usage(operator), operator.count_requests(), time.monotonic()
-        async with LagSampler(operator) as lag:
+        usage_at_start, requests_at_start, began_at = self._measure_usage(operator), operator.count_requests(), time.monotonic()
+        async with LagSampler(operator) as lag_sampler:
             await asyncio.sleep(self._options.idle_seconds)
-        new_requests = operator.count_requests() - requests
+        new_requests = operator.count_requests() - requests_at_start
         return {
             "finishedJobs": self._options.finished_job_count, "seconds": round(time.monotonic() - began_at, 1),
             "writes": count_writes(new_requests), "requests": dict(new_requests),
-            "cpuShare": round(self._measure_usage(operator).used_since(usage)["operator"] / self._options.idle_seconds, 4),
-            "loopLagP99": round(percentile(lag.samples, 0.99), 3),
+            "cpuShare": round(self._measure_usage(operator).compute_seconds_since(usage_at_start)["operator"] / self._options.idle_seconds, 4),
+            "loopLagP99": round(compute_percentile(lag_sampler.samples, 0.99), 3),
         }  # fmt: skip
 
     async def _measure_restart(self, operator: Operator) -> dict[str, Any]:
         operator.stop()
-        seconds = await asyncio.to_thread(operator.start)
+        first_reconcile_seconds = await asyncio.to_thread(operator.start)
         pods = await self._client.list(f"/api/v1/namespaces/{FINISHED_NAMESPACE}/pods")
         return {
-            "finishedJobs": self._options.finished_job_count, "pods": len(pods), "firstReconcileSeconds": round(seconds, 2),
+            "finishedJobs": self._options.finished_job_count, "pods": len(pods), "firstReconcileSeconds": round(first_reconcile_seconds, 2),
             "rssMB": round(read_memory_bytes(operator.pid) / 1e6, 1),
         }  # fmt: skip
 
     async def _measure_steady(self, operator: Operator) -> dict[str, Any]:
-        options, namespace, progress = self._options, STEADY_NAMESPACE, self._progress
+        options, namespace, progress_server = self._options, STEADY_NAMESPACE, self._progress
         await self._create_namespace(namespace)
-        collection = f"{FINETUNEJOB_API_PATH}/namespaces/{namespace}/{names.PLURAL}"
-        await self._client.create_all(collection, [make_finetunejob(f"j{n}") for n in range(options.job_count)], options.client_count)
-        for body in await self._client.list(collection):
-            progress.uids[namespace, body["metadata"]["name"]] = body["metadata"]["uid"]
+        collection_path = f"{FINETUNEJOB_API_PATH}/namespaces/{namespace}/{names.PLURAL}"
+        await self._client.create_all(collection_path, [make_finetunejob(f"j{n}") for n in range(options.job_count)], options.client_count)
+        for body in await self._client.list(collection_path):
+            progress_server.uids[namespace, body["metadata"]["name"]] = body["metadata"]["uid"]
         with self._control_plane.run_scheduler():
-            async with FirstSeen(self._client, collection, _has_step) as stepping:
-                await stepping.wait_for_count(options.job_count, options.timeout_seconds)
-            usage, requests = self._measure_usage(operator), operator.count_requests()
+            async with FirstSeenWatch(self._client, collection_path, _has_step) as step_watch:
+                await step_watch.wait_for_count(options.job_count, options.timeout_seconds)
+            usage_at_start, requests_at_start = self._measure_usage(operator), operator.count_requests()
             report_ages: list[float] = []
             began_at = time.monotonic()
-            async with LagSampler(operator) as lag:
+            async with LagSampler(operator) as lag_sampler:
                 while time.monotonic() - began_at < options.steady_seconds:
                     await asyncio.sleep(min(5.0, options.steady_seconds / 2))
-                    for body in await self._client.list(collection):
-                        report_ages.append(progress.current_step() - body["status"]["progress"]["step"])
-            seconds = time.monotonic() - began_at
-            new_requests, cpu_seconds = operator.count_requests() - requests, self._measure_usage(operator).used_since(usage)
+                    for body in await self._client.list(collection_path):
+                        report_ages.append(progress_server.compute_current_step() - body["status"]["progress"]["step"])
+            measured_seconds = time.monotonic() - began_at
+            new_requests, cpu_seconds = operator.count_requests() - requests_at_start, self._measure_usage(operator).compute_seconds_since(usage_at_start)
         return {
-            "runningJobs": options.job_count, "seconds": round(seconds, 1),
-            "writesPerSecond": round(count_writes(new_requests) / seconds, 1),
-            "writesPerJobAndMinute": round(count_writes(new_requests) / options.job_count / seconds * 60, 2),
-            "operatorCpuShare": round(cpu_seconds["operator"] / seconds, 3),
-            "stalenessP50": percentile(report_ages, 0.5), "stalenessP99": percentile(report_ages, 0.99),
-            "loopLagP99": round(percentile(lag.samples, 0.99), 3),
+            "runningJobs": options.job_count, "seconds": round(measured_seconds, 1),
+            "writesPerSecond": round(count_writes(new_requests) / measured_seconds, 1),
+            "writesPerJobAndMinute": round(count_writes(new_requests) / options.job_count / measured_seconds * 60, 2),
+            "operatorCpuShare": round(cpu_seconds["operator"] / measured_seconds, 3),
+            "stalenessP50": compute_percentile(report_ages, 0.5), "stalenessP99": compute_percentile(report_ages, 0.99),
+            "loopLagP99": round(compute_percentile(lag_sampler.samples, 0.99), 3),
             "rssPeakMB": round(read_memory_bytes(operator.pid, "VmHWM") / 1e6, 1),
         }  # fmt: skip
 
@@ -300,7 +301,7 @@ def compute_medians(round_figures: list[dict[str, Any]]) -> dict[str, float]:
     return {key: round(statistics.median(result[key] for result in round_figures), 3) for key in number_keys}
 
 
-def to_milliseconds_per_job(seconds: float, job_count: int) -> float:
+def convert_to_milliseconds_per_job(seconds: float, job_count: int) -> float:
     """Convert the CPU seconds of all jobs to milliseconds per job."""
     return round(1000 * seconds / job_count, 2)
 
@@ -321,23 +322,23 @@ def print_progress(text: str) -> None:
 def check_budgets(figures: dict[str, Any], budgets: dict[str, Any]) -> list[dict[str, Any]]:
     """Compare the figures of the measured parts with their budgets. A figure that exceeds its limit by at most the margin counts as noise."""
     verdicts = []
-    for path, budget in budgets.items():
+    for figure_path, budget in budgets.items():
         measured_value: Any = figures
-        parts = path.split(".")
-        if parts[0] not in figures:
+        path_parts = figure_path.split(".")
+        if path_parts[0] not in figures:
             continue
-        for part in parts:
-            measured_value = measured_value[part]
+        for path_part in path_parts:
+            measured_value = measured_value[path_part]
         limit, margin = budget["limit"], budget.get("margin", 0)
         verdict = "holds" if measured_value <= limit else ("within its margin" if measured_value <= limit * (1 + margin) else "EXCEEDED")
-        verdicts.append({"figure": path, "measured": measured_value, "limit": limit, "verdict": verdict, "why": budget["why"]})
+        verdicts.append({"figure": figure_path, "measured": measured_value, "limit": limit, "verdict": verdict, "why": budget["why"]})
     return verdicts
 
 
 def write_figures(figures_by_part: dict[str, Any]) -> Path:
     """Write the figures of the measured parts, each with its size, load and commit. A part that was not measured keeps its earlier figures."""
-    path = record.RESULTS_FOLDER / "operator_load.json"
-    earlier_figures = json.loads(path.read_text())["figures"] if path.exists() else {}
+    result_file = record.RESULTS_FOLDER / "operator_load.json"
+    earlier_figures = json.loads(result_file.read_text())["figures"] if result_file.exists() else {}
     figures = {part: earlier_figures[part] for part in PARTS if part in earlier_figures} | figures_by_part
     verdicts = check_budgets(figures, json.loads(BUDGETS_FILE.read_text()))
     return record.write_result("operator_load", figures | {"budgets": verdicts}, method=record.extract_method(__doc__))
@@ -345,8 +346,8 @@ def write_figures(figures_by_part: dict[str, Any]) -> Path:
 
 async def run_benchmark(options: LoadOptions) -> dict[str, Any]:
     """Start a control plane, run the benchmark, and stop the control plane."""
-    with tempfile.TemporaryDirectory(prefix="operator-load-") as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory(prefix="operator-load-") as folder_name:
+        folder = Path(folder_name)
         control_plane = FastControlPlane(folder / "state")
         with control_plane as endpoint:
             async with Client(endpoint) as client:
@@ -365,7 +366,7 @@ def main() -> int:
     verdicts = check_budgets(figures, json.loads(BUDGETS_FILE.read_text()))
     for verdict in verdicts:
         print(f"{verdict['verdict']:18} {verdict['figure']:38} {verdict['measured']:>10} (limit {verdict['limit']}): {verdict['why']}")
-    figures_by_part = {part: value | run_details for part, value in figures.items()}
+    figures_by_part = {part: part_figures | run_details for part, part_figures in figures.items()}
     if options.output:
         options.output.write_text(json.dumps(figures_by_part | {"budgets": verdicts}, indent=1))
     else:

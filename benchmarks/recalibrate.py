@@ -74,45 +74,45 @@ def read_run_of_job(job: dict[str, Any]) -> Run | None:
     except ValidationError:
         return None
     plan, resolved = status.plan, status.resolved
-    gpu = find_gpu_type((resolved.device if resolved else None) or "")
-    if status.phase is not Phase.SUCCEEDED or plan is None or plan.measured is None or gpu is None:
+    gpu_type = find_gpu_type((resolved.device if resolved else None) or "")
+    if status.phase is not Phase.SUCCEEDED or plan is None or plan.measured is None or gpu_type is None:
         return None
-    gpus, time_ratio, memory_ratio = (resolved.world_size if resolved else None) or 1, None, None
+    gpu_count, time_ratio, memory_ratio = (resolved.world_size if resolved else None) or 1, None, None
     if plan.work is not None and plan.measured.seconds and plan.measured.steps:
-        planned = plan_time(plan.work, gpu, gpus, table={}).expected_seconds / plan.work.steps
-        time_ratio = round(plan.measured.seconds / plan.measured.steps / planned, 4)
+        planned_step_seconds = plan_time(plan.work, gpu_type, gpu_count, table={}).expected_seconds / plan.work.steps
+        time_ratio = round(plan.measured.seconds / plan.measured.steps / planned_step_seconds, 4)
     if plan.memory is not None and plan.measured.memory_bytes:
         memory_ratio = round(plan.measured.memory_bytes / plan.memory.expected_bytes, 4)
     if time_ratio is None and memory_ratio is None:
         return None
-    name = next(name for name, one in GPU_TYPES.items() if one == gpu)
+    gpu_name = next(gpu_name for gpu_name, one in GPU_TYPES.items() if one == gpu_type)
     uid = str((job.get("metadata") or {}).get("uid"))
-    return Run(hashlib.sha256(uid.encode()).hexdigest()[:16], name, gpus, time_ratio, memory_ratio)
+    return Run(hashlib.sha256(uid.encode()).hexdigest()[:16], gpu_name, gpu_count, time_ratio, memory_ratio)
 
 
-def summarise(runs: Iterable[Run], ratio_name: str) -> dict[tuple[str, bool], tuple[int, float, float, float]]:
+def summarise_ratios(runs: Iterable[Run], ratio_name: str) -> dict[tuple[str, bool], tuple[int, float, float, float]]:
     """Return the number of runs and the median, lowest and highest ratio. The key is the type of GPU, and whether the runs had several GPUs.
 
     `ratio_name`: `time_ratio` or `memory_ratio`."""
-    values: dict[tuple[str, bool], list[float]] = defaultdict(list)
+    ratios_by_gpu: dict[tuple[str, bool], list[float]] = defaultdict(list)
     for run in runs:
         if (ratio := getattr(run, ratio_name)) is not None:
-            values[run.gpu, run.gpus > 1].append(ratio)
-    return {key: (len(found), round(statistics.median(found), 4), min(found), max(found)) for key, found in sorted(values.items())}
+            ratios_by_gpu[run.gpu, run.gpus > 1].append(ratio)
+    return {key: (len(ratios), round(statistics.median(ratios), 4), min(ratios), max(ratios)) for key, ratios in sorted(ratios_by_gpu.items())}
 
 
 def format_table_module(runs: Sequence[Run]) -> str:
     """Return the text of the module with the table."""
     table_texts = {}
     for name, ratio_name in (("time", "time_ratio"), ("memory", "memory_ratio")):
-        entries = [f"    {key!r}: {entry!r},".replace("'", '"') for key, entry in summarise(runs, ratio_name).items()]
+        entries = [f"    {key!r}: {entry!r},".replace("'", '"') for key, entry in summarise_ratios(runs, ratio_name).items()]
         table_texts[name] = "\n".join(["{", *entries, "}"]) if entries else "{}"
     return TABLE_MODULE_TEMPLATE.format(summary=f"{len(runs)} runs." if runs else "No run was recorded yet.", **table_texts)
 
 
-def read_runs(file: Path) -> list[Run]:
+def read_runs(runs_file: Path) -> list[Run]:
     """Return the runs in the file, or an empty list if it does not exist."""
-    return [Run(**json.loads(line)) for line in file.read_text().splitlines() if line] if file.exists() else []
+    return [Run(**json.loads(line)) for line in runs_file.read_text().splitlines() if line] if runs_file.exists() else []
 
 
 def add_runs(recorded_runs: Sequence[Run], new_runs: Iterable[Run]) -> list[Run]:
@@ -134,12 +134,12 @@ def main(arguments: Sequence[str]) -> int:
         except (OSError, ValueError) as error:
             print(f"{file} is not a JSON file: {error}; write the output of `kubectl get finetunejobs -A -o json` to it", file=sys.stderr)
             return 1
-    found = [run for job in jobs if (run := read_run_of_job(job)) is not None]
-    runs = add_runs(read_runs(options.runs), found)
+    new_runs = [run for job in jobs if (run := read_run_of_job(job)) is not None]
+    runs = add_runs(read_runs(options.runs), new_runs)
     if runs:
         options.runs.write_text("".join(json.dumps(asdict(run)) + "\n" for run in runs))
     options.table.write_text(format_table_module(runs))
-    print(f"{len(found)} of {len(jobs)} jobs have measured values; the table follows from {len(runs)} runs")
+    print(f"{len(new_runs)} of {len(jobs)} jobs have measured values; the table follows from {len(runs)} runs")
     return 0
 
 

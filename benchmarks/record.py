@@ -19,7 +19,7 @@ RECORDED_PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "kopf
 
 def describe_machine() -> dict[str, Any]:
     """Return the processor, number of cores, memory and kernel of this machine."""
-    cpu = next(
+    cpu_name = next(
         (
             line.split(":", 1)[1].strip()
             for line in Path("/proc/cpuinfo").read_text().splitlines()
@@ -28,13 +28,13 @@ def describe_machine() -> dict[str, Any]:
         platform.processor(),
     )
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {"cpu": cpu, "cores": os.cpu_count(), "memoryGiB": round(memory_bytes / 2**30, 1), "kernel": platform.release()}
+    return {"cpu": cpu_name, "cores": os.cpu_count(), "memoryGiB": round(memory_bytes / 2**30, 1), "kernel": platform.release()}
 
 
-def read_package_versions(packages: Iterable[str] = RECORDED_PACKAGES) -> dict[str, str]:
-    """Return the version of Python and the versions of those `packages` that are installed."""
+def read_package_versions(package_names: Iterable[str] = RECORDED_PACKAGES) -> dict[str, str]:
+    """Return the version of Python and the versions of the packages in `package_names` that are installed."""
     version_by_package = {"python": platform.python_version()}
-    for name in packages:
+    for name in package_names:
         try:
             version_by_package[name] = version(name)
         except PackageNotFoundError:
@@ -45,15 +45,15 @@ def read_package_versions(packages: Iterable[str] = RECORDED_PACKAGES) -> dict[s
 def read_commit() -> str:
     """Return the short hash of the checkout's commit, followed by `+` if tracked files have uncommitted changes."""
     try:
-        head = subprocess.run(
+        head_process = subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
         )
-        changed_files = subprocess.run(
+        status_process = subprocess.run(
             ["git", "status", "--porcelain", "-uno"], cwd=ROOT, capture_output=True, text=True, check=True
         )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return head.stdout.strip() + ("+" if changed_files.stdout.strip() else "")
+    return head_process.stdout.strip() + ("+" if status_process.stdout.strip() else "")
 
 
 def extract_method(docstring: str | None) -> str:
@@ -66,10 +66,10 @@ def write_result(
 ) -> Path:
     """Write `results/<name>.json`, which replaces the last result. Returns its path. By default, `machine` and `versions` describe this machine."""
     RESULTS_FOLDER.mkdir(parents=True, exist_ok=True)
-    path = RESULTS_FOLDER / f"{name}.json"
-    record = {
+    result_file = RESULTS_FOLDER / f"{name}.json"
+    result = {
         "benchmark": name, "time": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), "commit": read_commit(), "method": method,
         "machine": machine or describe_machine(), "versions": versions or read_package_versions(), "figures": figures,
     }  # fmt: skip
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    return path
+    result_file.write_text(json.dumps(result, indent=1) + "\n")
+    return result_file

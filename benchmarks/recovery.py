@@ -57,7 +57,7 @@ def measure_recoveries(workspace: Workspace, kill_count: int, seed: int) -> dict
         training={"maxSteps": 100_000, "batchSizePerDevice": 2, "gradientAccumulationSteps": 1},
     )  # fmt: skip
     target, newest_step, killed_at = workspace.target("recovered"), 0, 0.0
-    detect_seconds: list[float] = []
+    detection_seconds: list[float] = []
     total_seconds: list[float] = []
     seconds_by_stage: dict[str, list[float]] = {stage: [] for stage in STAGES}
     for attempt in range(1, kill_count + 2):
@@ -71,14 +71,14 @@ def measure_recoveries(workspace: Workspace, kill_count: int, seed: int) -> dict
                     seconds_by_stage[stage].append(seconds)
             killed_at, seconds, newest_step = kill_rank(pod, newest_step, rng)
             if attempt > 1:
-                detect_seconds.append(seconds)
+                detection_seconds.append(seconds)
         print(f"kill {attempt}: step {newest_step}, {total_seconds[-1] if total_seconds else 0:.2f} s to the first new step", flush=True)
-    medians = {stage: round(statistics.median(seconds), 3) for stage, seconds in seconds_by_stage.items()}
+    median_by_stage = {stage: round(statistics.median(seconds), 3) for stage, seconds in seconds_by_stage.items()}
     return {
         "kills": kill_count,
         "totalSeconds": summarize(total_seconds),
-        "detectSeconds": summarize(detect_seconds),
-        "medianSecondsByStage": medians,
+        "detectSeconds": summarize(detection_seconds),
+        "medianSecondsByStage": median_by_stage,
     }
 
 

@@ -67,40 +67,40 @@ def kill_victim(pod: Pod, victim: str) -> None:
 def verify_checkpoints(checkpoint_tree: CheckpointTree, folder: Path, run_record: RunRecord) -> int:
     """Compare each committed checkpoint with its manifest. Returns the newest committed step."""
     newest_step = 0
-    for committed in checkpoint_tree.list_committed():
-        manifest = checkpoint_tree.read_manifest(committed)
-        assert manifest is not None, f"{committed.folder} is committed without its manifest"
-        problem = fetch_verified(checkpoint_tree, committed.folder, manifest, folder / committed.folder, lambda path: True)
+    for checkpoint in checkpoint_tree.list_committed():
+        manifest = checkpoint_tree.read_manifest(checkpoint)
+        assert manifest is not None, f"{checkpoint.folder} is committed without its manifest"
+        problem = fetch_verified(checkpoint_tree, checkpoint.folder, manifest, folder / checkpoint.folder, lambda path: True)
         assert problem is None, problem
         newest_step = max(newest_step, manifest.step)
         run_record.verified_checkpoints += 1
     return newest_step
 
 
-def compute_expected_states(steps: int) -> list[str]:
+def compute_expected_states(step_count: int) -> list[str]:
     """Compute the state of an uninterrupted run after each step; index 0 is the state before the first step."""
     states = [""]
-    for step in range(1, steps + 1):
+    for step in range(1, step_count + 1):
         states.append(next_chain(states[-1], 0, step))
     return states
 
 
-def compare_states(checkpoint_tree: CheckpointTree, steps: int) -> int:
+def compare_states(checkpoint_tree: CheckpointTree, step_count: int) -> int:
     """Compare each logged state with the state of an uninterrupted run after the same step. Returns the number of logged states.
 
     Errors: AssertionError if the log has no state for a step, or another state than the uninterrupted run."""
-    states, compared_count = compute_expected_states(steps), 0
+    expected_states, compared_count = compute_expected_states(step_count), 0
     logged_steps: set[int] = set()
-    for stat in checkpoint_tree.store.list("metrics/"):
-        for line in (checkpoint_tree.store.get(stat.key) or b"").decode().splitlines():
-            value = json.loads(line)
-            assert value["chain"] == states[value["step"]], f"{stat.key}: step {value['step']} differs from the expected state"
+    for stored_file in checkpoint_tree.store.list("metrics/"):
+        for line in (checkpoint_tree.store.get(stored_file.key) or b"").decode().splitlines():
+            log_entry = json.loads(line)
+            assert log_entry["chain"] == expected_states[log_entry["step"]], f"{stored_file.key}: step {log_entry['step']} differs from the expected state"
             compared_count += 1
-            logged_steps.add(value["step"])
-    unlogged_steps = set(range(1, steps + 1)) - logged_steps
+            logged_steps.add(log_entry["step"])
+    unlogged_steps = set(range(1, step_count + 1)) - logged_steps
     assert not unlogged_steps, f"steps without a logged line: {sorted(unlogged_steps)[:10]}"
-    model = checkpoint_tree.get_committed(None)
-    assert model is not None and checkpoint_tree.store.get(f"{model.folder}/{CHAIN_FILE.format(0)}") == states[-1].encode()
+    final_model = checkpoint_tree.get_committed(None)
+    assert final_model is not None and checkpoint_tree.store.get(f"{final_model.folder}/{CHAIN_FILE.format(0)}") == expected_states[-1].encode()
     return compared_count
 
 
@@ -109,10 +109,10 @@ def run_attempt(workspace: Workspace, options: argparse.Namespace, run_record: R
     run_record.attempt += 1
     target, name = workspace.target("repeated-kills"), f"attempt-{run_record.attempt}"
     spec = workspace.spec(checkpoint={"steps": options.every})
-    script = json.dumps({"steps": options.steps, "every": options.every, "pause": options.pause})
-    began_at, tree = time.monotonic(), CheckpointTree(open_store(target))
+    toy_script = json.dumps({"steps": options.steps, "every": options.every, "pause": options.pause})
+    began_at, checkpoint_tree = time.monotonic(), CheckpointTree(open_store(target))
     with workspace.create_pod(
-        name, spec, target, "toy_rank", attempt=run_record.attempt, newest_step=run_record.newest_step, env={"TOY_SCRIPT": script}
+        name, spec, target, "toy_rank", attempt=run_record.attempt, newest_step=run_record.newest_step, env={"TOY_SCRIPT": toy_script}
     ) as pod:
         assert pod.process is not None
         while pod.step() <= run_record.newest_step and pod.process.poll() is None:
@@ -125,14 +125,14 @@ def run_attempt(workspace: Workspace, options: argparse.Namespace, run_record: R
             last_step, victim = pod.step(), rng.choice(VICTIMS)
             kill_victim(pod, victim)
             run_record.kill_count += 1
-        code = pod.end(600)
+        exit_code = pod.end(600)
     run_record.pod_seconds += time.monotonic() - began_at
-    run_record.codes[f"{victim} {code}"] = run_record.codes.get(f"{victim} {code}", 0) + 1
-    run_record.is_finished = code == 0
+    run_record.codes[f"{victim} {exit_code}"] = run_record.codes.get(f"{victim} {exit_code}", 0) + 1
+    run_record.is_finished = exit_code == 0
     if not run_record.is_finished:
-        run_record.newest_step = verify_checkpoints(tree, workspace.folder / "check", run_record)
+        run_record.newest_step = verify_checkpoints(checkpoint_tree, workspace.folder / "check", run_record)
         run_record.steps_lost.append(max(0, last_step - run_record.newest_step))
-        print(f"kill {run_record.kill_count}: {victim:<5} at step {last_step}, code {code}, committed {run_record.newest_step}", flush=True)
+        print(f"kill {run_record.kill_count}: {victim:<5} at step {last_step}, code {exit_code}, committed {run_record.newest_step}", flush=True)
 
 
 def compute_figures(workspace: Workspace, options: argparse.Namespace, run_record: RunRecord) -> dict[str, Any]:

@@ -47,34 +47,34 @@ class TransferCost:
 def measure_transfer(transfer: Callable[[], object]) -> TransferCost:
     """Run `transfer` and measure its cost."""
     Path("/proc/self/clear_refs").write_text("5")
-    kib_before = _read_memory_kib("VmRSS")
+    memory_kib_before = _read_memory_kib("VmRSS")
     wall_start, cpu_start = time.perf_counter(), time.process_time()
     transfer()
-    return TransferCost(time.perf_counter() - wall_start, time.process_time() - cpu_start, (_read_memory_kib("VmHWM") - kib_before) * 1024)
+    return TransferCost(time.perf_counter() - wall_start, time.process_time() - cpu_start, (_read_memory_kib("VmHWM") - memory_kib_before) * 1024)
 
 
-def _read_memory_kib(name: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+def _read_memory_kib(field_name: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field_name))
     return int(line.split()[1])
 
 
-def make_transfers(workspace: Workspace, source: Path, target: Path) -> dict[str, Callable[[], object]]:
+def make_transfers(workspace: Workspace, source_file: Path, target_file: Path) -> dict[str, Callable[[], object]]:
     """Return the transfers to measure, by client and direction."""
     store = S3Store(StoreTarget(uri=f"s3://{BUCKET}/ours", endpoint=workspace.server.host_url))
     boto3_client = workspace.server.client()
     transfer_by_task: dict[str, Callable[[], object]] = {
-        "ours up": lambda: store.put_file(source, "file"),
-        "boto3 up": lambda: boto3_client.upload_file(str(source), BUCKET, "boto3/file"),
-        "ours down": lambda: store.download("file", target),
-        "boto3 down": lambda: boto3_client.download_file(BUCKET, "boto3/file", str(target)),
-        "sha256": lambda: sha256_file(source),
+        "ours up": lambda: store.put_file(source_file, "file"),
+        "boto3 up": lambda: boto3_client.upload_file(str(source_file), BUCKET, "boto3/file"),
+        "ours down": lambda: store.download("file", target_file),
+        "boto3 down": lambda: boto3_client.download_file(BUCKET, "boto3/file", str(target_file)),
+        "sha256": lambda: sha256_file(source_file),
     }
     if find_spec("obstore"):
-        transfer_by_task |= _make_obstore_transfers(workspace, source, target)
+        transfer_by_task |= _make_obstore_transfers(workspace, source_file, target_file)
     return transfer_by_task
 
 
-def _make_obstore_transfers(workspace: Workspace, source: Path, target: Path) -> dict[str, Callable[[], object]]:
+def _make_obstore_transfers(workspace: Workspace, source_file: Path, target_file: Path) -> dict[str, Callable[[], object]]:
     import obstore
 
     server = workspace.server
@@ -84,27 +84,27 @@ def _make_obstore_transfers(workspace: Workspace, source: Path, target: Path) ->
     )  # fmt: skip
 
     def download() -> None:
-        with target.open("wb") as writer:
+        with target_file.open("wb") as writer:
             for chunk in obstore.get(store, "obstore/file").stream(min_chunk_size=8 * 1024 * 1024):
                 writer.write(chunk)
 
-    return {"obstore up": lambda: obstore.put(store, "obstore/file", source), "obstore down": download}
+    return {"obstore up": lambda: obstore.put(store, "obstore/file", source_file), "obstore down": download}
 
 
 def measure_transfers(workspace: Workspace, megabytes: int, round_count: int) -> dict[str, object]:
-    source, target = workspace.folder / "source", workspace.folder / "target"
-    source.write_bytes(random.Random(0).randbytes(megabytes * 1_000_000))
-    transfer_by_task = make_transfers(workspace, source, target)
+    source_file, target_file = workspace.folder / "source", workspace.folder / "target"
+    source_file.write_bytes(random.Random(0).randbytes(megabytes * 1_000_000))
+    transfer_by_task = make_transfers(workspace, source_file, target_file)
     costs_by_task: dict[str, list[TransferCost]] = {task: [] for task in transfer_by_task}
-    for number in range(round_count + 1):  # the first round warms up
-        order = list(transfer_by_task)
-        if number:
-            random.Random(number).shuffle(order)
-        for task in order:
+    for round_number in range(round_count + 1):  # the first round warms up
+        task_order = list(transfer_by_task)
+        if round_number:
+            random.Random(round_number).shuffle(task_order)
+        for task in task_order:
             cost = measure_transfer(transfer_by_task[task])
-            if number:
+            if round_number:
                 costs_by_task[task].append(cost)
-            print(f"round {number}  {task:<13} {megabytes / cost.wall_seconds:8.1f} MB/s", flush=True)
+            print(f"round {round_number}  {task:<13} {megabytes / cost.wall_seconds:8.1f} MB/s", flush=True)
     return {"megabytes": megabytes, "rounds": round_count} | _compute_figures(costs_by_task, megabytes)
 
 
@@ -119,13 +119,13 @@ def _compute_figures(costs_by_task: dict[str, list[TransferCost]], megabytes: in
     }
     for direction in DIRECTIONS:
         our_costs = costs_by_task[f"ours {direction}"]
-        other_costs = {name: costs_by_task[f"{name} {direction}"] for name in OTHER_CLIENTS if f"{name} {direction}" in costs_by_task}
-        for name, theirs in other_costs.items():
-            pairs = zip(theirs, our_costs, strict=True)
-            figures[f"ratio {direction} to {name}"] = round(statistics.median(a.wall_seconds / b.wall_seconds for a, b in pairs), 3)
-        best_seconds = [min(costs) for costs in zip(*([cost.wall_seconds for cost in costs] for costs in other_costs.values()), strict=True)]
+        costs_by_other_client = {name: costs_by_task[f"{name} {direction}"] for name in OTHER_CLIENTS if f"{name} {direction}" in costs_by_task}
+        for name, other_client_costs in costs_by_other_client.items():
+            cost_pairs = zip(other_client_costs, our_costs, strict=True)
+            figures[f"ratio {direction} to {name}"] = round(statistics.median(a.wall_seconds / b.wall_seconds for a, b in cost_pairs), 3)
+        best_seconds_by_round = [min(costs) for costs in zip(*([cost.wall_seconds for cost in costs] for costs in costs_by_other_client.values()), strict=True)]
         figures[f"ratio {direction} to the best"] = round(
-            statistics.median(a / b.wall_seconds for a, b in zip(best_seconds, our_costs, strict=True)), 3
+            statistics.median(a / b.wall_seconds for a, b in zip(best_seconds_by_round, our_costs, strict=True)), 3
         )
     return figures
 

@@ -110,7 +110,7 @@ def run_plain_trl(run: Any, inputs: Any, folder: Path) -> RunMeasurements:
     from trl import SFTConfig, SFTTrainer
 
     measurements = RunMeasurements()
-    hardware, dataset = detect_hardware(run, 0), run.spec.dataset
+    hardware, dataset_spec = detect_hardware(run, 0), run.spec.dataset
     set_seed(42)
     tokenizer = AutoTokenizer.from_pretrained(inputs.model)
     model = AutoModelForCausalLM.from_pretrained(
@@ -118,27 +118,27 @@ def run_plain_trl(run: Any, inputs: Any, folder: Path) -> RunMeasurements:
         device_map=None if hardware.is_cpu else {"": str(hardware.device)},
     )  # fmt: skip
     if run.spec.method.type != "full":
-        lora = run.spec.method.lora
+        lora_settings = run.spec.method.lora
         model = get_peft_model(
             model,
             LoraConfig(
                 task_type="CAUSAL_LM",
-                r=lora.rank,
-                lora_alpha=lora.alpha,
-                lora_dropout=lora.dropout,
+                r=lora_settings.rank,
+                lora_alpha=lora_settings.alpha,
+                lora_dropout=lora_settings.dropout,
                 target_modules="all-linear",
             ),
         )
-    (tokens,) = (folder / "work" / "tokens").glob("*/train")
-    args = SFTConfig(
+    (tokens_folder,) = (folder / "work" / "tokens").glob("*/train")
+    sft_config = SFTConfig(
         **shared_arguments(run, inputs, hardware, DistributedStrategy(run, hardware, 1), has_validation_data=False),
-        dataset_kwargs={"skip_prepare_dataset": True}, packing=dataset.packing is True,
-        max_length=dataset.max_sequence_length if dataset.packing else None,
+        dataset_kwargs={"skip_prepare_dataset": True}, packing=dataset_spec.packing is True,
+        max_length=dataset_spec.max_sequence_length if dataset_spec.packing else None,
     )  # fmt: skip
     trainer = SFTTrainer(
         model=model,
-        args=args,
-        train_dataset=Dataset.load_from_disk(str(tokens)),
+        args=sft_config,
+        train_dataset=Dataset.load_from_disk(str(tokens_folder)),
         processing_class=tokenizer,
         callbacks=[make_timing_callback(measurements)],
     )
@@ -148,7 +148,7 @@ def run_plain_trl(run: Any, inputs: Any, folder: Path) -> RunMeasurements:
     return measurements
 
 
-def run_timed(program: Program, run: Any, inputs: Any, folder: Path) -> RunMeasurements:
+def time_program(program: Program, run: Any, inputs: Any, folder: Path) -> RunMeasurements:
     """Run a program once. The measurements also contain the duration of the whole run."""
     gc.collect()
     began_at = time.perf_counter()
@@ -158,7 +158,7 @@ def run_timed(program: Program, run: Any, inputs: Any, folder: Path) -> RunMeasu
 
 
 def measure_pairs(
-    round_count: int, steps: int, *, hidden_size: int, layer_count: int, sequence_length: int, batch_size: int, method: str
+    round_count: int, step_count: int, *, hidden_size: int, layer_count: int, sequence_length: int, batch_size: int, method: str
 ) -> dict[str, Any]:
     """Run both programs alternately and return the ratios of their durations. Errors: SystemExit if the losses of a pair differ."""
     import torch
@@ -170,34 +170,35 @@ def measure_pairs(
     folder = Path(tempfile.mkdtemp(prefix="trainer-overhead-"))
     model_folder = make_tiny_model(folder / "model", hidden=hidden_size, layers=layer_count, positions=max(512, sequence_length))
     rows = [
-        {"text": "The quick brown fox jumps over the lazy dog. " * (1 + (7 * i) % (sequence_length // 12))} for i in range(64)
+        {"text": "The quick brown fox jumps over the lazy dog. " * (1 + (7 * row_number) % (sequence_length // 12))} for row_number in range(64)
     ]
     spec = {
         "method": {"type": method}, "dataset": {"maxSequenceLength": sequence_length}, "tracking": {"loggingSteps": 10},
-        "training": {"maxSteps": steps, "batchSizePerDevice": batch_size, "gradientAccumulationSteps": 1, "learningRate": 1e-4},
+        "training": {"maxSteps": step_count, "batchSizePerDevice": batch_size, "gradientAccumulationSteps": 1, "learningRate": 1e-4},
     }  # fmt: skip
     run, inputs = make_run(folder, model_folder, spec, rows)
-    pairs: list[tuple[RunMeasurements, RunMeasurements]] = []
+    run_pairs: list[tuple[RunMeasurements, RunMeasurements]] = []
     with suppress_warnings():
         for round_number in range(round_count + 1):
-            order: tuple[Program, Program] = (run_our_trainer, run_plain_trl) if round_number % 2 == 0 else (run_plain_trl, run_our_trainer)
-            measurements = {program: run_timed(program, run, inputs, folder) for program in order}
-            if any(abs(measurements[run_our_trainer].losses[step] - loss) > LOSS_TOLERANCE for step, loss in measurements[run_plain_trl].losses.items()):
-                raise SystemExit(f"the losses of the two trainings differ: {measurements[run_our_trainer].losses} and {measurements[run_plain_trl].losses}")
-            pairs += [(measurements[run_our_trainer], measurements[run_plain_trl])] if round_number else []
+            program_order: tuple[Program, Program] = (run_our_trainer, run_plain_trl) if round_number % 2 == 0 else (run_plain_trl, run_our_trainer)
+            measurements_by_program = {program: time_program(program, run, inputs, folder) for program in program_order}
+            our_run, plain_run = measurements_by_program[run_our_trainer], measurements_by_program[run_plain_trl]
+            if any(abs(our_run.losses[step] - loss) > LOSS_TOLERANCE for step, loss in plain_run.losses.items()):
+                raise SystemExit(f"the losses of the two trainings differ: {our_run.losses} and {plain_run.losses}")
+            run_pairs += [(our_run, plain_run)] if round_number else []
     shutil.rmtree(folder)
     return {
-        "step": _compute_ratios([(a.loop_seconds, b.loop_seconds) for a, b in pairs]) | {
-            "oursMs": round(1000 * statistics.median(a.loop_seconds for a, _ in pairs) / steps, 2),
-            "bareMs": round(1000 * statistics.median(b.loop_seconds for _, b in pairs) / steps, 2),
+        "step": _compute_ratios([(a.loop_seconds, b.loop_seconds) for a, b in run_pairs]) | {
+            "oursMs": round(1000 * statistics.median(a.loop_seconds for a, _ in run_pairs) / step_count, 2),
+            "bareMs": round(1000 * statistics.median(b.loop_seconds for _, b in run_pairs) / step_count, 2),
         },
-        "run": _compute_ratios([(a.run_seconds, b.run_seconds) for a, b in pairs]) | {
-            "oursSeconds": round(statistics.median(a.run_seconds for a, _ in pairs), 2),
-            "bareSeconds": round(statistics.median(b.run_seconds for _, b in pairs), 2),
+        "run": _compute_ratios([(a.run_seconds, b.run_seconds) for a, b in run_pairs]) | {
+            "oursSeconds": round(statistics.median(a.run_seconds for a, _ in run_pairs), 2),
+            "bareSeconds": round(statistics.median(b.run_seconds for _, b in run_pairs), 2),
         },
-        "dataWaitShare": round(statistics.median([wait for a, _ in pairs for wait in a.data_wait_shares] or [0.0]), 5),
-        "runs": round_count, "stepsEach": steps, "method": method, "hidden": hidden_size, "layers": layer_count, "length": sequence_length, "batch": batch_size,
-        "threads": torch.get_num_threads(),
+        "dataWaitShare": round(statistics.median([wait for a, _ in run_pairs for wait in a.data_wait_shares] or [0.0]), 5),
+        "runs": round_count, "stepsEach": step_count, "method": method, "hidden": hidden_size, "layers": layer_count, "length": sequence_length,
+        "batch": batch_size, "threads": torch.get_num_threads(),
     }  # fmt: skip
 
 

@@ -41,14 +41,14 @@ class Workspace:
     def spec(self, model: dict[str, Any] | None = None, **groups: Any) -> dict[str, Any]:
         """Return the spec of a small job. `model` contains arguments of make_tiny_model, which creates the model at the first call."""
         model_arguments = model or {}
-        name = "-".join(["model", *(f"{key}{value}" for key, value in sorted(model_arguments.items()))])
-        if not (self.folder / name / "config.json").exists():
-            make_tiny_model(self.folder / name, **model_arguments)
+        model_name = "-".join(["model", *(f"{key}{value}" for key, value in sorted(model_arguments.items()))])
+        if not (self.folder / model_name / "config.json").exists():
+            make_tiny_model(self.folder / model_name, **model_arguments)
         if not (self.folder / "rows.jsonl").exists():
             write_rows(self.folder / "rows.jsonl")
-        source = {"source": f"file://{self.folder}/{name}"}
+        model_reference = {"source": f"file://{self.folder}/{model_name}"}
         return {
-            "model": source,
+            "model": model_reference,
             "dataset": {"train": f"file://{self.folder}/rows.jsonl", "format": "messages"},
             **groups,
         }
@@ -59,8 +59,8 @@ class Workspace:
     ) -> Pod:  # fmt: skip
         """Create a pod with one rank that runs `module` instead of the training."""
         run = run_config(spec, target, attempt=attempt, resume=ResumeConfig(mode="auto", expect_step=newest_step))
-        settings = {"PYTHONPATH": POD_PYTHONPATH, "FINETUNE_TRAINER_MODULE": module, **self.credentials}
-        return Pod(run, self.folder / name, settings | (env or {}))
+        environment = {"PYTHONPATH": POD_PYTHONPATH, "FINETUNE_TRAINER_MODULE": module, **self.credentials}
+        return Pod(run, self.folder / name, environment | (env or {}))
 
 
 @contextlib.contextmanager
@@ -70,9 +70,9 @@ def open_workspace(folder: Path | None = None) -> Iterator[Workspace]:
         workspace_folder = folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         workspace_folder.mkdir(parents=True, exist_ok=True)
         server = stack.enter_context(S3Process(workspace_folder / "s3"))
-        client = server.client()
-        if BUCKET not in {existing["Name"] for existing in client.list_buckets()["Buckets"]}:
-            client.create_bucket(Bucket=BUCKET)
+        s3_client = server.client()
+        if BUCKET not in {existing["Name"] for existing in s3_client.list_buckets()["Buckets"]}:
+            s3_client.create_bucket(Bucket=BUCKET)
         os.environ |= {"AWS_ACCESS_KEY_ID": server.access_key, "AWS_SECRET_ACCESS_KEY": server.secret_key}
         yield Workspace(workspace_folder, server)
 
@@ -81,9 +81,9 @@ def summarize(values: list[float], digits: int = 3) -> dict[str, float | int | N
     """Return the number of values, their median, 99th percentile and maximum."""
     if not values:
         return {"n": 0, "p50": None, "p99": None, "most": None}
-    ordered = sorted(values)
+    sorted_values = sorted(values)
 
-    def percentile(fraction: float) -> float:
-        return round(ordered[min(len(ordered) - 1, int(fraction * len(ordered)))], digits)
+    def compute_percentile(fraction: float) -> float:
+        return round(sorted_values[min(len(sorted_values) - 1, int(fraction * len(sorted_values)))], digits)
 
-    return {"n": len(ordered), "p50": percentile(0.5), "p99": percentile(0.99), "most": round(ordered[-1], digits)}
+    return {"n": len(sorted_values), "p50": compute_percentile(0.5), "p99": compute_percentile(0.99), "most": round(sorted_values[-1], digits)}

@@ -17,7 +17,7 @@ from .load import Client, Object
 
 FINETUNEJOB_API_PATH = f"/apis/{names.API_VERSION}"
 MERGE_PATCH_TYPE = "application/merge-patch+json"
-SERVER_FIELDS = ("uid", "resourceVersion", "creationTimestamp", "generation", "managedFields", "finalizers", "ownerReferences")
+SERVER_SET_FIELDS = ("uid", "resourceVersion", "creationTimestamp", "generation", "managedFields", "finalizers", "ownerReferences")
 
 
 @dataclass(frozen=True)
@@ -32,41 +32,41 @@ class FinishedJob:
 async def read_finished_job(client: Client, namespace: str) -> FinishedJob:
     """Read the first finished job of a namespace, with its Job and one of its pods."""
     job = (await client.list(f"{FINETUNEJOB_API_PATH}/namespaces/{namespace}/{names.PLURAL}"))[0]
-    name = job["metadata"]["name"]
-    attempt = await client.send("GET", f"/apis/batch/v1/namespaces/{namespace}/jobs/{names.attempt_job_name(name, 1)}")
+    job_name = job["metadata"]["name"]
+    attempt_job = await client.send("GET", f"/apis/batch/v1/namespaces/{namespace}/jobs/{names.attempt_job_name(job_name, 1)}")
     pods = await client.list(f"/api/v1/namespaces/{namespace}/pods")
-    return FinishedJob(job, attempt, next(pod for pod in pods if pod["metadata"]["labels"][names.Label.JOB_NAME] == name))
+    return FinishedJob(job, attempt_job, next(pod for pod in pods if pod["metadata"]["labels"][names.Label.JOB_NAME] == job_name))
 
 
 async def write_copies(client: Client, namespace: str, template: FinishedJob, job_count: int, pod_count: int, client_count: int) -> None:
     """Write `job_count` copies of a finished job into `namespace`, each with `pod_count` pods. `client_count` clients write at the same time."""
     job_numbers = iter(range(job_count))
 
-    async def write_remaining() -> None:
+    async def write_remaining_copies() -> None:
         for number in job_numbers:
             await _write_copy(client, namespace, template, f"left{number}", pod_count)
 
     async with asyncio.TaskGroup() as group:
         for _ in range(client_count):
-            group.create_task(write_remaining())
+            group.create_task(write_remaining_copies())
 
 
 async def _write_copy(client: Client, namespace: str, template: FinishedJob, name: str, pod_count: int) -> None:
     finetunejobs_path, jobs_path = f"{FINETUNEJOB_API_PATH}/namespaces/{namespace}/{names.PLURAL}", f"/apis/batch/v1/namespaces/{namespace}/jobs"
     created_job = await client.send("POST", finetunejobs_path, copy_object(template.job, name))
     await client.send("PUT", f"{finetunejobs_path}/{name}/status", created_job | {"status": template.job["status"]})
-    job_name = names.attempt_job_name(name, 1)
+    attempt_job_name = names.attempt_job_name(name, 1)
     labels = {names.Label.JOB_NAME.value: name, names.Label.JOB_UID.value: created_job["metadata"]["uid"]}
-    attempt = copy_job(template.attempt, job_name, labels)
-    attempt["spec"]["suspend"] = True
-    attempt["metadata"]["ownerReferences"] = [_make_owner_reference(created_job, names.API_VERSION, names.KIND)]
-    job = await client.send("POST", jobs_path, attempt)
+    attempt_job = copy_job(template.attempt, attempt_job_name, labels)
+    attempt_job["spec"]["suspend"] = True
+    attempt_job["metadata"]["ownerReferences"] = [_make_owner_reference(created_job, names.API_VERSION, names.KIND)]
+    created_attempt_job = await client.send("POST", jobs_path, attempt_job)
     # The status is patched, not replaced, because the Job controller writes the condition Suspended at the same time.
-    await client.send("PATCH", f"{jobs_path}/{job_name}/status", {"status": template.attempt["status"]}, MERGE_PATCH_TYPE)
+    await client.send("PATCH", f"{jobs_path}/{attempt_job_name}/status", {"status": template.attempt["status"]}, MERGE_PATCH_TYPE)
     for index in range(pod_count):
-        pod = copy_object(template.pod, f"{job_name}-{index}-left", labels | {"batch.kubernetes.io/job-name": job_name})
+        pod = copy_object(template.pod, f"{attempt_job_name}-{index}-left", labels | {"batch.kubernetes.io/job-name": attempt_job_name})
         pod["spec"] = {key: value for key, value in pod["spec"].items() if key != "nodeName"}
-        pod["metadata"]["ownerReferences"] = [_make_owner_reference(job, "batch/v1", "Job")]
+        pod["metadata"]["ownerReferences"] = [_make_owner_reference(created_attempt_job, "batch/v1", "Job")]
         pod.pop("status", None)
         await client.send("POST", f"/api/v1/namespaces/{namespace}/pods", pod)
 
@@ -76,19 +76,19 @@ def copy_job(body: Object, name: str, labels: dict[str, str]) -> Object:
     copy = copy_object(body, name, labels)
     copy.pop("status", None)
     copy["spec"] = {key: value for key, value in copy["spec"].items() if key not in ("selector", "manualSelector")}
-    pod_metadata = copy["spec"]["template"]["metadata"]
-    pod_metadata["labels"] = {k: v for k, v in pod_metadata["labels"].items() if "job-name" not in k and "controller-uid" not in k} | labels
+    pod_template_metadata = copy["spec"]["template"]["metadata"]
+    pod_template_metadata["labels"] = {k: v for k, v in pod_template_metadata["labels"].items() if "job-name" not in k and "controller-uid" not in k} | labels
     return copy
 
 
 def copy_object(body: Object, name: str, labels: dict[str, str] | None = None) -> Object:
     """Copy an object under another name, without the fields that the server sets."""
     copy: Object = json.loads(json.dumps(body))
-    metadata = {key: value for key, value in copy["metadata"].items() if key not in (*SERVER_FIELDS, "namespace", "generateName")}
+    metadata = {key: value for key, value in copy["metadata"].items() if key not in (*SERVER_SET_FIELDS, "namespace", "generateName")}
     copy["metadata"] = metadata | {"name": name} | ({"labels": metadata.get("labels", {}) | labels} if labels else {})
     return copy
 
 
-def _make_owner_reference(body: Object, api_version: str, kind: str) -> dict[str, Any]:
-    metadata = body["metadata"]
+def _make_owner_reference(owner: Object, api_version: str, kind: str) -> dict[str, Any]:
+    metadata = owner["metadata"]
     return {"apiVersion": api_version, "kind": kind, "name": metadata["name"], "uid": metadata["uid"], "controller": True}

@@ -114,23 +114,23 @@ spec:
 def build_program() -> Path:
     """Build KWOK unless it is in the cache. Returns the path of the program."""
     cache_folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    target = cache_folder / "finetune-operator" / "tools" / f"kwok-{KWOK_VERSION}" / "kwok"
-    if not target.exists():
-        subprocess.run([ROOT / "scripts" / "build-tool.sh", KWOK_PACKAGE, KWOK_VERSION, target], check=True, stdout=sys.stderr)
-    return target
+    program_file = cache_folder / "finetune-operator" / "tools" / f"kwok-{KWOK_VERSION}" / "kwok"
+    if not program_file.exists():
+        subprocess.run([ROOT / "scripts" / "build-tool.sh", KWOK_PACKAGE, KWOK_VERSION, program_file], check=True, stdout=sys.stderr)
+    return program_file
 
 
-async def make_nodes(client: Client, node_count: int) -> None:
+async def create_nodes(client: Client, node_count: int) -> None:
     """Create nodes that are ready, have large capacity and no taints."""
     capacity = {"cpu": "10000", "memory": "100Ti", "ephemeral-storage": "1000Ti", "pods": "10000"}
     for number in range(node_count):
-        name = f"simulated-{number}"
-        await client.send("POST", "/api/v1/nodes", {"metadata": {"name": name, "labels": {"kubernetes.io/hostname": name}}})
+        node_name = f"simulated-{number}"
+        await client.send("POST", "/api/v1/nodes", {"metadata": {"name": node_name, "labels": {"kubernetes.io/hostname": node_name}}})
         ready_condition = {"type": "Ready", "status": "True", "reason": "Simulated"}
-        status = {"capacity": capacity, "allocatable": capacity, "conditions": [ready_condition]}
+        node_status = {"capacity": capacity, "allocatable": capacity, "conditions": [ready_condition]}
         merge_patch_type = "application/merge-patch+json"
-        await client.send("PATCH", f"/api/v1/nodes/{name}/status", {"status": status}, merge_patch_type)
-        await client.send("PATCH", f"/api/v1/nodes/{name}", {"spec": {"taints": None}}, merge_patch_type)
+        await client.send("PATCH", f"/api/v1/nodes/{node_name}/status", {"status": node_status}, merge_patch_type)
+        await client.send("PATCH", f"/api/v1/nodes/{node_name}", {"spec": {"taints": None}}, merge_patch_type)
 
 
 class Kwok:
@@ -147,15 +147,15 @@ class Kwok:
 
     def __enter__(self) -> Self:
         self._folder.mkdir(parents=True, exist_ok=True)
-        config = self._folder / "kwok.yaml"
-        config.write_text((RUN_STAGES + END_STAGE + DELETE_STAGE).format(steady=STEADY_NAMESPACE))
-        argv = [
-            build_program(), "--kubeconfig", self._endpoint.kubeconfig, "--config", config, "--manage-all-nodes",
+        config_file = self._folder / "kwok.yaml"
+        config_file.write_text((RUN_STAGES + END_STAGE + DELETE_STAGE).format(steady=STEADY_NAMESPACE))
+        command = [
+            build_program(), "--kubeconfig", self._endpoint.kubeconfig, "--config", config_file, "--manage-all-nodes",
             "--node-lease-duration-seconds", "40",
         ]  # fmt: skip
         with (self._folder / "kwok.log").open("ab") as log:
             self._process = subprocess.Popen(
-                [str(word) for word in argv], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                [str(word) for word in command], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
                 cwd=self._folder, env={**os.environ, "HOME": str(self._folder)},
             )  # fmt: skip
         return self

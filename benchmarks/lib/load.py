@@ -14,7 +14,7 @@ import aiohttp
 from localcluster import Endpoint
 
 Object = dict[str, Any]
-METADATA_ONLY_TYPE = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1,application/json"
+METADATA_ONLY_MEDIA_TYPE = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1,application/json"
 
 
 class Client:
@@ -24,9 +24,9 @@ class Client:
         self._endpoint = endpoint
 
     async def __aenter__(self) -> Client:
-        context = ssl.create_default_context(cafile=str(self._endpoint.ca))
+        ssl_context = ssl.create_default_context(cafile=str(self._endpoint.ca))
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(ssl=context, limit=0),
+            connector=aiohttp.TCPConnector(ssl=ssl_context, limit=0),
             headers={"Authorization": f"Bearer {self._endpoint.token}"}, timeout=aiohttp.ClientTimeout(total=None),
         )  # fmt: skip
         return self
@@ -36,24 +36,24 @@ class Client:
 
     async def send(self, method: str, path: str, body: Any = None, content_type: str = "application/json") -> Object:
         """Send one request and return the JSON of the response. Errors: RuntimeError with the server's message."""
-        data = None if body is None else json.dumps(body).encode()
+        request_body = None if body is None else json.dumps(body).encode()
         url = self._endpoint.server + path
-        async with self._session.request(method, url, data=data, headers={"Content-Type": content_type}) as response:
-            text = await response.read()
+        async with self._session.request(method, url, data=request_body, headers={"Content-Type": content_type}) as response:
+            response_body = await response.read()
             if response.status >= 400:
-                raise RuntimeError(f"{method} {path}: {response.status} {text[:300].decode(errors='replace')}")
-            value: Object = json.loads(text)
-            return value
+                raise RuntimeError(f"{method} {path}: {response.status} {response_body[:300].decode(errors='replace')}")
+            response_object: Object = json.loads(response_body)
+            return response_object
 
     async def list(self, path: str) -> list[Object]:
         """Read all objects of a collection, page by page."""
         items: list[Object] = []
-        token = ""
+        continue_token = ""
         while True:
-            page = await self.send("GET", f"{path}?limit=500" + (f"&continue={token}" if token else ""))
+            page = await self.send("GET", f"{path}?limit=500" + (f"&continue={continue_token}" if continue_token else ""))
             items += page["items"]
-            token = page["metadata"].get("continue", "")
-            if not token:
+            continue_token = page["metadata"].get("continue", "")
+            if not continue_token:
                 return items
 
     async def create_all(self, path: str, bodies: list[Object], client_count: int) -> dict[str, float]:
@@ -61,20 +61,20 @@ class Client:
         sent_at_by_name: dict[str, float] = {}
         remaining_bodies = iter(bodies)
 
-        async def create_remaining() -> None:
+        async def create_remaining_objects() -> None:
             for body in remaining_bodies:
                 sent_at_by_name[body["metadata"]["name"]] = time.monotonic()
                 await self.send("POST", path, body)
 
         async with asyncio.TaskGroup() as group:
             for _ in range(client_count):
-                group.create_task(create_remaining())
+                group.create_task(create_remaining_objects())
         return sent_at_by_name
 
-    async def events(self, path: str, *, version: str, meta_only: bool) -> AsyncIterator[Object]:
-        """Yield the events of a watch from a resourceVersion on. If `meta_only` is true, the objects have only their metadata."""
-        headers = {"Accept": METADATA_ONLY_TYPE} if meta_only else {}
-        url = f"{self._endpoint.server}{path}?watch=true&resourceVersion={version}"
+    async def events(self, path: str, *, resource_version: str, is_metadata_only: bool) -> AsyncIterator[Object]:
+        """Yield the events of a watch from a resourceVersion on. If `is_metadata_only` is true, the objects have only their metadata."""
+        headers = {"Accept": METADATA_ONLY_MEDIA_TYPE} if is_metadata_only else {}
+        url = f"{self._endpoint.server}{path}?watch=true&resourceVersion={resource_version}"
         incomplete_line = b""
         async with self._session.get(url, headers=headers) as stream:
             if stream.status >= 400:
@@ -85,7 +85,7 @@ class Client:
                     yield json.loads(line)
 
 
-class FirstSeen:
+class FirstSeenWatch:
     """Watches a collection, and stores for each object the time at which `is_wanted` was first true.
 
     If `is_wanted` is None, the first event of an object counts.
@@ -97,28 +97,28 @@ class FirstSeen:
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
-    async def __aenter__(self) -> FirstSeen:
-        version = (await self._client.send("GET", f"{self._path}?limit=1"))["metadata"]["resourceVersion"]
-        self._task = asyncio.create_task(self._watch(version))
+    async def __aenter__(self) -> FirstSeenWatch:
+        resource_version = (await self._client.send("GET", f"{self._path}?limit=1"))["metadata"]["resourceVersion"]
+        self._task = asyncio.create_task(self._watch(resource_version))
         return self
 
     async def __aexit__(self, *raised: object) -> None:
         if self._task is not None:
             self._task.cancel()
 
-    async def _watch(self, version: str) -> None:
+    async def _watch(self, resource_version: str) -> None:
         try:
-            await self._record_first_seen(version)
+            await self._record_first_seen(resource_version)
         finally:
             self._changed.set()
 
-    async def _record_first_seen(self, version: str) -> None:
+    async def _record_first_seen(self, resource_version: str) -> None:
         """Watch until cancelled. If the server ends a slow watch, start a new watch from the last resourceVersion."""
         while True:
-            async for event in self._client.events(self._path, version=version, meta_only=self._is_wanted is None):
+            async for event in self._client.events(self._path, resource_version=resource_version, is_metadata_only=self._is_wanted is None):
                 if event["type"] == "ERROR":
                     raise RuntimeError(f"watch {self._path}: {event['object'].get('message')}")
-                version = event["object"]["metadata"]["resourceVersion"]
+                resource_version = event["object"]["metadata"]["resourceVersion"]
                 self._record(event)
 
     def _record(self, event: Object) -> None:
@@ -158,7 +158,7 @@ def make_condition_test(condition_type: str) -> Callable[[Object], bool]:
     return is_condition_true
 
 
-def percentile(values: list[float], fraction: float) -> float:
+def compute_percentile(values: list[float], fraction: float) -> float:
     """Return a percentile of the values; 0 if there are none. `fraction`: for example 0.99."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(fraction * len(ordered)))] if ordered else 0.0
+    sorted_values = sorted(values)
+    return sorted_values[min(len(sorted_values) - 1, int(fraction * len(sorted_values)))] if sorted_values else 0.0

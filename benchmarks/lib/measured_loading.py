@@ -28,36 +28,36 @@ preload = train.preload
 def main(run: RunConfig, channel: Channel, inputs: Inputs) -> None:
     meter = MemoryMeter()
     losses: list[float] = []
-    build, load, report_stage, report_log_line = (
+    original_build_trainer, original_load_model, original_report_stage, original_report_log_line = (
         train.TrainingSession._build_trainer, model.load_model, channel.report_stage, channel.report_log_line
     )  # fmt: skip
 
     def build_and_measure(self: Any, callbacks: Any) -> Any:
         meter.start()
-        return build(self, callbacks)
+        return original_build_trainer(self, callbacks)
 
     def load_and_measure(*args: Any, **options: Any) -> Any:
-        result = load(*args, **options)
+        loaded_model = original_load_model(*args, **options)
         meter.loaded = meter.peak
-        return result
+        return loaded_model
 
-    def stop_at_training(stage: Stage, detail: str | None = None) -> None:
+    def stop_meter_at_training(stage: Stage, detail: str | None = None) -> None:
         if stage is Stage.TRAINING:
             meter.stop()
-        report_stage(stage, detail)
+        original_report_stage(stage, detail)
 
     def collect_loss(step: int, values: dict[str, Any]) -> None:
         losses.extend([values["loss"]] if "loss" in values else [])
-        report_log_line(step, values)
+        original_report_log_line(step, values)
 
     if os.environ.get(LOADING_VARIABLE) == "private":
         train.TrainingSession._shared_weights = lambda self: nullcontext((self.inputs, []))  # type: ignore[method-assign] # no shared copy of the weights
     model.load_model = load_and_measure
     train.TrainingSession._build_trainer = build_and_measure  # type: ignore[method-assign] # measures the loading
-    channel.report_stage, channel.report_log_line = stop_at_training, collect_loss  # type: ignore[method-assign] # end of the measurement, losses
+    channel.report_stage, channel.report_log_line = stop_meter_at_training, collect_loss  # type: ignore[method-assign] # end of the measurement, losses
     train.main(run, channel, inputs)
-    result = {"before": meter.before, "loaded": meter.loaded, "peak": meter.peak, "losses": losses}
-    (channel.work_folder / f"memory-{channel.rank}.json").write_text(json.dumps(result))
+    measurements = {"before": meter.before, "loaded": meter.loaded, "peak": meter.peak, "losses": losses}
+    (channel.work_folder / f"memory-{channel.rank}.json").write_text(json.dumps(measurements))
 
 
 class MemoryMeter:
@@ -65,21 +65,21 @@ class MemoryMeter:
 
     def __init__(self) -> None:
         self.before = self.loaded = self.peak = 0
-        self._ended = threading.Event()
+        self._stop_requested = threading.Event()
 
     def start(self) -> None:
         self.before = self.peak = read_private_bytes()
         threading.Thread(target=self._sample, daemon=True).start()
 
     def stop(self) -> None:
-        self._ended.set()
+        self._stop_requested.set()
 
     def _sample(self) -> None:
-        while not self._ended.wait(SAMPLE_SECONDS):
+        while not self._stop_requested.wait(SAMPLE_SECONDS):
             self.peak = max(self.peak, read_private_bytes())
 
 
 def read_private_bytes() -> int:
     """Return the bytes of memory that only this process uses. The file cache does not count, because processes share it and the kernel can drop it."""
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status["RssAnon"].split()[0]) * 1024
+    status_fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status_fields["RssAnon"].split()[0]) * 1024

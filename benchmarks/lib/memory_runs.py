@@ -21,9 +21,9 @@ METHODS = ("full", "lora", "qlora")
 PRECISIONS = ("float32", "bfloat16", "autocast")
 """`bfloat16`: 16-bit weights. `autocast`: 32-bit weights, and for LoRA either 16-bit or 32-bit base weights, computed in bfloat16."""
 OPTIMIZERS = {"adamw": optimizers.ADAMW_FUSED, "sgd": optimizers.SGD, "adafactor": optimizers.ADAFACTOR}
-ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-TARGET_MODULES = (("q_proj", "v_proj"), ("q_proj", "k_proj", "v_proj", "o_proj"), ALL_LINEAR)
-STEPS = 2
+ALL_LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+TARGET_MODULE_CHOICES = (("q_proj", "v_proj"), ("q_proj", "k_proj", "v_proj", "o_proj"), ALL_LINEAR_LAYERS)
+STEP_COUNT = 2
 
 
 @dataclass(frozen=True)
@@ -61,17 +61,17 @@ class SmallRun:
         """Draw a random configuration with the seed `seed`. After a change of this function, `memory_peaks.json` must be measured again."""
         rng = random.Random(seed)
         family, method = rng.choice(FAMILIES), rng.choice(METHODS)
-        heads, size = rng.choice((2, 4, 8)), rng.choice((32, 64))
-        hidden = heads * size if family in ("llama", "qwen2", "mixtral") else rng.choice((128, 192, 256, 384))
+        heads, head_size = rng.choice((2, 4, 8)), rng.choice((32, 64))
+        hidden = heads * head_size if family in ("llama", "qwen2", "mixtral") else rng.choice((128, 192, 256, 384))
         precision = rng.choice(PRECISIONS)
         packs = rng.random() < 0.4
-        targets = rng.choice(TARGET_MODULES[:2] if family == "mixtral" else TARGET_MODULES)
+        target_modules = rng.choice(TARGET_MODULE_CHOICES[:2] if family == "mixtral" else TARGET_MODULE_CHOICES)
         base_bytes = {"float32": 4, "bfloat16": 2, "autocast": 4 if method == "full" else rng.choice((2, 4))}[precision]
         return SmallRun(
-            seed, family, hidden, rng.randrange(2, 5) * hidden, rng.randrange(2, 6), heads, rng.choice([one for one in (1, 2, 4, 8) if one <= heads]), size,
-            rng.choice((512, 2000, 4000, 8000)), rng.random() < 0.5, method, rng.choice((4, 16, 32)), targets, rng.random() < 0.3, precision, base_bytes,
-            rng.choice(tuple(OPTIMIZERS)), rng.random() < 0.5, packs, 1 if packs else rng.randrange(1, 5), rng.choice((96, 128, 192, 256, 384)),
-            rng.choice(("tiles", "logits", "logits")), "eager" if rng.random() < 0.15 else "sdpa", rng.choice((1, 1, 2)),
+            seed, family, hidden, rng.randrange(2, 5) * hidden, rng.randrange(2, 6), heads, rng.choice([one for one in (1, 2, 4, 8) if one <= heads]),
+            head_size, rng.choice((512, 2000, 4000, 8000)), rng.random() < 0.5, method, rng.choice((4, 16, 32)), target_modules,
+            rng.random() < 0.3, precision, base_bytes, rng.choice(tuple(OPTIMIZERS)), rng.random() < 0.5, packs, 1 if packs else rng.randrange(1, 5),
+            rng.choice((96, 128, 192, 256, 384)), rng.choice(("tiles", "logits", "logits")), "eager" if rng.random() < 0.15 else "sdpa", rng.choice((1, 1, 2)),
         )  # fmt: skip
 
     def config(self) -> dict[str, Any]:
@@ -104,7 +104,7 @@ class SmallRun:
         return 4 if self.precision == "float32" else 2
 
 def measure_peak(run: SmallRun) -> int:
-    """Train STEPS steps and return the peak of torch's allocated memory in bytes."""
+    """Train `STEP_COUNT` steps and return the peak of torch's allocated memory in bytes."""
     import torch
     from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -118,39 +118,39 @@ def measure_peak(run: SmallRun) -> int:
             batches = [_create_batch(run) for _ in range(run.accumulation)]
             gc.collect()
             with record_function("training"):
-                for _ in range(STEPS):
+                for _ in range(STEP_COUNT):
                     _train_step(run, model, optimizer, batches)
     finally:
         gc.enable()
-    return find_peak(profiler.profiler.kineto_results.experimental_event_tree())
+    return find_peak_bytes(profiler.profiler.kineto_results.experimental_event_tree())
 
 
 def summarise_errors(peaks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the number of runs, the number within 5 %, and the median and the largest relative error of the estimates."""
-    errors = sorted(abs(one["expectedBytes"] / one["measuredBytes"] - 1) for one in peaks)
+    relative_errors = sorted(abs(one["expectedBytes"] / one["measuredBytes"] - 1) for one in peaks)
     return {
-        "runs": len(errors), "within5Percent": sum(error <= 0.05 for error in errors), "medianError": round(statistics.median(errors), 5),
-        "worstError": round(errors[-1], 5),
+        "runs": len(relative_errors), "within5Percent": sum(error <= 0.05 for error in relative_errors),
+        "medianError": round(statistics.median(relative_errors), 5), "worstError": round(relative_errors[-1], 5),
     }  # fmt: skip
 
 
-def find_peak(events: Any) -> int:
+def find_peak_bytes(events: Any) -> int:
     """Return the largest number of bytes that were allocated at one time after the start of the event `training`."""
     allocations: list[tuple[int, int]] = []
-    started = 0
-    waiting = list(events)
-    while waiting:
-        event = waiting.pop()
+    training_start_ns = 0
+    remaining_events = list(events)
+    while remaining_events:
+        event = remaining_events.pop()
         if event.name == "training":
-            started = event.start_time_ns
+            training_start_ns = event.start_time_ns
         if event.tag.name == "Allocation":
             allocations.append((event.start_time_ns, event.extra_fields.alloc_size))
-        waiting += event.children
-    live = peak = 0
-    for time, size in sorted(allocations, key=lambda one: one[0]):
-        live += size
-        peak = max(peak, live) if time >= started else peak
-    return peak
+        remaining_events += event.children
+    live_bytes = peak_bytes = 0
+    for time_ns, size_bytes in sorted(allocations, key=lambda one: one[0]):
+        live_bytes += size_bytes
+        peak_bytes = max(peak_bytes, live_bytes) if time_ns >= training_start_ns else peak_bytes
+    return peak_bytes
 
 
 def _create_model(run: SmallRun) -> Any:
@@ -175,17 +175,17 @@ def create_base_model(run: SmallRun, **options: Any) -> Any:
 
     dtype = torch.float32 if run.base_bytes == 4 else torch.bfloat16
     model_class = AutoModelForSequenceClassification if "num_labels" in options else AutoModelForCausalLM
-    values = run.config() | options
-    config = AutoConfig.for_model(values.pop("model_type"), **values)
+    config_values = run.config() | options
+    config = AutoConfig.for_model(config_values.pop("model_type"), **config_values)
     model = model_class.from_config(config, dtype=dtype, attn_implementation=run.attention)
     if run.method == "qlora":
-        compute = torch.float32 if run.compute_bytes == 4 else torch.bfloat16
-        quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
+        compute_dtype = torch.float32 if run.compute_bytes == 4 else torch.bfloat16
+        quantization_config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute_dtype)
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
             del model
             model = model_class.from_pretrained(
-                folder, dtype=dtype, attn_implementation=run.attention, quantization_config=quantization, device_map={"": "cpu"}
+                folder, dtype=dtype, attn_implementation=run.attention, quantization_config=quantization_config, device_map={"": "cpu"}
             )
         for parameter in model.parameters():  # unquantised weights are views of the mapped file; without a copy, the whole file would stay in memory
             if parameter.is_floating_point():
@@ -222,14 +222,14 @@ def _create_batch(run: SmallRun) -> dict[str, Any]:
     """Return a batch of random tokens: one packed row with three documents, or padded rows."""
     import torch
 
-    ids = torch.randint(0, run.vocabulary, (run.rows, run.tokens))
+    token_ids = torch.randint(0, run.vocabulary, (run.rows, run.tokens))
     if run.packs:
-        documents = [torch.arange(length) for length in (run.tokens // 3, run.tokens // 3, run.tokens - 2 * (run.tokens // 3))]
-        return {"input_ids": ids, "labels": ids.clone(), "position_ids": torch.cat(documents)[None]}
-    mask = torch.ones_like(ids)
+        document_positions = [torch.arange(length) for length in (run.tokens // 3, run.tokens // 3, run.tokens - 2 * (run.tokens // 3))]
+        return {"input_ids": token_ids, "labels": token_ids.clone(), "position_ids": torch.cat(document_positions)[None]}
+    attention_mask = torch.ones_like(token_ids)
     for row in range(1, run.rows):
-        mask[row, run.tokens - row * 7 :] = 0
-    return {"input_ids": ids, "labels": ids.masked_fill(mask == 0, -100), "attention_mask": mask}
+        attention_mask[row, run.tokens - row * 7 :] = 0
+    return {"input_ids": token_ids, "labels": token_ids.masked_fill(attention_mask == 0, -100), "attention_mask": attention_mask}
 
 
 def _train_step(run: SmallRun, model: Any, optimizer: Any, batches: list[dict[str, Any]]) -> None:
@@ -237,8 +237,8 @@ def _train_step(run: SmallRun, model: Any, optimizer: Any, batches: list[dict[st
 
     for batch in batches:
         with torch.autocast("cpu", torch.bfloat16, enabled=run.precision == "autocast"):
-            options = {"fused_lm_head": True} if run.head == "tiles" else {}
-            loss = model(**batch, use_cache=False, **options).loss
+            model_options = {"fused_lm_head": True} if run.head == "tiles" else {}
+            loss = model(**batch, use_cache=False, **model_options).loss
         loss.backward()
         del loss
     torch.nn.utils.clip_grad_norm_([one for one in model.parameters() if one.requires_grad], 1.0)

@@ -35,20 +35,20 @@ class Operator:
         """Start the operator. Returns the seconds until the first reconcile."""
         self._folder.mkdir(parents=True, exist_ok=True)
         self._port = free_ports(1)[0]
-        config = self._folder / "config.yaml"
-        config.write_text(json.dumps({
+        config_file = self._folder / "config.yaml"
+        config_file.write_text(json.dumps({
             "storage": {"uri": "s3://bucket/prefix"}, "trainer": {"image": "example.org/trainer:1"},
             "http": {"host": "127.0.0.1", "port": self._port}, "scrape": {"url": self._progress_url},
         }))  # fmt: skip
-        argv = [sys.executable, "-m", "finetune_operator", "--config", str(config)]
-        env = {**os.environ, "KUBECONFIG": str(self._endpoint.kubeconfig)}
+        command = [sys.executable, "-m", "finetune_operator", "--config", str(config_file)]
+        environment = {**os.environ, "KUBECONFIG": str(self._endpoint.kubeconfig)}
         started_at = time.monotonic()
         with (self._folder / "operator.log").open("ab") as log:
-            self._process = subprocess.Popen(argv, stdout=log, stderr=subprocess.STDOUT, env=env)
+            self._process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
         while True:
-            samples = self.read_metrics()
-            if samples.get(f"{METRIC_PREFIX}_leader") == 1 and (
-                not samples.get(f"{METRIC_PREFIX}_queue_depth") or _sum_samples(samples, f"{METRIC_PREFIX}_reconcile_seconds_count")
+            metric_samples = self.read_metrics()
+            if metric_samples.get(f"{METRIC_PREFIX}_leader") == 1 and (
+                not metric_samples.get(f"{METRIC_PREFIX}_queue_depth") or _sum_samples(metric_samples, f"{METRIC_PREFIX}_reconcile_seconds_count")
             ):
                 return time.monotonic() - started_at
             if self._process.poll() is not None:
@@ -71,11 +71,11 @@ class Operator:
         """Return the metric samples by `name{labels}`, or an empty dict if the operator does not respond."""
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{self._port}/metrics", timeout=10) as response:
-                text = response.read().decode()
+                metrics_text = response.read().decode()
         except (urllib.error.URLError, OSError):
             return {}
-        pairs = (line.rpartition(" ") for line in text.splitlines() if line and not line.startswith("#"))
-        return {name: float(value) for name, _, value in pairs}
+        sample_parts = (line.rpartition(" ") for line in metrics_text.splitlines() if line and not line.startswith("#"))
+        return {name: float(value) for name, _, value in sample_parts}
 
     def count_requests(self) -> Counter[str]:
         """Return the number of requests that the operator has sent to the API server, by `verb resource`."""
@@ -162,11 +162,11 @@ class ProgressServer:
             raise web.HTTPNotFound
         report: dict[str, Any] = {
             "attempt": int(attempt), "uid": uid, "stage": "training",
-            "progress": {"step": self.current_step(), "totalSteps": 1_000_000, "epoch": 0.1, "tokensPerSecond": 1000},
+            "progress": {"step": self.compute_current_step(), "totalSteps": 1_000_000, "epoch": 0.1, "tokensPerSecond": 1000},
             "metrics": {"trainLoss": 1.0, "learningRate": 1e-4},
         }  # fmt: skip
         return web.Response(body=json.dumps(report), content_type="application/json")
 
-    def current_step(self) -> int:
+    def compute_current_step(self) -> int:
         """Return the step that all pods report now."""
         return 1 + int(time.time() - self.started_at)

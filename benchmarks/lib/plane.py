@@ -11,11 +11,11 @@ from pathlib import Path
 from localcluster import ControlPlane, build, components
 from localcluster.processes import Server
 
-CLIENT_LIMITS = ("--kube-api-qps=2000", "--kube-api-burst=4000")
+CLIENT_LIMIT_FLAGS = ("--kube-api-qps=2000", "--kube-api-burst=4000")
 """Raised request limits. With the defaults (20 and 30 requests per second), the benchmark would only measure the limits."""
-EXTRA_FLAGS = {
-    "kube-controller-manager": [*CLIENT_LIMITS, "--concurrent-job-syncs=20"],
-    "kube-scheduler": list(CLIENT_LIMITS),
+EXTRA_FLAGS_BY_PROGRAM = {
+    "kube-controller-manager": [*CLIENT_LIMIT_FLAGS, "--concurrent-job-syncs=20"],
+    "kube-scheduler": list(CLIENT_LIMIT_FLAGS),
     # No audit log: it records only writes to FineTuneJobs, so only the variant that creates FineTuneJobs would become slower.
     "kube-apiserver": ["--max-requests-inflight=2000", "--max-mutating-requests-inflight=1000", "--audit-log-path=", "--audit-policy-file="],
 }
@@ -30,7 +30,7 @@ class FastControlPlane(ControlPlane):
         self.pids: dict[str, int] = {}
 
     def _spawn(self, name: str, argv: list[str]) -> Server:
-        server = super()._spawn(name, [*argv, *EXTRA_FLAGS.get(name, [])])
+        server = super()._spawn(name, [*argv, *EXTRA_FLAGS_BY_PROGRAM.get(name, [])])
         self.pids[name] = server.process.pid
         return server
 
@@ -56,23 +56,23 @@ class CpuUsage:
     def measure(cls, pids: dict[str, int]) -> CpuUsage:
         return cls({name: read_cpu_seconds(pid) for name, pid in pids.items()})
 
-    def used_since(self, earlier: CpuUsage) -> dict[str, float]:
-        """Return the CPU seconds that each program has used since `earlier`."""
-        return {name: round(used - earlier.seconds_by_program.get(name, 0.0), 2) for name, used in self.seconds_by_program.items()}
+    def compute_seconds_since(self, earlier_usage: CpuUsage) -> dict[str, float]:
+        """Return the CPU seconds that each program has used since `earlier_usage`."""
+        return {name: round(used_seconds - earlier_usage.seconds_by_program.get(name, 0.0), 2) for name, used_seconds in self.seconds_by_program.items()}
 
 
 def read_cpu_seconds(pid: int) -> float:
     """Return the CPU seconds (user and system) of a process and its reaped children; 0 if the process has ended."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        stat_fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except FileNotFoundError:
         return 0.0
-    return sum(int(value) for value in fields[11:15]) / TICKS_PER_SECOND
+    return sum(int(value) for value in stat_fields[11:15]) / TICKS_PER_SECOND
 
 
-def read_memory_bytes(pid: int, field: str = "VmRSS") -> int:
+def read_memory_bytes(pid: int, field_name: str = "VmRSS") -> int:
     """Return the resident memory of a process in bytes. With the field `VmHWM`, return its maximum since the start of the process."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
+        if line.startswith(f"{field_name}:"):
             return int(line.split()[1]) * 1024
     return 0

@@ -16,7 +16,7 @@ from finetune_api.memory.replay import Reference, Step
 from finetune_api.objectives import OBJECTIVES
 from finetune_api.spec.enums import TrainerType
 
-from .memory_runs import STEPS, SmallRun, add_adapter, create_base_model, find_peak
+from .memory_runs import STEP_COUNT, SmallRun, add_adapter, create_base_model, find_peak_bytes
 
 PREFERENCE_OBJECTIVES = (TrainerType.DPO, TrainerType.ORPO, TrainerType.KTO, TrainerType.REWARD)
 TRAINER_OPTIMIZERS = {"adamw": "adamw_torch_fused", "sgd": "sgd", "adafactor": "adafactor"}
@@ -50,15 +50,15 @@ class PreferenceRun:
 
     def as_step(self) -> Step:
         """Return the memory plan's description of the run."""
-        step = self.run.as_step()
+        small_run_step = self.run.as_step()
         rows = self.run.rows * OBJECTIVES[self.objective].sequences_per_row
-        weights = replace(step.weights, has_dropout=False, has_score_head=self.objective is TrainerType.REWARD)
+        weights = replace(small_run_step.weights, has_dropout=False, has_score_head=self.objective is TrainerType.REWARD)
         batch = Batch(rows, self.run.tokens, has_mask=True)
-        return replace(step, weights=weights, batch=batch, loss_head=LOSS_HEADS[self.objective], reference=self.reference)
+        return replace(small_run_step, weights=weights, batch=batch, loss_head=LOSS_HEADS[self.objective], reference=self.reference)
 
 
 def measure_preference_peak(run: PreferenceRun) -> int:
-    """Train STEPS steps with this project's Trainer, and return the peak of torch's allocated memory in bytes, from the first step on."""
+    """Train `STEP_COUNT` steps with this project's Trainer, and return the peak of torch's allocated memory in bytes, from the first step on."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 
@@ -72,7 +72,7 @@ def measure_preference_peak(run: PreferenceRun) -> int:
             trainer.train()
     finally:
         gc.enable()
-    return find_peak(profiler.profiler.kineto_results.experimental_event_tree())
+    return find_peak_bytes(profiler.profiler.kineto_results.experimental_event_tree())
 
 
 def _create_trainer(run: PreferenceRun, folder: str) -> Any:
@@ -87,19 +87,19 @@ def _create_trainer(run: PreferenceRun, folder: str) -> Any:
         model = add_adapter(run.run, model)
     if run.run.precision == "autocast" and run.run.method != "full":
         widen_trained_weights(model)
-    trained = TrainedWeightsCopy(model)
-    options = {}
+    trained_weights_copy = TrainedWeightsCopy(model)
+    trainer_options = {}
     if run.reference is Reference.MODEL:
-        options["ref_model"] = create_base_model(run.run).requires_grad_(False).eval()
+        trainer_options["ref_model"] = create_base_model(run.run).requires_grad_(False).eval()
     elif run.reference is Reference.ADAPTER:
-        options["ref_model"] = None
+        trainer_options["ref_model"] = None
     trainer_class = connect_trainer_class(objective.trainer_class, SimpleNamespace(trainer_mixins=(), on_accelerator_created=lambda trainer: None))
     trainer = trainer_class(
         model=model, args=_create_arguments(run, folder), train_dataset=_create_rows(run), processing_class=_create_tokenizer(run.run.vocabulary),
-        callbacks=[_create_marker()], **options,
+        callbacks=[_create_training_marker()], **trainer_options,
     )  # fmt: skip
-    trained.restore(model)
-    del trained
+    trained_weights_copy.restore(model)
+    del trained_weights_copy
     return trainer
 
 
@@ -107,15 +107,15 @@ def _create_arguments(run: PreferenceRun, folder: str) -> Any:
     from trl import DPOConfig, KTOConfig, RewardConfig
     from trl.experimental.orpo import ORPOConfig
 
-    small = run.run
-    config = {TrainerType.DPO: DPOConfig, TrainerType.ORPO: ORPOConfig, TrainerType.KTO: KTOConfig, TrainerType.REWARD: RewardConfig}[run.objective]
-    recomputation = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}
-    return config(
-        output_dir=folder, per_device_train_batch_size=small.rows, gradient_accumulation_steps=small.accumulation, max_steps=STEPS, learning_rate=1e-4,
-        optim=TRAINER_OPTIMIZERS[small.optimizer], bf16=small.precision == "autocast", use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True,
-        logging_strategy="no", train_sampling_strategy="sequential", dataloader_pin_memory=False, seed=small.seed,
-        max_length=small.tokens if run.objective is TrainerType.ORPO else None,
-        **(recomputation if small.recomputes else {"activation_checkpointing": False}),
+    small_run = run.run
+    config_class = {TrainerType.DPO: DPOConfig, TrainerType.ORPO: ORPOConfig, TrainerType.KTO: KTOConfig, TrainerType.REWARD: RewardConfig}[run.objective]
+    recomputation_options = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}
+    return config_class(
+        output_dir=folder, per_device_train_batch_size=small_run.rows, gradient_accumulation_steps=small_run.accumulation, max_steps=STEP_COUNT,
+        learning_rate=1e-4, optim=TRAINER_OPTIMIZERS[small_run.optimizer], bf16=small_run.precision == "autocast", use_cpu=True, report_to=[],
+        save_strategy="no", disable_tqdm=True, logging_strategy="no", train_sampling_strategy="sequential", dataloader_pin_memory=False, seed=small_run.seed,
+        max_length=small_run.tokens if run.objective is TrainerType.ORPO else None,
+        **(recomputation_options if small_run.recomputes else {"activation_checkpointing": False}),
         **({"remove_unused_columns": False} if run.objective is TrainerType.ORPO else {}),
     )  # fmt: skip
 
@@ -124,42 +124,42 @@ def _create_rows(run: PreferenceRun) -> Any:
     """Return random rows for all steps. The first row of each micro-batch has the most tokens."""
     from datasets import Dataset
 
-    small = run.run
-    rng, prompt_length = random.Random(small.seed), small.tokens // 3
+    small_run = run.run
+    rng, prompt_length = random.Random(small_run.seed), small_run.tokens // 3
 
-    def tokens(count: int) -> list[int]:
-        return [rng.randrange(3, small.vocabulary) for _ in range(count)]
+    def draw_tokens(count: int) -> list[int]:
+        return [rng.randrange(3, small_run.vocabulary) for _ in range(count)]
 
     rows: list[dict[str, Any]] = []
-    for position in list(range(small.rows)) * small.accumulation * STEPS:
-        prompt, answer = tokens(prompt_length), tokens(small.tokens - prompt_length - position * 7)
-        worse = tokens(len(answer) - 5)
+    for position in list(range(small_run.rows)) * small_run.accumulation * STEP_COUNT:
+        prompt, answer = draw_tokens(prompt_length), draw_tokens(small_run.tokens - prompt_length - position * 7)
+        rejected_answer = draw_tokens(len(answer) - 5)
         if run.objective is TrainerType.KTO:
             rows.append({"prompt_ids": prompt, "completion_ids": answer, "label": position % 2 == 0})
         elif run.objective is TrainerType.REWARD:
-            rows.append({"chosen_ids": prompt + answer, "rejected_ids": prompt + worse})
+            rows.append({"chosen_ids": prompt + answer, "rejected_ids": prompt + rejected_answer})
         else:
-            texts = {"prompt": "", "chosen": "", "rejected": ""} if run.objective is TrainerType.ORPO else {}
-            rows.append({"prompt_ids": prompt, "chosen_ids": answer, "rejected_ids": worse, **texts})
+            empty_texts = {"prompt": "", "chosen": "", "rejected": ""} if run.objective is TrainerType.ORPO else {}
+            rows.append({"prompt_ids": prompt, "chosen_ids": answer, "rejected_ids": rejected_answer, **empty_texts})
     return Dataset.from_list(rows)
 
 
-def _create_tokenizer(vocabulary: int) -> Any:
+def _create_tokenizer(vocabulary_size: int) -> Any:
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast
 
-    words = {f"w{number}": number for number in range(vocabulary)}
-    special = {name: f"w{number}" for number, name in enumerate(("pad_token", "eos_token", "unk_token"))}
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, special["unk_token"])), **special)
+    id_by_word = {f"w{number}": number for number in range(vocabulary_size)}
+    special_tokens = {name: f"w{number}" for number, name in enumerate(("pad_token", "eos_token", "unk_token"))}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(id_by_word, special_tokens["unk_token"])), **special_tokens)
 
 
-def _create_marker() -> Any:
-    """Return a callback that records the event `training` in the profile, because `find_peak` searches for this event."""
+def _create_training_marker() -> Any:
+    """Return a callback that records the event `training` in the profile, because `find_peak_bytes` searches for this event."""
     from torch.profiler import record_function
     from transformers import TrainerCallback
 
-    class Marker(TrainerCallback):
+    class TrainingMarker(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.range = record_function("training")
             self.range.__enter__()
@@ -167,4 +167,4 @@ def _create_marker() -> Any:
         def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.range.__exit__(None, None, None)
 
-    return Marker()
+    return TrainingMarker()

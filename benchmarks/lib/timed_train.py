@@ -20,17 +20,17 @@ preload = train.preload
 
 
 def main(run: RunConfig, channel: Channel, inputs: Inputs) -> None:
-    original_heartbeat, original_staged = channel.report_step, channel.report_staged_files
+    original_report_step, original_report_staged_files = channel.report_step, channel.report_staged_files
 
-    def record_heartbeat(step: int) -> None:
+    def record_step_end(step: int) -> None:
         append_record(channel, step=step, ended=time.monotonic())
-        original_heartbeat(step)
+        original_report_step(step)
 
-    def record_staged(step: int, folder: Any, **values: Any) -> None:
+    def record_stall(step: int, folder: Any, **values: Any) -> None:
         append_record(channel, step=step, stall=values["stallSeconds"])
-        original_staged(step, folder, **values)
+        original_report_staged_files(step, folder, **values)
 
-    channel.report_step, channel.report_staged_files = record_heartbeat, record_staged  # type: ignore[method-assign] # records the times
+    channel.report_step, channel.report_staged_files = record_step_end, record_stall  # type: ignore[method-assign] # records the times
     if os.environ.get("BENCHMARK_CHECKPOINTS") == "blocking":
         from finetune_trainer.checkpoint.rank import CheckpointStager
 
