@@ -37,21 +37,21 @@ class MemorySavers:
     def choose(run: RunConfig, hardware: Hardware) -> MemorySavers:
         """Choose the options for a run. Errors: ConfigError BackendNeedsGpu."""
         training = run.spec.training
-        mode = training.gradient_checkpointing or GradientCheckpointing.DISABLED
-        name = training.optimizer or "adamw_torch_fused"
+        checkpointing_mode = training.gradient_checkpointing or GradientCheckpointing.DISABLED
+        optimizer_name = training.optimizer or "adamw_torch_fused"
         uses_liger = kernels.are_kernels_allowed(run) and (hardware.device.type == "cuda" or kernels.are_kernels_requested(run))
         if run.spec.trainer.backend is not TrainerBackend.UNSLOTH:
-            return MemorySavers(mode, name, uses_liger)
+            return MemorySavers(checkpointing_mode, optimizer_name, uses_liger)
         if hardware.is_cpu:
             raise ConfigError(
                 "BackendNeedsGpu", "trainer.backend unsloth needs a GPU, and this job runs on CPU",
                 hint="write `backend: transformers`, or request a GPU",
             )  # fmt: skip
-        if CHECKPOINTING_PATH in run.defaults and mode is not GradientCheckpointing.DISABLED:
-            mode = GradientCheckpointing.UNSLOTH
-        name = LOW_MEMORY_OPTIMIZER if OPTIMIZER_PATH in run.defaults else name
-        note = f"trainer.backend unsloth selects options that save GPU memory: optimizer {name}, gradientCheckpointing {mode}, liger kernels {uses_liger}"
-        return MemorySavers(mode, name, uses_liger, (note,))
+        if CHECKPOINTING_PATH in run.defaults and checkpointing_mode is not GradientCheckpointing.DISABLED:
+            checkpointing_mode = GradientCheckpointing.UNSLOTH
+        optimizer_name = LOW_MEMORY_OPTIMIZER if OPTIMIZER_PATH in run.defaults else optimizer_name
+        note = f"trainer.backend unsloth selects options that save GPU memory: optimizer {optimizer_name}, gradientCheckpointing {checkpointing_mode}, liger kernels {uses_liger}"
+        return MemorySavers(checkpointing_mode, optimizer_name, uses_liger, (note,))
 
 
 def shared_arguments(

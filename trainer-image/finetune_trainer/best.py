@@ -91,11 +91,11 @@ def copy_to_all_nodes(args: TrainingArguments) -> None:
         received_folder.mkdir(parents=True)
     chunks = _read_chunks(best_weights) if args.process_index == 0 else iter(())
     while True:
-        message = [next(chunks, None)]
-        distributed.broadcast_object_list(message, src=0, device=args.device)
-        if message[0] is None:
+        broadcast_values = [next(chunks, None)]
+        distributed.broadcast_object_list(broadcast_values, src=0, device=args.device)
+        if broadcast_values[0] is None:
             break
-        name, data = message[0]
+        name, data = broadcast_values[0]
         if is_writer:
             with (received_folder / name).open("ab") as file:
                 file.write(data)

@@ -118,28 +118,28 @@ def _license_of_base(base: Path) -> dict[str, Any]:
 
 def _card_text(run: RunConfig, inputs: Inputs, kind: OutputKind, facts: TrainingFacts) -> str:
     root, incarnation = redact_source(run.storage.uri), os.environ.get(Env.INCARNATION_FOLDER, "")
-    what = "Adapter for" if kind is OutputKind.ADAPTER else "Model trained from"
+    relation_to_base = "Adapter for" if kind is OutputKind.ADAPTER else "Model trained from"
     model_class = "peft.AutoPeftModelForCausalLM" if kind is OutputKind.ADAPTER else "transformers.AutoModelForCausalLM"
     if is_vision_language(run.spec):
         model_class = VISION_MODEL_CLASS
     if trainer_type_of(run.spec) is TrainerType.REWARD:
         model_class = model_class.replace("CausalLM", "SequenceClassification")
-    base = {"source": redact_source(run.spec.model.source or ""), "revision": inputs.model_revision}
-    data = {
+    base_facts = {"source": redact_source(run.spec.model.source or ""), "revision": inputs.model_revision}
+    data_facts = {
         "source": redact_source(run.spec.dataset.train or "several sources (dataset.mixture)"), "digest (sha256)": inputs.dataset_digest,
         "rows": facts.rows, "format": facts.data_format,
     }  # fmt: skip
-    training = {path: value for path in SHOWN_FIELDS if (value := _wire_value(run, path)) not in (None, [])}
-    training |= {"optimizer steps": facts.steps, "trained parameters": facts.trainable_parameters, "all parameters": facts.total_parameters}
-    lineage = {
+    training_facts = {path: value for path in SHOWN_FIELDS if (value := _wire_value(run, path)) not in (None, [])}
+    training_facts |= {"optimizer steps": facts.steps, "trained parameters": facts.trainable_parameters, "all parameters": facts.total_parameters}
+    lineage_facts = {
         "FineTuneJob": f"{run.namespace}/{run.name}", "uid": run.uid, "attempt": run.attempt, "files of the job": root,
         "this artefact": f"{root}/{Storage.MODEL}/{incarnation}", "metrics": f"{root}/{Storage.METRICS}", "spec of each attempt": f"{root}/{Storage.RUN}",
     }  # fmt: skip
     parts = [
-        f"# {escape_markdown(run.name)}\n\n{what} {escape_markdown(base['source'])}, "
+        f"# {escape_markdown(run.name)}\n\n{relation_to_base} {escape_markdown(base_facts['source'])}, "
         f"trained with {escape_markdown(str(method_type_of(run.spec)))} by a FineTuneJob.\n",
-        _loading_section(kind, model_class), _build_table("Base model", base), _build_table("Data", data), _build_table("Training", training),
-        _build_table("Metrics", facts.metrics) if facts.metrics else "", _build_table("Lineage", lineage),
+        _loading_section(kind, model_class), _build_table("Base model", base_facts), _build_table("Data", data_facts), _build_table("Training", training_facts),
+        _build_table("Metrics", facts.metrics) if facts.metrics else "", _build_table("Lineage", lineage_facts),
     ]  # fmt: skip
     return "\n".join(part for part in parts if part)
 

@@ -153,20 +153,20 @@ def max_sequence_length(run: RunConfig, tokenizer: Any, max_positions: int | Non
     if limit is None:
         return requested or DEFAULT_MAX_SEQUENCE_LENGTH
     virtual_count = count_virtual_tokens(run)
-    available = limit - virtual_count
+    available_length = limit - virtual_count
     taken_by_prompt = f" and method.promptLength takes {virtual_count} of them" if virtual_count else ""
-    if virtual_count and available < MIN_TOKENS_PER_ROW:
+    if virtual_count and available_length < MIN_TOKENS_PER_ROW:
         raise ConfigError(
             "SequenceTooLong", f"the model has {limit} positions{taken_by_prompt}, so no row fits",
             hint=f"write method.promptLength {limit // 2} or less, or choose a model with a longer context",
         )  # fmt: skip
     if requested is None or MAX_SEQUENCE_LENGTH_FIELD in run.defaults:
-        return min(DEFAULT_MAX_SEQUENCE_LENGTH, available)
-    if requested <= available:
+        return min(DEFAULT_MAX_SEQUENCE_LENGTH, available_length)
+    if requested <= available_length:
         return requested
     raise ConfigError(
         "SequenceTooLong", f"{MAX_SEQUENCE_LENGTH_FIELD} is {requested}, but the model has {limit} positions{taken_by_prompt}",
-        hint=f"write {available} or less, or choose a model with a longer context",
+        hint=f"write {available_length} or less, or choose a model with a longer context",
     )  # fmt: skip
 
 
@@ -227,10 +227,10 @@ def add_template_variables(template: Any, variables: Mapping[str, str]) -> str:
     )
     if template.startswith(prefix):
         return template
-    unknown = [name for name in variables if not re.search(rf"\b{name}\b", template)]
-    if unknown:
+    unused_names = [name for name in variables if not re.search(rf"\b{name}\b", template)]
+    if unused_names:
         raise ConfigError(
-            "TemplateVariableUnknown", f"the chat template does not use {', '.join(unknown)}, but dataset.templateVariables sets a value",
+            "TemplateVariableUnknown", f"the chat template does not use {', '.join(unused_names)}, but dataset.templateVariables sets a value",
             hint="write only variables that the template uses",
         )  # fmt: skip
     return prefix + template
@@ -332,14 +332,14 @@ def _build_splits(
                 "prompt and completion are joined without a chat template; dataset.useChatTemplate: true renders them as turns"
             )
         notes += require_few_bad_rows(run, split.rejected, len(split), split.name)
-        report = reports[split.name] = _count_tokens(split, options)
-        notes += [f"{split.name}: {note}" for note in report.notes(options)]
+        token_report = reports[split.name] = _count_tokens(split, options)
+        notes += [f"{split.name}: {note}" for note in token_report.notes(options)]
         positions, lengths = split.positions[split.kept_mask], split.lengths[split.kept_mask]
         splits[split.name] = encoded.shards.read(positions, lengths)
         if run.spec.dataset.packing and split.name == "train":
             bins = pack(lengths.tolist(), options.max_length)
-            report.sequences = len(bins)
-            report.padding_share = padding_share(report.tokens, len(bins), options.max_length)
+            token_report.sequences = len(bins)
+            token_report.padding_share = padding_share(token_report.tokens, len(bins), options.max_length)
             splits["train"] = build_packed_batches(encoded.shards, positions, lengths, bins, IGNORED_LABEL)
     if run.spec.dataset.packing:
         notes.append(f"train: {reports['train'].notes(options)[-1]}")
@@ -351,13 +351,13 @@ def _count_tokens(split: EncodedSplit, options: TokeniseOptions) -> TokenReport:
     lengths = split.lengths[split.kept_mask]
     lengths.sort()
     dropped, answerless = split.count(RowOutcome.TOO_LONG), split.count(RowOutcome.ANSWERLESS)
-    rows = len(lengths)
-    if not rows:
+    row_count = len(lengths)
+    if not row_count:
         raise no_row_left_error(dropped, answerless, options.max_length)
     return TokenReport(
-        rows=rows, truncated=split.count(RowOutcome.CUT), dropped=dropped, answerless=answerless,
+        rows=row_count, truncated=split.count(RowOutcome.CUT), dropped=dropped, answerless=answerless,
         tokens=int(lengths.sum()), trained_tokens=int(split.trained_counts[split.kept_mask].sum()),
-        longest=int(lengths[-1]), median=int(lengths[(rows - 1) // 2]), percentile95=int(lengths[min(rows - 1, int(0.95 * rows))]), sequences=rows,
+        longest=int(lengths[-1]), median=int(lengths[(row_count - 1) // 2]), percentile95=int(lengths[min(row_count - 1, int(0.95 * row_count))]), sequences=row_count,
     )  # fmt: skip
 
 

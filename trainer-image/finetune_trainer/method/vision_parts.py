@@ -45,9 +45,9 @@ class TrainedParts:
 
     def freeze(self, model: Any) -> None:
         """Freeze the parameters outside of the trained parts."""
-        excluded = re.compile(self.excluded_names_pattern(model))
+        excluded_pattern = re.compile(self.excluded_names_pattern(model))
         for name, parameter in model.named_parameters():
-            if excluded.fullmatch(name):
+            if excluded_pattern.fullmatch(name):
                 parameter.requires_grad_(False)
 
     def excluded_names_pattern(self, model: Any) -> str:
@@ -77,10 +77,10 @@ class TrainedParts:
 
         `targets`: names of modules, or PEFT's word for all linear layers. `linear_names`: names of the linear layers.
         """
-        excluded = re.compile(self.excluded_names_pattern(model))
+        excluded_pattern = re.compile(self.excluded_names_pattern(model))
         names = linear_names if isinstance(targets, str) else targets
         modules = (name for name, _ in model.named_modules() if any(name == target or name.endswith(f".{target}") for target in names))
-        if all(excluded.fullmatch(name) for name in modules):
+        if all(excluded_pattern.fullmatch(name) for name in modules):
             raise ConfigError(
                 "TargetModulesMissing", f"no module would have an adapter: method.vision leaves out all of {', '.join(names)}",
                 hint="change method.vision, or remove method.lora.targetModules",

@@ -78,28 +78,28 @@ def answers_section(report: RunReport) -> Section:
     """Return the section that shows the answers of the base model and the trained model side by side."""
     blocks: list[Block] = []
     if report.comparison is not None and report.comparison.comparisons:
-        compared = report.comparison.comparisons
+        compared_answers = report.comparison.comparisons
         items = [
             Answer(
                 f"Prompt {one.prompt_id}", shorten_text(one.prompt),
                 [("base model", shorten_text(one.base_model_response), ""), ("trained model", shorten_text(one.finetuned_model_response), ""),
                  *([("expected", shorten_text(one.label), "")] if one.label is not None else [])],
             )
-            for one in compared[:MAX_ANSWERS]
+            for one in compared_answers[:MAX_ANSWERS]
         ]  # fmt: skip
-        blocks.append(Answers("Base model and trained model", items, _describe_shown_count(len(items), len(compared), "evaluation/model_comparison.json")))
+        blocks.append(Answers("Base model and trained model", items, _describe_shown_count(len(items), len(compared_answers), "evaluation/model_comparison.json")))
     if report.predictions:
         items = []
         for number, one in enumerate(report.predictions[:MAX_ANSWERS], 1):
-            mark = "" if one.ground_truth is None else "good" if one.assistant_response.strip() == one.ground_truth.strip() else "bad"
-            expected = [] if one.ground_truth is None else [("answer of the data", shorten_text(one.ground_truth), "")]
-            items.append(Answer(f"Row {number}", shorten_text(one.user_prompt), [("trained model", shorten_text(one.assistant_response), mark), *expected]))
+            match_style = "" if one.ground_truth is None else "good" if one.assistant_response.strip() == one.ground_truth.strip() else "bad"
+            reference_answers = [] if one.ground_truth is None else [("answer of the data", shorten_text(one.ground_truth), "")]
+            items.append(Answer(f"Row {number}", shorten_text(one.user_prompt), [("trained model", shorten_text(one.assistant_response), match_style), *reference_answers]))
         note = _describe_shown_count(len(items), report.prediction_count, "evaluation/predictions.jsonl")
         blocks.append(Answers("Answers to the test set", items, note))
     return Section("answers", "Answers", blocks)
 
 
-def _describe_shown_count(shown: int, count: int, file: str) -> str:
-    return f"All {count} answers." if shown == count else f"The first {shown} of {count} answers; {file} contains all of them."
+def _describe_shown_count(shown_count: int, total_count: int, file: str) -> str:
+    return f"All {total_count} answers." if shown_count == total_count else f"The first {shown_count} of {total_count} answers; {file} contains all of them."
 
 
