@@ -80,7 +80,7 @@ def read_questions(rows: Iterable[tuple[RawRow, Example]], render_options: Rende
 
     If a question has more than `options.max_length` tokens, only the last `options.max_length` tokens are kept.
     """
-    examples_and_renderings = [question for _, example in rows if (question := _render_question(example, render_options)) is not None]
+    examples_and_renderings = [rendering for _, example in rows if (rendering := _render_question(example, render_options)) is not None]
     texts = ((str(number), rendered) for number, (_, rendered) in enumerate(examples_and_renderings))
     encoded_rows = encode(texts, render_options.tokenizer, replace(options, add_eos=False))
     return [

@@ -169,8 +169,8 @@ def _to_encryption_error(
             hint=f"grant {permission[0]} on the key in {connection.spec_field}.encryption.kmsKeyId, or on the bucket's own key",
         )  # fmt: skip
     uses_http = (connection.endpoint or "https").startswith("http://")
-    is_key_refused = error_code in ("InvalidArgument", "InvalidRequest") or (error_code == "400" and not uses_http)
-    if operation in ("HeadObject", "GetObject") and http_status == 400 and is_key_refused:
+    is_invalid_request = error_code in ("InvalidArgument", "InvalidRequest") or (error_code == "400" and not uses_http)
+    if operation in ("HeadObject", "GetObject") and http_status == 400 and is_invalid_request:
         return StorageSetupError(
             "EncryptionRefused", f"{location} cannot return an object with the given encryption: the object is encrypted with a customer's "
             "key that was not given, with another customer's key, or without a customer's key",

@@ -87,7 +87,7 @@ class Lineage:
     def _build_statement(self, committed: CommittedCheckpoint, manifest: Manifest, inputs: Inputs | None) -> Statement:
         spec, redacted_fields = remove_secrets(self._run.to_wire()["spec"])
         world = self._run.world
-        internal = {
+        internal_parameters = {
             "defaults": self._run.defaults, "redactedFields": redacted_fields,
             "originalValues": remove_secrets(self._run.before_adaptation or {})[0],
             "world": {"nodes": world.nodes, "processesPerNode": world.processes_per_node, "gpusPerNode": world.gpus_per_node},
@@ -96,7 +96,7 @@ class Lineage:
             subject=[_manifest_subject(committed), *(Resource(name=file.path, digest={"sha256": file.sha256}) for file in manifest.files)],
             predicate=Provenance(
                 build_definition=BuildDefinition(
-                    build_type=BUILD_TYPE, external_parameters={"spec": spec}, internal_parameters=internal,
+                    build_type=BUILD_TYPE, external_parameters={"spec": spec}, internal_parameters=internal_parameters,
                     resolved_dependencies=list_dependencies(self._run, manifest.facts, inputs, self._digests),
                 ),
                 run_details=RunDetails(
@@ -125,10 +125,10 @@ def _manifest_subject(committed: CommittedCheckpoint) -> Resource:
 
 def _builder_versions(facts: RunFacts) -> dict[str, str]:
     try:
-        own_version = {"finetune-operator": version("finetune-operator")}
+        operator_version = {"finetune-operator": version("finetune-operator")}
     except PackageNotFoundError:  # The code runs from a checkout, and the package is not installed.
-        own_version = {}
-    return {**own_version, "python": platform.python_version(), **facts.versions}
+        operator_version = {}
+    return {**operator_version, "python": platform.python_version(), **facts.versions}
 
 
 # ---- dependencies ----
@@ -150,15 +150,15 @@ def _model_resources(run: RunConfig, facts: RunFacts, inputs: Inputs | None, dig
         yield from _model_file_resources(BASE_MODEL_DEPENDENCY, inputs.model, digests)
     adapter = spec.method.adapter.source if spec.method.adapter else None
     reference = spec.trainer.dpo.reference_model if spec.trainer.dpo else None
-    others = (
+    other_sources = (
         ("model.tokenizer", spec.model.tokenizer, "tokenizer"), ("method.adapter.source", adapter, "adapter"),
         ("trainer.dpo.referenceModel", reference, "reference model"),
     )  # fmt: skip
-    others += tuple(
+    other_sources += tuple(
         (f"output.combineAdapters[{number}].source", item.source, combined_adapter_name(number))
         for number, item in enumerate(spec.output.combine_adapters or [])
     )
-    for path, source, fact in others:
+    for path, source, fact in other_sources:
         if source and fact in facts.other_inputs:
             yield Resource(name=path, uri=redact_source(source), annotations={REVISION_ANNOTATION: facts.other_inputs[fact]})
 
@@ -173,17 +173,17 @@ def _model_file_resources(name: str, folder: Path, digests: FileDigests) -> Iter
 def _data_resources(run: RunConfig, facts: RunFacts, inputs: Inputs | None, digests: FileDigests) -> Iterator[Resource]:
     """Yield the data sources and their files. A file that has changed since the training has no digest."""
     data = run.spec.dataset
-    train = [("dataset.train", data.train, inputs.train if inputs else [])] if data.train else []
-    train += [
+    training_sources = [("dataset.train", data.train, inputs.train if inputs else [])] if data.train else []
+    training_sources += [
         (f"dataset.mixture[{number}].source", item.source, inputs.mixture[number] if inputs else [])
         for number, item in enumerate(data.mixture or [])
     ]
-    held_out = [
+    held_out_sources = [
         ("dataset.validation", data.validation, inputs.validation if inputs else [], "validation data"),
         ("dataset.test", data.test, inputs.test if inputs else [], "test data"),
     ]
-    yield from _data_file_resources(train, facts.dataset_digest, digests)
-    for path, source, files, fact in held_out:
+    yield from _data_file_resources(training_sources, facts.dataset_digest, digests)
+    for path, source, files, fact in held_out_sources:
         if source:
             yield from _data_file_resources([(path, source, files)], facts.other_inputs.get(fact, ""), digests)
     root = data.images.root if data.images else None
