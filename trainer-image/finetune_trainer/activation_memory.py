@@ -101,8 +101,9 @@ def choose_kept_activations(
         return None
     smaller_batch_note = "" if run.spec.dataset.packing else f" (no layer does in micro-batches of up to {layer_tokens // layer_count} tokens)"
     return ActivationChoice(layer_tokens, (
-        f"{layer_count - kept_layer_count} of {layer_count} layers recompute their activations{' in the largest micro-batch' if smaller_batch_note else ''}{smaller_batch_note}, because by the "
-        f"trainer's estimate only the activations of the other layers fit into {gpu_bytes / 1e9:.0f} GB of GPU memory "
+        f"{layer_count - kept_layer_count} of {layer_count} layers recompute their activations"
+        f"{' in the largest micro-batch' if smaller_batch_note else ''}{smaller_batch_note}, because by the trainer's "
+        f"estimate only the activations of the other layers fit into {gpu_bytes / 1e9:.0f} GB of GPU memory "
         "(with training.gradientCheckpointing: enabled, all layers recompute)"
     ))  # fmt: skip
 
@@ -152,16 +153,20 @@ def estimate_memory(
     kept_value_counts = [KEPT_WITH_LIGER_KERNELS if uses_liger else KEPT_WITH_TORCH_KERNELS]
     if lora is not None and lora.dropout:
         kept_value_counts.append(KEPT_ADDITIONALLY_WITH_DROPOUT)
-    values_per_layer_token = sum(counts.per_hidden_unit * hidden_size + counts.per_attention_unit * attention_size + counts.per_feed_forward_unit * feed_forward_size for counts in kept_value_counts)
+    values_per_layer_token = sum(
+        counts.per_hidden_unit * hidden_size + counts.per_attention_unit * attention_size + counts.per_feed_forward_unit * feed_forward_size
+        for counts in kept_value_counts
+    )
     value_bytes = 2 if hardware.computes_in_bf16 or hardware.computes_in_fp16 else 4
     layer_parameter_count = layer_count * (2 * hidden_size * (attention_size + key_size) + 3 * hidden_size * feed_forward_size)
-    adapter_parameter_count = ((lora.rank if lora is not None else None) or 16) * layer_count * (4 * (hidden_size + attention_size) + 3 * (hidden_size + feed_forward_size))
+    lora_rank = (lora.rank if lora is not None else None) or 16
+    adapter_parameter_count = lora_rank * layer_count * (4 * (hidden_size + attention_size) + 3 * (hidden_size + feed_forward_size))
     model_size = _ModelSize(layer_parameter_count, config.vocab_size * hidden_size, (1 if config.tie_word_embeddings else 2) * config.vocab_size * hidden_size)
     has_buckets = strategy_name == "ddp"
     if trains_base_weights(run.spec):
-        state_bytes = _bytes_of_full_training(run, hardware, model_size, has_buckets=has_buckets)
+        state_bytes = _estimate_bytes_of_full_training(run, hardware, model_size, has_buckets=has_buckets)
     else:
-        state_bytes = _bytes_of_adapter_training(run, hardware, model_size, adapter_parameter_count, has_buckets=has_buckets)
+        state_bytes = _estimate_bytes_of_adapter_training(run, hardware, model_size, adapter_parameter_count, has_buckets=has_buckets)
     return MemoryEstimate(state_bytes, value_bytes * values_per_layer_token * layer_count * batch_tokens)
 
 
@@ -175,7 +180,7 @@ class _ModelSize:
     """Parameters of input embeddings and head together. Tied parameters count once."""
 
 
-def _bytes_of_full_training(run: RunConfig, hardware: Hardware, model_size: _ModelSize, *, has_buckets: bool) -> int:
+def _estimate_bytes_of_full_training(run: RunConfig, hardware: Hardware, model_size: _ModelSize, *, has_buckets: bool) -> int:
     """Return the bytes of weights, gradients and the optimizer's two moments at the end of the forward pass.
 
     Weights, gradients and moments have the same data type.
@@ -192,7 +197,7 @@ def _bytes_of_full_training(run: RunConfig, hardware: Hardware, model_size: _Mod
     return parameter_count * (3 * weight_bytes + cast_bytes) + gradient_count * weight_bytes
 
 
-def _bytes_of_adapter_training(run: RunConfig, hardware: Hardware, model_size: _ModelSize, adapter_parameters: int, *, has_buckets: bool) -> int:
+def _estimate_bytes_of_adapter_training(run: RunConfig, hardware: Hardware, model_size: _ModelSize, adapter_parameters: int, *, has_buckets: bool) -> int:
     bits, weight_bytes = base_bits(run.spec), _weight_bytes(hardware)
     base_bytes = model_size.layer_parameters * (weight_bytes if bits is None else 1.2 * bits / 8) + model_size.embedding_parameters * weight_bytes
     return int(base_bytes) + (20 if has_buckets else 16) * adapter_parameters

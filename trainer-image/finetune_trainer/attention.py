@@ -120,7 +120,10 @@ def require_divisible_attention(config: Any, rank_count: int) -> None:
         problem = f"the model has attention layers that do not attend to all previous tokens: {unsupported_kinds}"
     elif head_count % rank_count or (key_head_count % rank_count and rank_count % key_head_count):
         problem = f"the model has {head_count} attention heads and {key_head_count} key-value heads, which {rank_count} ranks cannot share equally"
-        possible_rank_counts = [str(rank_count_option) for rank_count_option in range(2, head_count + 1) if head_count % rank_count_option == 0 and (key_head_count % rank_count_option == 0 or rank_count_option % key_head_count == 0)]
+        possible_rank_counts = [
+            str(count) for count in range(2, head_count + 1)
+            if head_count % count == 0 and (key_head_count % count == 0 or count % key_head_count == 0)
+        ]
         hint = f"write one of {', '.join(possible_rank_counts)}, or 1" if possible_rank_counts else "write `contextParallelSize: 1`"
     else:
         return

@@ -148,10 +148,10 @@ def installation_error(error: BaseException) -> InstallationBrokenError | None:
 
     Another attempt would fail in the same way. The chain of causes is examined too, because transformers wraps the reason of a failed import.
     """
-    return _own_installation_error(error) or (installation_error(error.__cause__) if error.__cause__ is not None else None)
+    return _find_installation_error(error) or (installation_error(error.__cause__) if error.__cause__ is not None else None)
 
 
-def _own_installation_error(error: BaseException) -> InstallationBrokenError | None:
+def _find_installation_error(error: BaseException) -> InstallationBrokenError | None:
     text = str(error)
     if GPU_DRIVER_MISSING_PATTERN.search(text):
         return InstallationBrokenError(

@@ -283,7 +283,7 @@ class AdapterSwitch:
             return
         key = (id(model), adapter_name)
         if key not in self._values:
-            self._holders.setdefault(id(model), _adapter_holders(model))
+            self._holders.setdefault(id(model), _find_adapter_holders(model))
             with self._use_adapter(model, adapter_name):
                 self._values[key] = self._active_adapters(model)
                 yield
@@ -310,7 +310,7 @@ NO_ACTIVE_ADAPTER = object()
 """Marks an object that has no active adapter of its own, so that the default of its class applies."""
 
 
-def _adapter_holders(model: Any) -> list[tuple[Any, str]]:
+def _find_adapter_holders(model: Any) -> list[tuple[Any, str]]:
     """Return the objects of a PEFT model that have an active adapter, each with the name of the attribute."""
     from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper

@@ -74,7 +74,10 @@ def _shrink_layers(text_config: Any) -> None:
     layer_types = getattr(text_config, "layer_types", None) or []
     kept_layers = sorted({layer_types.index(kind) for kind in layer_types})[:MOST_LAYERS] if len(layer_types) == layer_count else []
     kept_layers = sorted({*kept_layers, *[number for number in range(layer_count) if number not in kept_layers][: max(0, FEWEST_LAYERS - len(kept_layers))]})
-    lists_per_layer = {name: value for name, value in vars(text_config).items() if isinstance(value, list) and len(value) == layer_count and layer_count > MOST_LAYERS}
+    lists_per_layer = {
+        name: value for name, value in vars(text_config).items()
+        if isinstance(value, list) and len(value) == layer_count and layer_count > MOST_LAYERS
+    }
     if len(layer_types) == layer_count:
         lists_per_layer["layer_types"] = layer_types
     text_config.num_hidden_layers = len(kept_layers)

@@ -50,16 +50,16 @@ class ModelShape:
         head_count = int(getattr(config, "num_attention_heads", 0) or 0)
         head_size = getattr(config, "head_dim", None) or (config.hidden_size // head_count if head_count else 0)
         return ModelShape(
-            sum(used_count for _, used_count in _matrix_parameters(model)), int(getattr(config, "num_hidden_layers", 0) or 0), head_count, int(head_size)
+            sum(used_count for _, used_count in _count_matrix_parameters(model)), int(getattr(config, "num_hidden_layers", 0) or 0), head_count, int(head_size)
         )  # fmt: skip
 
 
 def trained_parameters(model: Any) -> int:
     """Return the number of trained parameters in matrix products of the base model, without adapters."""
-    return sum(used_count for parameter, used_count in _matrix_parameters(model) if parameter.requires_grad)
+    return sum(used_count for parameter, used_count in _count_matrix_parameters(model) if parameter.requires_grad)
 
 
-def _matrix_parameters(model: Any) -> Iterator[tuple[Any, int]]:
+def _count_matrix_parameters(model: Any) -> Iterator[tuple[Any, int]]:
     """Yield each parameter of the base model that is used in matrix products, with the number of its values that one token uses."""
     config, head = model.config.get_text_config(), model.get_output_embeddings()
     head_ids = {id(one) for _, one in _effective_parameters(head)} if head is not None else set()

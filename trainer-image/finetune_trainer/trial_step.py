@@ -175,7 +175,10 @@ def _run_plain_step(small_model: Any, data: Any) -> None:
 def _run_job_step(context: TrainingContext, objective: Objective[Any, Any], data: Any, small_model: Any) -> None:
     """Train one step with the method and the objective of the job."""
     run = make_small_run(context.run)
-    hardware = Hardware(torch.device("cpu"), "cpu", torch.float32, computes_in_bf16=False, computes_in_fp16=False, attention=small_model.config._attn_implementation)
+    hardware = Hardware(
+        torch.device("cpu"), "cpu", torch.float32, computes_in_bf16=False, computes_in_fp16=False,
+        attention=small_model.config._attn_implementation,
+    )
     folder = context.inputs.output_dir.parent / "trial-step"
     inputs = context.inputs.model_copy(update={"output_dir": folder / "output"})
     strategy = DistributedStrategy(run, hardware, 1)

@@ -31,7 +31,8 @@ def use_local_caches(work_folder: Path) -> None:
     caches_folder = work_folder / "benchmark-caches"
     os.environ |= {
         "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_EVALUATE_OFFLINE": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0",
-        "HF_DATASETS_CACHE": str(caches_folder / "datasets"), "HF_EVALUATE_CACHE": str(caches_folder / "evaluate"), "HF_METRICS_CACHE": str(caches_folder / "metrics"),
+        "HF_DATASETS_CACHE": str(caches_folder / "datasets"), "HF_EVALUATE_CACHE": str(caches_folder / "evaluate"),
+        "HF_METRICS_CACHE": str(caches_folder / "metrics"),
         "HF_MODULES_CACHE": str(caches_folder / "modules"), "LM_HARNESS_CACHE_PATH": str(caches_folder / "harness"), "TQDM_DISABLE": "1",
     }  # fmt: skip
 
@@ -97,7 +98,7 @@ def _measure_task(loaded: LoadedModel, task: BenchmarkTask) -> TaskRecord:
         )  # fmt: skip
     loaded.model.tie_weights = lambda *_, **__: None  # The harness would tie the weights again, and so undo that an adapter replaced a tied weight.
     model = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, backend="causal", batch_size=loaded.batch_size)
-    tasks = _task_manager(task).load([task.name])
+    tasks = _create_task_manager(task).load([task.name])
     for harness_task in tasks["tasks"].values():
         task_few_shot = harness_task.get_config("num_fewshot")
         harness_task.set_config(key="num_fewshot", value=task_few_shot or 0 if benchmark.few_shot is None or task_few_shot == 0 else benchmark.few_shot)
@@ -112,7 +113,7 @@ def _measure_task(loaded: LoadedModel, task: BenchmarkTask) -> TaskRecord:
     return TaskRecord(measurements=_to_measurements(harness_results))
 
 
-def _task_manager(task: BenchmarkTask) -> Any:
+def _create_task_manager(task: BenchmarkTask) -> Any:
     """Return the harness's index of the task definitions in one folder.
 
     The benchmark's folder is used if it defines the task. Otherwise, the folder of the harness that defines the task is used. An
@@ -163,7 +164,9 @@ def _sandboxed_templates(*, allows_code: bool) -> Iterator[None]:
     from lm_eval import utils
 
     original_environment = utils.env
-    sandboxed_environment = ImmutableSandboxedEnvironment(undefined=original_environment.undefined, keep_trailing_newline=original_environment.keep_trailing_newline)
+    sandboxed_environment = ImmutableSandboxedEnvironment(
+        undefined=original_environment.undefined, keep_trailing_newline=original_environment.keep_trailing_newline
+    )
     sandboxed_environment.filters |= original_environment.filters
     utils.env = sandboxed_environment
     try:

@@ -41,7 +41,9 @@ class SheetRow:
         return values | dict.fromkeys(SCORE_COLUMNS) | {"rater": "", "comments": ""}
 
 
-def build_sheet_rows(prompts: Sequence[str], trained_answers: Sequence[str], base_answers: Sequence[str] | None, *, seed: int) -> tuple[list[SheetRow], dict[int, str]]:
+def build_sheet_rows(
+    prompts: Sequence[str], trained_answers: Sequence[str], base_answers: Sequence[str] | None, *, seed: int
+) -> tuple[list[SheetRow], dict[int, str]]:
     """Return the rows of the sheet, and the model that answered in each row, by row number.
 
     `trained_answers`, `base_answers`: the answers of the models. With answers of the base model, each prompt has two rows in random order.

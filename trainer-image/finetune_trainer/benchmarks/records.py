@@ -92,11 +92,14 @@ def combine_results(tasks: Sequence[BenchmarkTask], records: Sequence[TaskRecord
             continue
         base_record = record_by_task.get((task.field, task.name, True))
         base_measurements = {(measurement.task, measurement.metric): measurement for measurement in base_record.measurements} if base_record else {}
-        entries += [_result_entry(task, measurement, base_measurements.get((measurement.task, measurement.metric))) for measurement in record_by_task[task.field, task.name, False].measurements]
+        entries += [
+            _build_result_entry(task, measurement, base_measurements.get((measurement.task, measurement.metric)))
+            for measurement in record_by_task[task.field, task.name, False].measurements
+        ]
     return entries
 
 
-def _result_entry(task: BenchmarkTask, trained: Measurement, base: Measurement | None) -> dict[str, Any]:
+def _build_result_entry(task: BenchmarkTask, trained: Measurement, base: Measurement | None) -> dict[str, Any]:
     has_both = base is not None and base.value is not None and trained.value is not None
     return {
         "name": task.benchmark.name, "task": trained.task, "group": task.name if trained.is_part_of_group else None, "metric": trained.metric,

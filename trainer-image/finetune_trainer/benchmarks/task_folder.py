@@ -101,10 +101,13 @@ class TaskFolder:
             )  # fmt: skip
         known_names = sorted({name for definition in self.definitions for name in definition.names} | {one for one in BUNDLED_TASKS if self._has_data_of(one)})
         similar_names = difflib.get_close_matches(name, known_names, n=1)
-        listed_names = ", ".join(known_names[:MAX_LISTED_NAMES]) + (f" and {len(known_names) - MAX_LISTED_NAMES} others" if len(known_names) > MAX_LISTED_NAMES else "")
+        listed_names = ", ".join(known_names[:MAX_LISTED_NAMES])
+        if len(known_names) > MAX_LISTED_NAMES:
+            listed_names += f" and {len(known_names) - MAX_LISTED_NAMES} others"
         return ConfigError(
             "TaskNotInFolder", f"the task {name} is not defined in {self.field}, which defines {listed_names or 'no task'}",
-            hint=f"did you mean {similar_names[0]}?" if similar_names else f"add a definition with `task: {name}` and its data to the folder, or remove {name} from tasks",
+            hint=f"did you mean {similar_names[0]}?" if similar_names
+            else f"add a definition with `task: {name}` and its data to the folder, or remove {name} from tasks",
         )  # fmt: skip
 
 
@@ -139,7 +142,7 @@ class _DefinitionReader:
                 continue
             tags = settings.get("tag") or []
             names = (name, *([tags] if isinstance(tags, str) else map(str, tags)))
-            yield TaskDefinition(self._relative(path), names, "group" not in settings, settings)
+            yield TaskDefinition(self._make_relative(path), names, "group" not in settings, settings)
 
     def _merge(self, path: Path, including: tuple[Path, ...]) -> dict[str, Any]:
         """Return the settings of a file, merged with the settings of the files that it includes. The file's own settings take precedence."""
@@ -166,14 +169,14 @@ class _DefinitionReader:
             raise self._invalid(path, f"is not valid YAML: {line}{problem}") from error
         if not isinstance(settings, dict):
             raise self._invalid(path, "does not contain a YAML mapping")
-        self.settings_by_file[self._relative(path)] = settings
+        self.settings_by_file[self._make_relative(path)] = settings
         return settings
 
-    def _relative(self, path: Path) -> str:
+    def _make_relative(self, path: Path) -> str:
         return path.relative_to(self.folder).as_posix()
 
     def _invalid(self, path: Path, problem: str) -> ConfigError:
-        message = f"{self.field}: the file {self._relative(path)} {problem}"
+        message = f"{self.field}: the file {self._make_relative(path)} {problem}"
         return ConfigError("TaskFolderInvalid", message, hint="correct the file, or remove it from the folder")
 
 

@@ -127,7 +127,7 @@ class ProgressReporter(TrainerCallback):
         self._channel.report_progress(
             Progress(
                 step=state.global_step, total_steps=state.max_steps, epoch=round(state.epoch or 0.0, 4),
-                tokens_seen=tokens or None, tokens_per_second=_rounded_or_none(logs.get("tokens_per_second"), 1) or self._recent_throughput(tokens),
+                tokens_seen=tokens or None, tokens_per_second=_rounded_or_none(logs.get("tokens_per_second"), 1) or self._compute_recent_throughput(tokens),
             )
         )  # fmt: skip
         self._channel.report_metrics(
@@ -137,7 +137,7 @@ class ProgressReporter(TrainerCallback):
             )
         )  # fmt: skip
 
-    def _recent_throughput(self, tokens: int) -> float | None:
+    def _compute_recent_throughput(self, tokens: int) -> float | None:
         """Return the tokens per second over the last ten log lines, or None before the second log line."""
         self._token_counts = [*self._token_counts[-9:], (time.monotonic(), tokens)]
         (start, before), (now, after) = self._token_counts[0], self._token_counts[-1]

@@ -60,7 +60,7 @@ class LoggingWindow:
         trainer = self._trainer
         window_sums = WindowSums(
             since=last_logged_step(trainer), loss=loss_sum(trainer).item(),
-            ours={STORED_SUM_NAMES.get(name, name): _to_number(value) for name, value in self._own_sums().items()},
+            ours={STORED_SUM_NAMES.get(name, name): _to_number(value) for name, value in self._read_sums_of_this_rank().items()},
             values={name: [_to_number(one) for one in values] for name, values in self._trl_metric_lists().items()},
             tokens=trained_tokens(trainer),
         )  # fmt: skip
@@ -83,11 +83,11 @@ class LoggingWindow:
         trainer = self._trainer
         set_last_logged_step(trainer, window_sums.since)
         loss_sum(trainer).fill_(window_sums.loss)
-        self._own_sums().update({CURRENT_SUM_NAMES.get(name, name): value for name, value in window_sums.ours.items()})
+        self._read_sums_of_this_rank().update({CURRENT_SUM_NAMES.get(name, name): value for name, value in window_sums.ours.items()})
         self._trl_metric_lists().update(window_sums.values)
         set_trained_tokens(trainer, window_sums.tokens)
 
-    def _own_sums(self) -> dict[str, Any]:
+    def _read_sums_of_this_rank(self) -> dict[str, Any]:
         sums_by_mode: dict[str, dict[str, Any]] = getattr(self._trainer, "_sums", {TRAIN_MODE: {}})
         return sums_by_mode[TRAIN_MODE]
 
@@ -100,7 +100,7 @@ class LoggingWindow:
         A collective: every rank must call this method. Errors: DivergedError `LossNotFinite`, `WeightsNotFinite`.
         """
         loss, weight_norm = loss_sum(self._trainer), _local_weight_norm(model)
-        tokens = _to_number(self._own_sums().get("tokens", 0))
+        tokens = _to_number(self._read_sums_of_this_rank().get("tokens", 0))
         sums_of_ranks = torch.tensor(
             [float(not torch.isfinite(loss)), float(not math.isfinite(weight_norm)), tokens],
             dtype=torch.float64, device=self._trainer.args.device,

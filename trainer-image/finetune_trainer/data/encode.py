@@ -163,7 +163,8 @@ def require_few_bad_rows(run: RunConfig, rejected: Sequence[RejectedRow], row_co
     max_ratio = value_or_default(run.spec.dataset, "max_bad_row_ratio")
     if len(rejected) > max_ratio * row_count:
         raise DataError(
-            "TooManyBadRows", f"{len(rejected)} of {row_count} rows cannot be used, more than {max_ratio:.1%}; the first: {first_rejected.location}: {first_rejected.message}",
+            "TooManyBadRows", f"{len(rejected)} of {row_count} rows cannot be used, more than {max_ratio:.1%}; the first: "
+            f"{first_rejected.location}: {first_rejected.message}",
             hint=f"{first_rejected.hint}; or raise dataset.maxBadRowRatio",
         )  # fmt: skip
     return [f"{split}: {len(rejected)} rows were left out; the first: {first_rejected.location}: {first_rejected.message}"]

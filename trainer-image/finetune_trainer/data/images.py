@@ -76,7 +76,8 @@ class ImageReader:
         placeholder_count = sum(not isinstance(part, str) for turn in turns for part in turn.parts)
         max_images = value_or_default(self.options, "max_per_row")
         if placeholder_count > max_images:
-            raise RowError("TooManyImages", f"the row has {placeholder_count} images, more than {max_images}", "remove images, or raise dataset.images.maxPerRow")
+            raise RowError("TooManyImages", f"the row has {placeholder_count} images, more than {max_images}",
+                           "remove images, or raise dataset.images.maxPerRow")
         image_finder = _ImageFinder(self, row)
         return tuple(replace(turn, parts=tuple(map(image_finder.find, turn.parts))) if turn.parts else turn for turn in turns)
 

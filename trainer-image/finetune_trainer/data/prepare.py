@@ -357,7 +357,8 @@ def _count_tokens(split: EncodedSplit, options: TokeniseOptions) -> TokenReport:
     return TokenReport(
         rows=row_count, truncated=split.count(RowOutcome.CUT), dropped=dropped, answerless=answerless,
         tokens=int(lengths.sum()), trained_tokens=int(split.trained_counts[split.kept_mask].sum()),
-        longest=int(lengths[-1]), median=int(lengths[(row_count - 1) // 2]), percentile95=int(lengths[min(row_count - 1, int(0.95 * row_count))]), sequences=row_count,
+        longest=int(lengths[-1]), median=int(lengths[(row_count - 1) // 2]), percentile95=int(lengths[min(row_count - 1, int(0.95 * row_count))]),
+        sequences=row_count,
     )  # fmt: skip
 
 
@@ -400,29 +401,29 @@ def inputs_digest(run: RunConfig, inputs: Inputs, tokenizer: Any, max_length: in
     """
     facts = {
         "version": [TOKENISING_VERSION, LAYOUT_VERSION, RELEASE, *(f"{name} {version(name)}" for name in LIBRARIES_IN_DIGEST)],
-        "train": _file_hashes(inputs, inputs.train),
-        "mixture": [_file_hashes(inputs, files) for files in inputs.mixture],
-        "validation": _file_hashes(inputs, inputs.validation),
-        "test": _file_hashes(inputs, inputs.test),
-        "dataset": _options_in_digest(run, vision),
+        "train": _compute_file_hashes(inputs, inputs.train),
+        "mixture": [_compute_file_hashes(inputs, files) for files in inputs.mixture],
+        "validation": _compute_file_hashes(inputs, inputs.validation),
+        "test": _compute_file_hashes(inputs, inputs.test),
+        "dataset": _list_options_in_digest(run, vision),
         "trainer": [run.spec.trainer.type, run.spec.trainer.max_completion_length],
-        "defaulted": _defaulted_options(run),
+        "defaulted": _list_defaulted_options(run),
         "maxLength": max_length,
         "seed": run.spec.training.seed if run.spec.dataset.mixture else None,
         "tokenizer": [tokenizer.chat_template, tokenizer.special_tokens_map, _identify_tokenizer(inputs, tokenizer)],
-        "code": _file_hashes(inputs, sorted((inputs.tokenizer or inputs.model).rglob("*.py"))) if run.spec.model.trust_remote_code else [],
+        "code": _compute_file_hashes(inputs, sorted((inputs.tokenizer or inputs.model).rglob("*.py"))) if run.spec.model.trust_remote_code else [],
         # The number of an image's tokens depends on its size.
         "vision": [vision.identity, inputs.image_digests] if vision is not None else None,
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _file_hashes(inputs: Inputs, files: Sequence[Path]) -> list[list[str]]:
+def _compute_file_hashes(inputs: Inputs, files: Sequence[Path]) -> list[list[str]]:
     """Return the name and the sha256 of each file."""
     return [[file.name, inputs.file_digests.get(file) or sha256_file(file)] for file in files]
 
 
-def _options_in_digest(run: RunConfig, vision: VisionProcessor | None) -> dict[str, Any]:
+def _list_options_in_digest(run: RunConfig, vision: VisionProcessor | None) -> dict[str, Any]:
     """Return the options of `dataset` that affect the rows. Only rows of a vision-language model depend on `dataset.images`."""
     options = {name: value for name, value in run.spec.dataset.to_wire().items() if name not in OPTIONS_NOT_IN_DIGEST}
     if vision is None:
@@ -437,7 +438,8 @@ def _identify_tokenizer(inputs: Inputs, tokenizer: Any) -> Any:
         return [type(tokenizer).__name__, settings, tokenizer.backend_tokenizer.to_str()]
     folder = inputs.tokenizer or inputs.model
     files = [folder / name for name in sorted({*tokenizer.vocab_files_names.values(), *TOKENIZER_FILES})]
-    return [type(tokenizer).__name__, settings, sorted(tokenizer.get_added_vocab().items()), _file_hashes(inputs, [file for file in files if file.is_file()])]
+    file_hashes = _compute_file_hashes(inputs, [file for file in files if file.is_file()])
+    return [type(tokenizer).__name__, settings, sorted(tokenizer.get_added_vocab().items()), file_hashes]
 
 
 def template_writes_date(tokenizer: Any) -> bool:
@@ -455,7 +457,7 @@ def notes_on_stored_rows(inputs: Inputs, digest: str) -> list[str]:
     return ["the prepared rows come from another tokenizer, other options or another version, so this pod tokenised the data again"]
 
 
-def _defaulted_options(run: RunConfig) -> list[str]:
+def _list_defaulted_options(run: RunConfig) -> list[str]:
     """Return the paths of the options that the user did not set.
 
     These paths are part of the digest, because an unsuitable default is adapted, but an unsuitable value from the user is refused.

@@ -153,7 +153,7 @@ def _read_file(file: Path, file_format: FileFormat) -> Iterator[RawRow | tuple[R
             return _read_text_lines(file)
 
 
-def _numbered_lines(file: Path) -> Iterator[tuple[int, str]]:
+def _read_numbered_lines(file: Path) -> Iterator[tuple[int, str]]:
     """Yield the lines that are not blank, with their line numbers. Errors: DatasetNotUtf8, DatasetRowTooLarge, DatasetExpandsTooMuch."""
     offset = 0
     with _open_decompressed(file) as stream:
@@ -200,7 +200,7 @@ def _parse_object_row(file: Path, number: int, value: Any, *, has_surrogates: bo
     if isinstance(value, dict):
         error = _surrogate_error(value) if has_surrogates else None
         return (RawRow(file, number, {}), error) if error else RawRow(file, number, value)
-    message = f"a JSON object was expected, found {_json_type(value)}"
+    message = f"a JSON object was expected, found {_name_json_type(value)}"
     return RawRow(file, number, {}), RowError(
         "DatasetRowInvalid", message, 'write one object per row, for example {"messages": [...]}'
     )
@@ -219,7 +219,7 @@ def _surrogate_error(value: Any) -> RowError | None:
 
 
 def _read_jsonl(file: Path) -> Iterator[RawRow | tuple[RawRow, RowError]]:
-    for number, line in _numbered_lines(file):
+    for number, line in _read_numbered_lines(file):
         try:
             value = json.loads(line.rstrip())
         except (ValueError, RecursionError) as error:
@@ -257,7 +257,7 @@ def _read_json(file: Path) -> Iterator[RawRow | tuple[RawRow, RowError]]:
         value = [value]
     if not isinstance(value, list):
         raise DataError(
-            "DatasetRowInvalid", f"{file.name}: an array of objects was expected, found {_json_type(value)}",
+            "DatasetRowInvalid", f"{file.name}: an array of objects was expected, found {_name_json_type(value)}",
             hint='write [{"messages": [...]}, ...], or an object whose `data` is such an array',
         )  # fmt: skip
     has_surrogates = SURROGATE_ESCAPE in text.lower()
@@ -301,7 +301,7 @@ def _require_unique_names(header: list[str], file: Path) -> None:
 
 
 def _read_text_lines(file: Path) -> Iterator[RawRow]:
-    for number, line in _numbered_lines(file):
+    for number, line in _read_numbered_lines(file):
         yield RawRow(file, number, {"text": line.strip("\r\n")})
 
 
@@ -326,7 +326,7 @@ def _read_parquet(file: Path) -> Iterator[RawRow]:
         ) from None
 
 
-def _json_type(value: Any) -> str:
+def _name_json_type(value: Any) -> str:
     """Return the JSON type of a value, for messages."""
     match value:
         case None:

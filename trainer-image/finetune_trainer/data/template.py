@@ -88,7 +88,7 @@ def render(example: Example, options: RenderOptions) -> Rendered:
                 f"{type(example).__name__} rows have no text to learn",
                 "choose a trainer.type that reads such rows",
             )
-    return _spans_from_markers(rendered, options.turn_markers) if options.turn_markers and options.response_only else rendered
+    return _find_spans_from_markers(rendered, options.turn_markers) if options.turn_markers and options.response_only else rendered
 
 
 # ---- without a template
@@ -105,10 +105,10 @@ def _render_plain(example: Conversation, options: RenderOptions) -> Rendered:
         if turn.role == "assistant":
             (trained_spans if turn.weight else untrained_spans).append((len(text), len(text) + len(turn.content)))
         text += turn.content
-    return Rendered(text, tuple(trained_spans) if options.response_only else _spans_outside(untrained_spans, text), False)
+    return Rendered(text, tuple(trained_spans) if options.response_only else _find_spans_outside(untrained_spans, text), False)
 
 
-def _spans_outside(untrained_spans: Sequence[CharSpan], text: str) -> tuple[CharSpan, ...]:
+def _find_spans_outside(untrained_spans: Sequence[CharSpan], text: str) -> tuple[CharSpan, ...]:
     """Return the spans of the text that are not in `untrained_spans`."""
     boundaries = [0, *(end for span in untrained_spans for end in span), len(text)]
     return tuple((start, end) for start, end in zip(boundaries[::2], boundaries[1::2], strict=True) if end > start)
@@ -122,16 +122,16 @@ def _render_with_template(example: Conversation, options: RenderOptions) -> Rend
     if options.response_only and options.turn_markers:
         return Rendered(text, (), True)
     weight = int(options.response_only)
-    spans = _spans_from_generation_markers(example, weight, text, options)
+    spans = _find_spans_from_generation_markers(example, weight, text, options)
     if spans is None:
         spans = [
-            _answer_span(example, index, text, options)
+            _find_answer_span(example, index, text, options)
             for index, turn in enumerate(example.turns)
             if turn.role == "assistant" and turn.weight == weight
         ]
     if options.response_only:
         _require_tool_calls(example.turns, "".join(text[start:end] for start, end in spans))
-    return Rendered(text, tuple(spans) if options.response_only else _spans_outside(spans, text), True)
+    return Rendered(text, tuple(spans) if options.response_only else _find_spans_outside(spans, text), True)
 
 
 def _require_tool_calls(turns: Sequence[Turn], trained_text: str) -> None:
@@ -148,7 +148,7 @@ def _require_tool_calls(turns: Sequence[Turn], trained_text: str) -> None:
             )  # fmt: skip
 
 
-def _spans_from_generation_markers(
+def _find_spans_from_generation_markers(
     example: Conversation, weight: int, text: str, options: RenderOptions
 ) -> list[CharSpan] | None:
     """Find the spans of the answers with this weight, from the template's generation markers. Each span includes the answer's end token.
@@ -159,7 +159,7 @@ def _spans_from_generation_markers(
     weights = [turn.weight for turn in example.turns if turn.role == "assistant"]
     if weight not in weights:
         return []
-    marked_spans = _generation_spans(options, example.turns, example.tools, text)
+    marked_spans = _find_generation_spans(options, example.turns, example.tools, text)
     if marked_spans is None:
         return None
     if len(marked_spans) != len(weights):
@@ -173,7 +173,7 @@ def _spans_from_generation_markers(
     ]
 
 
-def _generation_spans(
+def _find_generation_spans(
     options: RenderOptions, turns: tuple[Turn, ...], tools: Sequence[Any], text: str
 ) -> list[CharSpan] | None:
     """Return the spans of `text` between generation markers; None if there are no markers, or if rendering with markers yields another text."""
@@ -194,20 +194,20 @@ def _generation_spans(
     return nonempty if nonempty and rendered == text else None
 
 
-def _answer_span(example: Conversation, index: int, text: str, options: RenderOptions) -> CharSpan:
+def _find_answer_span(example: Conversation, index: int, text: str, options: RenderOptions) -> CharSpan:
     """Return the span of `text` that the model must generate for turn `index`, with the end-of-turn token."""
     turns, tools = example.turns, example.tools
     text_before = _apply_template(options, turns[:index], tools, add_generation_prompt=True) if index else ""
     text_with_answer = text if index == len(turns) - 1 else _apply_template(options, turns[: index + 1], tools)
     if text_before and text.startswith(text_before) and text.startswith(text_with_answer) and len(text_with_answer) > len(text_before):
         return _with_end_token(text, (len(text_before), len(text_before) + len(text_with_answer[len(text_before) :].rstrip())), options.special_tokens)
-    start, end = _content_span(turns, tools, index, text, options)
+    start, end = _find_content_span(turns, tools, index, text, options)
     if text_before and text.startswith(text_before) and len(text_before) <= start:
         start = len(text_before)
     return _with_end_token(text, (start, end), options.special_tokens)
 
 
-def _content_span(
+def _find_content_span(
     turns: tuple[Turn, ...], tools: Sequence[Any], index: int, text: str, options: RenderOptions
 ) -> CharSpan:
     """Find the turn's content in `text`: render the conversation again with a sentinel in place of the content.
@@ -241,7 +241,7 @@ def _with_end_token(text: str, span: CharSpan, special_tokens: tuple[str, ...]) 
     return start, end + len(following_token)
 
 
-def _spans_from_markers(rendered: Rendered, turn_markers: tuple[str, str]) -> Rendered:
+def _find_spans_from_markers(rendered: Rendered, turn_markers: tuple[str, str]) -> Rendered:
     """Set the trained spans to the texts from each answer marker to the next question marker. Errors: RowError MarkerAbsent."""
     question, answer = turn_markers
     spans, position = [], 0

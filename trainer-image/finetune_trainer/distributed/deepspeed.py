@@ -49,7 +49,7 @@ CONFIG_FILE_FIELD = "distributed.deepspeed.configRef"
 DEFAULT_STAGE = 2
 KEYS_THAT_MAY_BE_AUTO = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
 """Keys of zero_optimization that may be `auto`, because transformers computes their values from the size of the model."""
-_TRACKING_DECIDES = "the spec's `tracking` decides where metrics are sent"
+_REPLACED_BY_TRACKING_REASON = "the spec's `tracking` decides where metrics are sent"
 _REMOVED_SECTION_REASON = "this version of DeepSpeed does not have this section"
 REFUSED_SECTIONS = {
     "tensor_parallel": "tensor parallelism is not supported", "sequence_parallel_size": "sequence parallelism is not supported",
@@ -59,7 +59,8 @@ REFUSED_SECTIONS = {
     "activation_checkpointing": "write training.gradientCheckpointing instead",
     "torch_autocast": "write training.mixedPrecision instead", "bfloat16": "the key is called bf16",
     "aio": "nvme is not supported", "autotuning": "the operator starts the ranks", "hybrid_engine": "DeepSpeed does not generate completions",
-    "tensorboard": _TRACKING_DECIDES, "wandb": _TRACKING_DECIDES, "comet": _TRACKING_DECIDES, "csv_monitor": _TRACKING_DECIDES,
+    "tensorboard": _REPLACED_BY_TRACKING_REASON, "wandb": _REPLACED_BY_TRACKING_REASON,
+    "comet": _REPLACED_BY_TRACKING_REASON, "csv_monitor": _REPLACED_BY_TRACKING_REASON,
 } | dict.fromkeys(
     ("amp", "compression_training", "eigenvalue", "nebula", "progressive_layer_drop", "quantize_training", "sparse_attention", "sparse_gradients"),
     _REMOVED_SECTION_REASON,

@@ -53,7 +53,10 @@ def _read_tensors(model: Any, folder: Path, is_reader: bool) -> dict[str, Any]:
     mismatched_names: list[str] = []
     if is_reader:
         stored_weights = read_weights(folder)
-        mismatched_names = sorted(set(stored_weights) ^ set(model_name_by_saved_name) if hasattr(model, "peft_config") else set(stored_weights) - set(model_name_by_saved_name))
+        mismatched_names = sorted(
+            set(stored_weights) ^ set(model_name_by_saved_name) if hasattr(model, "peft_config")
+            else set(stored_weights) - set(model_name_by_saved_name)
+        )
         tensors = {model_name_by_saved_name[name]: value for name, value in stored_weights.items() if name in model_name_by_saved_name}
     mismatch_count = torch.tensor([len(mismatched_names)], device=next(model.parameters()).device)
     if torch.distributed.is_initialized():

@@ -115,11 +115,14 @@ def _compare(
     difference = trained_value - base_value
     if row_count == 1:
         return MetricComparison(row_count, base_value, trained_value, difference, reason=TOO_FEW_ROWS)
-    interval_ends = _studentised_ends(np.hstack([base, trained - base]), _difference_between_models(metric, base.shape[1]), confidence, seed)
+    interval_ends = _compute_studentised_ends(np.hstack([base, trained - base]), _difference_between_models(metric, base.shape[1]), confidence, seed)
     if not math.isfinite(interval_ends[0]) or not math.isfinite(interval_ends[1]):
         largest_difference = max(abs(base_value), abs(trained_value)) if changed_rows.largest_difference is None else changed_rows.largest_difference
-        exact_ends = _ends_with_few_changed_rows(row_count, changed_rows.count, changed_rows.usual_difference, largest_difference, confidence)
-        interval_ends = (interval_ends[0] if math.isfinite(interval_ends[0]) else exact_ends[0], interval_ends[1] if math.isfinite(interval_ends[1]) else exact_ends[1])
+        exact_ends = _compute_ends_with_few_changed_rows(row_count, changed_rows.count, changed_rows.usual_difference, largest_difference, confidence)
+        interval_ends = (
+            interval_ends[0] if math.isfinite(interval_ends[0]) else exact_ends[0],
+            interval_ends[1] if math.isfinite(interval_ends[1]) else exact_ends[1],
+        )
     return MetricComparison(row_count, base_value, trained_value, difference, *interval_ends)
 
 
@@ -163,7 +166,7 @@ def _difference_between_models(metric: MetricOfSums, sum_count: int) -> MetricOf
 # Studentised bootstrap
 
 
-def _studentised_ends(rows: FloatArray, statistic: MetricOfSums, confidence: float, seed: int) -> tuple[float, float]:
+def _compute_studentised_ends(rows: FloatArray, statistic: MetricOfSums, confidence: float, seed: int) -> tuple[float, float]:
     """Return both ends of the interval for `statistic(rows.sum(axis=0))`. An end is infinite if too many resamples have no variation."""
     first, second = np.triu_indices(rows.shape[1])
     columns = np.hstack([rows, rows[:, first] * rows[:, second]])
@@ -193,7 +196,7 @@ def _estimate_and_error(sums: FloatArray, statistic: MetricOfSums, shape: tuple[
     count, width = shape
     totals, products = sums[..., :width], sums[..., width:]
     first, second = np.triu_indices(width)
-    gradient = _gradient(statistic, totals, np.sqrt(products[..., first == second]))
+    gradient = _compute_gradient(statistic, totals, np.sqrt(products[..., first == second]))
     terms = gradient[..., first] * gradient[..., second] * products * np.where(first == second, 1, 2)
     square = (gradient * totals).sum(axis=-1) ** 2 / count
     variance = terms.sum(axis=-1) - square
@@ -201,7 +204,7 @@ def _estimate_and_error(sums: FloatArray, statistic: MetricOfSums, shape: tuple[
     return statistic(totals), np.sqrt(np.where(is_rounding_error, 0, variance) * count / (count - 1))
 
 
-def _gradient(statistic: MetricOfSums, totals: FloatArray, scales: FloatArray) -> FloatArray:
+def _compute_gradient(statistic: MetricOfSums, totals: FloatArray, scales: FloatArray) -> FloatArray:
     """Return the derivative of the statistic with respect to each sum, by central differences. `scales`: the typical size of each sum."""
     gradient = np.empty_like(totals)
     for column in range(totals.shape[-1]):
@@ -248,7 +251,7 @@ def student_quantile(probability: float, degrees_of_freedom: int) -> float:
 # Other intervals
 
 
-def _ends_with_few_changed_rows(
+def _compute_ends_with_few_changed_rows(
     row_count: int, changed_count: int, usual_difference: float, largest_difference: float, confidence: float
 ) -> tuple[float, float]:
     """Return both ends of the interval if almost all rows have the usual difference.
@@ -256,12 +259,12 @@ def _ends_with_few_changed_rows(
     With the given confidence, at most the fraction `changed_share` of all possible rows has another difference. The difference in these rows lies
     between -`largest_difference` and `largest_difference`. `changed_share` is the exact upper limit of Clopper and Pearson 1934.
     """
-    changed_share = _highest_fraction(row_count, changed_count, (1 - confidence) / 2)
+    changed_share = _find_highest_fraction(row_count, changed_count, (1 - confidence) / 2)
     middle, half_width = (1 - changed_share) * usual_difference, changed_share * largest_difference
     return middle - half_width, middle + half_width
 
 
-def _highest_fraction(row_count: int, affected_count: int, tail: float) -> float:
+def _find_highest_fraction(row_count: int, affected_count: int, tail: float) -> float:
     """Return the highest plausible fraction of affected rows among all possible rows, if `affected_count` of `row_count` rows are affected.
 
     At this fraction, a sample would have at most `affected_count` affected rows with probability `tail`. The fraction is computed by bisection.
@@ -286,25 +289,25 @@ def _has_only_zeros_and_ones(scores: FloatArray) -> bool:
 
 def _compare_fractions(base: FloatArray, trained: FloatArray, confidence: float) -> MetricComparison:
     wins, losses = int((trained > base).sum()), int((trained < base).sum())
-    lowest_difference = _lowest_difference(wins, losses, len(base), confidence)
-    highest_difference = -_lowest_difference(losses, wins, len(base), confidence)
+    lowest_difference = _find_lowest_difference(wins, losses, len(base), confidence)
+    highest_difference = -_find_lowest_difference(losses, wins, len(base), confidence)
     return MetricComparison(len(base), float(base.mean()), float(trained.mean()), (wins - losses) / len(base), lowest_difference, highest_difference)
 
 
-def _lowest_difference(wins: int, losses: int, row_count: int, confidence: float) -> float:
+def _find_lowest_difference(wins: int, losses: int, row_count: int, confidence: float) -> float:
     """Return the lowest difference of two paired fractions that the score test does not reject. This difference is computed by bisection."""
     critical_value = NormalDist().inv_cdf((1 + confidence) / 2)
     rejected, accepted = -1.0, (wins - losses) / row_count
     for _ in range(60):
         middle = (rejected + accepted) / 2
-        if _score_statistic(wins, losses, row_count, middle) > critical_value:
+        if _compute_score_statistic(wins, losses, row_count, middle) > critical_value:
             rejected = middle
         else:
             accepted = middle
     return accepted
 
 
-def _score_statistic(wins: int, losses: int, row_count: int, difference: float) -> float:
+def _compute_score_statistic(wins: int, losses: int, row_count: int, difference: float) -> float:
     """Return the score statistic for the hypothesis that the fractions differ by `difference`.
 
     A win is a row in which only the trained model is right; a loss, one in which only the base model is right. The probability of a loss

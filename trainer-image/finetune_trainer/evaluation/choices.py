@@ -38,7 +38,7 @@ def letter_log_probabilities(
         return list(tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
 
     prompt_tokens, options = encode(prompt), [encode(prompt + letter) for letter in letters]
-    shared_length = min(_common_length(prompt_tokens, option) for option in options)
+    shared_length = min(_count_common_tokens(prompt_tokens, option) for option in options)
     shared_length = min(shared_length, min(map(len, options)) - 1)  # Leave at least one token of each option to score.
     if shared_length < 1:
         raise DataError("ChoicePromptEmpty", "a multiple-choice row has no token in front of its option letters")
@@ -46,24 +46,24 @@ def letter_log_probabilities(
     longest_suffix_length = max(map(len, suffixes))
     device = model.get_input_embeddings().weight.device
     if longest_suffix_length == 1:  # one forward pass over the prompt is enough to score all options
-        log_probabilities = _last_log_probabilities(model, torch.tensor([prompt_tokens[:shared_length]], device=device), 1)[0, 0]
+        log_probabilities = _compute_last_log_probabilities(model, torch.tensor([prompt_tokens[:shared_length]], device=device), 1)[0, 0]
         return {letter: float(log_probabilities[tokens[0]]) for letter, tokens in zip(letters, suffixes, strict=True)}
     # The last token of an option is not an input, because nothing is predicted from it. Padding after an option does not change earlier scores.
     inputs = [prompt_tokens[:shared_length] + (tokens + [0] * (longest_suffix_length - len(tokens)))[:-1] for tokens in suffixes]
-    log_probabilities = _last_log_probabilities(model, torch.tensor(inputs, device=device), longest_suffix_length)
+    log_probabilities = _compute_last_log_probabilities(model, torch.tensor(inputs, device=device), longest_suffix_length)
     return {
         letter: math.fsum(float(log_probabilities[row, position, token]) for position, token in enumerate(tokens))
         for row, (letter, tokens) in enumerate(zip(letters, suffixes, strict=True))
     }
 
 
-def _common_length(first: Sequence[int], second: Sequence[int]) -> int:
+def _count_common_tokens(first: Sequence[int], second: Sequence[int]) -> int:
     """Return the number of equal tokens at the start of two sequences."""
     pairs = zip(first, second, strict=False)
     return next((index for index, (left, right) in enumerate(pairs) if left != right), min(len(first), len(second)))
 
 
-def _last_log_probabilities(model: Any, tokens: torch.Tensor, position_count: int) -> torch.Tensor:
+def _compute_last_log_probabilities(model: Any, tokens: torch.Tensor, position_count: int) -> torch.Tensor:
     """Return float32 log-probabilities at the last `position_count` positions: shape (rows, positions, vocabulary size)."""
     options: dict[str, Any] = {"attention_mask": torch.ones_like(tokens), "use_cache": False}
     base = getattr(model, "get_base_model", lambda: model)()

@@ -419,7 +419,9 @@ def _judged_mean(rows: Sequence[float | None], reasons: dict[int, str], *, appli
     """
     judged_count = sum(row is not None for row in rows)
     first_reason = next((reasons[index] for index, row in enumerate(rows) if row is None and reasons.get(index) not in (None, NO_GROUND_TRUTH)), "")
-    unjudged_remark = f"{applicable_count - judged_count} of {applicable_count} rows could not be judged (first: {first_reason})" if judged_count < applicable_count else None
+    unjudged_remark = None
+    if judged_count < applicable_count:
+        unjudged_remark = f"{applicable_count - judged_count} of {applicable_count} rows could not be judged (first: {first_reason})"
     if not judged_count or 2 * judged_count < applicable_count:
         return MetricValue(None, unjudged_remark or "no row could be judged", list(rows), reasons)
     skipped_count = len(rows) - applicable_count

@@ -87,7 +87,7 @@ class ExistingAdapter(PeftMethod, types=(MethodType.ADAPTER,)):
         # The weights are loaded a second time, because only this call returns the missing and unexpected keys.
         loaded: Any = set_peft_model_state_dict(peft_model, dict(weights))
         _require_all_keys(
-            _absent_weights(peft_model, set(loaded.missing_keys)), sorted(loaded.unexpected_keys), error_prefix
+            _list_absent_weights(peft_model, set(loaded.missing_keys)), sorted(loaded.unexpected_keys), error_prefix
         )
         changed_names = [
             name
@@ -97,7 +97,8 @@ class ExistingAdapter(PeftMethod, types=(MethodType.ADAPTER,)):
         if changed_names:
             raise ConfigError(
                 "AdapterNotContinuable",
-                f"{error_prefix}: the adapter file changes the frozen base weights {', '.join(changed_names[:4])}, but the resulting adapter would not contain them",
+                f"{error_prefix}: the adapter file changes the frozen base weights {', '.join(changed_names[:4])}, "
+                "but the resulting adapter would not contain them",
                 hint="merge these weights into the base model, or give the base model that already has them",
             )  # fmt: skip
         return peft_model
@@ -172,7 +173,7 @@ def _require_all_keys(absent_names: list[str], unexpected_names: list[str], erro
         )  # fmt: skip
 
 
-def _absent_weights(peft_model: Any, missing_names: set[str]) -> list[str]:
+def _list_absent_weights(peft_model: Any, missing_names: set[str]) -> list[str]:
     """Return a name of each trained parameter that the adapter file lacks.
 
     A parameter that layers share, such as VB-LoRA's vector bank, has several names. The adapter file needs to contain only one of these names.

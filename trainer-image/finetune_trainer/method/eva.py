@@ -43,7 +43,7 @@ def initialize_from_inputs(trainer: Any) -> None:
         )  # fmt: skip
     if device != trainer.args.device:  # a model that will be sharded is moved to the GPU when training begins
         model.to(trainer.args.device)
-    with _padded_batches(trainer.data_collator):
+    with _use_padded_batches(trainer.data_collator):
         initialize_lora_eva_weights(
             model, dataloader=_EndlessInputs(trainer, rank), show_progress_bar=False,
             gather_distributed_inputs=trainer.accelerator.num_processes > 1,
@@ -53,7 +53,7 @@ def initialize_from_inputs(trainer: Any) -> None:
 
 
 @contextmanager
-def _padded_batches(collator: Any) -> Iterator[None]:
+def _use_padded_batches(collator: Any) -> Iterator[None]:
     """Make the collator pad its batches within the context, even in a padding-free run.
 
     PEFT recognises padding by the attention mask, and accepts only batches of tensors.

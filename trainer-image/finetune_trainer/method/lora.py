@@ -153,7 +153,8 @@ class Lora(PeftMethod, types=(MethodType.LORA, MethodType.QLORA, MethodType.DORA
         if lora is not None and lora.dropout and expert_names:
             raise ConfigError(
                 "DropoutOnExperts",
-                f"method.lora.targetModules names {', '.join(sorted(expert_names))}, the routed experts of this model, but adapters of experts cannot have dropout",
+                f"method.lora.targetModules names {', '.join(sorted(expert_names))}, the routed experts of this model, "
+                "but adapters of experts cannot have dropout",
                 hint="write `dropout: 0`, or remove these names",
             )  # fmt: skip
 

@@ -129,7 +129,7 @@ def select_modules(run: RunConfig, inputs: Inputs, model: Any) -> ModuleSelectio
     Errors: ConfigError SpectrumLayerMissing, SpectrumSelectsNothing.
     """
     spec = run.spec.method.spectrum
-    modules = dict(_linear_modules(model))
+    modules = dict(_find_linear_modules(model))
     if spec is not None and spec.layers is not None:
         model_layers = {layer for layer, _ in modules.values()}
         absent_layers = sorted(set(spec.layers) - model_layers)
@@ -145,7 +145,7 @@ def select_modules(run: RunConfig, inputs: Inputs, model: Any) -> ModuleSelectio
     with local_rank_0_first():
         scan = _load_or_make_scan(scan_file, model, metric, torch.device("cuda") if uses_gpu(run) else torch.device("cpu"))
     selects_whole_layers = metric is SpectrumMetric.MEAN_OVER_STD
-    selected_names = _best_layers(scan, threshold) if selects_whole_layers else _best_of_each_type(scan, 1 - threshold)
+    selected_names = _choose_best_layers(scan, threshold) if selects_whole_layers else _choose_best_of_each_type(scan, 1 - threshold)
     if not selected_names:
         raise ConfigError(
             "SpectrumSelectsNothing", f"method.spectrum.snrThreshold {threshold} selects no module", hint="lower snrThreshold"
@@ -155,7 +155,7 @@ def select_modules(run: RunConfig, inputs: Inputs, model: Any) -> ModuleSelectio
     return ModuleSelection(tuple(selected_names), tuple(scan), metric.value, threshold)
 
 
-def _linear_modules(model: Any) -> Iterator[tuple[str, tuple[int, str]]]:
+def _find_linear_modules(model: Any) -> Iterator[tuple[str, tuple[int, str]]]:
     """Yield the name, the layer number and the type of each linear module in a numbered layer, as (name, (layer, type))."""
     for name, module in model.named_modules():
         match = _LAYER_NAME_PATTERN.match(name)
@@ -169,7 +169,7 @@ def _load_or_make_scan(file: Path, model: Any, metric: SpectrumMetric, device: t
         return [ScannedModule(**{**item, "snr": float(item["snr"])}) for item in json.loads(file.read_text())]
     scan = [
         ScannedModule(name, layer, module_type, signal_to_noise(_read_weight(model, name, device), metric))
-        for name, (layer, module_type) in _linear_modules(model)
+        for name, (layer, module_type) in _find_linear_modules(model)
     ]
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary_file = file.with_suffix(f".{id(model)}")
@@ -199,7 +199,7 @@ def signal_to_noise(weight: torch.Tensor, metric: SpectrumMetric) -> float:
     return signal / noise / largest_value if noise > 0 else math.inf
 
 
-def _best_of_each_type(scanned_modules: Sequence[ScannedModule], selected_share: float) -> list[str]:
+def _choose_best_of_each_type(scanned_modules: Sequence[ScannedModule], selected_share: float) -> list[str]:
     """Return the names of the modules with the highest SNR. Of each type, the share `selected_share` (0 to 1) is selected, rounded down."""
     modules_by_type: dict[str, list[ScannedModule]] = {}
     for module in scanned_modules:
@@ -212,7 +212,7 @@ def _best_of_each_type(scanned_modules: Sequence[ScannedModule], selected_share:
     return [module.name for module in scanned_modules if module.name in selected]
 
 
-def _best_layers(scanned_modules: Sequence[ScannedModule], quantile: float) -> list[str]:
+def _choose_best_layers(scanned_modules: Sequence[ScannedModule], quantile: float) -> list[str]:
     """Return the names of the modules in the best layers.
 
     A layer is selected if its mean SNR is at least the quantile `quantile` (0 to 1) of the mean SNRs of all layers.

@@ -187,7 +187,11 @@ class CacheFolder:
             raise CacheProblem(f"the downloaded file {problem}")
         sizes = {file.name: file.size for file in files}
         stored_files = {
-            checked_file.name: StoredFile(size=sizes[checked_file.name], modified_ns=(partial_folder / FILES / checked_file.name).stat().st_mtime_ns, sha256=checked_file.sha256) for checked_file in checked_files
+            checked_file.name: StoredFile(
+                size=sizes[checked_file.name], modified_ns=(partial_folder / FILES / checked_file.name).stat().st_mtime_ns,
+                sha256=checked_file.sha256,
+            )
+            for checked_file in checked_files
         }
         record = EntryRecord(source=source, size=sum(sizes.values()), files=stored_files)
         (partial_folder / ENTRY).write_text(record.model_dump_json(by_alias=True))
@@ -276,7 +280,7 @@ class CacheFolder:
         return [(folder, record) for folder in folders if (record := _read_record(folder)) is not None]
 
     def _evict(self, missing_bytes: int, size: int) -> None:
-        """Remove the least recently used models until `missing_bytes` bytes are free. Errors: CacheProblem, before any model is removed, if this is impossible."""
+        """Remove the least recently used models until `missing_bytes` are free. Errors: CacheProblem, before any model is removed, if this is impossible."""
         with contextlib.ExitStack() as locks:
             chosen: list[Path] = []
             freed_bytes = 0

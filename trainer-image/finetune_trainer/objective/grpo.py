@@ -63,7 +63,7 @@ class GrpoObjective(Objective[Splits, GRPOConfig]):
             )
             prompts = _make_prompt_rows(rows, options, context.run.spec.dataset.use_chat_template is True)
             require_columns(functions, [column for column in prompts[0] if column != "prompt"])
-            datasets[name] = _pickled_dataset(_drop_long_prompts(prompts, context, notes, name))
+            datasets[name] = _make_pickled_dataset(_drop_long_prompts(prompts, context, notes, name))
         splits = Splits(datasets["train"], datasets.get("validation"), datasets.get("test"))
         return splits, DataFacts(len(splits.train), loaded_data.summary.format, notes, {"rows": loaded_data.summary.rows})
 
@@ -81,7 +81,7 @@ class GrpoObjective(Objective[Splits, GRPOConfig]):
         return GRPOConfig(
             **fields,
             num_generations=generation_count,
-            max_completion_length=_length_limits(context)[1],
+            max_completion_length=_compute_length_limits(context)[1],
             temperature=1.0 if spec.temperature is None else spec.temperature,
             top_p=1.0 if spec.top_p is None else spec.top_p,
             beta=0.0 if spec.beta is None else spec.beta,
@@ -96,13 +96,13 @@ class GrpoObjective(Objective[Splits, GRPOConfig]):
 
     def build_trainer(self, context: TrainingContext, args: GRPOConfig, model: Any, data: Splits) -> GrpoTrainer:
         """Build the Trainer. If the Trainer needs a reference model, `load_reference_model` loads this model."""
-        server = _generation_server(context, args)
-        with _replaced_reference_loader(context), generation_by_server(server, local_rank_0_first) if server is not None else nullcontext():
+        server = _create_generation_server(context, args)
+        with _replace_reference_loader(context), generation_by_server(server, local_rank_0_first) if server is not None else nullcontext():
             trainer: GrpoTrainer = super().build_trainer(context, args, model, data)
         return trainer
 
 
-def _generation_server(context: TrainingContext, args: GRPOConfig) -> GenerationServer | None:
+def _create_generation_server(context: TrainingContext, args: GRPOConfig) -> GenerationServer | None:
     """Return the vLLM server of the run; None if the trainer itself generates the completions. Errors: ConfigError GenerationAddressMissing."""
     run, options = context.run, generation_server(context.run.spec)
     if options is None:
@@ -119,7 +119,7 @@ def _generation_server(context: TrainingContext, args: GRPOConfig) -> Generation
             port=urlsplit(run.generation_url).port or 80, gpus=value_or_default(options, "gpus"),
             gpu_memory_utilization=value_or_default(options, "gpu_memory_utilization"),
             dtype="bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
-            max_length=sum(_length_limits(context)), seed=args.seed,
+            max_length=sum(_compute_length_limits(context)), seed=args.seed,
         ),
         start_timeout_seconds=value_or_default(options, "start_timeout_seconds"),
         request_timeout_seconds=value_or_default(options, "request_timeout_seconds"),
@@ -153,7 +153,7 @@ def _convert_prompt(prompt: tuple[Turn, ...] | str, options: RenderOptions, rend
     return render(Conversation((*prompt, Turn("assistant", ""))), options).text
 
 
-def _pickled_dataset(rows: Sequence[dict[str, Any]]) -> Dataset:
+def _make_pickled_dataset(rows: Sequence[dict[str, Any]]) -> Dataset:
     """Build a data set that stores each row as pickled bytes, so that no row changes.
 
     In an Arrow column, all values have the same fields. Without pickling, every message would get the keys of all other messages, with null values.
@@ -167,7 +167,7 @@ def _unpickle_rows(batch: dict[str, list[bytes]]) -> dict[str, list[Any]]:
 
 
 @contextmanager
-def _replaced_reference_loader(context: TrainingContext) -> Iterator[None]:
+def _replace_reference_loader(context: TrainingContext) -> Iterator[None]:
     """Make TRL load the reference model with `load_reference_model` while the trainer is built.
 
     TRL 1.16 itself would load the reference model from disk, without the embedding rows of new tokens and without quantisation. TRL has
@@ -199,7 +199,7 @@ def _generations_for_evaluation(batch_size: int, generation_count: int) -> int:
     return divisors[-1]
 
 
-def _length_limits(context: TrainingContext) -> tuple[int, int]:
+def _compute_length_limits(context: TrainingContext) -> tuple[int, int]:
     """Return the maximum number of tokens of a prompt, and of an answer."""
     max_sequence = max_sequence_length(context.run, context.tokenizer, context.max_positions)
     max_answer = answers.max_answer_length(context, max_sequence)
@@ -214,7 +214,7 @@ def _drop_long_prompts(
 
     Errors: DataError RowTooLong, NoTrainableToken.
     """
-    limit, answer = _length_limits(context)
+    limit, answer = _compute_length_limits(context)
     fitting_rows = [row for row in prompts if _count_tokens(row["prompt"], context.tokenizer) <= limit]
     if len(fitting_rows) == len(prompts):
         return prompts

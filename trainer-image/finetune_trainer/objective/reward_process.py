@@ -101,7 +101,10 @@ class RewardProcess:
         """
         completion_count = len(arguments["completions"])
         for index in range(completion_count if completion_count > 1 else 0):
-            single_arguments = {name: [value[index]] if isinstance(value, list) and len(value) == completion_count else value for name, value in arguments.items()}
+            single_arguments = {
+                name: [value[index]] if isinstance(value, list) and len(value) == completion_count else value
+                for name, value in arguments.items()
+            }
             try:
                 self._call_in_process({name: value for name, value in single_arguments.items() if name not in LOGGING_ARGUMENTS})
             except _NoAnswerError:

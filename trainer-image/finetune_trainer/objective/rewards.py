@@ -272,9 +272,9 @@ def _build_json_schema_reward(parameters: RewardParameters) -> ScoreFunction:
         raise parameters.invalid_value_error("schema", schema_text, f"it is not a JSON schema: {error.message}") from None
     validator = validator_class(schema)
 
-    def score(schema_text: str, **_: Any) -> float:
+    def score(text: str, **_: Any) -> float:
         try:
-            value = json.loads(_without_fence(schema_text))
+            value = json.loads(_without_fence(text))
         except ValueError:
             return 0.0
         return 1.0 if validator.is_valid(value) else float(reward_for_json or 0.0)

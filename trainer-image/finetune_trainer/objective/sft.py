@@ -329,7 +329,8 @@ def require_isolated_documents(trainer: Any) -> None:
             raise
         problem = str(error).partition(". ")[0]  # The rest of transformers' message says what to install, but users cannot change the image.
     else:
-        problem = "" if change_as_two_documents <= 0.1 * change_as_one_document else f"attention {attention_implementation(model)} lets them attend to each other"
+        is_isolated = change_as_two_documents <= 0.1 * change_as_one_document
+        problem = "" if is_isolated else f"attention {attention_implementation(model)} lets them attend to each other"
     model.train(was_training)
     if problem and trainer.args.padding_free:
         hint = "set model.attention: sdpa for padded batches"

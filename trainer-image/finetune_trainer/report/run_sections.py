@@ -84,14 +84,14 @@ def attempts_section(report: RunReport) -> Section:
         rows.append([
             Cell(f"{one.attempt}"), Cell(format_time(one.started_at), "number"),
             Cell(f"{format_time(end)}{' or later' if is_estimate else ''}", "number") if end else missing_cell(KILLED_BEFORE_LOG_LINE),
-            *_step_cells(one, report),
-            _lost_steps_cell(one, following), _end_cell(one),
+            *_build_step_cells(one, report),
+            _build_lost_steps_cell(one, following), _build_end_cell(one),
         ])  # fmt: skip
     columns = ["attempt", "start (UTC)", "end (UTC)", "from step", "to step", "steps repeated later", "how it ended"]
     return Section("attempts", "Attempts", [Table("Attempts of the run", columns, rows)] if rows else [])
 
 
-def _end_cell(attempt: AttemptRecord) -> Cell:
+def _build_end_cell(attempt: AttemptRecord) -> Cell:
     if attempt.exit_code is None:
         return Cell("The pod was killed before it could write a reason.", "bad")
     if attempt.exit_code == ExitCode.OK:
@@ -99,7 +99,7 @@ def _end_cell(attempt: AttemptRecord) -> Cell:
     return Cell(f"exit code {attempt.exit_code}, {attempt.code or 'no code'}: {redact_text(attempt.message or 'no message')}", "bad")
 
 
-def _step_cells(attempt: AttemptRecord, report: RunReport) -> list[Cell]:
+def _build_step_cells(attempt: AttemptRecord, report: RunReport) -> list[Cell]:
     if attempt.start_step is None:
         return [Cell("no training"), Cell("no training")]
     start = Cell(str(attempt.start_step), "number")
@@ -109,7 +109,7 @@ def _step_cells(attempt: AttemptRecord, report: RunReport) -> list[Cell]:
     return [start, Cell(f"{last_line.step} or later", "number") if last_line else missing_cell(KILLED_BEFORE_LOG_LINE)]
 
 
-def _lost_steps_cell(attempt: AttemptRecord, next_attempt: AttemptRecord | None) -> Cell:
+def _build_lost_steps_cell(attempt: AttemptRecord, next_attempt: AttemptRecord | None) -> Cell:
     if next_attempt is None or next_attempt.start_step is None or attempt.start_step is None:
         return Cell("–")
     return missing_cell("the pod was killed") if attempt.last_step is None else Cell(str(max(0, attempt.last_step - next_attempt.start_step)), "number")
@@ -122,7 +122,9 @@ def data_section(report: RunReport) -> Section:
         return Section("data", "Data", [Sentences(["Not measured: no attempt has checked the data."])])
     blocks: list[Block] = []
     splits = [name for name in ("train", "validation", "test") if record.rows.get(name)]
-    no_counts_reason = "this objective does not record token counts" if report.output else "the run has no final model; the counts are stored in the model's manifest"
+    no_counts_reason = "the run has no final model; the counts are stored in the model's manifest"
+    if report.output:
+        no_counts_reason = "this objective does not record token counts"
 
     def make_count_cell(split: str, name: str) -> Cell:
         value = tokens.get(split, {}).get(name)
@@ -136,11 +138,11 @@ def data_section(report: RunReport) -> Section:
     }  # fmt: skip
     rows += [[Cell(label), *(make_count_cell(split, name) for split in splits)] for name, label in label_by_name.items()]
     blocks.append(Table("Rows and lengths", ["", *splits], rows, is_narrow=True))
-    blocks.append(Table("Checks of the training rows", ["check", "result"], _check_rows(report), is_narrow=True))
+    blocks.append(Table("Checks of the training rows", ["check", "result"], _build_check_rows(report), is_narrow=True))
     return Section("data", "Data", blocks)
 
 
-def _check_rows(report: RunReport) -> list[list[Cell]]:
+def _build_check_rows(report: RunReport) -> list[list[Cell]]:
     record = report.data
     assert record is not None
     checks = [
@@ -162,10 +164,10 @@ def _check_rows(report: RunReport) -> list[list[Cell]]:
 
 def costs_section(report: RunReport) -> Section:
     """Return the section with GPU hours, throughput, and how the time was used."""
-    blocks: list[Block] = [Table("Use of the cluster", ["", "value"], _cluster_use_rows(report), is_narrow=True)]
+    blocks: list[Block] = [Table("Use of the cluster", ["", "value"], _build_cluster_use_rows(report), is_narrow=True)]
     time_table = build_time_table(report)
     blocks += [time_table] if time_table is not None else []
-    stage_rows = _stage_rows(report)
+    stage_rows = _build_stage_rows(report)
     if stage_rows:
         killed_note = " Attempts that were killed are not included." if any(one.ended_at is None for one in report.attempts) else ""
         note = f"The sum over the attempts.{killed_note}"
@@ -173,7 +175,7 @@ def costs_section(report: RunReport) -> Section:
     return Section("costs", "Time and cost", blocks)
 
 
-def _cluster_use_rows(report: RunReport) -> list[list[Cell]]:
+def _build_cluster_use_rows(report: RunReport) -> list[list[Cell]]:
     resolved, world = merge_resolved_configs(report), report.run.world
     seconds, is_estimate = sum_pod_seconds(report)
     lower_bound = "at least " if is_estimate else ""
@@ -188,11 +190,12 @@ def _cluster_use_rows(report: RunReport) -> list[list[Cell]]:
         [Cell("training time, with evaluations during training"), training_time],
         [Cell("device"), _value_cell(resolved.device, "no attempt has loaded the model")],
         [Cell("ranks"), Cell(f"{world.size} in {world.nodes} pod{'s' * (world.nodes > 1)}")],
-        [Cell("tokens per second, median"), _value_cell(format_number(throughputs[len(throughputs) // 2]) if throughputs else None, "no throughput was logged")],
+        [Cell("tokens per second, median"),
+         _value_cell(format_number(throughputs[len(throughputs) // 2]) if throughputs else None, "no throughput was logged")],
     ]
 
 
-def _stage_rows(report: RunReport) -> list[list[Cell]]:
+def _build_stage_rows(report: RunReport) -> list[list[Cell]]:
     """Return a row with the duration of each stage, without stages that took almost no time."""
     timings = {name: sum(one.timings.get(name, 0.0) for one in report.attempts) for name in STAGE_NAMES}
     return [[Cell(name), Cell(format_seconds(seconds), "number")] for name, seconds in timings.items() if seconds >= SHORTEST_STAGE_SECONDS]
@@ -203,10 +206,10 @@ def _stage_rows(report: RunReport) -> list[list[Cell]]:
 
 def lineage_section(report: RunReport) -> Section:
     """Return the section with the sources and hashes of the base model, the data and the final model."""
-    blocks: list[Block] = [Table("Model and inputs", ["", "value"], _origin_rows(report))]
+    blocks: list[Block] = [Table("Model and inputs", ["", "value"], _build_origin_rows(report))]
     if report.checkpoints:
         columns = ["step", "attempt", "size", "validation loss", "healthy", "sha256 of the manifest"]
-        rows = [_checkpoint_row(one) for one in report.checkpoints]
+        rows = [_build_checkpoint_row(one) for one in report.checkpoints]
         blocks.append(Table("Committed checkpoints", columns, rows, note="Older checkpoints are removed according to checkpoint.keep."))
     if report.model_files:
         files = [[Cell(one.path, "code"), size_cell(one.size), Cell(one.sha256, "code")] for one in report.model_files]
@@ -220,7 +223,7 @@ def lineage_section(report: RunReport) -> Section:
     return Section("lineage", "Origin", blocks)
 
 
-def _origin_rows(report: RunReport) -> list[list[Cell]]:
+def _build_origin_rows(report: RunReport) -> list[list[Cell]]:
     run, resolved, output = report.run, merge_resolved_configs(report), report.output or Output()
     no_model_reason = "the run has no final model"
 
@@ -246,7 +249,7 @@ def _origin_rows(report: RunReport) -> list[list[Cell]]:
     return rows + [[Cell(name), Cell(redact_text(value), "code")] for name, value in optional_uris.items() if value]
 
 
-def _checkpoint_row(checkpoint: StoredCheckpoint) -> list[Cell]:
+def _build_checkpoint_row(checkpoint: StoredCheckpoint) -> list[Cell]:
     eval_loss_cell = Cell("–") if checkpoint.eval_loss is None else Cell(format_number(checkpoint.eval_loss), "number")
     healthy_cell = Cell("yes" if checkpoint.is_healthy else "not confirmed")
     step, number = Cell(str(checkpoint.step), "number"), Cell(str(checkpoint.attempt), "number")

@@ -66,14 +66,14 @@ def describe_outcome(report: RunReport) -> RunOutcome:
 def build_tiles(report: RunReport) -> list[Tile]:
     """Return the most important numbers of the run, for the top of the page."""
     training_entries = [entry for entry in report.log if entry.kind is LineKind.TRAINING and entry.loss is not None]
-    result = [_steps_tile(report)]
+    result = [_build_steps_tile(report)]
     if training_entries:
         result.append(Tile("Training loss", format_number(training_entries[-1].loss or 0.0), f"from {format_number(training_entries[0].loss or 0.0)}"))
     evaluated_entries = [entry for entry in report.log if entry.eval_loss is not None]
     if evaluated_entries:
         best_entry = min(evaluated_entries, key=lambda entry: entry.eval_loss or math.inf)
         result.append(Tile("Best validation loss", format_number(best_entry.eval_loss or 0.0), f"at step {best_entry.step}"))
-    result += _evaluation_tiles(report)
+    result += _build_evaluation_tiles(report)
     seconds, is_estimate = sum_pod_seconds(report)
     bound_sign = "≥ " if is_estimate else ""
     gpu_count = max((attempt.gpus for attempt in report.attempts), default=0)
@@ -84,13 +84,13 @@ def build_tiles(report: RunReport) -> list[Tile]:
     return result
 
 
-def _steps_tile(report: RunReport) -> Tile:
+def _build_steps_tile(report: RunReport) -> Tile:
     last_step = max((entry.step for entry in report.log), default=0)
     last_epoch = max((entry.epoch or 0.0 for entry in report.log), default=0.0)
     return Tile("Optimizer steps", str(last_step), f"{last_epoch:.4g} epoch{'s' * (last_epoch != 1)}" if last_epoch else "")
 
 
-def _evaluation_tiles(report: RunReport) -> Iterable[Tile]:
+def _build_evaluation_tiles(report: RunReport) -> Iterable[Tile]:
     evaluation_result = report.evaluation
     if evaluation_result is None:
         return
@@ -113,7 +113,7 @@ def curves_section(report: RunReport) -> Section:
     """Return the section with charts of the logged values over the optimizer steps."""
     training_entries = [entry for entry in report.log if entry.kind is LineKind.TRAINING]
     evaluations = [entry for entry in report.log if entry.kind is LineKind.EVALUATION]
-    lines = _attempt_lines(report)
+    lines = _list_attempt_lines(report)
     unit = "nats per token" if trainer_type_of(report.run.spec) is TrainerType.SFT else f"loss of {trainer_type_of(report.run.spec)}"
     nothing_logged_reason = "no line of the training log is stored"
 
@@ -124,13 +124,16 @@ def curves_section(report: RunReport) -> Section:
         make_chart("Training loss", unit, [Series("training loss", _points(training_entries, "loss"))], nothing_logged_reason),
         make_chart("Validation loss", unit, [Series("validation loss", _points(evaluations, "eval_loss"), is_dashed=True)], NO_EVALUATION),
         make_chart("Learning rate", "", [Series("learning rate", _points(training_entries, "learning_rate"))], nothing_logged_reason, starts_at_zero=True),
-        make_chart("Gradient norm", "before clipping", [Series("gradient norm", _points(training_entries, "grad_norm"))], nothing_logged_reason, starts_at_zero=True),
+        make_chart("Gradient norm", "before clipping", [Series("gradient norm", _points(training_entries, "grad_norm"))],
+            nothing_logged_reason, starts_at_zero=True),
         make_chart("Throughput", "tokens per second, all ranks", [Series("tokens per second", _points(training_entries, "tokens_per_second"))],
               "the trainer measured no throughput", starts_at_zero=True),
         make_chart("GPU memory", "peak of rank 0, GB", [Series("GPU memory", _points(training_entries, "peak_memory_gb"))], NO_GPU_MEMORY, starts_at_zero=True),
     ]  # fmt: skip
     charts_and_drawings = [(one, draw_chart(one)) for one in charts]
-    grid = ChartGrid([drawing for _, drawing in charts_and_drawings if drawing], [(one.title, f"not measured: {one.reason}") for one, drawing in charts_and_drawings if drawing is None])
+    grid = ChartGrid([drawing for _, drawing in charts_and_drawings if drawing], [
+        (one.title, f"not measured: {one.reason}") for one, drawing in charts_and_drawings if drawing is None
+    ])
     marker_note = " A dashed vertical line marks the step at which a later attempt continued." if lines else ""
     return Section("curves", "Curves", [grid], f"Values by optimizer step.{marker_note}")
 
@@ -143,7 +146,7 @@ def _points(entries: Iterable[LogEntry], name: str) -> list[tuple[float, float |
     return points
 
 
-def _attempt_lines(report: RunReport) -> list[AttemptLine]:
+def _list_attempt_lines(report: RunReport) -> list[AttemptLine]:
     """Return a line for each attempt but the first, at the step where it continued the training. An attempt without training has no line."""
     return [AttemptLine(one.start_step, f"attempt {one.attempt}") for one in report.attempts[1:] if one.start_step is not None]
 

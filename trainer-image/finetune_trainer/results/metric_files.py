@@ -209,12 +209,12 @@ def compute_epoch_metrics(entries: Sequence[LogEntry]) -> list[EpochMetrics]:
         lines_by_epoch[_epoch_number(line)].append(line)
     losses, times = _mean_loss_by_epoch(lines_with_epoch), _TimeCurve(lines_with_epoch)
     return [
-        _epoch_entry(number, lines_by_epoch[number], times.seconds_of_epoch(number), losses.get(number))
+        _build_epoch_entry(number, lines_by_epoch[number], times.seconds_of_epoch(number), losses.get(number))
         for number in range(1, max(lines_by_epoch, default=0) + 1)
     ]
 
 
-def _epoch_entry(number: int, lines: Sequence[LogEntry], seconds: float | None, loss: float | None) -> EpochMetrics:
+def _build_epoch_entry(number: int, lines: Sequence[LogEntry], seconds: float | None, loss: float | None) -> EpochMetrics:
     evaluations = [line for line in lines if line.kind is LineKind.EVALUATION]
     evaluation = evaluations[-1] if evaluations else LogEntry(step=0)
     return EpochMetrics(

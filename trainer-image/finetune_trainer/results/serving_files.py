@@ -69,11 +69,11 @@ class ServedModel:
 
 def build_serving_files(spec: FineTuneJobSpec, model: ServedModel) -> dict[str, str]:
     """Return the manifests for the servers in `output.serving`, by file name."""
-    builders = {ServingTarget.VLLM: _vllm_manifests, ServingTarget.KSERVE: _kserve_manifests}
+    builders = {ServingTarget.VLLM: _build_vllm_manifests, ServingTarget.KSERVE: _build_kserve_manifests}
     return {f"{server}.yaml": _to_yaml(builders[server](model)) for server in spec.output.serving or []}
 
 
-def _kserve_manifests(model: ServedModel) -> list[dict[str, Any]]:
+def _build_kserve_manifests(model: ServedModel) -> list[dict[str, Any]]:
     """Return a ServiceAccount with the credentials and an InferenceService.
 
     KServe downloads `storageUri` to /mnt/models. For an adapter, the server also downloads the base model from the hub.
@@ -97,7 +97,7 @@ def _kserve_manifests(model: ServedModel) -> list[dict[str, Any]]:
     return [account, service]
 
 
-def _vllm_manifests(model: ServedModel) -> list[dict[str, Any]]:
+def _build_vllm_manifests(model: ServedModel) -> list[dict[str, Any]]:
     """Return a Deployment of vLLM and its Service. An init container downloads the adapter, and the base or complete model if it is not on a hub."""
     downloads: dict[str, str] = {}
     if model.lora_rank is None:
@@ -123,7 +123,10 @@ def _vllm_manifests(model: ServedModel) -> list[dict[str, Any]]:
         "envFrom": [{"secretRef": {"name": _secret_name(model)}}],
     }  # fmt: skip
     labels = {"app.kubernetes.io/name": model.name}
-    pod_spec = {"initContainers": [download_container], "containers": [server_container], "volumes": [{"name": volume, "emptyDir": {}} for volume, _ in used_volumes]}
+    pod_spec = {
+        "initContainers": [download_container], "containers": [server_container],
+        "volumes": [{"name": volume, "emptyDir": {}} for volume, _ in used_volumes],
+    }
     deployment = {
         "apiVersion": "apps/v1", "kind": "Deployment", "metadata": _object_metadata(model),
         "spec": {"replicas": 1, "selector": {"matchLabels": labels}, "template": {"metadata": {"labels": labels}, "spec": pod_spec}},

@@ -138,7 +138,10 @@ class _TaskRunner:
 
         detected_hardware = hardware.detect_hardware(self.run, 0)
         tokenizer = load_tokenizer(self.run, self.inputs, self.task)
-        model = load_base_model(self.run, self.inputs, detected_hardware) if uses_base else load_final_model(self.run, self.inputs, self.task, detected_hardware, tokenizer)
+        if uses_base:
+            model = load_base_model(self.run, self.inputs, detected_hardware)
+        else:
+            model = load_final_model(self.run, self.inputs, self.task, detected_hardware, tokenizer)
         if uses_base and model.get_input_embeddings().weight.shape[0] < len(tokenizer):  # The training added tokens to the vocabulary.
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         model.register_forward_pre_hook(self._send_heartbeat)
@@ -213,7 +216,8 @@ class _TaskRunner:
         chosen_indices = sorted(random.Random(loaded.seed).sample(range(len(questions)), question_count))  # noqa: S311  no secret
         asked_questions = [questions[number] for number in chosen_indices]
         return TaskRecord(
-            prompts=[question.user_prompt for question in asked_questions], answers=self._generate_answers(loaded, [question.token_ids for question in asked_questions])
+            prompts=[question.user_prompt for question in asked_questions],
+            answers=self._generate_answers(loaded, [question.token_ids for question in asked_questions])
         )
 
     def _run_domain(self, loaded: LoadedModel, task: BenchmarkTask) -> TaskRecord:
@@ -244,9 +248,15 @@ class _TaskRunner:
         if not pairs:
             return {}
         answers = self._generate_answers(loaded, [question.token_ids for _, question in pairs])
-        predictions = [Prediction(None, domain_question.question, answer, domain_question.reference) for (domain_question, _), answer in zip(pairs, answers, strict=True)]
+        predictions = [
+            Prediction(None, domain_question.question, answer, domain_question.reference)
+            for (domain_question, _), answer in zip(pairs, answers, strict=True)
+        ]
         values = {"bleu": text_metrics.bleu(predictions), **text_metrics.rouge(predictions), "exactMatch": text_metrics.exact_match(predictions)}
-        keyword_recalls = [compute_keyword_recall(answer, domain_question.keywords) for (domain_question, _), answer in zip(pairs, answers, strict=True) if domain_question.keywords]
+        keyword_recalls = [
+            compute_keyword_recall(answer, domain_question.keywords)
+            for (domain_question, _), answer in zip(pairs, answers, strict=True) if domain_question.keywords
+        ]
         return values | ({"keywordRecall": mean_of_rows(keyword_recalls, {})} if keyword_recalls else {})
 
     def _run_code(self, loaded: LoadedModel, task: BenchmarkTask) -> TaskRecord:

@@ -124,12 +124,12 @@ def _compare_answers(
     ]  # fmt: skip
     metadata = ComparisonMetadata(
         base_model=redact_source(run.spec.model.source or ""), finetuned_model_path=task.uri, prompts_file=source,
-        num_prompts=len(comparisons), generation_params=_generation_params(run), device=str(held_out.model.get_input_embeddings().weight.device),
+        num_prompts=len(comparisons), generation_params=_build_generation_params(run), device=str(held_out.model.get_input_embeddings().weight.device),
         comparison_date=format_iso_time(now),
     )  # fmt: skip
     return ModelComparison(metadata=metadata, comparisons=comparisons)
 
 
-def _generation_params(run: RunConfig) -> GenerationParams:
+def _build_generation_params(run: RunConfig) -> GenerationParams:
     generation = (run.spec.evaluation.comparison and run.spec.evaluation.comparison.generation) or Generation()
     return GenerationParams.model_validate({name: value_or_default(generation, name) for name in GENERATION_FIELDS})

@@ -54,11 +54,11 @@ def _summarise(run: RunConfig, model_results: ModelResults) -> EvaluationResult:
     found, gates = model_results.measurements, run.spec.evaluation.gates
     decides_gates = gates is not None and not compares_metrics(run.spec)
     return EvaluationResult(
-        rows=found.row_count or None, metrics=_metric_results(found.values) or None,
+        rows=found.row_count or None, metrics=_build_metric_results(found.values) or None,
         gates=evaluate_gates(gates, found.gate_values, {}) if decides_gates and gates else None,
         predictions_uri=f"{run.storage.uri}/{Storage.EVALUATION}/{PREDICTIONS_FILE}" if model_results.predictions else None,
     )  # fmt: skip
 
 
-def _metric_results(values: Mapping[str, MetricValue]) -> dict[str, MetricResult]:
+def _build_metric_results(values: Mapping[str, MetricValue]) -> dict[str, MetricResult]:
     return {name: MetricResult(value=value.value, reason=value.reason) for name, value in values.items()}

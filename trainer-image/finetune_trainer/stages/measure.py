@@ -152,7 +152,8 @@ def load_held_out(run: RunConfig, channel: Channel, inputs: Inputs, task: StageT
     prompts = read_prompts(prompts_to_compare(run.spec), inputs.config_maps)
     compared_questions = read_questions(prompts_to_examples(prompts, examples[0][1], dataset.system_prompt), rendering, options)
     if len(compared_questions) < len(prompts):
-        raise DataError("PromptRefused", f"the chat template refuses {len(prompts) - len(compared_questions)} of {len(prompts)} prompts", hint="remove dataset.systemPrompt")
+        refused_count = len(prompts) - len(compared_questions)
+        raise DataError("PromptRefused", f"the chat template refuses {refused_count} of {len(prompts)} prompts", hint="remove dataset.systemPrompt")
     return HeldOutEvaluation(
         task.stage, model, tokenizer, tokens if rows else TokenRows(), _sample_questions(read_questions(rows, rendering, options), run),
         run.spec.evaluation.batch_size_per_device or run.spec.training.batch_size_per_device or 1,

@@ -84,7 +84,8 @@ def read_questions(rows: Iterable[tuple[RawRow, Example]], render_options: Rende
     texts = ((str(number), rendered) for number, (_, rendered) in enumerate(examples_and_renderings))
     encoded_rows = encode(texts, render_options.tokenizer, replace(options, add_eos=False))
     return [
-        _to_question(example, rendered, ids[-options.max_length :]) for (example, rendered), (_, ids, *_) in zip(examples_and_renderings, encoded_rows, strict=True)
+        _to_question(example, rendered, ids[-options.max_length :])
+        for (example, rendered), (_, ids, *_) in zip(examples_and_renderings, encoded_rows, strict=True)
     ]
 
 
@@ -143,7 +144,8 @@ def _render_question(example: Example, options: RenderOptions) -> tuple[Conversa
         last_answer_index = max((index for index, turn in enumerate(answered_example.turns) if turn.role == "assistant"), default=None)
         if last_answer_index is None:
             return None
-        answered_example = replace(answered_example, turns=(*answered_example.turns[:last_answer_index], replace(answered_example.turns[last_answer_index], weight=1)))
+        turns = answered_example.turns
+        answered_example = replace(answered_example, turns=(*turns[:last_answer_index], replace(turns[last_answer_index], weight=1)))
     try:
         rendered = render(answered_example, replace(options, response_only=True, turn_markers=None))
     except RowError:
@@ -163,7 +165,8 @@ def _to_question(example: Conversation | Completion, rendered: Rendered, token_i
     content_by_role = {turn.role: turn.content for turn in example.turns[:-1]}
     letters = tuple(map(str, example.columns.get("options", ())))
     return Question(
-        content_by_role.get("system"), content_by_role.get("user", ""), example.turns[-1].content or None, rendered.text, rendered.is_templated, token_ids, letters
+        content_by_role.get("system"), content_by_role.get("user", ""), example.turns[-1].content or None,
+        rendered.text, rendered.is_templated, token_ids, letters
     )
 
 

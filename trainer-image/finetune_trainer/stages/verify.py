@@ -263,7 +263,8 @@ def choose_device_map(folder: Path, bytes_per_value: int, device: str, free_byte
     if needed_bytes <= sum(free_bytes):
         return "auto"
     raise NotComparableError(
-        "ModelTooLarge", f"the model needs {needed_bytes / 2**30:.1f} GiB, but the pod's GPUs ({len(free_bytes)}) have only {sum(free_bytes) / 2**30:.1f} GiB free"
+        "ModelTooLarge", f"the model needs {needed_bytes / 2**30:.1f} GiB, but the pod's GPUs ({len(free_bytes)}) "
+        f"have only {sum(free_bytes) / 2**30:.1f} GiB free"
     )
 
 

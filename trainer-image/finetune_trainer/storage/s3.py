@@ -277,7 +277,8 @@ class S3Store:
             raise convert_error(self._error_with_reason(error, key), self.connection, operation="HeadObject", key=key) from error
         reported_encryption = str(response.get("ServerSideEncryption", ""))
         return {
-            None: True, EncryptionType.S3: bool(reported_encryption), EncryptionType.KMS: reported_encryption.startswith("aws:kms"), EncryptionType.CUSTOMER_KEY: False,
+            None: True, EncryptionType.S3: bool(reported_encryption),
+            EncryptionType.KMS: reported_encryption.startswith("aws:kms"), EncryptionType.CUSTOMER_KEY: False,
         }[self.target.encryption]  # fmt: skip
 
     def _error_with_reason(self, error: Exception, key: str) -> Exception:

@@ -194,7 +194,7 @@ class WebStore:
         return download.digest.hexdigest()
 
     def _interrupted_error(self, key: str, download: _Download, error: Exception) -> _RetryableError:
-        cause = _innermost_cause(error)
+        cause = _find_innermost_cause(error)
         if isinstance(cause, ssl.SSLError | TimeoutError | ConnectionError):
             return _RetryableError(self._unreachable_error(cause))
         problem = (
@@ -254,7 +254,7 @@ class WebStore:
         try:
             return send_request()
         except (web.ConnectionError, web.Timeout) as error:
-            cause = _innermost_cause(error)
+            cause = _find_innermost_cause(error)
             if isinstance(cause, ssl.SSLCertVerificationError):
                 raise self._unreachable_error(cause) from None
             raise _RetryableError(self._unreachable_error(cause)) from None
@@ -382,7 +382,7 @@ def _stream_error_types() -> tuple[type[Exception], ...]:
     return pool.ProtocolError, pool.TimeoutError, pool.SSLError
 
 
-def _innermost_cause(error: BaseException) -> BaseException:
+def _find_innermost_cause(error: BaseException) -> BaseException:
     """Return the innermost exception of a chain in which each exception wraps the next."""
     for _ in range(8):
         causes = (getattr(error, "reason", None), error.__cause__, *error.args)

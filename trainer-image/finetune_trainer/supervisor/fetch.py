@@ -196,7 +196,8 @@ class Fetcher:
         self.models_from_cache[spec_path] = cached_model
         for name, sha256 in cached_model.sha256.items():
             self.digests.add_download(cached_model.path / name, sha256)
-        return FetchedSource(cached_model.path, _data_files(cached_model.path), hub_revision=cached_model.hub_revision, listing_version=cached_model.listing_version)
+        return FetchedSource(cached_model.path, _data_files(cached_model.path),
+            hub_revision=cached_model.hub_revision, listing_version=cached_model.listing_version)
 
     def fetch_data_files(self, source_text: str, spec_path: str, folder_name: str) -> list[Path]:
         """Fetch the data files of a source, in the order of their names. Errors: NotFoundError DatasetNotFound (66); storage errors."""

@@ -243,7 +243,7 @@ class LaterStages:
             self._fetch_inputs().write(self._settings.work_folder)
             self._state.enter_stage(stage)
         if stage is Stage.VERIFYING:  # The stage verifying must read the files in storage, not the files that the trainer left on the pod's disk.
-            shutil.rmtree(self._trained_model_folder(), ignore_errors=True)
+            shutil.rmtree(self._find_trained_model_folder(), ignore_errors=True)
             shutil.rmtree(self._folder / Stage.MERGING.value / OUTPUT_FOLDER, ignore_errors=True)
         task = StageTask(
             stage=stage, model=self._provide_model(output), kind=output.kind or OutputKind.MODEL, uri=output.uri or "",
@@ -272,21 +272,22 @@ class LaterStages:
         self._tree.store.put(_record_key(stage), json.dumps(record.to_wire(), indent=1).encode())
         return record
 
-    def _trained_model_folder(self) -> Path:
+    def _find_trained_model_folder(self) -> Path:
         """Return the folder to which the trainer of this pod writes the final model."""
         return self._settings.work_folder / "output" / "final"
 
     def _provide_model(self, output: Output) -> Path:
         """Return the folder of the committed model on this pod's disk. A pod that has not trained downloads and verifies the model."""
-        if self._trained_model_folder().exists():
-            return self._trained_model_folder()
+        if self._find_trained_model_folder().exists():
+            return self._find_trained_model_folder()
         target_folder = self._settings.work_folder / MODEL_FOLDER
         if target_folder.exists():
             return target_folder
         committed = self._tree.get_committed(None)
         partial_folder = target_folder.with_name(f"{target_folder.name}.part")
         shutil.rmtree(partial_folder, ignore_errors=True)
-        problem = "the marker is missing" if committed is None else download_committed(self._tree, committed, partial_folder, byte_counter=self._raise_if_stopped)
+        problem = "the marker is missing" if committed is None else download_committed(self._tree, committed, partial_folder,
+            byte_counter=self._raise_if_stopped)
         if problem is not None:
             raise NoCheckpointError("ModelDamaged", f"the committed model {output.uri} cannot be read: {problem}")
         partial_folder.rename(target_folder)
@@ -458,7 +459,8 @@ def verification_error(verification: Verification, output: Output) -> Verificati
     """Return the error for a stored model that differs from the trained model. The error names the first artefact that differs."""
     failed_artefact = next(artefact for artefact in verification.artefacts if artefact.result is VerificationOutcome.FAILED)
     return VerificationFailedError(
-        failed_artefact.code or "VerificationFailed", f"the stored {failed_artefact.artefact} differs from the trained model or is damaged: {failed_artefact.reason}",
+        failed_artefact.code or "VerificationFailed", f"the stored {failed_artefact.artefact} differs from the trained model "
+        f"or is damaged: {failed_artefact.reason}",
         hint=f"do not serve the files in {output.uri}; status.output.verification shows the difference",
     )
 

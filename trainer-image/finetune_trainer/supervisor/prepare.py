@@ -161,7 +161,9 @@ class Preparation:
             return None
         try:
             with RowStore.open(self._run) as row_store:
-                stored_rows = row_store.fetch_for_training(facts, self._work_folder, renews_marker=self._node_rank == 0, byte_counter=self._count_downloaded_bytes)
+                stored_rows = row_store.fetch_for_training(
+                    facts, self._work_folder, renews_marker=self._node_rank == 0, byte_counter=self._count_downloaded_bytes
+                )
         except Exception as error:  # Stored rows only save time, so a failure must not end the job.
             log.warning("the prepared rows are not used", exc_info=error)
             problem = error.message if isinstance(error, FineTuneError) else type(error).__name__
@@ -177,7 +179,8 @@ class Preparation:
         """
         image_sets = zip(IMAGE_SETS, (summary.training_images, summary.held_out_images), strict=True)
         return {
-            name: compute_image_set_digest(images, self._digests, lambda text: self._state.enter_stage(Stage.CHECKING, text)) for name, images in image_sets if images
+            name: compute_image_set_digest(images, self._digests, lambda text: self._state.enter_stage(Stage.CHECKING, text))
+            for name, images in image_sets if images
         }
 
     def claim_storage(self, tree: CheckpointTree) -> None:
@@ -271,7 +274,10 @@ class Preparation:
             self._state.add_note("model.source was removed from model.cache before this pod could use it, and was downloaded again")
         is_cached = cached_model is not None and cached_model.from_cache
         self._state.merge_resolved(
-            ResolvedConfig(model_source=ModelOrigin.CACHE if is_cached else ModelOrigin.DOWNLOAD, model_bytes_saved=cached_model.size if cached_model and is_cached else 0)
+            ResolvedConfig(
+                model_source=ModelOrigin.CACHE if is_cached else ModelOrigin.DOWNLOAD,
+                model_bytes_saved=cached_model.size if cached_model and is_cached else 0,
+            )
         )
 
     def _fetch_benchmarks(self, fetcher: Fetcher) -> list[Path | None]:
@@ -355,8 +361,14 @@ def require_expected_inputs(facts: RunFacts, *, unknown_inputs: Sequence[str] = 
     if not expected_json:
         return
     expected_facts = RunFacts.model_validate_json(expected_json)
-    expected_and_found = [("base model", expected_facts.model_revision, facts.model_revision), ("training data", expected_facts.dataset_digest, facts.dataset_digest)]
-    expected_and_found += [(name, digest, facts.other_inputs.get(name, "")) for name, digest in expected_facts.other_inputs.items() if name not in unknown_inputs]
+    expected_and_found = [
+        ("base model", expected_facts.model_revision, facts.model_revision),
+        ("training data", expected_facts.dataset_digest, facts.dataset_digest),
+    ]
+    expected_and_found += [
+        (name, digest, facts.other_inputs.get(name, ""))
+        for name, digest in expected_facts.other_inputs.items() if name not in unknown_inputs
+    ]
     changed_inputs = [f"{name} is {found or 'absent'} instead of {digest}" for name, digest, found in expected_and_found if digest != found]
     if changed_inputs:
         raise ConfigError(

@@ -266,7 +266,7 @@ class RunState:
                 uid=self._run.uid if self._run else "",
                 stage=self._stage,
                 detail=self._detail,
-                progress=self._progress_with_estimates(),
+                progress=self._build_progress_with_estimates(),
                 metrics=self._metrics,
                 checkpoints=choose_newest_and_best(newest),
                 latest_checkpoint=newest[0].uri if newest else None,
@@ -276,7 +276,7 @@ class RunState:
                 plan=self._plan,
                 data=self._data,
                 resolved=self._resolved.model_copy(update={"notes": list(self._notes) or None}),
-                health=self._health_with_ages(),
+                health=self._build_health_with_ages(),
                 timings={name: round(seconds, 3) for name, seconds in timings.items()},
                 time_use=compute_time_use(timings, self._pauses, self._first_step_seconds),
             )
@@ -285,7 +285,7 @@ class RunState:
         """Return the timings. The timing of the current stage includes the time up to this call."""
         return self._timings | {self._stage.value: self._timings.get(self._stage.value, 0.0) + time.monotonic() - self._stage_since}
 
-    def _health_with_ages(self) -> HealthReport:
+    def _build_health_with_ages(self) -> HealthReport:
         since_step, since_heartbeat = self.seconds_since_step(), self.seconds_since_heartbeat()
         median_seconds = self.median_step_seconds()
         silent_seconds = None if since_step is None or since_heartbeat is None else min(since_step, since_heartbeat)
@@ -297,7 +297,7 @@ class RunState:
             }
         )
 
-    def _progress_with_estimates(self) -> Progress:
+    def _build_progress_with_estimates(self) -> Progress:
         """Return the progress with percentage, remaining time and display texts."""
         step, total = self._progress.step, self._progress.total_steps
         update: dict[str, Any] = {}

@@ -182,7 +182,7 @@ class RunTracking:
             threading.Event().wait(POLL_SECONDS / 4)
         self._process.stop()
         if run_end is not RunEnd.INTERRUPTED:  # After an interruption, the next attempt sends the values that are missing.
-            for note in self._notes_on_unsent_events():
+            for note in self._list_notes_on_unsent_events():
                 self._state.add_note(note)
 
     def _seconds_to_wait(self, end: RunEnd) -> float:
@@ -190,7 +190,7 @@ class RunTracking:
             return STOP_TIMEOUT_SECONDS
         return END_TIMEOUT_SECONDS if self._find_problem() is None else PROBLEM_TIMEOUT_SECONDS
 
-    def _notes_on_unsent_events(self) -> Iterator[str]:
+    def _list_notes_on_unsent_events(self) -> Iterator[str]:
         states = self._read_state().trackers
         for name in self._run.spec.tracking.report_to or []:
             state = states.get(name, TrackerState())

@@ -116,7 +116,7 @@ def _check_lora(
     _check_pairs_are_complete(matrices)
     _check_ranks(matrices, config, base)
     _check_base(matrices, base)
-    _check_targets(matrices, config, base, _adapted_embeddings(tensors))
+    _check_targets(matrices, config, base, _find_adapted_embeddings(tensors))
     trained_adapter = reference.adapter if reference is not None else None
     if trained_adapter is not None:
         _check_scaling(matrices, config, trained_adapter.scaling)
@@ -149,7 +149,8 @@ def _check_known_names(tensors: Mapping[str, StoredTensor], config: Mapping[str,
         is_in_saved_module = any(f".{module}." in name for module in saved_modules)
         is_dora_tensor = bool(config.get("use_dora")) and DORA_TENSOR.search(name)
         is_token_tensor = has_tokens and TRAINED_TOKENS.search(name)
-        if not (expected.search(name) or is_in_saved_module or is_dora_tensor or is_token_tensor or (has_bias and name.endswith(".bias")) or _is_embedding(name)):
+        is_known_tensor = bool(expected.search(name)) or is_in_saved_module or is_dora_tensor or is_token_tensor
+        if not (is_known_tensor or (has_bias and name.endswith(".bias")) or _is_embedding(name)):
             raise _FaultFound("AdapterKeysUnknown", f"the tensor {name} belongs to no setting in {ADAPTER_CONFIG}: PEFT and servers ignore or reject it")
 
 
@@ -165,7 +166,7 @@ def _check_pairs_are_complete(lora_pairs: Mapping[str, Mapping[str, StoredTensor
             raise _FaultFound("TargetWeightsMissing", f"{module} has no matrix lora_{absent_matrices[0]}, so its adapter has no effect")
 
 
-def _adapted_embeddings(tensors: Mapping[str, StoredTensor]) -> set[str]:
+def _find_adapted_embeddings(tensors: Mapping[str, StoredTensor]) -> set[str]:
     """Return the names (in the base model) of the embeddings that have an adapter."""
     names_and_matches = ((name, LORA_TENSOR.search(name)) for name in tensors)
     return {name[: match.start()].removeprefix(TENSOR_PREFIX) for name, match in names_and_matches if match and "embedding" in match.group(1)}

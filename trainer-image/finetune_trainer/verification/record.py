@@ -107,9 +107,9 @@ def record_reference_values(
     """Return the reference values of the trained model. With sharded weights, every rank must call this function with the same rows."""
     base_model = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
     reference_values = ReferenceValues(
-        head=head, device=hardware.device.type, trusts_code=run.spec.model.trust_remote_code is True, dtype=_dtype_of(base_model),
+        head=head, device=hardware.device.type, trusts_code=run.spec.model.trust_remote_code is True, dtype=_read_dtype(base_model),
         autocast="bfloat16" if hardware.computes_in_bf16 else "float16" if hardware.computes_in_fp16 else None,
-        attention=hardware.attention, quantization=_quantization_of(base_model), is_tf32=hardware.device.type == "cuda" and _rounds_to_tf32(),
+        attention=hardware.attention, quantization=_read_quantization(base_model), is_tf32=hardware.device.type == "cuda" and _rounds_to_tf32(),
         pad_token_id=int(tokenizer.pad_token_id or 0), tokenizer_length=len(tokenizer), architecture=type(base_model).__name__,
         chat_template_sha256=hash_text(tokenizer.chat_template) if isinstance(tokenizer.chat_template, str) else None,
         adapter=_describe_adapter(trainer.model), rows=rows, reads_images=vision is not None,
@@ -146,7 +146,8 @@ def _measure_values(
     finally:
         model.train(was_training)
     rows = [
-        row.model_copy(update={"values": of_row, "batched_values": of_batch}) for row, of_row, of_batch in zip(reference.rows, values, batched_values, strict=True)
+        row.model_copy(update={"values": of_row, "batched_values": of_batch})
+        for row, of_row, of_batch in zip(reference.rows, values, batched_values, strict=True)
     ]
     return reference.model_copy(update={"rows": rows, "adapter": adapter})
 
@@ -156,12 +157,12 @@ def _kept_random_states() -> Any:
     return torch.random.fork_rng()
 
 
-def _dtype_of(base: Any) -> str:
+def _read_dtype(base: Any) -> str:
     """Return the number format of the base model's weights, such as `bfloat16`."""
     return str(getattr(base, "dtype", torch.float32)).removeprefix("torch.")
 
 
-def _quantization_of(base: Any) -> dict[str, Any] | None:
+def _read_quantization(base: Any) -> dict[str, Any] | None:
     config = getattr(base.config, "quantization_config", None)
     if config is None:
         return None
