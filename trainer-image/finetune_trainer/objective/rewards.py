@@ -203,7 +203,7 @@ def _build_regex_reward(parameters: RewardParameters) -> ScoreFunction:
 def _build_exact_match_reward(parameters: RewardParameters) -> ScoreFunction:
     """Reward 1 if the completion equals the value of a column, else 0.
 
-    If the parameter `extract_pattern` is set to a pattern, only the last match of this pattern in the completion is compared.
+    If the parameter `extract` is set to a pattern, only the last match of this pattern in the completion is compared.
     """
     column = parameters.read_text("column", "answer")
     ignores_case = parameters.read_flag("ignoreCase", False)
