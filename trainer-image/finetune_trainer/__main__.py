@@ -56,8 +56,8 @@ def main(arguments: list[str] | None = None) -> int:
             return _fill_cache(options)
         case "supervise" | "run" | "prepare":
             return _supervise(command, options)
-    known = "supervise, run, prepare, fill-cache, train, agent, check, stage, track, compare-weights or check-storage"
-    print(f"finetune-trainer: unknown command {command!r}; use {known}", file=sys.stderr)
+    known_commands = "supervise, run, prepare, fill-cache, train, agent, check, stage, track, compare-weights or check-storage"
+    print(f"finetune-trainer: unknown command {command!r}; use {known_commands}", file=sys.stderr)
     return 64
 
 
@@ -82,12 +82,12 @@ def _supervise(command: str, arguments: list[str]) -> int:
     except ImportError as error:
         return _exit_code_of_failed_import(error)
 
-    code = run_pod(Settings.from_env(run_file=options.run_file, work_folder=options.work_dir, port=options.port), stop_requests)
+    exit_code = run_pod(Settings.from_env(run_file=options.run_file, work_folder=options.work_dir, port=options.port), stop_requests)
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
     # Exit without waiting for threads, because after a stop request, abandoned transfers run until they time out.
-    os._exit(code)
+    os._exit(exit_code)
 
 
 def _fill_cache(arguments: list[str]) -> int:
@@ -101,11 +101,11 @@ def _fill_cache(arguments: list[str]) -> int:
     from finetune_trainer.supervisor import cache_pod
 
     configure_logging("model-cache")
-    code = cache_pod.main(arguments)
+    exit_code = cache_pod.main(arguments)
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # without waiting for the threads of the storage clients
+    os._exit(exit_code)  # without waiting for the threads of the storage clients
 
 
 def _exit_code_of_failed_import(error: ImportError) -> int:
@@ -115,11 +115,11 @@ def _exit_code_of_failed_import(error: ImportError) -> int:
     """
     from finetune_trainer.failure import installation_error
 
-    broken = installation_error(error)
-    if broken is None:
+    installation_problem = installation_error(error)
+    if installation_problem is None:
         raise error
-    print(f"finetune-trainer: {broken.code}: {broken.message}", file=sys.stderr)
-    return int(broken.exit_code)
+    print(f"finetune-trainer: {installation_problem.code}: {installation_problem.message}", file=sys.stderr)
+    return int(installation_problem.exit_code)
 
 
 def _record_early_stop_requests() -> list[float]:

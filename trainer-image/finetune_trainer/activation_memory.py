@@ -91,18 +91,19 @@ def choose_kept_activations(
             f"activations are not recomputed, because the run needs an estimated {estimate.total_bytes / 1e9:.0f} GB of "
             f"{gpu_bytes / 1e9:.0f} GB of GPU memory (training.gradientCheckpointing: enabled would save memory)"
         ))  # fmt: skip
-    layers = config.num_hidden_layers
-    bytes_per_layer_token = estimate.activation_bytes / (layers * batch_tokens)
+    layer_count = config.num_hidden_layers
+    bytes_per_layer_token = estimate.activation_bytes / (layer_count * batch_tokens)
     layer_tokens = int((available_bytes - estimate.state_bytes - FIXED_OVERHEAD_BYTES) // bytes_per_layer_token)
-    kept = count_kept_layers(layers, batch_tokens, layer_tokens)
+    kept_layer_count = count_kept_layers(layer_count, batch_tokens, layer_tokens)
     # All packed micro-batches have the same length. Other micro-batches have at least one token per row.
-    shortest_tokens = batch_tokens if run.spec.dataset.packing else run.spec.training.batch_size_per_device or 1
-    if count_kept_layers(layers, shortest_tokens, layer_tokens) == 0:
+    smallest_batch_tokens = batch_tokens if run.spec.dataset.packing else run.spec.training.batch_size_per_device or 1
+    if count_kept_layers(layer_count, smallest_batch_tokens, layer_tokens) == 0:
         return None
-    smaller = "" if run.spec.dataset.packing else f" (no layer does in micro-batches of up to {layer_tokens // layers} tokens)"
+    smaller_batch_note = "" if run.spec.dataset.packing else f" (no layer does in micro-batches of up to {layer_tokens // layer_count} tokens)"
     return ActivationChoice(layer_tokens, (
-        f"{layers - kept} of {layers} layers recompute their activations{' in the largest micro-batch' if smaller else ''}{smaller}, because by the "
-        f"trainer's estimate only the activations of the other layers fit into {gpu_bytes / 1e9:.0f} GB of GPU memory "
+        f"{layer_count - kept_layer_count} of {layer_count} layers recompute their activations"
+        f"{' in the largest micro-batch' if smaller_batch_note else ''}{smaller_batch_note}, because by the trainer's "
+        f"estimate only the activations of the other layers fit into {gpu_bytes / 1e9:.0f} GB of GPU memory "
         "(with training.gradientCheckpointing: enabled, all layers recompute)"
     ))  # fmt: skip
 
@@ -144,25 +145,29 @@ def estimate_memory(
     run: RunConfig, hardware: Hardware, strategy_name: str, config: Any, batch_tokens: int, *, uses_liger: bool
 ) -> MemoryEstimate:
     """Estimate the memory of a run that recomputes no activations. `config`: the configuration of a model of `ESTIMATED_MODEL_TYPES`."""
-    hidden, feed_forward, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    head_size = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
-    attention = max(hidden, config.num_attention_heads * head_size)
-    keys = (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * head_size
+    hidden_size, feed_forward_size, layer_count = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    head_size = getattr(config, "head_dim", None) or hidden_size // config.num_attention_heads
+    attention_size = max(hidden_size, config.num_attention_heads * head_size)
+    key_size = (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * head_size
     lora = run.spec.method.lora
-    kept = [KEPT_WITH_LIGER_KERNELS if uses_liger else KEPT_WITH_TORCH_KERNELS]
+    kept_value_counts = [KEPT_WITH_LIGER_KERNELS if uses_liger else KEPT_WITH_TORCH_KERNELS]
     if lora is not None and lora.dropout:
-        kept.append(KEPT_ADDITIONALLY_WITH_DROPOUT)
-    values = sum(counts.per_hidden_unit * hidden + counts.per_attention_unit * attention + counts.per_feed_forward_unit * feed_forward for counts in kept)
+        kept_value_counts.append(KEPT_ADDITIONALLY_WITH_DROPOUT)
+    values_per_layer_token = sum(
+        counts.per_hidden_unit * hidden_size + counts.per_attention_unit * attention_size + counts.per_feed_forward_unit * feed_forward_size
+        for counts in kept_value_counts
+    )
     value_bytes = 2 if hardware.computes_in_bf16 or hardware.computes_in_fp16 else 4
-    layer_parameters = layers * (2 * hidden * (attention + keys) + 3 * hidden * feed_forward)
-    adapter_parameters = ((lora.rank if lora is not None else None) or 16) * layers * (4 * (hidden + attention) + 3 * (hidden + feed_forward))
-    size = _ModelSize(layer_parameters, config.vocab_size * hidden, (1 if config.tie_word_embeddings else 2) * config.vocab_size * hidden)
+    layer_parameter_count = layer_count * (2 * hidden_size * (attention_size + key_size) + 3 * hidden_size * feed_forward_size)
+    lora_rank = (lora.rank if lora is not None else None) or 16
+    adapter_parameter_count = lora_rank * layer_count * (4 * (hidden_size + attention_size) + 3 * (hidden_size + feed_forward_size))
+    model_size = _ModelSize(layer_parameter_count, config.vocab_size * hidden_size, (1 if config.tie_word_embeddings else 2) * config.vocab_size * hidden_size)
     has_buckets = strategy_name == "ddp"
     if trains_base_weights(run.spec):
-        state_bytes = _bytes_of_full_training(run, hardware, size, has_buckets=has_buckets)
+        state_bytes = _estimate_bytes_of_full_training(run, hardware, model_size, has_buckets=has_buckets)
     else:
-        state_bytes = _bytes_of_adapter_training(run, hardware, size, adapter_parameters, has_buckets=has_buckets)
-    return MemoryEstimate(state_bytes, value_bytes * values * layers * batch_tokens)
+        state_bytes = _estimate_bytes_of_adapter_training(run, hardware, model_size, adapter_parameter_count, has_buckets=has_buckets)
+    return MemoryEstimate(state_bytes, value_bytes * values_per_layer_token * layer_count * batch_tokens)
 
 
 @dataclass(frozen=True)
@@ -175,7 +180,7 @@ class _ModelSize:
     """Parameters of input embeddings and head together. Tied parameters count once."""
 
 
-def _bytes_of_full_training(run: RunConfig, hardware: Hardware, model_size: _ModelSize, *, has_buckets: bool) -> int:
+def _estimate_bytes_of_full_training(run: RunConfig, hardware: Hardware, model_size: _ModelSize, *, has_buckets: bool) -> int:
     """Return the bytes of weights, gradients and the optimizer's two moments at the end of the forward pass.
 
     Weights, gradients and moments have the same data type.
@@ -186,13 +191,13 @@ def _bytes_of_full_training(run: RunConfig, hardware: Hardware, model_size: _Mod
     """
     weight_bytes = _weight_bytes(hardware)
     cast_bytes = 2 if weight_bytes == 4 else 0  # autocast's copy of 32-bit weights
-    parameters = model_size.layer_parameters + model_size.embedding_parameters
+    parameter_count = model_size.layer_parameters + model_size.embedding_parameters
     keeps_gradients = has_buckets or value_or_default(run.spec.training, "gradient_accumulation_steps") > 1
-    gradients = (parameters if keeps_gradients else model_size.head_parameters) + (parameters if has_buckets else 0)
-    return parameters * (3 * weight_bytes + cast_bytes) + gradients * weight_bytes
+    gradient_count = (parameter_count if keeps_gradients else model_size.head_parameters) + (parameter_count if has_buckets else 0)
+    return parameter_count * (3 * weight_bytes + cast_bytes) + gradient_count * weight_bytes
 
 
-def _bytes_of_adapter_training(run: RunConfig, hardware: Hardware, model_size: _ModelSize, adapter_parameters: int, *, has_buckets: bool) -> int:
+def _estimate_bytes_of_adapter_training(run: RunConfig, hardware: Hardware, model_size: _ModelSize, adapter_parameters: int, *, has_buckets: bool) -> int:
     bits, weight_bytes = base_bits(run.spec), _weight_bytes(hardware)
     base_bytes = model_size.layer_parameters * (weight_bytes if bits is None else 1.2 * bits / 8) + model_size.embedding_parameters * weight_bytes
     return int(base_bytes) + (20 if has_buckets else 16) * adapter_parameters

@@ -43,12 +43,12 @@ def verify_kernels(base_model: Any, run: RunConfig) -> list[str]:
 
     Errors: InternalError KernelsNotActive if no layer uses a kernel, although the user requested the kernels.
     """
-    name = type(base_model).__name__
+    model_class_name = type(base_model).__name__
     if any(getattr(module.forward, "__module__", "").startswith("liger_kernel") for module in base_model.modules()):
         return kernels.notes_about_active_kernels(run, base_model.config.model_type)
     if not kernels.are_kernels_requested(run):
-        return [f"{kernels.LIGER_PATH} is off: Liger replaced no layer of {name}"]
+        return [f"{kernels.LIGER_PATH} is off: Liger replaced no layer of {model_class_name}"]
     raise InternalError(
-        "KernelsNotActive", f"Liger's kernels were requested, but no layer of {name} uses a kernel of Liger",
+        "KernelsNotActive", f"Liger's kernels were requested, but no layer of {model_class_name} uses a kernel of Liger",
         hint="set model.ligerKernels: false",
     )  # fmt: skip

@@ -30,10 +30,10 @@ def refuse_metadata_address(url: str, origin: str) -> None:
         addresses = {str(info[4][0]) for info in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)} if host else set()
     except (OSError, ValueError):  # not a URL, or an unknown host name: the later connection fails with its own message
         addresses = set()
-    forbidden = sorted(address for address in addresses if is_metadata_address(address))
-    if forbidden or host in METADATA_NAMES:
-        found = f", which is {forbidden[0]}" if forbidden and forbidden[0] != host else ""
+    forbidden_addresses = sorted(address for address in addresses if is_metadata_address(address))
+    if forbidden_addresses or host in METADATA_NAMES:
+        address_note = f", which is {forbidden_addresses[0]}" if forbidden_addresses and forbidden_addresses[0] != host else ""
         raise ConfigError(
-            "AddressForbidden", f"{origin} leads to {host}{found}: at such link-local addresses, clouds serve the credentials of the node",
+            "AddressForbidden", f"{origin} leads to {host}{address_note}: at such link-local addresses, clouds serve the credentials of the node",
             hint="write the address of the server itself",
         )  # fmt: skip

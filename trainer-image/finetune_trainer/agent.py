@@ -36,20 +36,20 @@ def main(arguments: list[str]) -> int:
     die_with_parent()
     options = _parse_arguments(arguments)
     try:
-        failures = _run_single_rank() if options.nodes * options.processes == 1 else _run_ranks(options)
+        failures_by_rank = _run_single_rank() if options.nodes * options.processes == 1 else _run_ranks(options)
     except (ImportError, OSError) as error:
         if installation_error(error) is None:
             raise
         traceback.print_exc()
         return ExitCode.INSTALLATION_BROKEN
-    write_failures(options.work, failures)
-    return 1 if failures else 0
+    write_failures(options.work, failures_by_rank)
+    return 1 if failures_by_rank else 0
 
 
 def _run_single_rank() -> FailuresByRank:
     rank = subprocess.Popen(RANK_COMMAND)
-    code = rank.wait()
-    return {"0": {"exitCode": code, "pid": rank.pid, "time": int(time.time())}} if code else {}
+    exit_code = rank.wait()
+    return {"0": {"exitCode": exit_code, "pid": rank.pid, "time": int(time.time())}} if exit_code else {}
 
 
 def _run_ranks(options: argparse.Namespace) -> FailuresByRank:

@@ -37,21 +37,24 @@ class MemorySavers:
     def choose(run: RunConfig, hardware: Hardware) -> MemorySavers:
         """Choose the options for a run. Errors: ConfigError BackendNeedsGpu."""
         training = run.spec.training
-        mode = training.gradient_checkpointing or GradientCheckpointing.DISABLED
-        name = training.optimizer or "adamw_torch_fused"
+        checkpointing_mode = training.gradient_checkpointing or GradientCheckpointing.DISABLED
+        optimizer_name = training.optimizer or "adamw_torch_fused"
         uses_liger = kernels.are_kernels_allowed(run) and (hardware.device.type == "cuda" or kernels.are_kernels_requested(run))
         if run.spec.trainer.backend is not TrainerBackend.UNSLOTH:
-            return MemorySavers(mode, name, uses_liger)
+            return MemorySavers(checkpointing_mode, optimizer_name, uses_liger)
         if hardware.is_cpu:
             raise ConfigError(
                 "BackendNeedsGpu", "trainer.backend unsloth needs a GPU, and this job runs on CPU",
                 hint="write `backend: transformers`, or request a GPU",
             )  # fmt: skip
-        if CHECKPOINTING_PATH in run.defaults and mode is not GradientCheckpointing.DISABLED:
-            mode = GradientCheckpointing.UNSLOTH
-        name = LOW_MEMORY_OPTIMIZER if OPTIMIZER_PATH in run.defaults else name
-        note = f"trainer.backend unsloth selects options that save GPU memory: optimizer {name}, gradientCheckpointing {mode}, liger kernels {uses_liger}"
-        return MemorySavers(mode, name, uses_liger, (note,))
+        if CHECKPOINTING_PATH in run.defaults and checkpointing_mode is not GradientCheckpointing.DISABLED:
+            checkpointing_mode = GradientCheckpointing.UNSLOTH
+        optimizer_name = LOW_MEMORY_OPTIMIZER if OPTIMIZER_PATH in run.defaults else optimizer_name
+        note = (
+            f"trainer.backend unsloth selects options that save GPU memory: optimizer {optimizer_name}, "
+            f"gradientCheckpointing {checkpointing_mode}, liger kernels {uses_liger}"
+        )
+        return MemorySavers(checkpointing_mode, optimizer_name, uses_liger, (note,))
 
 
 def shared_arguments(
@@ -73,7 +76,7 @@ def shared_arguments(
         "learning_rate": training.learning_rate or 2e-4,
         "lr_scheduler_type": SCHEDULER_NAMES[training.scheduler or LearningRateSchedule.COSINE],
         "lr_scheduler_kwargs": scheduler_parameters(run),
-        "warmup_steps": _warmup_steps(run),
+        "warmup_steps": _choose_warmup_steps(run),
         "max_grad_norm": 1.0 if training.max_grad_norm is None else training.max_grad_norm,
         "optim": require_optimizer(savers.optimizer),
         "use_liger_kernel": savers.uses_liger,
@@ -94,8 +97,8 @@ def shared_arguments(
         "report_to": [],
         # If logging_nan_inf_filter were on, transformers would log the last finite loss instead of a NaN or infinite loss.
         "logging_nan_inf_filter": False,
-        **_checkpointing_arguments(run, savers.gradient_checkpointing),
-        **_interval_arguments(run, has_validation_data),
+        **_build_checkpointing_arguments(run, savers.gradient_checkpointing),
+        **_build_interval_arguments(run, has_validation_data),
         **strategy.training_arguments(),
     }
 
@@ -119,7 +122,7 @@ def unused_warmup_notes(run: RunConfig) -> list[str]:
     ]  # fmt: skip
 
 
-def _warmup_steps(run: RunConfig) -> float | int:
+def _choose_warmup_steps(run: RunConfig) -> float | int:
     """Return the number of warm-up steps, or (below 1) their fraction of all steps: transformers has one field for both."""
     training = run.spec.training
     if training.warmup_steps is not None:
@@ -127,7 +130,7 @@ def _warmup_steps(run: RunConfig) -> float | int:
     return 0.03 if training.warmup_ratio is None else training.warmup_ratio
 
 
-def _interval_arguments(run: RunConfig, has_validation_data: bool) -> dict[str, Any]:
+def _build_interval_arguments(run: RunConfig, has_validation_data: bool) -> dict[str, Any]:
     """Return the arguments that set when to log, save and evaluate. Errors: ConfigError EvaluationWithoutData."""
     checkpoint, evaluation, tracking = run.spec.checkpoint, run.spec.evaluation, run.spec.tracking
     evaluation_strategy = evaluation.strategy or IntervalStrategy.NO
@@ -153,7 +156,7 @@ def _interval_arguments(run: RunConfig, has_validation_data: bool) -> dict[str, 
     }
 
 
-def _checkpointing_arguments(run: RunConfig, mode: GradientCheckpointing) -> dict[str, Any]:
+def _build_checkpointing_arguments(run: RunConfig, mode: GradientCheckpointing) -> dict[str, Any]:
     """Return the arguments for gradient checkpointing: off, for every layer or every n-th layer, and perhaps with activations in host memory."""
     training = run.spec.training
     if mode is GradientCheckpointing.DISABLED:

@@ -83,9 +83,9 @@ def choose_attention(
     Errors: ConfigError AttentionUnavailable, ContextParallelUnsupported.
     """
     requested = run.spec.model.attention or AttentionImplementation.AUTO
-    size = run.spec.distributed.context_parallel_size or 1
-    if size > 1:
-        require_divisible_attention(config, size)
+    ranks_per_sequence = run.spec.distributed.context_parallel_size or 1
+    if ranks_per_sequence > 1:
+        require_divisible_attention(config, ranks_per_sequence)
         return "sdpa", []
     attention, notes = require_supported_attention(run, config, hardware.attention)
     is_requested = requested in (AttentionImplementation.SDPA, AttentionImplementation.EAGER)
@@ -108,20 +108,23 @@ def choose_attention(
 
 def require_divisible_attention(config: Any, rank_count: int) -> None:
     """Refuse models whose attention heads cannot be divided among `rank_count` ranks. Errors: ConfigError ContextParallelUnsupported."""
-    text = config.get_text_config()
-    heads, key_heads = getattr(text, "num_attention_heads", None), getattr(text, "num_key_value_heads", None)
-    layers = set(getattr(text, "layer_types", None) or [FULL_ATTENTION])
-    window = getattr(text, "sliding_window", None) if not getattr(text, "layer_types", None) else None
+    text_config = config.get_text_config()
+    head_count, key_head_count = getattr(text_config, "num_attention_heads", None), getattr(text_config, "num_key_value_heads", None)
+    layer_types = set(getattr(text_config, "layer_types", None) or [FULL_ATTENTION])
+    sliding_window = getattr(text_config, "sliding_window", None) if not getattr(text_config, "layer_types", None) else None
     hint = f"write `contextParallelSize: 1`, or choose a model of another type than {config.model_type}"
-    if not heads or not key_heads:
+    if not head_count or not key_head_count:
         problem = f"models of type {config.model_type} have no attention heads that the ranks could share"
-    elif layers != {FULL_ATTENTION} or window:
-        kinds = ", ".join(sorted(layers - {FULL_ATTENTION})) or f"a sliding window of {window} tokens"
-        problem = f"the model has attention layers that do not attend to all previous tokens: {kinds}"
-    elif heads % rank_count or (key_heads % rank_count and rank_count % key_heads):
-        problem = f"the model has {heads} attention heads and {key_heads} key-value heads, which {rank_count} ranks cannot share equally"
-        sizes = [str(one) for one in range(2, heads + 1) if heads % one == 0 and (key_heads % one == 0 or one % key_heads == 0)]
-        hint = f"write one of {', '.join(sizes)}, or 1" if sizes else "write `contextParallelSize: 1`"
+    elif layer_types != {FULL_ATTENTION} or sliding_window:
+        unsupported_kinds = ", ".join(sorted(layer_types - {FULL_ATTENTION})) or f"a sliding window of {sliding_window} tokens"
+        problem = f"the model has attention layers that do not attend to all previous tokens: {unsupported_kinds}"
+    elif head_count % rank_count or (key_head_count % rank_count and rank_count % key_head_count):
+        problem = f"the model has {head_count} attention heads and {key_head_count} key-value heads, which {rank_count} ranks cannot share equally"
+        possible_rank_counts = [
+            str(count) for count in range(2, head_count + 1)
+            if head_count % count == 0 and (key_head_count % count == 0 or count % key_head_count == 0)
+        ]
+        hint = f"write one of {', '.join(possible_rank_counts)}, or 1" if possible_rank_counts else "write `contextParallelSize: 1`"
     else:
         return
     raise ConfigError("ContextParallelUnsupported", f"distributed.contextParallelSize is {rank_count}, but {problem}", hint=hint)
@@ -213,9 +216,9 @@ def _find_unsupported_feature(config: Any) -> str | None:
     """Return the feature of a text model's attention that the kernel does not have; None if there is no such feature."""
     if getattr(config, "attn_logit_softcapping", None) is not None:
         return "the model limits its attention scores (attn_logit_softcapping)"
-    dropout = next((name for name in ATTENTION_DROPOUT_FIELDS if getattr(config, name, None)), None)
-    if dropout is not None:
-        return f"the model uses attention dropout ({dropout})"
+    dropout_field = next((name for name in ATTENTION_DROPOUT_FIELDS if getattr(config, name, None)), None)
+    if dropout_field is not None:
+        return f"the model uses attention dropout ({dropout_field})"
     if getattr(config, "is_causal", True) is False or getattr(config, "use_bidirectional_attention", None):
         return "the model's attention is not causal"
     if getattr(config, "attention_chunk_size", None) is not None or "chunked_attention" in (
@@ -224,19 +227,19 @@ def _find_unsupported_feature(config: Any) -> str | None:
         return "the model's attention is limited to chunks (attention_chunk_size)"
     if getattr(config, "v_head_dim", None) is not None:
         return "the model's keys and values have different sizes (v_head_dim)"
-    sizes = _list_head_sizes(config)
-    if not sizes:
+    head_sizes = _list_head_sizes(config)
+    if not head_sizes:
         return "the size of the model's attention heads is unknown"
-    unsupported = [size for size in sizes if not _is_supported_head_size(size)]
-    return f"its kernel does not support attention heads of size {unsupported[0]}" if unsupported else None
+    unsupported_sizes = [size for size in head_sizes if not _is_supported_head_size(size)]
+    return f"its kernel does not support attention heads of size {unsupported_sizes[0]}" if unsupported_sizes else None
 
 
 def _list_head_sizes(config: Any) -> list[int]:
     """Return the sizes of the model's attention heads. Some models have larger heads in the layers without a sliding window."""
-    size, heads = getattr(config, "head_dim", None), getattr(config, "num_attention_heads", None)
-    if size is None and heads:
-        size = config.hidden_size // heads
-    return [int(one) for one in (size, getattr(config, "global_head_dim", None)) if one]
+    head_size, head_count = getattr(config, "head_dim", None), getattr(config, "num_attention_heads", None)
+    if head_size is None and head_count:
+        head_size = config.hidden_size // head_count
+    return [int(one) for one in (head_size, getattr(config, "global_head_dim", None)) if one]
 
 
 def _is_supported_head_size(size: int) -> bool:
@@ -374,20 +377,20 @@ def _create_mask(
 ) -> torch.Tensor | None:
     """Create the mask with which sdpa computes one packed sequence; its shape is (1, 1, tokens, tokens). None if a plain causal mask is correct."""
     positions = torch.arange(query.shape[2], device=query.device)
-    documents = None
+    document_indices = None
     if boundaries is not None and len(boundaries) > 2:
-        documents = torch.searchsorted(boundaries.contiguous(), positions, right=True)
+        document_indices = torch.searchsorted(boundaries.contiguous(), positions, right=True)
     elif boundaries is None and position_ids is not None and position_ids.ndim == 2:
-        found = find_packed_sequence_indices(position_ids)
-        documents = None if found is None else found[0]
+        packed_sequence_indices = find_packed_sequence_indices(position_ids)
+        document_indices = None if packed_sequence_indices is None else packed_sequence_indices[0]
     if sliding_window is not None and sliding_window >= len(positions):
         sliding_window = None
-    if documents is None and sliding_window is None:
+    if document_indices is None and sliding_window is None:
         return None
     distances = positions[:, None] - positions[None, :]
     mask = distances >= 0
-    if documents is not None:
-        mask &= documents[:, None] == documents[None, :]
+    if document_indices is not None:
+        mask &= document_indices[:, None] == document_indices[None, :]
     if sliding_window is not None:
         mask &= distances < sliding_window
     return mask[None, None]

@@ -10,11 +10,11 @@ from contextlib import contextmanager
 @contextmanager
 def repeat_in_background(action: Callable[[], None], interval_seconds: float, thread_name: str) -> Iterator[None]:
     """Call `action` at once and then every `interval_seconds`, in a thread named `thread_name`, until the `with` block ends."""
-    ended = threading.Event()
+    end_event = threading.Event()
 
     def repeat() -> None:
         action()
-        while not ended.wait(interval_seconds):
+        while not end_event.wait(interval_seconds):
             action()
 
     thread = threading.Thread(target=repeat, name=thread_name, daemon=True)
@@ -22,5 +22,5 @@ def repeat_in_background(action: Callable[[], None], interval_seconds: float, th
     try:
         yield
     finally:
-        ended.set()
+        end_event.set()
         thread.join()

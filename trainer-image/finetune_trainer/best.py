@@ -51,7 +51,7 @@ class KeepBest(TrainerCallback):
             return
         best_weights = Path(str(args.output_dir)) / BEST_FOLDER
         resumed_is_best = state.best_global_step == state.global_step
-        files = list(_weight_files(self._resumed) if resumed_is_best else _included_best_files(self._resumed))
+        files = list(_weight_files(self._resumed) if resumed_is_best else _list_included_best_files(self._resumed))
         if not files:  # If the best loss was measured between two checkpoints, no checkpoint contains the best weights.
             return
         if args.local_process_index == 0:
@@ -91,11 +91,11 @@ def copy_to_all_nodes(args: TrainingArguments) -> None:
         received_folder.mkdir(parents=True)
     chunks = _read_chunks(best_weights) if args.process_index == 0 else iter(())
     while True:
-        message = [next(chunks, None)]
-        distributed.broadcast_object_list(message, src=0, device=args.device)
-        if message[0] is None:
+        broadcast_values = [next(chunks, None)]
+        distributed.broadcast_object_list(broadcast_values, src=0, device=args.device)
+        if broadcast_values[0] is None:
             break
-        name, data = message[0]
+        name, data = broadcast_values[0]
         if is_writer:
             with (received_folder / name).open("ab") as file:
                 file.write(data)
@@ -142,7 +142,7 @@ def _weight_files(folder: Path) -> Iterator[tuple[str, Path]]:
         yield from ((file.name, file) for file in sorted(folder.iterdir()) if WEIGHT_FILE.match(file.name))
 
 
-def _included_best_files(folder: Path) -> Iterator[tuple[str, Path]]:
+def _list_included_best_files(folder: Path) -> Iterator[tuple[str, Path]]:
     """Yield the original name and the path of each file in a checkpoint that holds the best weights of an earlier checkpoint."""
     for file in sorted(folder.iterdir()):
         if file.name.startswith(BEST_PREFIX):

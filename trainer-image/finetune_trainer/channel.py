@@ -70,10 +70,10 @@ class Channel:
     def from_env(cls) -> Channel:
         """Create the channel of this process from the environment variables that the supervisor and torchrun set."""
         rank_values = {name: int(os.environ.get(name.upper(), default)) for name, default in _RANK_VARIABLES.items()}
-        node = int(os.environ.get("GROUP_RANK", os.environ.get(Env.NODE_RANK, "0")))
-        work = Path(os.environ.get(Env.WORK_DIR, WORK_MOUNT))
+        node_rank = int(os.environ.get("GROUP_RANK", os.environ.get(Env.NODE_RANK, "0")))
+        work_folder = Path(os.environ.get(Env.WORK_DIR, WORK_MOUNT))
         address = os.environ.get(SOCKET_VARIABLE)
-        return cls(create_socket_sender(address) if address else _discard_message, work, node_rank=node, **rank_values)
+        return cls(create_socket_sender(address) if address else _discard_message, work_folder, node_rank=node_rank, **rank_values)
 
     @classmethod
     def create_recording(cls, work_folder: Path, **rank_values: int) -> Channel:
@@ -230,7 +230,7 @@ def create_socket_sender(address: str) -> Sender:
                 data = _write_spill_file(data, Path(address).parent)
             except OSError:  # The supervisor has ended, or the disk is full.
                 return False
-        end = time.monotonic() + timeout
+        deadline = time.monotonic() + timeout
         while True:
             with contextlib.suppress(OSError):
                 try:
@@ -238,7 +238,7 @@ def create_socket_sender(address: str) -> Sender:
                 except (FileNotFoundError, ConnectionRefusedError):
                     return False
                 return True
-            if time.monotonic() >= end:
+            if time.monotonic() >= deadline:
                 return False
             time.sleep(0.005)
 
@@ -261,8 +261,8 @@ def read_spilled(message: dict[str, Any], folder: Path) -> Any:
     name = message.get("spilled")
     if not (isinstance(name, str) and name.endswith(SPILL_SUFFIX)):
         return message
-    file = folder / Path(name).name
+    spill_file = folder / Path(name).name
     try:
-        return json.loads(file.read_bytes())
+        return json.loads(spill_file.read_bytes())
     finally:
-        file.unlink(missing_ok=True)
+        spill_file.unlink(missing_ok=True)

@@ -71,7 +71,7 @@ def check(run: RunConfig, channel: Channel, inputs: Inputs, preparation: Supervi
         run, inputs, hardware, strategy, tokenizer, channel.work_folder / TOKENS_FOLDER, model.max_positions(config),
         vision=model.load_processor(run, inputs, config, tokenizer), preparation=preparation or NoPreparationCallbacks(),
     )  # fmt: skip
-    data, facts = objective.load_data(context)
+    data_report, facts = objective.load_data(context)
     for note in (*notes, *facts.notes):
         channel.report_note(note)
     if preparation is not None and template_writes_date(tokenizer):
@@ -81,17 +81,17 @@ def check(run: RunConfig, channel: Channel, inputs: Inputs, preparation: Supervi
     memory_facts = RunFacts(longest_tokens=facts.longest_sequence or None)
     channel.report_plan(choose_and_plan(run, config, memory_facts, facts.report, trainable))
     channel.report_stage(Stage.CHECKING, "one step with a small copy of the model")
-    note = trial_step.try_step(context, objective, data, model.load_config(run, inputs))
+    note = trial_step.try_step(context, objective, data_report, model.load_config(run, inputs))
     if note is not None:
         channel.report_note(note)
     resolved = ResolvedConfig(
         dataset_digest=inputs.dataset_digest, dataset_rows=facts.rows, dataset_format=facts.format.value,
         trainable_parameters=trainable, total_parameters=total,
     )  # fmt: skip
-    data = _data_report(facts)
+    data_report = _data_report(facts)
     if preparation is not None and preparation.digest is not None:
-        data = data.model_copy(update={"digest": preparation.digest, "tokenised_rows": preparation.tokenised_rows})
-    channel.send_message("checked", value={"data": data.to_wire(), "resolved": resolved.to_wire()})
+        data_report = data_report.model_copy(update={"digest": preparation.digest, "tokenised_rows": preparation.tokenised_rows})
+    channel.send_message("checked", value={"data": data_report.to_wire(), "resolved": resolved.to_wire()})
 
 
 def _meta_hardware() -> Hardware:
@@ -103,10 +103,10 @@ def _meta_hardware() -> Hardware:
 
 
 def _data_report(facts: DataFacts) -> DataReport:
-    train = facts.report.get("tokens", {}).get("train", {})
+    train_tokens = facts.report.get("tokens", {}).get("train", {})
     return DataReport(
-        rows=facts.report.get("rows"), tokens=train.get("tokens"), trained_tokens=train.get("trained_tokens"),
-        median_length=train.get("median"), longest=train.get("longest"), truncated=train.get("truncated"),
+        rows=facts.report.get("rows"), tokens=train_tokens.get("tokens"), trained_tokens=train_tokens.get("trained_tokens"),
+        median_length=train_tokens.get("median"), longest=train_tokens.get("longest"), truncated=train_tokens.get("truncated"),
     )  # fmt: skip
 
 

@@ -27,19 +27,19 @@ def compare(left_folder: Path, right_folder: Path) -> WeightComparison:
     left_names, right_names = _files_by_tensor(left_folder), _files_by_tensor(right_folder)
     if not left_names or not right_names:
         raise ValueError(f"{left_folder if not left_names else right_folder} has no weights in safetensors files")
-    mismatched = sorted(left_names.keys() ^ right_names.keys())
+    mismatched_names = sorted(left_names.keys() ^ right_names.keys())
     different, largest, largest_in = 0, 0.0, None
     for name in sorted(left_names.keys() & right_names.keys()):
         difference = _largest_difference(_load_tensor(left_names[name], name), _load_tensor(right_names[name], name))
         if difference is None:
-            mismatched.append(name)
+            mismatched_names.append(name)
         elif difference > 0:
             different += 1
             if difference > largest:
                 largest, largest_in = difference, name
     return WeightComparison(
-        tensors=len(left_names.keys() & right_names.keys()), equal=not different and not mismatched, different_tensors=different,
-        largest_difference=min(largest, 1.7e308), largest_in=largest_in, mismatched=mismatched,
+        tensors=len(left_names.keys() & right_names.keys()), equal=not different and not mismatched_names, different_tensors=different,
+        largest_difference=min(largest, 1.7e308), largest_in=largest_in, mismatched=mismatched_names,
     )  # fmt: skip
 
 

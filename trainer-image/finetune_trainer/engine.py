@@ -116,10 +116,10 @@ class GuardedTrainer(OpenTrainer):
         main_input = getattr(self.model, "main_input_name", "input_ids")
         if main_input not in inputs or self._collected is None:
             return int(super().floating_point_ops(inputs))
-        values = inputs[main_input].numel()
-        if self._operations_per_value is None and values:
-            self._operations_per_value = super().floating_point_ops(inputs) // values
-        return (self._operations_per_value or 0) * values
+        value_count = inputs[main_input].numel()
+        if self._operations_per_value is None and value_count:
+            self._operations_per_value = super().floating_point_ops(inputs) // value_count
+        return (self._operations_per_value or 0) * value_count
 
     def _is_complete(self) -> bool:
         callbacks = [callback for callback in self.callback_handler.callbacks if isinstance(callback, EarlyStoppingCallback)]
@@ -230,8 +230,8 @@ class GuardedTrainer(OpenTrainer):
 
     def check_loaded_keys(self, missing: list[str], unexpected: list[str]) -> None:
         """Refuse a checkpoint with missing or unexpected weights. Errors: NoCheckpointError CheckpointForeign."""
-        tied = tied_weight_names(self.model)
-        mismatched_names = [key for key in missing if key not in tied]
+        tied_names = tied_weight_names(self.model)
+        mismatched_names = [key for key in missing if key not in tied_names]
         mismatched_names += [key for key in unexpected if not any(part in key for part in QUANTIZATION_KEY_PARTS)]
         if mismatched_names:
             raise NoCheckpointError(

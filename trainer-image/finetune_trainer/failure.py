@@ -148,10 +148,10 @@ def installation_error(error: BaseException) -> InstallationBrokenError | None:
 
     Another attempt would fail in the same way. The chain of causes is examined too, because transformers wraps the reason of a failed import.
     """
-    return _own_installation_error(error) or (installation_error(error.__cause__) if error.__cause__ is not None else None)
+    return _find_installation_error(error) or (installation_error(error.__cause__) if error.__cause__ is not None else None)
 
 
-def _own_installation_error(error: BaseException) -> InstallationBrokenError | None:
+def _find_installation_error(error: BaseException) -> InstallationBrokenError | None:
     text = str(error)
     if GPU_DRIVER_MISSING_PATTERN.search(text):
         return InstallationBrokenError(
@@ -230,12 +230,12 @@ def _first_line(error: BaseException) -> str:
 
 def failure_from_message(message: dict[str, Any]) -> RankFailure:
     """Return the failure in a rank's report. An unreadable field gets a default value, so that the other fields can still be used."""
-    code = _to_int_or(message.get("exitCode"), ExitCode.INTERNAL_ERROR)
-    kind = ERROR_OF_EXIT_CODE.get(code, InternalError)
+    exit_code = _to_int_or(message.get("exitCode"), ExitCode.INTERNAL_ERROR)
+    error_class = ERROR_OF_EXIT_CODE.get(exit_code, InternalError)
     reported_class = message.get("failureClass")
-    failure_class = FailureClass(reported_class) if reported_class in list(FailureClass) else EXIT_POLICIES[kind.exit_code].failure_class
+    failure_class = FailureClass(reported_class) if reported_class in list(FailureClass) else EXIT_POLICIES[error_class.exit_code].failure_class
     hint = message.get("hint")
-    error = kind(
+    error = error_class(
         str(message.get("code", "Unknown")),
         replace_unpaired_surrogates(str(message.get("message", ""))),
         hint=replace_unpaired_surrogates(hint) if hint else None,
@@ -268,13 +268,13 @@ def failure_from_exit_code(rank: int, exit_code: int, *, is_host_out_of_memory: 
     `is_host_out_of_memory`: the kernel's OOM killer ended a process of this pod.
     """
     if exit_code < 0:
-        name = signal.Signals(-exit_code).name if -exit_code in list(signal.Signals) else f"signal {-exit_code}"
+        signal_name = signal.Signals(-exit_code).name if -exit_code in list(signal.Signals) else f"signal {-exit_code}"
         return RankFailure(
-            _error_of_signal(rank, -exit_code, name, is_host_out_of_memory), rank, is_reported=False, is_origin=-exit_code != signal.SIGTERM
+            _error_of_signal(rank, -exit_code, signal_name, is_host_out_of_memory), rank, is_reported=False, is_origin=-exit_code != signal.SIGTERM
         )
-    kind = ERROR_OF_EXIT_CODE.get(exit_code)
-    if kind is not None and exit_code != ExitCode.INTERNAL_ERROR:
-        return RankFailure(kind("RankFailed", f"rank {rank} ended with {exit_code}"), rank, is_reported=False)
+    error_class = ERROR_OF_EXIT_CODE.get(exit_code)
+    if error_class is not None and exit_code != ExitCode.INTERNAL_ERROR:
+        return RankFailure(error_class("RankFailed", f"rank {rank} ended with {exit_code}"), rank, is_reported=False)
     return RankFailure(
         InternalError("RankCrashed", f"rank {rank} ended with exit code {exit_code} and gave no reason", hint="see the pod's log"),
         rank, is_reported=False,
@@ -299,8 +299,8 @@ def choose_root_cause(failures: Iterable[RankFailure]) -> RankFailure | None:
     """Choose the failure that the pod reports; None if there is no failure. Failures with `is_origin` take precedence. Between failures with the same
     `is_origin`, these criteria decide in turn: the precedence of the exit code, whether the rank reported the failure, and which failure was earlier.
     """
-    ordered = sorted(
+    ordered_failures = sorted(
         failures,
         key=lambda one: (not one.is_origin, EXIT_POLICIES[one.error.exit_code].precedence, not one.is_reported, one.time_ns),
     )
-    return ordered[0] if ordered else None
+    return ordered_failures[0] if ordered_failures else None

@@ -96,10 +96,10 @@ class GenerationServer:
 
         Errors: GenerationServerError GenerationServerEnded, GenerationServerNotReady; InstallationBrokenError GenerationServerUnsuitable.
         """
-        file = self.folder / GENERATION_OPTIONS_FILE
-        unfinished = file.with_suffix(".tmp")
-        unfinished.write_text(self.options.model_dump_json(by_alias=True))
-        unfinished.replace(file)
+        options_file = self.folder / GENERATION_OPTIONS_FILE
+        unfinished_file = options_file.with_suffix(".tmp")
+        unfinished_file.write_text(self.options.model_dump_json(by_alias=True))
+        unfinished_file.replace(options_file)
         self._wait_until_ready()
         self._require_suitable()
 
@@ -151,10 +151,10 @@ class GenerationServer:
                 "GenerationServerUnsuitable", f"the server runs vLLM {version or 'of an unknown version'}, but the trainer supports {oldest} to {newest}",
                 hint="write the image of a supported version in trainer.grpo.generation.image",
             )  # fmt: skip
-        mode = (self.get("/server_info?config_format=json").get("model_config") or {}).get("logprobs_mode")
-        if mode != LOGPROBS_MODE:
+        logprobs_mode = (self.get("/server_info?config_format=json").get("model_config") or {}).get("logprobs_mode")
+        if logprobs_mode != LOGPROBS_MODE:
             raise InstallationBrokenError(
-                "GenerationServerUnsuitable", f"the server reports log-probabilities as {mode}, but grpo needs {LOGPROBS_MODE}",
+                "GenerationServerUnsuitable", f"the server reports log-probabilities as {logprobs_mode}, but grpo needs {LOGPROBS_MODE}",
                 hint=f"start vLLM with --logprobs-mode {LOGPROBS_MODE}",
             )  # fmt: skip
 

@@ -76,15 +76,15 @@ def trains_on_quantized_base(run: RunConfig) -> bool:
 
 def uses_gpu(run: RunConfig) -> bool:
     """Whether the run trains on a CUDA device."""
-    requested = run.spec.training.device or Device.AUTO
-    return requested is Device.CUDA or (requested is Device.AUTO and run.world.gpus_per_node > 0)
+    requested_device = run.spec.training.device or Device.AUTO
+    return requested_device is Device.CUDA or (requested_device is Device.AUTO and run.world.gpus_per_node > 0)
 
 
 def _choose_device(run: RunConfig, local_rank: int) -> torch.device:
     import torch
 
-    requested = run.spec.training.device or Device.AUTO
-    if requested is Device.MPS:
+    requested_device = run.spec.training.device or Device.AUTO
+    if requested_device is Device.MPS:
         if not torch.backends.mps.is_available():
             raise ConfigError(
                 "DeviceAbsent", "training.device is mps, but this machine has no MPS device", hint="write auto"
@@ -113,9 +113,9 @@ def _missing_gpu_error(gpus_per_node: int) -> FineTuneError:
     try:
         torch.cuda.init()
     except Exception as error:  # torch raises RuntimeError or AssertionError; only the message contains the driver's reason.
-        broken = installation_error(error)
-        if broken is not None:
-            return broken
+        installation_problem = installation_error(error)
+        if installation_problem is not None:
+            return installation_problem
         reason = str(error).strip().partition("\n")[0]
     else:
         reason = "the driver reports no GPU"
@@ -126,29 +126,29 @@ def _choose_precision(run: RunConfig, device: torch.device) -> _ComputePrecision
     """Choose the number format in which the forward pass computes. Errors: ConfigError PrecisionUnavailable."""
     import torch
 
-    requested = run.spec.training.mixed_precision or MixedPrecision.AUTO
+    requested_precision = run.spec.training.mixed_precision or MixedPrecision.AUTO
     supports_bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-    if requested is MixedPrecision.AUTO and trains_on_quantized_base(run):
+    if requested_precision is MixedPrecision.AUTO and trains_on_quantized_base(run):
         return _ComputePrecision(True, False)  # Autocast converts the inputs of 16-bit modules that follow 4-bit modules.
-    if requested is MixedPrecision.AUTO:
+    if requested_precision is MixedPrecision.AUTO:
         uses_cuda = device.type == "cuda"
         return _ComputePrecision(uses_cuda and supports_bf16, uses_cuda and not supports_bf16)
-    if requested is MixedPrecision.FP16 and device.type != "cuda":
+    if requested_precision is MixedPrecision.FP16 and device.type != "cuda":
         raise ConfigError(
             "PrecisionUnavailable", "training.mixedPrecision is fp16, but fp16 needs a GPU", hint="write bf16, no or auto"
         )
-    if requested is MixedPrecision.BF16 and not supports_bf16:
+    if requested_precision is MixedPrecision.BF16 and not supports_bf16:
         raise ConfigError("PrecisionUnavailable", f"{_device_name(device)} cannot compute in bf16", hint="write fp16 or auto")
-    return _ComputePrecision(requested is MixedPrecision.BF16, requested is MixedPrecision.FP16)
+    return _ComputePrecision(requested_precision is MixedPrecision.BF16, requested_precision is MixedPrecision.FP16)
 
 
 def _choose_dtype(run: RunConfig, device: torch.device, computes_in_bf16: bool) -> torch.dtype | str:
     """Choose the dtype of the weights. Trained base weights default to 32 bits, because 16-bit weights lose small updates."""
     import torch
 
-    requested = run.spec.model.dtype or WeightDtype.AUTO
-    if requested is not WeightDtype.AUTO:
-        return {WeightDtype.FLOAT16: torch.float16, WeightDtype.BFLOAT16: torch.bfloat16, WeightDtype.FLOAT32: torch.float32}[requested]
+    requested_dtype = run.spec.model.dtype or WeightDtype.AUTO
+    if requested_dtype is not WeightDtype.AUTO:
+        return {WeightDtype.FLOAT16: torch.float16, WeightDtype.BFLOAT16: torch.bfloat16, WeightDtype.FLOAT32: torch.float32}[requested_dtype]
     if trains_on_quantized_base(run):
         return torch.bfloat16
     if device.type == "cpu" or trains_base_weights(run.spec):
@@ -158,10 +158,10 @@ def _choose_dtype(run: RunConfig, device: torch.device, computes_in_bf16: bool) 
 
 def _choose_attention(run: RunConfig, device: torch.device) -> str:
     """Return transformers' name of the attention implementation for runs that do not use variable-length attention."""
-    requested = run.spec.model.attention or AttentionImplementation.AUTO
-    if requested is AttentionImplementation.FLASH_ATTENTION_2 and device.type == "cuda" and find_spec("flash_attn") is not None:
+    requested_attention = run.spec.model.attention or AttentionImplementation.AUTO
+    if requested_attention is AttentionImplementation.FLASH_ATTENTION_2 and device.type == "cuda" and find_spec("flash_attn") is not None:
         return FLASH_ATTENTION
-    return "eager" if requested is AttentionImplementation.EAGER else "sdpa"
+    return "eager" if requested_attention is AttentionImplementation.EAGER else "sdpa"
 
 
 def _device_name(device: torch.device) -> str:

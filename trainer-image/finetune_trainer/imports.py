@@ -40,8 +40,8 @@ BITSANDBYTES_OPTIMIZER = re.compile("8bit|paged|bnb|^ademamix|^lion")
 def needs_bitsandbytes(run: RunConfig) -> bool:
     """Whether the job needs bitsandbytes for a quantised base model, for its optimizer or for unsloth."""
     spec = run.spec
-    by_optimizer = BITSANDBYTES_OPTIMIZER.search(spec.training.optimizer or "") is not None
-    return base_bits(spec) is not None or by_optimizer or spec.trainer.backend is TrainerBackend.UNSLOTH
+    is_needed_by_optimizer = BITSANDBYTES_OPTIMIZER.search(spec.training.optimizer or "") is not None
+    return base_bits(spec) is not None or is_needed_by_optimizer or spec.trainer.backend is TrainerBackend.UNSLOTH
 
 
 def needs_deepspeed(run: RunConfig) -> bool:
@@ -131,13 +131,13 @@ def garbage_collection_paused() -> Iterator[None]:
 @contextmanager
 def hide_temporarily(*names: str, unless_imported: str) -> Iterator[None]:
     """Hide packages while the package `unless_imported` is imported for the first time. Packages that are already imported stay visible."""
-    hidden = [] if unless_imported in sys.modules else [name for name in names if name not in sys.modules]
-    for name in hidden:
+    hidden_names = [] if unless_imported in sys.modules else [name for name in names if name not in sys.modules]
+    for name in hidden_names:
         _hide_package(name)
     try:
         yield
     finally:
-        for name in hidden:
+        for name in hidden_names:
             del sys.modules[name]
 
 

@@ -61,10 +61,10 @@ class Inputs(WireModel):
 
     def write(self, work_folder: Path) -> None:
         """Write `<work>/inputs.json` atomically."""
-        target = work_folder / FILE_NAME
-        partial = work_folder / f".{FILE_NAME}.{os.getpid()}"
-        partial.write_text(self.model_dump_json(by_alias=True))
-        partial.rename(target)
+        target_file = work_folder / FILE_NAME
+        partial_file = work_folder / f".{FILE_NAME}.{os.getpid()}"
+        partial_file.write_text(self.model_dump_json(by_alias=True))
+        partial_file.rename(target_file)
 
     @staticmethod
     def read(work_folder: Path) -> Inputs | None:

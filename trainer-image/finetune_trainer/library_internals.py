@@ -183,19 +183,19 @@ def generation_by_server(server: GenerationServer, main_rank_first: Callable[[],
             base_model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
             base_model.save_pretrained(server.model_folder, state_dict=weights)
 
-    original = grpo_trainer.VLLMGeneration
+    original_generation = grpo_trainer.VLLMGeneration
     grpo_trainer.VLLMGeneration = Generation
     try:
         yield
     finally:
-        grpo_trainer.VLLMGeneration = original
+        grpo_trainer.VLLMGeneration = original_generation
 
 
 def end_token_ids(model: Any, tokenizer: Any) -> list[int]:
     """Return the ids of the tokens that end a completion: the same ids as in TRL's GRPOTrainer."""
     ids = model.generation_config.eos_token_id
-    listed = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
-    return listed if tokenizer.eos_token_id in listed else [tokenizer.eos_token_id, *listed]
+    ids_as_list = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+    return ids_as_list if tokenizer.eos_token_id in ids_as_list else [tokenizer.eos_token_id, *ids_as_list]
 
 
 @contextmanager
@@ -283,7 +283,7 @@ class AdapterSwitch:
             return
         key = (id(model), adapter_name)
         if key not in self._values:
-            self._holders.setdefault(id(model), _adapter_holders(model))
+            self._holders.setdefault(id(model), _find_adapter_holders(model))
             with self._use_adapter(model, adapter_name):
                 self._values[key] = self._active_adapters(model)
                 yield
@@ -310,7 +310,7 @@ NO_ACTIVE_ADAPTER = object()
 """Marks an object that has no active adapter of its own, so that the default of its class applies."""
 
 
-def _adapter_holders(model: Any) -> list[tuple[Any, str]]:
+def _find_adapter_holders(model: Any) -> list[tuple[Any, str]]:
     """Return the objects of a PEFT model that have an active adapter, each with the name of the attribute."""
     from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
@@ -393,8 +393,8 @@ def passes_document_boundaries(config: Any) -> bool:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    flags = ("_supports_attention_backend", "_supports_flash_attn", "_supports_sdpa")
-    return all(getattr(model_class, flag, False) is True for flag in flags)
+    flag_names = ("_supports_attention_backend", "_supports_flash_attn", "_supports_sdpa")
+    return all(getattr(model_class, flag, False) is True for flag in flag_names)
 
 
 def supports_sdpa(config: Any) -> bool:
@@ -436,14 +436,14 @@ def build_processor(processor_class: type[Any], folder: Any, tokenizer: Any) -> 
     try:
         image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
     except ValueError as error:
-        missing = re.search(r"Missing optional dependencies: (.*?)\. ", str(error))
-        if missing is None:
+        missing_dependencies = re.search(r"Missing optional dependencies: (.*?)\. ", str(error))
+        if missing_dependencies is None:
             raise
-        raise ImportError(missing.group(1)) from error
-    parts = {"image_processor": image_processor, "tokenizer": tokenizer}
+        raise ImportError(missing_dependencies.group(1)) from error
+    processor_parts = {"image_processor": image_processor, "tokenizer": tokenizer}
     settings, _ = processor_class.get_processor_dict(folder)
     unchecked: Any = type(processor_class.__name__, (processor_class,), {"check_argument_for_proper_class": lambda self, name, part: None})
-    processor = unchecked.from_args_and_dict([parts.get(name) for name in processor_class.get_attributes()], settings)
+    processor = unchecked.from_args_and_dict([processor_parts.get(name) for name in processor_class.get_attributes()], settings)
     processor.__class__ = processor_class  # An instance of the temporary class `unchecked` could not be sent to worker processes.
     return processor
 
@@ -482,12 +482,12 @@ def accept_quantized_model(model: Any) -> Iterator[None]:
     transformers refuses such a model as "purely quantized" (`trainer_utils.py`, `validate_quantization_for_training`) unless the flag
     `_hf_peft_config_loaded` says that an adapter is loaded. The flag is restored at the end, because saving also reads it.
     """
-    before = getattr(model, "_hf_peft_config_loaded", False)
+    loaded_flag_before = getattr(model, "_hf_peft_config_loaded", False)
     model._hf_peft_config_loaded = True
     try:
         yield
     finally:
-        model._hf_peft_config_loaded = before
+        model._hf_peft_config_loaded = loaded_flag_before
 
 
 def enable_fsdp_on_cpu(fsdp_plugin: Any) -> None:

@@ -38,12 +38,12 @@ def collect_memory_facts(
     `config`: the model's configuration. `longest_tokens`: tokens of the longest row, 0 if unknown. `recomputes`: whether activations are recomputed.
     `kept_layer_tokens`: `layer_tokens` of `recomputation.count_kept_layers`; None if all layers recompute.
     """
-    recomputed = None if recomputes else 0
+    recomputed_layer_count = None if recomputes else 0
     if recomputes and kept_layer_tokens is not None:
-        layers = config.get_text_config().num_hidden_layers
+        layer_count = config.get_text_config().num_hidden_layers
         batch_tokens = (run.spec.training.batch_size_per_device or 1) * longest_tokens
-        recomputed = layers - count_kept_layers(layers, batch_tokens, kept_layer_tokens)
-    return RunFacts(longest_tokens or None, attention, uses_liger, recomputed)
+        recomputed_layer_count = layer_count - count_kept_layers(layer_count, batch_tokens, kept_layer_tokens)
+    return RunFacts(longest_tokens or None, attention, uses_liger, recomputed_layer_count)
 
 
 def plan_memory_of_run(run: RunConfig, config: Any, facts: RunFacts, device: str = "") -> MemoryPlan | None:
@@ -93,14 +93,14 @@ def choose_and_plan(run: RunConfig, config: Any, facts: RunFacts, counts: Mappin
         decision = choose_values(resolved, parse_model_shape(config.to_dict()), run.pools, facts, data_size(counts), trained_parameters or 0)
     except ConfigError as error:
         log.info("the plan chooses no values: %s", error.message)
-        memory, work = plan_memory_of_run(run, config, facts), plan_work_of_run(run, config, counts, trained_parameters)
-        return RunPlan(memory=memory, work=work, no_choices=error.message)
+        memory, work_plan = plan_memory_of_run(run, config, facts), plan_work_of_run(run, config, counts, trained_parameters)
+        return RunPlan(memory=memory, work=work_plan, no_choices=error.message)
     if decision.refusal is not None:
         raise decision.refusal
-    chosen = run.model_copy(update={"spec": decision.resolved.spec})
+    run_with_chosen_values = run.model_copy(update={"spec": decision.resolved.spec})
     recomputed_share = decision.plan.recomputed_layer_count / max(decision.plan.layer_count, 1)
-    work = plan_work_of_run(chosen, config, counts, trained_parameters, recomputed_share=recomputed_share)
-    return RunPlan(memory=decision.plan.memory, work=work, choices=list(decision.choices))
+    work_plan = plan_work_of_run(run_with_chosen_values, config, counts, trained_parameters, recomputed_share=recomputed_share)
+    return RunPlan(memory=decision.plan.memory, work=work_plan, choices=list(decision.choices))
 
 
 def advise_after_out_of_memory(run: RunConfig, config: Any, run_facts: RunFacts, refused: RefusedAllocation) -> MemoryAdvice:
@@ -113,11 +113,11 @@ def describe_refused_allocation(error: torch.OutOfMemoryError, device: torch.dev
 
     Memory that other programs use on the GPU is part of neither number.
     """
-    free, total = torch.cuda.mem_get_info(device)
+    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
     match = REQUESTED_MEMORY_PATTERN.search(str(error))
-    requested = int(float(match.group(1)) * BYTES_BY_UNIT[match.group(2)]) if match is not None else 0
-    own = min(total - free, torch.cuda.max_memory_reserved(device) + CONTEXT_BYTES)
-    return RefusedAllocation(needed_bytes=own + requested, available_bytes=own + free)
+    requested_bytes = int(float(match.group(1)) * BYTES_BY_UNIT[match.group(2)]) if match is not None else 0
+    own_bytes = min(total_bytes - free_bytes, torch.cuda.max_memory_reserved(device) + CONTEXT_BYTES)
+    return RefusedAllocation(needed_bytes=own_bytes + requested_bytes, available_bytes=own_bytes + free_bytes)
 
 
 class MeasuredMemory(TrainerCallback):
@@ -130,9 +130,9 @@ class MeasuredMemory(TrainerCallback):
         """Report the peak so far, if it is higher than the last reported peak."""
         if self._channel.local_rank != 0:  # The supervisor uses the plan of local rank 0 only.
             return
-        free, total = torch.cuda.mem_get_info(self._device)
-        outside_torch = max(0, total - free - torch.cuda.memory_reserved(self._device))
-        peak = torch.cuda.max_memory_reserved(self._device) + outside_torch
-        if peak > self._peak_bytes:
-            self._peak_bytes = peak
-            self._channel.report_plan(RunPlan(measured=MeasuredRun(memory_bytes=peak)))
+        free_bytes, total_bytes = torch.cuda.mem_get_info(self._device)
+        bytes_outside_torch = max(0, total_bytes - free_bytes - torch.cuda.memory_reserved(self._device))
+        peak_bytes = torch.cuda.max_memory_reserved(self._device) + bytes_outside_torch
+        if peak_bytes > self._peak_bytes:
+            self._peak_bytes = peak_bytes
+            self._channel.report_plan(RunPlan(measured=MeasuredRun(memory_bytes=peak_bytes)))

@@ -63,8 +63,8 @@ def _choose_pad_token(tokenizer: Any, requested_token: str | None) -> list[str]:
         return []
     if tokenizer.pad_token is not None and tokenizer.pad_token != tokenizer.eos_token:
         return []
-    reserved = sorted(token for token in vocabulary if RESERVED_TOKEN.match(token) and token != tokenizer.eos_token)
-    tokenizer.pad_token = reserved[0] if reserved else tokenizer.eos_token
+    reserved_tokens = sorted(token for token in vocabulary if RESERVED_TOKEN.match(token) and token != tokenizer.eos_token)
+    tokenizer.pad_token = reserved_tokens[0] if reserved_tokens else tokenizer.eos_token
     if tokenizer.pad_token is None:
         raise ConfigError(
             "PadTokenUnknown", "the tokenizer has neither a pad nor an end token", hint="set model.padToken"
@@ -181,8 +181,8 @@ def _keep_quantized_weights_trainable(model: Any) -> None:
 
 def max_positions(config: Any) -> int | None:
     """Return the model's number of positions, which limits the sequence length. None if the model's configuration does not have this field."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return getattr(text, "max_position_embeddings", None)
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(text_config, "max_position_embeddings", None)
 
 
 def quantization_config(
@@ -199,36 +199,36 @@ def quantization_config(
     bits = base_bits(run.spec)
     if bits is None:
         return None
-    unquantized = ["lm_head", "score", *skipped_modules] if skipped_modules else None
+    unquantized_modules = ["lm_head", "score", *skipped_modules] if skipped_modules else None
     if bits == 8:
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=unquantized)
-    types = {
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=unquantized_modules)
+    torch_dtypes = {
         ComputeDtype.BFLOAT16: torch.bfloat16,
         ComputeDtype.FLOAT16: torch.float16,
         ComputeDtype.FLOAT32: torch.float32,
     }
-    default = ComputeDtype.FLOAT32 if hardware.is_cpu else ComputeDtype.BFLOAT16
-    requested = spec.compute_dtype if spec else None
+    default_dtype = ComputeDtype.FLOAT32 if hardware.is_cpu else ComputeDtype.BFLOAT16
+    requested_dtype = spec.compute_dtype if spec else None
     if trains_on_quantized_base(run) and COMPUTE_DTYPE_PATH in run.defaults:
-        requested = ComputeDtype.BFLOAT16
-    compute = types[requested or default]
+        requested_dtype = ComputeDtype.BFLOAT16
+    compute_dtype = torch_dtypes[requested_dtype or default_dtype]
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=str((spec.type if spec else None) or QuantizationType.NF4),
         bnb_4bit_use_double_quant=spec is None or spec.double_quant is not False,
-        bnb_4bit_compute_dtype=compute,
+        bnb_4bit_compute_dtype=compute_dtype,
         # FSDP only warns about integer weights, and does not shard them. So the quantised bytes are stored as floats.
-        bnb_4bit_quant_storage=compute if is_sharded else torch.uint8,
-        llm_int8_skip_modules=unquantized,
+        bnb_4bit_quant_storage=compute_dtype if is_sharded else torch.uint8,
+        llm_int8_skip_modules=unquantized_modules,
     )
 
 
 def _check_prequantized(config: Any, run: RunConfig) -> list[str]:
     """Return a note if the model's files are quantised. Errors: ConfigError QuantizedBase if the job needs unquantised weights or bitsandbytes."""
-    stored = getattr(config, "quantization_config", None)
-    if stored is None:
+    stored_quantization = getattr(config, "quantization_config", None)
+    if stored_quantization is None:
         return []
-    method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", "unknown")
+    method = stored_quantization.get("quant_method") if isinstance(stored_quantization, dict) else getattr(stored_quantization, "quant_method", "unknown")
     if trains_base_weights(run.spec):
         raise ConfigError(
             "QuantizedBase", f"the model is stored quantised ({method}), but method {run.spec.method.type} trains the base weights",
@@ -245,7 +245,7 @@ def _check_prequantized(config: Any, run: RunConfig) -> list[str]:
             hint="give the unquantised model (with model.quantization, the trainer quantises it for the training), or remove mergeAdapter",
         )  # fmt: skip
     if method == "bitsandbytes" and not needs_bitsandbytes(run):  # module `imports` hides bitsandbytes from this job
-        bits = 8 if _loads_in_8_bits(stored) else 4
+        bits = 8 if _loads_in_8_bits(stored_quantization) else 4
         raise ConfigError(
             "QuantizedBase", f"the model is stored in {bits} bits by bitsandbytes, but model.quantization is not set",
             hint=f"write `model: {{quantization: {{bits: {bits}}}}}`, or give the unquantised model",
@@ -254,20 +254,20 @@ def _check_prequantized(config: Any, run: RunConfig) -> list[str]:
 
 
 def _loads_in_8_bits(quantization: Any) -> bool:
-    in_8_bits = quantization.get("load_in_8bit") if isinstance(quantization, dict) else quantization.load_in_8bit
-    return bool(in_8_bits)
+    is_8_bit = quantization.get("load_in_8bit") if isinstance(quantization, dict) else quantization.load_in_8bit
+    return bool(is_8_bit)
 
 
 def _check_complete(loading_info: Any, run: RunConfig, expected_missing: tuple[str, ...] = ()) -> None:
     """Refuse a model with missing weights. transformers would only warn, and initialise the missing weights randomly.
     `expected_missing`: the weights of a new head. Errors: NotFoundError ModelIncomplete.
     """
-    missing = sorted(set(loading_info.get("missing_keys", ())) - set(expected_missing))
-    mismatched = sorted(str(key[0] if isinstance(key, tuple) else key) for key in loading_info.get("mismatched_keys", ()))
-    if missing or mismatched:
-        names = ", ".join((missing + mismatched)[:5])
+    missing_keys = sorted(set(loading_info.get("missing_keys", ())) - set(expected_missing))
+    mismatched_keys = sorted(str(key[0] if isinstance(key, tuple) else key) for key in loading_info.get("mismatched_keys", ()))
+    if missing_keys or mismatched_keys:
+        names = ", ".join((missing_keys + mismatched_keys)[:5])
         raise NotFoundError(
-            "ModelIncomplete", f"{redact_source(run.spec.model.source or '')}: {len(missing)} weights are missing, {len(mismatched)} have a "
+            "ModelIncomplete", f"{redact_source(run.spec.model.source or '')}: {len(missing_keys)} weights are missing, {len(mismatched_keys)} have a "
             f"different shape than in config.json, for example {names}",
             hint="upload all weight files of one model together with its config.json",
         )  # fmt: skip
@@ -278,21 +278,21 @@ def _unreadable_error(
 ) -> NotFoundError:
     """Return the error for an unreadable folder. The error quotes the first line of the library's message, with `source` instead of the local path."""
     source = redact_source(source or unreadable_object)
-    first = str(error).strip().split("\n")[0].replace(str(folder), source)[:300]
-    files = sorted(path.name for path in folder.iterdir())[:12] if folder.is_dir() else []
-    needs_remote_code = "trust_remote_code" in first or "custom code" in first
+    first_line = str(error).strip().split("\n")[0].replace(str(folder), source)[:300]
+    file_names = sorted(path.name for path in folder.iterdir())[:12] if folder.is_dir() else []
+    needs_remote_code = "trust_remote_code" in first_line or "custom code" in first_line
     hint = (
         "set model.trustRemoteCode: true if you trust the source"
         if needs_remote_code
-        else f"give a {unreadable_object} folder in the layout of the Hugging Face hub; this folder holds {', '.join(files) or 'no files'}"
+        else f"give a {unreadable_object} folder in the layout of the Hugging Face hub; this folder holds {', '.join(file_names) or 'no files'}"
     )
-    return NotFoundError(code, f"{source}: {first}", hint=hint)
+    return NotFoundError(code, f"{source}: {first_line}", hint=hint)
 
 
 def count_parameters(model: Any) -> tuple[int, int]:
     """Return the number of trained values and the number of all values in the model's parameters."""
-    sizes = [(count_parameter_values(parameter), parameter.requires_grad) for parameter in model.parameters()]
-    return sum(size for size, is_trained in sizes if is_trained), sum(size for size, _ in sizes)
+    sizes_and_flags = [(count_parameter_values(parameter), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(size for size, is_trained in sizes_and_flags if is_trained), sum(size for size, _ in sizes_and_flags)
 
 
 def count_parameter_values(parameter: Any) -> int:

@@ -62,15 +62,15 @@ def collected_model(model: nn.Module) -> Iterator[CollectedModel]:
     The methods of the object `model` are replaced, so that calls from transformers and TRL also use the collected lists. Every rank must hold
     the whole model, because FSDP and ZeRO stage 3 exchange the parameters of their modules within a step.
     """
-    collected = CollectedModel(model)
-    replaced = {}
-    if collected.can_replace_train:
-        replaced["train"] = collected.train
-    if collected.can_replace_zero_grad:
-        replaced["zero_grad"] = collected.zero_grad
-    vars(model).update(replaced)
+    collection = CollectedModel(model)
+    replacement_methods = {}
+    if collection.can_replace_train:
+        replacement_methods["train"] = collection.train
+    if collection.can_replace_zero_grad:
+        replacement_methods["zero_grad"] = collection.zero_grad
+    vars(model).update(replacement_methods)
     try:
-        yield collected
+        yield collection
     finally:
-        for name in replaced:
+        for name in replacement_methods:
             del vars(model)[name]

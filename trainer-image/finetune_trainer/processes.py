@@ -107,8 +107,8 @@ def descendants(root: int | None = None, *, without: Collection[int] = ()) -> li
 
 def kill_all_descendants(timeout: float = 10.0) -> None:
     """Send SIGKILL to all descendants of this process, except spared ones, and reap them."""
-    end = time.monotonic() + timeout
-    while (running := descendants(without=_spared_pids)) and time.monotonic() < end:
+    deadline = time.monotonic() + timeout
+    while (running := descendants(without=_spared_pids)) and time.monotonic() < deadline:
         for pid in running:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)

@@ -37,9 +37,9 @@ class RecomputationPerBatch:
 
     def prepare(self, batch: dict[str, Any]) -> None:
         """Set the flags of all layers for the micro-batch `batch`. Padding counts as tokens."""
-        kept = count_kept_layers(len(self._layers), batch["input_ids"].numel(), self._kept_layer_tokens)
-        if kept == self._kept:
+        kept_layer_count = count_kept_layers(len(self._layers), batch["input_ids"].numel(), self._kept_layer_tokens)
+        if kept_layer_count == self._kept:
             return
         for number, layer in enumerate(self._layers):
-            layer.gradient_checkpointing = number < len(self._layers) - kept
-        self._kept = kept
+            layer.gradient_checkpointing = number < len(self._layers) - kept_layer_count
+        self._kept = kept_layer_count

@@ -22,8 +22,8 @@ def scheduler_parameters(run: RunConfig) -> dict[str, float | int | str | bool]:
 
     parameters = run.spec.training.scheduler_parameters or {}
     scheduler = run.spec.training.scheduler or LearningRateSchedule.COSINE
-    function = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(SCHEDULER_NAMES[scheduler])]
-    known_parameters = set(inspect.signature(function).parameters) - {
+    scheduler_function = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(SCHEDULER_NAMES[scheduler])]
+    known_parameters = set(inspect.signature(scheduler_function).parameters) - {
         "optimizer",
         "num_warmup_steps",
         "num_training_steps",

@@ -58,20 +58,20 @@ def _convert_model(model_folder: Path, folder: Path) -> bool:
     weights_by_file: dict[Path, dict[str, StoredTensor]] = {}
     for name, tensor in read_folder(model_folder).items():
         weights_by_file.setdefault(tensor.path, {})[name] = tensor
-    size = sum(_converted_bytes(tensor) for weights in weights_by_file.values() for tensor in weights.values())
-    if free_bytes(folder.parent) < size + DISK_RESERVE_BYTES:
+    needed_bytes = sum(_converted_bytes(tensor) for weights in weights_by_file.values() for tensor in weights.values())
+    if free_bytes(folder.parent) < needed_bytes + DISK_RESERVE_BYTES:
         return False
-    partial = folder.with_name(folder.name + ".part")
-    for leftover in (partial, folder):
+    partial_folder = folder.with_name(folder.name + ".part")
+    for leftover in (partial_folder, folder):
         shutil.rmtree(leftover, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial_folder.mkdir(parents=True)
     for path in model_folder.iterdir():
         if path in weights_by_file:
-            write_as_float32(path, weights_by_file[path], partial / path.name)
+            write_as_float32(path, weights_by_file[path], partial_folder / path.name)
         else:
-            (partial / path.name).symlink_to(path.resolve())
-    partial.rename(folder)
-    log.info("converted %d weight files to 32 bits (%d bytes)", len(weights_by_file), size)
+            (partial_folder / path.name).symlink_to(path.resolve())
+    partial_folder.rename(folder)
+    log.info("converted %d weight files to 32 bits (%d bytes)", len(weights_by_file), needed_bytes)
     return True
 
 
@@ -85,18 +85,18 @@ def write_as_float32(source_file: Path, weights: Mapping[str, StoredTensor], tar
 
     with safe_open(source_file, framework="pt") as stored, target_file.open("wb") as file:
         header: dict[str, Any] = {"__metadata__": stored.metadata() or {"format": "pt"}}
-        end = 0
+        end_offset = 0
         for name, tensor in weights.items():
-            start, end = end, end + _converted_bytes(tensor)
+            start, end_offset = end_offset, end_offset + _converted_bytes(tensor)
             dtype = "F32" if tensor.dtype in SIXTEEN_BIT_FORMATS else tensor.dtype
-            header[name] = {"dtype": dtype, "shape": tensor.shape, "data_offsets": [start, end]}
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)  # the file format aligns the start of the values to 8 bytes
-        file.write(len(text).to_bytes(8, "little") + text)
+            header[name] = {"dtype": dtype, "shape": tensor.shape, "data_offsets": [start, end_offset]}
+        header_bytes = json.dumps(header).encode()
+        header_bytes += b" " * (-len(header_bytes) % 8)  # the file format aligns the start of the values to 8 bytes
+        file.write(len(header_bytes).to_bytes(8, "little") + header_bytes)
         for name, tensor in weights.items():
-            values = stored.get_tensor(name)
-            converted = values.to(torch.float32) if tensor.dtype in SIXTEEN_BIT_FORMATS else values
-            file.write(converted.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            stored_values = stored.get_tensor(name)
+            converted_values = stored_values.to(torch.float32) if tensor.dtype in SIXTEEN_BIT_FORMATS else stored_values
+            file.write(converted_values.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _converted_bytes(tensor: StoredTensor) -> int:

@@ -20,42 +20,42 @@ def shrink_config(config: Any) -> Any:
     The copy has at least one layer of each kind that `layer_types` names, but at most four kinds. The vocabulary, the number of positions and
     all fields that this module does not know stay the same, so a model class with unusual fields may refuse the copy.
     """
-    small = copy.deepcopy(config)
-    text = small.get_text_config()
-    for holder in {id(one): one for one in (small, text)}.values():
+    small_config = copy.deepcopy(config)
+    text_config = small_config.get_text_config()
+    for holder in {id(one): one for one in (small_config, text_config)}.values():
         if getattr(holder, "quantization_config", None) is not None:
             del holder.quantization_config
-    _shrink_heads(text)
-    _limit_fields(text, FEED_FORWARD_FIELDS, FEED_FORWARD_SIZE)
-    _limit_fields(text, EXPERT_FIELDS, max(MOST_EXPERTS, getattr(text, "num_experts_per_tok", None) or 1))
-    _limit_fields(text, ("first_k_dense_replace", "n_group", "topk_group"), 1)
-    _shrink_layers(text)
-    return small
+    _shrink_heads(text_config)
+    _limit_fields(text_config, FEED_FORWARD_FIELDS, FEED_FORWARD_SIZE)
+    _limit_fields(text_config, EXPERT_FIELDS, max(MOST_EXPERTS, getattr(text_config, "num_experts_per_tok", None) or 1))
+    _limit_fields(text_config, ("first_k_dense_replace", "n_group", "topk_group"), 1)
+    _shrink_layers(text_config)
+    return small_config
 
 
 def _shrink_heads(text_config: Any) -> None:
     """Shrink the attention heads and the hidden size, but keep the kind of attention: grouped-query attention stays grouped."""
-    heads = text_config.num_attention_heads
-    key_heads = getattr(text_config, "num_key_value_heads", None) or heads
-    size = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
+    head_count = text_config.num_attention_heads
+    key_head_count = getattr(text_config, "num_key_value_heads", None) or head_count
+    head_size = getattr(text_config, "head_dim", None) or text_config.hidden_size // head_count
     if not _is_head_size_fixed(text_config):
-        size = min(size, HEAD_SIZE)
-    small_key_heads = min(key_heads, MOST_KEY_HEADS)
-    small_heads = small_key_heads * min(max(heads // key_heads, 1), MOST_HEADS_PER_KEY_HEAD)
-    text_config.num_attention_heads = small_heads
+        head_size = min(head_size, HEAD_SIZE)
+    small_key_head_count = min(key_head_count, MOST_KEY_HEADS)
+    small_head_count = small_key_head_count * min(max(head_count // key_head_count, 1), MOST_HEADS_PER_KEY_HEAD)
+    text_config.num_attention_heads = small_head_count
     if getattr(text_config, "num_key_value_heads", None) is not None:
-        text_config.num_key_value_heads = small_key_heads
+        text_config.num_key_value_heads = small_key_head_count
     if isinstance(vars(text_config).get("head_dim"), int):  # In some classes, `head_dim` is a property that cannot be set.
-        text_config.head_dim = size
-    text_config.hidden_size = small_heads * size
+        text_config.head_dim = head_size
+    text_config.hidden_size = small_head_count * head_size
 
 
 def _is_head_size_fixed(text_config: Any) -> bool:
     """Whether the head size must not change, because other fields depend on it (latent attention, or lists with one number for each part of a head)."""
     if getattr(text_config, "qk_rope_head_dim", None) is not None:
         return True
-    positions = getattr(text_config, "rope_parameters", None) or getattr(text_config, "rope_scaling", None) or {}
-    return any(isinstance(value, list) for value in positions.values())
+    position_settings = getattr(text_config, "rope_parameters", None) or getattr(text_config, "rope_scaling", None) or {}
+    return any(isinstance(value, list) for value in position_settings.values())
 
 
 def _limit_fields(text_config: Any, field_names: tuple[str, ...], largest_value: int) -> None:
@@ -70,13 +70,16 @@ def _shrink_layers(text_config: Any) -> None:
 
     Lists with one value for each layer keep only the values of these layers.
     """
-    layers = text_config.num_hidden_layers
-    kinds = getattr(text_config, "layer_types", None) or []
-    kept = sorted({kinds.index(kind) for kind in kinds})[:MOST_LAYERS] if len(kinds) == layers else []
-    kept = sorted({*kept, *[number for number in range(layers) if number not in kept][: max(0, FEWEST_LAYERS - len(kept))]})
-    lists = {name: value for name, value in vars(text_config).items() if isinstance(value, list) and len(value) == layers and layers > MOST_LAYERS}
-    if len(kinds) == layers:
-        lists["layer_types"] = kinds
-    text_config.num_hidden_layers = len(kept)
-    for name, values in lists.items():
-        setattr(text_config, name, [values[number] for number in kept])
+    layer_count = text_config.num_hidden_layers
+    layer_types = getattr(text_config, "layer_types", None) or []
+    kept_layers = sorted({layer_types.index(kind) for kind in layer_types})[:MOST_LAYERS] if len(layer_types) == layer_count else []
+    kept_layers = sorted({*kept_layers, *[number for number in range(layer_count) if number not in kept_layers][: max(0, FEWEST_LAYERS - len(kept_layers))]})
+    lists_per_layer = {
+        name: value for name, value in vars(text_config).items()
+        if isinstance(value, list) and len(value) == layer_count and layer_count > MOST_LAYERS
+    }
+    if len(layer_types) == layer_count:
+        lists_per_layer["layer_types"] = layer_types
+    text_config.num_hidden_layers = len(kept_layers)
+    for name, values in lists_per_layer.items():
+        setattr(text_config, name, [values[number] for number in kept_layers])

@@ -47,29 +47,29 @@ class ModelShape:
     def of(model: Any) -> ModelShape:
         """Return the shape of a transformers model, with or without PEFT layers."""
         config = model.config.get_text_config()
-        heads = int(getattr(config, "num_attention_heads", 0) or 0)
-        head_size = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
+        head_count = int(getattr(config, "num_attention_heads", 0) or 0)
+        head_size = getattr(config, "head_dim", None) or (config.hidden_size // head_count if head_count else 0)
         return ModelShape(
-            sum(used_count for _, used_count in _matrix_parameters(model)), int(getattr(config, "num_hidden_layers", 0) or 0), heads, int(head_size)
+            sum(used_count for _, used_count in _count_matrix_parameters(model)), int(getattr(config, "num_hidden_layers", 0) or 0), head_count, int(head_size)
         )  # fmt: skip
 
 
 def trained_parameters(model: Any) -> int:
     """Return the number of trained parameters in matrix products of the base model, without adapters."""
-    return sum(used_count for parameter, used_count in _matrix_parameters(model) if parameter.requires_grad)
+    return sum(used_count for parameter, used_count in _count_matrix_parameters(model) if parameter.requires_grad)
 
 
-def _matrix_parameters(model: Any) -> Iterator[tuple[Any, int]]:
+def _count_matrix_parameters(model: Any) -> Iterator[tuple[Any, int]]:
     """Yield each parameter of the base model that is used in matrix products, with the number of its values that one token uses."""
     config, head = model.config.get_text_config(), model.get_output_embeddings()
     head_ids = {id(one) for _, one in _effective_parameters(head)} if head is not None else set()
     lookup_ids = {id(one) for one in model.get_input_embeddings().parameters()} - head_ids
-    experts = next((count for name in EXPERT_COUNT_FIELDS if (count := getattr(config, name, None))), None)
+    expert_count = next((count for name in EXPERT_COUNT_FIELDS if (count := getattr(config, name, None))), None)
     experts_per_token = getattr(config, "num_experts_per_tok", None)
     for name, parameter in _effective_parameters(model, head_ids):
         if ".lora_" not in name and id(parameter) not in lookup_ids:
             used_count = count_parameter_values(parameter)
-            yield parameter, used_count * experts_per_token // experts if experts and experts_per_token and ".experts." in name else used_count
+            yield parameter, used_count * experts_per_token // expert_count if expert_count and experts_per_token and ".experts." in name else used_count
 
 
 def _effective_parameters(module: Any, kept_ids: Collection[int] = ()) -> Iterator[tuple[str, Any]]:
@@ -79,8 +79,8 @@ def _effective_parameters(module: Any, kept_ids: Collection[int] = ()) -> Iterat
     """
     parameters = dict(module.named_parameters())
     for name, parameter in parameters.items():
-        copy = name.replace("original_module.", "modules_to_save.default.")
-        if copy == name or copy not in parameters or id(parameter) in kept_ids:
+        trained_copy_name = name.replace("original_module.", "modules_to_save.default.")
+        if trained_copy_name == name or trained_copy_name not in parameters or id(parameter) in kept_ids:
             yield name, parameter
 
 
@@ -91,9 +91,9 @@ def attention_flops(shape: ModelShape, document_length: float, *, is_causal: boo
 
 def flops_per_token(shape: ModelShape, mean_length: float, *, frozen_base: bool, trained_count: int = 0, is_causal: bool = True) -> float:
     """Return the FLOPs of training per token. `trained_count`: with a frozen base model, the number of its parameters that are trained nevertheless."""
-    attention = attention_flops(shape, mean_length, is_causal=is_causal)
+    attention_flops_per_token = attention_flops(shape, mean_length, is_causal=is_causal)
     matrix_flops = 2 * shape.matrix_parameters
-    return 2 * (matrix_flops + trained_count) + 3 * attention if frozen_base else 3 * (matrix_flops + attention)
+    return 2 * (matrix_flops + trained_count) + 3 * attention_flops_per_token if frozen_base else 3 * (matrix_flops + attention_flops_per_token)
 
 
 def peak_flops_of(device: str) -> float | None:

@@ -346,10 +346,10 @@ class TrainingSession:
             self.run, self.config, attention=self.hardware.attention, longest_tokens=self.facts.longest_sequence, uses_liger=args.use_liger_kernel,
             recomputes=args.activation_checkpointing, kept_layer_tokens=trainer.kept_layer_tokens,
         )  # fmt: skip
-        plan = plan_memory_of_run(self.run, self.config, self.memory_facts, self.hardware.name)
-        work = plan_work_of_run(self.run, self.config, self.facts.report, self.trainable.trainable_count)
-        if plan is not None or work is not None:
-            self.channel.report_plan(RunPlan(memory=plan, work=work))
+        memory_plan = plan_memory_of_run(self.run, self.config, self.memory_facts, self.hardware.name)
+        work_plan = plan_work_of_run(self.run, self.config, self.facts.report, self.trainable.trainable_count)
+        if memory_plan is not None or work_plan is not None:
+            self.channel.report_plan(RunPlan(memory=memory_plan, work=work_plan))
 
     def _evaluate_test_set(self, trainer: Any) -> dict[str, float]:
         """Evaluate the test set on the final weights. Returns the metrics of the test set; an empty dictionary without a test set."""
@@ -399,8 +399,8 @@ class TrainingSession:
             _name_base_by_source(folder, self.run)
             self._write_log(trainer)
         trainer.accelerator.wait_for_everyone()
-        parameters = {"trainable": trainable_model.trainable_count, "total": trainable_model.total_count}
-        return folder, {"data": self.facts.report, "notes": sorted(self._emitted_notes), "parameters": parameters}
+        parameter_counts = {"trainable": trainable_model.trainable_count, "total": trainable_model.total_count}
+        return folder, {"data": self.facts.report, "notes": sorted(self._emitted_notes), "parameters": parameter_counts}
 
     def _write_settings_and_card(self, folder: Path, test_metrics: dict[str, float]) -> None:
         """Write the generation settings with the trained end tokens, and the model card. Only rank 0 calls this function."""
@@ -414,11 +414,11 @@ class TrainingSession:
             write_generation_files(folder, self.inputs.model, self.config, tokenizer, end_ids)
         if self.vision is not None:
             copy_processor_files(self.inputs.model, folder)
-        losses = {name: line[name] for line in state.log_history for name in ("loss", "eval_loss") if name in line}
-        metrics = {"last training loss": losses.get("loss"), "last validation loss": losses.get("eval_loss"), **test_metrics}
+        last_losses = {name: line[name] for line in state.log_history for name in ("loss", "eval_loss") if name in line}
+        card_metrics = {"last training loss": last_losses.get("loss"), "last validation loss": last_losses.get("eval_loss"), **test_metrics}
         facts = TrainingFacts(
             self.facts.rows, self.facts.format.value, state.global_step, self.trainable.trainable_count, self.trainable.total_count,
-            {name: value for name, value in metrics.items() if value is not None},
+            {name: value for name, value in card_metrics.items() if value is not None},
         )  # fmt: skip
         (folder / CARD_FILE).write_text(build_model_card(self.run, self.inputs, self.trainable.output_kind, facts), encoding="utf-8")
 
@@ -434,11 +434,11 @@ class TrainingSession:
             return {}
         tokenizer = trainer.processing_class
         rows = record.choose_rows(self.datasets, tokenizer)
-        values = record.record_reference_values(
+        reference_values = record.record_reference_values(
             trainer, self.run, self.hardware, rows, tokenizer, head=self.objective.model_kind, is_sharded=self.strategy.shards_weights,
             vision=self.vision,
         )  # fmt: skip
-        content = values.to_bytes()
+        content = reference_values.to_bytes()
         if self.channel.rank == 0:
             (self.inputs.output_dir / reference.FILE_NAME).write_bytes(content)
         return {reference.MANIFEST_KEY: hashlib.sha256(content).hexdigest()}
@@ -483,11 +483,11 @@ def _finish_checkpoint_after_failure(trainer: Any) -> Iterator[None]:
 
 def _name_base_by_source(folder: Path, run: RunConfig) -> None:
     """Write the base model's source into the adapter's configuration, where PEFT has written the base model's path on this pod's disk."""
-    config = folder / "adapter_config.json"
-    if config.exists():
-        value = json.loads(config.read_text())
+    config_file = folder / "adapter_config.json"
+    if config_file.exists():
+        value = json.loads(config_file.read_text())
         value["base_model_name_or_path"] = redact_source(run.spec.model.source or "").removeprefix("hf://")
-        config.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+        config_file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
 def to_finetune_error(error: Exception) -> FineTuneError:

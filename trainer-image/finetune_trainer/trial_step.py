@@ -87,9 +87,9 @@ def reason_against_trial_step(context: TrainingContext) -> str | None:
 
 def _run_forked(action: Callable[[], FineTuneError | str | None], limit_seconds: float) -> FineTuneError | str | None:
     """Run an action in a forked process. Returns the action's result or, if the process returned none, the reason as a text."""
-    forks = multiprocessing.get_context("fork")
-    receiver, sender = forks.Pipe(duplex=False)
-    process = forks.Process(target=_report_result, args=(action, sender), name="trial-step")
+    fork_context = multiprocessing.get_context("fork")
+    receiver, sender = fork_context.Pipe(duplex=False)
+    process = fork_context.Process(target=_report_result, args=(action, sender), name="trial-step")
     process.start()
     sender.close()
     try:
@@ -108,8 +108,8 @@ def _run_forked(action: Callable[[], FineTuneError | str | None], limit_seconds:
 def _report_result(action: Callable[[], FineTuneError | str | None], sender: Connection) -> None:
     torch.set_num_threads(1)  # the threads of the parent process do not exist in a forked process
     used_bytes = int(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmData")).split()[1]) * 1024
-    limit = used_bytes + MEMORY_LIMIT_BYTES
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    limit_bytes = used_bytes + MEMORY_LIMIT_BYTES
+    resource.setrlimit(resource.RLIMIT_DATA, (limit_bytes, limit_bytes))
     try:
         sender.send(action())
     except Exception as error:
@@ -119,23 +119,23 @@ def _report_result(action: Callable[[], FineTuneError | str | None], sender: Con
 
 def _try_step(context: TrainingContext, objective: Objective[Any, Any], data: Any, config: Any) -> FineTuneError | str | None:
     """Train one step. Returns None after a success, the error if the model is at fault, or a reason why the step says nothing about the model."""
-    chosen = _select_short_rows(data)
-    if chosen is None:
+    short_rows = _select_short_rows(data)
+    if short_rows is None:
         return f"the shortest rows have more than {MAX_TRIAL_ROW_TOKENS} tokens"
     small, has_own_code = shrink_config(config), bool(getattr(config, "auto_map", None))
     try:
-        _run_plain_step(_build_small_copy(context, objective, small), chosen)
+        _run_plain_step(_build_small_copy(context, objective, small), short_rows)
     except Exception as error:
         if isinstance(error, CODE_FAULT_EXCEPTIONS) or (has_own_code and isinstance(error, AttributeError | TypeError)):
             return _code_error(context, error)
         log.warning("the small copy cannot be trained", exc_info=error)
         return f"the small copy cannot be trained ({_first_line(error)})"
     try:
-        _run_job_step(context, objective, chosen, _build_small_copy(context, objective, small))
+        _run_job_step(context, objective, short_rows, _build_small_copy(context, objective, small))
     except REFUSAL_EXCEPTIONS as error:
         if isinstance(error, NotImplementedError) and BACKEND_MESSAGE in str(error):
             return _first_line(error)
-        if not _works_with_llama(context, objective, chosen, small):
+        if not _works_with_llama(context, objective, short_rows, small):
             raise
         return _step_error(context, error, small)
     return None
@@ -143,12 +143,12 @@ def _try_step(context: TrainingContext, objective: Objective[Any, Any], data: An
 
 def _select_short_rows(data: Any) -> Any:
     """Return the data with only the `TRIAL_ROW_COUNT` shortest of the first `SEARCHED_ROW_COUNT` training rows. None if these rows have too many tokens."""
-    first = data.train.select(range(min(SEARCHED_ROW_COUNT, len(data.train))))
-    lengths = [sum(len(value) for value in row.values() if isinstance(value, list)) for row in first.with_format(None)]
-    shortest = sorted(sorted(range(len(lengths)), key=lengths.__getitem__)[:TRIAL_ROW_COUNT])
-    if sum(lengths[number] for number in shortest) > MAX_TRIAL_ROW_TOKENS:
+    first_rows = data.train.select(range(min(SEARCHED_ROW_COUNT, len(data.train))))
+    lengths = [sum(len(value) for value in row.values() if isinstance(value, list)) for row in first_rows.with_format(None)]
+    shortest_indices = sorted(sorted(range(len(lengths)), key=lengths.__getitem__)[:TRIAL_ROW_COUNT])
+    if sum(lengths[number] for number in shortest_indices) > MAX_TRIAL_ROW_TOKENS:
         return None
-    return replace(data, train=first.select(shortest), validation=None, test=None)
+    return replace(data, train=first_rows.select(shortest_indices), validation=None, test=None)
 
 
 def _build_small_copy(context: TrainingContext, objective: Objective[Any, Any], config: Any) -> Any:
@@ -157,37 +157,40 @@ def _build_small_copy(context: TrainingContext, objective: Objective[Any, Any], 
     if objective.model_kind == "reward":
         config.num_labels = 1
     attention, _ = require_supported_attention(context.run, config, "sdpa")
-    built = models.model_class(context.run, objective.model_kind).from_config(
+    small_model = models.model_class(context.run, objective.model_kind).from_config(
         config, trust_remote_code=bool(context.run.spec.model.trust_remote_code), attn_implementation=attention, dtype=torch.float32
     )
-    connect_backbone(built)
-    vocabulary.fit_embeddings(built, context.tokenizer, context.run)
-    return built
+    connect_backbone(small_model)
+    vocabulary.fit_embeddings(small_model, context.tokenizer, context.run)
+    return small_model
 
 
-def _run_plain_step(built: Any, data: Any) -> None:
+def _run_plain_step(small_model: Any, data: Any) -> None:
     """Compute a forward and a backward pass on the tokens of a row, without method and objective."""
     row = data.train.with_format(None)[0]
     ids = next(value for name, value in row.items() if name.endswith("ids"))[:32]
-    built(input_ids=torch.tensor([ids])).logits.float().logsumexp(-1).mean().backward()
+    small_model(input_ids=torch.tensor([ids])).logits.float().logsumexp(-1).mean().backward()
 
 
-def _run_job_step(context: TrainingContext, objective: Objective[Any, Any], data: Any, built: Any) -> None:
+def _run_job_step(context: TrainingContext, objective: Objective[Any, Any], data: Any, small_model: Any) -> None:
     """Train one step with the method and the objective of the job."""
     run = make_small_run(context.run)
-    hardware = Hardware(torch.device("cpu"), "cpu", torch.float32, computes_in_bf16=False, computes_in_fp16=False, attention=built.config._attn_implementation)
+    hardware = Hardware(
+        torch.device("cpu"), "cpu", torch.float32, computes_in_bf16=False, computes_in_fp16=False,
+        attention=small_model.config._attn_implementation,
+    )
     folder = context.inputs.output_dir.parent / "trial-step"
     inputs = context.inputs.model_copy(update={"output_dir": folder / "output"})
     strategy = DistributedStrategy(run, hardware, 1)
-    small = replace(context, run=run, inputs=inputs, hardware=hardware, strategy=strategy, callbacks=())
+    small_context = replace(context, run=run, inputs=inputs, hardware=hardware, strategy=strategy, callbacks=())
     try:
-        args = objective.training_arguments(small, has_validation_data=False)
+        args = objective.training_arguments(small_context, has_validation_data=False)
         use_one_device(args)
         new_token_ids = tuple(vocabulary.new_token_ids(context.tokenizer, run.spec.model.new_tokens))
         method = create_method(MethodContext(run, inputs, hardware, strategy, objective.model_kind, new_token_ids=new_token_ids, is_resumed=True))
-        trainable = method.make_trainable(built)
-        with method.trainer_construction(built):
-            trainer = objective.build_trainer(small, args, trainable.model, data)
+        trainable = method.make_trainable(small_model)
+        with method.trainer_construction(small_model):
+            trainer = objective.build_trainer(small_context, args, trainable.model, data)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     finally:
@@ -211,10 +214,10 @@ def _works_with_llama(context: TrainingContext, objective: Objective[Any, Any], 
     """Whether a small Llama model computes the same step. If it does not, this check may be the cause of a failure, instead of the model's class."""
     from transformers import LlamaConfig
 
-    text = small_model.get_text_config()
+    text_config = small_model.get_text_config()
     config = LlamaConfig(
-        vocab_size=text.vocab_size, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=getattr(text, "max_position_embeddings", None) or 2048, pad_token_id=getattr(text, "pad_token_id", None),
+        vocab_size=text_config.vocab_size, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=getattr(text_config, "max_position_embeddings", None) or 2048, pad_token_id=getattr(text_config, "pad_token_id", None),
     )  # fmt: skip
     spec = context.run.spec
     if spec.method.lora is not None:

@@ -26,9 +26,9 @@ class UsageReader:
         with self._lock:
             if not self._is_open:
                 self._nvml, self._is_open = open_nvml(), True
-            gpus = self._nvml.read() if self._nvml is not None else []
+            gpu_usages = self._nvml.read() if self._nvml is not None else []
         used, total = read_container_memory()
-        return PodUsage(memory_used_bytes=used, memory_total_bytes=total, gpus=gpus)
+        return PodUsage(memory_used_bytes=used, memory_total_bytes=total, gpus=gpu_usages)
 
 
 def read_container_memory(cgroup: Path = CGROUP_FOLDER) -> tuple[int, int]:

@@ -44,12 +44,12 @@ def fit_embeddings(model: Any, tokenizer: Any, run: RunConfig, datasets: Sequenc
     """
     ids = new_token_ids(tokenizer, run.spec.model.new_tokens)
     embeddings = model.get_input_embeddings().weight
-    rows = int((getattr(embeddings, "ds_shape", None) or embeddings.shape)[0])
+    row_count = int((getattr(embeddings, "ds_shape", None) or embeddings.shape)[0])
     if not ids:
-        highest_id = max([tokenizer.pad_token_id, *map(_highest_id, datasets)]) if rows < len(tokenizer) else 0
-        if highest_id >= rows:
+        highest_id = max([tokenizer.pad_token_id, *map(_highest_id, datasets)]) if row_count < len(tokenizer) else 0
+        if highest_id >= row_count:
             raise ConfigError(
-                "VocabularyDiffers", f"{redact_source(run.spec.model.source or '')} has {rows} embedding rows, and "
+                "VocabularyDiffers", f"{redact_source(run.spec.model.source or '')} has {row_count} embedding rows, and "
                 f"{tokenizer.convert_ids_to_tokens(highest_id)!r} has id {highest_id}",
                 hint="give the model's own tokenizer, and name additional tokens in model.newTokens",
             )  # fmt: skip
@@ -59,7 +59,7 @@ def fit_embeddings(model: Any, tokenizer: Any, run: RunConfig, datasets: Sequenc
             "NewTokensSharded", "model.newTokens enlarges the embeddings, and with ZeRO stage 3 no rank holds all of their rows",
             hint="write zeroStage 2, or fsdp with method full",
         )  # fmt: skip
-    if rows < len(tokenizer):
+    if row_count < len(tokenizer):
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     _set_rows_to_mean(model, ids)
 
@@ -85,5 +85,5 @@ def embedding_names(model: Any) -> list[str]:
     """Return the short module names of the embeddings and the head. If the head's weight is tied to the embeddings, the head is left out."""
     modules = [model.get_input_embeddings(), model.get_output_embeddings()]
     short_names = {id(module): name.rsplit(".", 1)[-1] for name, module in model.named_modules()}
-    untied = {id(module.weight): short_names[id(module)] for module in reversed(modules) if module is not None}
-    return list(dict.fromkeys(reversed(untied.values())))
+    name_by_weight_id = {id(module.weight): short_names[id(module)] for module in reversed(modules) if module is not None}
+    return list(dict.fromkeys(reversed(name_by_weight_id.values())))

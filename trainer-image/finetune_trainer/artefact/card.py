@@ -63,7 +63,7 @@ class TrainingFacts:
 
 def build_model_card(run: RunConfig, inputs: Inputs, kind: OutputKind, facts: TrainingFacts) -> str:
     """Return the model card as a text: YAML metadata, then Markdown."""
-    return f"{METADATA_FENCE}{_to_yaml(_card_metadata(run, inputs, kind))}{METADATA_FENCE}\n{_card_text(run, inputs, kind, facts)}"
+    return f"{METADATA_FENCE}{_to_yaml(_build_card_metadata(run, inputs, kind))}{METADATA_FENCE}\n{_build_card_text(run, inputs, kind, facts)}"
 
 
 def build_merged_card(adapter_card: str) -> str:
@@ -76,7 +76,7 @@ def build_merged_card(adapter_card: str) -> str:
         del metadata["base_model_relation"]
     heading, _, rest = body.lstrip("\n").partition("\n")
     model_class = VISION_MODEL_CLASS if metadata.get("pipeline_tag") == VISION_TASK else "transformers.AutoModelForCausalLM"
-    rest = re.sub(r"## Loading\n.*?(?=\n## )", _loading_section(OutputKind.MODEL, model_class), rest, flags=re.DOTALL)
+    rest = re.sub(r"## Loading\n.*?(?=\n## )", _build_loading_section(OutputKind.MODEL, model_class), rest, flags=re.DOTALL)
     return f"{METADATA_FENCE}{_to_yaml(metadata)}{METADATA_FENCE}\n{heading}\n\n{MERGED_SENTENCE}\n{rest}"
 
 
@@ -93,21 +93,21 @@ def split_card(card_text: str) -> tuple[dict[str, Any], str]:
     return (metadata, body) if isinstance(metadata, dict) else ({}, card_text)
 
 
-def _card_metadata(run: RunConfig, inputs: Inputs, kind: OutputKind) -> dict[str, Any]:
+def _build_card_metadata(run: RunConfig, inputs: Inputs, kind: OutputKind) -> dict[str, Any]:
     """Return the metadata for the hub. The metadata names a base model or data set only if it is on the hub, because the hub refuses other names."""
     is_adapter, is_reward = kind is OutputKind.ADAPTER, trainer_type_of(run.spec) is TrainerType.REWARD
     task = "text-classification" if is_reward else VISION_TASK if is_vision_language(run.spec) else "text-generation"
     base, data = _hub_repository(run.spec.model.source), _hub_repository(run.spec.dataset.train)
-    tags = ["finetune-operator", str(trainer_type_of(run.spec)), _wire_value(run, "method.type"), "peft" if is_adapter else None]
+    tags = ["finetune-operator", str(trainer_type_of(run.spec)), _read_wire_value(run, "method.type"), "peft" if is_adapter else None]
     values = {
         "base_model": base, "base_model_relation": base and ("adapter" if is_adapter else "finetune"),
         "library_name": "peft" if is_adapter else "transformers", "pipeline_tag": task,
-        "tags": list(dict.fromkeys(tag for tag in tags if tag)), "datasets": [data] if data else None, **_license_of_base(inputs.model),
+        "tags": list(dict.fromkeys(tag for tag in tags if tag)), "datasets": [data] if data else None, **_read_license_of_base(inputs.model),
     }  # fmt: skip
     return {name: value for name, value in values.items() if value}
 
 
-def _license_of_base(base: Path) -> dict[str, Any]:
+def _read_license_of_base(base: Path) -> dict[str, Any]:
     """Return licence and language of the base model, from the model's card or configuration."""
     card, config = base / CARD_FILE, base / "config.json"
     metadata = split_card(card.read_text(encoding="utf-8", errors="replace"))[0] if card.exists() else {}
@@ -116,35 +116,36 @@ def _license_of_base(base: Path) -> dict[str, Any]:
     return {key: metadata[key] for key in LICENSE_KEYS if isinstance(metadata.get(key), str | list)}
 
 
-def _card_text(run: RunConfig, inputs: Inputs, kind: OutputKind, facts: TrainingFacts) -> str:
+def _build_card_text(run: RunConfig, inputs: Inputs, kind: OutputKind, facts: TrainingFacts) -> str:
     root, incarnation = redact_source(run.storage.uri), os.environ.get(Env.INCARNATION_FOLDER, "")
-    what = "Adapter for" if kind is OutputKind.ADAPTER else "Model trained from"
+    relation_to_base = "Adapter for" if kind is OutputKind.ADAPTER else "Model trained from"
     model_class = "peft.AutoPeftModelForCausalLM" if kind is OutputKind.ADAPTER else "transformers.AutoModelForCausalLM"
     if is_vision_language(run.spec):
         model_class = VISION_MODEL_CLASS
     if trainer_type_of(run.spec) is TrainerType.REWARD:
         model_class = model_class.replace("CausalLM", "SequenceClassification")
-    base = {"source": redact_source(run.spec.model.source or ""), "revision": inputs.model_revision}
-    data = {
+    base_facts = {"source": redact_source(run.spec.model.source or ""), "revision": inputs.model_revision}
+    data_facts = {
         "source": redact_source(run.spec.dataset.train or "several sources (dataset.mixture)"), "digest (sha256)": inputs.dataset_digest,
         "rows": facts.rows, "format": facts.data_format,
     }  # fmt: skip
-    training = {path: value for path in SHOWN_FIELDS if (value := _wire_value(run, path)) not in (None, [])}
-    training |= {"optimizer steps": facts.steps, "trained parameters": facts.trainable_parameters, "all parameters": facts.total_parameters}
-    lineage = {
+    training_facts = {path: value for path in SHOWN_FIELDS if (value := _read_wire_value(run, path)) not in (None, [])}
+    training_facts |= {"optimizer steps": facts.steps, "trained parameters": facts.trainable_parameters, "all parameters": facts.total_parameters}
+    lineage_facts = {
         "FineTuneJob": f"{run.namespace}/{run.name}", "uid": run.uid, "attempt": run.attempt, "files of the job": root,
         "this artefact": f"{root}/{Storage.MODEL}/{incarnation}", "metrics": f"{root}/{Storage.METRICS}", "spec of each attempt": f"{root}/{Storage.RUN}",
     }  # fmt: skip
     parts = [
-        f"# {escape_markdown(run.name)}\n\n{what} {escape_markdown(base['source'])}, "
+        f"# {escape_markdown(run.name)}\n\n{relation_to_base} {escape_markdown(base_facts['source'])}, "
         f"trained with {escape_markdown(str(method_type_of(run.spec)))} by a FineTuneJob.\n",
-        _loading_section(kind, model_class), _build_table("Base model", base), _build_table("Data", data), _build_table("Training", training),
-        _build_table("Metrics", facts.metrics) if facts.metrics else "", _build_table("Lineage", lineage),
+        _build_loading_section(kind, model_class), _build_table("Base model", base_facts), _build_table("Data", data_facts),
+        _build_table("Training", training_facts),
+        _build_table("Metrics", facts.metrics) if facts.metrics else "", _build_table("Lineage", lineage_facts),
     ]  # fmt: skip
     return "\n".join(part for part in parts if part)
 
 
-def _loading_section(kind: OutputKind, model_class: str) -> str:
+def _build_loading_section(kind: OutputKind, model_class: str) -> str:
     module, _, name = model_class.rpartition(".")
     note = "`generation_config.json` contains the end tokens that the model learned in training."
     if kind is OutputKind.ADAPTER:
@@ -171,7 +172,7 @@ def _format_value(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _wire_value(run: RunConfig, path: str) -> Any:
+def _read_wire_value(run: RunConfig, path: str) -> Any:
     value: Any = run.spec.to_wire()
     for name in path.split("."):
         value = value.get(name) if isinstance(value, dict) else None

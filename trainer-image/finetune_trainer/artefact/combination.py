@@ -31,11 +31,11 @@ def require_combinable(folder: Path, base: Path, field: str, source: str) -> Non
 
     Errors: ConfigError `AdapterNotCombinable`.
     """
-    shown = redact_source(source)
+    shown_source = redact_source(source)
     fault = find_adapter_fault(folder, base)
     if fault is not None:
         raise ConfigError(
-            "AdapterNotCombinable", f"{field} is {shown}: {fault.message}", hint="write the folder of a LoRA adapter for the model of model.source"
+            "AdapterNotCombinable", f"{field} is {shown_source}: {fault.message}", hint="write the folder of a LoRA adapter for the model of model.source"
         )
     config = json.loads((folder / ADAPTER_CONFIG).read_text())
     features = {
@@ -43,10 +43,10 @@ def require_combinable(folder: Path, base: Path, field: str, source: str) -> Non
         "trained biases": config.get("bias") not in (None, "none"), "modules that were trained in full": bool(config.get("modules_to_save")),
         "new tokens": bool(config.get("trainable_token_indices")), "adapters of experts": bool(config.get("target_parameters")),
     }  # fmt: skip
-    used = [name for name, is_used in features.items() if is_used]
-    if used:
+    used_features = [name for name, is_used in features.items() if is_used]
+    if used_features:
         raise ConfigError(
-            "AdapterNotCombinable", f"{field} is {shown}, an adapter with {' and '.join(used)}: only plain LoRA adapters can be combined",
+            "AdapterNotCombinable", f"{field} is {shown_source}, an adapter with {' and '.join(used_features)}: only plain LoRA adapters can be combined",
             hint="remove this adapter from output.combineAdapters",
         )  # fmt: skip
 

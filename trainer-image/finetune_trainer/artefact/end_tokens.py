@@ -25,26 +25,26 @@ def find_trained_end_tokens(tokenizer: Any, answers: Iterable[Sequence[int]]) ->
 
     Only special tokens and added tokens can be end tokens. White space after an end token is ignored.
     """
-    candidates = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    candidate_ids = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
 
     @cache
     def is_blank(token: int) -> bool:
-        return token not in candidates and not tokenizer.decode([token]).strip()
+        return token not in candidate_ids and not tokenizer.decode([token]).strip()
 
     last_tokens = Counter(next((token for token in reversed(answer) if not is_blank(token)), None) for answer in answers)
-    total = sum(last_tokens.values())
-    return [token for token, count in last_tokens.most_common() if token in candidates and count >= MIN_SHARE * total]
+    answer_count = sum(last_tokens.values())
+    return [token for token, count in last_tokens.most_common() if token in candidate_ids and count >= MIN_SHARE * answer_count]
 
 
 def split_into_answers(labels: Sequence[int]) -> Iterator[list[int]]:
     """Split the labels of a row into the answers that are trained on. An answer is an unbroken sequence of labels between ignored labels."""
-    part: list[int] = []
+    answer: list[int] = []
     for label in [*labels, IGNORED_LABEL]:
         if label != IGNORED_LABEL:
-            part.append(label)
-        elif part:
-            yield part
-            part = []
+            answer.append(label)
+        elif answer:
+            yield answer
+            answer = []
 
 
 def read_trained_answers(rows: Any) -> Iterator[Sequence[int]]:
@@ -53,8 +53,8 @@ def read_trained_answers(rows: Any) -> Iterator[Sequence[int]]:
     At most `MAX_ROWS` rows are read, evenly spaced over the data set.
     """
     columns = rows.column_names
-    for number in range(0, len(rows), -(-len(rows) // MAX_ROWS)):
-        row = rows[number]
+    for row_index in range(0, len(rows), -(-len(rows) // MAX_ROWS)):
+        row = rows[row_index]
         if "labels" in columns:
             yield from split_into_answers(row["labels"])
         elif "chosen_ids" in columns:

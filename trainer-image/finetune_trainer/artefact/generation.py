@@ -26,8 +26,8 @@ def write_generation_files(folder: Path, base: Path, model_config: Any, tokenize
     except OSError:
         settings = GenerationConfig.from_model_config(model_config)
     base_ids = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
-    ids = [index for index in dict.fromkeys([*end_ids, *base_ids, tokenizer.eos_token_id]) if index is not None]
-    settings.eos_token_id = ids[0] if len(ids) == 1 else ids or None
+    all_end_ids = [index for index in dict.fromkeys([*end_ids, *base_ids, tokenizer.eos_token_id]) if index is not None]
+    settings.eos_token_id = all_end_ids[0] if len(all_end_ids) == 1 else all_end_ids or None
     if settings.pad_token_id is None:
         settings.pad_token_id = tokenizer.pad_token_id
     # Some published models have settings that contradict each other, and `save_pretrained` would refuse to write them.
@@ -35,9 +35,9 @@ def write_generation_files(folder: Path, base: Path, model_config: Any, tokenize
     copy_end_tokens_to_model_config(folder)
     if end_ids and tokenizer.eos_token_id not in end_ids and "eos_token" not in str(tokenizer.chat_template or ""):
         # The tokenizer is not changed if its chat template writes `eos_token`, because another end token would change the rendered text.
-        changed = copy.deepcopy(tokenizer)
-        changed.eos_token = changed.convert_ids_to_tokens(end_ids[0])
-        changed.save_pretrained(folder)
+        changed_tokenizer = copy.deepcopy(tokenizer)
+        changed_tokenizer.eos_token = changed_tokenizer.convert_ids_to_tokens(end_ids[0])
+        changed_tokenizer.save_pretrained(folder)
 
 
 def copy_processor_files(base: Path, folder: Path) -> None:

@@ -79,10 +79,10 @@ def read_domain(path: Path) -> list[DomainQuestion]:
         value = json.loads(path.read_bytes())
     except ValueError as error:
         raise _domain_file_error(path, f"is not valid JSON: {error}") from error
-    lists = [value] if isinstance(value, list) else [inner for inner in value.values() if isinstance(inner, list)] if isinstance(value, dict) else []
-    if len(lists) != 1 or not lists[0]:
+    candidate_lists = [value] if isinstance(value, list) else [inner for inner in value.values() if isinstance(inner, list)] if isinstance(value, dict) else []
+    if len(candidate_lists) != 1 or not candidate_lists[0]:
         raise _domain_file_error(path, "contains neither a list of questions nor an object with one such list")
-    return [_read_question(path, number, entry) for number, entry in enumerate(lists[0], 1)]
+    return [_read_question(path, number, entry) for number, entry in enumerate(candidate_lists[0], 1)]
 
 
 def _read_question(path: Path, number: int, entry: Any) -> DomainQuestion:

@@ -71,19 +71,19 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
 
 def completion_passes_tests(problem: CodeProblem, completion: str) -> bool:
     """Whether the completed function passes the tests of its problem."""
-    ends = [position for text in STOP_TEXTS if (position := completion.find(text)) >= 0]
-    code = problem.prompt + completion[: min(ends, default=len(completion))]
+    stop_positions = [position for text in STOP_TEXTS if (position := completion.find(text)) >= 0]
+    code = problem.prompt + completion[: min(stop_positions, default=len(completion))]
     program = f"{code}\n\n{problem.test}\n\ncheck({problem.entry_point})\n"
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "program.py").write_text(program, errors="replace")
         try:
-            done = subprocess.run(
+            finished_process = subprocess.run(
                 [sys.executable, "-I", "program.py"], cwd=folder, env={}, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL, timeout=TIME_LIMIT_SECONDS, preexec_fn=_limit_resources, start_new_session=True,
             )  # fmt: skip
         except subprocess.TimeoutExpired:
             return False
-    return done.returncode == 0
+    return finished_process.returncode == 0
 
 
 def _limit_resources() -> None:

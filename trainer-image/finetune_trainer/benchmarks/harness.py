@@ -28,11 +28,12 @@ UNFILTERED_NAME = "none"
 
 def use_local_caches(work_folder: Path) -> None:
     """Configure the harness's libraries: no network access, and caches in the work folder. Call this function before the libraries are imported."""
-    caches = work_folder / "benchmark-caches"
+    caches_folder = work_folder / "benchmark-caches"
     os.environ |= {
         "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_EVALUATE_OFFLINE": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0",
-        "HF_DATASETS_CACHE": str(caches / "datasets"), "HF_EVALUATE_CACHE": str(caches / "evaluate"), "HF_METRICS_CACHE": str(caches / "metrics"),
-        "HF_MODULES_CACHE": str(caches / "modules"), "LM_HARNESS_CACHE_PATH": str(caches / "harness"), "TQDM_DISABLE": "1",
+        "HF_DATASETS_CACHE": str(caches_folder / "datasets"), "HF_EVALUATE_CACHE": str(caches_folder / "evaluate"),
+        "HF_METRICS_CACHE": str(caches_folder / "metrics"),
+        "HF_MODULES_CACHE": str(caches_folder / "modules"), "LM_HARNESS_CACHE_PATH": str(caches_folder / "harness"), "TQDM_DISABLE": "1",
     }  # fmt: skip
 
 
@@ -97,10 +98,10 @@ def _measure_task(loaded: LoadedModel, task: BenchmarkTask) -> TaskRecord:
         )  # fmt: skip
     loaded.model.tie_weights = lambda *_, **__: None  # The harness would tie the weights again, and so undo that an adapter replaced a tied weight.
     model = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, backend="causal", batch_size=loaded.batch_size)
-    tasks = _task_manager(task).load([task.name])
+    tasks = _create_task_manager(task).load([task.name])
     for harness_task in tasks["tasks"].values():
-        defined = harness_task.get_config("num_fewshot")
-        harness_task.set_config(key="num_fewshot", value=defined or 0 if benchmark.few_shot is None or defined == 0 else benchmark.few_shot)
+        task_few_shot = harness_task.get_config("num_fewshot")
+        harness_task.set_config(key="num_fewshot", value=task_few_shot or 0 if benchmark.few_shot is None or task_few_shot == 0 else benchmark.few_shot)
         harness_task.set_fewshot_seed(seed=loaded.seed)
     set_seed(loaded.seed)
     # The harness's `simple_evaluate` also calls `evaluate`, but then runs pip, git and compilers to describe the machine.
@@ -112,7 +113,7 @@ def _measure_task(loaded: LoadedModel, task: BenchmarkTask) -> TaskRecord:
     return TaskRecord(measurements=_to_measurements(harness_results))
 
 
-def _task_manager(task: BenchmarkTask) -> Any:
+def _create_task_manager(task: BenchmarkTask) -> Any:
     """Return the harness's index of the task definitions in one folder.
 
     The benchmark's folder is used if it defines the task. Otherwise, the folder of the harness that defines the task is used. An
@@ -131,19 +132,19 @@ def _to_measurements(harness_results: Any) -> list[Measurement]:
     """Return the metrics in the harness's results: first the metrics of groups, then the metrics of tasks."""
     groups = harness_results.get("groups") or {}
     all_results = groups | {name: values for name, values in harness_results["results"].items() if name not in groups}
-    samples = harness_results.get("n-samples") or {}
+    sample_counts = harness_results.get("n-samples") or {}
     measurements = []
     for name, values in all_results.items():
         for key, value in values.items():
             metric, comma, filter_name = key.partition(",")
             if not comma or metric.endswith("_stderr"):
                 continue
-            number = finite_number_or_none(value)
+            finite_value = finite_number_or_none(value)
             measurements.append(
                 Measurement(
-                    task=name, metric=metric if filter_name == UNFILTERED_NAME else f"{metric},{filter_name}", value=number,
-                    stderr=finite_number_or_none(values.get(f"{metric}_stderr,{filter_name}")), samples=(samples.get(name) or {}).get("effective"),
-                    reason=None if number is not None else f"the task reports no number for {metric}",
+                    task=name, metric=metric if filter_name == UNFILTERED_NAME else f"{metric},{filter_name}", value=finite_value,
+                    stderr=finite_number_or_none(values.get(f"{metric}_stderr,{filter_name}")), samples=(sample_counts.get(name) or {}).get("effective"),
+                    reason=None if finite_value is not None else f"the task reports no number for {metric}",
                     is_part_of_group=bool(groups) and name not in groups,
                 )
             )  # fmt: skip
@@ -162,11 +163,13 @@ def _sandboxed_templates(*, allows_code: bool) -> Iterator[None]:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
     from lm_eval import utils
 
-    own = utils.env
-    sandbox = ImmutableSandboxedEnvironment(undefined=own.undefined, keep_trailing_newline=own.keep_trailing_newline)
-    sandbox.filters |= own.filters
-    utils.env = sandbox
+    original_environment = utils.env
+    sandboxed_environment = ImmutableSandboxedEnvironment(
+        undefined=original_environment.undefined, keep_trailing_newline=original_environment.keep_trailing_newline
+    )
+    sandboxed_environment.filters |= original_environment.filters
+    utils.env = sandboxed_environment
     try:
         yield
     finally:
-        utils.env = own
+        utils.env = original_environment

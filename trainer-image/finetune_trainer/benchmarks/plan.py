@@ -43,15 +43,15 @@ def plan_tasks(run: RunConfig, folders: Sequence[Path | None]) -> list[Benchmark
 
     `folders`: the local folder of each benchmark of the spec. Errors: ConfigError of the modules that read the folders.
     """
-    trained = []
+    trained_model_tasks = []
     for number, (benchmark, folder) in enumerate(zip(benchmarks_after_training(run.spec), folders, strict=True)):
         kind, field = BENCHMARK_KINDS[benchmark.name], f"evaluation.benchmarks[{number}]"
-        trained += [BenchmarkTask(kind, benchmark, field, name, folder) for name in _task_names(kind, benchmark, f"{field}.folder", folder)]
-    base = [replace(task, uses_base=True) for task in trained if task.benchmark.compare_with_base]
-    return [*trained, *base]
+        trained_model_tasks += [BenchmarkTask(kind, benchmark, field, name, folder) for name in _list_task_names(kind, benchmark, f"{field}.folder", folder)]
+    base_model_tasks = [replace(task, uses_base=True) for task in trained_model_tasks if task.benchmark.compare_with_base]
+    return [*trained_model_tasks, *base_model_tasks]
 
 
-def _task_names(kind: BenchmarkKind, benchmark: Benchmark, field: str, folder: Path | None) -> list[str]:
+def _list_task_names(kind: BenchmarkKind, benchmark: Benchmark, field: str, folder: Path | None) -> list[str]:
     if kind is BenchmarkKind.RATING_SHEETS:
         return [SHEET_TASK]
     assert folder is not None, "a rule requires the folder"

@@ -41,19 +41,21 @@ class SheetRow:
         return values | dict.fromkeys(SCORE_COLUMNS) | {"rater": "", "comments": ""}
 
 
-def build_sheet_rows(prompts: Sequence[str], trained: Sequence[str], base: Sequence[str] | None, *, seed: int) -> tuple[list[SheetRow], dict[int, str]]:
+def build_sheet_rows(
+    prompts: Sequence[str], trained_answers: Sequence[str], base_answers: Sequence[str] | None, *, seed: int
+) -> tuple[list[SheetRow], dict[int, str]]:
     """Return the rows of the sheet, and the model that answered in each row, by row number.
 
-    `trained`, `base`: the answers of the models. With answers of the base model, each prompt has two rows in random order.
+    `trained_answers`, `base_answers`: the answers of the models. With answers of the base model, each prompt has two rows in random order.
     """
-    chooser = random.Random(seed)  # noqa: S311  no secret
+    random_generator = random.Random(seed)  # noqa: S311  no secret
     rows: list[SheetRow] = []
     models: dict[int, str] = {}
-    for number, prompt in enumerate(prompts):
-        answers = [(TRAINED_MODEL, trained[number])] + ([(BASE_MODEL, base[number])] if base is not None else [])
-        chooser.shuffle(answers)
+    for prompt_index, prompt in enumerate(prompts):
+        answers = [(TRAINED_MODEL, trained_answers[prompt_index])] + ([(BASE_MODEL, base_answers[prompt_index])] if base_answers is not None else [])
+        random_generator.shuffle(answers)
         for letter, (model, answer) in zip("AB", answers, strict=False):
-            row = SheetRow(len(rows) + 1, number + 1, TRAINED_MODEL if base is None else letter, prompt, answer)
+            row = SheetRow(len(rows) + 1, prompt_index + 1, TRAINED_MODEL if base_answers is None else letter, prompt, answer)
             rows.append(row)
             models[row.number] = model
     return rows, models

@@ -61,9 +61,9 @@ class FinishedTasks:
     def write(self, task: BenchmarkTask, record: TaskRecord) -> None:
         """Write the record atomically, because the supervisor may read the folder at any time."""
         path = self._path(task)
-        partial = path.with_suffix(".part")
-        partial.write_text(record.model_dump_json(by_alias=True))
-        partial.rename(path)
+        partial_file = path.with_suffix(".part")
+        partial_file.write_text(record.model_dump_json(by_alias=True))
+        partial_file.rename(path)
 
     def _path(self, task: BenchmarkTask) -> Path:
         """Return the path of a task's record. The file name is a hash of all inputs of the task except the model.
@@ -85,18 +85,21 @@ def _list_file_digests(folder: Path | None) -> list[tuple[str, str]]:
 
 def combine_results(tasks: Sequence[BenchmarkTask], records: Sequence[TaskRecord]) -> list[dict[str, Any]]:
     """Return one entry for each metric of each task, in the order of the tasks. Each entry has the values of the trained and the base model."""
-    by_task = dict(zip(((task.field, task.name, task.uses_base) for task in tasks), records, strict=True))
+    record_by_task = dict(zip(((task.field, task.name, task.uses_base) for task in tasks), records, strict=True))
     entries = []
     for task in tasks:
         if task.uses_base:
             continue
-        base_record = by_task.get((task.field, task.name, True))
-        base = {(one.task, one.metric): one for one in base_record.measurements} if base_record else {}
-        entries += [_result_entry(task, one, base.get((one.task, one.metric))) for one in by_task[task.field, task.name, False].measurements]
+        base_record = record_by_task.get((task.field, task.name, True))
+        base_measurements = {(measurement.task, measurement.metric): measurement for measurement in base_record.measurements} if base_record else {}
+        entries += [
+            _build_result_entry(task, measurement, base_measurements.get((measurement.task, measurement.metric)))
+            for measurement in record_by_task[task.field, task.name, False].measurements
+        ]
     return entries
 
 
-def _result_entry(task: BenchmarkTask, trained: Measurement, base: Measurement | None) -> dict[str, Any]:
+def _build_result_entry(task: BenchmarkTask, trained: Measurement, base: Measurement | None) -> dict[str, Any]:
     has_both = base is not None and base.value is not None and trained.value is not None
     return {
         "name": task.benchmark.name, "task": trained.task, "group": task.name if trained.is_part_of_group else None, "metric": trained.metric,

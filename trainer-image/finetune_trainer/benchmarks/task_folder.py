@@ -72,13 +72,13 @@ class TaskFolder:
         Errors: ConfigError TaskNotInFolder, TaskFolderEmpty.
         """
         if tasks is None:
-            bundled = [name for name in BUNDLED_TASKS if name not in self.task_names and self._has_data_of(name)]
-            if not self.task_names and not bundled:
+            bundled_names = [name for name in BUNDLED_TASKS if name not in self.task_names and self._has_data_of(name)]
+            if not self.task_names and not bundled_names:
                 raise ConfigError(
                     "TaskFolderEmpty", f"{self.field} contains neither a task definition (*.yaml) nor the data of a known task",
                     hint=f"add task definitions, or a copy of a data set at its path, for example {BUNDLED_TASKS['hellaswag'].dataset_repository}/",
                 )  # fmt: skip
-            return [*self.task_names, *bundled]
+            return [*self.task_names, *bundled_names]
         selected = replace_old_task_names(list(tasks))
         for name in selected:
             if not self.is_defined(name) and not (name in BUNDLED_TASKS and self._has_data_of(name)):
@@ -99,12 +99,15 @@ class TaskFolder:
                 "TaskNotInFolder", f"the task {name} needs the data set {dataset}, but {self.field} does not contain the folder {dataset}",
                 hint=f"copy the files of the hub's data set repository {dataset} to {dataset}/ in this folder, or remove {name} from tasks",
             )  # fmt: skip
-        known = sorted({name for definition in self.definitions for name in definition.names} | {one for one in BUNDLED_TASKS if self._has_data_of(one)})
-        similar = difflib.get_close_matches(name, known, n=1)
-        listed = ", ".join(known[:MAX_LISTED_NAMES]) + (f" and {len(known) - MAX_LISTED_NAMES} others" if len(known) > MAX_LISTED_NAMES else "")
+        known_names = sorted({name for definition in self.definitions for name in definition.names} | {one for one in BUNDLED_TASKS if self._has_data_of(one)})
+        similar_names = difflib.get_close_matches(name, known_names, n=1)
+        listed_names = ", ".join(known_names[:MAX_LISTED_NAMES])
+        if len(known_names) > MAX_LISTED_NAMES:
+            listed_names += f" and {len(known_names) - MAX_LISTED_NAMES} others"
         return ConfigError(
-            "TaskNotInFolder", f"the task {name} is not defined in {self.field}, which defines {listed or 'no task'}",
-            hint=f"did you mean {similar[0]}?" if similar else f"add a definition with `task: {name}` and its data to the folder, or remove {name} from tasks",
+            "TaskNotInFolder", f"the task {name} is not defined in {self.field}, which defines {listed_names or 'no task'}",
+            hint=f"did you mean {similar_names[0]}?" if similar_names
+            else f"add a definition with `task: {name}` and its data to the folder, or remove {name} from tasks",
         )  # fmt: skip
 
 
@@ -139,7 +142,7 @@ class _DefinitionReader:
                 continue
             tags = settings.get("tag") or []
             names = (name, *([tags] if isinstance(tags, str) else map(str, tags)))
-            yield TaskDefinition(self._relative(path), names, "group" not in settings, settings)
+            yield TaskDefinition(self._make_relative(path), names, "group" not in settings, settings)
 
     def _merge(self, path: Path, including: tuple[Path, ...]) -> dict[str, Any]:
         """Return the settings of a file, merged with the settings of the files that it includes. The file's own settings take precedence."""
@@ -147,13 +150,13 @@ class _DefinitionReader:
             raise self._invalid(path, "includes itself")
         settings = self._load(path)
         merged: dict[str, Any] = {}
-        included = settings.get("include", [])
-        for name in included if isinstance(included, list) else [included]:
+        included_names = settings.get("include", [])
+        for name in included_names if isinstance(included_names, list) else [included_names]:
             target = Path(os.path.normpath(path.parent / str(name)))
             if not target.is_relative_to(self.folder) or not target.is_file():
                 raise self._invalid(path, f"includes {name}, which is not a file of the folder")
-            inner = self._merge(target, (*including, path))
-            merged |= {key: value for key, value in inner.items() if key != "task_list"}
+            included_settings = self._merge(target, (*including, path))
+            merged |= {key: value for key, value in included_settings.items() if key != "task_list"}
         return merged | {key: value for key, value in settings.items() if key != "include"}
 
     def _load(self, path: Path) -> dict[str, Any]:
@@ -166,14 +169,14 @@ class _DefinitionReader:
             raise self._invalid(path, f"is not valid YAML: {line}{problem}") from error
         if not isinstance(settings, dict):
             raise self._invalid(path, "does not contain a YAML mapping")
-        self.settings_by_file[self._relative(path)] = settings
+        self.settings_by_file[self._make_relative(path)] = settings
         return settings
 
-    def _relative(self, path: Path) -> str:
+    def _make_relative(self, path: Path) -> str:
         return path.relative_to(self.folder).as_posix()
 
     def _invalid(self, path: Path, problem: str) -> ConfigError:
-        message = f"{self.field}: the file {self._relative(path)} {problem}"
+        message = f"{self.field}: the file {self._make_relative(path)} {problem}"
         return ConfigError("TaskFolderInvalid", message, hint="correct the file, or remove it from the folder")
 
 
@@ -182,12 +185,12 @@ class _DefinitionReader:
 
 def _require_no_code(folder: Path, field: str, reader: _DefinitionReader) -> None:
     """Check that the harness would not run Python code from the folder. Errors: ConfigError CodeExecutionNotAllowed."""
-    found = next((f"the file {path.relative_to(folder).as_posix()} is Python code" for path in sorted(folder.rglob("*.py"))), None)
+    code_description = next((f"the file {path.relative_to(folder).as_posix()} is Python code" for path in sorted(folder.rglob("*.py"))), None)
     for file, settings in reader.settings_by_file.items():
-        found = found or next((f"the file {file} {problem}" for problem in _find_code(settings)), None)
-    if found:
+        code_description = code_description or next((f"the file {file} {problem}" for problem in _find_code(settings)), None)
+    if code_description:
         raise ConfigError(
-            "CodeExecutionNotAllowed", f"{field}: {found}, but allowCodeExecution of the benchmark is not true",
+            "CodeExecutionNotAllowed", f"{field}: {code_description}, but allowCodeExecution of the benchmark is not true",
             hint="write `allowCodeExecution: true` in the benchmark if you trust the folder, or remove the file",
         )  # fmt: skip
 

@@ -63,10 +63,10 @@ def report_final_artefact(run: RunConfig, channel: Channel, model_folder: Path, 
 
 def _agree_on_incarnation(channel: Channel, gang_store: GangStore) -> str:
     """Return the name of this incarnation. All ranks use the incarnation name of rank 0's pod."""
-    own = os.environ.get(Env.INCARNATION_FOLDER, "a1-00000000")
+    own_incarnation = os.environ.get(Env.INCARNATION_FOLDER, "a1-00000000")
     if channel.rank == 0:
-        gang_store.set(INCARNATION_KEY, own)
-        return own
+        gang_store.set(INCARNATION_KEY, own_incarnation)
+        return own_incarnation
     return gang_store.get_all([INCARNATION_KEY], START_TIMEOUT_SECONDS)[0]
 
 
@@ -127,7 +127,7 @@ class ProgressReporter(TrainerCallback):
         self._channel.report_progress(
             Progress(
                 step=state.global_step, total_steps=state.max_steps, epoch=round(state.epoch or 0.0, 4),
-                tokens_seen=tokens or None, tokens_per_second=_rounded_or_none(logs.get("tokens_per_second"), 1) or self._recent_throughput(tokens),
+                tokens_seen=tokens or None, tokens_per_second=_rounded_or_none(logs.get("tokens_per_second"), 1) or self._compute_recent_throughput(tokens),
             )
         )  # fmt: skip
         self._channel.report_metrics(
@@ -137,7 +137,7 @@ class ProgressReporter(TrainerCallback):
             )
         )  # fmt: skip
 
-    def _recent_throughput(self, tokens: int) -> float | None:
+    def _compute_recent_throughput(self, tokens: int) -> float | None:
         """Return the tokens per second over the last ten log lines, or None before the second log line."""
         self._token_counts = [*self._token_counts[-9:], (time.monotonic(), tokens)]
         (start, before), (now, after) = self._token_counts[0], self._token_counts[-1]
@@ -312,8 +312,8 @@ class PauseReporter(TrainerCallback):
 
 def _waits_for_epoch_end(args: TrainingArguments, state: TrainerState) -> bool:
     """Whether this save must wait for the evaluation or log line at the end of the epoch, so that a resumed run skips neither."""
-    due = IntervalStrategy.EPOCH in (args.eval_strategy, args.save_strategy, args.logging_strategy)
-    return due and state.epoch is not None and abs(state.epoch - round(state.epoch)) < 1e-9
+    has_epoch_action = IntervalStrategy.EPOCH in (args.eval_strategy, args.save_strategy, args.logging_strategy)
+    return has_epoch_action and state.epoch is not None and abs(state.epoch - round(state.epoch)) < 1e-9
 
 
 def find_eval_loss(state: TrainerState, step: int | None = None) -> float | None:
@@ -326,8 +326,8 @@ def find_eval_loss(state: TrainerState, step: int | None = None) -> float | None
 
 def find_best_eval_loss(state: TrainerState) -> tuple[float | None, int | None]:
     """Return the lowest validation loss of the run and its step. The log history includes earlier attempts, because checkpoints contain it."""
-    losses = [(float(entry["eval_loss"]), int(entry["step"])) for entry in state.log_history if "eval_loss" in entry]
-    return min(((loss, step) for loss, step in losses if math.isfinite(loss)), default=(None, None))
+    losses_and_steps = [(float(entry["eval_loss"]), int(entry["step"])) for entry in state.log_history if "eval_loss" in entry]
+    return min(((loss, step) for loss, step in losses_and_steps if math.isfinite(loss)), default=(None, None))
 
 
 def _rounded_or_none(value: Any, digits: int = 6) -> float | None:

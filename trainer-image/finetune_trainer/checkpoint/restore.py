@@ -292,21 +292,21 @@ def find_changed_inputs(saved_facts: RunFacts, run_facts: RunFacts) -> list[str]
 def find_inexact_reason(saved_facts: RunFacts, run_facts: RunFacts) -> str | None:
     """Return why the resumed run will differ from an uninterrupted run, or None if both will be equal bit by bit."""
     if saved_facts.world_size != run_facts.world_size:
-        ranks = f"{saved_facts.world_size} ranks made the checkpoint, and {run_facts.world_size} ranks resume"
-        return f"{ranks}: the data and batches are the same, but the random numbers differ"
+        rank_change = f"{saved_facts.world_size} ranks made the checkpoint, and {run_facts.world_size} ranks resume"
+        return f"{rank_change}: the data and batches are the same, but the random numbers differ"
     if saved_facts.micro_batch != run_facts.micro_batch:
         return "the batch is split into micro-batches of another size: the data is the same, but sums are computed in another order"
     if saved_facts.learning_rate is not None and saved_facts.learning_rate != run_facts.learning_rate:
         return (
             f"learningRate was {saved_facts.learning_rate:g} until the checkpoint and is {run_facts.learning_rate:g} from there on"
         )
-    settings = [group for group, value in run_facts.settings.items() if saved_facts.settings.get(group, value) != value]
-    if settings:
-        return f"the checkpoint was made with other settings in {', '.join(settings)}"
+    changed_settings = [group for group, value in run_facts.settings.items() if saved_facts.settings.get(group, value) != value]
+    if changed_settings:
+        return f"the checkpoint was made with other settings in {', '.join(changed_settings)}"
     if inputs := find_changed_inputs(saved_facts, run_facts):
         return f"the checkpoint was made with other {', '.join(inputs)}"
     changed_packages = [name for name, version in run_facts.versions.items() if saved_facts.versions.get(name, version) != version]
     if changed_packages:
-        changes = (f"{name} {saved_facts.versions[name]} -> {run_facts.versions[name]}" for name in changed_packages)
-        return f"the checkpoint was made with other versions: {', '.join(changes)}"
+        package_changes = (f"{name} {saved_facts.versions[name]} -> {run_facts.versions[name]}" for name in changed_packages)
+        return f"the checkpoint was made with other versions: {', '.join(package_changes)}"
     return None

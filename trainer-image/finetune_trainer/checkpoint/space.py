@@ -51,29 +51,30 @@ def has_disk_space(training_arguments: Any, world_size: int, last_size_bytes: in
 def measure_copy_space(trainer: Any, world_size: int) -> CopySpace:
     """Return the host memory that the copies of the training state need, and the available memory. The result is the same on all ranks."""
     device, ranks_per_pod = trainer.args.device, int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    needed = _gather_from_ranks(count_copied_bytes(trainer), world_size, device)
-    available = _gather_from_ranks(available_bytes(), world_size, device)
-    pods = [slice(first, first + ranks_per_pod) for first in range(0, world_size, ranks_per_pod)]
-    return min((CopySpace(sum(needed[pod]), min(available[pod])) for pod in pods), key=lambda space: space.available_bytes - space.needed_bytes)
+    needed_bytes_by_rank = _gather_from_ranks(count_copied_bytes(trainer), world_size, device)
+    available_bytes_by_rank = _gather_from_ranks(available_bytes(), world_size, device)
+    ranks_of_pods = [slice(first, first + ranks_per_pod) for first in range(0, world_size, ranks_per_pod)]
+    pod_spaces = (CopySpace(sum(needed_bytes_by_rank[pod]), min(available_bytes_by_rank[pod])) for pod in ranks_of_pods)
+    return min(pod_spaces, key=lambda space: space.available_bytes - space.needed_bytes)
 
 
 def count_copied_bytes(trainer: Any) -> int:
     """Return how many bytes this rank copies for a checkpoint: the weights if this rank writes them, and the part of the optimizer's state that it writes."""
     is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    weights = sum(_count_bytes(weight) for weight in _written_weights(trainer.model)) if trainer.args.should_save else 0
-    moments = 0
+    weight_bytes = sum(_count_bytes(weight) for weight in _list_written_weights(trainer.model)) if trainer.args.should_save else 0
+    moment_bytes = 0
     if is_sharded or trainer.args.should_save:  # Without sharding, every rank has the whole state, and one rank writes it.
-        moments = sum(_count_bytes(getattr(value, "_local_tensor", value)) for value in _state_tensors(trainer.optimizer))
-    return (weights + moments) * (SHARDED_MEMORY_FACTOR if is_sharded else 1)
+        moment_bytes = sum(_count_bytes(getattr(value, "_local_tensor", value)) for value in _list_state_tensors(trainer.optimizer))
+    return (weight_bytes + moment_bytes) * (SHARDED_MEMORY_FACTOR if is_sharded else 1)
 
 
 def estimate_first_checkpoint_bytes(model: Any) -> int:
     """Return the estimated bytes of the first checkpoint: the written weights, and the optimizer's moments of the trained weights."""
-    trained_numbers = sum(weight.numel() for weight in model.parameters() if weight.requires_grad) if model is not None else 0
-    return sum(_count_bytes(weight) for weight in _written_weights(model)) + trained_numbers * OPTIMIZER_BYTES_PER_PARAMETER
+    trained_number_count = sum(weight.numel() for weight in model.parameters() if weight.requires_grad) if model is not None else 0
+    return sum(_count_bytes(weight) for weight in _list_written_weights(model)) + trained_number_count * OPTIMIZER_BYTES_PER_PARAMETER
 
 
-def _written_weights(model: Any) -> list[Any]:
+def _list_written_weights(model: Any) -> list[Any]:
     """Return the weights that a checkpoint contains: the trained weights of a model with an adapter, or all weights of a model without an adapter."""
     if model is None:
         return []
@@ -81,7 +82,7 @@ def _written_weights(model: Any) -> list[Any]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad or not has_adapter]
 
 
-def _state_tensors(optimizer: Any) -> Iterator[Any]:
+def _list_state_tensors(optimizer: Any) -> Iterator[Any]:
     for state in (getattr(optimizer, "state", None) or {}).values():
         values = state.values() if isinstance(state, dict) else ()
         yield from (value for value in values if isinstance(value, torch.Tensor))
@@ -92,10 +93,10 @@ def _count_bytes(tensor: Any) -> int:
     return int(getattr(tensor, "ds_numel", None) or tensor.numel()) * int(tensor.element_size())
 
 
-def _gather_from_ranks(own_value: int, world_size: int, device: Any) -> list[int]:
+def _gather_from_ranks(value_of_this_rank: int, world_size: int, device: Any) -> list[int]:
     """Return the values of all ranks, in the order of the ranks. A collective: every rank must call this function."""
     if world_size == 1:
-        return [own_value]
-    values = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world_size)]
-    torch.distributed.all_gather(values, torch.tensor([own_value], dtype=torch.int64, device=device))
-    return [int(one) for one in values]
+        return [value_of_this_rank]
+    values_by_rank = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world_size)]
+    torch.distributed.all_gather(values_by_rank, torch.tensor([value_of_this_rank], dtype=torch.int64, device=device))
+    return [int(one) for one in values_by_rank]

@@ -178,8 +178,8 @@ class Uploader:
             if self._unsaved_since is None:
                 return None
             unsaved_seconds = time.monotonic() - self._unsaved_since
-            limit = max(timeout_seconds, stall_timeout_seconds or 0.0, ALLOWED_UNSAVED_INTERVALS * self._interval_seconds)
-        if unsaved_seconds <= limit:
+            limit_seconds = max(timeout_seconds, stall_timeout_seconds or 0.0, ALLOWED_UNSAVED_INTERVALS * self._interval_seconds)
+        if unsaved_seconds <= limit_seconds:
             return None
         problem = self._reporter.checkpoint_problem or "the upload has not ended"
         return StorageError(
@@ -315,8 +315,8 @@ class Uploader:
             self._before_commit()
         marker = self.tree.commit(prefix, manifest, replaceable_marker=self._skipped_marker_by_step.get(staged.step))
         self._skipped_marker_by_step.pop(staged.step, None)
-        seconds = time.monotonic() - started_at
-        log.info("committed %s/%s in %.2f s (%d bytes)", prefix, staged.incarnation, seconds, manifest.total_bytes)
+        save_seconds = time.monotonic() - started_at
+        log.info("committed %s/%s in %.2f s (%d bytes)", prefix, staged.incarnation, save_seconds, manifest.total_bytes)
         uri = self.tree.uri(join_key(prefix, staged.incarnation))
         if staged.step is None:
             self._mark_healthy(before_step=None)  # The run has ended, and its losses were finite.
@@ -324,7 +324,7 @@ class Uploader:
                 uri=uri, sha256=marker.manifest_sha256, kind=manifest.kind, evaluation=manifest.extra.get("evaluation")
             )
         else:
-            self._record_commit(staged, manifest, uri, marker.manifest_sha256, seconds)
+            self._record_commit(staged, manifest, uri, marker.manifest_sha256, save_seconds)
 
     def _must_end_wait(self) -> bool:
         """Whether the wait for other pods' files must end: a checkpoint of a graceful stop is queued, or the time of `limit_part_wait` has passed."""
@@ -391,20 +391,20 @@ class Uploader:
             self._reporter.add_note(f"{action} failed: {error.code}")
 
     def _build_manifest(self, staged: StagedCheckpoint, entries: list[FileEntry]) -> Manifest:
-        reported = staged.rank0_report
+        rank0_report = staged.rank0_report
         return Manifest(
             job=self._job_id,
             attempt=self._attempt,
             incarnation=staged.incarnation,
-            step=staged.step if staged.step is not None else int(reported.get("step") or self._reporter.step),
-            epoch=reported.get("epoch"),
-            samples=reported.get("samples"),
-            tokens=reported.get("tokens"),
-            eval_loss=reported.get("evalLoss"),
+            step=staged.step if staged.step is not None else int(rank0_report.get("step") or self._reporter.step),
+            epoch=rank0_report.get("epoch"),
+            samples=rank0_report.get("samples"),
+            tokens=rank0_report.get("tokens"),
+            eval_loss=rank0_report.get("evalLoss"),
             graceful=staged.is_graceful_stop,
-            kind=OutputKind(reported["outputKind"]) if reported.get("outputKind") else None,
+            kind=OutputKind(rank0_report["outputKind"]) if rank0_report.get("outputKind") else None,
             facts=self._run_facts,
-            extra=reported.get("extra") or {},
+            extra=rank0_report.get("extra") or {},
             files=sorted(entries, key=lambda entry: entry.path),
         )
 

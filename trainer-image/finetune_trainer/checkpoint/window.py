@@ -58,14 +58,14 @@ class LoggingWindow:
     def write(self, checkpoint_folder: Path) -> None:
         """Write this rank's sums to a checkpoint."""
         trainer = self._trainer
-        sums = WindowSums(
+        window_sums = WindowSums(
             since=last_logged_step(trainer), loss=loss_sum(trainer).item(),
-            ours={STORED_SUM_NAMES.get(name, name): _to_number(value) for name, value in self._own_sums().items()},
+            ours={STORED_SUM_NAMES.get(name, name): _to_number(value) for name, value in self._read_sums_of_this_rank().items()},
             values={name: [_to_number(one) for one in values] for name, values in self._trl_metric_lists().items()},
             tokens=trained_tokens(trainer),
         )  # fmt: skip
         checkpoint_folder.mkdir(exist_ok=True)
-        (checkpoint_folder / WINDOW_FILE.format(rank=self._rank)).write_text(json.dumps(sums.to_wire()))
+        (checkpoint_folder / WINDOW_FILE.format(rank=self._rank)).write_text(json.dumps(window_sums.to_wire()))
 
     def read(self, checkpoint_folder: Path) -> None:
         """Restore the sums from a checkpoint. If an earlier version saved the checkpoint without sums, the window starts empty."""
@@ -83,11 +83,11 @@ class LoggingWindow:
         trainer = self._trainer
         set_last_logged_step(trainer, window_sums.since)
         loss_sum(trainer).fill_(window_sums.loss)
-        self._own_sums().update({CURRENT_SUM_NAMES.get(name, name): value for name, value in window_sums.ours.items()})
+        self._read_sums_of_this_rank().update({CURRENT_SUM_NAMES.get(name, name): value for name, value in window_sums.ours.items()})
         self._trl_metric_lists().update(window_sums.values)
         set_trained_tokens(trainer, window_sums.tokens)
 
-    def _own_sums(self) -> dict[str, Any]:
+    def _read_sums_of_this_rank(self) -> dict[str, Any]:
         sums_by_mode: dict[str, dict[str, Any]] = getattr(self._trainer, "_sums", {TRAIN_MODE: {}})
         return sums_by_mode[TRAIN_MODE]
 
@@ -99,19 +99,19 @@ class LoggingWindow:
 
         A collective: every rank must call this method. Errors: DivergedError `LossNotFinite`, `WeightsNotFinite`.
         """
-        loss, weights = loss_sum(self._trainer), _local_weight_norm(model)
-        tokens = _to_number(self._own_sums().get("tokens", 0))
-        facts = torch.tensor(
-            [float(not torch.isfinite(loss)), float(not math.isfinite(weights)), tokens],
+        loss, weight_norm = loss_sum(self._trainer), _local_weight_norm(model)
+        tokens = _to_number(self._read_sums_of_this_rank().get("tokens", 0))
+        sums_of_ranks = torch.tensor(
+            [float(not torch.isfinite(loss)), float(not math.isfinite(weight_norm)), tokens],
             dtype=torch.float64, device=self._trainer.args.device,
         )  # fmt: skip
         if self._world_size > 1:
-            torch.distributed.all_reduce(facts)
-        bad_loss, bad_weights, tokens = facts.tolist()
+            torch.distributed.all_reduce(sums_of_ranks)
+        bad_loss_count, bad_weights_count, tokens = sums_of_ranks.tolist()
         hint = "lower training.learningRate, raise warmupSteps, or use bf16 instead of fp16"
-        if bad_loss:
+        if bad_loss_count:
             raise DivergedError("LossNotFinite", f"the loss before step {step} is not finite", hint=hint)
-        if bad_weights:
+        if bad_weights_count:
             raise DivergedError("WeightsNotFinite", f"the weights of step {step} are not all finite", hint=hint)
         return int(tokens)
 
@@ -121,10 +121,10 @@ def _redistribute_sums(all_sums: list[WindowSums], *, is_first_rank: bool) -> Wi
 
     Each rank gets the mean of the ranks' loss sums; the first rank also gets the totals of this package's other sums.
     """
-    names = {name for one in all_sums for name in one.ours} if is_first_rank else set()
+    names = {name for window_sums in all_sums for name in window_sums.ours} if is_first_rank else set()
     return WindowSums(
-        since=all_sums[0].since, loss=sum(one.loss for one in all_sums) / len(all_sums),
-        ours={name: sum(one.ours.get(name, 0) for one in all_sums) for name in names},
+        since=all_sums[0].since, loss=sum(window_sums.loss for window_sums in all_sums) / len(all_sums),
+        ours={name: sum(window_sums.ours.get(name, 0) for window_sums in all_sums) for name in names},
         values=all_sums[0].values, tokens=all_sums[0].tokens,
     )  # fmt: skip
 
@@ -137,5 +137,5 @@ def _local_weight_norm(model: Any) -> float:
     """Return the norm of this rank's shard of the trained weights. The norm is not finite if any weight is not finite."""
     if model is None:
         return 0.0
-    trained = [getattr(one, "_local_tensor", one).detach() for one in model.parameters() if one.requires_grad]
-    return float(torch.nn.utils.get_total_norm(trained)) if trained else 0.0
+    trained_weights = [getattr(one, "_local_tensor", one).detach() for one in model.parameters() if one.requires_grad]
+    return float(torch.nn.utils.get_total_norm(trained_weights)) if trained_weights else 0.0

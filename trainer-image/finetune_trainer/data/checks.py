@@ -58,11 +58,11 @@ class CheckFindings:
         if self.duplicate_count is not None:
             notes.append(f"{self.duplicate_count} duplicate rows were left out")
         if self.personal_data_counts is not None:
-            hits = ", ".join(f"{kind} in {count}" for kind, count in self.personal_data_counts.items() if count)
-            notes.append(f"rows that may hold personal data: {hits or 'none'}")
+            hit_counts = ", ".join(f"{kind} in {count}" for kind, count in self.personal_data_counts.items() if count)
+            notes.append(f"rows that may hold personal data: {hit_counts or 'none'}")
         if self.top_answer_counts:
-            top = next(iter(self.top_answer_counts))
-            notes.append(f"most frequent answer: {top!r}, {self.share_of_top_answer:.1%} of all answers")
+            most_frequent_answer = next(iter(self.top_answer_counts))
+            notes.append(f"most frequent answer: {most_frequent_answer!r}, {self.share_of_top_answer:.1%} of all answers")
         return notes
 
 
@@ -99,9 +99,9 @@ class RowChecks:
         if self.options.pii_scan:
             findings.personal_data_counts = dict(self._personal_data)
         if self.options.balance:
-            top = self._answers.most_common(TOP_ANSWERS)
-            findings.top_answer_counts = dict(top)
-            findings.share_of_top_answer = top[0][1] / self._answers.total() if top else 0.0
+            most_frequent_answers = self._answers.most_common(TOP_ANSWERS)
+            findings.top_answer_counts = dict(most_frequent_answers)
+            findings.share_of_top_answer = most_frequent_answers[0][1] / self._answers.total() if most_frequent_answers else 0.0
         return findings
 
 

@@ -37,8 +37,8 @@ def find_column(role: ColumnRole, row_columns: Collection[str], columns: Columns
     for known in role.names:
         if known in row_columns:
             return known
-    lower = {name.lower(): name for name in reversed(list(row_columns))}
-    return next((lower[known] for known in role.names if known in lower), None)
+    name_by_lower_case = {name.lower(): name for name in reversed(list(row_columns))}
+    return next((name_by_lower_case[known] for known in role.names if known in name_by_lower_case), None)
 
 
 def column_value(role: ColumnRole, row: Mapping[str, Any], columns: Columns) -> Any:

@@ -23,14 +23,14 @@ def detect_format(sample: Sequence[RawRow], columns: Columns) -> Format:
     matches = [
         next((row_format for row_format in FORMATS if row_format.matches(row.value, columns)), None) for row in sample[:SAMPLE_ROWS]
     ]
-    detected = [row_format for row_format in matches if row_format is not None]
-    if not detected:
+    detected_formats = [row_format for row_format in matches if row_format is not None]
+    if not detected_formats:
         present_columns = ", ".join(f"`{name}`" for name in sample[0].value) or "no columns"
         raise DataError(
             "FormatUnknown", f"{sample[0].file.name}: the columns match no known format; the first row has {present_columns}",
             hint="set dataset.format; if your column names differ from those of the format, set dataset.columns too",
         )  # fmt: skip
-    return max(dict.fromkeys(detected), key=detected.count)
+    return max(dict.fromkeys(detected_formats), key=detected_formats.count)
 
 
 def require_columns(sample: Sequence[RawRow], row_format: Format, columns: Columns) -> None:

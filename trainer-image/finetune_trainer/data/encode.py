@@ -131,11 +131,11 @@ def _select_split(name: str, row_numbers: IntegerArray, facts: RowFacts) -> Enco
     outcomes, lengths, trained_counts, is_joined = map(
         numpy.asarray, (facts.outcomes, facts.lengths, facts.trained_counts, facts.is_joined)
     )
-    positions = numpy.cumsum(outcomes <= RowOutcome.CUT) - 1
-    rejected = [facts.rejected[number] for number in row_numbers[outcomes[row_numbers] == RowOutcome.REJECTED].tolist()]
+    positions_in_shards = numpy.cumsum(outcomes <= RowOutcome.CUT) - 1
+    rejected_rows = [facts.rejected[number] for number in row_numbers[outcomes[row_numbers] == RowOutcome.REJECTED].tolist()]
     return EncodedSplit(
-        name, outcomes[row_numbers], lengths[row_numbers], trained_counts[row_numbers], positions[row_numbers],
-        bool(is_joined[row_numbers].any()), rejected,
+        name, outcomes[row_numbers], lengths[row_numbers], trained_counts[row_numbers], positions_in_shards[row_numbers],
+        bool(is_joined[row_numbers].any()), rejected_rows,
     )  # fmt: skip
 
 
@@ -157,13 +157,14 @@ def require_few_bad_rows(run: RunConfig, rejected: Sequence[RejectedRow], row_co
     """
     if not rejected:
         return []
-    first = rejected[0]
+    first_rejected = rejected[0]
     if not skips_bad_rows(run):
-        raise bad_row_error(first)
-    limit = value_or_default(run.spec.dataset, "max_bad_row_ratio")
-    if len(rejected) > limit * row_count:
+        raise bad_row_error(first_rejected)
+    max_ratio = value_or_default(run.spec.dataset, "max_bad_row_ratio")
+    if len(rejected) > max_ratio * row_count:
         raise DataError(
-            "TooManyBadRows", f"{len(rejected)} of {row_count} rows cannot be used, more than {limit:.1%}; the first: {first.location}: {first.message}",
-            hint=f"{first.hint}; or raise dataset.maxBadRowRatio",
+            "TooManyBadRows", f"{len(rejected)} of {row_count} rows cannot be used, more than {max_ratio:.1%}; the first: "
+            f"{first_rejected.location}: {first_rejected.message}",
+            hint=f"{first_rejected.hint}; or raise dataset.maxBadRowRatio",
         )  # fmt: skip
-    return [f"{split}: {len(rejected)} rows were left out; the first: {first.location}: {first.message}"]
+    return [f"{split}: {len(rejected)} rows were left out; the first: {first_rejected.location}: {first_rejected.message}"]

@@ -73,12 +73,13 @@ class ImageReader:
     def _find_images(self, turns: tuple[Turn, ...], column_images: Sequence[Any], row: RawRow) -> tuple[Turn, ...]:
         """Return the turns with an `ImageFile` in place of each image. `column_images`: the images of the image column. Errors: RowError."""
         turns = _insert_column_images(turns, column_images)
-        count = sum(not isinstance(part, str) for turn in turns for part in turn.parts)
-        limit = value_or_default(self.options, "max_per_row")
-        if count > limit:
-            raise RowError("TooManyImages", f"the row has {count} images, more than {limit}", "remove images, or raise dataset.images.maxPerRow")
-        found = _ImageFinder(self, row)
-        return tuple(replace(turn, parts=tuple(map(found.find, turn.parts))) if turn.parts else turn for turn in turns)
+        placeholder_count = sum(not isinstance(part, str) for turn in turns for part in turn.parts)
+        max_images = value_or_default(self.options, "max_per_row")
+        if placeholder_count > max_images:
+            raise RowError("TooManyImages", f"the row has {placeholder_count} images, more than {max_images}",
+                           "remove images, or raise dataset.images.maxPerRow")
+        image_finder = _ImageFinder(self, row)
+        return tuple(replace(turn, parts=tuple(map(image_finder.find, turn.parts))) if turn.parts else turn for turn in turns)
 
     def locate(self, value: Any, row: RawRow) -> ImageFile:
         """Find the image that `value` of a row describes. Errors: RowError ImageMissing, ImageUnreadable, ImageOutsideRoot."""
@@ -103,31 +104,31 @@ class ImageReader:
 
     def _resolve_path(self, text: str, row: RawRow) -> Path:
         """Return the file for a path or address. The file must be in the image folder. Errors: RowError ImageOutsideRoot, ImageMissing."""
-        address = (self.options.root or "").rstrip("/")
+        root_address = (self.options.root or "").rstrip("/")
         root = self._folder(row)
-        relative = text.removeprefix(f"{address}/") if address else text
-        if "://" in relative:
-            where = f"does not begin with dataset.images.root {address}/" if address else "is an address, but dataset.images.root is not set"
-            raise RowError("ImageOutsideRoot", f"{text[:200]!r} {where}", "the trainer reads images only from dataset.images.root: copy them there")
-        path = (root / relative).resolve()
+        relative_path = text.removeprefix(f"{root_address}/") if root_address else text
+        if "://" in relative_path:
+            problem = f"does not begin with dataset.images.root {root_address}/" if root_address else "is an address, but dataset.images.root is not set"
+            raise RowError("ImageOutsideRoot", f"{text[:200]!r} {problem}", "the trainer reads images only from dataset.images.root: copy them there")
+        path = (root / relative_path).resolve()
         if not path.is_relative_to(root):
             raise RowError("ImageOutsideRoot", f"{text[:200]!r} is not in the image folder", "write a path below this folder")
         if not path.is_file():
-            folder = "dataset.images.root" if self.root else "the folder of the data file"
-            raise RowError("ImageMissing", f"{text[:200]!r} does not exist in {folder}", "upload the image, or set dataset.images.root to its folder")
+            folder_name = "dataset.images.root" if self.root else "the folder of the data file"
+            raise RowError("ImageMissing", f"{text[:200]!r} does not exist in {folder_name}", "upload the image, or set dataset.images.root to its folder")
         return path
 
     def check(self, image: ImageFile) -> None:
         """Check the size of the file, and the number of pixels that its header gives. Errors: RowError ImageTooLarge, ImageUnreadable."""
-        size, limit = len(image.content) if image.content is not None else _file_size(image), value_or_default(self.options, "max_bytes")
-        if size > limit:
-            raise RowError("ImageTooLarge", f"the file has {size} bytes, more than {limit}", "write a smaller image, or raise dataset.images.maxBytes")
-        limit = value_or_default(self.options, "max_pixels")
+        size, max_pixels = len(image.content) if image.content is not None else _file_size(image), value_or_default(self.options, "max_bytes")
+        if size > max_pixels:
+            raise RowError("ImageTooLarge", f"the file has {size} bytes, more than {max_pixels}", "write a smaller image, or raise dataset.images.maxBytes")
+        max_pixels = value_or_default(self.options, "max_pixels")
         with _open_image(image) as opened:
             width, height = opened.size
-        if width * height > limit:
+        if width * height > max_pixels:
             raise RowError(
-                "ImageTooLarge", f"the image has {width} x {height} = {width * height} pixels, more than {limit}",
+                "ImageTooLarge", f"the image has {width} x {height} = {width * height} pixels, more than {max_pixels}",
                 "write a smaller image, or raise dataset.images.maxPixels",
             )  # fmt: skip
 
@@ -144,11 +145,11 @@ class _ImageFinder:
             return part
         self._number += 1
         try:
-            found = self._reader.locate(part.value, self._row)
-            self._reader.check(found)
+            located_image = self._reader.locate(part.value, self._row)
+            self._reader.check(located_image)
         except RowError as error:
             raise RowError(error.code, f"image {self._number}: {error.message}", error.hint) from None
-        return found
+        return located_image
 
 
 def require_no_images(example: Example) -> RowError | None:
@@ -251,13 +252,13 @@ def _insert_column_images(turns: tuple[Turn, ...], column_images: Sequence[Any])
             "give one image for each part `{\"type\": \"image\"}` or text `<image>`",
         )  # fmt: skip
     images = iter(column_images)
-    filled = tuple(
+    filled_turns = tuple(
         replace(turn, parts=tuple(GivenImage(next(images)) if part == GivenImage() else part for part in turn.parts)) if turn.parts else turn for turn in turns
     )
-    for turn in filled:
+    for turn in filled_turns:
         if turn.role == "assistant" and any(isinstance(part, GivenImage) for part in turn.parts):
             raise RowError("ImageInAnswer", "an assistant message has an image, but the model generates only text", "move the image to a user message")
-    return filled
+    return filled_turns
 
 
 def _split_at_placeholders(turn: Turn) -> Turn:
@@ -272,9 +273,9 @@ def _split_at_placeholders(turn: Turn) -> Turn:
 
 
 def _put_before_first_question(turns: tuple[Turn, ...], count: int) -> tuple[Turn, ...]:
-    first = next((index for index, turn in enumerate(turns) if turn.role == "user"), None)
-    if first is None:
+    question_index = next((index for index, turn in enumerate(turns) if turn.role == "user"), None)
+    if question_index is None:
         return turns
-    text = (turns[first].content,) if turns[first].content else ()
-    changed = replace(turns[first], parts=(*[GivenImage()] * count, *text))
-    return (*turns[:first], changed, *turns[first + 1 :])
+    text = (turns[question_index].content,) if turns[question_index].content else ()
+    question_with_images = replace(turns[question_index], parts=(*[GivenImage()] * count, *text))
+    return (*turns[:question_index], question_with_images, *turns[question_index + 1 :])

@@ -158,8 +158,8 @@ class RowReader:
         """Return the sources of training rows. A job that does not train may have no training rows."""
         spec = self.run.spec.dataset
         if inputs.mixture:
-            items = zip(inputs.mixture, spec.mixture or [], strict=True)
-            return [Source(self._source_reader, paths, item.format or spec.format, item.columns or spec.columns) for paths, item in items]
+            paths_and_items = zip(inputs.mixture, spec.mixture or [], strict=True)
+            return [Source(self._source_reader, paths, item.format or spec.format, item.columns or spec.columns) for paths, item in paths_and_items]
         if not inputs.train and self.run.spec.phases.train is False:
             return []
         return [self._new_source(inputs.train)]
@@ -181,21 +181,21 @@ class RowReader:
     def rows(self) -> Iterator[Row]:
         """Yield every usable row. May be called only once. Errors: see `check_files`."""
         for source in self._sources:
-            count = 0
+            row_count = 0
             for row, example in source.rows():
                 if self._checks.accept(example):
-                    count += 1
+                    row_count += 1
                     yield row, example
-            self._counts.append(count)
+            self._counts.append(row_count)
         self.summary.findings = self._checks.findings()
         self.summary.notes += self.summary.findings.notes()
         self._source_reader.image_names = self.summary.held_out_images
         for held_out in self._held_out:
-            count = 0
+            row_count = 0
             for pair in held_out.rows() if held_out is not None else ():
-                count += 1
+                row_count += 1
                 yield pair
-            self._counts.append(count)
+            self._counts.append(row_count)
 
     def splits(self) -> dict[str, array[int]]:
         """Return the row numbers of train, validation and test, in the order of use. Call this method after all rows have been read.
@@ -226,13 +226,13 @@ def _mix_sources(summary: DataSummary, run: RunConfig, sources: Sequence[Sequenc
                 hint="add rows to this source, or remove the source from dataset.mixture",
             )  # fmt: skip
     seed = 42 if run.spec.training.seed is None else run.spec.training.seed
-    mixed = mix(sources, weights, seed)
+    mixed_rows = mix(sources, weights, seed)
     shares = ", ".join(
         f"{redact_source(item.source)} {len(rows)} rows, weight {weight:g}"
         for item, rows, weight in zip(items, sources, weights, strict=True)
     )
-    summary.notes.append(f"mixture of {len(mixed)} rows: {shares}")
-    return mixed
+    summary.notes.append(f"mixture of {len(mixed_rows)} rows: {shares}")
+    return mixed_rows
 
 
 def convert_to_prompt(example: Example, row: RawRow) -> Example | RowError:
@@ -279,12 +279,12 @@ class Source:
         """Yield the usable rows. May be called only once. Errors: ConfigError, DataError."""
         self.open()
         assert self._stream is not None, "`open` has opened it"
-        count = 0
+        row_count = 0
         for row in self._reader.read_examples(self._stream, self._format, self._columns, self._bad_rows):
-            count += 1
+            row_count += 1
             yield row
-        self._reader.require_few_bad_rows(self._bad_rows, count + self._bad_rows.count)
-        if not count:
+        self._reader.require_few_bad_rows(self._bad_rows, row_count + self._bad_rows.count)
+        if not row_count:
             raise DataError("DatasetEmpty", f"{self._names}: no usable rows", hint="fix the rows")
 
 
@@ -331,13 +331,13 @@ class SourceReader:
         """Check that the run's `trainer.type` supports the format. Errors: ConfigError FormatMismatch."""
         formats = OBJECTIVES[self.trainer_type].dataset_formats
         if dataset_format not in formats:
-            needs = (
+            requirement = (
                 f"needs {formats[0]} data; the rows are {dataset_format}"
                 if len(formats) == 1
                 else f"cannot learn from {dataset_format} data"
             )
             raise ConfigError(
-                "FormatMismatch", f"trainer {self.trainer_type} {needs}",
+                "FormatMismatch", f"trainer {self.trainer_type} {requirement}",
                 hint=f"give data in a format of this trainer, or choose a trainer that learns from {dataset_format} data",
             )  # fmt: skip
 
@@ -372,11 +372,11 @@ class SourceReader:
         if self.images is None:
             return require_no_images(example) or example
         try:
-            found = self.images.attach(example, row, columns)
+            example_with_images = self.images.attach(example, row, columns)
         except RowError as error:
             return error
-        self.image_names |= self.images.image_names(found, row)
-        return found
+        self.image_names |= self.images.image_names(example_with_images, row)
+        return example_with_images
 
     def require_few_bad_rows(self, bad_rows: SkippedRows, row_count: int) -> None:
         """Add a note about the bad rows of a source with `row_count` rows.
@@ -386,12 +386,12 @@ class SourceReader:
         self.summary.bad_rows += bad_rows.count
         if bad_rows.first is None:
             return
-        limit = DEFAULT_MAX_BAD_ROW_RATIO if self.spec.max_bad_row_ratio is None else self.spec.max_bad_row_ratio
+        max_ratio = DEFAULT_MAX_BAD_ROW_RATIO if self.spec.max_bad_row_ratio is None else self.spec.max_bad_row_ratio
         first_row, error = bad_rows.first
-        if bad_rows.count > limit * row_count:
+        if bad_rows.count > max_ratio * row_count:
             raise DataError(
                 "TooManyBadRows",
-                f"{bad_rows.count} of {row_count} rows cannot be used, more than {limit:.1%}; the first: {first_row.location}: {error.message}",
+                f"{bad_rows.count} of {row_count} rows cannot be used, more than {max_ratio:.1%}; the first: {first_row.location}: {error.message}",
                 hint=f"{error.hint}; or raise dataset.maxBadRowRatio",
             )  # fmt: skip
         self.summary.notes.append(

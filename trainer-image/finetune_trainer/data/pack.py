@@ -72,11 +72,11 @@ def build_packed_batches(
         batch = shards.read_batch(positions[rows])
         labels = batch.column("labels").flatten().to_numpy().copy()
         labels[numpy.cumsum(lengths[rows]) - lengths[rows]] = ignored_label
-        ends = pyarrow.array(numpy.append(0, numpy.cumsum(bin_lengths[start:end])), pyarrow.int32())
-        document_ends = pyarrow.array(numpy.cumsum([0, *map(len, bins[start:end])]), pyarrow.int32())
+        bin_offsets = pyarrow.array(numpy.append(0, numpy.cumsum(bin_lengths[start:end])), pyarrow.int32())
+        document_offsets = pyarrow.array(numpy.cumsum([0, *map(len, bins[start:end])]), pyarrow.int32())
         columns = [
-            pyarrow.ListArray.from_arrays(ends, batch.column("input_ids").flatten()),
-            pyarrow.ListArray.from_arrays(ends, pyarrow.array(labels)),
-            pyarrow.ListArray.from_arrays(document_ends, pyarrow.array(lengths[rows], pyarrow.int32())),
+            pyarrow.ListArray.from_arrays(bin_offsets, batch.column("input_ids").flatten()),
+            pyarrow.ListArray.from_arrays(bin_offsets, pyarrow.array(labels)),
+            pyarrow.ListArray.from_arrays(document_offsets, pyarrow.array(lengths[rows], pyarrow.int32())),
         ]
         yield pyarrow.record_batch(columns, schema=make_schema(PACKED_COLUMNS))

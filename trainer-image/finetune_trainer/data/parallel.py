@@ -56,12 +56,12 @@ def encode_rows(
     `rows_without_workers`: number of rows that this process encodes before it starts workers; None for `ROWS_WITHOUT_WORKERS`.
     """
     batches = _split_into_batches(rows)
-    encoded_rows = 0
+    encoded_row_count = 0
     for batch in batches:
-        if processes > 1 and encoded_rows >= (rows_without_workers or ROWS_WITHOUT_WORKERS):
+        if processes > 1 and encoded_row_count >= (rows_without_workers or ROWS_WITHOUT_WORKERS):
             yield from _encode_in_workers(chain([batch], batches), encoder, processes)
             return
-        encoded_rows += len(batch)
+        encoded_row_count += len(batch)
         yield encoder(batch)
 
 
@@ -85,14 +85,14 @@ def _start_pool(encoder: BatchEncoder, workers: int) -> ProcessPoolExecutor:
 
 def _split_into_batches(rows: Iterable[tuple[str, Example]]) -> Iterator[Batch]:
     batch: Batch = []
-    characters = image_bytes = 0
+    batch_characters = image_bytes = 0
     for location, example in rows:
         batch.append((location, example))
-        characters += len(example.ids) if isinstance(example, TokenSequence) else sum(map(len, all_texts(example)))
+        batch_characters += len(example.ids) if isinstance(example, TokenSequence) else sum(map(len, all_texts(example)))
         image_bytes += _image_bytes(example)
-        if len(batch) >= BATCH_ROWS or characters >= BATCH_CHARACTERS or image_bytes >= BATCH_IMAGE_BYTES:
+        if len(batch) >= BATCH_ROWS or batch_characters >= BATCH_CHARACTERS or image_bytes >= BATCH_IMAGE_BYTES:
             yield batch
-            batch, characters, image_bytes = [], 0, 0
+            batch, batch_characters, image_bytes = [], 0, 0
     if batch:
         yield batch
 
@@ -106,9 +106,9 @@ def _image_bytes(example: Example) -> int:
 
 def count_usable_cpus() -> int:
     """Return the number of CPUs that this process may use, according to its CPU affinity and the cgroup's CPU quota."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    allowed_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = CGROUP_CPU_LIMIT.read_text().split()
-        return max(1, min(allowed, math.ceil(int(quota) / int(period))))
+        return max(1, min(allowed_cpus, math.ceil(int(quota) / int(period))))
     except (OSError, ValueError):  # no cgroup v2, or no limit ("max")
-        return allowed
+        return allowed_cpus

@@ -153,20 +153,20 @@ def max_sequence_length(run: RunConfig, tokenizer: Any, max_positions: int | Non
     if limit is None:
         return requested or DEFAULT_MAX_SEQUENCE_LENGTH
     virtual_count = count_virtual_tokens(run)
-    available = limit - virtual_count
+    available_length = limit - virtual_count
     taken_by_prompt = f" and method.promptLength takes {virtual_count} of them" if virtual_count else ""
-    if virtual_count and available < MIN_TOKENS_PER_ROW:
+    if virtual_count and available_length < MIN_TOKENS_PER_ROW:
         raise ConfigError(
             "SequenceTooLong", f"the model has {limit} positions{taken_by_prompt}, so no row fits",
             hint=f"write method.promptLength {limit // 2} or less, or choose a model with a longer context",
         )  # fmt: skip
     if requested is None or MAX_SEQUENCE_LENGTH_FIELD in run.defaults:
-        return min(DEFAULT_MAX_SEQUENCE_LENGTH, available)
-    if requested <= available:
+        return min(DEFAULT_MAX_SEQUENCE_LENGTH, available_length)
+    if requested <= available_length:
         return requested
     raise ConfigError(
         "SequenceTooLong", f"{MAX_SEQUENCE_LENGTH_FIELD} is {requested}, but the model has {limit} positions{taken_by_prompt}",
-        hint=f"write {available} or less, or choose a model with a longer context",
+        hint=f"write {available_length} or less, or choose a model with a longer context",
     )  # fmt: skip
 
 
@@ -227,10 +227,10 @@ def add_template_variables(template: Any, variables: Mapping[str, str]) -> str:
     )
     if template.startswith(prefix):
         return template
-    unknown = [name for name in variables if not re.search(rf"\b{name}\b", template)]
-    if unknown:
+    unused_names = [name for name in variables if not re.search(rf"\b{name}\b", template)]
+    if unused_names:
         raise ConfigError(
-            "TemplateVariableUnknown", f"the chat template does not use {', '.join(unknown)}, but dataset.templateVariables sets a value",
+            "TemplateVariableUnknown", f"the chat template does not use {', '.join(unused_names)}, but dataset.templateVariables sets a value",
             hint="write only variables that the template uses",
         )  # fmt: skip
     return prefix + template
@@ -332,14 +332,14 @@ def _build_splits(
                 "prompt and completion are joined without a chat template; dataset.useChatTemplate: true renders them as turns"
             )
         notes += require_few_bad_rows(run, split.rejected, len(split), split.name)
-        report = reports[split.name] = _count_tokens(split, options)
-        notes += [f"{split.name}: {note}" for note in report.notes(options)]
+        token_report = reports[split.name] = _count_tokens(split, options)
+        notes += [f"{split.name}: {note}" for note in token_report.notes(options)]
         positions, lengths = split.positions[split.kept_mask], split.lengths[split.kept_mask]
         splits[split.name] = encoded.shards.read(positions, lengths)
         if run.spec.dataset.packing and split.name == "train":
             bins = pack(lengths.tolist(), options.max_length)
-            report.sequences = len(bins)
-            report.padding_share = padding_share(report.tokens, len(bins), options.max_length)
+            token_report.sequences = len(bins)
+            token_report.padding_share = padding_share(token_report.tokens, len(bins), options.max_length)
             splits["train"] = build_packed_batches(encoded.shards, positions, lengths, bins, IGNORED_LABEL)
     if run.spec.dataset.packing:
         notes.append(f"train: {reports['train'].notes(options)[-1]}")
@@ -351,13 +351,14 @@ def _count_tokens(split: EncodedSplit, options: TokeniseOptions) -> TokenReport:
     lengths = split.lengths[split.kept_mask]
     lengths.sort()
     dropped, answerless = split.count(RowOutcome.TOO_LONG), split.count(RowOutcome.ANSWERLESS)
-    rows = len(lengths)
-    if not rows:
+    row_count = len(lengths)
+    if not row_count:
         raise no_row_left_error(dropped, answerless, options.max_length)
     return TokenReport(
-        rows=rows, truncated=split.count(RowOutcome.CUT), dropped=dropped, answerless=answerless,
+        rows=row_count, truncated=split.count(RowOutcome.CUT), dropped=dropped, answerless=answerless,
         tokens=int(lengths.sum()), trained_tokens=int(split.trained_counts[split.kept_mask].sum()),
-        longest=int(lengths[-1]), median=int(lengths[(rows - 1) // 2]), percentile95=int(lengths[min(rows - 1, int(0.95 * rows))]), sequences=rows,
+        longest=int(lengths[-1]), median=int(lengths[(row_count - 1) // 2]), percentile95=int(lengths[min(row_count - 1, int(0.95 * row_count))]),
+        sequences=row_count,
     )  # fmt: skip
 
 
@@ -400,29 +401,29 @@ def inputs_digest(run: RunConfig, inputs: Inputs, tokenizer: Any, max_length: in
     """
     facts = {
         "version": [TOKENISING_VERSION, LAYOUT_VERSION, RELEASE, *(f"{name} {version(name)}" for name in LIBRARIES_IN_DIGEST)],
-        "train": _file_hashes(inputs, inputs.train),
-        "mixture": [_file_hashes(inputs, files) for files in inputs.mixture],
-        "validation": _file_hashes(inputs, inputs.validation),
-        "test": _file_hashes(inputs, inputs.test),
-        "dataset": _options_in_digest(run, vision),
+        "train": _compute_file_hashes(inputs, inputs.train),
+        "mixture": [_compute_file_hashes(inputs, files) for files in inputs.mixture],
+        "validation": _compute_file_hashes(inputs, inputs.validation),
+        "test": _compute_file_hashes(inputs, inputs.test),
+        "dataset": _list_options_in_digest(run, vision),
         "trainer": [run.spec.trainer.type, run.spec.trainer.max_completion_length],
-        "defaulted": _defaulted_options(run),
+        "defaulted": _list_defaulted_options(run),
         "maxLength": max_length,
         "seed": run.spec.training.seed if run.spec.dataset.mixture else None,
         "tokenizer": [tokenizer.chat_template, tokenizer.special_tokens_map, _identify_tokenizer(inputs, tokenizer)],
-        "code": _file_hashes(inputs, sorted((inputs.tokenizer or inputs.model).rglob("*.py"))) if run.spec.model.trust_remote_code else [],
+        "code": _compute_file_hashes(inputs, sorted((inputs.tokenizer or inputs.model).rglob("*.py"))) if run.spec.model.trust_remote_code else [],
         # The number of an image's tokens depends on its size.
         "vision": [vision.identity, inputs.image_digests] if vision is not None else None,
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _file_hashes(inputs: Inputs, files: Sequence[Path]) -> list[list[str]]:
+def _compute_file_hashes(inputs: Inputs, files: Sequence[Path]) -> list[list[str]]:
     """Return the name and the sha256 of each file."""
     return [[file.name, inputs.file_digests.get(file) or sha256_file(file)] for file in files]
 
 
-def _options_in_digest(run: RunConfig, vision: VisionProcessor | None) -> dict[str, Any]:
+def _list_options_in_digest(run: RunConfig, vision: VisionProcessor | None) -> dict[str, Any]:
     """Return the options of `dataset` that affect the rows. Only rows of a vision-language model depend on `dataset.images`."""
     options = {name: value for name, value in run.spec.dataset.to_wire().items() if name not in OPTIONS_NOT_IN_DIGEST}
     if vision is None:
@@ -437,7 +438,8 @@ def _identify_tokenizer(inputs: Inputs, tokenizer: Any) -> Any:
         return [type(tokenizer).__name__, settings, tokenizer.backend_tokenizer.to_str()]
     folder = inputs.tokenizer or inputs.model
     files = [folder / name for name in sorted({*tokenizer.vocab_files_names.values(), *TOKENIZER_FILES})]
-    return [type(tokenizer).__name__, settings, sorted(tokenizer.get_added_vocab().items()), _file_hashes(inputs, [file for file in files if file.is_file()])]
+    file_hashes = _compute_file_hashes(inputs, [file for file in files if file.is_file()])
+    return [type(tokenizer).__name__, settings, sorted(tokenizer.get_added_vocab().items()), file_hashes]
 
 
 def template_writes_date(tokenizer: Any) -> bool:
@@ -455,7 +457,7 @@ def notes_on_stored_rows(inputs: Inputs, digest: str) -> list[str]:
     return ["the prepared rows come from another tokenizer, other options or another version, so this pod tokenised the data again"]
 
 
-def _defaulted_options(run: RunConfig) -> list[str]:
+def _list_defaulted_options(run: RunConfig) -> list[str]:
     """Return the paths of the options that the user did not set.
 
     These paths are part of the digest, because an unsuitable default is adapted, but an unsuitable value from the user is refused.

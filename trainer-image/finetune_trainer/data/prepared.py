@@ -112,8 +112,8 @@ def open_prepared(folder: Path, inputs_digest: str | None = None) -> PreparedFol
             "PreparedDataDiffers", f"the rows in {folder.name} were prepared from other inputs or by another version", hint="prepare the data again"
         )
     for file in manifest.files:
-        path = folder / file.path
-        if not path.resolve().is_relative_to(folder.resolve()) or not path.is_file() or path.stat().st_size != file.size:
+        shard_file = folder / file.path
+        if not shard_file.resolve().is_relative_to(folder.resolve()) or not shard_file.is_file() or shard_file.stat().st_size != file.size:
             raise _damaged(folder, f"{file.path} is missing or has another size")
     return PreparedFolder(folder, manifest)
 

@@ -83,8 +83,8 @@ def read_rows(
 
 def row_error_as_data_error(row: RawRow, error: RowError) -> DataError:
     """Return the error that ends a job because of one bad row."""
-    skip = f"; or `dataset.badRows: {BadRows.SKIP}` to leave such rows out"
-    return DataError(error.code, f"{row.location}: {error.message}", hint=error.hint + skip)
+    skip_hint = f"; or `dataset.badRows: {BadRows.SKIP}` to leave such rows out"
+    return DataError(error.code, f"{row.location}: {error.message}", hint=error.hint + skip_hint)
 
 
 def choose_file_format(file: Path, spec_format: FileFormat) -> FileFormat:
@@ -95,12 +95,12 @@ def choose_file_format(file: Path, spec_format: FileFormat) -> FileFormat:
     if format_by_name is not None:
         return format_by_name
     with _open_decompressed(file) as stream:
-        head = stream.read(4096)
-    if head.startswith(b"PAR1"):
+        first_bytes = stream.read(4096)
+    if first_bytes.startswith(b"PAR1"):
         return FileFormat.PARQUET
-    start = head.lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
-    if start in (b"{", b"["):
-        return FileFormat.JSONL if start == b"{" else FileFormat.JSON
+    first_character = first_bytes.lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
+    if first_character in (b"{", b"["):
+        return FileFormat.JSONL if first_character == b"{" else FileFormat.JSON
     raise DataError(
         "FileFormatUnknown", f"{file.name}: the file format cannot be recognised from the name or the first bytes",
         hint="set dataset.fileFormat to one of jsonl, json, csv, txt, parquet",
@@ -153,7 +153,7 @@ def _read_file(file: Path, file_format: FileFormat) -> Iterator[RawRow | tuple[R
             return _read_text_lines(file)
 
 
-def _numbered_lines(file: Path) -> Iterator[tuple[int, str]]:
+def _read_numbered_lines(file: Path) -> Iterator[tuple[int, str]]:
     """Yield the lines that are not blank, with their line numbers. Errors: DatasetNotUtf8, DatasetRowTooLarge, DatasetExpandsTooMuch."""
     offset = 0
     with _open_decompressed(file) as stream:
@@ -200,7 +200,7 @@ def _parse_object_row(file: Path, number: int, value: Any, *, has_surrogates: bo
     if isinstance(value, dict):
         error = _surrogate_error(value) if has_surrogates else None
         return (RawRow(file, number, {}), error) if error else RawRow(file, number, value)
-    message = f"a JSON object was expected, found {_json_type(value)}"
+    message = f"a JSON object was expected, found {_name_json_type(value)}"
     return RawRow(file, number, {}), RowError(
         "DatasetRowInvalid", message, 'write one object per row, for example {"messages": [...]}'
     )
@@ -219,7 +219,7 @@ def _surrogate_error(value: Any) -> RowError | None:
 
 
 def _read_jsonl(file: Path) -> Iterator[RawRow | tuple[RawRow, RowError]]:
-    for number, line in _numbered_lines(file):
+    for number, line in _read_numbered_lines(file):
         try:
             value = json.loads(line.rstrip())
         except (ValueError, RecursionError) as error:
@@ -257,7 +257,7 @@ def _read_json(file: Path) -> Iterator[RawRow | tuple[RawRow, RowError]]:
         value = [value]
     if not isinstance(value, list):
         raise DataError(
-            "DatasetRowInvalid", f"{file.name}: an array of objects was expected, found {_json_type(value)}",
+            "DatasetRowInvalid", f"{file.name}: an array of objects was expected, found {_name_json_type(value)}",
             hint='write [{"messages": [...]}, ...], or an object whose `data` is such an array',
         )  # fmt: skip
     has_surrogates = SURROGATE_ESCAPE in text.lower()
@@ -271,22 +271,22 @@ def _read_csv(file: Path) -> Iterator[RawRow | tuple[RawRow, RowError]]:
     header_line = text.split("\n", 1)[0]
     delimiter = max(",;\t", key=header_line.count) if any(c in header_line for c in ",;\t") else ","
     records = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    number = 0
+    line_number = 0
     try:
         header = [name.strip() for name in next(records, [])]
         _require_unique_names(header, file)
-        for number, record in enumerate(records, start=1):
+        for line_number, record in enumerate(records, start=1):
             if not record:
                 continue
             if len(record) != len(header):
                 message = f"{len(record)} values, but the header names {len(header)} columns ({', '.join(header)})"
                 hint = f"put a value that contains {delimiter!r}, a quote or a line break into double quotes"
-                yield RawRow(file, number, {}), RowError("DatasetRowInvalid", message, hint)
+                yield RawRow(file, line_number, {}), RowError("DatasetRowInvalid", message, hint)
                 continue
-            yield RawRow(file, number, dict(zip(header, record, strict=True)))
+            yield RawRow(file, line_number, dict(zip(header, record, strict=True)))
     except csv.Error as error:
         raise DataError(
-            "DatasetRowInvalid", f"{file.name}, row {number + 1}: not valid CSV: {error}",
+            "DatasetRowInvalid", f"{file.name}, row {line_number + 1}: not valid CSV: {error}",
             hint="put values with quotes or line breaks into double quotes, and write each quote inside such a value twice",
         ) from None  # fmt: skip
 
@@ -301,7 +301,7 @@ def _require_unique_names(header: list[str], file: Path) -> None:
 
 
 def _read_text_lines(file: Path) -> Iterator[RawRow]:
-    for number, line in _numbered_lines(file):
+    for number, line in _read_numbered_lines(file):
         yield RawRow(file, number, {"text": line.strip("\r\n")})
 
 
@@ -314,11 +314,11 @@ def _read_parquet(file: Path) -> Iterator[RawRow]:
     import pyarrow.parquet
 
     try:
-        number = 0
+        row_number = 0
         for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=PARQUET_ROWS):
             for value in batch.to_pylist():
-                number += 1
-                yield RawRow(file, number, value)
+                row_number += 1
+                yield RawRow(file, row_number, value)
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         reason = str(error).split("\n")[0]
         raise DataError(
@@ -326,7 +326,7 @@ def _read_parquet(file: Path) -> Iterator[RawRow]:
         ) from None
 
 
-def _json_type(value: Any) -> str:
+def _name_json_type(value: Any) -> str:
     """Return the JSON type of a value, for messages."""
     match value:
         case None:

@@ -88,7 +88,7 @@ def render(example: Example, options: RenderOptions) -> Rendered:
                 f"{type(example).__name__} rows have no text to learn",
                 "choose a trainer.type that reads such rows",
             )
-    return _spans_from_markers(rendered, options.turn_markers) if options.turn_markers and options.response_only else rendered
+    return _find_spans_from_markers(rendered, options.turn_markers) if options.turn_markers and options.response_only else rendered
 
 
 # ---- without a template
@@ -96,22 +96,22 @@ def render(example: Example, options: RenderOptions) -> Rendered:
 
 def _render_plain(example: Conversation, options: RenderOptions) -> Rendered:
     """Render each turn after the role name that the format uses, as in `Question: ...` and `Answer: ...`."""
-    names = {"system": "System", "user": example.role_names[0], "assistant": example.role_names[1], "tool": "Tool"}
+    label_by_role = {"system": "System", "user": example.role_names[0], "assistant": example.role_names[1], "tool": "Tool"}
     text = ""
     trained_spans: list[CharSpan] = []
     untrained_spans: list[CharSpan] = []
     for turn in example.turns:
-        text += ("\n" if text else "") + f"{names[turn.role]}: "
+        text += ("\n" if text else "") + f"{label_by_role[turn.role]}: "
         if turn.role == "assistant":
             (trained_spans if turn.weight else untrained_spans).append((len(text), len(text) + len(turn.content)))
         text += turn.content
-    return Rendered(text, tuple(trained_spans) if options.response_only else _spans_outside(untrained_spans, text), False)
+    return Rendered(text, tuple(trained_spans) if options.response_only else _find_spans_outside(untrained_spans, text), False)
 
 
-def _spans_outside(untrained_spans: Sequence[CharSpan], text: str) -> tuple[CharSpan, ...]:
+def _find_spans_outside(untrained_spans: Sequence[CharSpan], text: str) -> tuple[CharSpan, ...]:
     """Return the spans of the text that are not in `untrained_spans`."""
-    ends = [0, *(end for span in untrained_spans for end in span), len(text)]
-    return tuple((start, end) for start, end in zip(ends[::2], ends[1::2], strict=True) if end > start)
+    boundaries = [0, *(end for span in untrained_spans for end in span), len(text)]
+    return tuple((start, end) for start, end in zip(boundaries[::2], boundaries[1::2], strict=True) if end > start)
 
 
 # ---- with a template
@@ -122,16 +122,16 @@ def _render_with_template(example: Conversation, options: RenderOptions) -> Rend
     if options.response_only and options.turn_markers:
         return Rendered(text, (), True)
     weight = int(options.response_only)
-    spans = _spans_from_generation_markers(example, weight, text, options)
+    spans = _find_spans_from_generation_markers(example, weight, text, options)
     if spans is None:
         spans = [
-            _answer_span(example, index, text, options)
+            _find_answer_span(example, index, text, options)
             for index, turn in enumerate(example.turns)
             if turn.role == "assistant" and turn.weight == weight
         ]
     if options.response_only:
         _require_tool_calls(example.turns, "".join(text[start:end] for start, end in spans))
-    return Rendered(text, tuple(spans) if options.response_only else _spans_outside(spans, text), True)
+    return Rendered(text, tuple(spans) if options.response_only else _find_spans_outside(spans, text), True)
 
 
 def _require_tool_calls(turns: Sequence[Turn], trained_text: str) -> None:
@@ -139,8 +139,8 @@ def _require_tool_calls(turns: Sequence[Turn], trained_text: str) -> None:
     calls = [call for turn in turns if turn.role == "assistant" and turn.weight for call in turn.extra.get("tool_calls", ())]
     for call in calls:
         function = call.get("function") if isinstance(call, Mapping) else None
-        described = function if isinstance(function, Mapping) else call  # some data sets write the name in the call itself
-        name = described.get("name") if isinstance(described, Mapping) else None
+        function_or_call = function if isinstance(function, Mapping) else call  # some data sets write the name in the call itself
+        name = function_or_call.get("name") if isinstance(function_or_call, Mapping) else None
         if isinstance(name, str) and name not in trained_text:
             raise RowError(
                 "ToolCallsDropped", f"the chat template does not write the call of the tool {name!r} into the answer",
@@ -148,7 +148,7 @@ def _require_tool_calls(turns: Sequence[Turn], trained_text: str) -> None:
             )  # fmt: skip
 
 
-def _spans_from_generation_markers(
+def _find_spans_from_generation_markers(
     example: Conversation, weight: int, text: str, options: RenderOptions
 ) -> list[CharSpan] | None:
     """Find the spans of the answers with this weight, from the template's generation markers. Each span includes the answer's end token.
@@ -159,21 +159,21 @@ def _spans_from_generation_markers(
     weights = [turn.weight for turn in example.turns if turn.role == "assistant"]
     if weight not in weights:
         return []
-    marked = _generation_spans(options, example.turns, example.tools, text)
-    if marked is None:
+    marked_spans = _find_generation_spans(options, example.turns, example.tools, text)
+    if marked_spans is None:
         return None
-    if len(marked) != len(weights):
+    if len(marked_spans) != len(weights):
         if len(set(weights)) > 1:
             return None
-        weights = weights[:1] * len(marked)
+        weights = weights[:1] * len(marked_spans)
     return [
         _with_end_token(text, span, options.special_tokens)
-        for span, own_weight in zip(marked, weights, strict=True)
+        for span, own_weight in zip(marked_spans, weights, strict=True)
         if own_weight == weight
     ]
 
 
-def _generation_spans(
+def _find_generation_spans(
     options: RenderOptions, turns: tuple[Turn, ...], tools: Sequence[Any], text: str
 ) -> list[CharSpan] | None:
     """Return the spans of `text` between generation markers; None if there are no markers, or if rendering with markers yields another text."""
@@ -194,20 +194,20 @@ def _generation_spans(
     return nonempty if nonempty and rendered == text else None
 
 
-def _answer_span(example: Conversation, index: int, text: str, options: RenderOptions) -> CharSpan:
+def _find_answer_span(example: Conversation, index: int, text: str, options: RenderOptions) -> CharSpan:
     """Return the span of `text` that the model must generate for turn `index`, with the end-of-turn token."""
     turns, tools = example.turns, example.tools
     text_before = _apply_template(options, turns[:index], tools, add_generation_prompt=True) if index else ""
     text_with_answer = text if index == len(turns) - 1 else _apply_template(options, turns[: index + 1], tools)
     if text_before and text.startswith(text_before) and text.startswith(text_with_answer) and len(text_with_answer) > len(text_before):
         return _with_end_token(text, (len(text_before), len(text_before) + len(text_with_answer[len(text_before) :].rstrip())), options.special_tokens)
-    start, end = _content_span(turns, tools, index, text, options)
+    start, end = _find_content_span(turns, tools, index, text, options)
     if text_before and text.startswith(text_before) and len(text_before) <= start:
         start = len(text_before)
     return _with_end_token(text, (start, end), options.special_tokens)
 
 
-def _content_span(
+def _find_content_span(
     turns: tuple[Turn, ...], tools: Sequence[Any], index: int, text: str, options: RenderOptions
 ) -> CharSpan:
     """Find the turn's content in `text`: render the conversation again with a sentinel in place of the content.
@@ -218,18 +218,18 @@ def _content_span(
     changed_turns = (*turns[:index], Turn(turn.role, _SENTINEL_TEXT, turn.weight, turn.extra), *turns[index + 1 :])
     changed_text = _apply_template(options, changed_turns, tools)
     start = changed_text.find(_SENTINEL_TEXT)
-    tail = len(changed_text) - start - len(_SENTINEL_TEXT)
+    tail_length = len(changed_text) - start - len(_SENTINEL_TEXT)
     if (
         start < 0
         or changed_text.count(_SENTINEL_TEXT) != 1
         or text[:start] != changed_text[:start]
-        or text[len(text) - tail :] != changed_text[len(changed_text) - tail :]
+        or text[len(text) - tail_length :] != changed_text[len(changed_text) - tail_length :]
     ):
         raise ConfigError(
             "TemplateSpansUnknown", f"the chat template does not show where answer {index + 1} of a conversation begins and ends",
             hint="give a template with {% generation %} markers (dataset.chatTemplate), or set dataset.responseOnly.enabled: false",
         )  # fmt: skip
-    return start, len(text) - tail
+    return start, len(text) - tail_length
 
 
 def _with_end_token(text: str, span: CharSpan, special_tokens: tuple[str, ...]) -> CharSpan:
@@ -237,11 +237,11 @@ def _with_end_token(text: str, span: CharSpan, special_tokens: tuple[str, ...]) 
     start, end = span
     if any(text[start:end].rstrip().endswith(token) for token in special_tokens):
         return span
-    following = next((token for token in special_tokens if text.startswith(token, end)), "")
-    return start, end + len(following)
+    following_token = next((token for token in special_tokens if text.startswith(token, end)), "")
+    return start, end + len(following_token)
 
 
-def _spans_from_markers(rendered: Rendered, turn_markers: tuple[str, str]) -> Rendered:
+def _find_spans_from_markers(rendered: Rendered, turn_markers: tuple[str, str]) -> Rendered:
     """Set the trained spans to the texts from each answer marker to the next question marker. Errors: RowError MarkerAbsent."""
     question, answer = turn_markers
     spans, position = [], 0

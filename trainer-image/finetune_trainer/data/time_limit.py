@@ -23,7 +23,7 @@ def time_limit(seconds: float) -> Iterator[None]:
         yield
         return
 
-    def interrupt(number: int, frame: FrameType | None) -> None:
+    def interrupt(signal_number: int, frame: FrameType | None) -> None:
         raise TimeLimitExceeded
 
     previous_handler = signal.signal(signal.SIGALRM, interrupt)

@@ -150,15 +150,15 @@ def encode(texts: Iterable[tuple[str, Rendered]], tokenizer: Any, options: Token
     boundary = BoundaryTokens.of(tokenizer, options)
     stream = iter(texts)
     while batch := list(islice(stream, BATCH_ROWS)):
-        encoded = tokenizer(
-            [item.text for _, item in batch],
+        encodings = tokenizer(
+            [rendered.text for _, rendered in batch],
             add_special_tokens=False,
             return_offsets_mapping=True,
             return_attention_mask=False,
         )
-        for (location, item), ids, offsets in zip(batch, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-            labels = make_labels(ids, offsets, item.spans)
-            yield EncodedRow(location, *boundary.add_boundary_tokens(list(ids), labels, is_templated=item.is_templated))
+        for (location, rendered), ids, offsets in zip(batch, encodings["input_ids"], encodings["offset_mapping"], strict=True):
+            labels = make_labels(ids, offsets, rendered.spans)
+            yield EncodedRow(location, *boundary.add_boundary_tokens(list(ids), labels, is_templated=rendered.is_templated))
 
 
 def make_labels(ids: Sequence[int], offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[int]:
@@ -222,12 +222,12 @@ class BoundaryTokens:
         leading_count = 0
         while self.bos_id is not None and leading_count < len(ids) and ids[leading_count] == self.bos_id:
             leading_count += 1
-        count = (1 if leading_count else 0) if adds_bos is None else int(adds_bos)
-        if self.bos_id is not None and leading_count != count:
-            ids, labels = [self.bos_id] * count + ids[leading_count:], [IGNORED_LABEL] * count + labels[leading_count:]
+        bos_count = (1 if leading_count else 0) if adds_bos is None else int(adds_bos)
+        if self.bos_id is not None and leading_count != bos_count:
+            ids, labels = [self.bos_id] * bos_count + ids[leading_count:], [IGNORED_LABEL] * bos_count + labels[leading_count:]
         if self.eos_id is not None and not self._has_end_token(ids, is_templated):
-            last = self._last_nonblank_index(ids)
-            is_trained = last < 0 or labels[last] != IGNORED_LABEL  # If the answer is not trained on, its end token is not trained on either.
+            last_index = self._last_nonblank_index(ids)
+            is_trained = last_index < 0 or labels[last_index] != IGNORED_LABEL  # If the answer is not trained on, its end token is not trained on either.
             ids, labels = [*ids, self.eos_id], [*labels, self.eos_id if is_trained else IGNORED_LABEL]
         return ids, labels
 
@@ -235,8 +235,8 @@ class BoundaryTokens:
         """Whether the row already has an end token: `eos_id` for plain text, any special token for text from a chat template."""
         if not is_templated:
             return bool(ids) and ids[-1] == self.eos_id
-        last = self._last_nonblank_index(ids)
-        return last >= 0 and ids[last] in self.special_ids
+        last_index = self._last_nonblank_index(ids)
+        return last_index >= 0 and ids[last_index] in self.special_ids
 
     def _last_nonblank_index(self, ids: list[int]) -> int:
         """Return the index of the last token that is not blank, or -1 if all tokens are blank."""

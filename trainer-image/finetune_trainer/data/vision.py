@@ -52,26 +52,26 @@ class VisionProcessor:
 
         Errors: RowError ImagePlaceholders, ImageRefused.
         """
-        count = rendered.text.count(self.processor.image_token)
-        if count != len(images):
+        placeholder_count = rendered.text.count(self.processor.image_token)
+        if placeholder_count != len(images):
             raise RowError(
-                "ImagePlaceholders", f"the rendered row has {count} placeholders {self.processor.image_token} for {len(images)} images",
+                "ImagePlaceholders", f"the rendered row has {placeholder_count} placeholders {self.processor.image_token} for {len(images)} images",
                 "use a chat template that writes one placeholder for each image, and do not write the placeholder in texts",
             )  # fmt: skip
         options = {"add_special_tokens": False, "return_offsets_mapping": True}
         if not images:
             encoded = self.processor.tokenizer([rendered.text], **options)
-            replaced: list[Mapping[str, Any]] = []
+            replacements: list[Mapping[str, Any]] = []
         else:
             try:
                 encoded = self.processor(text=[rendered.text], images=[list(images)], return_text_replacement_offsets=True, **options)
             except ValueError as error:
                 message = str(error).split("\n")[0][:200]
                 raise RowError("ImageRefused", f"the model's image processor refuses an image: {message}", "write another image, or remove the row") from None
-            replaced = encoded["text_replacement_offsets"][0]
+            replacements = encoded["text_replacement_offsets"][0]
         ids, offsets = list(encoded["input_ids"][0]), encoded["offset_mapping"][0]
-        labels = make_labels(ids, offsets, move_spans(rendered.spans, replaced))
-        is_image = make_labels([IMAGE_LABEL] * len(ids), offsets, [item["new_span"] for item in replaced])
+        labels = make_labels(ids, offsets, move_spans(rendered.spans, replacements))
+        is_image = make_labels([IMAGE_LABEL] * len(ids), offsets, [item["new_span"] for item in replacements])
         return ids, [IMAGE_LABEL if mark == IMAGE_LABEL else label for label, mark in zip(labels, is_image, strict=True)]
 
     def encode_row(self, location: str, rendered: Rendered, images: Sequence[ImageFile], boundary: BoundaryTokens) -> EncodedRow:
@@ -101,12 +101,12 @@ class VisionProcessor:
         return inputs
 
 
-def move_spans(spans: Sequence[CharSpan], replaced: Sequence[Mapping[str, Any]]) -> list[CharSpan]:
-    """Return the spans of a text after its placeholders were replaced. `replaced`: the old and the new span of each placeholder."""
+def move_spans(spans: Sequence[CharSpan], replacements: Sequence[Mapping[str, Any]]) -> list[CharSpan]:
+    """Return the spans of a text after its placeholders were replaced. `replacements`: the old and the new span of each placeholder."""
 
     def move_position(position: int) -> int:
-        earlier = [item for item in replaced if item["span"][1] <= position]
-        return position + sum((item["new_span"][1] - item["new_span"][0]) - (item["span"][1] - item["span"][0]) for item in earlier)
+        earlier_replacements = [item for item in replacements if item["span"][1] <= position]
+        return position + sum((item["new_span"][1] - item["new_span"][0]) - (item["span"][1] - item["span"][0]) for item in earlier_replacements)
 
     return [(move_position(start), move_position(end)) for start, end in spans]
 
@@ -142,14 +142,14 @@ class VisionCollator:
         """Return the inputs of the model for a batch, with labels. Padding is not trained on."""
         import torch
 
-        longest_row = max(len(row["input_ids"]) for row in rows)
+        max_row_length = max(len(row["input_ids"]) for row in rows)
 
-        def padded(column: str, value: int) -> Any:
-            return torch.tensor([[*map(int, row[column]), *[value] * (longest_row - len(row[column]))] for row in rows])
+        def pad_column(column: str, value: int) -> Any:
+            return torch.tensor([[*map(int, row[column]), *[value] * (max_row_length - len(row[column]))] for row in rows])
 
-        ids = padded("input_ids", self.pad_token_id)
-        mask = torch.tensor([[1] * len(row["input_ids"]) + [0] * (longest_row - len(row["input_ids"])) for row in rows])
-        text_inputs = {"input_ids": ids, "attention_mask": mask, "labels": padded("labels", IGNORED_LABEL)}
+        ids = pad_column("input_ids", self.pad_token_id)
+        attention_mask = torch.tensor([[1] * len(row["input_ids"]) + [0] * (max_row_length - len(row["input_ids"])) for row in rows])
+        text_inputs = {"input_ids": ids, "attention_mask": attention_mask, "labels": pad_column("labels", IGNORED_LABEL)}
         return text_inputs | self.vision.make_image_inputs(_load_images(rows), ids.tolist())
 
 

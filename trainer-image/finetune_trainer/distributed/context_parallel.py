@@ -34,8 +34,8 @@ class SequencePart:
         values = dict(batch)
         # transformers counts the trained tokens only if a batch also has the column `labels`.
         values["shift_labels"] = torch.nn.functional.pad(values["labels"], (0, 1), value=-100)[:, 1:]
-        size = values["input_ids"].shape[1] // self.count
-        return {name: value[:, self.index * size : (self.index + 1) * size].contiguous() for name, value in values.items()}
+        part_length = values["input_ids"].shape[1] // self.count
+        return {name: value[:, self.index * part_length : (self.index + 1) * part_length].contiguous() for name, value in values.items()}
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ def require_sequence_group(rank_count: int) -> None:
     from torch import distributed
 
     ranks = distributed.get_process_group_ranks(groups._get_sequence_parallel_group())
-    first = distributed.get_rank() // rank_count * rank_count
-    if ranks != list(range(first, first + rank_count)):
+    first_rank = distributed.get_rank() // rank_count * rank_count
+    if ranks != list(range(first_rank, first_rank + rank_count)):
         raise InternalError(
             "StrategyNotActive", f"{CONTEXT_PARALLEL_FIELD} {rank_count} was requested, but the ranks {ranks} share their sequences",
             hint="this is a bug of the trainer image: report it with the versions of its packages",

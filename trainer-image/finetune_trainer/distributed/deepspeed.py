@@ -49,7 +49,7 @@ CONFIG_FILE_FIELD = "distributed.deepspeed.configRef"
 DEFAULT_STAGE = 2
 KEYS_THAT_MAY_BE_AUTO = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
 """Keys of zero_optimization that may be `auto`, because transformers computes their values from the size of the model."""
-_TRACKING_DECIDES = "the spec's `tracking` decides where metrics are sent"
+_REPLACED_BY_TRACKING_REASON = "the spec's `tracking` decides where metrics are sent"
 _REMOVED_SECTION_REASON = "this version of DeepSpeed does not have this section"
 REFUSED_SECTIONS = {
     "tensor_parallel": "tensor parallelism is not supported", "sequence_parallel_size": "sequence parallelism is not supported",
@@ -59,7 +59,8 @@ REFUSED_SECTIONS = {
     "activation_checkpointing": "write training.gradientCheckpointing instead",
     "torch_autocast": "write training.mixedPrecision instead", "bfloat16": "the key is called bf16",
     "aio": "nvme is not supported", "autotuning": "the operator starts the ranks", "hybrid_engine": "DeepSpeed does not generate completions",
-    "tensorboard": _TRACKING_DECIDES, "wandb": _TRACKING_DECIDES, "comet": _TRACKING_DECIDES, "csv_monitor": _TRACKING_DECIDES,
+    "tensorboard": _REPLACED_BY_TRACKING_REASON, "wandb": _REPLACED_BY_TRACKING_REASON,
+    "comet": _REPLACED_BY_TRACKING_REASON, "csv_monitor": _REPLACED_BY_TRACKING_REASON,
 } | dict.fromkeys(
     ("amp", "compression_training", "eigenvalue", "nebula", "progressive_layer_drop", "quantize_training", "sparse_attention", "sparse_gradients"),
     _REMOVED_SECTION_REASON,
@@ -169,25 +170,25 @@ def _check_config(file_config: dict[str, Any], merge: FileMerge) -> dict[str, An
     check_keys(CONFIG_FILE_FIELD, "", config, TOP_LEVEL_KEYS, allows_auto=True)
     for name in ("bf16", "fp16"):
         _check_read_keys(name, config.get(name), {"enabled": BOOLEAN_TYPE})
-    zero = config.get("zero_optimization", {})
-    _refuse_keys(REFUSED_ZERO_KEYS, "zero_optimization.", zero)
+    zero_section = config.get("zero_optimization", {})
+    _refuse_keys(REFUSED_ZERO_KEYS, "zero_optimization.", zero_section)
     _check_read_keys(
-        "zero_optimization", zero, {"stage": one_of(0, 1, 2, 3), **{section: MAPPING_TYPE for section, _, _ in OFFLOAD_FIELDS}}
+        "zero_optimization", zero_section, {"stage": one_of(0, 1, 2, 3), **{section: MAPPING_TYPE for section, _, _ in OFFLOAD_FIELDS}}
     )
     for section, _, _ in OFFLOAD_FIELDS:
         _check_read_keys(
-            f"zero_optimization.{section}", zero.get(section), {"device": OFFLOAD_DEVICE}, allows_auto=False
+            f"zero_optimization.{section}", zero_section.get(section), {"device": OFFLOAD_DEVICE}, allows_auto=False
         )
     _refuse_compiled_options(config)
     return config
 
 
 def _refuse_compiled_options(config: dict[str, Any]) -> None:
-    requested = [".".join(path) for path in COMPILED_OPTIONS if _value_at(config, path) not in (None, False)]
-    if requested:
+    requested_options = [".".join(path) for path in COMPILED_OPTIONS if _value_at(config, path) not in (None, False)]
+    if requested_options:
         raise ConfigError(
             "ConfigFileInvalid",
-            f"{CONFIG_FILE_FIELD}: DeepSpeed compiles {', '.join(requested)} on first use, but the image has no C++ or CUDA compiler",
+            f"{CONFIG_FILE_FIELD}: DeepSpeed compiles {', '.join(requested_options)} on first use, but the image has no C++ or CUDA compiler",
             hint="remove it",
         )
 
@@ -200,9 +201,9 @@ def _value_at(section: Any, path: tuple[str, ...]) -> Any:
 
 
 def _refuse_keys(keys: dict[str, str], prefix: str, section: dict[str, Any]) -> None:
-    refused = [f"{prefix}{key} ({reason})" for key, reason in keys.items() if key in section]
-    if refused:
-        raise ConfigError("ConfigFileInvalid", f"{CONFIG_FILE_FIELD}: {'; '.join(refused)}", hint="remove it")
+    refused_keys = [f"{prefix}{key} ({reason})" for key, reason in keys.items() if key in section]
+    if refused_keys:
+        raise ConfigError("ConfigFileInvalid", f"{CONFIG_FILE_FIELD}: {'; '.join(refused_keys)}", hint="remove it")
 
 
 def _without_nulls(value: Any) -> Any:
@@ -225,7 +226,7 @@ def _check_read_keys(section_path: str, section: Any, value_types: dict[str, Val
 
 def _merge_batch_sizes(config: dict[str, Any], merge: FileMerge, run: RunConfig, result: DeepspeedOptions, world_size: int) -> None:
     rows, steps = _merge_rows_and_steps(config, merge, run)
-    clip = merge.merge(
+    max_gradient_norm = merge.merge(
         "gradient_clipping", config.get("gradient_clipping"), "training.maxGradNorm", run.spec.training.max_grad_norm
     )
     effective_batch = rows * steps * world_size // (run.spec.distributed.context_parallel_size or 1)
@@ -233,11 +234,11 @@ def _merge_batch_sizes(config: dict[str, Any], merge: FileMerge, run: RunConfig,
         "train_batch_size", config.get("train_batch_size"), "micro-batch x accumulation x ranks", effective_batch
     )
     # transformers and DeepSpeed check train_batch_size before they know the groups of context parallelism. accelerate corrects train_batch_size later.
-    config |= {MICRO_BATCH_KEY: rows, ACCUMULATION_KEY: steps, "train_batch_size": rows * steps * world_size, "gradient_clipping": clip}
+    config |= {MICRO_BATCH_KEY: rows, ACCUMULATION_KEY: steps, "train_batch_size": rows * steps * world_size, "gradient_clipping": max_gradient_norm}
     result.training_arguments |= {
         "per_device_train_batch_size": rows,
         "gradient_accumulation_steps": steps,
-        "max_grad_norm": clip,
+        "max_grad_norm": max_gradient_norm,
     }
 
 
@@ -363,11 +364,11 @@ def _merge_scheduler(config: dict[str, Any], merge: FileMerge, run: RunConfig, r
     )
     result.training_arguments["lr_scheduler_type"] = SCHEDULER_NAMES[scheduler]
     _merge_warmup(parameters.get("warmup_num_steps"), merge, run, result)
-    rate = merge.undo_adaptation(
+    learning_rate = merge.undo_adaptation(
         "training.learningRate", training.learning_rate, result.training_arguments.get("learning_rate", training.learning_rate)
     )
     for key, path, actual in (
-        ("warmup_max_lr", "training.learningRate", rate),
+        ("warmup_max_lr", "training.learningRate", learning_rate),
         ("warmup_min_lr", "the first learning rate of the warm-up", 0),
         ("total_num_steps", "training.maxSteps", training.max_steps),
         ("warmup_type", "the shape of the warm-up", "linear"),
@@ -390,43 +391,43 @@ def _merge_warmup(steps: Any, merge: FileMerge, run: RunConfig, result: Deepspee
 
 def _merge_zero_options(config: dict[str, Any], merge: FileMerge, run: RunConfig, result: DeepspeedOptions) -> None:
     spec = run.spec.distributed.deepspeed
-    zero = config.setdefault("zero_optimization", {})
+    zero_section = config.setdefault("zero_optimization", {})
     stage = merge.merge(
         "zero_optimization.stage",
-        zero.get("stage"),
+        zero_section.get("stage"),
         "distributed.deepspeed.zeroStage",
         spec.zero_stage if spec else None,
     )
-    result.stage = zero["stage"] = DEFAULT_STAGE if stage is None else stage
+    result.stage = zero_section["stage"] = DEFAULT_STAGE if stage is None else stage
     for key, path, attribute in OFFLOAD_FIELDS:
-        section, requested = zero.get(key) or {}, getattr(spec, attribute) if spec else None
+        section, requested = zero_section.get(key) or {}, getattr(spec, attribute) if spec else None
         if section.get("device") == "nvme":
             raise ConfigError(
                 "ConfigFileInvalid",
                 f"{CONFIG_FILE_FIELD}: {key}.device nvme needs code that DeepSpeed compiles on first use, but the image has no C++ or CUDA compiler",
                 hint="write cpu",
             )
-        file_value = None if key not in zero else section.get("device", "none") != "none"
+        file_value = None if key not in zero_section else section.get("device", "none") != "none"
         if merge.merge(f"zero_optimization.{key}", file_value, f"distributed.deepspeed.{path}", requested):
-            zero[key] = {**section, "device": "cpu"}
+            zero_section[key] = {**section, "device": "cpu"}
         else:
-            zero.pop(key, None)
-    if "offload_param" in zero and result.stage != 3:
+            zero_section.pop(key, None)
+    if "offload_param" in zero_section and result.stage != 3:
         raise ConfigError(
             "OffloadNeedsStage3", f"offloadParameters is true, but the ZeRO stage is {result.stage}, which does not shard parameters",
             hint="write `zeroStage: 3`, or remove offloadParameters",
         )  # fmt: skip
-    if "offload_optimizer" in zero and result.stage == 0:
+    if "offload_optimizer" in zero_section and result.stage == 0:
         raise ConfigError(
             "OffloadNeedsStage1", "offloadOptimizer is true, but with ZeRO stage 0 DeepSpeed does not hold the optimizer's state",
             hint="write `zeroStage: 1` or more, or remove offloadOptimizer",
         )  # fmt: skip
     if result.stage == 3:
         merge.require_equal(
-            "zero_optimization.stage3_gather_16bit_weights_on_model_save", zero.get("stage3_gather_16bit_weights_on_model_save"),
+            "zero_optimization.stage3_gather_16bit_weights_on_model_save", zero_section.get("stage3_gather_16bit_weights_on_model_save"),
             "the value that a loadable checkpoint needs", True,
         )  # fmt: skip
-        zero["stage3_gather_16bit_weights_on_model_save"] = True
+        zero_section["stage3_gather_16bit_weights_on_model_save"] = True
     # With these two values, DeepSpeed accepts torch's optimizer even with offloading. Otherwise, DeepSpeed would compile its own optimizer.
     for key, value in (("zero_allow_untested_optimizer", True), ("zero_force_ds_cpu_optimizer", False)):
         merge.require_equal(key, config.get(key), "the value that torch's optimizer needs", value)
@@ -521,22 +522,22 @@ class Deepspeed(DistributedStrategy):
 
     def verify_active(self, trainer: Any) -> str:
         """In addition to the strategy, check the engine's stage, its ranks and the number of sharded parameters. Errors: InternalError StrategyNotActive."""
-        name = super().verify_active(trainer)
+        strategy_name = super().verify_active(trainer)
         engine = trainer.deepspeed
         stage, ranks = engine.zero_optimization_stage(), engine.world_size
         sharded_count = sum(hasattr(parameter, "ds_id") for parameter in trainer.model.parameters())
-        total = sum(1 for _ in trainer.model.parameters())
-        expected_count = total if self.options.stage == 3 else 0
+        parameter_count = sum(1 for _ in trainer.model.parameters())
+        expected_count = parameter_count if self.options.stage == 3 else 0
         if (stage, ranks, sharded_count) != (self.options.stage, self.world_size, expected_count):
             raise InternalError(
                 "StrategyNotActive",
                 f"ZeRO stage {self.options.stage} over {self.world_size} ranks was requested; active: stage {stage} over {ranks} ranks, "
-                f"{sharded_count} of {total} parameters sharded",
+                f"{sharded_count} of {parameter_count} parameters sharded",
                 hint="this is a bug of the trainer image: report it with the versions of its packages",
             )  # fmt: skip
         if self.context_parallel_size > 1:
             context_parallel.require_sequence_group(self.context_parallel_size)
-        return name
+        return strategy_name
 
 
 def _best_weights_mixin() -> type:

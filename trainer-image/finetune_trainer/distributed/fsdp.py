@@ -186,10 +186,10 @@ def _merge_fsdp(result: FsdpOptions, fsdp_config: dict[str, Any], merge: FileMer
             "from files that the ranks of a pod share",
             hint="remove it: each rank needs host memory for its shard only",
         )  # fmt: skip
-    built_in = [f"fsdp_{key}" for key in VERSION_1_KEYS if key in fsdp_config]
-    if built_in:
+    built_in_keys = [f"fsdp_{key}" for key in VERSION_1_KEYS if key in fsdp_config]
+    if built_in_keys:
         merge.notes.append(
-            f"{', '.join(built_in)} belong to FSDP version 1 and are ignored, because version 2 always behaves as if they were set"
+            f"{', '.join(built_in_keys)} belong to FSDP version 1 and are ignored, because version 2 always behaves as if they were set"
         )
 
 
@@ -200,9 +200,9 @@ def _read_wrap_policy(fsdp_config: dict[str, Any]) -> dict[str, Any]:
     """
     policy = str(fsdp_config.get("auto_wrap_policy", WRAP_BY_LAYER)).upper()
     named_layers, min_parameters = fsdp_config.get("transformer_layer_cls_to_wrap") or (), int(fsdp_config.get("min_num_params") or 0)
-    layers = [name.strip() for name in (named_layers.split(",") if isinstance(named_layers, str) else named_layers) if name.strip()]
+    layer_classes = [name.strip() for name in (named_layers.split(",") if isinstance(named_layers, str) else named_layers) if name.strip()]
     for key, value, reader in (
-        ("transformer_layer_cls_to_wrap", layers, WRAP_BY_LAYER),
+        ("transformer_layer_cls_to_wrap", layer_classes, WRAP_BY_LAYER),
         ("min_num_params", min_parameters, WRAP_BY_SIZE),
     ):
         if value and policy != reader:
@@ -211,8 +211,8 @@ def _read_wrap_policy(fsdp_config: dict[str, Any]) -> dict[str, Any]:
                 hint=f"remove it, or write `fsdp_auto_wrap_policy: {reader}`",
             )  # fmt: skip
     wrap: dict[str, Any] = {"auto_wrap_policy": policy}
-    if layers:
-        wrap["transformer_layer_cls_to_wrap"] = layers
+    if layer_classes:
+        wrap["transformer_layer_cls_to_wrap"] = layer_classes
     if min_parameters:
         wrap["min_num_params"] = min_parameters
     return wrap

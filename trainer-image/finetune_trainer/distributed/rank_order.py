@@ -93,16 +93,16 @@ def _wait_for_working_ranks(store: GangStore, ranks: range, pause: Callable[[flo
     last_check_time, changes = now(), dict.fromkeys(ranks, ("", now()))
     while not store.has(*map(_done_key, ranks)):
         if store.has(FAILED_KEY):
-            failed = store.get_all([FAILED_KEY], HEARTBEAT_SECONDS)[0]
-            raise PeerError("PeerLost", f"rank {failed} failed while this rank waited for it", hint="see the log of that rank")
+            failed_rank = store.get_all([FAILED_KEY], HEARTBEAT_SECONDS)[0]
+            raise PeerError("PeerLost", f"rank {failed_rank} failed while this rank waited for it", hint="see the log of that rank")
         pause(POLL_SECONDS)
         if now() - last_check_time < HEARTBEAT_SECONDS:
             continue
         last_check_time = now()
         for rank in ranks:
-            written = store.get_all([_heartbeat_key(rank)], HEARTBEAT_SECONDS)[0] if store.has(_heartbeat_key(rank)) else ""
-            if written != changes[rank][0]:
-                changes[rank] = (written, last_check_time)
+            heartbeat_value = store.get_all([_heartbeat_key(rank)], HEARTBEAT_SECONDS)[0] if store.has(_heartbeat_key(rank)) else ""
+            if heartbeat_value != changes[rank][0]:
+                changes[rank] = (heartbeat_value, last_check_time)
             elif last_check_time - changes[rank][1] > HEARTBEAT_TIMEOUT_SECONDS and not store.has(_done_key(rank)):
                 raise PeerError(
                     "PeerLost", f"rank {rank}, which prepares data for other ranks, has sent no heartbeat for {HEARTBEAT_TIMEOUT_SECONDS:g} s",
@@ -111,13 +111,13 @@ def _wait_for_working_ranks(store: GangStore, ranks: range, pause: Callable[[flo
 
 
 def _send_heartbeats(store: GangStore, rank: int) -> AbstractContextManager[None]:
-    numbers = itertools.count(1)
+    heartbeat_numbers = itertools.count(1)
 
-    def write() -> None:
+    def write_heartbeat() -> None:
         with contextlib.suppress(Exception):  # If the store is gone, the pod of rank 0 has ended, and this rank will end too.
-            store.set(_heartbeat_key(rank), str(next(numbers)))
+            store.set(_heartbeat_key(rank), str(next(heartbeat_numbers)))
 
-    return repeat_in_background(write, HEARTBEAT_SECONDS, "rank-order")
+    return repeat_in_background(write_heartbeat, HEARTBEAT_SECONDS, "rank-order")
 
 
 def _done_key(rank: int) -> str:

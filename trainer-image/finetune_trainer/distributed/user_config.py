@@ -62,15 +62,15 @@ def check_keys(
     of each known key. `allows_auto`: whether `auto` is accepted for every key whose value is not a mapping.
     Errors: ConfigError ConfigFileInvalid with every wrong key and value.
     """
-    unknown = [f"{_key_path(section_path, key)}{_suggest_key(key, types)}" for key in section if key not in types]
-    wrong = [
+    unknown_keys = [f"{_key_path(section_path, key)}{_suggest_key(key, types)}" for key in section if key not in types]
+    wrong_values = [
         f"{_key_path(section_path, key)} is {_as_text(value)}, not {value_type.description}"
         for key, value_type, value in ((key, types[key], value) for key, value in section.items() if key in types)
         if value is not None and not (allows_auto and value == AUTO_VALUE and value_type is not MAPPING_TYPE) and not value_type.accepts(value)
     ]
-    problems = ([f"{', '.join(unknown)} would have no effect"] if unknown else []) + wrong
+    problems = ([f"{', '.join(unknown_keys)} would have no effect"] if unknown_keys else []) + wrong_values
     if problems:
-        hint = " and ".join((["remove it"] if unknown else []) + (["write a value that fits"] if wrong else []))
+        hint = " and ".join((["remove it"] if unknown_keys else []) + (["write a value that fits"] if wrong_values else []))
         raise ConfigError("ConfigFileInvalid", f"{file}: {'; '.join(problems)}", hint=hint)
 
 
@@ -79,8 +79,8 @@ def _key_path(section_path: str, key: str) -> str:
 
 
 def _suggest_key(key: str, known_keys: Iterable[str]) -> str:
-    near = difflib.get_close_matches(key, list(known_keys), 1, cutoff=0.9)
-    return f" (did you mean {near[0]}?)" if near else ""
+    similar_keys = difflib.get_close_matches(key, list(known_keys), 1, cutoff=0.9)
+    return f" (did you mean {similar_keys[0]}?)" if similar_keys else ""
 
 
 def read_config_file(ref: ConfigMapKeyRef, config_maps: Path, field_path: str) -> dict[str, Any]:
@@ -100,10 +100,10 @@ def read_config_file(ref: ConfigMapKeyRef, config_maps: Path, field_path: str) -
         raise ConfigError(
             "ConfigFileInvalid", f"{location} holds {type(value).__name__}, not a mapping", hint="write keys and values"
         )
-    not_text = [_as_text(key) for key in _all_keys(value) if not isinstance(key, str)]
-    if not_text:
+    non_text_keys = [_as_text(key) for key in _all_keys(value) if not isinstance(key, str)]
+    if non_text_keys:
         raise ConfigError(
-            "ConfigFileInvalid", f"{location} has keys that are not text: {', '.join(not_text)}", hint="write them in quotes"
+            "ConfigFileInvalid", f"{location} has keys that are not text: {', '.join(non_text_keys)}", hint="write them in quotes"
         )  # fmt: skip
     return value
 
@@ -121,9 +121,9 @@ def _parse_yaml(text: str, location: str) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        first = str(error).splitlines()[0]
+        first_line = str(error).splitlines()[0]
         raise ConfigError(
-            "ConfigFileInvalid", f"{location} is neither JSON nor YAML: {first}", hint="correct the file"
+            "ConfigFileInvalid", f"{location} is neither JSON nor YAML: {first_line}", hint="correct the file"
         ) from None
 
 

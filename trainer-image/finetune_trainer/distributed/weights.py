@@ -31,9 +31,9 @@ def load_into_deepspeed(model: Any, folder: Path, is_reader: bool) -> None:
     import deepspeed
 
     tensors = _read_tensors(model, folder, is_reader)
-    trained = set(map_saved_names(model).values())
+    trained_names = set(map_saved_names(model).values())
     for name, parameter in model.named_parameters():
-        if name not in trained:
+        if name not in trained_names:
             continue
         is_sharded = hasattr(parameter, "ds_id")
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=is_sharded), torch.no_grad():
@@ -48,13 +48,16 @@ def _read_tensors(model: Any, folder: Path, is_reader: bool) -> dict[str, Any]:
 
     Errors: NoCheckpointError CheckpointForeign in every rank if the names in the folder do not match the names in the model.
     """
-    names = map_saved_names(model)
+    model_name_by_saved_name = map_saved_names(model)
     tensors: dict[str, Any] = {}
     mismatched_names: list[str] = []
     if is_reader:
         stored_weights = read_weights(folder)
-        mismatched_names = sorted(set(stored_weights) ^ set(names) if hasattr(model, "peft_config") else set(stored_weights) - set(names))
-        tensors = {names[name]: value for name, value in stored_weights.items() if name in names}
+        mismatched_names = sorted(
+            set(stored_weights) ^ set(model_name_by_saved_name) if hasattr(model, "peft_config")
+            else set(stored_weights) - set(model_name_by_saved_name)
+        )
+        tensors = {model_name_by_saved_name[name]: value for name, value in stored_weights.items() if name in model_name_by_saved_name}
     mismatch_count = torch.tensor([len(mismatched_names)], device=next(model.parameters()).device)
     if torch.distributed.is_initialized():
         torch.distributed.broadcast(mismatch_count, 0)
@@ -85,12 +88,12 @@ def read_weights(folder: Path) -> dict[str, Any]:
     for name in ("adapter_model.safetensors", "model.safetensors"):
         if (folder / name).exists():
             return dict(load_file(folder / name))
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
+    index_file = folder / "model.safetensors.index.json"
+    if not index_file.exists():
         raise NoCheckpointError(
             "CheckpointIncomplete",
             f"{folder.name} holds neither weights nor an adapter",
             hint="resume from another step",
         )
-    file_names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    file_names = sorted(set(json.loads(index_file.read_text())["weight_map"].values()))
     return {name: value for file_name in file_names for name, value in load_file(folder / file_name).items()}

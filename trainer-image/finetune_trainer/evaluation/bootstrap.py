@@ -73,9 +73,9 @@ def compare_rows(base: Sequence[float], trained: Sequence[float], *, confidence:
     if _has_only_zeros_and_ones(base_scores) and _has_only_zeros_and_ones(trained_scores) and len(base_scores) > 1:
         return _compare_fractions(base_scores, trained_scores, confidence)
     ones, differences = np.ones_like(base_scores), trained_scores - base_scores
-    usual = float(np.median(differences)) if len(differences) else 0.0
-    largest = float(np.max(np.abs([base_scores, trained_scores]), initial=0.0))
-    changed_rows = _ChangedRows(int((np.abs(differences - usual) > ROUNDING_ERROR).sum()), usual, largest)
+    usual_difference = float(np.median(differences)) if len(differences) else 0.0
+    largest_score = float(np.max(np.abs([base_scores, trained_scores]), initial=0.0))
+    changed_rows = _ChangedRows(int((np.abs(differences - usual_difference) > ROUNDING_ERROR).sum()), usual_difference, largest_score)
     return _compare(np.column_stack([base_scores, ones]), np.column_stack([trained_scores, ones]), ratio_of_sums, confidence, seed, changed_rows)
 
 
@@ -103,24 +103,27 @@ class _ChangedRows:
 def _compare(
     base: FloatArray, trained: FloatArray, metric: MetricOfSums, confidence: float, seed: int, changed_rows: _ChangedRows
 ) -> MetricComparison:
-    rows = len(base)
+    row_count = len(base)
     if not np.isfinite(base).all() or not np.isfinite(trained).all():
-        return MetricComparison(rows, None, None, None, reason=NOT_FINITE)
-    if rows == 0:
-        return MetricComparison(rows, None, None, None, reason=TOO_FEW_ROWS)
+        return MetricComparison(row_count, None, None, None, reason=NOT_FINITE)
+    if row_count == 0:
+        return MetricComparison(row_count, None, None, None, reason=TOO_FEW_ROWS)
     with np.errstate(all="ignore"):
         base_value, trained_value = float(metric(base.sum(axis=0))), float(metric(trained.sum(axis=0)))
     if not math.isfinite(base_value) or not math.isfinite(trained_value):
-        return MetricComparison(rows, None, None, None, reason="the metric of the rows is not a finite number")
+        return MetricComparison(row_count, None, None, None, reason="the metric of the rows is not a finite number")
     difference = trained_value - base_value
-    if rows == 1:
-        return MetricComparison(rows, base_value, trained_value, difference, reason=TOO_FEW_ROWS)
-    ends = _studentised_ends(np.hstack([base, trained - base]), _difference_between_models(metric, base.shape[1]), confidence, seed)
-    if not math.isfinite(ends[0]) or not math.isfinite(ends[1]):
-        largest = max(abs(base_value), abs(trained_value)) if changed_rows.largest_difference is None else changed_rows.largest_difference
-        exact_ends = _ends_with_few_changed_rows(rows, changed_rows.count, changed_rows.usual_difference, largest, confidence)
-        ends = (ends[0] if math.isfinite(ends[0]) else exact_ends[0], ends[1] if math.isfinite(ends[1]) else exact_ends[1])
-    return MetricComparison(rows, base_value, trained_value, difference, *ends)
+    if row_count == 1:
+        return MetricComparison(row_count, base_value, trained_value, difference, reason=TOO_FEW_ROWS)
+    interval_ends = _compute_studentised_ends(np.hstack([base, trained - base]), _difference_between_models(metric, base.shape[1]), confidence, seed)
+    if not math.isfinite(interval_ends[0]) or not math.isfinite(interval_ends[1]):
+        largest_difference = max(abs(base_value), abs(trained_value)) if changed_rows.largest_difference is None else changed_rows.largest_difference
+        exact_ends = _compute_ends_with_few_changed_rows(row_count, changed_rows.count, changed_rows.usual_difference, largest_difference, confidence)
+        interval_ends = (
+            interval_ends[0] if math.isfinite(interval_ends[0]) else exact_ends[0],
+            interval_ends[1] if math.isfinite(interval_ends[1]) else exact_ends[1],
+        )
+    return MetricComparison(row_count, base_value, trained_value, difference, *interval_ends)
 
 
 # Metrics of sums
@@ -163,7 +166,7 @@ def _difference_between_models(metric: MetricOfSums, sum_count: int) -> MetricOf
 # Studentised bootstrap
 
 
-def _studentised_ends(rows: FloatArray, statistic: MetricOfSums, confidence: float, seed: int) -> tuple[float, float]:
+def _compute_studentised_ends(rows: FloatArray, statistic: MetricOfSums, confidence: float, seed: int) -> tuple[float, float]:
     """Return both ends of the interval for `statistic(rows.sum(axis=0))`. An end is infinite if too many resamples have no variation."""
     first, second = np.triu_indices(rows.shape[1])
     columns = np.hstack([rows, rows[:, first] * rows[:, second]])
@@ -174,13 +177,13 @@ def _studentised_ends(rows: FloatArray, statistic: MetricOfSums, confidence: flo
         sums = np.concatenate([counts @ columns for counts in _resample(len(rows), seed)])
         resampled, resampled_errors = _estimate_and_error(sums, statistic, rows.shape)
         # If the rows of a resample have no variation, the standard error of the resample is 0, and its t value is infinite, or NaN for 0/0.
-        shift = np.where(np.abs(resampled - estimate) <= ROUNDING_ERROR * np.abs(estimate), 0, resampled - estimate)
-        t_values = shift / resampled_errors
-    tail = (1 - confidence) / 2
-    student = student_quantile(1 - tail, len(rows) - 1)
-    low_quantile = float(np.quantile(np.where(np.isnan(t_values), -np.inf, t_values), tail, method="lower"))
-    high_quantile = float(np.quantile(np.where(np.isnan(t_values), np.inf, t_values), 1 - tail, method="higher"))
-    return float(estimate - max(high_quantile, student) * error), float(estimate - min(low_quantile, -student) * error)
+        shifts = np.where(np.abs(resampled - estimate) <= ROUNDING_ERROR * np.abs(estimate), 0, resampled - estimate)
+        t_values = shifts / resampled_errors
+    tail_probability = (1 - confidence) / 2
+    t_quantile = student_quantile(1 - tail_probability, len(rows) - 1)
+    low_quantile = float(np.quantile(np.where(np.isnan(t_values), -np.inf, t_values), tail_probability, method="lower"))
+    high_quantile = float(np.quantile(np.where(np.isnan(t_values), np.inf, t_values), 1 - tail_probability, method="higher"))
+    return float(estimate - max(high_quantile, t_quantile) * error), float(estimate - min(low_quantile, -t_quantile) * error)
 
 
 def _estimate_and_error(sums: FloatArray, statistic: MetricOfSums, shape: tuple[int, ...]) -> tuple[FloatArray, FloatArray]:
@@ -193,7 +196,7 @@ def _estimate_and_error(sums: FloatArray, statistic: MetricOfSums, shape: tuple[
     count, width = shape
     totals, products = sums[..., :width], sums[..., width:]
     first, second = np.triu_indices(width)
-    gradient = _gradient(statistic, totals, np.sqrt(products[..., first == second]))
+    gradient = _compute_gradient(statistic, totals, np.sqrt(products[..., first == second]))
     terms = gradient[..., first] * gradient[..., second] * products * np.where(first == second, 1, 2)
     square = (gradient * totals).sum(axis=-1) ** 2 / count
     variance = terms.sum(axis=-1) - square
@@ -201,13 +204,13 @@ def _estimate_and_error(sums: FloatArray, statistic: MetricOfSums, shape: tuple[
     return statistic(totals), np.sqrt(np.where(is_rounding_error, 0, variance) * count / (count - 1))
 
 
-def _gradient(statistic: MetricOfSums, totals: FloatArray, scales: FloatArray) -> FloatArray:
+def _compute_gradient(statistic: MetricOfSums, totals: FloatArray, scales: FloatArray) -> FloatArray:
     """Return the derivative of the statistic with respect to each sum, by central differences. `scales`: the typical size of each sum."""
     gradient = np.empty_like(totals)
     for column in range(totals.shape[-1]):
         step = np.zeros_like(totals)
-        size = np.maximum(np.abs(totals[..., column]), scales[..., column])
-        step[..., column] = RELATIVE_STEP * np.where(size > 0, size, 1.0)
+        scale = np.maximum(np.abs(totals[..., column]), scales[..., column])
+        step[..., column] = RELATIVE_STEP * np.where(scale > 0, scale, 1.0)
         gradient[..., column] = (statistic(totals + step) - statistic(totals - step)) / (2 * step[..., column])
     return gradient
 
@@ -223,9 +226,9 @@ def _resample(row_count: int, seed: int) -> Iterator[FloatArray]:
 
 
 def _draw_row_counts(row_count: int, resamples: int, seed: int, start: int) -> FloatArray:
-    drawn = np.random.default_rng([seed, start]).integers(0, row_count, size=(resamples, row_count))
-    drawn += np.arange(resamples)[:, None] * row_count
-    return np.bincount(drawn.ravel(), minlength=resamples * row_count).reshape(resamples, row_count).astype(np.float64)
+    drawn_rows = np.random.default_rng([seed, start]).integers(0, row_count, size=(resamples, row_count))
+    drawn_rows += np.arange(resamples)[:, None] * row_count
+    return np.bincount(drawn_rows.ravel(), minlength=resamples * row_count).reshape(resamples, row_count).astype(np.float64)
 
 
 _draw_row_counts_cached = lru_cache(maxsize=2)(_draw_row_counts)
@@ -248,7 +251,7 @@ def student_quantile(probability: float, degrees_of_freedom: int) -> float:
 # Other intervals
 
 
-def _ends_with_few_changed_rows(
+def _compute_ends_with_few_changed_rows(
     row_count: int, changed_count: int, usual_difference: float, largest_difference: float, confidence: float
 ) -> tuple[float, float]:
     """Return both ends of the interval if almost all rows have the usual difference.
@@ -256,12 +259,12 @@ def _ends_with_few_changed_rows(
     With the given confidence, at most the fraction `changed_share` of all possible rows has another difference. The difference in these rows lies
     between -`largest_difference` and `largest_difference`. `changed_share` is the exact upper limit of Clopper and Pearson 1934.
     """
-    changed_share = _highest_fraction(row_count, changed_count, (1 - confidence) / 2)
+    changed_share = _find_highest_fraction(row_count, changed_count, (1 - confidence) / 2)
     middle, half_width = (1 - changed_share) * usual_difference, changed_share * largest_difference
     return middle - half_width, middle + half_width
 
 
-def _highest_fraction(row_count: int, affected_count: int, tail: float) -> float:
+def _find_highest_fraction(row_count: int, affected_count: int, tail: float) -> float:
     """Return the highest plausible fraction of affected rows among all possible rows, if `affected_count` of `row_count` rows are affected.
 
     At this fraction, a sample would have at most `affected_count` affected rows with probability `tail`. The fraction is computed by bisection.
@@ -286,25 +289,25 @@ def _has_only_zeros_and_ones(scores: FloatArray) -> bool:
 
 def _compare_fractions(base: FloatArray, trained: FloatArray, confidence: float) -> MetricComparison:
     wins, losses = int((trained > base).sum()), int((trained < base).sum())
-    low = _lowest_difference(wins, losses, len(base), confidence)
-    high = -_lowest_difference(losses, wins, len(base), confidence)
-    return MetricComparison(len(base), float(base.mean()), float(trained.mean()), (wins - losses) / len(base), low, high)
+    lowest_difference = _find_lowest_difference(wins, losses, len(base), confidence)
+    highest_difference = -_find_lowest_difference(losses, wins, len(base), confidence)
+    return MetricComparison(len(base), float(base.mean()), float(trained.mean()), (wins - losses) / len(base), lowest_difference, highest_difference)
 
 
-def _lowest_difference(wins: int, losses: int, row_count: int, confidence: float) -> float:
+def _find_lowest_difference(wins: int, losses: int, row_count: int, confidence: float) -> float:
     """Return the lowest difference of two paired fractions that the score test does not reject. This difference is computed by bisection."""
-    critical = NormalDist().inv_cdf((1 + confidence) / 2)
+    critical_value = NormalDist().inv_cdf((1 + confidence) / 2)
     rejected, accepted = -1.0, (wins - losses) / row_count
     for _ in range(60):
         middle = (rejected + accepted) / 2
-        if _score_statistic(wins, losses, row_count, middle) > critical:
+        if _compute_score_statistic(wins, losses, row_count, middle) > critical_value:
             rejected = middle
         else:
             accepted = middle
     return accepted
 
 
-def _score_statistic(wins: int, losses: int, row_count: int, difference: float) -> float:
+def _compute_score_statistic(wins: int, losses: int, row_count: int, difference: float) -> float:
     """Return the score statistic for the hypothesis that the fractions differ by `difference`.
 
     A win is a row in which only the trained model is right; a loss, one in which only the base model is right. The probability of a loss

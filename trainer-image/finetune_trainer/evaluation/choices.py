@@ -38,32 +38,32 @@ def letter_log_probabilities(
         return list(tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
 
     prompt_tokens, options = encode(prompt), [encode(prompt + letter) for letter in letters]
-    shared = min(_common_length(prompt_tokens, option) for option in options)
-    shared = min(shared, min(map(len, options)) - 1)  # Leave at least one token of each option to score.
-    if shared < 1:
+    shared_length = min(_count_common_tokens(prompt_tokens, option) for option in options)
+    shared_length = min(shared_length, min(map(len, options)) - 1)  # Leave at least one token of each option to score.
+    if shared_length < 1:
         raise DataError("ChoicePromptEmpty", "a multiple-choice row has no token in front of its option letters")
-    suffixes = [option[shared:] for option in options]
-    longest = max(map(len, suffixes))
+    suffixes = [option[shared_length:] for option in options]
+    longest_suffix_length = max(map(len, suffixes))
     device = model.get_input_embeddings().weight.device
-    if longest == 1:  # one forward pass over the prompt is enough to score all options
-        log_probabilities = _last_log_probabilities(model, torch.tensor([prompt_tokens[:shared]], device=device), 1)[0, 0]
+    if longest_suffix_length == 1:  # one forward pass over the prompt is enough to score all options
+        log_probabilities = _compute_last_log_probabilities(model, torch.tensor([prompt_tokens[:shared_length]], device=device), 1)[0, 0]
         return {letter: float(log_probabilities[tokens[0]]) for letter, tokens in zip(letters, suffixes, strict=True)}
     # The last token of an option is not an input, because nothing is predicted from it. Padding after an option does not change earlier scores.
-    inputs = [prompt_tokens[:shared] + (tokens + [0] * (longest - len(tokens)))[:-1] for tokens in suffixes]
-    log_probabilities = _last_log_probabilities(model, torch.tensor(inputs, device=device), longest)
+    inputs = [prompt_tokens[:shared_length] + (tokens + [0] * (longest_suffix_length - len(tokens)))[:-1] for tokens in suffixes]
+    log_probabilities = _compute_last_log_probabilities(model, torch.tensor(inputs, device=device), longest_suffix_length)
     return {
         letter: math.fsum(float(log_probabilities[row, position, token]) for position, token in enumerate(tokens))
         for row, (letter, tokens) in enumerate(zip(letters, suffixes, strict=True))
     }
 
 
-def _common_length(first: Sequence[int], second: Sequence[int]) -> int:
+def _count_common_tokens(first: Sequence[int], second: Sequence[int]) -> int:
     """Return the number of equal tokens at the start of two sequences."""
     pairs = zip(first, second, strict=False)
     return next((index for index, (left, right) in enumerate(pairs) if left != right), min(len(first), len(second)))
 
 
-def _last_log_probabilities(model: Any, tokens: torch.Tensor, position_count: int) -> torch.Tensor:
+def _compute_last_log_probabilities(model: Any, tokens: torch.Tensor, position_count: int) -> torch.Tensor:
     """Return float32 log-probabilities at the last `position_count` positions: shape (rows, positions, vocabulary size)."""
     options: dict[str, Any] = {"attention_mask": torch.ones_like(tokens), "use_cache": False}
     base = getattr(model, "get_base_model", lambda: model)()
@@ -91,19 +91,19 @@ def letter_metrics(rows: Sequence[Mapping[str, float]], correct_letters: Sequenc
     names = ("accuracy", "precision", "recall", "f1")
     if not rows:
         return dict.fromkeys(names, MetricValue.missing(NO_ROWS))
-    undecided = [number for number, row in enumerate(rows, start=1) if any(math.isnan(score) for score in row.values())]
-    if undecided:
-        reason = f"the model's output is NaN in {len(undecided)} of {len(rows)} multiple-choice rows (first: row {undecided[0]})"
+    undecided_rows = [number for number, row in enumerate(rows, start=1) if any(math.isnan(score) for score in row.values())]
+    if undecided_rows:
+        reason = f"the model's output is NaN in {len(undecided_rows)} of {len(rows)} multiple-choice rows (first: row {undecided_rows[0]})"
         return dict.fromkeys(names, MetricValue.missing(reason))
     pairs = [(chosen_letter(row), correct) for row, correct in zip(rows, correct_letters, strict=True)]
     precisions, recalls, f1_scores = [], [], []
     for letter in sorted({letter for pair in pairs for letter in pair}):
-        hits = sum(pair == (letter, letter) for pair in pairs)
-        chosen = sum(choice == letter for choice, _ in pairs)
+        hit_count = sum(pair == (letter, letter) for pair in pairs)
+        chosen_count = sum(choice == letter for choice, _ in pairs)
         correct_count = sum(correct == letter for _, correct in pairs)
-        precisions.append(hits / chosen if chosen else 0.0)
-        recalls.append(hits / correct_count if correct_count else 0.0)
-        f1_scores.append(2 * hits / (chosen + correct_count))
-    macro = (MetricValue(math.fsum(scores) / len(scores)) for scores in (precisions, recalls, f1_scores))
+        precisions.append(hit_count / chosen_count if chosen_count else 0.0)
+        recalls.append(hit_count / correct_count if correct_count else 0.0)
+        f1_scores.append(2 * hit_count / (chosen_count + correct_count))
+    macro_averages = (MetricValue(math.fsum(scores) / len(scores)) for scores in (precisions, recalls, f1_scores))
     accuracy = mean_of_rows([float(choice == correct) for choice, correct in pairs], {})
-    return dict(zip(names, (accuracy, *macro), strict=True))
+    return dict(zip(names, (accuracy, *macro_averages), strict=True))

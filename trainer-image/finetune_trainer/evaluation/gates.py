@@ -67,7 +67,7 @@ def _evaluate_gate(gate: Gate, trained: MeasuredMetric | None, base: MeasuredMet
     if gate.not_worse_than_base is not None:
         problem = problem or _explain_missing_value(gate.metric, base, "the base model")
     if problem:
-        return _gate_result(gate, False, problem)
+        return _build_gate_result(gate, False, problem)
     assert trained is not None and trained.value is not None, "checked above"
     if gate.not_worse_than_base is None:
         return _compare_with_value(gate, trained.value)
@@ -96,7 +96,7 @@ OPERATOR_PHRASES = {
 
 def _compare_with_value(gate: Gate, value: float) -> GateResult:
     if gate.value is None or gate.op is None:
-        return _gate_result(gate, False, f"the gate for {gate.metric} has no value or no op, so the gate cannot pass")
+        return _build_gate_result(gate, False, f"the gate for {gate.metric} has no value or no op, so the gate cannot pass")
     passed = {
         GateOperator.LT: value < gate.value,
         GateOperator.LE: value <= gate.value,
@@ -104,7 +104,7 @@ def _compare_with_value(gate: Gate, value: float) -> GateResult:
         GateOperator.GE: value >= gate.value,
     }[gate.op]
     value_text, limit_text = _format_distinct_numbers(value, gate.value)
-    return _gate_result(gate, passed, f"{gate.metric} is {value_text}, and the gate requires {OPERATOR_PHRASES[gate.op]} {limit_text}")
+    return _build_gate_result(gate, passed, f"{gate.metric} is {value_text}, and the gate requires {OPERATOR_PHRASES[gate.op]} {limit_text}")
 
 
 def _compare_with_base(
@@ -118,13 +118,13 @@ def _compare_with_base(
     comparison = compare_metric(trained, base, sums, 2 * confidence - 1)
     if isinstance(comparison, str) or comparison.low is None or comparison.high is None:
         reason = comparison if isinstance(comparison, str) else comparison.reason
-        return _gate_result(gate, False, f"{gate.metric} of both models cannot be compared, so the gate cannot pass: {reason}")
+        return _build_gate_result(gate, False, f"{gate.metric} of both models cannot be compared, so the gate cannot pass: {reason}")
     is_lower_better = gate.metric in LOWER_IS_BETTER
     bound, limit = (comparison.high, margin) if is_lower_better else (comparison.low, -margin)
     passed = bound <= limit if is_lower_better else bound >= limit
     phrase = "at most" if is_lower_better else "at least"
     bound_text, limit_text = _format_distinct_numbers(bound, limit)
-    return _gate_result(
+    return _build_gate_result(
         gate, passed,
         f"on {comparison.rows} rows {gate.metric} is {comparison.trained:.6g} and the base model's is {comparison.base:.6g}; "
         f"with {100 * confidence:g} % confidence the difference is {phrase} {bound_text}, and the gate requires {phrase} {limit_text}",
@@ -164,5 +164,5 @@ def _format_distinct_numbers(value: float, limit: float) -> tuple[str, str]:
     return repr(value), repr(limit)
 
 
-def _gate_result(gate: Gate, passed: bool, text: str) -> GateResult:
+def _build_gate_result(gate: Gate, passed: bool, text: str) -> GateResult:
     return GateResult(metric=gate.metric.value, passed=bool(passed), text=text)

@@ -175,12 +175,12 @@ class Judge:
             batch = texts[start : start + EMBEDDINGS_PER_REQUEST]
             response = self._request(partial(self._client.embeddings.create, model=model, input=batch, encoding_format="float"))
             try:  # the client does not check the types of a response
-                received = [[float(number) for number in entry.embedding] for entry in sorted(response.data, key=lambda entry: entry.index)]
+                batch_embeddings = [[float(number) for number in entry.embedding] for entry in sorted(response.data, key=lambda entry: entry.index)]
             except (AttributeError, TypeError, ValueError):
                 raise UnjudgedError("the response of the embedding endpoint contains no embeddings") from None
-            if len(received) != len(batch):
-                raise UnjudgedError(f"the embedding endpoint returned {len(received)} embeddings for {len(batch)} texts")
-            embeddings += received
+            if len(batch_embeddings) != len(batch):
+                raise UnjudgedError(f"the embedding endpoint returned {len(batch_embeddings)} embeddings for {len(batch)} texts")
+            embeddings += batch_embeddings
         return embeddings
 
     @property
@@ -194,9 +194,9 @@ class Judge:
         """The cost of all requests so far, in the currency of the prices: tokens / 10^6 * price, for input and output tokens."""
         usage, settings = self.usage, self.settings
         prices = {"inputPrice": settings.input_price, "outputPrice": settings.output_price}
-        unset = [f"evaluation.judge.{name}" for name, price in prices.items() if price is None]
-        if unset:
-            return MetricValue.missing(f"the cost of the judge needs its prices per million tokens: set {' and '.join(unset)}")
+        unset_fields = [f"evaluation.judge.{name}" for name, price in prices.items() if price is None]
+        if unset_fields:
+            return MetricValue.missing(f"the cost of the judge needs its prices per million tokens: set {' and '.join(unset_fields)}")
         if usage.requests_without_usage:
             return MetricValue.missing(
                 f"the judge's endpoint did not report the tokens of {usage.requests_without_usage} of {usage.requests} requests"
@@ -255,9 +255,9 @@ class Judge:
 
     def _add_usage(self, response: Any) -> None:
         """Add a successful request and its tokens to the usage."""
-        reported = getattr(response, "usage", None)
-        input_tokens = getattr(reported, "prompt_tokens", None)
-        output_tokens = getattr(reported, "completion_tokens", 0) or 0
+        reported_usage = getattr(response, "usage", None)
+        input_tokens = getattr(reported_usage, "prompt_tokens", None)
+        output_tokens = getattr(reported_usage, "completion_tokens", 0) or 0
         has_usage = isinstance(input_tokens, int)
         with self._lock:
             self._failed_in_a_row = 0
@@ -304,13 +304,13 @@ def factual_correctness(judge: Judge, predictions: Sequence[Prediction]) -> Metr
 
     def score(prediction: Prediction) -> float:
         claims = judge.ask(CLAIMS_PROMPT, {"answer": prediction.assistant_response, "reference": prediction.ground_truth or ""}, Claims)
-        supported = sum(claim.supported for claim in claims.answer_claims)
-        unsupported = len(claims.answer_claims) - supported
-        missed = sum(not claim.supported for claim in claims.reference_claims)
+        supported_count = sum(claim.supported for claim in claims.answer_claims)
+        unsupported_count = len(claims.answer_claims) - supported_count
+        missed_count = sum(not claim.supported for claim in claims.reference_claims)
         if not claims.answer_claims and not claims.reference_claims:
             raise UnjudgedError("the judge found no claims")
-        total = 2 * supported + unsupported + missed
-        return 2 * supported / total if total else 0.0
+        total = 2 * supported_count + unsupported_count + missed_count
+        return 2 * supported_count / total if total else 0.0
 
     return _judge_rows(judge, predictions, score)
 
@@ -371,7 +371,7 @@ def answer_correctness(factual: MetricValue, similarity: MetricValue) -> MetricV
         None if claims is None or cosines is None else FACTUAL_CORRECTNESS_WEIGHT * claims + (1 - FACTUAL_CORRECTNESS_WEIGHT) * cosines
         for claims, cosines in pairs
     ]
-    return _judged_mean(rows, {**similarity.row_reasons, **factual.row_reasons}, applicable=sum(_applicable_rows(factual, rows)))
+    return _judged_mean(rows, {**similarity.row_reasons, **factual.row_reasons}, applicable_count=sum(_applicable_rows(factual, rows)))
 
 
 NO_GROUND_TRUTH = "the row has no ground_truth"
@@ -392,36 +392,38 @@ def _judge_rows(
     indices = [index for index, row in enumerate(predictions) if row.ground_truth is not None or not needs_reference]
     if not indices:
         return MetricValue.missing(NO_REFERENCE if predictions else "there are no predictions")
-    stop = threading.Event()
+    stop_event = threading.Event()
 
     def score_one(index: int) -> float | str:
-        if stop.is_set():
+        if stop_event.is_set():
             return "not judged"
         try:
             return score(predictions[index])
         except UnjudgedError as error:
             return str(error)
         except FineTuneError:
-            stop.set()  # All other rows would fail for the same reason.
+            stop_event.set()  # All other rows would fail for the same reason.
             raise
 
     with ThreadPoolExecutor(max_workers=judge.settings.parallel_requests) as pool:
         results = dict(zip(indices, pool.map(score_one, indices), strict=True))
     rows = [result if isinstance(result := results.get(index), float) else None for index in range(len(predictions))]
     reasons = {index: str(results.get(index, NO_GROUND_TRUTH)) for index, row in enumerate(rows) if row is None}
-    return _judged_mean(rows, reasons, applicable=len(indices))
+    return _judged_mean(rows, reasons, applicable_count=len(indices))
 
 
-def _judged_mean(rows: Sequence[float | None], reasons: dict[int, str], *, applicable: int) -> MetricValue:
+def _judged_mean(rows: Sequence[float | None], reasons: dict[int, str], *, applicable_count: int) -> MetricValue:
     """Return the mean of the judged rows.
 
-    `applicable`: the number of rows that can have a score. If fewer than half of these rows are judged, the metric has no value.
+    `applicable_count`: the number of rows that can have a score. If fewer than half of these rows are judged, the metric has no value.
     """
-    judged = sum(row is not None for row in rows)
-    first = next((reasons[index] for index, row in enumerate(rows) if row is None and reasons.get(index) not in (None, NO_GROUND_TRUTH)), "")
-    unjudged = f"{applicable - judged} of {applicable} rows could not be judged (first: {first})" if judged < applicable else None
-    if not judged or 2 * judged < applicable:
-        return MetricValue(None, unjudged or "no row could be judged", list(rows), reasons)
-    skipped = len(rows) - applicable
-    remarks = [unjudged, f"{skipped} of {len(rows)} rows are not scored (first: {NO_GROUND_TRUTH})" if skipped else None]
+    judged_count = sum(row is not None for row in rows)
+    first_reason = next((reasons[index] for index, row in enumerate(rows) if row is None and reasons.get(index) not in (None, NO_GROUND_TRUTH)), "")
+    unjudged_remark = None
+    if judged_count < applicable_count:
+        unjudged_remark = f"{applicable_count - judged_count} of {applicable_count} rows could not be judged (first: {first_reason})"
+    if not judged_count or 2 * judged_count < applicable_count:
+        return MetricValue(None, unjudged_remark or "no row could be judged", list(rows), reasons)
+    skipped_count = len(rows) - applicable_count
+    remarks = [unjudged_remark, f"{skipped_count} of {len(rows)} rows are not scored (first: {NO_GROUND_TRUTH})" if skipped_count else None]
     return mean_of_rows(rows, reasons, reason="; ".join(remark for remark in remarks if remark) or None)

@@ -49,8 +49,8 @@ class Measurements(LenientModel):
 
     def with_values(self, values: Mapping[str, MetricValue]) -> Self:
         """Return a copy of the measurements with `values` in place of the metrics."""
-        stored = {name: StoredMetric(value=value.value, reason=value.reason, rows=value.rows) for name, value in values.items()}
-        return self.model_copy(update={"metrics": stored})
+        stored_metrics = {name: StoredMetric(value=value.value, reason=value.reason, rows=value.rows) for name, value in values.items()}
+        return self.model_copy(update={"metrics": stored_metrics})
 
     @property
     def values(self) -> dict[str, MetricValue]:

@@ -32,9 +32,9 @@ def write_summary(path: Path, metrics: Mapping[str, MetricValue]) -> None:
 
 def write_results(path: Path, metrics: Mapping[str, MetricValue]) -> None:
     """Write `evaluation_results.json`: for each metric its value or null, and the object `reasons` with the reason of each metric that has one."""
-    named = {_name_in_file(metric, RESULT_NAMES): result for metric, result in metrics.items()}
-    reasons = {name: result.reason for name, result in named.items() if result.reason}
-    _write_json(path, {**{name: result.value for name, result in named.items()}, REASONS_KEY: reasons})
+    result_by_name = {_name_in_file(metric, RESULT_NAMES): result for metric, result in metrics.items()}
+    reasons = {name: result.reason for name, result in result_by_name.items() if result.reason}
+    _write_json(path, {**{name: result.value for name, result in result_by_name.items()}, REASONS_KEY: reasons})
 
 
 def _name_in_file(metric: str, names: Mapping[str, str]) -> str:
@@ -98,8 +98,8 @@ def to_cell_text(text: str) -> str:
     if _utf16_length(text) <= MAX_CELL_LENGTH:
         return text
     remark = f" … [cut: the text has {len(text)} characters]"
-    kept = text.encode("utf-16-le")[: 2 * (MAX_CELL_LENGTH - _utf16_length(remark))].decode("utf-16-le", "ignore")
-    return kept + remark
+    kept_text = text.encode("utf-16-le")[: 2 * (MAX_CELL_LENGTH - _utf16_length(remark))].decode("utf-16-le", "ignore")
+    return kept_text + remark
 
 
 def _utf16_length(text: str) -> int:

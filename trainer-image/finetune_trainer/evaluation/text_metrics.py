@@ -34,17 +34,17 @@ def bleu(predictions: Sequence[Prediction]) -> MetricValue:
 
     The scores of the rows are sentence BLEU with the effective order, also from 0 to 100. The mean of the rows' scores is not the corpus BLEU.
     """
-    scored = rows_with_reference(predictions)
-    if not scored:
+    scored_indices = rows_with_reference(predictions)
+    if not scored_indices:
         return MetricValue.missing(NO_REFERENCE)
     from sacrebleu.metrics import BLEU
 
-    answers = [predictions[index].assistant_response for index in scored]
-    references = [_reference(predictions[index]) for index in scored]
-    sentence = BLEU(effective_order=True)
+    answers = [predictions[index].assistant_response for index in scored_indices]
+    references = [_reference(predictions[index]) for index in scored_indices]
+    sentence_bleu = BLEU(effective_order=True)
     rows: list[float | None] = [None] * len(predictions)
-    for index, answer, reference in zip(scored, answers, references, strict=True):
-        rows[index] = _limit_score(sentence.sentence_score(answer, [reference]).score, 100.0)
+    for index, answer, reference in zip(scored_indices, answers, references, strict=True):
+        rows[index] = _limit_score(sentence_bleu.sentence_score(answer, [reference]).score, 100.0)
     value = _limit_score(BLEU().corpus_score(answers, [references]).score, 100.0)
     return MetricValue(value, _unscored_reason(predictions), rows, _reasons_without_reference(predictions))
 
@@ -85,8 +85,8 @@ class _RougeTokenizer:
 
 def rouge(predictions: Sequence[Prediction]) -> dict[str, MetricValue]:
     """Return the F-measures of ROUGE-1, ROUGE-2 and ROUGE-L from 0 to 1, by rouge-score (Lin 2004). Each value is the mean over the rows."""
-    scored = rows_with_reference(predictions)
-    if not scored:
+    scored_indices = rows_with_reference(predictions)
+    if not scored_indices:
         return dict.fromkeys(ROUGE_TYPES, MetricValue.missing(NO_REFERENCE))
     # nltk would import scipy and scikit-learn, which takes two seconds, but its stemmer needs neither of them.
     with hide_temporarily("scipy", "sklearn", unless_imported="nltk"):
@@ -94,7 +94,7 @@ def rouge(predictions: Sequence[Prediction]) -> dict[str, MetricValue]:
 
     scorer = RougeScorer(list(ROUGE_TYPES), tokenizer=_RougeTokenizer())
     rows: dict[str, list[float | None]] = {name: [None] * len(predictions) for name in ROUGE_TYPES}
-    for index in scored:
+    for index in scored_indices:
         scores = scorer.score(_reference(predictions[index]), predictions[index].assistant_response)
         for name in ROUGE_TYPES:
             rows[name][index] = float(scores[name].fmeasure)
@@ -134,16 +134,16 @@ def bertscore(
     """
     if folder is None:
         return dict.fromkeys(BERTSCORE_NAMES, MetricValue.missing(f"BERTScore needs a local encoder model: set {field}"))
-    scored = rows_with_reference(predictions)
-    if not scored:
+    scored_indices = rows_with_reference(predictions)
+    if not scored_indices:
         return dict.fromkeys(BERTSCORE_NAMES, MetricValue.missing(NO_REFERENCE))
-    pairs = {index: (predictions[index].assistant_response.strip(), _reference(predictions[index]).strip()) for index in scored}
-    filled = [index for index, texts in pairs.items() if all(texts)]  # bert-score fails on empty texts with transformers 5
-    scores: dict[int, Sequence[float]] = dict.fromkeys(scored, (0.0, 0.0, 0.0))
-    if filled:
-        answers, references = ([pairs[index][side] for index in filled] for side in (0, 1))
+    pairs = {index: (predictions[index].assistant_response.strip(), _reference(predictions[index]).strip()) for index in scored_indices}
+    filled_indices = [index for index, texts in pairs.items() if all(texts)]  # bert-score fails on empty texts with transformers 5
+    scores: dict[int, Sequence[float]] = dict.fromkeys(scored_indices, (0.0, 0.0, 0.0))
+    if filled_indices:
+        answers, references = ([pairs[index][side] for index in filled_indices] for side in (0, 1))
         results = _compute_bertscores(answers, references, folder, layer, model_name, device, batch_size)
-        scores.update(zip(filled, results, strict=True))
+        scores.update(zip(filled_indices, results, strict=True))
     if not all(math.isfinite(score) for row in scores.values() for score in row):  # bert-score replaces NaN with 0 only in F1
         return dict.fromkeys(BERTSCORE_NAMES, MetricValue.missing(f"the model in {field} computes embeddings that are not finite"))
     metrics = {}
@@ -176,10 +176,10 @@ def _compute_bertscores(
     from transformers import AutoConfig, AutoModel, AutoTokenizer
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    layers = min(layer or _recommended_layer(model_name, folder) or config.num_hidden_layers, config.num_hidden_layers)
+    layer_count = min(layer or _recommended_layer(model_name, folder) or config.num_hidden_layers, config.num_hidden_layers)
     # bert-score would choose the architecture by the name: if the name of the folder contains `t5`, it would load a T5 model.
     with _without_warnings():  # transformers warns that the weights of the layers above are unused.
-        model = AutoModel.from_pretrained(folder, local_files_only=True, num_hidden_layers=layers, dtype=torch.float32)
+        model = AutoModel.from_pretrained(folder, local_files_only=True, num_hidden_layers=layer_count, dtype=torch.float32)
     if config.is_encoder_decoder:
         model = model.get_encoder()
     model = model.to(device).eval()
@@ -190,12 +190,12 @@ def _compute_bertscores(
     for token in (tokenizer.cls_token_id, tokenizer.sep_token_id):
         if token is not None:
             weights[token] = 0.0
-    positions = getattr(config, "max_position_embeddings", None) or 512
+    max_positions = getattr(config, "max_position_embeddings", None) or 512
     if config.model_type in ("roberta", "xlm-roberta", "camembert"):
-        positions -= config.pad_token_id + 1  # In these models, the first position is the padding id plus 1.
-    length = min(tokenizer.model_max_length, positions)
+        max_positions -= config.pad_token_id + 1  # In these models, the first position is the padding id plus 1.
+    max_length = min(tokenizer.model_max_length, max_positions)
     scores: torch.Tensor = bert_cos_score_idf(
-        model, list(references), list(answers), _BertScoreTokenizer(tokenizer, length), weights, batch_size=batch_size, device=device,
+        model, list(references), list(answers), _BertScoreTokenizer(tokenizer, max_length), weights, batch_size=batch_size, device=device,
     )  # fmt: skip
     return scores.double().tolist()
 
@@ -229,20 +229,20 @@ def semantic_similarity(predictions: Sequence[Prediction], embed: Embedder | Non
     """
     if embed is None:
         return MetricValue.missing(f"semantic similarity needs an embedding model: set {field}")
-    scored = rows_with_reference(predictions)
-    if not scored:
+    scored_indices = rows_with_reference(predictions)
+    if not scored_indices:
         return MetricValue.missing(NO_REFERENCE)
-    rows: list[float | None] = [0.0 if index in set(scored) else None for index in range(len(predictions))]
-    filled = [index for index in scored if predictions[index].assistant_response.strip() and _reference(predictions[index]).strip()]
-    answers = [predictions[index].assistant_response for index in filled]
-    references = [_reference(predictions[index]) for index in filled]
+    rows: list[float | None] = [0.0 if index in set(scored_indices) else None for index in range(len(predictions))]
+    filled_indices = [index for index in scored_indices if predictions[index].assistant_response.strip() and _reference(predictions[index]).strip()]
+    answers = [predictions[index].assistant_response for index in filled_indices]
+    references = [_reference(predictions[index]) for index in filled_indices]
     try:
-        embeddings = embed(answers + references) if filled else []
+        embeddings = embed(answers + references) if filled_indices else []
     except NotComputedError as error:
         return MetricValue.missing(str(error))
     reasons = _reasons_without_reference(predictions)
-    for position, index in enumerate(filled):
-        rows[index] = cosine(embeddings[position], embeddings[len(filled) + position])
+    for position, index in enumerate(filled_indices):
+        rows[index] = cosine(embeddings[position], embeddings[len(filled_indices) + position])
         if rows[index] is None:
             reasons[index] = "an embedding is zero or not finite"
     if all(score is None for score in rows):
@@ -271,9 +271,9 @@ def sentence_embedder(folder: Path, *, device: str = "cpu", batch_size: int = 32
 
 def cosine(first: Sequence[float], second: Sequence[float]) -> float | None:
     """Return the cosine of the angle between two vectors; None if one of them is zero or not finite."""
-    norms = math.hypot(*first) * math.hypot(*second)
-    product = math.fsum(left * right for left, right in zip(first, second, strict=True)) if math.isfinite(norms) else math.nan
-    return max(-1.0, min(1.0, product / norms)) if norms and math.isfinite(product) else None
+    norm_product = math.hypot(*first) * math.hypot(*second)
+    dot_product = math.fsum(left * right for left, right in zip(first, second, strict=True)) if math.isfinite(norm_product) else math.nan
+    return max(-1.0, min(1.0, dot_product / norm_product)) if norm_product and math.isfinite(dot_product) else None
 
 
 def _reference(prediction: Prediction) -> str:

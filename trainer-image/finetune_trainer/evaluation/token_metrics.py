@@ -43,13 +43,13 @@ class OutputHead:
     def of(cls, model: Any) -> OutputHead:
         """Return the head of a transformers model. This rank must hold the complete weights of the head, not a shard."""
         layer, config = model.get_output_embeddings(), model.config.get_text_config()
-        size = getattr(layer, "out_features", None) or layer.weight.shape[0]
+        vocabulary_size = getattr(layer, "out_features", None) or layer.weight.shape[0]
         softcap = getattr(config, "final_logit_softcapping", None)
-        return cls(layer, int(size), _logit_scale(config), None if softcap is None else float(softcap))
+        return cls(layer, int(vocabulary_size), _logit_scale(config), None if softcap is None else float(softcap))
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden_states: Tensor) -> Tensor:
         """Return float32 logits, shape (positions, vocabulary size)."""
-        logits = self.project(hidden).float()
+        logits = self.project(hidden_states).float()
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.softcap is not None:
@@ -87,18 +87,18 @@ class TokenPredictions:
 
 @torch.no_grad()
 def shifted_predictions(
-    hidden: Tensor, labels: Tensor, head: OutputHead, *, logits_per_chunk: int = LOGITS_PER_CHUNK
+    hidden_states: Tensor, labels: Tensor, head: OutputHead, *, logits_per_chunk: int = LOGITS_PER_CHUNK
 ) -> TokenPredictions:
     """Return prediction, label and negative log-likelihood for each token that counts.
 
-    `hidden`: the output of the last layer before the head, shape (batch, length, hidden size). `labels`: shape (batch, length), not
+    `hidden_states`: the output of the last layer before the head, shape (batch, length, hidden size). `labels`: shape (batch, length), not
     shifted: the hidden state at position i predicts the label at position i + 1. Tokens with the label -100 do not count.
     """
     targets = labels[:, 1:]
     is_counted = targets != IGNORED_LABEL
-    states, targets = hidden[:, :-1][is_counted.to(hidden.device)], targets[is_counted].to(hidden.device)
+    states, targets = hidden_states[:, :-1][is_counted.to(hidden_states.device)], targets[is_counted].to(hidden_states.device)
     predicted = torch.empty_like(targets)
-    losses = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)
+    losses = torch.empty(targets.shape, dtype=torch.float32, device=hidden_states.device)
     chunk_size = max(1, logits_per_chunk // head.vocabulary_size)
     for start in range(0, len(targets), chunk_size):
         chunk = slice(start, start + chunk_size)
@@ -248,19 +248,19 @@ def row_shares(labels: TokenArray, predicted: TokenArray, row_lengths: Sequence[
     jackknife (Jaeckel 1972). The mean of the shares is the metric itself, because the metric does not change if all counts are multiplied by the same
     number.
     """
-    size = int(max(labels.max(), predicted.max())) + 1
+    vocabulary_size = int(max(labels.max(), predicted.max())) + 1
     total, is_correct = len(labels), labels == predicted
     label_counts, predicted_counts, correct_counts = (
-        np.bincount(tokens, minlength=size).astype(np.float64) for tokens in (labels, predicted, labels[is_correct])
+        np.bincount(tokens, minlength=vocabulary_size).astype(np.float64) for tokens in (labels, predicted, labels[is_correct])
     )
     shares = []
     for divisor, factor, divisor_has_labels in ((predicted_counts, 1.0, False), (label_counts + predicted_counts, 2.0, True)):
-        scores = np.divide(factor * correct_counts, divisor, out=np.zeros(size), where=divisor > 0)
-        slopes = np.divide(label_counts, divisor, out=np.zeros(size), where=divisor > 0)
+        scores = np.divide(factor * correct_counts, divisor, out=np.zeros(vocabulary_size), where=divisor > 0)
+        slopes = np.divide(label_counts, divisor, out=np.zeros(vocabulary_size), where=divisor > 0)
         value = float((label_counts * scores).sum()) / total
-        by_choice = -slopes * scores
-        by_label = scores - value + (by_choice if divisor_has_labels else 0.0)
-        token_contributions = by_label[labels] + by_choice[predicted] + np.where(is_correct, factor * slopes[labels], 0.0)
+        contribution_by_choice = -slopes * scores
+        contribution_by_label = scores - value + (contribution_by_choice if divisor_has_labels else 0.0)
+        token_contributions = contribution_by_label[labels] + contribution_by_choice[predicted] + np.where(is_correct, factor * slopes[labels], 0.0)
         ends = np.cumsum([0, *row_lengths])
         sums = np.concatenate([[0.0], np.cumsum(token_contributions)])[ends]
         shares.append((value + len(row_lengths) * np.diff(sums) / total).tolist())

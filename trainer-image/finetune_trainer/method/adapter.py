@@ -41,19 +41,19 @@ class ExistingAdapter(PeftMethod, types=(MethodType.ADAPTER,)):
         """
         run, folder = self.context.run, self.context.inputs.adapter
         source = redact_source((run.spec.method.adapter.source if run.spec.method.adapter else None) or "")
-        base = redact_source(run.spec.model.source or "")
+        base_source = redact_source(run.spec.model.source or "")
         assert folder is not None, "the supervisor downloads method.adapter.source"
         config = _read_config(folder, source)
         _require_continuable(config, run, source)
         self._require_new_tokens(config, source)
         weights = _read_weights(folder, source)
         try:
-            peft_model = self._load_adapter(model, folder, weights, f"{source} does not fit {base}")
+            peft_model = self._load_adapter(model, folder, weights, f"{source} does not fit {base_source}")
         except (RuntimeError, ValueError, KeyError) as error:
             lines = [line.strip() for line in str(error).strip().split("\n")]
             reason = next((line for line in lines if "size mismatch" in line), lines[0])[:200]
             raise ConfigError(
-                "AdapterOfAnotherBase", f"{source} does not fit {base}: {reason}",
+                "AdapterOfAnotherBase", f"{source} does not fit {base_source}: {reason}",
                 hint="give the base model of the adapter",
             ) from error  # fmt: skip
         expose_head_bias(peft_model)
@@ -78,8 +78,8 @@ class ExistingAdapter(PeftMethod, types=(MethodType.ADAPTER,)):
         from peft import PeftModel
         from peft.utils.save_and_load import set_peft_model_state_dict
 
-        base = dict(model.named_parameters(remove_duplicate=False))
-        base_weights = {name: base[name] for name in map(_base_name, weights) if name in base}
+        base_parameters = dict(model.named_parameters(remove_duplicate=False))
+        base_weights = {name: base_parameters[name] for name in map(_base_name, weights) if name in base_parameters}
         weights_before = {name: parameter.detach().clone() for name, parameter in base_weights.items()}
         peft_model = PeftModel.from_pretrained(
             model, folder, is_trainable=True, autocast_adapter_dtype=not self.keeps_base_dtype
@@ -87,17 +87,18 @@ class ExistingAdapter(PeftMethod, types=(MethodType.ADAPTER,)):
         # The weights are loaded a second time, because only this call returns the missing and unexpected keys.
         loaded: Any = set_peft_model_state_dict(peft_model, dict(weights))
         _require_all_keys(
-            _absent_weights(peft_model, set(loaded.missing_keys)), sorted(loaded.unexpected_keys), error_prefix
+            _list_absent_weights(peft_model, set(loaded.missing_keys)), sorted(loaded.unexpected_keys), error_prefix
         )
-        changed = [
+        changed_names = [
             name
             for name, parameter in base_weights.items()
             if not parameter.requires_grad and not torch.equal(parameter.detach(), weights_before[name])
         ]
-        if changed:
+        if changed_names:
             raise ConfigError(
                 "AdapterNotContinuable",
-                f"{error_prefix}: the adapter file changes the frozen base weights {', '.join(changed[:4])}, but the resulting adapter would not contain them",
+                f"{error_prefix}: the adapter file changes the frozen base weights {', '.join(changed_names[:4])}, "
+                "but the resulting adapter would not contain them",
                 hint="merge these weights into the base model, or give the base model that already has them",
             )  # fmt: skip
         return peft_model
@@ -172,7 +173,7 @@ def _require_all_keys(absent_names: list[str], unexpected_names: list[str], erro
         )  # fmt: skip
 
 
-def _absent_weights(peft_model: Any, missing_names: set[str]) -> list[str]:
+def _list_absent_weights(peft_model: Any, missing_names: set[str]) -> list[str]:
     """Return a name of each trained parameter that the adapter file lacks.
 
     A parameter that layers share, such as VB-LoRA's vector bank, has several names. The adapter file needs to contain only one of these names.

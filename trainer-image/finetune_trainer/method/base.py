@@ -124,9 +124,9 @@ def require_unshared_saved_modules(model: Any) -> None:
     """
     if not hasattr(model, "peft_config"):
         return
-    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    use_counts = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     for name, original in find_copied_modules(model).items():
-        if any(uses[id(parameter)] > 1 for parameter in original.parameters()):
+        if any(use_counts[id(parameter)] > 1 for parameter in original.parameters()):
             raise ConfigError(
                 "StrategyAndMethod",
                 f"method.lora.modulesToSave names {name.rsplit('.', 1)[-1]}, but this module shares its weight with another module: FSDP cannot shard it",

@@ -43,7 +43,7 @@ def initialize_from_inputs(trainer: Any) -> None:
         )  # fmt: skip
     if device != trainer.args.device:  # a model that will be sharded is moved to the GPU when training begins
         model.to(trainer.args.device)
-    with _padded_batches(trainer.data_collator):
+    with _use_padded_batches(trainer.data_collator):
         initialize_lora_eva_weights(
             model, dataloader=_EndlessInputs(trainer, rank), show_progress_bar=False,
             gather_distributed_inputs=trainer.accelerator.num_processes > 1,
@@ -53,7 +53,7 @@ def initialize_from_inputs(trainer: Any) -> None:
 
 
 @contextmanager
-def _padded_batches(collator: Any) -> Iterator[None]:
+def _use_padded_batches(collator: Any) -> Iterator[None]:
     """Make the collator pad its batches within the context, even in a padding-free run.
 
     PEFT recognises padding by the attention mask, and accepts only batches of tensors.
@@ -77,23 +77,23 @@ class _EndlessInputs:
         self._trainer, self._rank = trainer, rank
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        read_batches = most_tokens = 0
+        read_batch_count = max_token_count = 0
         while True:
             for batch in self._trainer.get_train_dataloader():
                 inputs = {name: batch[name].to(self._trainer.args.device) for name in ("input_ids", "attention_mask")}
-                tokens = self._trainer.accelerator.reduce(inputs["attention_mask"].sum(), reduction="sum")
-                most_tokens = max(most_tokens, int(tokens))
-                read_batches += 1
-                if read_batches > MAX_BATCHES:
+                token_count = self._trainer.accelerator.reduce(inputs["attention_mask"].sum(), reduction="sum")
+                max_token_count = max(max_token_count, int(token_count))
+                read_batch_count += 1
+                if read_batch_count > MAX_BATCHES:
                     break
                 yield inputs
-            if most_tokens < self._rank:
+            if max_token_count < self._rank:
                 raise ConfigError(
                     "InitUnavailable",
-                    f"method.lora.init eva needs {self._rank} directions (method.lora.rank), but no batch has more than {most_tokens} tokens",
+                    f"method.lora.init eva needs {self._rank} directions (method.lora.rank), but no batch has more than {max_token_count} tokens",
                     hint="lower the rank, raise training.batchSizePerDevice, or write another init",
                 )
-            if read_batches > MAX_BATCHES:
+            if read_batch_count > MAX_BATCHES:
                 raise ConfigError(
                     "InitUnavailable", f"method.lora.init eva did not find {self._rank} stable directions in {MAX_BATCHES} batches",
                     hint="lower method.lora.rank, raise training.batchSizePerDevice, or write another init",

@@ -34,12 +34,12 @@ def expert_parameter_names(model: Any) -> list[str]:
 
 def layers_without_adapter(model: Any) -> dict[str, list[str]]:
     """Return the linear layers that `all-linear` leaves out: for each reason, the last parts of the layers' names, sorted."""
-    linear = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if hasattr(module, "in_features")}
-    routers = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if "Router" in type(module).__name__}
-    state_space = STATE_SPACE_NAMES if getattr(model.config, "model_type", None) in STATE_SPACE_MODEL_TYPES else ()
+    linear_names = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if hasattr(module, "in_features")}
+    router_names = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if "Router" in type(module).__name__}
+    state_space_names = STATE_SPACE_NAMES if getattr(model.config, "model_type", None) in STATE_SPACE_MODEL_TYPES else ()
     reasons = {
         "PEFT interprets these names as the routed experts": reinterpreted_lora_targets(model),
-        "the kernel of state-space layers reads these weights directly": state_space,
-        "routers choose the experts of a token": routers,
+        "the kernel of state-space layers reads these weights directly": state_space_names,
+        "routers choose the experts of a token": router_names,
     }
-    return {reason: sorted(linear.intersection(names)) for reason, names in reasons.items() if linear.intersection(names)}
+    return {reason: sorted(linear_names.intersection(names)) for reason, names in reasons.items() if linear_names.intersection(names)}

@@ -24,12 +24,12 @@ class Ia3(PeftMethod, types=(MethodType.IA3,)):
         from peft import IA3Config, get_peft_model
 
         names = linear_layer_names(model)
-        mlp = [name for name in MLP_OUTPUT_LAYERS if name in names][:1]
-        attention = [name for name in KEY_AND_VALUE_LAYERS if name in names]
-        if not mlp or not attention:
+        mlp_names = [name for name in MLP_OUTPUT_LAYERS if name in names][:1]
+        attention_names = [name for name in KEY_AND_VALUE_LAYERS if name in names]
+        if not mlp_names or not attention_names:
             raise ConfigError(
                 "TargetModulesMissing", f"ia3 needs key, value and MLP layers with known names, but the model only has {', '.join(names)}",
                 hint="write method lora, which finds the layers by type",
             )  # fmt: skip
-        config = IA3Config(task_type=peft_task_type(model), target_modules=[*attention, *mlp], feedforward_modules=mlp)
+        config = IA3Config(task_type=peft_task_type(model), target_modules=[*attention_names, *mlp_names], feedforward_modules=mlp_names)
         return TrainableModel(get_peft_model(model, config), OutputKind.ADAPTER)

@@ -56,18 +56,18 @@ class Lora(PeftMethod, types=(MethodType.LORA, MethodType.QLORA, MethodType.DORA
                 "InitUnavailable", f"method.lora.init {self.init} subtracts a part of the base weights, but the model is stored quantised",
                 hint="give the unquantised model, or remove init",
             )  # fmt: skip
-        wrapped = get_peft_model(model, config, autocast_adapter_dtype=not self.keeps_base_dtype)
+        peft_model = get_peft_model(model, config, autocast_adapter_dtype=not self.keeps_base_dtype)
         if self.context.new_token_ids:
             # If the vocabulary size differs from that of the base model at this path, PEFT saves the complete embeddings with each
             # adapter. New tokens change the vocabulary size, so the path is removed from the adapter's configuration.
             config.base_model_name_or_path = ""
-            expose_head_bias(wrapped)
-        trainable = TrainableModel(wrapped, OutputKind.ADAPTER, notes=notes)
+            expose_head_bias(peft_model)
+        trainable = TrainableModel(peft_model, OutputKind.ADAPTER, notes=notes)
         if self.init in INITS_CHANGING_BASE:
-            require_splittable_layers(wrapped, self.init, config.r)
+            require_splittable_layers(peft_model, self.init, config.r)
             trainable.initial_adapter = self.context.inputs.output_dir.parent / "initial-adapter"
             config.init_lora_weights = True
-            wrapped.save_pretrained(trainable.initial_adapter)
+            peft_model.save_pretrained(trainable.initial_adapter)
             config.init_lora_weights = PEFT_INIT[self.init]
             trainable.notes.append(
                 f"init {self.init}: the final adapter is written for the unchanged base model, with twice the rank"
@@ -104,7 +104,7 @@ class Lora(PeftMethod, types=(MethodType.LORA, MethodType.QLORA, MethodType.DORA
         lora = method.lora
         assert lora is not None, "finetune_api.defaults fills method.lora for these methods"
         targets, parts = target_modules(model, lora.target_modules), TrainedParts.of(self.context.run)
-        excluded = None if parts is None else parts.excluded_names_pattern(model)
+        excluded_pattern = None if parts is None else parts.excluded_names_pattern(model)
         if parts is not None:
             parts.require_targets(model, targets, linear_layer_names(model))
         return LoraConfig(
@@ -113,7 +113,7 @@ class Lora(PeftMethod, types=(MethodType.LORA, MethodType.QLORA, MethodType.DORA
             lora_alpha=32 if lora.alpha is None else lora.alpha,
             lora_dropout=lora.dropout or 0.0,
             target_modules=targets,
-            exclude_modules=None if excluded == PATTERN_WITHOUT_MATCH else excluded,
+            exclude_modules=None if excluded_pattern == PATTERN_WITHOUT_MATCH else excluded_pattern,
             target_parameters=target_parameters(model, lora.target_parameters),
             modules_to_save=modules_to_save(model, lora.modules_to_save),
             bias=PEFT_BIAS[lora.bias or LoraBias.NONE],
@@ -128,13 +128,13 @@ class Lora(PeftMethod, types=(MethodType.LORA, MethodType.QLORA, MethodType.DORA
         """Return notes about parts of the model that have no adapter, although a user may expect one."""
         lora, experts, parts = self.context.run.spec.method.lora, expert_parameter_names(model), TrainedParts.of(self.context.run)
         notes = [] if parts is None else parts.describe_frozen_parts(model)
-        requested = (lora.target_modules if lora else None) or ()
-        if experts and not (lora and lora.target_parameters) and not reinterpreted_lora_targets(model).intersection(requested):
+        requested_names = (lora.target_modules if lora else None) or ()
+        if experts and not (lora and lora.target_parameters) and not reinterpreted_lora_targets(model).intersection(requested_names):
             notes.append(
                 f"the routed experts ({', '.join(experts)}) have no adapter, so their weights do not change; "
                 f"to train adapters for them, write `targetParameters: [{ALL_EXPERTS}]` in method.lora"
             )
-        if _selects_all_layers(requested):
+        if _selects_all_layers(requested_names):
             notes += [f"layers named {', '.join(names)} have no adapter: {reason}" for reason, names in layers_without_adapter(model).items()]
         return notes
 
@@ -149,11 +149,12 @@ class Lora(PeftMethod, types=(MethodType.LORA, MethodType.QLORA, MethodType.DORA
                 hint="write `distributed: {strategy: ddp}`, or remove targetParameters",
             )  # fmt: skip
         lora = self.context.run.spec.method.lora
-        experts = reinterpreted_lora_targets(model).intersection((lora.target_modules if lora else None) or ())
-        if lora is not None and lora.dropout and experts:
+        expert_names = reinterpreted_lora_targets(model).intersection((lora.target_modules if lora else None) or ())
+        if lora is not None and lora.dropout and expert_names:
             raise ConfigError(
                 "DropoutOnExperts",
-                f"method.lora.targetModules names {', '.join(sorted(experts))}, the routed experts of this model, but adapters of experts cannot have dropout",
+                f"method.lora.targetModules names {', '.join(sorted(expert_names))}, the routed experts of this model, "
+                "but adapters of experts cannot have dropout",
                 hint="write `dropout: 0`, or remove these names",
             )  # fmt: skip
 
@@ -165,15 +166,15 @@ class Lora(PeftMethod, types=(MethodType.LORA, MethodType.QLORA, MethodType.DORA
         lora = self.context.run.spec.method.lora
         if not self.context.new_token_ids or lora is None:
             return None
-        embeddings = vocabulary.embedding_names(model)
-        embeddings_twice = [name for name in lora.target_modules or () if name.rsplit(".", 1)[-1] in embeddings]
-        if embeddings_twice:
+        embedding_names = vocabulary.embedding_names(model)
+        embeddings_selected_twice = [name for name in lora.target_modules or () if name.rsplit(".", 1)[-1] in embedding_names]
+        if embeddings_selected_twice:
             raise ConfigError(
-                "NewTokensTwice", f"method.lora.targetModules names {embeddings_twice[0]}, but model.newTokens trains rows of this module",
-                hint=f"remove targetModules or newTokens, or put {embeddings_twice[0]} into method.lora.modulesToSave to train it in full",
+                "NewTokensTwice", f"method.lora.targetModules names {embeddings_selected_twice[0]}, but model.newTokens trains rows of this module",
+                hint=f"remove targetModules or newTokens, or put {embeddings_selected_twice[0]} into method.lora.modulesToSave to train it in full",
             )  # fmt: skip
         saved_modules = lora.modules_to_save or ()
-        return {name: list(self.context.new_token_ids) for name in embeddings if name not in saved_modules} or None
+        return {name: list(self.context.new_token_ids) for name in embedding_names if name not in saved_modules} or None
 
 
 def require_splittable_layers(model: Any, init: LoraInit, rank: int) -> None:
@@ -210,16 +211,16 @@ def _selects_all_layers(requested_names: Sequence[str] | None) -> bool:
 def target_modules(model: Any, requested_names: Sequence[str] | None) -> str | list[str]:
     """Return the target modules for PEFT's configuration. Errors: ConfigError TargetModulesMissing for unknown names, LoraOnHead."""
     if _selects_all_layers(requested_names):
-        left_out = [name for names in layers_without_adapter(model).values() for name in names]
+        left_out_names = [name for names in layers_without_adapter(model).values() for name in names]
         # With `all-linear`, PEFT would also put adapters on the experts and routers of some model types, so the layers are named instead.
-        is_special = left_out or expert_parameter_names(model)
-        return [name for name in linear_layer_names(model) if name not in (*left_out, *HEAD_NAMES)] if is_special else ALL_LINEAR
-    heads = [name for name in requested_names if name.rsplit(".", 1)[-1] in HEAD_NAMES and _is_head(model, name)]
-    if heads:
+        is_special = left_out_names or expert_parameter_names(model)
+        return [name for name in linear_layer_names(model) if name not in (*left_out_names, *HEAD_NAMES)] if is_special else ALL_LINEAR
+    head_names = [name for name in requested_names if name.rsplit(".", 1)[-1] in HEAD_NAMES and _is_head(model, name)]
+    if head_names:
         raise ConfigError(
-            "LoraOnHead", f"method.lora.targetModules names the head {heads[0]}, but an adapter on the head would never learn, "
+            "LoraOnHead", f"method.lora.targetModules names the head {head_names[0]}, but an adapter on the head would never learn, "
             "because the loss bypasses the adapter",
-            hint=f"put {heads[0]} into method.lora.modulesToSave to train it in full",
+            hint=f"put {head_names[0]} into method.lora.modulesToSave to train it in full",
         )  # fmt: skip
     _require_modules(model, requested_names, "method.lora.targetModules", linear_layer_names(model))
     return list(requested_names)
@@ -229,19 +230,19 @@ def target_parameters(model: Any, requested_names: Sequence[str] | None) -> list
     """Return the target parameters for PEFT's configuration. Errors: ConfigError TargetParametersMissing for unknown names."""
     if not requested_names:
         return None
-    experts = expert_parameter_names(model)
+    expert_names = expert_parameter_names(model)
     names = [name for name, _ in model.named_parameters()]
-    absent = [
+    absent_names = [
         name for name in requested_names
-        if not (experts if name == ALL_EXPERTS else any(full == name or full.endswith("." + name) for full in names))
+        if not (expert_names if name == ALL_EXPERTS else any(full == name or full.endswith("." + name) for full in names))
     ]  # fmt: skip
-    if absent:
-        available = f"name parameters of the model, such as {', '.join(experts)}" if experts else "the model has no routed experts"
+    if absent_names:
+        hint = f"name parameters of the model, such as {', '.join(expert_names)}" if expert_names else "the model has no routed experts"
         raise ConfigError(
-            "TargetParametersMissing", f"method.lora.targetParameters names {', '.join(absent)}, but the model has no such parameter",
-            hint=f"{available}, or remove the field",
+            "TargetParametersMissing", f"method.lora.targetParameters names {', '.join(absent_names)}, but the model has no such parameter",
+            hint=f"{hint}, or remove the field",
         )  # fmt: skip
-    return sorted({parameter for name in requested_names for parameter in (experts if name == ALL_EXPERTS else [name])})
+    return sorted({parameter for name in requested_names for parameter in (expert_names if name == ALL_EXPERTS else [name])})
 
 
 def modules_to_save(model: Any, requested_names: Sequence[str] | None) -> list[str] | None:

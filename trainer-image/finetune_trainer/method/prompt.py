@@ -19,7 +19,7 @@ class PromptLearning(PeftMethod, types=(MethodType.PREFIX_TUNING, MethodType.PRO
         from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 
         method = self.context.run.spec.method
-        config = PrefixTuningConfig if method.type is MethodType.PREFIX_TUNING else PromptTuningConfig
-        length = int(value_or_default(method, "prompt_length"))
-        wrapped = get_peft_model(model, config(task_type=peft_task_type(model), num_virtual_tokens=length))
-        return TrainableModel(wrapped, OutputKind.ADAPTER)
+        config_class = PrefixTuningConfig if method.type is MethodType.PREFIX_TUNING else PromptTuningConfig
+        prompt_length = int(value_or_default(method, "prompt_length"))
+        peft_model = get_peft_model(model, config_class(task_type=peft_task_type(model), num_virtual_tokens=prompt_length))
+        return TrainableModel(peft_model, OutputKind.ADAPTER)

@@ -66,13 +66,13 @@ class ModuleSelection:
     def to_json(self) -> str:
         """Return the content of `spectrum_snr.json`. An infinite SNR is written as null."""
         modules = {m.name: {"snr": m.snr if math.isfinite(m.snr) else None, "type": m.type} for m in self.scanned_modules}
-        value = {
+        content = {
             "metric": self.metric,
             "snrThreshold": self.snr_threshold,
             "modules": modules,
             "trained": list(self.modules),
         }
-        return json.dumps(value, indent=2, sort_keys=True) + "\n"
+        return json.dumps(content, indent=2, sort_keys=True) + "\n"
 
 
 class Spectrum(Method, types=(MethodType.SPECTRUM,)):
@@ -99,14 +99,14 @@ class Spectrum(Method, types=(MethodType.SPECTRUM,)):
         is_quantized = bool(getattr(model, "is_loaded_in_4bit", False))
         always_trained_modules = [] if is_quantized else [model.get_input_embeddings(), model.get_output_embeddings()]
         always_trained_modules.append(getattr(model, "score", None))  # a reward model's random head
-        always_trained = {id(p) for module in always_trained_modules if module is not None for p in module.parameters()}
+        always_trained_ids = {id(p) for module in always_trained_modules if module is not None for p in module.parameters()}
         for name, parameter in model.named_parameters():
-            is_selected = name.rsplit(".", 1)[0] in selection.modules or id(parameter) in always_trained
+            is_selected = name.rsplit(".", 1)[0] in selection.modules or id(parameter) in always_trained_ids
             parameter.requires_grad_(is_selected and parameter.is_floating_point())
             if is_selected and is_quantized and parameter.is_floating_point():
                 parameter.data = parameter.data.float()
-        also_trained = "" if is_quantized else ", the head and the embeddings"
-        notes = [f"spectrum trains {len(selection.modules)} modules{also_trained}"]
+        also_trained_parts = "" if is_quantized else ", the head and the embeddings"
+        notes = [f"spectrum trains {len(selection.modules)} modules{also_trained_parts}"]
         return TrainableModel(model, OutputKind.MODEL, notes=notes, extra_files={SNR_FILE: selection.to_json()})
 
     def after_apply(self, trainable: TrainableModel) -> None:
@@ -129,33 +129,33 @@ def select_modules(run: RunConfig, inputs: Inputs, model: Any) -> ModuleSelectio
     Errors: ConfigError SpectrumLayerMissing, SpectrumSelectsNothing.
     """
     spec = run.spec.method.spectrum
-    modules = dict(_linear_modules(model))
+    modules = dict(_find_linear_modules(model))
     if spec is not None and spec.layers is not None:
         model_layers = {layer for layer, _ in modules.values()}
-        absent = sorted(set(spec.layers) - model_layers)
-        if absent:
+        absent_layers = sorted(set(spec.layers) - model_layers)
+        if absent_layers:
             raise ConfigError(
-                "SpectrumLayerMissing", f"method.spectrum.layers names {', '.join(map(str, absent))}; the model has layers 0 to {max(model_layers)}",
+                "SpectrumLayerMissing", f"method.spectrum.layers names {', '.join(map(str, absent_layers))}; the model has layers 0 to {max(model_layers)}",
                 hint="name layers that the model has",
             )  # fmt: skip
         return ModuleSelection(tuple(name for name, (layer, _) in modules.items() if layer in spec.layers))
     metric = (spec.metric if spec else None) or SpectrumMetric.MARCHENKO_PASTUR
     threshold = 0.5 if spec is None or spec.snr_threshold is None else spec.snr_threshold
-    file = inputs.output_dir.parent / f"spectrum-{SCAN_CACHE_VERSION}-{metric}-{_as_file_name(inputs.model_revision)}.json"
+    scan_file = inputs.output_dir.parent / f"spectrum-{SCAN_CACHE_VERSION}-{metric}-{_as_file_name(inputs.model_revision)}.json"
     with local_rank_0_first():
-        scan = _load_or_make_scan(file, model, metric, torch.device("cuda") if uses_gpu(run) else torch.device("cpu"))
-    by_layer = metric is SpectrumMetric.MEAN_OVER_STD
-    selected = _best_layers(scan, threshold) if by_layer else _best_of_each_type(scan, 1 - threshold)
-    if not selected:
+        scan = _load_or_make_scan(scan_file, model, metric, torch.device("cuda") if uses_gpu(run) else torch.device("cpu"))
+    selects_whole_layers = metric is SpectrumMetric.MEAN_OVER_STD
+    selected_names = _choose_best_layers(scan, threshold) if selects_whole_layers else _choose_best_of_each_type(scan, 1 - threshold)
+    if not selected_names:
         raise ConfigError(
             "SpectrumSelectsNothing", f"method.spectrum.snrThreshold {threshold} selects no module", hint="lower snrThreshold"
         )  # fmt: skip
     # Every rank must train the same modules, but nodes may rank two modules with similar SNRs differently because of rounding errors.
-    selected = list(broadcast_object_list(selected))
-    return ModuleSelection(tuple(selected), tuple(scan), metric.value, threshold)
+    selected_names = list(broadcast_object_list(selected_names))
+    return ModuleSelection(tuple(selected_names), tuple(scan), metric.value, threshold)
 
 
-def _linear_modules(model: Any) -> Iterator[tuple[str, tuple[int, str]]]:
+def _find_linear_modules(model: Any) -> Iterator[tuple[str, tuple[int, str]]]:
     """Yield the name, the layer number and the type of each linear module in a numbered layer, as (name, (layer, type))."""
     for name, module in model.named_modules():
         match = _LAYER_NAME_PATTERN.match(name)
@@ -169,12 +169,12 @@ def _load_or_make_scan(file: Path, model: Any, metric: SpectrumMetric, device: t
         return [ScannedModule(**{**item, "snr": float(item["snr"])}) for item in json.loads(file.read_text())]
     scan = [
         ScannedModule(name, layer, module_type, signal_to_noise(_read_weight(model, name, device), metric))
-        for name, (layer, module_type) in _linear_modules(model)
+        for name, (layer, module_type) in _find_linear_modules(model)
     ]
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(f".{id(model)}")
-    temporary.write_text(json.dumps([{**asdict(m), "snr": str(m.snr)} for m in scan]))
-    temporary.rename(file)
+    temporary_file = file.with_suffix(f".{id(model)}")
+    temporary_file.write_text(json.dumps([{**asdict(m), "snr": str(m.snr)} for m in scan]))
+    temporary_file.rename(file)
     return scan
 
 
@@ -186,20 +186,20 @@ def _read_weight(model: Any, name: str, device: torch.device) -> torch.Tensor:
 def signal_to_noise(weight: torch.Tensor, metric: SpectrumMetric) -> float:
     """Return the SNR of a 32-bit weight. The SNR is infinite if no singular value is noise."""
     if metric is SpectrumMetric.MEAN_OVER_STD:
-        deviation = float(weight.std())
-        return float(weight.abs().mean()) / deviation if deviation > 0 else 0.0
-    values = torch.linalg.svdvals(weight)
-    lower_quartile, upper_quartile = torch.quantile(values, torch.tensor([0.25, 0.75], device=values.device)).tolist()
+        standard_deviation = float(weight.std())
+        return float(weight.abs().mean()) / standard_deviation if standard_deviation > 0 else 0.0
+    singular_values = torch.linalg.svdvals(weight)
+    lower_quartile, upper_quartile = torch.quantile(singular_values, torch.tensor([0.25, 0.75], device=singular_values.device)).tolist()
     short_side, long_side = sorted(weight.shape)
     noise_limit = (upper_quartile - lower_quartile) / 1.349 * (1 + math.sqrt(short_side / long_side))
-    signal, noise = float(values[values > noise_limit].sum()), float(values[values <= noise_limit].sum())
-    largest = float(values.max())
-    if largest == 0:
+    signal, noise = float(singular_values[singular_values > noise_limit].sum()), float(singular_values[singular_values <= noise_limit].sum())
+    largest_value = float(singular_values.max())
+    if largest_value == 0:
         return 0.0
-    return signal / noise / largest if noise > 0 else math.inf
+    return signal / noise / largest_value if noise > 0 else math.inf
 
 
-def _best_of_each_type(scanned_modules: Sequence[ScannedModule], selected_share: float) -> list[str]:
+def _choose_best_of_each_type(scanned_modules: Sequence[ScannedModule], selected_share: float) -> list[str]:
     """Return the names of the modules with the highest SNR. Of each type, the share `selected_share` (0 to 1) is selected, rounded down."""
     modules_by_type: dict[str, list[ScannedModule]] = {}
     for module in scanned_modules:
@@ -212,7 +212,7 @@ def _best_of_each_type(scanned_modules: Sequence[ScannedModule], selected_share:
     return [module.name for module in scanned_modules if module.name in selected]
 
 
-def _best_layers(scanned_modules: Sequence[ScannedModule], quantile: float) -> list[str]:
+def _choose_best_layers(scanned_modules: Sequence[ScannedModule], quantile: float) -> list[str]:
     """Return the names of the modules in the best layers.
 
     A layer is selected if its mean SNR is at least the quantile `quantile` (0 to 1) of the mean SNRs of all layers.
@@ -221,8 +221,8 @@ def _best_layers(scanned_modules: Sequence[ScannedModule], quantile: float) -> l
     for module in scanned_modules:
         snrs_by_layer.setdefault(module.layer, []).append(module.snr)
     means: Mapping[int, float] = {layer: sum(snrs) / len(snrs) for layer, snrs in snrs_by_layer.items()}
-    limit = float(torch.quantile(torch.tensor(sorted(means.values()), dtype=torch.float64), quantile))
-    return [module.name for module in scanned_modules if means[module.layer] >= limit - 1e-12]
+    lowest_mean = float(torch.quantile(torch.tensor(sorted(means.values()), dtype=torch.float64), quantile))
+    return [module.name for module in scanned_modules if means[module.layer] >= lowest_mean - 1e-12]
 
 
 def _round_down(count: float) -> int:

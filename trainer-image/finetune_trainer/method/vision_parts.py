@@ -45,9 +45,9 @@ class TrainedParts:
 
     def freeze(self, model: Any) -> None:
         """Freeze the parameters outside of the trained parts."""
-        excluded = re.compile(self.excluded_names_pattern(model))
+        excluded_pattern = re.compile(self.excluded_names_pattern(model))
         for name, parameter in model.named_parameters():
-            if excluded.fullmatch(name):
+            if excluded_pattern.fullmatch(name):
                 parameter.requires_grad_(False)
 
     def excluded_names_pattern(self, model: Any) -> str:
@@ -77,10 +77,10 @@ class TrainedParts:
 
         `targets`: names of modules, or PEFT's word for all linear layers. `linear_names`: names of the linear layers.
         """
-        excluded = re.compile(self.excluded_names_pattern(model))
+        excluded_pattern = re.compile(self.excluded_names_pattern(model))
         names = linear_names if isinstance(targets, str) else targets
         modules = (name for name, _ in model.named_modules() if any(name == target or name.endswith(f".{target}") for target in names))
-        if all(excluded.fullmatch(name) for name in modules):
+        if all(excluded_pattern.fullmatch(name) for name in modules):
             raise ConfigError(
                 "TargetModulesMissing", f"no module would have an adapter: method.vision leaves out all of {', '.join(names)}",
                 hint="change method.vision, or remove method.lora.targetModules",
@@ -89,7 +89,7 @@ class TrainedParts:
 
 def vision_part_names(model: Any) -> list[str]:
     """Return the names of the outermost modules and parameters of the vision part. Errors: ConfigError ModelWithoutVision."""
-    names = list(_names_outside(model, "", _language_modules(model)))
+    names = list(_list_names_outside(model, "", _find_language_modules(model)))
     if not names:
         raise ConfigError(
             "ModelWithoutVision", f"model.modality is visionLanguage, but {type(model).__name__} has no vision layers",
@@ -100,21 +100,21 @@ def vision_part_names(model: Any) -> list[str]:
 
 def language_part_names(model: Any) -> list[str]:
     """Return the names of the decoder and the head."""
-    language_ids = {id(module) for module in _language_modules(model)}
+    language_ids = {id(module) for module in _find_language_modules(model)}
     return [name for name, module in model.named_modules() if id(module) in language_ids]
 
 
-def _language_modules(model: Any) -> list[Any]:
+def _find_language_modules(model: Any) -> list[Any]:
     return [module for module in (model.get_decoder(), model.get_output_embeddings()) if module is not None]
 
 
-def _names_outside(module: Any, prefix: str, skipped: list[Any]) -> Iterator[str]:
+def _list_names_outside(module: Any, prefix: str, skipped: list[Any]) -> Iterator[str]:
     """Yield the names of the outermost children and parameters of `module` that neither are nor contain a skipped module."""
     yield from (prefix + name for name, _ in module.named_parameters(recurse=False))
     for name, child in module.named_children():
         if any(child is other for other in skipped):
             continue
         if any(inner is other for inner in child.modules() for other in skipped):
-            yield from _names_outside(child, f"{prefix}{name}.", skipped)
+            yield from _list_names_outside(child, f"{prefix}{name}.", skipped)
         else:
             yield prefix + name

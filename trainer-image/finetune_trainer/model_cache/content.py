@@ -69,9 +69,9 @@ class _HashOfParts:
     def update(self, data: bytes) -> None:
         view = memoryview(data)
         while view:
-            taken = view[: self._part_bytes - self._filled]
-            self._part.update(taken)
-            self._filled, view = self._filled + len(taken), view[len(taken) :]
+            part_data = view[: self._part_bytes - self._filled]
+            self._part.update(part_data)
+            self._filled, view = self._filled + len(part_data), view[len(part_data) :]
             if self._filled == self._part_bytes:
                 self._end_part()
 
@@ -111,8 +111,8 @@ def create_hasher(file: SourceFile) -> Hasher:
             return _WholeFileHash("sha1", value, b"blob %d\0" % file.size)
         case "md5-parts":
             expected, _, count = value.partition("-")
-            sizes = [size * MIB for size in PART_SIZES_MIB if -(-file.size // (size * MIB)) == int(count)]
-            return _HashOfUnknownPartSize([_HashOfParts(size, expected) for size in sizes])
+            part_sizes = [size * MIB for size in PART_SIZES_MIB if -(-file.size // (size * MIB)) == int(count)]
+            return _HashOfUnknownPartSize([_HashOfParts(size, expected) for size in part_sizes])
     raise ValueError(f"the hash {file.digest} has an unknown form")
 
 
@@ -175,9 +175,9 @@ def _read_blocks(stream: IO[bytes], count_bytes: Callable[[int], None] | None) -
         yield block
 
 
-def _copy_blocks(copy: IO[bytes], blocks: Iterator[bytes]) -> Iterator[bytes]:
+def _copy_blocks(copy_stream: IO[bytes], blocks: Iterator[bytes]) -> Iterator[bytes]:
     for block in blocks:
-        copy.write(block)
+        copy_stream.write(block)
         yield block
 
 

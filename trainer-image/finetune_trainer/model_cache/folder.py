@@ -167,49 +167,53 @@ class CacheFolder:
             entry = self.find(model_key, files)
             if entry is not None:
                 return entry, True
-            partial = self._reserve_space(model_key, sum(file.size for file in files))
+            partial_folder = self._reserve_space(model_key, sum(file.size for file in files))
             try:
-                download(partial / FILES)
-                self._commit(model_key, source, files, partial)
+                download(partial_folder / FILES)
+                self._commit(model_key, source, files, partial_folder)
             except BaseException:
-                shutil.rmtree(partial, ignore_errors=True)
+                shutil.rmtree(partial_folder, ignore_errors=True)
                 raise
             entry = self.find(model_key, files)
         if entry is None:
             raise CacheProblem("another pod removed the model from the cache immediately")
         return entry, False
 
-    def _commit(self, model_key: str, source: str, files: tuple[SourceFile, ...], partial: Path) -> None:
-        touched = _ProgressFile(partial / SIZE)
-        checked = check_files(partial / FILES, files, count_bytes=touched.count)
-        problem = _first_problem(checked)
+    def _commit(self, model_key: str, source: str, files: tuple[SourceFile, ...], partial_folder: Path) -> None:
+        progress_file = _ProgressFile(partial_folder / SIZE)
+        checked_files = check_files(partial_folder / FILES, files, count_bytes=progress_file.count)
+        problem = _first_problem(checked_files)
         if problem:
             raise CacheProblem(f"the downloaded file {problem}")
         sizes = {file.name: file.size for file in files}
-        stored = {
-            one.name: StoredFile(size=sizes[one.name], modified_ns=(partial / FILES / one.name).stat().st_mtime_ns, sha256=one.sha256) for one in checked
+        stored_files = {
+            checked_file.name: StoredFile(
+                size=sizes[checked_file.name], modified_ns=(partial_folder / FILES / checked_file.name).stat().st_mtime_ns,
+                sha256=checked_file.sha256,
+            )
+            for checked_file in checked_files
         }
-        record = EntryRecord(source=source, size=sum(sizes.values()), files=stored)
-        (partial / ENTRY).write_text(record.model_dump_json(by_alias=True))
-        (partial / IN_USE).touch()
+        record = EntryRecord(source=source, size=sum(sizes.values()), files=stored_files)
+        (partial_folder / ENTRY).write_text(record.model_dump_json(by_alias=True))
+        (partial_folder / IN_USE).touch()
         with contextlib.suppress(FileNotFoundError):
             _discard(self._entries / model_key, self._entries / PARTIAL)  # If this folder exists, its record is not valid.
-        partial.rename(self._entries / model_key)
+        partial_folder.rename(self._entries / model_key)
 
     @contextlib.contextmanager
     def _download_lock(self, model_key: str, log_progress: Callable[[int], None] | None) -> Iterator[None]:
         """Wait until this process may download the model. Errors: CacheProblem if the download of another process stalls or takes too long."""
-        partial = self._entries / PARTIAL / model_key
+        partial_folder = self._entries / PARTIAL / model_key
         with _open_lock(self._entries / LOCKS / model_key) as descriptor:
-            started = changed_at = logged_at = time.monotonic()
+            started_at = changed_at = logged_at = time.monotonic()
             last_progress: tuple[int, int] | None = None
             while not _try_lock(descriptor):
-                now, progress = time.monotonic(), _measure_progress(partial)
+                now, progress = time.monotonic(), _measure_progress(partial_folder)
                 if progress != last_progress:
                     last_progress, changed_at = progress, now
                 elif now - changed_at > self._limits.stalled_seconds:
                     raise CacheProblem(f"another pod downloads the model, but has made no progress for {self._limits.stalled_seconds:.0f} s")
-                if now - started > LONGEST_WAIT_SECONDS:
+                if now - started_at > LONGEST_WAIT_SECONDS:
                     raise CacheProblem(f"another pod has downloaded the model for more than {LONGEST_WAIT_SECONDS:.0f} s")
                 if log_progress and now - logged_at > LOG_INTERVAL_SECONDS:
                     logged_at = now
@@ -221,22 +225,22 @@ class CacheFolder:
 
     def _reserve_space(self, model_key: str, size: int) -> Path:
         """Return an empty folder for a download of `size` bytes. If space is missing, remove models that are not in use. Errors: CacheProblem."""
-        partial = self._entries / PARTIAL / model_key
+        partial_folder = self._entries / PARTIAL / model_key
         with _open_lock(self._top / LOCKS / "space") as descriptor:
             self._wait_for_space_lock(descriptor)
-            shutil.rmtree(partial, ignore_errors=True)
-            missing = self._missing_bytes(size)
-            if missing > 0:
-                self._evict(missing, size)
-            (partial / FILES).mkdir(parents=True)
-            (partial / SIZE).write_text(str(size))
-        return partial
+            shutil.rmtree(partial_folder, ignore_errors=True)
+            missing_bytes = self._missing_bytes(size)
+            if missing_bytes > 0:
+                self._evict(missing_bytes, size)
+            (partial_folder / FILES).mkdir(parents=True)
+            (partial_folder / SIZE).write_text(str(size))
+        return partial_folder
 
     def _wait_for_space_lock(self, descriptor: int) -> None:
         """Wait for the lock. Errors: CacheProblem if another process does not release the lock, for example because the volume hangs on its node."""
-        started = time.monotonic()
+        started_at = time.monotonic()
         while not _try_lock(descriptor):
-            if time.monotonic() - started > self._limits.stalled_seconds:
+            if time.monotonic() - started_at > self._limits.stalled_seconds:
                 raise CacheProblem(f"another pod has held the lock for the space of the cache for more than {self._limits.stalled_seconds:.0f} s")
             time.sleep(self._limits.poll_seconds)
 
@@ -245,26 +249,26 @@ class CacheFolder:
 
         Running downloads count as complete.
         """
-        pending_size, unwritten = self._measure_running_downloads()
+        pending_size, unwritten_bytes = self._measure_running_downloads()
         usage = shutil.disk_usage(self._top)
-        missing = size + unwritten - (usage.free - int(usage.total * self._limits.free_share))
+        missing_bytes = size + unwritten_bytes - (usage.free - int(usage.total * self._limits.free_share))
         if self._limits.size_bytes is None:
-            return missing
-        stored = sum(record.size for _, record in self._list_stored_models())
-        return max(missing, stored + pending_size + size - self._limits.size_bytes)
+            return missing_bytes
+        stored_bytes = sum(record.size for _, record in self._list_stored_models())
+        return max(missing_bytes, stored_bytes + pending_size + size - self._limits.size_bytes)
 
     def _measure_running_downloads(self) -> tuple[int, int]:
         """Return the total size of all running downloads, and how many of these bytes are not written yet. Removes downloads of killed processes."""
-        total = unwritten = 0
-        for partial in [folder for entries in self._list_namespace_folders() for folder in (entries / PARTIAL).glob("*")]:
-            with _open_lock(partial.parents[1] / LOCKS / partial.name) as descriptor:
+        total_bytes = unwritten_bytes = 0
+        for partial_folder in [folder for entries in self._list_namespace_folders() for folder in (entries / PARTIAL).glob("*")]:
+            with _open_lock(partial_folder.parents[1] / LOCKS / partial_folder.name) as descriptor:
                 if _try_lock(descriptor):
-                    shutil.rmtree(partial, ignore_errors=True)
+                    shutil.rmtree(partial_folder, ignore_errors=True)
                     continue
             with contextlib.suppress(OSError, ValueError):
-                size = int((partial / SIZE).read_text())
-                total, unwritten = total + size, unwritten + max(0, size - _measure_progress(partial)[0])
-        return total, unwritten
+                size = int((partial_folder / SIZE).read_text())
+                total_bytes, unwritten_bytes = total_bytes + size, unwritten_bytes + max(0, size - _measure_progress(partial_folder)[0])
+        return total_bytes, unwritten_bytes
 
     def _list_namespace_folders(self) -> list[Path]:
         """Return the folders of all namespaces. A folder that this process cannot read, such as a disk's `lost+found`, is left out."""
@@ -275,21 +279,21 @@ class CacheFolder:
         folders = [folder for entries in self._list_namespace_folders() for folder in entries.glob("*") if not folder.name.startswith(".")]
         return [(folder, record) for folder in folders if (record := _read_record(folder)) is not None]
 
-    def _evict(self, missing: int, size: int) -> None:
-        """Remove the least recently used models until `missing` bytes are free. Errors: CacheProblem, before any model is removed, if this is impossible."""
+    def _evict(self, missing_bytes: int, size: int) -> None:
+        """Remove the least recently used models until `missing_bytes` are free. Errors: CacheProblem, before any model is removed, if this is impossible."""
         with contextlib.ExitStack() as locks:
             chosen: list[Path] = []
-            freed = 0
+            freed_bytes = 0
             for folder, record in sorted(self._list_stored_models(), key=lambda item: _read_last_use_time(item[0])):
-                if freed >= missing:
+                if freed_bytes >= missing_bytes:
                     break
                 if time.time() - _read_last_use_time(folder) > self._limits.recent_seconds and _lock_if_unused(folder, locks):
                     chosen.append(folder)
-                    freed += record.size
-            if freed < missing:
+                    freed_bytes += record.size
+            if freed_bytes < missing_bytes:
                 raise CacheProblem(
-                    f"the cache has no space for {size / 1e9:.2f} GB: {missing / 1e9:.2f} GB are missing, and the models that are not in use have "
-                    f"{freed / 1e9:.2f} GB"
+                    f"the cache has no space for {size / 1e9:.2f} GB: {missing_bytes / 1e9:.2f} GB are missing, and the models that are not in use have "
+                    f"{freed_bytes / 1e9:.2f} GB"
                 )
             for folder in chosen:
                 log.info("the model %s is removed from the cache", folder.name)
@@ -308,8 +312,8 @@ class _ProgressFile:
             os.utime(self._file)
 
 
-def _first_problem(checked: list[CheckedFile]) -> str:
-    return next((one.problem for one in checked if one.problem), "")
+def _first_problem(checked_files: list[CheckedFile]) -> str:
+    return next((one.problem for one in checked_files if one.problem), "")
 
 
 def _read_record(folder: Path) -> EntryRecord | None:
@@ -326,12 +330,12 @@ def _read_record(folder: Path) -> EntryRecord | None:
 def _is_unchanged(folder: Path, record: EntryRecord, files: tuple[SourceFile, ...]) -> bool:
     """Whether all files have the size and the modification time that were recorded after their verification."""
     for file in files:
-        stored = record.files.get(file.name)
+        stored_file = record.files.get(file.name)
         try:
             status = (folder / file.name).lstat()
         except OSError:
             return False
-        if stored is None or (status.st_size, status.st_mtime_ns) != (stored.size, stored.modified_ns) or stored.size != file.size:
+        if stored_file is None or (status.st_size, status.st_mtime_ns) != (stored_file.size, stored_file.modified_ns) or stored_file.size != file.size:
             return False
     return True
 
@@ -344,12 +348,12 @@ def _is_readable(folder: Path) -> bool:
     return True
 
 
-def _discard(folder: Path, partial: Path) -> None:
-    """Remove a folder. The folder is first moved into the folder `partial`, so that no process finds an incomplete model. Errors: OSError."""
-    partial.mkdir(exist_ok=True)
-    removed = partial / f".removed-{folder.name}-{os.urandom(4).hex()}"
-    folder.rename(removed)
-    shutil.rmtree(removed, ignore_errors=True)
+def _discard(folder: Path, partial_parent: Path) -> None:
+    """Remove a folder. The folder is first moved into the folder `partial_parent`, so that no process finds an incomplete model. Errors: OSError."""
+    partial_parent.mkdir(exist_ok=True)
+    removed_folder = partial_parent / f".removed-{folder.name}-{os.urandom(4).hex()}"
+    folder.rename(removed_folder)
+    shutil.rmtree(removed_folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -393,10 +397,10 @@ def _read_last_use_time(folder: Path) -> float:
 
 def _measure_progress(folder: Path) -> tuple[int, int]:
     """Return the total size of all files below a folder in bytes, and the newest modification time of these files in ns."""
-    size = newest = 0
+    total_bytes = newest_change = 0
     for parent, _, names in os.walk(folder):
         for name in names:
             with contextlib.suppress(OSError):
                 status = Path(parent, name).lstat()
-                size, newest = size + status.st_size, max(newest, status.st_mtime_ns)
-    return size, newest
+                total_bytes, newest_change = total_bytes + status.st_size, max(newest_change, status.st_mtime_ns)
+    return total_bytes, newest_change

@@ -58,9 +58,9 @@ class CacheRecord(LenientModel):
 
     def write(self, work_folder: Path) -> None:
         """Write the record into the work folder atomically. Errors: OSError."""
-        partial = work_folder / f".{FILE_NAME}"
-        partial.write_text(self.model_dump_json(by_alias=True))
-        partial.rename(work_folder / FILE_NAME)
+        partial_file = work_folder / f".{FILE_NAME}"
+        partial_file.write_text(self.model_dump_json(by_alias=True))
+        partial_file.rename(work_folder / FILE_NAME)
 
     @staticmethod
     def read(work_folder: Path) -> CacheRecord | None:

@@ -84,12 +84,12 @@ class SplitCounts:
         """Return sentences about the counts for the status. `split`: the split's name."""
         notes = [f"{split}: {self.rows} rows, the longest has {self.longest} tokens"]
         if self.cut:
-            limit = (
+            limit_text = (
                 f"{MAX_COMPLETION_LENGTH_FIELD} {limits.max_answer_length}"
                 if limits.max_answer_length
                 else f"dataset.maxSequenceLength {limits.max_row_length}"
             )
-            notes.append(f"{split}: answers of {self.cut} rows were cut to {limit}")
+            notes.append(f"{split}: answers of {self.cut} rows were cut to {limit_text}")
         if self.left_out:
             notes.append(
                 f"{split}: {self.left_out} rows longer than dataset.maxSequenceLength {limits.max_row_length} were left out"
@@ -262,17 +262,17 @@ def _count_split(split: EncodedSplit, limits: LengthLimits) -> SplitCounts:
 def fit_to_limits(location: str, row: EncodedAnswers, limits: LengthLimits, trainer_type: TrainerType | None) -> tuple[RowOutcome, EncodedAnswers]:
     """Cut the answers of a row to the limits. Return the outcome and the row. Errors: DataError RowTooLong."""
     answers = [answer[: limits.max_answer_length] for answer in row.answers]
-    available = limits.max_row_length - len(row.prompt)
-    if max(map(len, answers)) > available:
+    available_length = limits.max_row_length - len(row.prompt)
+    if max(map(len, answers)) > available_length:
         if limits.overflow is OverflowPolicy.FAIL:
             raise DataError(
                 "RowTooLong", f"{location}: {row.longest_row} tokens, more than dataset.maxSequenceLength {limits.max_row_length}",
                 hint="raise maxSequenceLength, or set dataset.overflow to truncate or drop",
             )  # fmt: skip
         # A reward model reads the score at the end of the answer, so the answer must not be cut.
-        if limits.overflow is OverflowPolicy.DROP or available < 1 or trainer_type is TrainerType.REWARD:
+        if limits.overflow is OverflowPolicy.DROP or available_length < 1 or trainer_type is TrainerType.REWARD:
             return RowOutcome.TOO_LONG, row
-        answers = [answer[:available] for answer in answers]
+        answers = [answer[:available_length] for answer in answers]
     if len(answers) == 2 and answers[0] == answers[1]:
         return RowOutcome.EQUAL_ANSWERS, row
     return RowOutcome.KEPT if answers == row.answers else RowOutcome.CUT, replace(row, answers=answers)
@@ -352,21 +352,21 @@ class AnswerEncoder:
 
 def _split_at_answer(ids: list[int], labels: Sequence[int]) -> tuple[list[int], list[int]]:
     """Split the tokens of a row into the prompt and the answer, which begins at the first trained token."""
-    start = next((index for index, label in enumerate(labels) if label != IGNORED_LABEL), len(ids))
-    return ids[:start], ids[start:]
+    answer_start = next((index for index, label in enumerate(labels) if label != IGNORED_LABEL), len(ids))
+    return ids[:answer_start], ids[answer_start:]
 
 
-def with_shared_prompt(encoded: Sequence[tuple[list[int], list[int]]], label: bool | None) -> EncodedAnswers:
+def with_shared_prompt(prompt_answer_pairs: Sequence[tuple[list[int], list[int]]], label: bool | None) -> EncodedAnswers:
     """Return the answers with one common prompt: the longest beginning that all encoded prompts share.
 
-    `encoded`: the tokens of the prompt and of the answer, for each answer. A tokenizer may merge the end of the prompt and the
+    `prompt_answer_pairs`: the tokens of the prompt and of the answer, for each answer. A tokenizer may merge the end of the prompt and the
     beginning of an answer into one token. If this token differs between the answers, it becomes part of each answer.
     """
-    prompts = [prompt for prompt, _ in encoded]
-    shared = 0
-    while all(len(prompt) > shared for prompt in prompts) and len({prompt[shared] for prompt in prompts}) == 1:
-        shared += 1
-    return EncodedAnswers(prompts[0][:shared], [prompt[shared:] + answer for prompt, answer in encoded], label)
+    prompts = [prompt for prompt, _ in prompt_answer_pairs]
+    shared_length = 0
+    while all(len(prompt) > shared_length for prompt in prompts) and len({prompt[shared_length] for prompt in prompts}) == 1:
+        shared_length += 1
+    return EncodedAnswers(prompts[0][:shared_length], [prompt[shared_length:] + answer for prompt, answer in prompt_answer_pairs], label)
 
 
 def render_answer(prompt: TurnsOrText, answer: TurnsOrText, options: RenderOptions) -> Rendered:

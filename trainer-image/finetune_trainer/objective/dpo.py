@@ -48,12 +48,12 @@ class DpoObjective(Objective[answers.Splits, DPOConfig]):
 
     def training_arguments(self, context: TrainingContext, *, has_validation_data: bool) -> DPOConfig:
         spec = context.run.spec.trainer.dpo or DpoSpec()
-        losses = spec.loss_types or [DpoLoss.SIGMOID]
-        shared = shared_arguments(context.run, context.inputs, context.hardware, context.strategy, has_validation_data=has_validation_data)
+        loss_types = spec.loss_types or [DpoLoss.SIGMOID]
+        shared_fields = shared_arguments(context.run, context.inputs, context.hardware, context.strategy, has_validation_data=has_validation_data)
         return DPOConfig(
-            **shared | image_arguments(context),
+            **shared_fields | image_arguments(context),
             beta=0.1 if spec.beta is None else spec.beta,
-            loss_type=[TRL_LOSS_NAMES[loss] for loss in losses],
+            loss_type=[TRL_LOSS_NAMES[loss] for loss in loss_types],
             label_smoothing=spec.label_smoothing or 0.0,
             max_length=None,
         )

@@ -53,35 +53,35 @@ class GrpoObjective(Objective[Splits, GRPOConfig]):
         Errors: ConfigError RewardColumnMissing; DataError RowTooLong, NoTrainableToken.
         """
         is_templated = choose_chat_template(context.run, context.inputs, context.tokenizer)
-        loaded = load(context.run, context.inputs)
-        notes = list(loaded.summary.notes)
+        loaded_data = load(context.run, context.inputs)
+        notes = list(loaded_data.summary.notes)
         functions = reward_functions(context)
         datasets: dict[str, Dataset] = {}
-        for name, rows in loaded.splits():
+        for name, rows in loaded_data.splits():
             options = replace(
-                render_options(context.run, context.tokenizer, is_templated, loaded.summary.format), turn_markers=None
+                render_options(context.run, context.tokenizer, is_templated, loaded_data.summary.format), turn_markers=None
             )
             prompts = _make_prompt_rows(rows, options, context.run.spec.dataset.use_chat_template is True)
             require_columns(functions, [column for column in prompts[0] if column != "prompt"])
-            datasets[name] = _pickled_dataset(_drop_long_prompts(prompts, context, notes, name))
+            datasets[name] = _make_pickled_dataset(_drop_long_prompts(prompts, context, notes, name))
         splits = Splits(datasets["train"], datasets.get("validation"), datasets.get("test"))
-        return splits, DataFacts(len(splits.train), loaded.summary.format, notes, {"rows": loaded.summary.rows})
+        return splits, DataFacts(len(splits.train), loaded_data.summary.format, notes, {"rows": loaded_data.summary.rows})
 
     def training_arguments(self, context: TrainingContext, *, has_validation_data: bool) -> GRPOConfig:
         """Create TRL's configuration. Errors: ConfigError CompletionTooLong; errors of `reward_functions`."""
         run, spec = context.run, context.run.spec.trainer.grpo or GrpoSpec()
         fields = shared_arguments(run, context.inputs, context.hardware, context.strategy, has_validation_data=has_validation_data)
         del fields["train_sampling_strategy"]
-        generations = spec.num_generations or 8
+        generation_count = spec.num_generations or 8
         if fields["metric_for_best_model"] is not None:
             fields |= {"metric_for_best_model": "eval_reward", "greater_is_better": True}
         if fields["eval_strategy"] != "no" or has_test_set(run.spec):
-            batch = fields["per_device_eval_batch_size"] * context.strategy.world_size
-            fields["num_generations_eval"] = _generations_for_evaluation(batch, generations)
+            batch_size = fields["per_device_eval_batch_size"] * context.strategy.world_size
+            fields["num_generations_eval"] = _generations_for_evaluation(batch_size, generation_count)
         return GRPOConfig(
             **fields,
-            num_generations=generations,
-            max_completion_length=_length_limits(context)[1],
+            num_generations=generation_count,
+            max_completion_length=_compute_length_limits(context)[1],
             temperature=1.0 if spec.temperature is None else spec.temperature,
             top_p=1.0 if spec.top_p is None else spec.top_p,
             beta=0.0 if spec.beta is None else spec.beta,
@@ -96,13 +96,13 @@ class GrpoObjective(Objective[Splits, GRPOConfig]):
 
     def build_trainer(self, context: TrainingContext, args: GRPOConfig, model: Any, data: Splits) -> GrpoTrainer:
         """Build the Trainer. If the Trainer needs a reference model, `load_reference_model` loads this model."""
-        server = _generation_server(context, args)
-        with _replaced_reference_loader(context), generation_by_server(server, local_rank_0_first) if server is not None else nullcontext():
+        server = _create_generation_server(context, args)
+        with _replace_reference_loader(context), generation_by_server(server, local_rank_0_first) if server is not None else nullcontext():
             trainer: GrpoTrainer = super().build_trainer(context, args, model, data)
         return trainer
 
 
-def _generation_server(context: TrainingContext, args: GRPOConfig) -> GenerationServer | None:
+def _create_generation_server(context: TrainingContext, args: GRPOConfig) -> GenerationServer | None:
     """Return the vLLM server of the run; None if the trainer itself generates the completions. Errors: ConfigError GenerationAddressMissing."""
     run, options = context.run, generation_server(context.run.spec)
     if options is None:
@@ -119,7 +119,7 @@ def _generation_server(context: TrainingContext, args: GRPOConfig) -> Generation
             port=urlsplit(run.generation_url).port or 80, gpus=value_or_default(options, "gpus"),
             gpu_memory_utilization=value_or_default(options, "gpu_memory_utilization"),
             dtype="bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
-            max_length=sum(_length_limits(context)), seed=args.seed,
+            max_length=sum(_compute_length_limits(context)), seed=args.seed,
         ),
         start_timeout_seconds=value_or_default(options, "start_timeout_seconds"),
         request_timeout_seconds=value_or_default(options, "request_timeout_seconds"),
@@ -128,11 +128,11 @@ def _generation_server(context: TrainingContext, args: GRPOConfig) -> Generation
 
 def _make_prompt_rows(rows: Rows, options: RenderOptions, renders_text_as_turns: bool) -> list[dict[str, Any]]:
     """Convert rows to dictionaries with a column `prompt` and the columns for the rewards. Every row gets all columns; missing values are None."""
-    reserved = ("prompt", *RESERVED_ARGUMENTS)
+    reserved_names = ("prompt", *RESERVED_ARGUMENTS)
     prompts = []
     for _, example in rows:
         assert isinstance(example, Prompt), "`load` has checked the format"
-        columns = {name: value for name, value in example.columns.items() if name not in reserved}
+        columns = {name: value for name, value in example.columns.items() if name not in reserved_names}
         prompts.append({"prompt": _convert_prompt(example.prompt, options, renders_text_as_turns), **columns})
     all_columns = dict.fromkeys(name for row in prompts for name in row)
     return [{**all_columns, **row} for row in prompts]
@@ -153,7 +153,7 @@ def _convert_prompt(prompt: tuple[Turn, ...] | str, options: RenderOptions, rend
     return render(Conversation((*prompt, Turn("assistant", ""))), options).text
 
 
-def _pickled_dataset(rows: Sequence[dict[str, Any]]) -> Dataset:
+def _make_pickled_dataset(rows: Sequence[dict[str, Any]]) -> Dataset:
     """Build a data set that stores each row as pickled bytes, so that no row changes.
 
     In an Arrow column, all values have the same fields. Without pickling, every message would get the keys of all other messages, with null values.
@@ -167,44 +167,44 @@ def _unpickle_rows(batch: dict[str, list[bytes]]) -> dict[str, list[Any]]:
 
 
 @contextmanager
-def _replaced_reference_loader(context: TrainingContext) -> Iterator[None]:
+def _replace_reference_loader(context: TrainingContext) -> Iterator[None]:
     """Make TRL load the reference model with `load_reference_model` while the trainer is built.
 
     TRL 1.16 itself would load the reference model from disk, without the embedding rows of new tokens and without quantisation. TRL has
     no argument for another reference model, so this function replaces TRL's loading function.
     """
-    original = grpo_trainer.create_model_from_path
+    original_loader = grpo_trainer.create_model_from_path
     grpo_trainer.create_model_from_path = lambda *_, **__: load_reference_model(context)
     try:
         yield
     finally:
-        grpo_trainer.create_model_from_path = original
+        grpo_trainer.create_model_from_path = original_loader
 
 
 def reward_functions(context: TrainingContext) -> list[RewardFunction]:
     """Build the reward functions of this run. Errors: ConfigError RewardsMissing; errors of `build_rewards`."""
-    specs = context.run.spec.trainer.rewards
-    if not specs:
+    reward_specs = context.run.spec.trainer.rewards
+    if not reward_specs:
         raise ConfigError("RewardsMissing", "trainer.type grpo needs at least one reward", hint="write trainer.rewards")
-    return build_rewards(specs, context.inputs.config_maps)
+    return build_rewards(reward_specs, context.inputs.config_maps)
 
 
-def _generations_for_evaluation(batch_size: int, generations: int) -> int:
-    """Return the number of answers per prompt in evaluations: the largest divisor of `batch_size` from 2 to `generations`.
+def _generations_for_evaluation(batch_size: int, generation_count: int) -> int:
+    """Return the number of answers per prompt in evaluations: the largest divisor of `batch_size` from 2 to `generation_count`.
 
     `batch_size`: the evaluation batch size of all ranks together.
     """
-    divisors = [count for count in range(2, generations + 1) if batch_size % count == 0]
+    divisors = [count for count in range(2, generation_count + 1) if batch_size % count == 0]
     assert divisors, "the API's rules refuse a batch that cannot hold all answers to a prompt"
     return divisors[-1]
 
 
-def _length_limits(context: TrainingContext) -> tuple[int, int]:
+def _compute_length_limits(context: TrainingContext) -> tuple[int, int]:
     """Return the maximum number of tokens of a prompt, and of an answer."""
-    sequence = max_sequence_length(context.run, context.tokenizer, context.max_positions)
-    answer = answers.max_answer_length(context, sequence)
-    assert answer is not None, "the API's defaults fill in trainer.maxCompletionLength for grpo"
-    return sequence - answer, answer
+    max_sequence = max_sequence_length(context.run, context.tokenizer, context.max_positions)
+    max_answer = answers.max_answer_length(context, max_sequence)
+    assert max_answer is not None, "the API's defaults fill in trainer.maxCompletionLength for grpo"
+    return max_sequence - max_answer, max_answer
 
 
 def _drop_long_prompts(
@@ -214,13 +214,13 @@ def _drop_long_prompts(
 
     Errors: DataError RowTooLong, NoTrainableToken.
     """
-    limit, answer = _length_limits(context)
+    limit, answer = _compute_length_limits(context)
     fitting_rows = [row for row in prompts if _count_tokens(row["prompt"], context.tokenizer) <= limit]
     if len(fitting_rows) == len(prompts):
         return prompts
-    limits = f"dataset.maxSequenceLength {limit + answer} minus {answer} for the answer"
+    limit_text = f"dataset.maxSequenceLength {limit + answer} minus {answer} for the answer"
     problem = (
-        f"{split}: {len(prompts) - len(fitting_rows)} of {len(prompts)} prompts have more than {limit} tokens ({limits})"
+        f"{split}: {len(prompts) - len(fitting_rows)} of {len(prompts)} prompts have more than {limit} tokens ({limit_text})"
     )
     if context.run.spec.dataset.overflow is OverflowPolicy.FAIL:
         raise DataError("RowTooLong", problem, hint="raise maxSequenceLength, or set dataset.overflow to drop")

@@ -22,13 +22,13 @@ def measure_test_set(trainer: Any, test_rows: Any, metrics: Sequence[HeldOutMetr
     from transformers import EarlyStoppingCallback
 
     trainer.remove_callback(EarlyStoppingCallback)  # EarlyStoppingCallback requires a validation loss, but this evaluation logs a test loss
-    logged_before = len(trainer.state.log_history)
+    line_count_before = len(trainer.state.log_history)
     trainer.evaluate(eval_dataset=test_rows, metric_key_prefix="test")
-    logged = {key: value for line in trainer.state.log_history[logged_before:] for key, value in line.items()}
+    logged_values = {key: value for line in trainer.state.log_history[line_count_before:] for key, value in line.items()}
     measured_values: dict[str, float] = {ROW_COUNT_KEY: len(test_rows)}
     for metric in metrics:
         # TRL logs its own metrics with the prefix "eval_" for every data set.
-        value = logged.get(f"test_{metric.logged_as}", logged.get(f"eval_{metric.logged_as}"))
+        value = logged_values.get(f"test_{metric.logged_as}", logged_values.get(f"eval_{metric.logged_as}"))
         if isinstance(value, int | float) and math.isfinite(value):
             measured_values[metric.status_name] = round(float(value), 6)
     return measured_values

@@ -28,8 +28,8 @@ class KtoTrainer(GuardedTrainer, ReferenceModelMixin, OwnDatasetPreparation, KTO
 
     def prepare_rows(self, rows: Dataset, args: KTOConfig, part: str) -> Dataset:
         """Add a mismatched answer to each row of a batch. `part`: `train` for the batch size of training; any other text for that of evaluation."""
-        size = args.per_device_train_batch_size if part == "train" else args.per_device_eval_batch_size
-        return rows.map(_add_mismatched_answers, batched=True, batch_size=size)
+        batch_size = args.per_device_train_batch_size if part == "train" else args.per_device_eval_batch_size
+        return rows.map(_add_mismatched_answers, batched=True, batch_size=batch_size)
 
 
 def _add_mismatched_answers(rows: dict[str, Any]) -> dict[str, Any]:

@@ -45,10 +45,11 @@ def _require_score_head(context: TrainingContext) -> None:
     folder = context.inputs.adapter
     if context.run.spec.method.type is not MethodType.ADAPTER or folder is None:
         return
-    task = json.loads((folder / "adapter_config.json").read_text()).get("task_type")
-    if task != "SEQ_CLS":
+    task_type = json.loads((folder / "adapter_config.json").read_text()).get("task_type")
+    if task_type != "SEQ_CLS":
         raise ConfigError(
-            "AdapterWithoutHead", f"method.adapter.source is an adapter for {task or 'an unnamed task'}, but a reward model needs an adapter with a score head",
+            "AdapterWithoutHead", f"method.adapter.source is an adapter for {task_type or 'an unnamed task'}, "
+            "but a reward model needs an adapter with a score head",
             hint="write `method: {type: lora}` for a new adapter, or give an adapter from a job with trainer.type reward",
         )  # fmt: skip
 

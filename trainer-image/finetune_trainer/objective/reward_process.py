@@ -64,9 +64,9 @@ class RewardProcess:
             self._require_answer(connection, limit, "has not answered")
             answer_type, value, calls = pickle.loads(connection.recv_bytes())  # noqa: S301 -- the rank itself has run the same file
         except (EOFError, ConnectionError):
-            code = self.close()
-            ending = f"by signal {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
-            raise _NoAnswerError(f"ended its process {ending}") from None
+            exit_code = self.close()
+            exit_description = f"by signal {signal.Signals(-exit_code).name}" if exit_code < 0 else f"with exit code {exit_code}"
+            raise _NoAnswerError(f"ended its process {exit_description}") from None
         if answer_type == "error":
             raise ConfigError(
                 "RewardFailed", f"reward {self._name} raised {value}",
@@ -99,23 +99,26 @@ class RewardProcess:
 
         If the failed call had only one completion, return 0 without another call.
         """
-        count = len(arguments["completions"])
-        for index in range(count if count > 1 else 0):
-            single_arguments = {name: [value[index]] if isinstance(value, list) and len(value) == count else value for name, value in arguments.items()}
+        completion_count = len(arguments["completions"])
+        for index in range(completion_count if completion_count > 1 else 0):
+            single_arguments = {
+                name: [value[index]] if isinstance(value, list) and len(value) == completion_count else value
+                for name, value in arguments.items()
+            }
             try:
                 self._call_in_process({name: value for name, value in single_arguments.items() if name not in LOGGING_ARGUMENTS})
             except _NoAnswerError:
                 return index
             except ConfigError:
                 continue
-        return 0 if count == 1 else None
+        return 0 if completion_count == 1 else None
 
     def _start(self) -> Connection:
         """Start the reward process. The output of this process goes to the log of the rank."""
         self._connection, other_end = multiprocessing.Pipe()
-        path = os.pathsep.join(filter(None, sys.path))
+        python_path = os.pathsep.join(filter(None, sys.path))
         command = [sys.executable, "-m", __name__, str(other_end.fileno()), str(self._file), self._function]
-        self._process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, pass_fds=[other_end.fileno()], stdin=subprocess.DEVNULL)
+        self._process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": python_path}, pass_fds=[other_end.fileno()], stdin=subprocess.DEVNULL)
         other_end.close()
         return self._connection
 
@@ -169,11 +172,11 @@ def _call(function: Callable[..., Any], arguments: dict[str, Any]) -> tuple[str,
 
     calls: list[tuple[str, Any, Any]] = []
 
-    def recorder(name: str) -> Callable[..., None]:
+    def make_recorder(name: str) -> Callable[..., None]:
         return lambda *positional, **named: calls.append((name, positional, named))
 
     try:
-        value = function(**arguments, **{name: recorder(name) for name in LOGGING_ARGUMENTS})
+        value = function(**arguments, **{name: make_recorder(name) for name in LOGGING_ARGUMENTS})
         is_iterable = hasattr(value, "__iter__") and not isinstance(value, str | bytes)
         return "value", [_to_plain_value(reward) for reward in value] if is_iterable else value, calls
     except Exception as error:  # the user's code may raise anything

@@ -157,10 +157,10 @@ class RewardParameters:
 
     def refuse_unknown(self, builtin: BuiltinReward) -> None:
         """Refuse parameters that the reward has not read, because they would have no effect. Errors: ConfigError RewardParameterInvalid."""
-        unknown = sorted(set(self._spec_parameters) - set(self.read_names))
-        if unknown:
+        unknown_names = sorted(set(self._spec_parameters) - set(self.read_names))
+        if unknown_names:
             raise ConfigError(
-                "RewardParameterInvalid", f"{self.path}: {builtin} has no parameter {', '.join(unknown)}",
+                "RewardParameterInvalid", f"{self.path}: {builtin} has no parameter {', '.join(unknown_names)}",
                 hint=f"the parameters of {builtin} are: {', '.join(sorted(set(self.read_names))) or 'none'}",
             )  # fmt: skip
 
@@ -168,12 +168,12 @@ class RewardParameters:
 def _build_citation_reward(parameters: RewardParameters) -> ScoreFunction:
     """Reward 1 if the completion is one `<cited_answer>` block, which contains an answer and then citations with a source; else 0."""
     flags = re.DOTALL if parameters.read_flag("multiline", False) else 0
-    gap = r"\s*" if flags else r"[ \t]*"
-    source = gap.join((
+    whitespace_pattern = r"\s*" if flags else r"[ \t]*"
+    source = whitespace_pattern.join((
         "<cited_answer>", "<answer>.+?</answer>", "<citations>.*?<source_id>.+?</source_id>.*?</citations>", "</cited_answer>",
     ))  # fmt: skip
-    block = re.compile(source, flags)
-    return lambda text, **_: float(block.fullmatch(text.strip()) is not None)
+    block_pattern = re.compile(source, flags)
+    return lambda text, **_: float(block_pattern.fullmatch(text.strip()) is not None)
 
 
 def _build_think_reward(parameters: RewardParameters) -> ScoreFunction:
@@ -207,19 +207,19 @@ def _build_exact_match_reward(parameters: RewardParameters) -> ScoreFunction:
     """
     column = parameters.read_text("column", "answer")
     ignores_case = parameters.read_flag("ignoreCase", False)
-    strips = parameters.read_flag("strip", True)
-    extract = parameters.read_pattern("extract", "")
+    strips_whitespace = parameters.read_flag("strip", True)
+    extract_pattern = parameters.read_pattern("extract", "")
 
     def normalise(text: str) -> str:
-        text = text.strip() if strips else text
+        text = text.strip() if strips_whitespace else text
         return text.casefold() if ignores_case else text
 
     def score(text: str, *, row: Mapping[str, Any], **_: Any) -> float:
-        if extract.pattern:
-            matches = list(extract.finditer(text))
+        if extract_pattern.pattern:
+            matches = list(extract_pattern.finditer(text))
             if not matches:
                 return 0.0
-            text = matches[-1].group(1 if extract.groups else 0) or ""
+            text = matches[-1].group(1 if extract_pattern.groups else 0) or ""
         return float(normalise(text) == normalise(str(row[column])))
 
     return score
@@ -259,17 +259,17 @@ def _build_json_schema_reward(parameters: RewardParameters) -> ScoreFunction:
         )
     import jsonschema  # type: ignore[import-untyped]  # it ships no types
 
-    text = parameters.read_text("schema")
+    schema_text = parameters.read_text("schema")
     reward_for_json = parameters.read_number("parsed", 0.0, minimum=0, maximum=1)
     try:
-        schema = json.loads(text)
+        schema = json.loads(schema_text)
     except ValueError as error:
-        raise parameters.invalid_value_error("schema", text, f"it is not JSON: {error}") from None
+        raise parameters.invalid_value_error("schema", schema_text, f"it is not JSON: {error}") from None
     validator_class = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
     try:
         validator_class.check_schema(schema)
     except jsonschema.SchemaError as error:
-        raise parameters.invalid_value_error("schema", text, f"it is not a JSON schema: {error.message}") from None
+        raise parameters.invalid_value_error("schema", schema_text, f"it is not a JSON schema: {error.message}") from None
     validator = validator_class(schema)
 
     def score(text: str, **_: Any) -> float:
@@ -284,8 +284,8 @@ def _build_json_schema_reward(parameters: RewardParameters) -> ScoreFunction:
 
 def _without_fence(text: str) -> str:
     """Remove a Markdown code fence around the text, because models often write JSON inside a fence."""
-    fenced = re.fullmatch(r"\s*```(?:json)?\s*\n(.*?)\n?\s*```\s*", text, re.DOTALL)
-    return fenced.group(1) if fenced else text
+    fence_match = re.fullmatch(r"\s*```(?:json)?\s*\n(.*?)\n?\s*```\s*", text, re.DOTALL)
+    return fence_match.group(1) if fence_match else text
 
 
 BUILTIN_REWARDS: dict[BuiltinReward, Callable[[RewardParameters], ScoreFunction]] = {

@@ -71,24 +71,24 @@ class SftTrainer(GuardedTrainer, SFTTrainer):
             outputs = model(**inputs, fused_lm_head=True)
         if hidden:
             self._count_predictions(inputs, hidden[0], outputs.label_mask)
-        total = -outputs.log_probs.sum()
-        count = (
+        total_loss = -outputs.log_probs.sum()
+        token_count = (
             outputs.label_mask.sum()
             if num_items_in_batch is None
-            else torch.as_tensor(num_items_in_batch, device=total.device)
+            else torch.as_tensor(num_items_in_batch, device=total_loss.device)
         )
-        loss = total / count.clamp(min=1)
+        loss = total_loss / token_count.clamp(min=1)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
             if self.strategy.gradient_factor > 1:  # Only the gradients are divided by `gradient_factor`; the logged loss keeps its value.
-                divided = loss / self.strategy.gradient_factor
-                loss = divided + (loss - divided).detach()
+                divided_loss = loss / self.strategy.gradient_factor
+                loss = divided_loss + (loss - divided_loss).detach()
         if (
             self.aux_loss_enabled
         ):  # `aux_loss`, the load-balancing loss of the experts, is a mean over one micro-batch. So `aux_loss` is averaged over the micro-batches.
-            steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
-            loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
-        self._add_to_sums(inputs, outputs, total)
+            accumulation_steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+            loss = loss + self.router_aux_loss_coef * outputs.aux_loss / accumulation_steps
+        self._add_to_sums(inputs, outputs, total_loss)
         return loss
 
     @contextmanager
@@ -97,27 +97,27 @@ class SftTrainer(GuardedTrainer, SFTTrainer):
 
         The list stays empty unless this is an evaluation that measures precision, recall and F1.
         """
-        kept: list[torch.Tensor] = []
+        hidden_states: list[torch.Tensor] = []
         if self.model.training or not self.measures_classification:
-            yield kept
+            yield hidden_states
             return
         backbone = getattr(self.model, "get_base_model", lambda: self.model)().base_model
-        handle = backbone.register_forward_hook(lambda _module, _arguments, output: kept.append(output.last_hidden_state))
+        handle = backbone.register_forward_hook(lambda _module, _arguments, output: hidden_states.append(output.last_hidden_state))
         try:
-            yield kept
+            yield hidden_states
         finally:
             handle.remove()
 
     @torch.no_grad()
-    def _count_predictions(self, inputs: dict[str, Any], hidden: torch.Tensor, label_mask: torch.Tensor) -> None:
+    def _count_predictions(self, inputs: dict[str, Any], hidden_states: torch.Tensor, label_mask: torch.Tensor) -> None:
         """Add the predicted tokens of one micro-batch to the counts of the evaluation. Repeated rows do not count."""
         head, labels = OutputHead.of(self.model), inputs["labels"].clone()
         if self._token_counts is None:
-            self._token_counts = TokenCounts(head.vocabulary_size, hidden.device)
-        counted = self._counted_mask(inputs, label_mask[:, -(labels.shape[1] - 1) :])
-        labels[:, 1:].masked_fill_(torch.as_tensor(counted, device=labels.device) == 0, IGNORED_LABEL)
+            self._token_counts = TokenCounts(head.vocabulary_size, hidden_states.device)
+        counted_mask = self._counted_mask(inputs, label_mask[:, -(labels.shape[1] - 1) :])
+        labels[:, 1:].masked_fill_(torch.as_tensor(counted_mask, device=labels.device) == 0, IGNORED_LABEL)
         with self.accelerator.autocast():
-            self._token_counts.add(shifted_predictions(hidden[:, -labels.shape[1] :], labels, head))
+            self._token_counts.add(shifted_predictions(hidden_states[:, -labels.shape[1] :], labels, head))
 
     def _classification_metrics(self) -> dict[str, float]:
         """Return precision, recall and F1 of the evaluation that has just ended. This is a collective operation: every rank must call this function."""
@@ -128,23 +128,23 @@ class SftTrainer(GuardedTrainer, SFTTrainer):
         values = {"precision": counts.precision.value, "recall": counts.recall.value, "f1": counts.f1.value}
         return {name: value for name, value in values.items() if value is not None}
 
-    def _add_to_sums(self, inputs: dict[str, Any], outputs: Any, total: torch.Tensor) -> None:
+    def _add_to_sums(self, inputs: dict[str, Any], outputs: Any, total_loss: torch.Tensor) -> None:
         """Add one micro-batch to the sums for metrics, without waiting for the device."""
         sums = self._sums["train" if self.model.training else "eval"]
-        counted = self._counted_mask(inputs, outputs.label_mask)
-        sums["trained"] += (outputs.label_mask * counted).sum()
-        sums["nll"] += total.detach() if self.model.training else -(outputs.log_probs.detach() * counted).sum()
-        sums["correct"] += (outputs.is_top1 * counted).sum()
-        sums["entropy"] += (outputs.entropy.detach() * counted).sum()
+        counted_mask = self._counted_mask(inputs, outputs.label_mask)
+        sums["trained"] += (outputs.label_mask * counted_mask).sum()
+        sums["nll"] += total_loss.detach() if self.model.training else -(outputs.log_probs.detach() * counted_mask).sum()
+        sums["correct"] += (outputs.is_top1 * counted_mask).sum()
+        sums["entropy"] += (outputs.entropy.detach() * counted_mask).sum()
         sums["tokens"] += (
             inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["position_ids"].numel()
         )
         sums["positions"] += inputs["input_ids"].numel()
         if self.is_multiple_choice and not self.model.training:
             # The option letter is the first token of each trained span.
-            letters = outputs.label_mask & ~torch.nn.functional.pad(outputs.label_mask, (1, 0))[:, :-1]
-            sums["letters"] += (letters * counted).sum()
-            sums["correct_letters"] += (outputs.is_top1 * letters * counted).sum()
+            letter_mask = outputs.label_mask & ~torch.nn.functional.pad(outputs.label_mask, (1, 0))[:, :-1]
+            sums["letters"] += (letter_mask * counted_mask).sum()
+            sums["correct_letters"] += (outputs.is_top1 * letter_mask * counted_mask).sum()
 
     def _counted_mask(self, inputs: dict[str, Any], label_mask: torch.Tensor) -> Any:
         """Return a mask of the positions that count in an evaluation, with the shape of `label_mask`; the number 1 if all positions count.
@@ -154,13 +154,13 @@ class SftTrainer(GuardedTrainer, SFTTrainer):
         state, documents = self.accelerator.gradient_state, inputs.get("cu_seq_lens_q")
         if self.model.training or not state.end_of_dataloader or state.remainder <= 0:
             return 1
-        rows = len(inputs["input_ids"]) if documents is None else len(documents) - 1
-        counted_rows = max(0, min(rows, state.remainder - self.accelerator.process_index * rows))
+        row_count = len(inputs["input_ids"]) if documents is None else len(documents) - 1
+        counted_row_count = max(0, min(row_count, state.remainder - self.accelerator.process_index * row_count))
         mask = torch.zeros_like(label_mask)
         if documents is None:
-            mask[:counted_rows] = 1
+            mask[:counted_row_count] = 1
         else:
-            mask[:, : int(documents[counted_rows])] = 1
+            mask[:, : int(documents[counted_row_count])] = 1
         return mask
 
     def evaluation_loop(self, *args: Any, **options: Any) -> Any:
@@ -198,12 +198,12 @@ class SftTrainer(GuardedTrainer, SFTTrainer):
         if not sums:
             return {}
         names = sorted(sums)
-        local = torch.stack(
+        sums_of_this_rank = torch.stack(
             [torch.as_tensor(sums[name], dtype=torch.float64, device=self.args.device) for name in names]
         )
-        total = self.accelerator.reduce(local, reduction="sum")
+        sums_of_all_ranks = self.accelerator.reduce(sums_of_this_rank, reduction="sum")
         sums.clear()
-        return dict(zip(names, total.tolist(), strict=True))
+        return dict(zip(names, sums_of_all_ranks.tolist(), strict=True))
 
 
 class SftObjective(Objective[PreparedData, SFTConfig]):
@@ -220,18 +220,18 @@ class SftObjective(Objective[PreparedData, SFTConfig]):
             one_rank_first=local_rank_0_first(), vision=context.vision, preparation=context.preparation,
         )  # fmt: skip
         reports = {name: vars(report) for name, report in data.reports.items()}
-        longest = packed_sequence_length(context.run) or data.reports["train"].longest
+        max_row_length = packed_sequence_length(context.run) or data.reports["train"].longest
         notes = data.notes if context.vision is None else [*data.notes, PADDED_IMAGES_NOTE]
-        facts = DataFacts(data.rows["train"], data.format, notes, {"tokens": reports, "rows": data.rows}, longest)
+        facts = DataFacts(data.rows["train"], data.format, notes, {"tokens": reports, "rows": data.rows}, max_row_length)
         return data, facts
 
     def training_arguments(self, context: TrainingContext, *, has_validation_data: bool) -> SFTConfig:
         run = context.run
-        packing = run.spec.dataset.packing is True
-        shared = shared_arguments(run, context.inputs, context.hardware, context.strategy, has_validation_data=has_validation_data)
+        is_packed = run.spec.dataset.packing is True
+        shared_fields = shared_arguments(run, context.inputs, context.hardware, context.strategy, has_validation_data=has_validation_data)
         return SFTConfig(
-            **shared | image_arguments(context),
-            packing=packing,
+            **shared_fields | image_arguments(context),
+            packing=is_packed,
             padding_free=uses_padding_free_batches(run, context.hardware.attention),
             eval_packing=False,
             max_length=packed_sequence_length(run),
@@ -250,17 +250,17 @@ class SftObjective(Objective[PreparedData, SFTConfig]):
 
     def build_trainer(self, context: TrainingContext, args: SFTConfig, model: Any, data: PreparedData) -> SftTrainer:
         """Build the Trainer with a meter for tokens per second and MFU."""
-        arrays = replace(data, train=_as_arrays(data.train), validation=data.validation and _as_arrays(data.validation))
-        trainer: SftTrainer = super().build_trainer(context, args, model, arrays)
-        base = getattr(model, "get_base_model", lambda: model)()
+        data_as_arrays = replace(data, train=_as_arrays(data.train), validation=data.validation and _as_arrays(data.validation))
+        trainer: SftTrainer = super().build_trainer(context, args, model, data_as_arrays)
+        base_model = getattr(model, "get_base_model", lambda: model)()
         is_full = context.run.spec.method.type is MethodType.FULL
         report = data.reports["train"]
         mean_length = report.tokens / max(1, report.rows)
-        flops = flops_per_token(ModelShape.of(base), mean_length, frozen_base=not is_full, trained_count=trained_parameters(base))
+        flops_of_token = flops_per_token(ModelShape.of(base_model), mean_length, frozen_base=not is_full, trained_count=trained_parameters(base_model))
         trainer.measures_classification = self._measures_classification(context.run, trainer)
-        # The estimated FLOPs are right only for text models. If `peak` is None, no utilisation is reported.
-        peak = peak_flops_of(context.hardware.name) if context.vision is None else None
-        trainer.meter = SpeedMeter(flops_of_token=flops, peak_flops=peak, rank_count=context.strategy.world_size)
+        # The estimated FLOPs are right only for text models. If `peak_flops` is None, no utilisation is reported.
+        peak_flops = peak_flops_of(context.hardware.name) if context.vision is None else None
+        trainer.meter = SpeedMeter(flops_of_token=flops_of_token, peak_flops=peak_flops, rank_count=context.strategy.world_size)
         return trainer
 
     @staticmethod
@@ -322,14 +322,15 @@ def require_isolated_documents(trainer: Any) -> None:
     was_training = model.training
     model.eval()
     try:
-        as_two_documents = measure_score_change([len(first), len(second)])
-        as_one_document = measure_score_change([len(first) + len(second)])
+        change_as_two_documents = measure_score_change([len(first), len(second)])
+        change_as_one_document = measure_score_change([len(first) + len(second)])
     except ValueError as error:
         if NO_PACKING_TEXT not in str(error):
             raise
         problem = str(error).partition(". ")[0]  # The rest of transformers' message says what to install, but users cannot change the image.
     else:
-        problem = "" if as_two_documents <= 0.1 * as_one_document else f"attention {attention_implementation(model)} lets them attend to each other"
+        is_isolated = change_as_two_documents <= 0.1 * change_as_one_document
+        problem = "" if is_isolated else f"attention {attention_implementation(model)} lets them attend to each other"
     model.train(was_training)
     if problem and trainer.args.padding_free:
         hint = "set model.attention: sdpa for padded batches"

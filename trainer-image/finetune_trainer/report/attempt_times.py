@@ -41,7 +41,7 @@ def _weighted_seconds(report: RunReport, weight: Callable[[AttemptRecord], int])
 
 def merge_resolved_configs(report: RunReport) -> ResolvedConfig:
     """Return the effective configuration, merged from all attempts, because an attempt without training reports only some of its fields."""
-    resolved = ResolvedConfig()
+    merged_config = ResolvedConfig()
     for one in report.attempts:
-        resolved = resolved.model_copy(update={name: value for name, value in one.resolved if value is not None})
-    return resolved
+        merged_config = merged_config.model_copy(update={name: value for name, value in one.resolved if value is not None})
+    return merged_config

@@ -109,11 +109,11 @@ class Drawing:
 
 def draw_chart(chart: ChartData) -> Drawing | None:
     """Return the drawing of a chart; None if no series has a value."""
-    measured = [point for series in chart.series for point in series.measured]
-    if not measured:
+    measured_points = [point for series in chart.series for point in series.measured]
+    if not measured_points:
         return None
-    x_range = _axis_range([x for x, _ in measured], 0.0)
-    y_range = _axis_range([y for _, y in measured] + ([0.0] if chart.starts_at_zero else []), FREE_SPACE)
+    x_range = _axis_range([x for x, _ in measured_points], 0.0)
+    y_range = _axis_range([y for _, y in measured_points] + ([0.0] if chart.starts_at_zero else []), FREE_SPACE)
 
     def place(point: Point) -> Point:
         x = LEFT + (point[0] - x_range[0]) / (x_range[1] - x_range[0]) * (WIDTH - LEFT - RIGHT)
@@ -142,24 +142,24 @@ def _axis_range(values: Sequence[float], free_space: float) -> tuple[float, floa
 
 
 def _draw_line(number: int, series: Series, place: Callable[[Point], Point]) -> Line:
-    parts = segments(series.points)
-    total = sum(map(len, parts))
+    line_segments = segments(series.points)
+    point_count = sum(map(len, line_segments))
     path, dots = [], []
-    for part in parts:
-        points = [place(point) for point in reduce_points(part, max(3, MAX_POINTS * len(part) // total))]
+    for part in line_segments:
+        points = [place(point) for point in reduce_points(part, max(3, MAX_POINTS * len(part) // point_count))]
         if len(points) > 1:
             path.append("M" + "L".join(f"{x:g} {y:g}" for x, y in points))
-        if len(points) == 1 or (series.is_dashed and total <= 60):
+        if len(points) == 1 or (series.is_dashed and point_count <= 60):
             dots += points
     return Line(series.name, number, "".join(path), dots, series.is_dashed)
 
 
 def _place_markers(positions: Sequence[tuple[float, str]]) -> list[Marker]:
     markers: list[Marker] = []
-    last = float("-inf")
+    last_label_x = float("-inf")
     for x, label in positions:
-        is_free = x - last >= MIN_LABEL_DISTANCE
-        last = x if is_free else last
+        is_free = x - last_label_x >= MIN_LABEL_DISTANCE
+        last_label_x = x if is_free else last_label_x
         anchor = "start" if x < LEFT + 30 else "end" if x > WIDTH - RIGHT - 30 else "middle"
         markers.append(Marker(x, label if is_free else "", label, anchor))
     return markers
@@ -181,10 +181,10 @@ def _build_table(all_series: Sequence[Series]) -> tuple[list[list[str]], bool]:
     A long series is divided into parts of equal length. The table keeps the first and the last value of the series, and the lowest and highest value
     of each part.
     """
-    share = MAX_TABLE_ROWS // len(all_series)
-    kept = {x for series in all_series for x, _ in reduce_points(series.measured, share)}
-    missing = {x for series in all_series for x, y in series.points if y is None}
-    is_reduced = any(len(series.measured) > share for series in all_series)
-    values = [dict(series.points) for series in all_series]
-    steps = sorted(kept if is_reduced else kept | missing)
-    return [[f"{step:g}", *("" if (value := by_step.get(step)) is None else format_number(value) for by_step in values)] for step in steps], is_reduced
+    rows_per_series = MAX_TABLE_ROWS // len(all_series)
+    kept_steps = {x for series in all_series for x, _ in reduce_points(series.measured, rows_per_series)}
+    steps_without_value = {x for series in all_series for x, y in series.points if y is None}
+    is_reduced = any(len(series.measured) > rows_per_series for series in all_series)
+    values_by_step = [dict(series.points) for series in all_series]
+    steps = sorted(kept_steps if is_reduced else kept_steps | steps_without_value)
+    return [[f"{step:g}", *("" if (value := by_step.get(step)) is None else format_number(value) for by_step in values_by_step)] for step in steps], is_reduced

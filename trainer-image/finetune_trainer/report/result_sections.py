@@ -33,7 +33,7 @@ def evaluation_section(report: RunReport) -> Section:
     result = report.evaluation
     if result is not None and result.metrics:
         rows_text = f" of {result.rows} rows" if result.rows is not None else ""
-        blocks.append(_metric_table(result.metrics, f"Evaluation{rows_text} after training"))
+        blocks.append(_build_metric_table(result.metrics, f"Evaluation{rows_text} after training"))
     if result is not None and result.gates:
         rows = [
             [Cell(gate.metric), Cell("passed", "good") if gate.passed else Cell("failed", "bad"), Cell(redact_text(gate.text or ""))]
@@ -54,14 +54,14 @@ def evaluation_section(report: RunReport) -> Section:
     return Section("results", "Results", blocks)
 
 
-def _metric_table(metrics: Mapping[str, MetricResult], caption: str) -> Table:
+def _build_metric_table(metrics: Mapping[str, MetricResult], caption: str) -> Table:
     is_compared = any(value is not None for metric in metrics.values() for value in (metric.base, metric.difference, metric.low))
     has_remarks = any(metric.reason and metric.value is not None for metric in metrics.values())
     columns = ["metric", "trained model", *(["base model", "difference", "95 % interval"] if is_compared else []), *(["remark"] if has_remarks else [])]
-    return Table(caption, columns, [_metric_row(name, metric, is_compared, has_remarks) for name, metric in metrics.items()], is_narrow=not is_compared)
+    return Table(caption, columns, [_build_metric_row(name, metric, is_compared, has_remarks) for name, metric in metrics.items()], is_narrow=not is_compared)
 
 
-def _metric_row(name: str, metric: MetricResult, is_compared: bool, has_remarks: bool) -> list[Cell]:
+def _build_metric_row(name: str, metric: MetricResult, is_compared: bool, has_remarks: bool) -> list[Cell]:
     reason = redact_text(metric.reason or "the trainer recorded no reason")
     row = [Cell(name), missing_cell(reason) if metric.value is None else Cell(format_metric(name, metric.value), "number")]
     if is_compared:
@@ -78,28 +78,30 @@ def answers_section(report: RunReport) -> Section:
     """Return the section that shows the answers of the base model and the trained model side by side."""
     blocks: list[Block] = []
     if report.comparison is not None and report.comparison.comparisons:
-        compared = report.comparison.comparisons
+        compared_answers = report.comparison.comparisons
         items = [
             Answer(
                 f"Prompt {one.prompt_id}", shorten_text(one.prompt),
                 [("base model", shorten_text(one.base_model_response), ""), ("trained model", shorten_text(one.finetuned_model_response), ""),
                  *([("expected", shorten_text(one.label), "")] if one.label is not None else [])],
             )
-            for one in compared[:MAX_ANSWERS]
+            for one in compared_answers[:MAX_ANSWERS]
         ]  # fmt: skip
-        blocks.append(Answers("Base model and trained model", items, _describe_shown_count(len(items), len(compared), "evaluation/model_comparison.json")))
+        note = _describe_shown_count(len(items), len(compared_answers), "evaluation/model_comparison.json")
+        blocks.append(Answers("Base model and trained model", items, note))
     if report.predictions:
         items = []
         for number, one in enumerate(report.predictions[:MAX_ANSWERS], 1):
-            mark = "" if one.ground_truth is None else "good" if one.assistant_response.strip() == one.ground_truth.strip() else "bad"
-            expected = [] if one.ground_truth is None else [("answer of the data", shorten_text(one.ground_truth), "")]
-            items.append(Answer(f"Row {number}", shorten_text(one.user_prompt), [("trained model", shorten_text(one.assistant_response), mark), *expected]))
+            match_style = "" if one.ground_truth is None else "good" if one.assistant_response.strip() == one.ground_truth.strip() else "bad"
+            reference_answers = [] if one.ground_truth is None else [("answer of the data", shorten_text(one.ground_truth), "")]
+            trained_answer = ("trained model", shorten_text(one.assistant_response), match_style)
+            items.append(Answer(f"Row {number}", shorten_text(one.user_prompt), [trained_answer, *reference_answers]))
         note = _describe_shown_count(len(items), report.prediction_count, "evaluation/predictions.jsonl")
         blocks.append(Answers("Answers to the test set", items, note))
     return Section("answers", "Answers", blocks)
 
 
-def _describe_shown_count(shown: int, count: int, file: str) -> str:
-    return f"All {count} answers." if shown == count else f"The first {shown} of {count} answers; {file} contains all of them."
+def _describe_shown_count(shown_count: int, total_count: int, file: str) -> str:
+    return f"All {total_count} answers." if shown_count == total_count else f"The first {shown_count} of {total_count} answers; {file} contains all of them."
 
 

@@ -52,11 +52,11 @@ def spec_section(report: RunReport) -> Section:
     """Return the section about the spec: values that the user set, values that the user left out and the platform filled in, and changes by the operator."""
     run = report.run
     values = [(path, text) for path, text in flatten_values(run.spec.to_wire()) if path not in JOB_SWITCHES]
-    given = [(path, text) for path, text in values if run.origin(_field_path(path)) is Origin.USER and not _is_filled_in(path, run.defaults)]
-    filled = [(path, text) for path, text in values if (path, text) not in given]
-    blocks: list[Block] = [Table("Set by the user", ["field", "value"], [[Cell(path, "code"), Cell(shorten_text(text))] for path, text in given])]
-    if filled:
-        rows = [[Cell(path, "code"), Cell(shorten_text(text)), Cell(str(run.origin(_field_path(path))))] for path, text in filled]
+    values_from_user = [(path, text) for path, text in values if run.origin(_field_path(path)) is Origin.USER and not _is_filled_in(path, run.defaults)]
+    values_from_operator = [(path, text) for path, text in values if (path, text) not in values_from_user]
+    blocks: list[Block] = [Table("Set by the user", ["field", "value"], [[Cell(path, "code"), Cell(shorten_text(text))] for path, text in values_from_user])]
+    if values_from_operator:
+        rows = [[Cell(path, "code"), Cell(shorten_text(text)), Cell(str(run.origin(_field_path(path))))] for path, text in values_from_operator]
         blocks.append(Table("Filled in", ["field", "value", "origin"], rows, is_folded=True))
     if run.before_adaptation:
         rows = [
@@ -84,14 +84,14 @@ def attempts_section(report: RunReport) -> Section:
         rows.append([
             Cell(f"{one.attempt}"), Cell(format_time(one.started_at), "number"),
             Cell(f"{format_time(end)}{' or later' if is_estimate else ''}", "number") if end else missing_cell(KILLED_BEFORE_LOG_LINE),
-            *_step_cells(one, report),
-            _lost_steps_cell(one, following), _end_cell(one),
+            *_build_step_cells(one, report),
+            _build_lost_steps_cell(one, following), _build_end_cell(one),
         ])  # fmt: skip
     columns = ["attempt", "start (UTC)", "end (UTC)", "from step", "to step", "steps repeated later", "how it ended"]
     return Section("attempts", "Attempts", [Table("Attempts of the run", columns, rows)] if rows else [])
 
 
-def _end_cell(attempt: AttemptRecord) -> Cell:
+def _build_end_cell(attempt: AttemptRecord) -> Cell:
     if attempt.exit_code is None:
         return Cell("The pod was killed before it could write a reason.", "bad")
     if attempt.exit_code == ExitCode.OK:
@@ -99,7 +99,7 @@ def _end_cell(attempt: AttemptRecord) -> Cell:
     return Cell(f"exit code {attempt.exit_code}, {attempt.code or 'no code'}: {redact_text(attempt.message or 'no message')}", "bad")
 
 
-def _step_cells(attempt: AttemptRecord, report: RunReport) -> list[Cell]:
+def _build_step_cells(attempt: AttemptRecord, report: RunReport) -> list[Cell]:
     if attempt.start_step is None:
         return [Cell("no training"), Cell("no training")]
     start = Cell(str(attempt.start_step), "number")
@@ -109,7 +109,7 @@ def _step_cells(attempt: AttemptRecord, report: RunReport) -> list[Cell]:
     return [start, Cell(f"{last_line.step} or later", "number") if last_line else missing_cell(KILLED_BEFORE_LOG_LINE)]
 
 
-def _lost_steps_cell(attempt: AttemptRecord, next_attempt: AttemptRecord | None) -> Cell:
+def _build_lost_steps_cell(attempt: AttemptRecord, next_attempt: AttemptRecord | None) -> Cell:
     if next_attempt is None or next_attempt.start_step is None or attempt.start_step is None:
         return Cell("–")
     return missing_cell("the pod was killed") if attempt.last_step is None else Cell(str(max(0, attempt.last_step - next_attempt.start_step)), "number")
@@ -122,25 +122,27 @@ def data_section(report: RunReport) -> Section:
         return Section("data", "Data", [Sentences(["Not measured: no attempt has checked the data."])])
     blocks: list[Block] = []
     splits = [name for name in ("train", "validation", "test") if record.rows.get(name)]
-    no_counts = "this objective does not record token counts" if report.output else "the run has no final model; the counts are stored in the model's manifest"
+    no_counts_reason = "the run has no final model; the counts are stored in the model's manifest"
+    if report.output:
+        no_counts_reason = "this objective does not record token counts"
 
-    def counted(split: str, name: str) -> Cell:
+    def make_count_cell(split: str, name: str) -> Cell:
         value = tokens.get(split, {}).get(name)
-        return _value_cell(value, no_counts, ",")
+        return _value_cell(value, no_counts_reason, ",")
 
     rows = [[Cell("rows"), *(Cell(f"{record.rows[split]:,}", "number") for split in splits)]]
-    names = {
+    label_by_name = {
         "tokens": "tokens", "trained_tokens": "tokens that are trained on", "median": "tokens in a row, median",
         "percentile95": "tokens in a row, 95 % are shorter", "longest": "tokens in the longest row", "truncated": "rows that were cut",
         "dropped": "rows left out because they are too long", "answerless": "rows left out because their answer was cut off",
     }  # fmt: skip
-    rows += [[Cell(label), *(counted(split, name) for split in splits)] for name, label in names.items()]
+    rows += [[Cell(label), *(make_count_cell(split, name) for split in splits)] for name, label in label_by_name.items()]
     blocks.append(Table("Rows and lengths", ["", *splits], rows, is_narrow=True))
-    blocks.append(Table("Checks of the training rows", ["check", "result"], _check_rows(report), is_narrow=True))
+    blocks.append(Table("Checks of the training rows", ["check", "result"], _build_check_rows(report), is_narrow=True))
     return Section("data", "Data", blocks)
 
 
-def _check_rows(report: RunReport) -> list[list[Cell]]:
+def _build_check_rows(report: RunReport) -> list[list[Cell]]:
     record = report.data
     assert record is not None
     checks = [
@@ -162,23 +164,23 @@ def _check_rows(report: RunReport) -> list[list[Cell]]:
 
 def costs_section(report: RunReport) -> Section:
     """Return the section with GPU hours, throughput, and how the time was used."""
-    blocks: list[Block] = [Table("Use of the cluster", ["", "value"], _cluster_use_rows(report), is_narrow=True)]
-    used = build_time_table(report)
-    blocks += [used] if used is not None else []
-    stage_rows = _stage_rows(report)
+    blocks: list[Block] = [Table("Use of the cluster", ["", "value"], _build_cluster_use_rows(report), is_narrow=True)]
+    time_table = build_time_table(report)
+    blocks += [time_table] if time_table is not None else []
+    stage_rows = _build_stage_rows(report)
     if stage_rows:
-        without = " Attempts that were killed are not included." if any(one.ended_at is None for one in report.attempts) else ""
-        note = f"The sum over the attempts.{without}"
-        blocks.append(Table("Time by stage", ["stage", "time"], stage_rows, note=note, is_folded=used is not None, is_narrow=True))
+        killed_note = " Attempts that were killed are not included." if any(one.ended_at is None for one in report.attempts) else ""
+        note = f"The sum over the attempts.{killed_note}"
+        blocks.append(Table("Time by stage", ["stage", "time"], stage_rows, note=note, is_folded=time_table is not None, is_narrow=True))
     return Section("costs", "Time and cost", blocks)
 
 
-def _cluster_use_rows(report: RunReport) -> list[list[Cell]]:
+def _build_cluster_use_rows(report: RunReport) -> list[list[Cell]]:
     resolved, world = merge_resolved_configs(report), report.run.world
     seconds, is_estimate = sum_pod_seconds(report)
     lower_bound = "at least " if is_estimate else ""
     training_seconds = max((entry.training_seconds or 0.0 for entry in report.log), default=0.0)
-    throughput = sorted(value for entry in report.log if isinstance(value := getattr(entry, "tokens_per_second", None), int | float))
+    throughputs = sorted(value for entry in report.log if isinstance(value := getattr(entry, "tokens_per_second", None), int | float))
     training_time = _value_cell(format_seconds(training_seconds) if training_seconds else None, "no line of the log contains it")
     has_gpus = any(one.gpus for one in report.attempts)
     gpu_hours = Cell(f"{lower_bound}{format_hours(sum_gpu_seconds(report)[0])}", "number") if has_gpus else Cell("0: the run used no GPU")
@@ -188,11 +190,12 @@ def _cluster_use_rows(report: RunReport) -> list[list[Cell]]:
         [Cell("training time, with evaluations during training"), training_time],
         [Cell("device"), _value_cell(resolved.device, "no attempt has loaded the model")],
         [Cell("ranks"), Cell(f"{world.size} in {world.nodes} pod{'s' * (world.nodes > 1)}")],
-        [Cell("tokens per second, median"), _value_cell(format_number(throughput[len(throughput) // 2]) if throughput else None, "no throughput was logged")],
+        [Cell("tokens per second, median"),
+         _value_cell(format_number(throughputs[len(throughputs) // 2]) if throughputs else None, "no throughput was logged")],
     ]
 
 
-def _stage_rows(report: RunReport) -> list[list[Cell]]:
+def _build_stage_rows(report: RunReport) -> list[list[Cell]]:
     """Return a row with the duration of each stage, without stages that took almost no time."""
     timings = {name: sum(one.timings.get(name, 0.0) for one in report.attempts) for name in STAGE_NAMES}
     return [[Cell(name), Cell(format_seconds(seconds), "number")] for name, seconds in timings.items() if seconds >= SHORTEST_STAGE_SECONDS]
@@ -203,10 +206,10 @@ def _stage_rows(report: RunReport) -> list[list[Cell]]:
 
 def lineage_section(report: RunReport) -> Section:
     """Return the section with the sources and hashes of the base model, the data and the final model."""
-    blocks: list[Block] = [Table("Model and inputs", ["", "value"], _origin_rows(report))]
+    blocks: list[Block] = [Table("Model and inputs", ["", "value"], _build_origin_rows(report))]
     if report.checkpoints:
         columns = ["step", "attempt", "size", "validation loss", "healthy", "sha256 of the manifest"]
-        rows = [_checkpoint_row(one) for one in report.checkpoints]
+        rows = [_build_checkpoint_row(one) for one in report.checkpoints]
         blocks.append(Table("Committed checkpoints", columns, rows, note="Older checkpoints are removed according to checkpoint.keep."))
     if report.model_files:
         files = [[Cell(one.path, "code"), size_cell(one.size), Cell(one.sha256, "code")] for one in report.model_files]
@@ -220,37 +223,37 @@ def lineage_section(report: RunReport) -> Section:
     return Section("lineage", "Origin", blocks)
 
 
-def _origin_rows(report: RunReport) -> list[list[Cell]]:
+def _build_origin_rows(report: RunReport) -> list[list[Cell]]:
     run, resolved, output = report.run, merge_resolved_configs(report), report.output or Output()
-    no_model = "the run has no final model"
+    no_model_reason = "the run has no final model"
 
-    def code(value: object, reason: str) -> Cell:
+    def make_code_cell(value: object, reason: str) -> Cell:
         return missing_cell(reason, "not recorded") if value in (None, "") else Cell(redact_text(str(value)), "code")
 
     image = resolved.image or run.spec.placement.image
     rows = [
         [Cell("job"), Cell(f"{run.namespace}/{run.name}, uid {run.uid}", "code")],
         [Cell("base model"), Cell(redact_source(run.spec.model.source or ""), "code")],
-        [Cell("revision of the base model"), code(resolved.model_revision, "no attempt has downloaded the model")],
-        [Cell("sha256 of the training data"), code(resolved.dataset_digest, "no attempt has downloaded the data")],
-        [Cell("sha256 of the run configuration"), code(report.config_sha256, "no attempt has read it")],
-        [Cell("image"), code(image, "it is the platform's default, which status.resolved.image of the FineTuneJob names")],
-        [Cell("digest of the image"), code(resolved.image_digest, "a pod does not know it; status.resolved.imageDigest of the FineTuneJob names it")],
-        [Cell("seed"), code(run.spec.training.seed, "the spec has none")],
-        [Cell("final model"), code(output.uri, no_model)],
-        [Cell("kind"), code(output.kind, no_model)],
-        [Cell("sha256 of the model's manifest"), code(output.sha256, no_model)],
+        [Cell("revision of the base model"), make_code_cell(resolved.model_revision, "no attempt has downloaded the model")],
+        [Cell("sha256 of the training data"), make_code_cell(resolved.dataset_digest, "no attempt has downloaded the data")],
+        [Cell("sha256 of the run configuration"), make_code_cell(report.config_sha256, "no attempt has read it")],
+        [Cell("image"), make_code_cell(image, "it is the platform's default, which status.resolved.image of the FineTuneJob names")],
+        [Cell("digest of the image"), make_code_cell(resolved.image_digest, "a pod does not know it; status.resolved.imageDigest of the FineTuneJob names it")],
+        [Cell("seed"), make_code_cell(run.spec.training.seed, "the spec has none")],
+        [Cell("final model"), make_code_cell(output.uri, no_model_reason)],
+        [Cell("kind"), make_code_cell(output.kind, no_model_reason)],
+        [Cell("sha256 of the model's manifest"), make_code_cell(output.sha256, no_model_reason)],
     ]
-    promoted = None if output.promoted is None else "yes" if output.promoted else "no"
-    optional = {"merged model": output.merged_uri, "published copy": output.published_uri, "passed all gates": promoted}
-    return rows + [[Cell(name), Cell(redact_text(value), "code")] for name, value in optional.items() if value]
+    promoted_text = None if output.promoted is None else "yes" if output.promoted else "no"
+    optional_uris = {"merged model": output.merged_uri, "published copy": output.published_uri, "passed all gates": promoted_text}
+    return rows + [[Cell(name), Cell(redact_text(value), "code")] for name, value in optional_uris.items() if value]
 
 
-def _checkpoint_row(checkpoint: StoredCheckpoint) -> list[Cell]:
-    eval_loss = Cell("–") if checkpoint.eval_loss is None else Cell(format_number(checkpoint.eval_loss), "number")
-    healthy = Cell("yes" if checkpoint.is_healthy else "not confirmed")
+def _build_checkpoint_row(checkpoint: StoredCheckpoint) -> list[Cell]:
+    eval_loss_cell = Cell("–") if checkpoint.eval_loss is None else Cell(format_number(checkpoint.eval_loss), "number")
+    healthy_cell = Cell("yes" if checkpoint.is_healthy else "not confirmed")
     step, number = Cell(str(checkpoint.step), "number"), Cell(str(checkpoint.attempt), "number")
-    return [step, number, size_cell(checkpoint.bytes), eval_loss, healthy, Cell(checkpoint.sha256, "code")]
+    return [step, number, size_cell(checkpoint.bytes), eval_loss_cell, healthy_cell, Cell(checkpoint.sha256, "code")]
 
 
 def notes_section(report: RunReport) -> Section:

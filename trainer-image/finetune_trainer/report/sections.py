@@ -35,12 +35,12 @@ NO_GPU_MEMORY = "the run used no GPU, and the trainer measures only GPU memory"
 
 def build_sections(report: RunReport) -> list[Section]:
     """Return all sections that have something to show, in the order of the page."""
-    candidates = [
+    optional_sections = [
         curves_section(report), result_sections.evaluation_section(report), result_sections.answers_section(report), run_sections.spec_section(report),
         run_sections.attempts_section(report), run_sections.data_section(report), run_sections.costs_section(report),
         run_sections.lineage_section(report), run_sections.notes_section(report),
     ]  # fmt: skip
-    return [section for section in candidates if section.blocks]
+    return [section for section in optional_sections if section.blocks]
 
 
 # ---- top of the page
@@ -48,49 +48,49 @@ def build_sections(report: RunReport) -> list[Section]:
 
 def describe_outcome(report: RunReport) -> RunOutcome:
     """Return how the last attempt ended."""
-    last = report.last_attempt
+    last_attempt = report.last_attempt
     has_model = report.output is not None and report.output.uri is not None
-    if last is None or last.exit_code is None:
+    if last_attempt is None or last_attempt.exit_code is None:
         return RunOutcome("Not finished", "open", "The report was written before the attempt ended.")
-    if last.exit_code == ExitCode.OK:
+    if last_attempt.exit_code == ExitCode.OK:
         return RunOutcome("Completed", "good", "Training is complete, and the final model is stored.")
-    place = f"Attempt {last.attempt} ended with exit code {last.exit_code} ({last.code or 'no code'})"
-    sentence = f"{place}: {redact_text(last.message)}." if last.message else f"{place}."
-    if last.exit_code in (ExitCode.PREEMPTED_SAVED, ExitCode.PREEMPTED_UNSAVED):
-        return RunOutcome("Stopped", "open", f"{sentence} A later attempt can continue the run.", last.hint or "")
+    ending = f"Attempt {last_attempt.attempt} ended with exit code {last_attempt.exit_code} ({last_attempt.code or 'no code'})"
+    sentence = f"{ending}: {redact_text(last_attempt.message)}." if last_attempt.message else f"{ending}."
+    if last_attempt.exit_code in (ExitCode.PREEMPTED_SAVED, ExitCode.PREEMPTED_UNSAVED):
+        return RunOutcome("Stopped", "open", f"{sentence} A later attempt can continue the run.", last_attempt.hint or "")
     if has_model:
-        return RunOutcome("Failed after training", "bad", f"The final model is stored, but a stage after training failed. {sentence}", last.hint or "")
-    return RunOutcome("Failed", "bad", f"{sentence} The operator may start another attempt, which replaces this report.", last.hint or "")
+        return RunOutcome("Failed after training", "bad", f"The final model is stored, but a stage after training failed. {sentence}", last_attempt.hint or "")
+    return RunOutcome("Failed", "bad", f"{sentence} The operator may start another attempt, which replaces this report.", last_attempt.hint or "")
 
 
 def build_tiles(report: RunReport) -> list[Tile]:
     """Return the most important numbers of the run, for the top of the page."""
-    training = [entry for entry in report.log if entry.kind is LineKind.TRAINING and entry.loss is not None]
-    result = [_steps_tile(report)]
-    if training:
-        result.append(Tile("Training loss", format_number(training[-1].loss or 0.0), f"from {format_number(training[0].loss or 0.0)}"))
-    evaluated = [entry for entry in report.log if entry.eval_loss is not None]
-    if evaluated:
-        best = min(evaluated, key=lambda entry: entry.eval_loss or math.inf)
-        result.append(Tile("Best validation loss", format_number(best.eval_loss or 0.0), f"at step {best.step}"))
-    result += _evaluation_tiles(report)
+    training_entries = [entry for entry in report.log if entry.kind is LineKind.TRAINING and entry.loss is not None]
+    result = [_build_steps_tile(report)]
+    if training_entries:
+        result.append(Tile("Training loss", format_number(training_entries[-1].loss or 0.0), f"from {format_number(training_entries[0].loss or 0.0)}"))
+    evaluated_entries = [entry for entry in report.log if entry.eval_loss is not None]
+    if evaluated_entries:
+        best_entry = min(evaluated_entries, key=lambda entry: entry.eval_loss or math.inf)
+        result.append(Tile("Best validation loss", format_number(best_entry.eval_loss or 0.0), f"at step {best_entry.step}"))
+    result += _build_evaluation_tiles(report)
     seconds, is_estimate = sum_pod_seconds(report)
-    bound = "≥ " if is_estimate else ""
-    gpus = max((attempt.gpus for attempt in report.attempts), default=0)
-    if gpus:
-        result.append(Tile("GPU hours", bound + format_hours(sum_gpu_seconds(report)[0]), f"on {gpus} GPU{'s' * (gpus > 1)}"))
-    count = len({one.attempt for one in report.attempts})
-    result.append(Tile("Running time", bound + format_seconds(seconds), f"{count} attempt{'s' * (count != 1)}"))
+    bound_sign = "≥ " if is_estimate else ""
+    gpu_count = max((attempt.gpus for attempt in report.attempts), default=0)
+    if gpu_count:
+        result.append(Tile("GPU hours", bound_sign + format_hours(sum_gpu_seconds(report)[0]), f"on {gpu_count} GPU{'s' * (gpu_count > 1)}"))
+    attempt_count = len({one.attempt for one in report.attempts})
+    result.append(Tile("Running time", bound_sign + format_seconds(seconds), f"{attempt_count} attempt{'s' * (attempt_count != 1)}"))
     return result
 
 
-def _steps_tile(report: RunReport) -> Tile:
-    steps = max((entry.step for entry in report.log), default=0)
-    epochs = max((entry.epoch or 0.0 for entry in report.log), default=0.0)
-    return Tile("Optimizer steps", str(steps), f"{epochs:.4g} epoch{'s' * (epochs != 1)}" if epochs else "")
+def _build_steps_tile(report: RunReport) -> Tile:
+    last_step = max((entry.step for entry in report.log), default=0)
+    last_epoch = max((entry.epoch or 0.0 for entry in report.log), default=0.0)
+    return Tile("Optimizer steps", str(last_step), f"{last_epoch:.4g} epoch{'s' * (last_epoch != 1)}" if last_epoch else "")
 
 
-def _evaluation_tiles(report: RunReport) -> Iterable[Tile]:
+def _build_evaluation_tiles(report: RunReport) -> Iterable[Tile]:
     evaluation_result = report.evaluation
     if evaluation_result is None:
         return
@@ -101,9 +101,9 @@ def _evaluation_tiles(report: RunReport) -> Iterable[Tile]:
             yield Tile(name, format_metric(name, metric.value), detail)
             break
     if evaluation_result.gates:
-        passed = sum(gate.passed for gate in evaluation_result.gates)
-        count = len(evaluation_result.gates)
-        yield Tile("Gates passed", f"{passed} of {count}", "", "good" if passed == count else "bad")
+        passed_count = sum(gate.passed for gate in evaluation_result.gates)
+        gate_count = len(evaluation_result.gates)
+        yield Tile("Gates passed", f"{passed_count} of {gate_count}", "", "good" if passed_count == gate_count else "bad")
 
 
 # ---- curves
@@ -111,28 +111,31 @@ def _evaluation_tiles(report: RunReport) -> Iterable[Tile]:
 
 def curves_section(report: RunReport) -> Section:
     """Return the section with charts of the logged values over the optimizer steps."""
-    training = [entry for entry in report.log if entry.kind is LineKind.TRAINING]
+    training_entries = [entry for entry in report.log if entry.kind is LineKind.TRAINING]
     evaluations = [entry for entry in report.log if entry.kind is LineKind.EVALUATION]
-    lines = _attempt_lines(report)
+    lines = _list_attempt_lines(report)
     unit = "nats per token" if trainer_type_of(report.run.spec) is TrainerType.SFT else f"loss of {trainer_type_of(report.run.spec)}"
-    nothing_logged = "no line of the training log is stored"
+    nothing_logged_reason = "no line of the training log is stored"
 
-    def chart(title: str, unit: str, series: Sequence[Series], reason: str, *, starts_at_zero: bool = False) -> ChartData:
-        return ChartData(title, unit, series, reason if report.log else nothing_logged, starts_at_zero, lines)
+    def make_chart(title: str, unit: str, series: Sequence[Series], reason: str, *, starts_at_zero: bool = False) -> ChartData:
+        return ChartData(title, unit, series, reason if report.log else nothing_logged_reason, starts_at_zero, lines)
 
     charts = [
-        chart("Training loss", unit, [Series("training loss", _points(training, "loss"))], nothing_logged),
-        chart("Validation loss", unit, [Series("validation loss", _points(evaluations, "eval_loss"), is_dashed=True)], NO_EVALUATION),
-        chart("Learning rate", "", [Series("learning rate", _points(training, "learning_rate"))], nothing_logged, starts_at_zero=True),
-        chart("Gradient norm", "before clipping", [Series("gradient norm", _points(training, "grad_norm"))], nothing_logged, starts_at_zero=True),
-        chart("Throughput", "tokens per second, all ranks", [Series("tokens per second", _points(training, "tokens_per_second"))],
+        make_chart("Training loss", unit, [Series("training loss", _points(training_entries, "loss"))], nothing_logged_reason),
+        make_chart("Validation loss", unit, [Series("validation loss", _points(evaluations, "eval_loss"), is_dashed=True)], NO_EVALUATION),
+        make_chart("Learning rate", "", [Series("learning rate", _points(training_entries, "learning_rate"))], nothing_logged_reason, starts_at_zero=True),
+        make_chart("Gradient norm", "before clipping", [Series("gradient norm", _points(training_entries, "grad_norm"))],
+            nothing_logged_reason, starts_at_zero=True),
+        make_chart("Throughput", "tokens per second, all ranks", [Series("tokens per second", _points(training_entries, "tokens_per_second"))],
               "the trainer measured no throughput", starts_at_zero=True),
-        chart("GPU memory", "peak of rank 0, GB", [Series("GPU memory", _points(training, "peak_memory_gb"))], NO_GPU_MEMORY, starts_at_zero=True),
+        make_chart("GPU memory", "peak of rank 0, GB", [Series("GPU memory", _points(training_entries, "peak_memory_gb"))], NO_GPU_MEMORY, starts_at_zero=True),
     ]  # fmt: skip
-    drawn = [(one, draw_chart(one)) for one in charts]
-    grid = ChartGrid([drawing for _, drawing in drawn if drawing], [(one.title, f"not measured: {one.reason}") for one, drawing in drawn if drawing is None])
-    marked = " A dashed vertical line marks the step at which a later attempt continued." if lines else ""
-    return Section("curves", "Curves", [grid], f"Values by optimizer step.{marked}")
+    charts_and_drawings = [(one, draw_chart(one)) for one in charts]
+    grid = ChartGrid([drawing for _, drawing in charts_and_drawings if drawing], [
+        (one.title, f"not measured: {one.reason}") for one, drawing in charts_and_drawings if drawing is None
+    ])
+    marker_note = " A dashed vertical line marks the step at which a later attempt continued." if lines else ""
+    return Section("curves", "Curves", [grid], f"Values by optimizer step.{marker_note}")
 
 
 def _points(entries: Iterable[LogEntry], name: str) -> list[tuple[float, float | None]]:
@@ -143,7 +146,7 @@ def _points(entries: Iterable[LogEntry], name: str) -> list[tuple[float, float |
     return points
 
 
-def _attempt_lines(report: RunReport) -> list[AttemptLine]:
+def _list_attempt_lines(report: RunReport) -> list[AttemptLine]:
     """Return a line for each attempt but the first, at the step where it continued the training. An attempt without training has no line."""
     return [AttemptLine(one.start_step, f"attempt {one.attempt}") for one in report.attempts[1:] if one.start_step is not None]
 

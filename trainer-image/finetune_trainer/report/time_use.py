@@ -33,15 +33,15 @@ def build_time_table(report: RunReport) -> Table | None:
     for one, following in zip_longest(report.attempts, report.attempts[1:]):
         for part, value in _split_time(one, following, report).items():
             seconds[part] = seconds.get(part, 0.0) + value
-    total = sum(seconds.values())
+    total_seconds = sum(seconds.values())
     rows = [
-        [Cell(label), Cell(format_seconds(seconds[part]), "number"), Cell(f"{seconds[part] / total:.1%}", "number")]
+        [Cell(label), Cell(format_seconds(seconds[part]), "number"), Cell(f"{seconds[part] / total_seconds:.1%}", "number")]
         for part, label in {**PART_LABELS, KILLED_LABEL: KILLED_LABEL}.items() if seconds.get(part, 0.0) >= SHORTEST_PART_SECONDS
     ]  # fmt: skip
     reason = "a pod does not know it; status.goodput of the FineTuneJob shows it"
     rows.append([Cell(OPERATOR_PARTS), missing_cell(reason), Cell("–")])
-    useful = (seconds.get("firstStep", 0.0) + seconds.get("steps", 0.0)) / total if total else 0.0
-    note = f"{useful:.1%} of the time of rank 0's containers went into optimizer steps that no later attempt repeated."
+    useful_share = (seconds.get("firstStep", 0.0) + seconds.get("steps", 0.0)) / total_seconds if total_seconds else 0.0
+    note = f"{useful_share:.1%} of the time of rank 0's containers went into optimizer steps that no later attempt repeated."
     return Table("What the time was used for", ["part", "time", "share"], rows, note=note, is_narrow=True)
 
 
@@ -50,9 +50,9 @@ def _split_time(attempt: AttemptRecord, next_attempt: AttemptRecord | None, repo
     if attempt.time_use is None:
         end, _ = find_end_time(attempt, report)
         return {KILLED_LABEL: max(0.0, ((end or attempt.started_at) - attempt.started_at).total_seconds())}
-    parts = attempt.time_use.seconds()
-    lost = parts.get("steps", 0.0) * _lost_share(attempt, next_attempt)
-    return parts | {"steps": parts.get("steps", 0.0) - lost, "lostSteps": lost}
+    seconds_by_part = attempt.time_use.seconds()
+    lost_seconds = seconds_by_part.get("steps", 0.0) * _lost_share(attempt, next_attempt)
+    return seconds_by_part | {"steps": seconds_by_part.get("steps", 0.0) - lost_seconds, "lostSteps": lost_seconds}
 
 
 def _lost_share(attempt: AttemptRecord, next_attempt: AttemptRecord | None) -> float:
@@ -61,5 +61,5 @@ def _lost_share(attempt: AttemptRecord, next_attempt: AttemptRecord | None) -> f
         return 0.0
     if attempt.start_step is None or attempt.last_step is None or attempt.last_step <= attempt.start_step:
         return 0.0
-    kept = max(0, next_attempt.start_step - attempt.start_step) / (attempt.last_step - attempt.start_step)
-    return 1.0 - min(1.0, kept)
+    kept_share = max(0, next_attempt.start_step - attempt.start_step) / (attempt.last_step - attempt.start_step)
+    return 1.0 - min(1.0, kept_share)

@@ -94,19 +94,19 @@ def join_attempts(attempts: Iterable[Sequence[LogEntry]]) -> list[LogEntry]:
     one exception: an attempt does not repeat the evaluation at the step of its checkpoint. So, at the first step that the later attempt logs, an entry
     of the earlier attempt is kept too if the later attempt logged no entry of the same kind at this step.
     """
-    joined: list[LogEntry] = []
+    joined_entries: list[LogEntry] = []
     for attempt in attempts:
         if not attempt:
             continue
         first_step = attempt[0].step
         repeated_kinds = {entry.kind for entry in attempt if entry.step == first_step}
-        joined = [
+        joined_entries = [
             entry
-            for entry in joined
+            for entry in joined_entries
             if entry.step < first_step or (entry.step == first_step and entry.kind not in repeated_kinds)
         ]
-        joined += attempt
-    return joined
+        joined_entries += attempt
+    return joined_entries
 
 
 def select_training_lines(entries: Iterable[LogEntry]) -> Iterator[LogEntry]:

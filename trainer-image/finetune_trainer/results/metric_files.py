@@ -203,18 +203,18 @@ def compute_step_metrics(entries: Iterable[LogEntry]) -> list[StepMetrics]:
 
 def compute_epoch_metrics(entries: Sequence[LogEntry]) -> list[EpochMetrics]:
     """Compute `epoch_metrics.json`. Log entries of the test set, the summary, and log entries without an epoch are ignored."""
-    lines = [line for line in entries if line.epoch is not None and line.kind in (LineKind.TRAINING, LineKind.EVALUATION)]
+    lines_with_epoch = [line for line in entries if line.epoch is not None and line.kind in (LineKind.TRAINING, LineKind.EVALUATION)]
     lines_by_epoch: dict[int, list[LogEntry]] = defaultdict(list)
-    for line in lines:
+    for line in lines_with_epoch:
         lines_by_epoch[_epoch_number(line)].append(line)
-    losses, times = _mean_loss_by_epoch(lines), _TimeCurve(lines)
+    losses, times = _mean_loss_by_epoch(lines_with_epoch), _TimeCurve(lines_with_epoch)
     return [
-        _epoch_entry(number, lines_by_epoch[number], times.seconds_of_epoch(number), losses.get(number))
+        _build_epoch_entry(number, lines_by_epoch[number], times.seconds_of_epoch(number), losses.get(number))
         for number in range(1, max(lines_by_epoch, default=0) + 1)
     ]
 
 
-def _epoch_entry(number: int, lines: Sequence[LogEntry], seconds: float | None, loss: float | None) -> EpochMetrics:
+def _build_epoch_entry(number: int, lines: Sequence[LogEntry], seconds: float | None, loss: float | None) -> EpochMetrics:
     evaluations = [line for line in lines if line.kind is LineKind.EVALUATION]
     evaluation = evaluations[-1] if evaluations else LogEntry(step=0)
     return EpochMetrics(
@@ -227,19 +227,19 @@ def _epoch_entry(number: int, lines: Sequence[LogEntry], seconds: float | None, 
 def compute_final_metrics(entries: Sequence[LogEntry], epochs: Sequence[EpochMetrics], run: RunDescription) -> FinalMetrics:
     """Compute `final_metrics.json`."""
 
-    def values(name: str) -> list[float]:
+    def list_values(name: str) -> list[float]:
         return [value for epoch in epochs if (value := getattr(epoch, name)) is not None]
 
     def final_and_best(name: str, best_of: Callable[..., float | None]) -> dict[str, float | None]:
-        measured = values(name)
-        return {f"final_{name}": measured[-1] if measured else None, f"best_{name}": best_of(measured, default=None)}
+        measured_values = list_values(name)
+        return {f"final_{name}": measured_values[-1] if measured_values else None, f"best_{name}": best_of(measured_values, default=None)}
 
     metrics: dict[str, float | None] = {}
     for name in ("train_loss", "eval_loss"):
         metrics |= final_and_best(name, min)
     for name in ("eval_accuracy", "eval_f1", "eval_precision", "eval_recall"):
         metrics |= final_and_best(name, max)
-    epoch_times = values("epoch_time")
+    epoch_times = list_values("epoch_time")
     folder = run.metrics_directory.strip("/")
     prefix = f"{folder}/" if folder else ""
     return FinalMetrics(
@@ -289,15 +289,15 @@ def _mean_loss_by_epoch(lines: Iterable[LogEntry]) -> dict[int, float]:
     """
     weighted_sums: dict[int, float] = defaultdict(float)
     weights: dict[int, float] = defaultdict(float)
-    start = 0.0
+    line_start = 0.0
     for line in select_training_lines(lines):
-        end = line.epoch or 0.0
-        for number in range(math.floor(start + EPOCH_TOLERANCE) + 1, _epoch_number(line) + 1):
-            share = min(end, number) - max(start, number - 1)
+        line_end = line.epoch or 0.0
+        for number in range(math.floor(line_start + EPOCH_TOLERANCE) + 1, _epoch_number(line) + 1):
+            share = min(line_end, number) - max(line_start, number - 1)
             if line.loss is not None and share > 0:
                 weighted_sums[number] += share * line.loss
                 weights[number] += share
-        start = end
+        line_start = line_end
     return {number: weighted_sums[number] / weight for number, weight in weights.items()}
 
 
@@ -318,12 +318,12 @@ class _TimeCurve:
 
         If several lines have this epoch, the last line is used, because the evaluation at the end of an epoch counts as part of the epoch.
         """
-        after = bisect_right(self._epochs, epoch + EPOCH_TOLERANCE)
-        before = after - 1
-        if after == len(self._epochs) or epoch <= self._epochs[before]:
-            return self._seconds[before]
-        share = (epoch - self._epochs[before]) / (self._epochs[after] - self._epochs[before])
-        return self._seconds[before] + share * (self._seconds[after] - self._seconds[before])
+        index_after = bisect_right(self._epochs, epoch + EPOCH_TOLERANCE)
+        index_before = index_after - 1
+        if index_after == len(self._epochs) or epoch <= self._epochs[index_before]:
+            return self._seconds[index_before]
+        share = (epoch - self._epochs[index_before]) / (self._epochs[index_after] - self._epochs[index_before])
+        return self._seconds[index_before] + share * (self._seconds[index_after] - self._seconds[index_before])
 
 
 def _step_times(entries: Sequence[LogEntry]) -> list[float | None]:

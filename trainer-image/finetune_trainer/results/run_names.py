@@ -21,8 +21,8 @@ def build_run_name(option: RunName | None, *, job_name: str, started_at: datetim
     """
     if option is None:
         return job_name
-    base = option.name or _to_utc(started_at).strftime("%Y%m%d-%H%M%S")
-    return f"{option.prefix or ''}{base}{option.suffix or ''}"
+    base_name = option.name or _to_utc(started_at).strftime("%Y%m%d-%H%M%S")
+    return f"{option.prefix or ''}{base_name}{option.suffix or ''}"
 
 
 def make_slug(name: str) -> str:
@@ -31,12 +31,12 @@ def make_slug(name: str) -> str:
     The slug has at most 63 lower-case letters, digits, dots and dashes, and begins and ends with a letter or digit. Different names can have the same
     slug. A name without any usable character becomes `run-` and eight digits of its sha256.
     """
-    letters = unicodedata.normalize("NFKD", name).lower()
-    letters = "".join(letter for letter in letters if not unicodedata.combining(letter))
-    dashed = re.sub(r"[^a-z0-9.]+", "-", letters)
-    dashed = re.sub(r"-*\.[.-]*", ".", dashed)  # each part between two dots must begin and end with a letter or digit
-    usable = dashed.strip(".-")[:MAX_SLUG_LENGTH].rstrip(".-")
-    return usable or f"run-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    normalized_name = unicodedata.normalize("NFKD", name).lower()
+    normalized_name = "".join(letter for letter in normalized_name if not unicodedata.combining(letter))
+    name_with_dashes = re.sub(r"[^a-z0-9.]+", "-", normalized_name)
+    name_with_dashes = re.sub(r"-*\.[.-]*", ".", name_with_dashes)  # each part between two dots must begin and end with a letter or digit
+    slug = name_with_dashes.strip(".-")[:MAX_SLUG_LENGTH].rstrip(".-")
+    return slug or f"run-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def time_folder_name(started_at: datetime) -> str:

@@ -40,12 +40,12 @@ class ServedModel:
     @staticmethod
     def of(run: RunConfig, uri: str, kind: OutputKind, folder: Path, merged_uri: str | None) -> ServedModel:
         """Return the facts about a run's model. If the run has a merged model, the merged model is served instead of the adapter."""
-        rank = None
-        config = folder / "adapter_config.json"
-        if kind is OutputKind.ADAPTER and merged_uri is None and config.exists():
-            settings = json.loads(config.read_text())
-            rank = max([int(settings.get("r") or 0), *map(int, (settings.get("rank_pattern") or {}).values())])
-        return ServedModel(run.name, run.namespace, redact_source(run.spec.model.source or ""), merged_uri or uri, rank)
+        lora_rank = None
+        config_file = folder / "adapter_config.json"
+        if kind is OutputKind.ADAPTER and merged_uri is None and config_file.exists():
+            settings = json.loads(config_file.read_text())
+            lora_rank = max([int(settings.get("r") or 0), *map(int, (settings.get("rank_pattern") or {}).values())])
+        return ServedModel(run.name, run.namespace, redact_source(run.spec.model.source or ""), merged_uri or uri, lora_rank)
 
     @property
     def hub_repository(self) -> str | None:
@@ -69,19 +69,19 @@ class ServedModel:
 
 def build_serving_files(spec: FineTuneJobSpec, model: ServedModel) -> dict[str, str]:
     """Return the manifests for the servers in `output.serving`, by file name."""
-    builders = {ServingTarget.VLLM: _vllm_manifests, ServingTarget.KSERVE: _kserve_manifests}
+    builders = {ServingTarget.VLLM: _build_vllm_manifests, ServingTarget.KSERVE: _build_kserve_manifests}
     return {f"{server}.yaml": _to_yaml(builders[server](model)) for server in spec.output.serving or []}
 
 
-def _kserve_manifests(model: ServedModel) -> list[dict[str, Any]]:
+def _build_kserve_manifests(model: ServedModel) -> list[dict[str, Any]]:
     """Return a ServiceAccount with the credentials and an InferenceService.
 
     KServe downloads `storageUri` to /mnt/models. For an adapter, the server also downloads the base model from the hub.
     """
     arguments = [f"--model_name={model.name}"]
     if model.lora_rank is not None:
-        revision = [f"--model_revision={model.hub_revision}"] if model.hub_revision else []
-        arguments += [f"--model_id={model.hub_repository}", *revision, *model.vllm_arguments, f"--lora-modules={model.name}-adapter={MODEL_FOLDER}"]
+        revision_arguments = [f"--model_revision={model.hub_revision}"] if model.hub_revision else []
+        arguments += [f"--model_id={model.hub_repository}", *revision_arguments, *model.vllm_arguments, f"--lora-modules={model.name}-adapter={MODEL_FOLDER}"]
     predictor = {
         "serviceAccountName": _account_name(model),
         "model": {
@@ -97,36 +97,39 @@ def _kserve_manifests(model: ServedModel) -> list[dict[str, Any]]:
     return [account, service]
 
 
-def _vllm_manifests(model: ServedModel) -> list[dict[str, Any]]:
+def _build_vllm_manifests(model: ServedModel) -> list[dict[str, Any]]:
     """Return a Deployment of vLLM and its Service. An init container downloads the adapter, and the base or complete model if it is not on a hub."""
     downloads: dict[str, str] = {}
     if model.lora_rank is None:
-        downloads[model.uri], served = MODEL_FOLDER, MODEL_FOLDER
+        downloads[model.uri], served_source = MODEL_FOLDER, MODEL_FOLDER
     else:
         downloads[model.uri] = ADAPTER_FOLDER
-        served = model.hub_repository or MODEL_FOLDER
+        served_source = model.hub_repository or MODEL_FOLDER
         if model.hub_repository is None:
             downloads[model.base] = MODEL_FOLDER
-    revision = [f"--revision={model.hub_revision}"] if model.lora_rank is not None and model.hub_revision else []
-    adapter = [f"--lora-modules={model.name}={ADAPTER_FOLDER}"] if model.lora_rank is not None else []
-    name = f"{model.name}-base" if model.lora_rank is not None else model.name
-    arguments = [f"--model={served}", *revision, f"--served-model-name={name}", *model.vllm_arguments, *adapter]
+    revision_arguments = [f"--revision={model.hub_revision}"] if model.lora_rank is not None and model.hub_revision else []
+    adapter_arguments = [f"--lora-modules={model.name}={ADAPTER_FOLDER}"] if model.lora_rank is not None else []
+    served_name = f"{model.name}-base" if model.lora_rank is not None else model.name
+    arguments = [f"--model={served_source}", *revision_arguments, f"--served-model-name={served_name}", *model.vllm_arguments, *adapter_arguments]
     volumes = [("model", MODEL_FOLDER), ("adapter", ADAPTER_FOLDER)]
-    used = [(volume, folder) for volume, folder in volumes if folder in downloads.values()]
-    mounts = [{"name": volume, "mountPath": folder} for volume, folder in used]
-    server = {
+    used_volumes = [(volume, folder) for volume, folder in volumes if folder in downloads.values()]
+    mounts = [{"name": volume, "mountPath": folder} for volume, folder in used_volumes]
+    server_container = {
         "name": "vllm", "image": VLLM_IMAGE, "args": arguments, "ports": [{"containerPort": PORT}], "volumeMounts": mounts,
         "readinessProbe": {"httpGet": {"path": "/health", "port": PORT}}, "resources": {"limits": {GPU_RESOURCE: "1"}},
     }  # fmt: skip
-    download = {
+    download_container = {
         "name": "download", "image": STORAGE_INITIALIZER, "args": [part for pair in downloads.items() for part in pair], "volumeMounts": mounts,
         "envFrom": [{"secretRef": {"name": _secret_name(model)}}],
     }  # fmt: skip
     labels = {"app.kubernetes.io/name": model.name}
-    pod = {"initContainers": [download], "containers": [server], "volumes": [{"name": volume, "emptyDir": {}} for volume, _ in used]}
+    pod_spec = {
+        "initContainers": [download_container], "containers": [server_container],
+        "volumes": [{"name": volume, "emptyDir": {}} for volume, _ in used_volumes],
+    }
     deployment = {
         "apiVersion": "apps/v1", "kind": "Deployment", "metadata": _object_metadata(model),
-        "spec": {"replicas": 1, "selector": {"matchLabels": labels}, "template": {"metadata": {"labels": labels}, "spec": pod}},
+        "spec": {"replicas": 1, "selector": {"matchLabels": labels}, "template": {"metadata": {"labels": labels}, "spec": pod_spec}},
     }  # fmt: skip
     service = {
         "apiVersion": "v1", "kind": "Service", "metadata": _object_metadata(model),

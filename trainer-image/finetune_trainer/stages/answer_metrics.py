@@ -47,9 +47,9 @@ def measure_answers(
 
 def _measure_bertscore(run: RunConfig, folder: Path | None, predictions: Sequence[Prediction]) -> dict[str, MetricValue]:
     """Measure BERTScore. Returns the F1 score as `bertscore`, and also precision and recall."""
-    models = run.spec.evaluation.metric_models
-    name = (models.bertscore if models else None) or ""
-    values = text_metrics.bertscore(predictions, folder, field=BERTSCORE_FIELD, model_name=name.rpartition("/")[2] or None)
+    metric_models = run.spec.evaluation.metric_models
+    model_name = (metric_models.bertscore if metric_models else None) or ""
+    values = text_metrics.bertscore(predictions, folder, field=BERTSCORE_FIELD, model_name=model_name.rpartition("/")[2] or None)
     return {"bertscore": values["f1"], "bertscorePrecision": values["precision"], "bertscoreRecall": values["recall"]}
 
 

@@ -88,11 +88,11 @@ def run_stage(run: RunConfig, channel: Channel, inputs: Inputs, task: StageTask,
     return StageResult(evaluation=EvaluationResult(benchmarks=to_status_results(entries) or None))
 
 
-def _write_sheets(files: Path, run: RunConfig, tasks: Sequence[BenchmarkTask], records: Sequence[TaskRecord]) -> None:
-    sheets = {one.uses_base: record for one, record in zip(tasks, records, strict=True) if one.kind is BenchmarkKind.RATING_SHEETS}
-    if sheets:
-        base = sheets[True].answers if True in sheets else None
-        write_sheets(files, *build_sheet_rows(sheets[False].prompts, sheets[False].answers, base, seed=_seed(run)))
+def _write_sheets(output_folder: Path, run: RunConfig, tasks: Sequence[BenchmarkTask], records: Sequence[TaskRecord]) -> None:
+    record_by_uses_base = {one.uses_base: record for one, record in zip(tasks, records, strict=True) if one.kind is BenchmarkKind.RATING_SHEETS}
+    if record_by_uses_base:
+        base_answers = record_by_uses_base[True].answers if True in record_by_uses_base else None
+        write_sheets(output_folder, *build_sheet_rows(record_by_uses_base[False].prompts, record_by_uses_base[False].answers, base_answers, seed=_seed(run)))
 
 
 def _seed(run: RunConfig) -> int:
@@ -136,9 +136,12 @@ class _TaskRunner:
         from finetune_trainer import hardware
         from finetune_trainer.stages.final_model import load_base_model, load_final_model, load_tokenizer
 
-        device = hardware.detect_hardware(self.run, 0)
+        detected_hardware = hardware.detect_hardware(self.run, 0)
         tokenizer = load_tokenizer(self.run, self.inputs, self.task)
-        model = load_base_model(self.run, self.inputs, device) if uses_base else load_final_model(self.run, self.inputs, self.task, device, tokenizer)
+        if uses_base:
+            model = load_base_model(self.run, self.inputs, detected_hardware)
+        else:
+            model = load_final_model(self.run, self.inputs, self.task, detected_hardware, tokenizer)
         if uses_base and model.get_input_embeddings().weight.shape[0] < len(tokenizer):  # The training added tokens to the vocabulary.
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         model.register_forward_pre_hook(self._send_heartbeat)
@@ -164,8 +167,8 @@ class _TaskRunner:
 
         run, dataset = self.run, self.run.spec.dataset
         rendering = render_options(run, tokenizer, choose_chat_template(run, self.inputs, tokenizer), self._held_out_data.summary.format_with_turns)
-        length = max_sequence_length(run, tokenizer, models.max_positions(models.load_config(run, self.inputs)))
-        return rendering, TokeniseOptions(length, OverflowPolicy.TRUNCATE, dataset.add_eos_token is not False, dataset.add_bos_token)
+        max_length = max_sequence_length(run, tokenizer, models.max_positions(models.load_config(run, self.inputs)))
+        return rendering, TokeniseOptions(max_length, OverflowPolicy.TRUNCATE, dataset.add_eos_token is not False, dataset.add_bos_token)
 
     @cached_property
     def _held_out_data(self) -> LoadedData:
@@ -209,11 +212,12 @@ class _TaskRunner:
                 "NoQuestions", f"{task.field}: no row of the test or validation set asks a question",
                 hint=f"add rows with questions and answers to dataset.test, or remove {task.benchmark.name}",
             )  # fmt: skip
-        count = min(len(questions), task.benchmark.limit or DEFAULT_RATING_QUESTIONS)
-        chosen = sorted(random.Random(loaded.seed).sample(range(len(questions)), count))  # noqa: S311  no secret
-        asked = [questions[number] for number in chosen]
+        question_count = min(len(questions), task.benchmark.limit or DEFAULT_RATING_QUESTIONS)
+        chosen_indices = sorted(random.Random(loaded.seed).sample(range(len(questions)), question_count))  # noqa: S311  no secret
+        asked_questions = [questions[number] for number in chosen_indices]
         return TaskRecord(
-            prompts=[question.user_prompt for question in asked], answers=self._generate_answers(loaded, [question.token_ids for question in asked])
+            prompts=[question.user_prompt for question in asked_questions],
+            answers=self._generate_answers(loaded, [question.token_ids for question in asked_questions])
         )
 
     def _run_domain(self, loaded: LoadedModel, task: BenchmarkTask) -> TaskRecord:
@@ -222,32 +226,38 @@ class _TaskRunner:
         For a multiple-choice question, no answer is generated: the model's choice is the letter with the highest probability.
         """
         assert task.folder is not None
-        asked = read_domain(find_domain_files(task.folder)[task.name])[: task.benchmark.limit]
-        questions = self._render_questions(loaded, [(RawRow(task.folder, number, {}), self._to_example(one)) for number, one in enumerate(asked, 1)])
-        pairs = list(zip(asked, questions, strict=True))
-        values = self._compare_answers(loaded, [pair for pair in pairs if not pair[0].choices])
-        values |= _measure_choice_accuracy(loaded, [pair for pair in pairs if pair[0].choices])
+        domain_questions = read_domain(find_domain_files(task.folder)[task.name])[: task.benchmark.limit]
+        questions = self._render_questions(loaded, [(RawRow(task.folder, number, {}), self._to_example(one)) for number, one in enumerate(domain_questions, 1)])
+        question_pairs = list(zip(domain_questions, questions, strict=True))
+        values = self._compare_answers(loaded, [pair for pair in question_pairs if not pair[0].choices])
+        values |= _measure_choice_accuracy(loaded, [pair for pair in question_pairs if pair[0].choices])
         return TaskRecord(
             measurements=[
-                Measurement(task=task.name, metric=name, value=value.value, samples=len(value.scores) or len(asked), reason=value.reason)
+                Measurement(task=task.name, metric=name, value=value.value, samples=len(value.scores) or len(domain_questions), reason=value.reason)
                 for name, value in values.items()
             ]
         )
 
-    def _to_example(self, asked: DomainQuestion) -> Example:
+    def _to_example(self, domain_question: DomainQuestion) -> Example:
         system = self.run.spec.dataset.system_prompt
-        turns = (*([Turn("system", system)] if system else []), Turn("user", asked.text))
-        answer = asked.reference if asked.correct is None else asked.letters[asked.correct]
+        turns = (*([Turn("system", system)] if system else []), Turn("user", domain_question.text))
+        answer = domain_question.reference if domain_question.correct is None else domain_question.letters[domain_question.correct]
         return Prompt(turns, {"answer": answer}) if answer is None else Conversation((*turns, Turn("assistant", answer)), role_names=("Question", "Answer"))
 
     def _compare_answers(self, loaded: LoadedModel, pairs: Sequence[tuple[DomainQuestion, Question]]) -> dict[str, MetricValue]:
         if not pairs:
             return {}
         answers = self._generate_answers(loaded, [question.token_ids for _, question in pairs])
-        predictions = [Prediction(None, asked.question, answer, asked.reference) for (asked, _), answer in zip(pairs, answers, strict=True)]
+        predictions = [
+            Prediction(None, domain_question.question, answer, domain_question.reference)
+            for (domain_question, _), answer in zip(pairs, answers, strict=True)
+        ]
         values = {"bleu": text_metrics.bleu(predictions), **text_metrics.rouge(predictions), "exactMatch": text_metrics.exact_match(predictions)}
-        recalls = [compute_keyword_recall(answer, asked.keywords) for (asked, _), answer in zip(pairs, answers, strict=True) if asked.keywords]
-        return values | ({"keywordRecall": mean_of_rows(recalls, {})} if recalls else {})
+        keyword_recalls = [
+            compute_keyword_recall(answer, domain_question.keywords)
+            for (domain_question, _), answer in zip(pairs, answers, strict=True) if domain_question.keywords
+        ]
+        return values | ({"keywordRecall": mean_of_rows(keyword_recalls, {})} if keyword_recalls else {})
 
     def _run_code(self, loaded: LoadedModel, task: BenchmarkTask) -> TaskRecord:
         """Let the model complete each function greedily, and run the function's tests. The metric `pass@1` is the share of functions that pass their tests."""
@@ -255,13 +265,13 @@ class _TaskRunner:
         problems = generated_code.read_problems(task.folder, f"{task.field}.folder")[: task.benchmark.limit]
         prompts = [loaded.tokenizer(problem.prompt)["input_ids"] for problem in problems]
         completions = self._generate_answers(loaded, prompts, max_new_tokens=generated_code.MAX_NEW_TOKENS)
-        passed = []
+        passed_flags = []
         for problem, completion in zip(problems, completions, strict=True):
-            passed.append(float(generated_code.completion_passes_tests(problem, completion)))
+            passed_flags.append(float(generated_code.completion_passes_tests(problem, completion)))
             self.channel.send_heartbeat()
-        share = sum(passed) / len(passed)
-        stderr = (share * (1 - share) / (len(passed) - 1)) ** 0.5 if len(passed) > 1 else None
-        return TaskRecord(measurements=[Measurement(task=task.name, metric="pass@1", value=share, stderr=stderr, samples=len(passed))])
+        passed_share = sum(passed_flags) / len(passed_flags)
+        stderr = (passed_share * (1 - passed_share) / (len(passed_flags) - 1)) ** 0.5 if len(passed_flags) > 1 else None
+        return TaskRecord(measurements=[Measurement(task=task.name, metric="pass@1", value=passed_share, stderr=stderr, samples=len(passed_flags))])
 
 
 def _measure_choice_accuracy(loaded: LoadedModel, pairs: Sequence[tuple[DomainQuestion, Question]]) -> dict[str, MetricValue]:

@@ -49,12 +49,12 @@ def run_stage(run: RunConfig, channel: Channel, inputs: Inputs, task: StageTask,
     trained, files = _read_trained_measurements(task), folder / OUTPUT_FOLDER
     held_out = load_held_out(run, channel, inputs, task, load_base_for_comparison)
     held_out.end_token_ids = trained.end_token_ids
-    base = measure_model(run, channel, inputs, held_out).measurements
-    base.write(files / BASE_FILE)
+    base_measurements = measure_model(run, channel, inputs, held_out).measurements
+    base_measurements.write(files / BASE_FILE)
     if trained.answers is not None:
-        comparison = _compare_answers(run, task, held_out, trained.answers, base.answers or [])
+        comparison = _compare_answers(run, task, held_out, trained.answers, base_measurements.answers or [])
         (files / COMPARISON_FILE).write_text(comparison.to_json(), "utf-8")
-    return StageResult(evaluation=summarise(run, base, trained))
+    return StageResult(evaluation=summarise(run, base_measurements, trained))
 
 
 def _read_trained_measurements(task: StageTask) -> Measurements:
@@ -84,10 +84,10 @@ def summarise(run: RunConfig, base: Measurements, trained: Measurements) -> Eval
     sums, trained_values, base_values = paired_sums(base, trained), trained.values, base.values
     metrics = {name: _compare_values(value, base_values.get(name), sums.get(name)) for name, value in trained_values.items()}
     gates = run.spec.evaluation.gates
-    decides = gates is not None and compares_metrics(run.spec)
+    decides_gates = gates is not None and compares_metrics(run.spec)
     return EvaluationResult(
         metrics=metrics or None,
-        gates=evaluate_gates(gates, trained.gate_values, base.gate_values, sums) if decides and gates else None,
+        gates=evaluate_gates(gates, trained.gate_values, base.gate_values, sums) if decides_gates and gates else None,
         comparison_uri=f"{run.storage.uri}/{Storage.EVALUATION}/{COMPARISON_FILE}" if trained.answers is not None else None,
     )  # fmt: skip
 
@@ -95,8 +95,8 @@ def summarise(run: RunConfig, base: Measurements, trained: Measurements) -> Eval
 def _compare_values(trained: MetricValue, base: MetricValue | None, sums: PairedSums | None) -> MetricResult:
     """Return the values of both models, and their difference with its confidence interval. `reason` says why a value or the interval is missing."""
     if trained.value is None or base is None or base.value is None:
-        missing = trained.reason if trained.value is None else "the base model was not measured" if base is None else f"of the base model: {base.reason}"
-        return MetricResult(value=trained.value, base=base.value if base else None, reason=missing)
+        missing_reason = trained.reason if trained.value is None else "the base model was not measured" if base is None else f"of the base model: {base.reason}"
+        return MetricResult(value=trained.value, base=base.value if base else None, reason=missing_reason)
     result = MetricResult(value=trained.value, base=base.value, difference=trained.value - base.value, reason=trained.reason or base.reason)
     comparison = compare_metric(trained, base, sums, CONFIDENCE_LEVEL)
     if isinstance(comparison, str) or comparison.low is None or comparison.high is None:
@@ -124,12 +124,12 @@ def _compare_answers(
     ]  # fmt: skip
     metadata = ComparisonMetadata(
         base_model=redact_source(run.spec.model.source or ""), finetuned_model_path=task.uri, prompts_file=source,
-        num_prompts=len(comparisons), generation_params=_generation_params(run), device=str(held_out.model.get_input_embeddings().weight.device),
+        num_prompts=len(comparisons), generation_params=_build_generation_params(run), device=str(held_out.model.get_input_embeddings().weight.device),
         comparison_date=format_iso_time(now),
     )  # fmt: skip
     return ModelComparison(metadata=metadata, comparisons=comparisons)
 
 
-def _generation_params(run: RunConfig) -> GenerationParams:
+def _build_generation_params(run: RunConfig) -> GenerationParams:
     generation = (run.spec.evaluation.comparison and run.spec.evaluation.comparison.generation) or Generation()
     return GenerationParams.model_validate({name: value_or_default(generation, name) for name in GENERATION_FIELDS})

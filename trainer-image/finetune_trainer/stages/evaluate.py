@@ -28,14 +28,14 @@ SUMMARY_FILE, WORKBOOK_FILE = "evaluation_summary.json", "evaluation_detailed.xl
 def run_stage(run: RunConfig, channel: Channel, inputs: Inputs, task: StageTask, folder: Path) -> StageResult:
     """Evaluate the final model, and write the files of the stage."""
     train.preload(run)
-    measured = measure_model(run, channel, inputs, load_held_out(run, channel, inputs, task, load_final_model))
-    _write_files(run, measured, folder / OUTPUT_FOLDER)
-    return StageResult(evaluation=_summarise(run, measured))
+    model_results = measure_model(run, channel, inputs, load_held_out(run, channel, inputs, task, load_final_model))
+    _write_files(run, model_results, folder / OUTPUT_FOLDER)
+    return StageResult(evaluation=_summarise(run, model_results))
 
 
-def _write_files(run: RunConfig, measured: ModelResults, folder: Path) -> None:
-    predictions, values = measured.predictions, measured.measurements.values
-    measured.measurements.write(folder / MEASUREMENTS_FILE)
+def _write_files(run: RunConfig, model_results: ModelResults, folder: Path) -> None:
+    predictions, values = model_results.predictions, model_results.measurements.values
+    model_results.measurements.write(folder / MEASUREMENTS_FILE)
     if predictions:
         write_predictions(folder / PREDICTIONS_FILE, predictions)
     if metrics_after_training(run.spec):
@@ -49,16 +49,16 @@ def _has_row_of_each(value: MetricValue, predictions: Sequence[Prediction]) -> b
     return value.rows is not None and len(value.rows) == len(predictions)
 
 
-def _summarise(run: RunConfig, measured: ModelResults) -> EvaluationResult:
+def _summarise(run: RunConfig, model_results: ModelResults) -> EvaluationResult:
     """Return the results for the status. The results of the gates are included only if no stage `comparing` follows, because that stage evaluates the gates."""
-    found, gates = measured.measurements, run.spec.evaluation.gates
-    decides = gates is not None and not compares_metrics(run.spec)
+    found, gates = model_results.measurements, run.spec.evaluation.gates
+    decides_gates = gates is not None and not compares_metrics(run.spec)
     return EvaluationResult(
-        rows=found.row_count or None, metrics=_metric_results(found.values) or None,
-        gates=evaluate_gates(gates, found.gate_values, {}) if decides and gates else None,
-        predictions_uri=f"{run.storage.uri}/{Storage.EVALUATION}/{PREDICTIONS_FILE}" if measured.predictions else None,
+        rows=found.row_count or None, metrics=_build_metric_results(found.values) or None,
+        gates=evaluate_gates(gates, found.gate_values, {}) if decides_gates and gates else None,
+        predictions_uri=f"{run.storage.uri}/{Storage.EVALUATION}/{PREDICTIONS_FILE}" if model_results.predictions else None,
     )  # fmt: skip
 
 
-def _metric_results(values: Mapping[str, MetricValue]) -> dict[str, MetricResult]:
+def _build_metric_results(values: Mapping[str, MetricValue]) -> dict[str, MetricResult]:
     return {name: MetricResult(value=value.value, reason=value.reason) for name, value in values.items()}

@@ -22,23 +22,23 @@ ATTENTION_FOR_PADDED_BATCHES = ("sdpa", "eager")
 
 def load_tokenizer(run: RunConfig, inputs: Inputs, task: StageTask) -> Any:
     """Load the tokenizer that was saved with the model."""
-    saved = task.model if (task.model / "tokenizer_config.json").exists() else inputs.tokenizer or inputs.model
-    tokenizer, _ = models.load_tokenizer(_without_new_tokens(run), inputs.model_copy(update={"tokenizer": saved}))
+    tokenizer_folder = task.model if (task.model / "tokenizer_config.json").exists() else inputs.tokenizer or inputs.model
+    tokenizer, _ = models.load_tokenizer(_without_new_tokens(run), inputs.model_copy(update={"tokenizer": tokenizer_folder}))
     return tokenizer
 
 
 def load_final_model(run: RunConfig, inputs: Inputs, task: StageTask, hardware: Hardware, tokenizer: Any) -> Any:
     """Load the model in evaluation mode. An adapter is loaded together with its base model. Errors: NotFoundError ModelUnreadable."""
     is_adapter = task.kind is OutputKind.ADAPTER
-    base = load_base_model(run, inputs if is_adapter else inputs.model_copy(update={"model": task.model}), hardware, quantizes=is_adapter)
+    base_model = load_base_model(run, inputs if is_adapter else inputs.model_copy(update={"model": task.model}), hardware, quantizes=is_adapter)
     if not is_adapter:
-        return base
+        return base_model
     from peft import PeftModel
 
-    if run.spec.model.new_tokens and base.get_input_embeddings().weight.shape[0] < len(tokenizer):
-        base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    if run.spec.model.new_tokens and base_model.get_input_embeddings().weight.shape[0] < len(tokenizer):
+        base_model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     try:
-        return PeftModel.from_pretrained(base, task.model).eval()
+        return PeftModel.from_pretrained(base_model, task.model).eval()
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise NotFoundError("ModelUnreadable", f"the adapter {task.uri} cannot be loaded: {error}") from error
 

@@ -40,19 +40,19 @@ def generate_answers(
 
     set_seed(seed)
     answers: dict[int, str] = {}
-    order = sorted(range(len(prompts)), key=lambda number: (-len(prompts[number]), number))
-    while order:
-        numbers = order[:batch_size]
+    remaining_indices = sorted(range(len(prompts)), key=lambda number: (-len(prompts[number]), number))
+    while remaining_indices:
+        batch_indices = remaining_indices[:batch_size]
         try:
-            texts = _generate_batch(model, tokenizer, [prompts[number] for number in numbers], options, end_ids)
+            texts = _generate_batch(model, tokenizer, [prompts[number] for number in batch_indices], options, end_ids)
         except torch.OutOfMemoryError:
             if batch_size == 1:
                 raise
             batch_size = (batch_size + 1) // 2
             torch.cuda.empty_cache()
             continue
-        answers |= dict(zip(numbers, texts, strict=True))
-        order = order[len(numbers) :]
+        answers |= dict(zip(batch_indices, texts, strict=True))
+        remaining_indices = remaining_indices[len(batch_indices) :]
         on_progress(len(answers))
     return [answers[number] for number in range(len(prompts))]
 
@@ -60,20 +60,20 @@ def generate_answers(
 def _generate_batch(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], options: dict[str, Any], end_ids: Sequence[int]) -> list[str]:
     import torch
 
-    longest = max(map(len, prompts))
-    ids = [[tokenizer.pad_token_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
-    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    max_prompt_length = max(map(len, prompts))
+    padded_ids = [[tokenizer.pad_token_id] * (max_prompt_length - len(prompt)) + list(prompt) for prompt in prompts]
+    attention_mask = [[0] * (max_prompt_length - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     device = model.get_input_embeddings().weight.device
     with torch.inference_mode():
         output = model.generate(
-            input_ids=torch.tensor(ids, device=device), attention_mask=torch.tensor(mask, device=device),
+            input_ids=torch.tensor(padded_ids, device=device), attention_mask=torch.tensor(attention_mask, device=device),
             eos_token_id=list(end_ids) or None, pad_token_id=tokenizer.pad_token_id, **options,
         )  # fmt: skip
-    new_tokens = output[:, longest:].tolist()
+    new_tokens = output[:, max_prompt_length:].tolist()
     return [tokenizer.decode(_cut_at_end_token(tokens, end_ids), skip_special_tokens=True).strip() for tokens in new_tokens]
 
 
 def _cut_at_end_token(tokens: Sequence[int], end_ids: Sequence[int]) -> list[int]:
     """Return the tokens before the first end token."""
-    end = next((index for index, token in enumerate(tokens) if token in end_ids), len(tokens))
-    return list(tokens[:end])
+    end_index = next((index for index, token in enumerate(tokens) if token in end_ids), len(tokens))
+    return list(tokens[:end_index])

@@ -13,12 +13,12 @@ HEARTBEAT_SECONDS = 5.0
 
 def heartbeats_while_computing(channel: Channel) -> AbstractContextManager[None]:
     """Send heartbeats within the context as long as this process uses CPU time. Loading and writing a model take minutes without any report of progress."""
-    used = time.process_time()
+    used_cpu_seconds = time.process_time()
 
     def send() -> None:
-        nonlocal used
-        if time.process_time() - used > 0.1:
+        nonlocal used_cpu_seconds
+        if time.process_time() - used_cpu_seconds > 0.1:
             channel.send_heartbeat()
-        used = time.process_time()
+        used_cpu_seconds = time.process_time()
 
     return repeat_in_background(send, HEARTBEAT_SECONDS, "heartbeats")

@@ -145,18 +145,19 @@ def load_held_out(run: RunConfig, channel: Channel, inputs: Inputs, task: StageT
     loaded, dataset = load(run, inputs, training_rows=ROWS_FOR_END_TOKENS), run.spec.dataset
     rows = select_held_out_rows(loaded)
     rendering = render_options(run, tokenizer, choose_chat_template(run, inputs, tokenizer), loaded.summary.format_with_turns)
-    length = max_sequence_length(run, tokenizer, models.max_positions(models.load_config(run, inputs)))
-    options = TokeniseOptions(length, OverflowPolicy.TRUNCATE, dataset.add_eos_token is not False, dataset.add_bos_token)
+    max_length = max_sequence_length(run, tokenizer, models.max_positions(models.load_config(run, inputs)))
+    options = TokeniseOptions(max_length, OverflowPolicy.TRUNCATE, dataset.add_eos_token is not False, dataset.add_bos_token)
     examples = rows or loaded.train
     tokens = tokenise_answered(run, examples, rendering, options)
     prompts = read_prompts(prompts_to_compare(run.spec), inputs.config_maps)
-    asked = read_questions(prompts_to_examples(prompts, examples[0][1], dataset.system_prompt), rendering, options)
-    if len(asked) < len(prompts):
-        raise DataError("PromptRefused", f"the chat template refuses {len(prompts) - len(asked)} of {len(prompts)} prompts", hint="remove dataset.systemPrompt")
+    compared_questions = read_questions(prompts_to_examples(prompts, examples[0][1], dataset.system_prompt), rendering, options)
+    if len(compared_questions) < len(prompts):
+        refused_count = len(prompts) - len(compared_questions)
+        raise DataError("PromptRefused", f"the chat template refuses {refused_count} of {len(prompts)} prompts", hint="remove dataset.systemPrompt")
     return HeldOutEvaluation(
         task.stage, model, tokenizer, tokens if rows else TokenRows(), _sample_questions(read_questions(rows, rendering, options), run),
         run.spec.evaluation.batch_size_per_device or run.spec.training.batch_size_per_device or 1,
-        end_token_ids(tokenizer, model, tokens.labels), asked,
+        end_token_ids(tokenizer, model, tokens.labels), compared_questions,
     )  # fmt: skip
 
 
@@ -165,8 +166,8 @@ def _sample_questions(questions: list[Question], run: RunConfig) -> list[Questio
     limit = run.spec.evaluation.max_rows
     if limit is None or limit >= len(questions):
         return questions
-    chosen = random.Random(value_or_default(run.spec.training, "seed")).sample(range(len(questions)), limit)  # noqa: S311  no secret
-    return [questions[number] for number in sorted(chosen)]
+    chosen_indices = random.Random(value_or_default(run.spec.training, "seed")).sample(range(len(questions)), limit)  # noqa: S311  no secret
+    return [questions[number] for number in sorted(chosen_indices)]
 
 
 # ---- metrics that need no generated answers
@@ -208,9 +209,9 @@ def _add_batch(held_out: HeldOutEvaluation, head: Any, batch: Sequence[TokenRow]
         if len(batch) == 1:
             raise
         torch.cuda.empty_cache()
-        half = len(batch) // 2
-        _add_batch(held_out, head, batch[:half], counts, rows)
-        _add_batch(held_out, head, batch[half:], counts, rows)
+        half_size = len(batch) // 2
+        _add_batch(held_out, head, batch[:half_size], counts, rows)
+        _add_batch(held_out, head, batch[half_size:], counts, rows)
         return
     counts.add(predictions)
     rows.add(predictions, [labels for _, labels in batch])
@@ -226,25 +227,25 @@ def _predict_labelled_positions(held_out: HeldOutEvaluation, head: Any, batch: S
 
     from finetune_trainer.evaluation.token_metrics import IGNORED_LABEL, shifted_predictions
 
-    model, longest = held_out.model, max(len(ids) for ids, _ in batch)
+    model, max_label_count = held_out.model, max(len(ids) for ids, _ in batch)
 
     def pad(rows: Sequence[Sequence[int]], filler: int) -> torch.Tensor:
-        return torch.tensor([[*row, *[filler] * (longest - len(row))] for row in rows], device=model.get_input_embeddings().weight.device)
+        return torch.tensor([[*row, *[filler] * (max_label_count - len(row))] for row in rows], device=model.get_input_embeddings().weight.device)
 
-    hidden: list[torch.Tensor] = []
+    hidden_states: list[torch.Tensor] = []
 
-    def keep_hidden(_module: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        hidden.append(arguments[0])
+    def keep_hidden_states(_module: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden_states.append(arguments[0])
         return (arguments[0][:, -1:],)
 
-    handle = model.get_output_embeddings().register_forward_pre_hook(keep_hidden)
+    handle = model.get_output_embeddings().register_forward_pre_hook(keep_hidden_states)
     try:
         with torch.inference_mode():
             ids, mask = pad([ids for ids, _ in batch], held_out.tokenizer.pad_token_id), pad([[1] * len(ids) for ids, _ in batch], 0)
             model(input_ids=ids, attention_mask=mask, use_cache=False)
     finally:
         handle.remove()
-    states = hidden[0][:, -longest:]  # Remove the virtual tokens of prompt tuning.
+    states = hidden_states[0][:, -max_label_count:]  # Remove the virtual tokens of prompt tuning.
     with torch.inference_mode():
         return shifted_predictions(states, pad([labels for _, labels in batch], IGNORED_LABEL), head)
 
@@ -253,16 +254,16 @@ def _measure_letters(held_out: HeldOutEvaluation, channel: Channel) -> dict[str,
     """Return the metrics of multiple-choice questions. The model's choice is the option whose letter has the highest probability."""
     from finetune_trainer.evaluation.choices import letter_log_probabilities, letter_metrics
 
-    asked = [question for question in held_out.questions if question.letters and question.ground_truth]
+    letter_questions = [question for question in held_out.questions if question.letters and question.ground_truth]
     scores = []
-    for number, question in enumerate(asked, 1):
+    for number, question in enumerate(letter_questions, 1):
         scores.append(
             letter_log_probabilities(
                 held_out.model, held_out.tokenizer, question.text, question.letters, add_special_tokens=not question.is_templated
             )
         )
-        channel.report_stage(held_out.stage, f"options of {number} of {len(asked)} questions")
-    values = letter_metrics(scores, [str(question.ground_truth) for question in asked])
+        channel.report_stage(held_out.stage, f"options of {number} of {len(letter_questions)} questions")
+    values = letter_metrics(scores, [str(question.ground_truth) for question in letter_questions])
     return {f"letter{name[0].upper()}{name[1:]}": value for name, value in values.items()}
 
 

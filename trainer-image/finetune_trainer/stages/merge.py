@@ -102,8 +102,8 @@ def _load_adapter(run: RunConfig, inputs: Inputs, task: StageTask, tokenizer: An
     from finetune_trainer.objective import load_objective
 
     kind = load_objective(rules.trainer_type_of(run.spec)).model_kind
-    on_host = replace(hardware.detect_hardware(run, 0), device=torch.device("cpu"), dtype="auto", attention="sdpa")
-    base, _ = models.load_model(run, inputs, on_host, model_kind=kind, quantize=False)
+    host_hardware = replace(hardware.detect_hardware(run, 0), device=torch.device("cpu"), dtype="auto", attention="sdpa")
+    base, _ = models.load_model(run, inputs, host_hardware, model_kind=kind, quantize=False)
     if run.spec.model.new_tokens and base.get_input_embeddings().weight.shape[0] < len(tokenizer):
         base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     try:
@@ -137,6 +137,6 @@ def _write_merged_model(model: Any, run: RunConfig, inputs: Inputs, task: StageT
     for path in files:
         shutil.copyfile(path, target_folder / path.name)
     copy_end_tokens_to_model_config(target_folder)
-    card = target_folder / CARD_FILE
-    if card.exists():
-        card.write_text(build_merged_card(card.read_text(encoding="utf-8")), encoding="utf-8")
+    card_file = target_folder / CARD_FILE
+    if card_file.exists():
+        card_file.write_text(build_merged_card(card_file.read_text(encoding="utf-8")), encoding="utf-8")

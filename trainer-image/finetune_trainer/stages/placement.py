@@ -16,14 +16,14 @@ def estimate_needed_bytes(folder: Path, bytes_per_value: int) -> int | None:
         tensors = read_folder(folder)
     except (DamagedFileError, OSError):
         return None
-    values = sum(tensor.size // BYTES_BY_FORMAT.get(tensor.dtype, 1) for tensor in tensors.values())
-    return int(values * bytes_per_value * MEMORY_FACTOR)
+    value_count = sum(tensor.size // BYTES_BY_FORMAT.get(tensor.dtype, 1) for tensor in tensors.values())
+    return int(value_count * bytes_per_value * MEMORY_FACTOR)
 
 
 def must_be_spread(folder: Path, bytes_per_value: int, free_bytes: list[int]) -> bool:
     """Whether the model is too large for the first GPU, but fits on all GPUs together. `free_bytes`: bytes of free memory of each GPU."""
-    needed = estimate_needed_bytes(folder, bytes_per_value)
-    return needed is not None and free_bytes[0] < needed <= sum(free_bytes)
+    needed_bytes = estimate_needed_bytes(folder, bytes_per_value)
+    return needed_bytes is not None and free_bytes[0] < needed_bytes <= sum(free_bytes)
 
 
 def free_gpu_bytes() -> list[int]:

@@ -80,11 +80,12 @@ def read_questions(rows: Iterable[tuple[RawRow, Example]], render_options: Rende
 
     If a question has more than `options.max_length` tokens, only the last `options.max_length` tokens are kept.
     """
-    asked = [found for _, example in rows if (found := _render_question(example, render_options)) is not None]
-    texts = ((str(number), rendered) for number, (_, rendered) in enumerate(asked))
-    encoded = encode(texts, render_options.tokenizer, replace(options, add_eos=False))
+    examples_and_renderings = [rendering for _, example in rows if (rendering := _render_question(example, render_options)) is not None]
+    texts = ((str(number), rendered) for number, (_, rendered) in enumerate(examples_and_renderings))
+    encoded_rows = encode(texts, render_options.tokenizer, replace(options, add_eos=False))
     return [
-        _to_question(example, rendered, ids[-options.max_length :]) for (example, rendered), (_, ids, *_) in zip(asked, encoded, strict=True)
+        _to_question(example, rendered, ids[-options.max_length :])
+        for (example, rendered), (_, ids, *_) in zip(examples_and_renderings, encoded_rows, strict=True)
     ]
 
 
@@ -111,18 +112,18 @@ class TokenRows:
 
 def tokenise_answered(run: RunConfig, rows: Sequence[tuple[RawRow, Example]], render_options: RenderOptions, options: TokeniseOptions) -> TokenRows:
     """Tokenise the examples that contain an answer, as in training. Rows that are too long are truncated. Errors: DataError."""
-    answered = [(row.location, converted) for row, example in rows if (converted := to_answered_example(example)) is not None]
+    located_examples = [(row.location, converted) for row, example in rows if (converted := to_answered_example(example)) is not None]
     rejected, result, answerless = list[RejectedRow](), TokenRows(), 0
-    for row in SupervisedEncoder(render_options, options)(answered):
-        fitted = row if isinstance(row, RejectedRow) else fit_row(row, replace(options, overflow=OverflowPolicy.TRUNCATE))
-        if isinstance(fitted, RejectedRow):
-            rejected.append(fitted)
-        elif fitted.outcome is RowOutcome.ANSWERLESS:
+    for row in SupervisedEncoder(render_options, options)(located_examples):
+        fitted_row = row if isinstance(row, RejectedRow) else fit_row(row, replace(options, overflow=OverflowPolicy.TRUNCATE))
+        if isinstance(fitted_row, RejectedRow):
+            rejected.append(fitted_row)
+        elif fitted_row.outcome is RowOutcome.ANSWERLESS:
             answerless += 1
         else:
-            result.input_ids.append(fitted.ids)
-            result.labels.append(fitted.labels)
-    require_few_bad_rows(run, rejected, len(answered), "test")
+            result.input_ids.append(fitted_row.ids)
+            result.labels.append(fitted_row.labels)
+    require_few_bad_rows(run, rejected, len(located_examples), "test")
     if not result.input_ids:
         raise no_row_left_error(0, answerless, options.max_length)
     return result
@@ -133,22 +134,23 @@ def _render_question(example: Example, options: RenderOptions) -> tuple[Conversa
 
     The returned conversation or completion has an empty answer if the example has no answer.
     """
-    answered = to_answered_example(example)
-    if answered is None and isinstance(example, Prompt):
-        found = _render_question(Prompt(example.prompt, {"answer": ANSWER_PLACEHOLDER}), options)
-        return None if found is None else (_without_answer(found[0]), found[1])
-    if not isinstance(answered, Conversation | Completion):
+    answered_example = to_answered_example(example)
+    if answered_example is None and isinstance(example, Prompt):
+        rendered_question = _render_question(Prompt(example.prompt, {"answer": ANSWER_PLACEHOLDER}), options)
+        return None if rendered_question is None else (_without_answer(rendered_question[0]), rendered_question[1])
+    if not isinstance(answered_example, Conversation | Completion):
         return None
-    if isinstance(answered, Conversation):
-        last = max((index for index, turn in enumerate(answered.turns) if turn.role == "assistant"), default=None)
-        if last is None:
+    if isinstance(answered_example, Conversation):
+        last_answer_index = max((index for index, turn in enumerate(answered_example.turns) if turn.role == "assistant"), default=None)
+        if last_answer_index is None:
             return None
-        answered = replace(answered, turns=(*answered.turns[:last], replace(answered.turns[last], weight=1)))
+        turns = answered_example.turns
+        answered_example = replace(answered_example, turns=(*turns[:last_answer_index], replace(turns[last_answer_index], weight=1)))
     try:
-        rendered = render(answered, replace(options, response_only=True, turn_markers=None))
+        rendered = render(answered_example, replace(options, response_only=True, turn_markers=None))
     except RowError:
         return None
-    return answered, Rendered(rendered.text[: rendered.spans[-1][0]], (), rendered.is_templated)
+    return answered_example, Rendered(rendered.text[: rendered.spans[-1][0]], (), rendered.is_templated)
 
 
 def _without_answer(example: Conversation | Completion) -> Conversation | Completion:
@@ -160,16 +162,17 @@ def _without_answer(example: Conversation | Completion) -> Conversation | Comple
 def _to_question(example: Conversation | Completion, rendered: Rendered, token_ids: list[int]) -> Question:
     if isinstance(example, Completion):
         return Question(None, example.prompt, example.completion or None, rendered.text, rendered.is_templated, token_ids)
-    by_role = {turn.role: turn.content for turn in example.turns[:-1]}
+    content_by_role = {turn.role: turn.content for turn in example.turns[:-1]}
     letters = tuple(map(str, example.columns.get("options", ())))
     return Question(
-        by_role.get("system"), by_role.get("user", ""), example.turns[-1].content or None, rendered.text, rendered.is_templated, token_ids, letters
+        content_by_role.get("system"), content_by_role.get("user", ""), example.turns[-1].content or None,
+        rendered.text, rendered.is_templated, token_ids, letters
     )
 
 
 def end_token_ids(tokenizer: Any, model: Any, labels: Iterable[Sequence[int]]) -> list[int]:
     """Return the ids of the tokens that end an answer: the end tokens of tokenizer and model, and the tokens that end trained answers."""
-    configured = getattr(model.generation_config, "eos_token_id", None)
-    trained = find_trained_end_tokens(tokenizer, (answer for row in labels for answer in split_into_answers(row)))
-    ids = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured]), *trained}
+    configured_ids = getattr(model.generation_config, "eos_token_id", None)
+    trained_ids = find_trained_end_tokens(tokenizer, (answer for row in labels for answer in split_into_answers(row)))
+    ids = {tokenizer.eos_token_id, *(configured_ids if isinstance(configured_ids, list) else [configured_ids]), *trained_ids}
     return sorted(index for index in ids if index is not None)

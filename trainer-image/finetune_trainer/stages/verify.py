@@ -137,15 +137,15 @@ class Verifier:
             return compare.not_verified_result(artefact.name, "CodeNotTrusted", reason)
         self._channel.report_stage(Stage.VERIFYING, f"loading the {artefact.name}")
         try:
-            measured = self._measure_artefact(artefact, reference)
-            base_values = self._compute_base_values(measured, reference)
-            expected = self._compute_expected_values(artefact, trained, reference)
+            measured_values = self._measure_artefact(artefact, reference)
+            base_values = self._compute_base_values(measured_values, reference)
+            expected_values = self._compute_expected_values(artefact, trained, reference)
         except UnfitArtefactError as error:
             return compare.failed_result(artefact.name, error.code, str(error))
         except NotComparableError as error:
             return compare.not_verified_result(artefact.name, error.code, str(error))
         is_rounded = artefact.name == MERGED_MODEL_NAME and has_16_bit_weights(artefact.folder)
-        return compare.judge_artefact(artefact.name, measured.values, base_values, expected, is_rounded=is_rounded, device=measured.device)
+        return compare.judge_artefact(artefact.name, measured_values.values, base_values, expected_values, is_rounded=is_rounded, device=measured_values.device)
 
     def _compute_expected_values(self, artefact: Artefact, trained: Path, reference: ReferenceValues) -> ReferenceValues:
         """Return the values that the artefact must compute: the reference values of the training.
@@ -158,10 +158,10 @@ class Verifier:
         with _convert_to_verification_errors("combined adapters", self._inputs.model):
             model = _add_adapter(self._load_model(self._inputs.model, reference, quantizes=False), trained, reference)
             model.base_model.set_adapter(load_combined_adapters(model, self._run, self._inputs.combined_adapters))
-            expected = compare.replace_values(reference, self._compute_values(model, reference))
+            expected_values = compare.replace_values(reference, self._compute_values(model, reference))
         del model
         _release_memory()
-        return expected
+        return expected_values
 
     def _measure_artefact(self, artefact: Artefact, reference: ReferenceValues) -> ArtefactValues:
         """Load the artefact, compute the values of all rows, and release the memory of the model."""
@@ -174,13 +174,13 @@ class Verifier:
             model = self._load_model(self._inputs.model if is_adapter else artefact.folder, reference, quantizes=is_adapter)
             if is_adapter:
                 model = _add_adapter(model, artefact.folder, reference)
-            measured = ArtefactValues(self._compute_values(model, reference), device=model.get_input_embeddings().weight.device.type)
+            measured_values = ArtefactValues(self._compute_values(model, reference), device=model.get_input_embeddings().weight.device.type)
             if is_adapter and reference.head == "causal" and not _has_biases(artefact.folder):
                 with model.disable_adapter():
-                    measured = replace(measured, base_values=self._compute_values(model, reference))
+                    measured_values = replace(measured_values, base_values=self._compute_values(model, reference))
         del model
         _release_memory()
-        return measured
+        return measured_values
 
     def _compute_base_values(self, measured: ArtefactValues, reference: ReferenceValues) -> list[float] | None:
         """Return the values of the base model, or None if the model has a score head.
@@ -257,13 +257,14 @@ def choose_device_map(folder: Path, bytes_per_value: int, device: str, free_byte
 
     Errors: NotComparableError ModelTooLarge.
     """
-    needed = estimate_needed_bytes(folder, bytes_per_value)
-    if needed is None or needed <= free_bytes[0]:
+    needed_bytes = estimate_needed_bytes(folder, bytes_per_value)
+    if needed_bytes is None or needed_bytes <= free_bytes[0]:
         return {"": device}
-    if needed <= sum(free_bytes):
+    if needed_bytes <= sum(free_bytes):
         return "auto"
     raise NotComparableError(
-        "ModelTooLarge", f"the model needs {needed / 2**30:.1f} GiB, but the pod's GPUs ({len(free_bytes)}) have only {sum(free_bytes) / 2**30:.1f} GiB free"
+        "ModelTooLarge", f"the model needs {needed_bytes / 2**30:.1f} GiB, but the pod's GPUs ({len(free_bytes)}) "
+        f"have only {sum(free_bytes) / 2**30:.1f} GiB free"
     )
 
 
@@ -342,8 +343,8 @@ def _convert_to_verification_errors(name: str, base: Path) -> Iterator[None]:
         if not isinstance(failure, InternalError):  # After a fault of the node or of its disk, the artefact may still be correct.
             raise failure from error
         log.exception("the %s cannot be loaded", name)
-        first = re.sub(r"\s+", " ", str(error)).replace(str(base), "the base model").strip()[:300]
-        raise UnfitArtefactError("ArtefactUnreadable", f"transformers cannot load the {name}: {type(error).__name__}: {first}") from error
+        first_error_text = re.sub(r"\s+", " ", str(error)).replace(str(base), "the base model").strip()[:300]
+        raise UnfitArtefactError("ArtefactUnreadable", f"transformers cannot load the {name}: {type(error).__name__}: {first_error_text}") from error
 
 
 def _release_memory() -> None:

@@ -33,8 +33,8 @@ def print_committed(tree: CheckpointTree, address: JobAddress) -> None:
         manifest = tree.read_manifest(one)
         name = "model" if one.step is None else f"step {one.step}"
         files, size = (len(manifest.files), manifest.total_bytes) if manifest else ("?", "damaged")
-        healthy = "-" if one.step is None else "yes" if one.is_healthy else "unknown"
-        print(f"{name:<16}{files:>6}{size:>14}  {healthy:<8}{one.marker.path:<14}{tree.uri(one.folder)}")
+        healthy_text = "-" if one.step is None else "yes" if one.is_healthy else "unknown"
+        print(f"{name:<16}{files:>6}{size:>14}  {healthy_text:<8}{one.marker.path:<14}{tree.uri(one.folder)}")
 
 
 def verify(tree: CheckpointTree, address: JobAddress) -> None:
@@ -56,11 +56,11 @@ def download(tree: CheckpointTree, address: JobAddress, target_folder: Path) -> 
     Errors: DataError `CheckpointDamaged`.
     """
     committed = list(find_committed(tree, address))
-    chosen = next((one for one in committed if one.step is None), committed[0])
-    problem = download_committed(tree, chosen, target_folder)
+    chosen_checkpoint = next((one for one in committed if one.step is None), committed[0])
+    problem = download_committed(tree, chosen_checkpoint, target_folder)
     if problem:
         raise DataError("CheckpointDamaged", problem)
-    print(f"downloaded {tree.uri(chosen.folder)} to {target_folder}")
+    print(f"downloaded {tree.uri(chosen_checkpoint.folder)} to {target_folder}")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -169,8 +169,8 @@ def _to_encryption_error(
             hint=f"grant {permission[0]} on the key in {connection.spec_field}.encryption.kmsKeyId, or on the bucket's own key",
         )  # fmt: skip
     uses_http = (connection.endpoint or "https").startswith("http://")
-    unreadable = error_code in ("InvalidArgument", "InvalidRequest") or (error_code == "400" and not uses_http)
-    if operation in ("HeadObject", "GetObject") and http_status == 400 and unreadable:
+    is_invalid_request = error_code in ("InvalidArgument", "InvalidRequest") or (error_code == "400" and not uses_http)
+    if operation in ("HeadObject", "GetObject") and http_status == 400 and is_invalid_request:
         return StorageSetupError(
             "EncryptionRefused", f"{location} cannot return an object with the given encryption: the object is encrypted with a customer's "
             "key that was not given, with another customer's key, or without a customer's key",
@@ -181,9 +181,9 @@ def _to_encryption_error(
         connection.encryption and (error_code in ("InvalidArgument", "InvalidRequest") or http_status == 501)
     ):
         return None
-    requested = connection.encryption or "the bucket's own"
+    requested_encryption = connection.encryption or "the bucket's own"
     return StorageSetupError(
-        "EncryptionRefused", f"{location} does not support the requested encryption ({requested}): {error_code or http_status}",
+        "EncryptionRefused", f"{location} does not support the requested encryption ({requested_encryption}): {error_code or http_status}",
         hint=f"correct {connection.spec_field}.encryption, or remove it and set the bucket's default encryption",
     )  # fmt: skip
 

@@ -98,9 +98,9 @@ class FolderStore:
         return ObjectStat(key, status.st_size, str(status.st_mtime_ns), datetime.fromtimestamp(status.st_mtime, UTC))
 
     def list(self, key_prefix: str) -> Iterator[ObjectStat]:
-        base = self.root / key_prefix.rpartition("/")[0]
+        base_folder = self.root / key_prefix.rpartition("/")[0]
         with self._translate_os_errors(f"list {key_prefix}"):
-            for path in sorted(path for path in _walk_files(base) if not path.name.startswith(PARTIAL_FILE_PREFIX)):
+            for path in sorted(path for path in _walk_files(base_folder) if not path.name.startswith(PARTIAL_FILE_PREFIX)):
                 key = path.relative_to(self.root).as_posix()
                 if key.startswith(key_prefix) and (stat := self.stat(key)):
                     yield stat
@@ -139,10 +139,10 @@ class FolderStore:
     @contextlib.contextmanager
     def _partial_file(self, key: str) -> Iterator[Path]:
         """Yield the path of a hidden file in the folder of `key`. At the end of the context, remove the hidden file unless it was renamed."""
-        target = self.root / key
-        partial_file = target.parent / f"{PARTIAL_FILE_PREFIX}{uuid.uuid4().hex[:12]}"
+        target_file = self.root / key
+        partial_file = target_file.parent / f"{PARTIAL_FILE_PREFIX}{uuid.uuid4().hex[:12]}"
         with self._translate_os_errors(f"write {key}"):
-            target.parent.mkdir(parents=True, exist_ok=True)
+            target_file.parent.mkdir(parents=True, exist_ok=True)
             try:
                 yield partial_file
             finally:
@@ -174,7 +174,7 @@ class FolderStore:
             raise StorageError("StorageFailed", f"cannot {action} below {self.uri}: {error.strerror or error}") from error
 
 
-def _walk_files(base: Path) -> Iterator[Path]:
+def _walk_files(base_folder: Path) -> Iterator[Path]:
     """Yield the files below a folder. Folders that another process removes in the meantime are skipped.
 
     Errors: OSError if a folder cannot be read, because such a folder must not look empty.
@@ -184,7 +184,7 @@ def _walk_files(base: Path) -> Iterator[Path]:
         if not isinstance(error, FileNotFoundError | NotADirectoryError):
             raise error
 
-    for folder, _, names in os.walk(base, onerror=raise_if_unreadable):
+    for folder, _, names in os.walk(base_folder, onerror=raise_if_unreadable):
         yield from (Path(folder, name) for name in names)
 
 

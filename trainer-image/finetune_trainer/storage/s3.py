@@ -120,8 +120,8 @@ class S3Store:
                 ExtraArgs=self._encryption.write_arguments,
             )
         except Exception as error:
-            stored = self.stat(key) if _upload_may_be_complete(error) else None
-            if stored is None or stored.size != size:
+            stored_object = self.stat(key) if _upload_may_be_complete(error) else None
+            if stored_object is None or stored_object.size != size:
                 raise convert_error(error, self.connection, key=key) from error
 
     def put(self, key: str, data: bytes) -> None:
@@ -154,9 +154,9 @@ class S3Store:
         return CreateResult.NEW
 
     def delete(self, keys: Iterable[str]) -> None:
-        names = [self.full_key(key) for key in keys]
-        for start in range(0, len(names), MAX_DELETE_KEYS):
-            batch = names[start : start + MAX_DELETE_KEYS]
+        full_keys = [self.full_key(key) for key in keys]
+        for start in range(0, len(full_keys), MAX_DELETE_KEYS):
+            batch = full_keys[start : start + MAX_DELETE_KEYS]
             if not (self._supports_batch_deletion and self._delete_batch(batch)):
                 self._supports_batch_deletion = False
                 for name in batch:
@@ -185,17 +185,17 @@ class S3Store:
 
     def sweep(self, key_prefix: str) -> int:
         """Abort the unfinished multipart uploads that killed processes have left below the prefix. Returns the number of aborted uploads."""
-        swept = 0
+        swept_count = 0
         try:
             pages = self._client.get_paginator("list_multipart_uploads").paginate(
                 Bucket=self.bucket, Prefix=self.full_key(key_prefix)
             )
             for upload in [one for page in pages for one in page.get("Uploads", [])]:
                 self._client.abort_multipart_upload(Bucket=self.bucket, Key=upload["Key"], UploadId=upload["UploadId"])
-                swept += 1
+                swept_count += 1
         except Exception as error:
             raise convert_error(error, self.connection, operation="ListMultipartUploads") from error
-        return swept
+        return swept_count
 
     # ---- reading ----
 
@@ -275,9 +275,10 @@ class S3Store:
             if self.target.encryption is EncryptionType.CUSTOMER_KEY and get_status_and_code(error)[0] in (400, HTTP_FORBIDDEN):
                 return True
             raise convert_error(self._error_with_reason(error, key), self.connection, operation="HeadObject", key=key) from error
-        reported = str(response.get("ServerSideEncryption", ""))
+        reported_encryption = str(response.get("ServerSideEncryption", ""))
         return {
-            None: True, EncryptionType.S3: bool(reported), EncryptionType.KMS: reported.startswith("aws:kms"), EncryptionType.CUSTOMER_KEY: False,
+            None: True, EncryptionType.S3: bool(reported_encryption),
+            EncryptionType.KMS: reported_encryption.startswith("aws:kms"), EncryptionType.CUSTOMER_KEY: False,
         }[self.target.encryption]  # fmt: skip
 
     def _error_with_reason(self, error: Exception, key: str) -> Exception:
@@ -292,9 +293,9 @@ class S3Store:
 
     def list(self, key_prefix: str) -> Iterator[ObjectStat]:
         prefix_length = len(self.prefix) + 1 if self.prefix else 0
-        full = f"{self.prefix}/{key_prefix}" if self.prefix else key_prefix
+        full_prefix = f"{self.prefix}/{key_prefix}" if self.prefix else key_prefix
         try:
-            for page in self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=full):
+            for page in self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=full_prefix):
                 for entry in page.get("Contents", []):
                     tag = str(entry.get("ETag", "")).strip('"')
                     yield ObjectStat(entry["Key"][prefix_length:], int(entry["Size"]), tag, entry.get("LastModified"))
@@ -346,11 +347,11 @@ def build_encryption_arguments(target: StoreTarget, connection: BucketConnection
         case EncryptionType.S3:
             return EncryptionArguments({"ServerSideEncryption": "AES256"}, {})
         case EncryptionType.KMS:
-            key_id = {"SSEKMSKeyId": target.kms_key_id} if target.kms_key_id else {}
-            return EncryptionArguments({"ServerSideEncryption": "aws:kms", **key_id}, {})
+            key_id_argument = {"SSEKMSKeyId": target.kms_key_id} if target.kms_key_id else {}
+            return EncryptionArguments({"ServerSideEncryption": "aws:kms", **key_id_argument}, {})
         case EncryptionType.CUSTOMER_KEY:
-            key = {"SSECustomerAlgorithm": "AES256", "SSECustomerKey": _customer_key(target, connection)}
-            return EncryptionArguments(key, key)
+            key_arguments = {"SSECustomerAlgorithm": "AES256", "SSECustomerKey": _customer_key(target, connection)}
+            return EncryptionArguments(key_arguments, key_arguments)
     return EncryptionArguments({}, {})
 
 
@@ -404,10 +405,10 @@ def _create_transfer_config(size_bytes: int) -> Any:
     """Return the transfer settings for a file of `size_bytes` bytes. The parts of a large file are larger, so that their number stays below S3's limit."""
     from boto3.s3.transfer import TransferConfig
 
-    part = max(PART_BYTES, -(-size_bytes // MAX_UPLOAD_PARTS // MIB) * MIB)
+    part_bytes = max(PART_BYTES, -(-size_bytes // MAX_UPLOAD_PARTS // MIB) * MIB)
     return TransferConfig(
         multipart_threshold=PART_BYTES,
-        multipart_chunksize=part,
+        multipart_chunksize=part_bytes,
         max_concurrency=MAX_PARALLEL_TRANSFERS,
         preferred_transfer_client="classic",
     )

@@ -158,9 +158,9 @@ class WebStore:
 
         url = (f"{self.uri}/{quote(key)}" if key else self._address) + self._query
         # `identity` means that the server must send the stored bytes without compression.
-        own_headers = {"User-Agent": "finetune-trainer", "Accept-Encoding": "identity"}
+        default_headers = {"User-Agent": "finetune-trainer", "Accept-Encoding": "identity"}
         session = create_session(self._http_adapter)
-        response = session.request(method, url, headers=own_headers | (headers or {}), stream=True, timeout=self._timeout)
+        response = session.request(method, url, headers=default_headers | (headers or {}), stream=True, timeout=self._timeout)
         try:
             yield response
         finally:
@@ -194,7 +194,7 @@ class WebStore:
         return download.digest.hexdigest()
 
     def _interrupted_error(self, key: str, download: _Download, error: Exception) -> _RetryableError:
-        cause = _innermost_cause(error)
+        cause = _find_innermost_cause(error)
         if isinstance(cause, ssl.SSLError | TimeoutError | ConnectionError):
             return _RetryableError(self._unreachable_error(cause))
         problem = (
@@ -254,7 +254,7 @@ class WebStore:
         try:
             return send_request()
         except (web.ConnectionError, web.Timeout) as error:
-            cause = _innermost_cause(error)
+            cause = _find_innermost_cause(error)
             if isinstance(cause, ssl.SSLCertVerificationError):
                 raise self._unreachable_error(cause) from None
             raise _RetryableError(self._unreachable_error(cause)) from None
@@ -266,11 +266,11 @@ class WebStore:
             ) from None  # fmt: skip
 
     def _unreachable_error(self, cause: BaseException) -> StorageError:
-        untrusted = isinstance(cause, ssl.SSLCertVerificationError)
+        is_untrusted_certificate = isinstance(cause, ssl.SSLCertVerificationError)
         return StorageError(
             "EndpointUnreachable", f"{urlsplit(self.uri).netloc} could not be reached ({type(cause).__name__})",
             hint="the server's certificate is for another name, or this pod does not trust its CA: write the CA's certificate in caBundleRef"
-            if untrusted else "check the address, the network policy and the proxy",
+            if is_untrusted_certificate else "check the address, the network policy and the proxy",
         )  # fmt: skip
 
 
@@ -382,14 +382,14 @@ def _stream_error_types() -> tuple[type[Exception], ...]:
     return pool.ProtocolError, pool.TimeoutError, pool.SSLError
 
 
-def _innermost_cause(error: BaseException) -> BaseException:
+def _find_innermost_cause(error: BaseException) -> BaseException:
     """Return the innermost exception of a chain in which each exception wraps the next."""
     for _ in range(8):
         causes = (getattr(error, "reason", None), error.__cause__, *error.args)
-        inner = next((cause for cause in causes if isinstance(cause, BaseException)), None)
-        if inner is None:
+        inner_cause = next((cause for cause in causes if isinstance(cause, BaseException)), None)
+        if inner_cause is None:
             break
-        error = inner
+        error = inner_cause
     return error
 
 

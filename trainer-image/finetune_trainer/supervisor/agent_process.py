@@ -48,19 +48,19 @@ def start_agent(run: RunConfig, settings: Settings, channel_address: str, store_
 
 def count_threads_per_rank(run: RunConfig) -> int:
     """Return the number of CPU threads for each rank: `OMP_NUM_THREADS` of the pod, or the pod's CPUs divided by its ranks."""
-    configured = os.environ.get("OMP_NUM_THREADS", "")
-    return int(configured) if configured.isdecimal() else max(1, len(os.sched_getaffinity(0)) // run.world.processes_per_node)
+    configured_threads = os.environ.get("OMP_NUM_THREADS", "")
+    return int(configured_threads) if configured_threads.isdecimal() else max(1, len(os.sched_getaffinity(0)) // run.world.processes_per_node)
 
 
 def build_rank_environment(run: RunConfig, settings: Settings, channel_address: str) -> dict[str, str]:
     """Return the environment of the agent and its ranks, without the credentials for storage, trackers and the push to the hub."""
-    inherited = {name: value for name, value in os.environ.items() if not name.endswith((*CREDENTIAL_VARIABLES, *TRACKER_CREDENTIAL_VARIABLES))}
+    inherited_variables = {name: value for name, value in os.environ.items() if not name.endswith((*CREDENTIAL_VARIABLES, *TRACKER_CREDENTIAL_VARIABLES))}
     return {
         "OMP_NUM_THREADS": str(count_threads_per_rank(run)),
         "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1",
         "HF_HOME": str(settings.work_folder / "hub"),
         "PYTHONWARNINGS": "ignore::FutureWarning",  # Users cannot act on these warnings, because the image pins the libraries.
-        **inherited,
+        **inherited_variables,
         SOCKET_VARIABLE: channel_address, Env.WORK_DIR: str(settings.work_folder), Env.RUN_FILE: str(settings.run_file),
         Env.INCARNATION_FOLDER: settings.incarnation(run), Env.NODE_RANK: str(settings.node_rank),
     }  # fmt: skip

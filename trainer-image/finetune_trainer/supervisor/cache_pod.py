@@ -143,19 +143,19 @@ class CachePod:
         )  # fmt: skip
         if self._options.use is not ModelUse.COPY:
             return model
-        copy = self._settings.work_folder / MODEL_COPIES_FOLDER / listing.key
-        shutil.rmtree(copy, ignore_errors=True)
+        copy_folder = self._settings.work_folder / MODEL_COPIES_FOLDER / listing.key
+        shutil.rmtree(copy_folder, ignore_errors=True)
         fetcher.require_space(listing.total_bytes, "model.source")
         try:
-            checked = check_files(entry.files, listing.files, copy_to=copy)
-            problem = next((one.problem for one in checked if one.problem), "")
+            checked_files = check_files(entry.files, listing.files, copy_to=copy_folder)
+            problem = next((one.problem for one in checked_files if one.problem), "")
             if problem:
                 self._cache.remove(entry)
                 raise DamagedModel(problem)
         except BaseException:
-            shutil.rmtree(copy, ignore_errors=True)
+            shutil.rmtree(copy_folder, ignore_errors=True)
             raise
-        return model.model_copy(update={"path": copy, "sha256": {one.name: one.sha256 for one in checked}, "in_use_file": None})
+        return model.model_copy(update={"path": copy_folder, "sha256": {one.name: one.sha256 for one in checked_files}, "in_use_file": None})
 
     # ---- without the hub ----
 
@@ -164,15 +164,15 @@ class CachePod:
         hub_source = parse_source(source)
         if not isinstance(hub_source, HubSource) or not self._options.is_on_node:
             return
-        file = self._source_record_file(hub_source)
+        record_file = self._source_record_file(hub_source)
         if not listing.is_public:
-            file.unlink(missing_ok=True)
+            record_file.unlink(missing_ok=True)
             return
-        file.parent.mkdir(parents=True, exist_ok=True)
+        record_file.parent.mkdir(parents=True, exist_ok=True)
         record = SourceRecord(revision=listing.hub_revision or "", files=[(entry.name, entry.size, entry.digest) for entry in listing.files])
-        partial = file.with_name(f".{file.name}.{self._settings.pod_uid}")
-        partial.write_text(record.model_dump_json())
-        partial.rename(file)
+        partial_file = record_file.with_name(f".{record_file.name}.{self._settings.pod_uid}")
+        partial_file.write_text(record.model_dump_json())
+        partial_file.rename(record_file)
 
     def _provide_offline(self, fetcher: Fetcher, source: str, error: HubDown) -> CachedModel:
         """Provide the newest known revision of a public model while the hub does not answer. Errors: CacheProblem.
@@ -197,8 +197,8 @@ class CachePod:
         return self._make_available(entry, listing, source, True, fetcher)
 
     def _source_record_file(self, source: HubSource) -> Path:
-        text = json.dumps([build_hub_location(source), source.revision])
-        return self._options.cache_folder / self._options.tenant / SOURCE_RECORDS_FOLDER / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
+        identity_text = json.dumps([build_hub_location(source), source.revision])
+        return self._options.cache_folder / self._options.tenant / SOURCE_RECORDS_FOLDER / f"{hashlib.sha256(identity_text.encode()).hexdigest()}.json"
 
 
 def cacheable_sources(run: RunConfig) -> Iterator[tuple[str, str]]:
@@ -236,5 +236,5 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--free-share", type=float, default=0.0, help="share of the volume that stays free")
     options = parser.parse_args(arguments)
     limits = CacheLimits(size_bytes=options.size_limit, free_share=options.free_share)
-    use = ModelUse.COPY if options.copy else ModelUse.IN_PLACE
-    return CachePod(Settings.from_env(), CacheOptions(options.folder, options.tenant, use, limits)).run()
+    model_use = ModelUse.COPY if options.copy else ModelUse.IN_PLACE
+    return CachePod(Settings.from_env(), CacheOptions(options.folder, options.tenant, model_use, limits)).run()

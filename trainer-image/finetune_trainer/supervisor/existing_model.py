@@ -113,14 +113,14 @@ def download_existing_model(
     entries = [entry for entry in existing.manifest.files if _is_model_file(entry.path, existing.committed.step)]
     if check_space is not None:
         check_space(sum(entry.size for entry in entries))
-    partial = target_folder.with_name(f"{target_folder.name}.part")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial_folder = target_folder.with_name(f"{target_folder.name}.part")
+    shutil.rmtree(partial_folder, ignore_errors=True)
     problem = fetch_verified(
-        existing.tree, existing.committed.folder, existing.manifest, partial, lambda path: _is_model_file(path, existing.committed.step), byte_counter
+        existing.tree, existing.committed.folder, existing.manifest, partial_folder, lambda path: _is_model_file(path, existing.committed.step), byte_counter
     )
     if problem is not None:
         raise _damaged_error(str(existing.output.uri), redact_source(problem))
-    partial.rename(target_folder)
+    partial_folder.rename(target_folder)
 
 
 def _is_model_file(path: str, step: int | None) -> bool:

@@ -66,8 +66,8 @@ def store_result(run: RunConfig, tree: CheckpointTree, output: Output, report: P
 
 def collect_compared_inputs(facts: RunFacts) -> dict[str, str]:
     """Return the digest or version of each input. A pod can compute all these values before it downloads any weights."""
-    others = {name: digest for name, digest in facts.other_inputs.items() if name != REFERENCE_MODEL}
-    return {"training data": facts.dataset_digest, **others, **facts.source_versions}
+    other_inputs = {name: digest for name, digest in facts.other_inputs.items() if name != REFERENCE_MODEL}
+    return {"training data": facts.dataset_digest, **other_inputs, **facts.source_versions}
 
 
 def find_result_to_adopt(run: RunConfig, facts: RunFacts, state: RunState) -> RunResult | None:
@@ -111,11 +111,11 @@ def list_earlier_runs(run: RunConfig) -> tuple[list[EarlierRun], dict[str, FineT
     earlier run can be read.
     """
     root, _, own_uid = run.storage.uri.rstrip("/").rpartition("/")
-    folder = open_store(run.storage.model_copy(update={"uri": root}))
+    root_store = open_store(run.storage.model_copy(update={"uri": root}))
     try:
-        uids = [uid for uid in folder.list_folders() if uid != own_uid]
+        uids = [uid for uid in root_store.list_folders() if uid != own_uid]
     finally:
-        folder.close()
+        root_store.close()
     runs: list[EarlierRun] = []
     unreadable: dict[str, FineTuneError] = {}
     for uid in uids:
@@ -151,8 +151,8 @@ def _explain_difference(earlier: EarlierRun, own_settings: dict[str, Any], own_i
     if earlier.result is None:
         return "it has no record of a successful run"
     differences = list_result_differences(earlier.result, own_settings, own_inputs)
-    more = f" and {len(differences) - MAX_SHOWN_DIFFERENCES} more" if len(differences) > MAX_SHOWN_DIFFERENCES else ""
-    return f"it was made with other values: {', '.join(differences[:MAX_SHOWN_DIFFERENCES])}{more}"
+    more_note = f" and {len(differences) - MAX_SHOWN_DIFFERENCES} more" if len(differences) > MAX_SHOWN_DIFFERENCES else ""
+    return f"it was made with other values: {', '.join(differences[:MAX_SHOWN_DIFFERENCES])}{more_note}"
 
 
 def _result_found_error(run: RunConfig, earlier: EarlierRun, own_settings: dict[str, Any], own_inputs: dict[str, str]) -> ConfigError:

@@ -158,11 +158,11 @@ class Fetcher:
 
         Errors: NotFoundError (66) ModelNotFound, ModelGated, ModelInvalid, or ModelIncomplete if the source lacks weights; storage errors.
         """
-        fetched = self._fetch_model_folder(source_text, spec_path, folder_name, self._model_kind)
+        fetched_source = self._fetch_model_folder(source_text, spec_path, folder_name, self._model_kind)
         if self._model_kind.skipped_endings:
-            _require_weights(fetched, spec_path, redact_source(source_text))
-        self.source_versions[spec_path] = fetched.source_version
-        return fetched
+            _require_weights(fetched_source, spec_path, redact_source(source_text))
+        self.source_versions[spec_path] = fetched_source.source_version
+        return fetched_source
 
     def fetch_tokenizer(self, source_text: str, spec_path: str, folder_name: str) -> FetchedSource:
         """Fetch a folder with a tokenizer, without the weights of its model. Arguments and errors are those of `fetch_model`."""
@@ -173,35 +173,36 @@ class Fetcher:
         return self._fetch_model_folder(source_text, spec_path, folder_name, MODEL_SOURCE)
 
     def _fetch_model_folder(self, source_text: str, spec_path: str, folder_name: str, kind: SourceKind) -> FetchedSource:
-        cached = self._find_cached(source_text, spec_path) if kind is MODEL_SOURCE else None
-        fetched = cached or self._fetch(source_text, spec_path, self.work_folder / "fetched" / folder_name, kind)
-        if not fetched.path.is_dir():
+        cached_source = self._find_cached(source_text, spec_path) if kind is MODEL_SOURCE else None
+        fetched_source = cached_source or self._fetch(source_text, spec_path, self.work_folder / "fetched" / folder_name, kind)
+        if not fetched_source.path.is_dir():
             raise NotFoundError(
                 "ModelInvalid", f"{spec_path} is {redact_source(source_text)}, which is a file: a folder with config.json and weights is needed",
                 hint=f"set {spec_path} to the folder that holds the file", failure_class=MODEL_SOURCE.failure_class,
             )  # fmt: skip
-        if not any((fetched.path / file).exists() for file in _MODEL_FOLDER_FILES):
-            names = ", ".join(sorted(file.name for file in fetched.path.iterdir())[:5]) or "no files"
+        if not any((fetched_source.path / file).exists() for file in _MODEL_FOLDER_FILES):
+            names = ", ".join(sorted(file.name for file in fetched_source.path.iterdir())[:5]) or "no files"
             raise NotFoundError(
                 "ModelInvalid", f"{spec_path} is {redact_source(source_text)}, a folder without config.json (it holds {names})",
                 hint=f"set {spec_path} to the folder that holds config.json and the weights", failure_class=MODEL_SOURCE.failure_class,
             )  # fmt: skip
-        return fetched
+        return fetched_source
 
     def _find_cached(self, source_text: str, spec_path: str) -> FetchedSource | None:
         """Return the model that the init container provides, and keep it in the cache until this process ends. Return None if the model must be downloaded."""
-        cached = self._cached.get(spec_path)
-        if cached is None or cached.source != source_text or not cached.hold():
+        cached_model = self._cached.get(spec_path)
+        if cached_model is None or cached_model.source != source_text or not cached_model.hold():
             return None
-        self.models_from_cache[spec_path] = cached
-        for name, sha256 in cached.sha256.items():
-            self.digests.add_download(cached.path / name, sha256)
-        return FetchedSource(cached.path, _data_files(cached.path), hub_revision=cached.hub_revision, listing_version=cached.listing_version)
+        self.models_from_cache[spec_path] = cached_model
+        for name, sha256 in cached_model.sha256.items():
+            self.digests.add_download(cached_model.path / name, sha256)
+        return FetchedSource(cached_model.path, _data_files(cached_model.path),
+            hub_revision=cached_model.hub_revision, listing_version=cached_model.listing_version)
 
     def fetch_data_files(self, source_text: str, spec_path: str, folder_name: str) -> list[Path]:
         """Fetch the data files of a source, in the order of their names. Errors: NotFoundError DatasetNotFound (66); storage errors."""
-        fetched = self._fetch(source_text, spec_path, self.work_folder / "fetched" / folder_name, DATA_SOURCE)
-        files = [file for file in fetched.files if file.suffix.lower() not in IMAGE_SUFFIXES or file == fetched.path]
+        fetched_source = self._fetch(source_text, spec_path, self.work_folder / "fetched" / folder_name, DATA_SOURCE)
+        files = [file for file in fetched_source.files if file.suffix.lower() not in IMAGE_SUFFIXES or file == fetched_source.path]
         if not files:
             raise self._missing_error(DATA_SOURCE, spec_path, source_text, "holds no data file")
         return files
@@ -215,15 +216,15 @@ class Fetcher:
         return self._fetch_whole_folder(source_text, spec_path, folder_name, IMAGE_SOURCE)
 
     def _fetch_whole_folder(self, source_text: str, spec_path: str, folder_name: str, kind: SourceKind) -> Path:
-        fetched = self._fetch(source_text, spec_path, self.work_folder / "fetched" / folder_name, kind)
-        if not fetched.path.is_dir():
+        fetched_source = self._fetch(source_text, spec_path, self.work_folder / "fetched" / folder_name, kind)
+        if not fetched_source.path.is_dir():
             raise NotFoundError(
                 f"{kind.error_code_prefix}NotFound", f"{spec_path} is {redact_source(source_text)}, which is a file, but a folder is needed",
                 hint=f"set {spec_path} to the folder that holds the file", failure_class=FailureClass.DATA,
             )  # fmt: skip
         if kind is BENCHMARK_SOURCE:  # An image folder needs no version, because the contents of the images are compared.
-            self.source_versions[spec_path] = fetched.source_version
-        return fetched.path
+            self.source_versions[spec_path] = fetched_source.source_version
+        return fetched_source.path
 
     def _fetch(self, source_text: str, spec_path: str, target: Path, kind: SourceKind) -> FetchedSource:
         source = parse_source(source_text, spec_path=spec_path)
@@ -257,9 +258,9 @@ class Fetcher:
     # ---- S3 ----
 
     def _open_store(self, bucket: str, kind: SourceKind, **options: float) -> S3Store:
-        own_store = self.run.model_store if kind.is_model else self.run.dataset_store
-        base = own_store or (self.run.storage if self.run.storage.uri.startswith("s3://") else StoreTarget(uri=""))
-        return S3Store(base.model_copy(update={"uri": f"s3://{bucket}"}), **options)  # type: ignore[arg-type] # mixed numbers
+        source_target = self.run.model_store if kind.is_model else self.run.dataset_store
+        base_target = source_target or (self.run.storage if self.run.storage.uri.startswith("s3://") else StoreTarget(uri=""))
+        return S3Store(base_target.model_copy(update={"uri": f"s3://{bucket}"}), **options)  # type: ignore[arg-type] # mixed numbers
 
     def _fetch_s3(self, source: S3Source, spec_path: str, target: Path, kind: SourceKind) -> FetchedSource:
         try:
@@ -309,8 +310,8 @@ class Fetcher:
         """Return the object with this key, or all objects below it."""
         if key and (stat := store.stat(key)) is not None:
             return [stat]
-        below = store.list(f"{key}/" if key else "")
-        return [stat for stat in below if stat.size > 0 or not stat.key.endswith("/")]
+        objects_below = store.list(f"{key}/" if key else "")
+        return [stat for stat in objects_below if stat.size > 0 or not stat.key.endswith("/")]
 
     # ---- the web and the hub ----
 
@@ -409,8 +410,8 @@ class Fetcher:
             raise self._missing_error(kind, spec_path, repository, "is not on the hub, or is private and no token was given") from error
         except Exception as error:  # The hub's client does not convert the exceptions of its HTTP library.
             raise _hub_unreachable_error(kind, spec_path, repository, error) from error
-        local = Path(folder)
-        return FetchedSource(local, _data_files(local), hub_revision=local.name, skipped_names=skipped_names)
+        local_folder = Path(folder)
+        return FetchedSource(local_folder, _data_files(local_folder), hub_revision=local_folder.name, skipped_names=skipped_names)
 
     def _list_skipped_hub_names(self, source: HubSource, kind: SourceKind, revision: str) -> frozenset[str]:
         if not kind.skipped_endings:
@@ -418,8 +419,8 @@ class Fetcher:
         import huggingface_hub
 
         token = os.environ.get(Env.HF_TOKEN) or False
-        listed = huggingface_hub.list_repo_files(source.repo, revision=revision, repo_type=kind.repo_type, token=token)
-        return frozenset(name for name in listed if kind.skips_file(name))
+        listed_names = huggingface_hub.list_repo_files(source.repo, revision=revision, repo_type=kind.repo_type, token=token)
+        return frozenset(name for name in listed_names if kind.skips_file(name))
 
     # ---- shared ----
 
@@ -433,10 +434,10 @@ class Fetcher:
 
     def require_space(self, size_bytes: int, spec_path: str) -> None:
         """Check that the pod's disk has space for `size_bytes` bytes of a source. Errors: ConfigError `LocalDiskTooSmall`."""
-        available = free_bytes(self.work_folder)
-        if size_bytes + RESERVE_BYTES > available:
+        available_bytes = free_bytes(self.work_folder)
+        if size_bytes + RESERVE_BYTES > available_bytes:
             raise ConfigError(
-                "LocalDiskTooSmall", f"{spec_path} needs {size_bytes / 1e9:.2f} GB, but the pod's disk has only {available / 1e9:.2f} GB left",
+                "LocalDiskTooSmall", f"{spec_path} needs {size_bytes / 1e9:.2f} GB, but the pod's disk has only {available_bytes / 1e9:.2f} GB left",
                 hint="raise resources.ephemeralStorage",
             )  # fmt: skip
 
@@ -454,24 +455,24 @@ def _hub_unreachable_error(kind: SourceKind, spec_path: str, repository: str, er
 
 
 def _relative_path(key: str, root_key: str) -> str:
-    relative = key[len(root_key) :].lstrip("/")
-    return "/".join(part for part in relative.split("/") if part not in ("", ".", ".."))
+    relative_path = key[len(root_key) :].lstrip("/")
+    return "/".join(part for part in relative_path.split("/") if part not in ("", ".", ".."))
 
 
 def _require_weights(fetched: FetchedSource, spec_path: str, shown_source: str) -> None:
     """Check from the file names that no weights of a model are missing. Errors: NotFoundError ModelIncomplete."""
-    present = fetched.skipped_names | {file.relative_to(fetched.path).as_posix() for file in fetched.path.rglob("*") if file.is_file()}
-    if SINGLE_WEIGHT_FILE in present:  # If a single weight file exists, transformers ignores the index.
+    present_names = fetched.skipped_names | {file.relative_to(fetched.path).as_posix() for file in fetched.path.rglob("*") if file.is_file()}
+    if SINGLE_WEIGHT_FILE in present_names:  # If a single weight file exists, transformers ignores the index.
         return
-    index = fetched.path / WEIGHT_INDEX_FILE
+    index_file = fetched.path / WEIGHT_INDEX_FILE
     try:
-        needed = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else set()
+        needed_names = set(json.loads(index_file.read_text())["weight_map"].values()) if index_file.exists() else set()
     except (ValueError, KeyError, AttributeError):
-        needed = set()  # The process `check` or the training pod will report the damaged index.
-    missing = sorted(needed - present)
-    if not missing and any(name.endswith(LOADABLE_WEIGHT_ENDINGS) for name in present):
+        needed_names = set()  # The process `check` or the training pod will report the damaged index.
+    missing_names = sorted(needed_names - present_names)
+    if not missing_names and any(name.endswith(LOADABLE_WEIGHT_ENDINGS) for name in present_names):
         return
-    problem = f"lacks {missing[0]}, which {WEIGHT_INDEX_FILE} lists" if missing else "holds no weights (*.safetensors or *.bin)"
+    problem = f"lacks {missing_names[0]}, which {WEIGHT_INDEX_FILE} lists" if missing_names else "holds no weights (*.safetensors or *.bin)"
     raise NotFoundError(
         "ModelIncomplete", f"{spec_path} is {shown_source}, which {problem}", hint="upload all files of the model again",
         failure_class=MODEL_SOURCE.failure_class,

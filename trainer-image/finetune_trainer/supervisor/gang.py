@@ -57,14 +57,14 @@ class StoreAddress:
 
 def connect_gang(world: World, node_rank: int, attempt_secret: str) -> tuple[Gate | Forwarder, StoreAddress]:
     """Start the gate if this is rank 0's pod, otherwise the forwarder of this pod. Errors: InternalError `PortInUse`."""
-    key = derive_gang_key(attempt_secret)
+    gang_key = derive_gang_key(attempt_secret)
     if node_rank > 0:
-        forwarder = Forwarder(key, world.master_address, world.master_port)
+        forwarder = Forwarder(gang_key, world.master_address, world.master_port)
         return forwarder, StoreAddress(forwarder.port)
     listener = socket.create_server((LOOPBACK, 0))
     store_port = int(listener.getsockname()[1])
     try:
-        gate = Gate(key, world.master_port, store_port)
+        gate = Gate(gang_key, world.master_port, store_port)
     except OSError as error:
         listener.close()
         raise InternalError("PortInUse", f"port {world.master_port} of the rendezvous cannot be opened: {error.strerror}") from error
@@ -127,9 +127,9 @@ class Gate(_Relay):
 
     async def _open_far_side(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Streams:
         if len(self._unproven_connections) >= MAX_UNPROVEN_CONNECTIONS:
-            oldest = next(iter(self._unproven_connections))
-            del self._unproven_connections[oldest]
-            oldest.close()
+            oldest_connection = next(iter(self._unproven_connections))
+            del self._unproven_connections[oldest_connection]
+            oldest_connection.close()
         self._unproven_connections[writer] = None
         try:
             async with asyncio.timeout(PROOF_TIMEOUT_SECONDS):
@@ -176,14 +176,14 @@ async def check_member(reader: asyncio.StreamReader, writer: asyncio.StreamWrite
 
     Errors: NotProvenError if the other side does not know the key; OSError, IncompleteReadError if it ends the connection.
     """
-    own_nonce = os.urandom(NONCE_BYTES)
-    writer.write(own_nonce)
+    gate_nonce = os.urandom(NONCE_BYTES)
+    writer.write(gate_nonce)
     await writer.drain()
     answer = await reader.readexactly(NONCE_BYTES + PROOF_BYTES)
     nonce, proof = answer[:NONCE_BYTES], answer[NONCE_BYTES:]
-    if not hmac.compare_digest(proof, _compute_proof(gang_key, b"member", own_nonce, nonce)):
+    if not hmac.compare_digest(proof, _compute_proof(gang_key, b"member", gate_nonce, nonce)):
         raise NotProvenError(f"the rendezvous refused a connection from {_peer_address(writer)}: the other side does not know the secret of this attempt")
-    writer.write(_compute_proof(gang_key, b"gate", own_nonce, nonce))
+    writer.write(_compute_proof(gang_key, b"gate", gate_nonce, nonce))
     await writer.drain()
 
 
@@ -193,10 +193,10 @@ async def prove_membership(reader: asyncio.StreamReader, writer: asyncio.StreamW
     Errors: NotProvenError if the other side does not know the key; OSError, IncompleteReadError if it ends the connection.
     """
     gate_nonce = await reader.readexactly(NONCE_BYTES)
-    own_nonce = os.urandom(NONCE_BYTES)
-    writer.write(own_nonce + _compute_proof(gang_key, b"member", gate_nonce, own_nonce))
+    member_nonce = os.urandom(NONCE_BYTES)
+    writer.write(member_nonce + _compute_proof(gang_key, b"member", gate_nonce, member_nonce))
     await writer.drain()
-    if not hmac.compare_digest(await reader.readexactly(PROOF_BYTES), _compute_proof(gang_key, b"gate", gate_nonce, own_nonce)):
+    if not hmac.compare_digest(await reader.readexactly(PROOF_BYTES), _compute_proof(gang_key, b"gate", gate_nonce, member_nonce)):
         raise NotProvenError(f"the rendezvous at {_peer_address(writer)} does not know the secret of this attempt: it is not the pod of rank 0")
 
 

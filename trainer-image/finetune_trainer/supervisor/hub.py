@@ -33,7 +33,7 @@ def push_to_hub(run: RunConfig, folder: Path, *, retry_seconds: float) -> str:
     Errors: CredentialsError HubTokenMissing, HubAccessDenied; ConfigError HubRepositoryInvalid, HubRepositoryPublic, HubOffline, HubRefused;
     NotFoundError HubRepositoryNotFound; StorageError HubUnreachable, HubConflict.
     """
-    token, pause = require_push_token(), FIRST_PAUSE_SECONDS
+    token, pause_seconds = require_push_token(), FIRST_PAUSE_SECONDS
     deadline = time.monotonic() + retry_seconds
     while True:
         try:
@@ -42,11 +42,11 @@ def push_to_hub(run: RunConfig, folder: Path, *, retry_seconds: float) -> str:
             raise
         except Exception as error:
             failure = _convert_error(error, _get_configured_repository(run), token)
-            if not isinstance(failure, StorageError) or time.monotonic() + pause > deadline:
+            if not isinstance(failure, StorageError) or time.monotonic() + pause_seconds > deadline:
                 raise failure from None
-            log.warning("the push will be repeated in %.0f s: %s", pause, failure)
-        threading.Event().wait(pause)
-        pause = min(2 * pause, MAX_PAUSE_SECONDS)
+            log.warning("the push will be repeated in %.0f s: %s", pause_seconds, failure)
+        threading.Event().wait(pause_seconds)
+        pause_seconds = min(2 * pause_seconds, MAX_PAUSE_SECONDS)
 
 
 def require_push_token() -> str:

@@ -210,10 +210,10 @@ class LaterStages:
         """Add the result of a stage to the pod's report. Returns a copy of `output` with the fields that the result sets."""
         if result.evaluation is not None:
             self._state.merge_evaluation(result.evaluation)
-        names = ("merged_uri", "published_uri", "hub_uri", "oci_digest", "verification")
-        added = {name: value for name in names if (value := getattr(result, name)) is not None}
-        if added:
-            output = output.model_copy(update=added)
+        field_names = ("merged_uri", "published_uri", "hub_uri", "oci_digest", "verification")
+        added_fields = {name: value for name in field_names if (value := getattr(result, name)) is not None}
+        if added_fields:
+            output = output.model_copy(update=added_fields)
             self._state.set_output(output)
         return output
 
@@ -243,7 +243,7 @@ class LaterStages:
             self._fetch_inputs().write(self._settings.work_folder)
             self._state.enter_stage(stage)
         if stage is Stage.VERIFYING:  # The stage verifying must read the files in storage, not the files that the trainer left on the pod's disk.
-            shutil.rmtree(self._trained_model_folder(), ignore_errors=True)
+            shutil.rmtree(self._find_trained_model_folder(), ignore_errors=True)
             shutil.rmtree(self._folder / Stage.MERGING.value / OUTPUT_FOLDER, ignore_errors=True)
         task = StageTask(
             stage=stage, model=self._provide_model(output), kind=output.kind or OutputKind.MODEL, uri=output.uri or "",
@@ -272,25 +272,26 @@ class LaterStages:
         self._tree.store.put(_record_key(stage), json.dumps(record.to_wire(), indent=1).encode())
         return record
 
-    def _trained_model_folder(self) -> Path:
+    def _find_trained_model_folder(self) -> Path:
         """Return the folder to which the trainer of this pod writes the final model."""
         return self._settings.work_folder / "output" / "final"
 
     def _provide_model(self, output: Output) -> Path:
         """Return the folder of the committed model on this pod's disk. A pod that has not trained downloads and verifies the model."""
-        if self._trained_model_folder().exists():
-            return self._trained_model_folder()
-        target = self._settings.work_folder / MODEL_FOLDER
-        if target.exists():
-            return target
+        if self._find_trained_model_folder().exists():
+            return self._find_trained_model_folder()
+        target_folder = self._settings.work_folder / MODEL_FOLDER
+        if target_folder.exists():
+            return target_folder
         committed = self._tree.get_committed(None)
-        partial = target.with_name(f"{target.name}.part")
-        shutil.rmtree(partial, ignore_errors=True)
-        problem = "the marker is missing" if committed is None else download_committed(self._tree, committed, partial, byte_counter=self._raise_if_stopped)
+        partial_folder = target_folder.with_name(f"{target_folder.name}.part")
+        shutil.rmtree(partial_folder, ignore_errors=True)
+        problem = "the marker is missing" if committed is None else download_committed(self._tree, committed, partial_folder,
+            byte_counter=self._raise_if_stopped)
         if problem is not None:
             raise NoCheckpointError("ModelDamaged", f"the committed model {output.uri} cannot be read: {problem}")
-        partial.rename(target)
-        return target
+        partial_folder.rename(target_folder)
+        return target_folder
 
     def _fetch_evaluation(self) -> Path:
         """Download and verify the measurements of the trained model. Returns the folder that holds them.
@@ -310,10 +311,10 @@ class LaterStages:
         """Return the folder of the merged model on this pod's disk; None if the job merges no model. If another pod merged the model, it is downloaded."""
         if output.merged_uri is None:
             return None
-        merged_here = self._folder / Stage.MERGING.value / OUTPUT_FOLDER
-        target = self._settings.work_folder / "merged-model"
-        return next((folder for folder in (merged_here, target) if folder.exists()), None) or fetch_merged_model(
-            self._tree, target, byte_counter=self._raise_if_stopped
+        local_merged_folder = self._folder / Stage.MERGING.value / OUTPUT_FOLDER
+        target_folder = self._settings.work_folder / "merged-model"
+        return next((folder for folder in (local_merged_folder, target_folder) if folder.exists()), None) or fetch_merged_model(
+            self._tree, target_folder, byte_counter=self._raise_if_stopped
         )
 
     def _commit_merged_model(self, output: Output, folder: Path) -> StageResult:
@@ -337,12 +338,12 @@ class LaterStages:
             oci_digest = store_oci_artefact(self._tree, self._run.name, is_merged=output.merged_uri is not None)
         if self._run.publish is not None:
             folders = tuple(dict.fromkeys(STORAGE_FOLDER_BY_STAGE.values()))
-            model, merged = self._provide_model(output), self.provide_merged_model(output)
-            published_uri = self._results.publish(output, model, folders, merged, byte_counter=self._raise_if_stopped)
+            model_folder, merged = self._provide_model(output), self.provide_merged_model(output)
+            published_uri = self._results.publish(output, model_folder, folders, merged, byte_counter=self._raise_if_stopped)
         if pushes_to_hub(self._run.spec):
-            model = self.provide_merged_model(output) or self._provide_model(output)
+            model_folder = self.provide_merged_model(output) or self._provide_model(output)
             self._state.enter_stage(Stage.UPLOADING, "pushing to the model hub")
-            hub_uri = push_to_hub(self._run, model, retry_seconds=self._settings.final_upload_timeout_seconds)
+            hub_uri = push_to_hub(self._run, model_folder, retry_seconds=self._settings.final_upload_timeout_seconds)
         return StageResult(published_uri=published_uri, hub_uri=hub_uri, oci_digest=oci_digest)
 
     def _copy_reference_values(self, folder: Path) -> str | None:
@@ -357,14 +358,14 @@ class LaterStages:
         """Run the process of a stage and wait for its end. Errors: the failure that the process reports; StoppedError."""
         self._state.record_heartbeat()  # Uploads and downloads before the process started must not count as time without a heartbeat.
         stall_watch = StallWatch(self._state, self._run.spec.policy.stall_timeout_seconds)
-        end = run_child(
+        child_result = run_child(
             ["stage", str(folder)], self._run, self._settings,
             handle_message=self._handle_message, while_running=lambda pid: self._watch_process(pid, stall_watch),
         )  # fmt: skip
-        if end.exit_code != 0:
+        if child_result.exit_code != 0:
             self._run_until_save_deadline(self._store_parts)
-        if end.failure is not None:
-            raise end.failure
+        if child_result.failure is not None:
+            raise child_result.failure
 
     def _watch_process(self, pid: int, stall_watch: StallWatch) -> None:
         """Store new parts of the stage, and end its process by an error if it must stop or has stalled. Errors: StoppedError; PeerError `Stalled`."""
@@ -417,12 +418,12 @@ class LaterStages:
 
     def _upload_files(self, stage: Stage, folder: Path) -> list[StoredFile]:
         """Upload the files of a stage. These files replace the files of an earlier, unfinished run of the stage."""
-        stored = []
+        stored_files = []
         for path in sorted(file for file in folder.rglob("*") if file.is_file()):
             key = join_key(STORAGE_FOLDER_BY_STAGE[stage], path.relative_to(folder).as_posix())
             self._tree.store.put_file(path, key)
-            stored.append(StoredFile(key=key, size=path.stat().st_size, sha256=sha256_file(path)))
-        return stored
+            stored_files.append(StoredFile(key=key, size=path.stat().st_size, sha256=sha256_file(path)))
+        return stored_files
 
     def _fetch_parts(self, stage: Stage, output: Output, folder: Path) -> None:
         """Download the finished parts of an earlier, unfinished run of the stage with the same model."""
@@ -456,9 +457,10 @@ class LaterStages:
 
 def verification_error(verification: Verification, output: Output) -> VerificationFailedError:
     """Return the error for a stored model that differs from the trained model. The error names the first artefact that differs."""
-    failed = next(artefact for artefact in verification.artefacts if artefact.result is VerificationOutcome.FAILED)
+    failed_artefact = next(artefact for artefact in verification.artefacts if artefact.result is VerificationOutcome.FAILED)
     return VerificationFailedError(
-        failed.code or "VerificationFailed", f"the stored {failed.artefact} differs from the trained model or is damaged: {failed.reason}",
+        failed_artefact.code or "VerificationFailed", f"the stored {failed_artefact.artefact} differs from the trained model "
+        f"or is damaged: {failed_artefact.reason}",
         hint=f"do not serve the files in {output.uri}; status.output.verification shows the difference",
     )
 

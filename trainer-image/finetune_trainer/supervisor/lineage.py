@@ -80,27 +80,27 @@ class Lineage:
         """Whether the stored statement names the manifest of the committed model. If it does, it may already be signed and must not be replaced."""
         data = self._tree.store.get(STATEMENT_KEY)
         try:
-            return data is not None and Statement.model_validate_json(data).subject[0] == _manifest_subject(committed)
+            return data is not None and Statement.model_validate_json(data).subject[0] == _build_manifest_subject(committed)
         except ValueError:
             return False
 
     def _build_statement(self, committed: CommittedCheckpoint, manifest: Manifest, inputs: Inputs | None) -> Statement:
         spec, redacted_fields = remove_secrets(self._run.to_wire()["spec"])
         world = self._run.world
-        internal = {
+        internal_parameters = {
             "defaults": self._run.defaults, "redactedFields": redacted_fields,
             "originalValues": remove_secrets(self._run.before_adaptation or {})[0],
             "world": {"nodes": world.nodes, "processesPerNode": world.processes_per_node, "gpusPerNode": world.gpus_per_node},
         }  # fmt: skip
         return Statement(
-            subject=[_manifest_subject(committed), *(Resource(name=file.path, digest={"sha256": file.sha256}) for file in manifest.files)],
+            subject=[_build_manifest_subject(committed), *(Resource(name=file.path, digest={"sha256": file.sha256}) for file in manifest.files)],
             predicate=Provenance(
                 build_definition=BuildDefinition(
-                    build_type=BUILD_TYPE, external_parameters={"spec": spec}, internal_parameters=internal,
+                    build_type=BUILD_TYPE, external_parameters={"spec": spec}, internal_parameters=internal_parameters,
                     resolved_dependencies=list_dependencies(self._run, manifest.facts, inputs, self._digests),
                 ),
                 run_details=RunDetails(
-                    builder=Builder(id=BUILDER_ID, version=_builder_versions(manifest.facts)),
+                    builder=Builder(id=BUILDER_ID, version=_read_builder_versions(manifest.facts)),
                     metadata=BuildMetadata(invocation_id=manifest.job, started_on=self._read_start_time(), finished_on=datetime.now(UTC).isoformat()),
                     byproducts=[
                         Resource(name=checkpoint_folder_key(one.step), digest={"sha256": one.marker.manifest_sha256})
@@ -119,16 +119,16 @@ class Lineage:
         return str(json.loads(data)["time"]) if data is not None else None
 
 
-def _manifest_subject(committed: CommittedCheckpoint) -> Resource:
+def _build_manifest_subject(committed: CommittedCheckpoint) -> Resource:
     return Resource(name=str(Storage.MANIFEST), digest={"sha256": committed.marker.manifest_sha256})
 
 
-def _builder_versions(facts: RunFacts) -> dict[str, str]:
+def _read_builder_versions(facts: RunFacts) -> dict[str, str]:
     try:
-        own_version = {"finetune-operator": version("finetune-operator")}
+        operator_version = {"finetune-operator": version("finetune-operator")}
     except PackageNotFoundError:  # The code runs from a checkout, and the package is not installed.
-        own_version = {}
-    return {**own_version, "python": platform.python_version(), **facts.versions}
+        operator_version = {}
+    return {**operator_version, "python": platform.python_version(), **facts.versions}
 
 
 # ---- dependencies ----
@@ -136,10 +136,10 @@ def _builder_versions(facts: RunFacts) -> dict[str, str]:
 
 def list_dependencies(run: RunConfig, facts: RunFacts, inputs: Inputs | None, digests: FileDigests) -> list[Resource]:
     """Return the base model, the other models, the data and the trainer image. Each source is followed by those of its files whose digests are known."""
-    return [*_model_resources(run, facts, inputs, digests), *_data_resources(run, facts, inputs, digests), *_image_resource(run)]
+    return [*_list_model_resources(run, facts, inputs, digests), *_list_data_resources(run, facts, inputs, digests), *_build_image_resource(run)]
 
 
-def _model_resources(run: RunConfig, facts: RunFacts, inputs: Inputs | None, digests: FileDigests) -> Iterator[Resource]:
+def _list_model_resources(run: RunConfig, facts: RunFacts, inputs: Inputs | None, digests: FileDigests) -> Iterator[Resource]:
     spec = run.spec
     is_commit = len(facts.model_revision) == GIT_COMMIT_DIGITS
     yield Resource(
@@ -147,45 +147,45 @@ def _model_resources(run: RunConfig, facts: RunFacts, inputs: Inputs | None, dig
         digest={"gitCommit": facts.model_revision} if is_commit else {},
     )  # fmt: skip
     if inputs is not None and (is_commit or compute_fingerprint(inputs.model) == facts.model_revision):
-        yield from _model_file_resources(BASE_MODEL_DEPENDENCY, inputs.model, digests)
+        yield from _list_model_file_resources(BASE_MODEL_DEPENDENCY, inputs.model, digests)
     adapter = spec.method.adapter.source if spec.method.adapter else None
     reference = spec.trainer.dpo.reference_model if spec.trainer.dpo else None
-    others = (
+    other_sources = (
         ("model.tokenizer", spec.model.tokenizer, "tokenizer"), ("method.adapter.source", adapter, "adapter"),
         ("trainer.dpo.referenceModel", reference, "reference model"),
     )  # fmt: skip
-    others += tuple(
+    other_sources += tuple(
         (f"output.combineAdapters[{number}].source", item.source, combined_adapter_name(number))
         for number, item in enumerate(spec.output.combine_adapters or [])
     )
-    for path, source, fact in others:
+    for path, source, fact in other_sources:
         if source and fact in facts.other_inputs:
             yield Resource(name=path, uri=redact_source(source), annotations={REVISION_ANNOTATION: facts.other_inputs[fact]})
 
 
-def _model_file_resources(name: str, folder: Path, digests: FileDigests) -> Iterator[Resource]:
+def _list_model_file_resources(name: str, folder: Path, digests: FileDigests) -> Iterator[Resource]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     if sum(path.stat().st_size for path in files if digests.get_known_sha256(path) is None) <= MAX_HASHED_MODEL_BYTES:
         for path in files:
             yield Resource(name=f"{name}/{path.relative_to(folder).as_posix()}", digest={"sha256": digests.get_sha256(path)})
 
 
-def _data_resources(run: RunConfig, facts: RunFacts, inputs: Inputs | None, digests: FileDigests) -> Iterator[Resource]:
+def _list_data_resources(run: RunConfig, facts: RunFacts, inputs: Inputs | None, digests: FileDigests) -> Iterator[Resource]:
     """Yield the data sources and their files. A file that has changed since the training has no digest."""
     data = run.spec.dataset
-    train = [("dataset.train", data.train, inputs.train if inputs else [])] if data.train else []
-    train += [
+    training_sources = [("dataset.train", data.train, inputs.train if inputs else [])] if data.train else []
+    training_sources += [
         (f"dataset.mixture[{number}].source", item.source, inputs.mixture[number] if inputs else [])
         for number, item in enumerate(data.mixture or [])
     ]
-    held_out = [
+    held_out_sources = [
         ("dataset.validation", data.validation, inputs.validation if inputs else [], "validation data"),
         ("dataset.test", data.test, inputs.test if inputs else [], "test data"),
     ]
-    yield from _data_file_resources(train, facts.dataset_digest, digests)
-    for path, source, files, fact in held_out:
+    yield from _list_data_file_resources(training_sources, facts.dataset_digest, digests)
+    for path, source, files, fact in held_out_sources:
         if source:
-            yield from _data_file_resources([(path, source, files)], facts.other_inputs.get(fact, ""), digests)
+            yield from _list_data_file_resources([(path, source, files)], facts.other_inputs.get(fact, ""), digests)
     root = data.images.root if data.images else None
     for name in IMAGE_SETS:
         if name in facts.other_inputs:
@@ -193,7 +193,7 @@ def _data_resources(run: RunConfig, facts: RunFacts, inputs: Inputs | None, dige
             yield Resource(name=name, uri=redact_source(root) if root else None, annotations={"combinedDigest": digest})
 
 
-def _data_file_resources(sources: list[tuple[str, str, list[Path]]], digest: str, digests: FileDigests) -> Iterator[Resource]:
+def _list_data_file_resources(sources: list[tuple[str, str, list[Path]]], digest: str, digests: FileDigests) -> Iterator[Resource]:
     sha256_by_file = {file: digests.get_sha256(file) for _, _, files in sources for file in files}
     is_unchanged = compute_combined_digest(list(sha256_by_file), sha256_by_file.__getitem__) == digest
     for path, source, files in sources:
@@ -202,7 +202,7 @@ def _data_file_resources(sources: list[tuple[str, str, list[Path]]], digest: str
             yield from (Resource(name=f"{path}/{file.name}", digest={"sha256": sha256_by_file[file]}) for file in files)
 
 
-def _image_resource(run: RunConfig) -> Iterator[Resource]:
+def _build_image_resource(run: RunConfig) -> Iterator[Resource]:
     """Yield the image of `placement.image`.
 
     A pod does not know the digest of its image; `finetune sign NAME` adds the digest that the operator recorded.

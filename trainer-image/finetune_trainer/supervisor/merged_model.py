@@ -38,21 +38,21 @@ def commit_merged_model(
     `before_each_file` is called with the number of uploaded bytes and the number of all bytes. Both callbacks may raise an error to end the
     upload. Errors: those of storage; FencedOutError if a later attempt has begun.
     """
-    adapter = tree.get_committed(None)
-    adapter_manifest = tree.read_manifest(adapter) if adapter is not None else None
+    committed_adapter = tree.get_committed(None)
+    adapter_manifest = tree.read_manifest(committed_adapter) if committed_adapter is not None else None
     entries = list_file_entries(folder)
     total, uploaded = sum(entry.size for entry in entries), 0
     for entry in entries:
         before_each_file(uploaded, total)
         tree.store.put_file(folder / entry.path, join_key(Storage.MERGED, incarnation, entry.path), byte_counter=byte_counter)
         uploaded += entry.size
-    changes = {
+    manifest_changes = {
         "attempt": attempt, "incarnation": incarnation, "kind": OutputKind.MODEL, "files": entries,
         "extra": {ADAPTER_SHA256: output.sha256, "adapter": output.uri},
     }  # fmt: skip
-    manifest = (adapter_manifest or Manifest(step=0)).model_copy(update=changes)
-    existing = tree.get_merged()
-    tree.commit(Storage.MERGED, manifest, replaceable_marker=existing.marker if existing else None)
+    manifest = (adapter_manifest or Manifest(step=0)).model_copy(update=manifest_changes)
+    existing_commit = tree.get_merged()
+    tree.commit(Storage.MERGED, manifest, replaceable_marker=existing_commit.marker if existing_commit else None)
     log.info("committed %s/%s (%d bytes)", Storage.MERGED, incarnation, manifest.total_bytes)
     return tree.uri(join_key(Storage.MERGED, incarnation))
 
@@ -60,10 +60,10 @@ def commit_merged_model(
 def fetch_merged_model(tree: CheckpointTree, target: Path, *, byte_counter: ByteCounter | None = None) -> Path:
     """Download and verify the committed merged model. Returns `target`. Errors: NoCheckpointError ModelDamaged; those of storage."""
     committed = tree.get_merged()
-    partial = target.with_name(f"{target.name}.part")
-    shutil.rmtree(partial, ignore_errors=True)
-    problem = "the marker is missing" if committed is None else download_committed(tree, committed, partial, byte_counter=byte_counter)
+    partial_folder = target.with_name(f"{target.name}.part")
+    shutil.rmtree(partial_folder, ignore_errors=True)
+    problem = "the marker is missing" if committed is None else download_committed(tree, committed, partial_folder, byte_counter=byte_counter)
     if problem is not None:
         raise NoCheckpointError("ModelDamaged", f"the merged model cannot be read: {problem}")
-    partial.rename(target)
+    partial_folder.rename(target)
     return target

@@ -86,7 +86,7 @@ def _list_hub(source: HubSource) -> tuple[ModelListing, Callable[[Path], None]]:
         info = api.model_info(source.repo, revision=source.revision)
         if info.gated or info.private:
             api.auth_check(source.repo)  # Even if the cache has the files, this job must have access to the repository itself.
-        tree = list(api.list_repo_tree(source.repo, revision=info.sha, recursive=True))
+        tree_entries = list(api.list_repo_tree(source.repo, revision=info.sha, recursive=True))
     except HfHubHTTPError as error:
         if error.response is not None and error.response.status_code < 500:
             raise
@@ -95,7 +95,7 @@ def _list_hub(source: HubSource) -> tuple[ModelListing, Callable[[Path], None]]:
         if isinstance(error, ValueError):
             raise
         raise HubDown from error
-    files = _needed_files(tree)
+    files = _needed_files(tree_entries)
     revision = str(info.sha)
 
     def download(folder: Path) -> None:
@@ -109,13 +109,13 @@ def _list_hub(source: HubSource) -> tuple[ModelListing, Callable[[Path], None]]:
     return ModelListing(build_hub_location(source), _check_and_sort(files), hub_revision=revision, is_public=is_public), download
 
 
-def _needed_files(tree: list[Any]) -> list[SourceFile]:
+def _needed_files(tree_entries: list[Any]) -> list[SourceFile]:
     from huggingface_hub.hf_api import RepoFile
     from huggingface_hub.utils import filter_repo_objects
 
-    files = [entry for entry in tree if isinstance(entry, RepoFile)]
-    needed = filter_repo_objects(files, allow_patterns=list(MODEL_SOURCE.file_patterns), key=lambda entry: entry.path)
-    return [SourceFile(entry.path, entry.size, f"sha256:{entry.lfs.sha256}" if entry.lfs else f"git-blob:{entry.blob_id}") for entry in needed]
+    files = [entry for entry in tree_entries if isinstance(entry, RepoFile)]
+    needed_entries = filter_repo_objects(files, allow_patterns=list(MODEL_SOURCE.file_patterns), key=lambda entry: entry.path)
+    return [SourceFile(entry.path, entry.size, f"sha256:{entry.lfs.sha256}" if entry.lfs else f"git-blob:{entry.blob_id}") for entry in needed_entries]
 
 
 def _list_s3(fetcher: Fetcher, source: S3Source) -> tuple[ModelListing, Callable[[Path], None]]:

@@ -13,13 +13,13 @@ def compute_time_use(stage_seconds: Mapping[str, float], pauses: Mapping[str, fl
     `stage_seconds`: seconds by name of the stage; names that are not stages are ignored. `pauses`: seconds of the pauses in training, by part.
     `first_step_seconds`: None before the end of the first step; until then, all training time counts as the first step.
     """
-    parts: dict[str, float] = {}
+    seconds_by_part: dict[str, float] = {}
     for stage, part in TIME_USE_OF_STAGE.items():
-        parts[part] = parts.get(part, 0.0) + stage_seconds.get(stage.value, 0.0)
-    training = parts.pop("steps")
+        seconds_by_part[part] = seconds_by_part.get(part, 0.0) + stage_seconds.get(stage.value, 0.0)
+    training_seconds = seconds_by_part.pop("steps")
     for part, seconds in pauses.items():
-        pause_seconds = min(seconds, training)
-        parts[part], training = parts[part] + pause_seconds, training - pause_seconds
-    first_step = training if first_step_seconds is None else min(first_step_seconds, training)
-    parts |= {"firstStep": first_step, "steps": training - first_step}
-    return TimeUse.model_validate({part: round(seconds, 3) for part, seconds in parts.items() if round(seconds, 3) > 0})
+        pause_seconds = min(seconds, training_seconds)
+        seconds_by_part[part], training_seconds = seconds_by_part[part] + pause_seconds, training_seconds - pause_seconds
+    first_step_part = training_seconds if first_step_seconds is None else min(first_step_seconds, training_seconds)
+    seconds_by_part |= {"firstStep": first_step_part, "steps": training_seconds - first_step_part}
+    return TimeUse.model_validate({part: round(seconds, 3) for part, seconds in seconds_by_part.items() if round(seconds, 3) > 0})

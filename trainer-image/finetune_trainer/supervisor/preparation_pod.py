@@ -89,9 +89,9 @@ class PreparationPod:
         # If the operator has given no secret, the random secret makes the server refuse every request for the report.
         server = Server(self._state, self._settings.port, attempt_secret=self._settings.attempt_secret or secrets.token_hex(32))
         log.info("listening on port %d", server.port)
-        data = DataReport()
+        data_report = DataReport()
         try:
-            data = self._check()
+            data_report = self._check()
             decision = ExitDecision(ExitCode.OK)
         except StoppedError:
             decision = ExitDecision(ExitCode.PREEMPTED_SAVED)  # A stopped preparation has no state to save, because the next preparation starts again.
@@ -102,7 +102,7 @@ class PreparationPod:
         message = build_termination_message(decision, self._state.report(), output=None, start_step=0, node_name=self._settings.node_name)
         # `model_revision` can be a digest of all files of the model, but this pod has not downloaded the weights.
         resolved = message.resolved.model_copy(update={"model_revision": None}) if message.resolved is not None else None
-        message = message.model_copy(update={"data": data, "resolved": resolved})
+        message = message.model_copy(update={"data": data_report, "resolved": resolved})
         if self._adopted_result is not None and decision.exit_code == ExitCode.OK:
             message = _with_adopted_result(message, self._adopted_result)
         write_termination_message(message, self._settings.termination_log)
@@ -113,11 +113,11 @@ class PreparationPod:
         """Run all checks and store the rows. Errors: those of `Preparation` and of the process `check`; StoppedError."""
         run, config_sha256 = load_run(self._settings)
         self._state.set_run_config(run.model_copy(update={"attempt": PREPARATION_ATTEMPT}), config_sha256)
-        work = self._settings.work_folder
-        for folder in (work / "output", work / TOKENS_FOLDER):
+        work_folder = self._settings.work_folder
+        for folder in (work_folder / "output", work_folder / TOKENS_FOLDER):
             shutil.rmtree(folder, ignore_errors=True)
-        (work / "output").mkdir(parents=True)
-        for leftover in (work / FILE_NAME, *work.glob(rows_request.ANSWER_FILES)):
+        (work_folder / "output").mkdir(parents=True)
+        for leftover in (work_folder / FILE_NAME, *work_folder.glob(rows_request.ANSWER_FILES)):
             leftover.unlink(missing_ok=True)
         preparation = Preparation(run, config_sha256, self._settings, self._state, FileDigests(), MODEL_WITHOUT_WEIGHTS)
         preparation.check_hub_token()
@@ -125,7 +125,7 @@ class PreparationPod:
         def fetch() -> RunFacts:
             preparation.preflight()
             inputs, facts = preparation.fetch()
-            inputs.write(work)
+            inputs.write(work_folder)
             self._adopted_result = find_result_to_adopt(run, facts, self._state)
             return facts
 
@@ -144,13 +144,13 @@ class PreparationPod:
             with suppress(StoppedError):  # If the pod is stopped here, a later preparation removes unused rows, and training pods fill the cache.
                 run_until(self._stop_requested.is_set, lambda: _remove_unused_rows(row_store))
                 if self._adopted_result is None:
-                    fill_until = time.monotonic() + MAX_FILL_SECONDS
-                    run_until(lambda: self._stop_requested.is_set() or time.monotonic() > fill_until, lambda: self._fill_cache(run))
+                    fill_deadline = time.monotonic() + MAX_FILL_SECONDS
+                    run_until(lambda: self._stop_requested.is_set() or time.monotonic() > fill_deadline, lambda: self._fill_cache(run))
         findings = summary.findings
-        counts = DataReport(
+        data_report = DataReport(
             rows=summary.rows, bad_rows=summary.bad_rows, duplicates=findings.duplicate_count, personal_data=findings.personal_data_counts
         )
-        return counts.model_copy(update=(checked.data.model_dump(exclude_none=True) if checked is not None else {}) | address)
+        return data_report.model_copy(update=(checked.data.model_dump(exclude_none=True) if checked is not None else {}) | address)
 
     def _may_share_rows(self, run: RunConfig) -> bool:
         """Whether this preparation stores and uses shared rows.
@@ -172,9 +172,9 @@ class PreparationPod:
             if self._stop_requested.is_set():
                 raise StoppedError
 
-        end = run_child(["check"], run, self._settings, handle_message=self._handle_message, while_running=watch)
-        if end.failure is not None:
-            raise end.failure
+        child_result = run_child(["check"], run, self._settings, handle_message=self._handle_message, while_running=watch)
+        if child_result.failure is not None:
+            raise child_result.failure
 
     def _answer_request(self, digest: Any) -> None:
         """Search for the stored rows that the process `check` requests. If `check` repeats the request, show it that the search continues, or answer again."""
@@ -192,14 +192,14 @@ class PreparationPod:
 
     def _provide_rows(self, digest: str) -> None:
         """Download rows that an earlier preparation has stored, and let the process `check` continue. This method runs in a thread of its own."""
-        work = self._settings.work_folder
+        work_folder = self._settings.work_folder
         try:
             if self._row_store is not None:
-                self._stored_rows = self._row_store.fetch_for_preparation(digest, work)
+                self._stored_rows = self._row_store.fetch_for_preparation(digest, work_folder)
         except Exception as error:
             log.warning("stored rows could not be read", exc_info=error)
         finally:
-            _touch(rows_request.answer_file(work, digest))
+            _touch(rows_request.answer_file(work_folder, digest))
 
     def _store_rows(self, row_store: RowStore, run: RunConfig, digest: str | None, facts: RunFacts, summary: DataSummary) -> dict[str, str]:
         """Store the rows, unless an earlier preparation has stored them. Returns the fields of `DataReport` that name the stored rows.

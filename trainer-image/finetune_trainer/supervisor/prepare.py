@@ -117,14 +117,14 @@ class Preparation:
         Errors: those of `fetch` and of `existing_model`; ConfigError `ExistingModelNotAdapter` (64).
         """
         self._state.enter_stage(Stage.DOWNLOADING)
-        existing = find_existing_model(self._run.spec.phases.from_ or "", tree)
-        if self._run.spec.output.merge_adapter and existing.output_kind is OutputKind.MODEL:
+        existing_model = find_existing_model(self._run.spec.phases.from_ or "", tree)
+        if self._run.spec.output.merge_adapter and existing_model.output_kind is OutputKind.MODEL:
             raise ConfigError(
-                "ExistingModelNotAdapter", f"phases.from is {existing.output.uri}, a complete model, but output.mergeAdapter needs an adapter",
+                "ExistingModelNotAdapter", f"phases.from is {existing_model.output.uri}, a complete model, but output.mergeAdapter needs an adapter",
                 hint="remove output.mergeAdapter, or write the address of an adapter in phases.from",
             )  # fmt: skip
         inputs, _ = self.fetch()
-        note = require_same_base(existing, inputs)
+        note = require_same_base(existing_model, inputs)
         if note is not None:
             self._state.add_note(note)
         fetcher = Fetcher(self._run, self._work_folder)
@@ -132,10 +132,10 @@ class Preparation:
         self._run_timed(
             "existing model",
             lambda: download_existing_model(
-                existing, folder, byte_counter=self._count_downloaded_bytes, check_space=lambda size: fetcher.require_space(size, "phases.from")
+                existing_model, folder, byte_counter=self._count_downloaded_bytes, check_space=lambda size: fetcher.require_space(size, "phases.from")
             ),
         )
-        return inputs, existing
+        return inputs, existing_model
 
     def fetch(self, *, uses_stored_rows: bool = False) -> tuple[Inputs, RunFacts]:
         """Download all inputs to the local disk and check the rows. Errors: exit codes 64, 65, 66, 67, 69, 77.
@@ -148,12 +148,12 @@ class Preparation:
         # A replay with other data must fail with `InputsChanged`, even if the stored rows cannot be used.
         require_expected_inputs(facts, unknown_inputs=IMAGE_SETS)
         self._state.enter_stage(Stage.CHECKING)
-        stored = self._run_timed("rows", lambda: self._fetch_stored_rows(facts)) if uses_stored_rows else None
-        summary = self._run_timed("check", lambda: self._check_data(inputs, stored))
+        stored_rows = self._run_timed("rows", lambda: self._fetch_stored_rows(facts)) if uses_stored_rows else None
+        summary = self._run_timed("check", lambda: self._check_data(inputs, stored_rows))
         image_digests = self._run_timed("images", lambda: self._digest_images(summary))
         facts = facts.model_copy(update={"other_inputs": facts.other_inputs | image_digests})
         require_expected_inputs(facts)
-        return inputs.model_copy(update={"image_digests": image_digests, "stored_rows": stored.digest if stored is not None else None}), facts
+        return inputs.model_copy(update={"image_digests": image_digests, "stored_rows": stored_rows.digest if stored_rows is not None else None}), facts
 
     def _fetch_stored_rows(self, facts: RunFacts) -> StoredRows | None:
         """Download the rows that the job's preparation stored. If these rows cannot be used, add a note. Return None if there are no usable rows."""
@@ -161,23 +161,26 @@ class Preparation:
             return None
         try:
             with RowStore.open(self._run) as row_store:
-                stored = row_store.fetch_for_training(facts, self._work_folder, renews_marker=self._node_rank == 0, byte_counter=self._count_downloaded_bytes)
+                stored_rows = row_store.fetch_for_training(
+                    facts, self._work_folder, renews_marker=self._node_rank == 0, byte_counter=self._count_downloaded_bytes
+                )
         except Exception as error:  # Stored rows only save time, so a failure must not end the job.
             log.warning("the prepared rows are not used", exc_info=error)
             problem = error.message if isinstance(error, FineTuneError) else type(error).__name__
             self._state.add_note(f"the prepared rows are not used: {problem}; this pod reads and tokenises the data")
             return None
-        self._state.add_note(f"the rows of the preparation are used: {stored.row_count} rows")
-        return stored
+        self._state.add_note(f"the rows of the preparation are used: {stored_rows.row_count} rows")
+        return stored_rows
 
     def _digest_images(self, summary: DataSummary) -> dict[str, str]:
         """Return one digest for the images of the training rows and one for the images of the held-out rows, by the names in `IMAGE_SETS`.
 
         A set without images has no entry.
         """
-        sets = zip(IMAGE_SETS, (summary.training_images, summary.held_out_images), strict=True)
+        image_sets = zip(IMAGE_SETS, (summary.training_images, summary.held_out_images), strict=True)
         return {
-            name: compute_image_set_digest(images, self._digests, lambda text: self._state.enter_stage(Stage.CHECKING, text)) for name, images in sets if images
+            name: compute_image_set_digest(images, self._digests, lambda text: self._state.enter_stage(Stage.CHECKING, text))
+            for name, images in image_sets if images
         }
 
     def claim_storage(self, tree: CheckpointTree) -> None:
@@ -266,12 +269,15 @@ class Preparation:
         """Report where the base model came from."""
         for note in cache.notes:
             self._state.add_note(note)
-        used = fetcher.models_from_cache.get("model.source")
-        if used is None and "model.source" in cache.models:
+        cached_model = fetcher.models_from_cache.get("model.source")
+        if cached_model is None and "model.source" in cache.models:
             self._state.add_note("model.source was removed from model.cache before this pod could use it, and was downloaded again")
-        is_cached = used is not None and used.from_cache
+        is_cached = cached_model is not None and cached_model.from_cache
         self._state.merge_resolved(
-            ResolvedConfig(model_source=ModelOrigin.CACHE if is_cached else ModelOrigin.DOWNLOAD, model_bytes_saved=used.size if used and is_cached else 0)
+            ResolvedConfig(
+                model_source=ModelOrigin.CACHE if is_cached else ModelOrigin.DOWNLOAD,
+                model_bytes_saved=cached_model.size if cached_model and is_cached else 0,
+            )
         )
 
     def _fetch_benchmarks(self, fetcher: Fetcher) -> list[Path | None]:
@@ -315,11 +321,11 @@ class Preparation:
 
     def _run_timed(self, timing_name: str, task: Callable[[], T]) -> T:
         """Run a task, and add its duration to the timings under `timing_name`."""
-        started = time.monotonic()
+        started_at = time.monotonic()
         try:
             return task()
         finally:
-            self._state.add_timing(timing_name, time.monotonic() - started)
+            self._state.add_timing(timing_name, time.monotonic() - started_at)
 
     def _count_downloaded_bytes(self, byte_count: int) -> None:
         self._downloaded_bytes += byte_count
@@ -351,16 +357,22 @@ def require_expected_inputs(facts: RunFacts, *, unknown_inputs: Sequence[str] = 
 
     `unknown_inputs`: names of inputs whose digests are not known yet.
     """
-    text = os.environ.get(Env.EXPECTED_INPUTS)
-    if not text:
+    expected_json = os.environ.get(Env.EXPECTED_INPUTS)
+    if not expected_json:
         return
-    expected = RunFacts.model_validate_json(text)
-    pairs = [("base model", expected.model_revision, facts.model_revision), ("training data", expected.dataset_digest, facts.dataset_digest)]
-    pairs += [(name, digest, facts.other_inputs.get(name, "")) for name, digest in expected.other_inputs.items() if name not in unknown_inputs]
-    changed = [f"{name} is {found or 'absent'} instead of {digest}" for name, digest, found in pairs if digest != found]
-    if changed:
+    expected_facts = RunFacts.model_validate_json(expected_json)
+    expected_and_found = [
+        ("base model", expected_facts.model_revision, facts.model_revision),
+        ("training data", expected_facts.dataset_digest, facts.dataset_digest),
+    ]
+    expected_and_found += [
+        (name, digest, facts.other_inputs.get(name, ""))
+        for name, digest in expected_facts.other_inputs.items() if name not in unknown_inputs
+    ]
+    changed_inputs = [f"{name} is {found or 'absent'} instead of {digest}" for name, digest, found in expected_and_found if digest != found]
+    if changed_inputs:
         raise ConfigError(
-            "InputsChanged", "the inputs are not those of the run that is replayed: " + "; ".join(changed),
+            "InputsChanged", "the inputs are not those of the run that is replayed: " + "; ".join(changed_inputs),
             hint="give the original files, for example with --set dataset.train=file:///path",
         )  # fmt: skip
 
@@ -412,14 +424,14 @@ def _drop_unused_options(distributed: Mapping[str, Any]) -> dict[str, Any]:
 
 def hash_other_inputs(inputs: Inputs, hash_file: Callable[[Path], str]) -> dict[str, str]:
     """Return a hash of each input except the base model and the training data, by the name of the input in messages."""
-    models = {"tokenizer": inputs.tokenizer, "reference model": inputs.reference, "adapter": inputs.adapter}
-    models |= {combined_adapter_name(number): folder for number, folder in enumerate(inputs.combined_adapters)}
-    hashes = {name: compute_fingerprint(folder) for name, folder in models.items() if folder is not None}
-    files = {
+    folder_by_name = {"tokenizer": inputs.tokenizer, "reference model": inputs.reference, "adapter": inputs.adapter}
+    folder_by_name |= {combined_adapter_name(number): folder for number, folder in enumerate(inputs.combined_adapters)}
+    hashes = {name: compute_fingerprint(folder) for name, folder in folder_by_name.items() if folder is not None}
+    files_by_name = {
         "validation data": inputs.validation, "test data": inputs.test,
         "contents of ConfigMaps": _list_mounted_files(inputs.config_maps),
     }  # fmt: skip
-    return hashes | inputs.image_digests | {name: compute_combined_digest(paths, hash_file) for name, paths in files.items() if paths}
+    return hashes | inputs.image_digests | {name: compute_combined_digest(paths, hash_file) for name, paths in files_by_name.items() if paths}
 
 
 def _list_mounted_files(folder: Path) -> list[Path]:

@@ -65,29 +65,29 @@ class PublishedCopy:
         for stat in self._tree.store.list(f"{prefix}/"):
             key = self._folder.key + stat.key.removeprefix(f"{prefix}/")
 
-            def copy(source: str = stat.key, key: str = key) -> None:
+            def copy_object(source: str = stat.key, key: str = key) -> None:
                 data = self._tree.store.get(source)
                 if data is not None:
                     self._store.put(key, data)
 
-            self._copy_once(key, f"{stat.key} {stat.tag}", stat.size, copy)
+            self._copy_once(key, f"{stat.key} {stat.tag}", stat.size, copy_object)
 
     def _add_file(self, path: Path, key: str, source: str) -> None:
         self._copy_once(key, source, path.stat().st_size, lambda: self._store.put_file(path, key, byte_counter=self._byte_counter))
 
-    def _copy_once(self, key: str, source: str, size: int, copy: Callable[[], None]) -> None:
+    def _copy_once(self, key: str, source: str, size: int, copy_file: Callable[[], None]) -> None:
         """Copy a file of `size` bytes and record it, unless it was copied earlier and neither the source nor the copy has changed since then."""
-        earlier = self._copied_files.get(key)
-        if earlier is not None and earlier.source == source:
-            stored = self._store.stat(key)
-            if stored is not None and (stored.size, stored.tag) == (size, earlier.tag):
+        earlier_copy = self._copied_files.get(key)
+        if earlier_copy is not None and earlier_copy.source == source:
+            stored_object = self._store.stat(key)
+            if stored_object is not None and (stored_object.size, stored_object.tag) == (size, earlier_copy.tag):
                 return
         if self._byte_counter is not None:
             self._byte_counter(0)
-        copy()
-        stored = self._store.stat(key)
-        if stored is not None:
-            self._copied_files[key] = CopiedFile(source=source, tag=stored.tag)
+        copy_file()
+        stored_object = self._store.stat(key)
+        if stored_object is not None:
+            self._copied_files[key] = CopiedFile(source=source, tag=stored_object.tag)
             self._tree.store.put(COPIED_FILES_KEY, CopiedFiles.dump_json(self._copied_files, by_alias=True))
 
 

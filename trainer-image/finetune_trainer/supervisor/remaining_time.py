@@ -50,22 +50,22 @@ class RemainingTime:
             return steps_left * self.expected_step_seconds
         if not self._step_seconds:
             return None
-        longest = MAX_STEP_IN_MEDIANS * statistics.median(self._step_seconds)
-        step_seconds = statistics.fmean(min(one, longest) for one in self._step_seconds)
+        longest_step_seconds = MAX_STEP_IN_MEDIANS * statistics.median(self._step_seconds)
+        step_seconds = statistics.fmean(min(one, longest_step_seconds) for one in self._step_seconds)
         return steps_left * step_seconds + sum(self._estimate_pause_seconds(list(pauses), step, total_steps) for pauses in self._pauses.values())
 
     @staticmethod
-    def _estimate_pause_seconds(pauses: list[tuple[int, float]], step: int, total: int) -> float:
+    def _estimate_pause_seconds(pauses: list[tuple[int, float]], step: int, total_steps: int) -> float:
         """Return the total duration in seconds of the pauses that remain in one part of `TimeUse`.
 
         The remaining pauses are assumed to have the mean interval (in steps) and the median duration of the recorded pauses.
         """
-        steps = [at for at, _ in pauses]
-        interval = (steps[-1] - steps[0]) / (len(steps) - 1) if len(steps) > 1 else steps[0]
-        if interval <= 0:
+        pause_steps = [at for at, _ in pauses]
+        steps_between_pauses = (pause_steps[-1] - pause_steps[0]) / (len(pause_steps) - 1) if len(pause_steps) > 1 else pause_steps[0]
+        if steps_between_pauses <= 0:
             return 0.0
-        further = max(0, int((total - steps[-1]) / interval + 1e-9))
-        return further * statistics.median(seconds for _, seconds in pauses)
+        further_pause_count = max(0, int((total_steps - pause_steps[-1]) / steps_between_pauses + 1e-9))
+        return further_pause_count * statistics.median(seconds for _, seconds in pauses)
 
 
 def estimate_step_seconds(entries: Sequence[LogEntry], saved_facts: RunFacts, current_facts: RunFacts) -> float | None:
@@ -74,9 +74,9 @@ def estimate_step_seconds(entries: Sequence[LogEntry], saved_facts: RunFacts, cu
     The duration is scaled with the number of rows that each rank processes in a step. This number changes with the batch size and the number of ranks.
     `saved_facts`: the facts of the checkpoint.
     """
-    lines = [(entry.step, entry.training_seconds) for entry in entries if entry.step and entry.training_seconds]
-    if not lines:
+    steps_and_seconds = [(entry.step, entry.training_seconds) for entry in entries if entry.step and entry.training_seconds]
+    if not steps_and_seconds:
         return None
-    (first_step, first_seconds), (last_step, last_seconds) = lines[0], lines[-1]
+    (first_step, first_seconds), (last_step, last_seconds) = steps_and_seconds[0], steps_and_seconds[-1]
     step_seconds = (last_seconds - first_seconds) / (last_step - first_step) if last_step > first_step else last_seconds / last_step
     return step_seconds * (current_facts.effective_batch / current_facts.world_size) / (saved_facts.effective_batch / saved_facts.world_size)

@@ -97,13 +97,13 @@ class ReportWriter:
         """Read all data that the report shows."""
         logs = _read_logs_by_incarnation(self._tree)
         records = read_attempt_records(self._tree)
-        order = {record.incarnation: number for number, record in enumerate(records)}
-        joined = join_attempts(logs[name] for name in sorted(logs, key=lambda name: (order.get(name, -1), name)))
+        order_by_incarnation = {record.incarnation: number for number, record in enumerate(records)}
+        log_entries = join_attempts(logs[name] for name in sorted(logs, key=lambda name: (order_by_incarnation.get(name, -1), name)))
         manifest = self._read_model_manifest()
         predictions = self._read_prediction_lines()
         return RunReport(
             run=self._run, config_sha256=self._config_sha256, written_at=datetime.now(UTC), started_at=self._results.read_start_time(), attempts=tuple(records),
-            log=tuple(joined), last_lines={name: entries[-1] for name, entries in logs.items() if entries},
+            log=tuple(log_entries), last_lines={name: entries[-1] for name, entries in logs.items() if entries},
             output=output, evaluation=progress.evaluation, data=self._read(DATA_KEY, DataRecord),
             token_counts=(manifest.extra.get("data") or {}).get("tokens") or {} if manifest else {}, versions=manifest.facts.versions if manifest else {},
             checkpoints=tuple(self._read_checkpoints()),
@@ -141,8 +141,8 @@ class ReportWriter:
 
     def _read_all(self, folder: str, model_class: type[ModelT]) -> list[ModelT]:
         keys = [stat.key for stat in self._tree.store.list(f"{folder}/") if "/" not in stat.key.removeprefix(f"{folder}/")]
-        found = (self._read(key, model_class) for key in keys)
-        return [one for one in found if one is not None]
+        models = (self._read(key, model_class) for key in keys)
+        return [one for one in models if one is not None]
 
 
 def _read_logs_by_incarnation(tree: CheckpointTree) -> dict[str, list[LogEntry]]:

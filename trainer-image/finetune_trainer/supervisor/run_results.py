@@ -53,9 +53,9 @@ class RunResults:
             if name not in self._stored and (path := self._output_folder / name).exists():
                 self._tree.store.put_file(path, join_key(Storage.METRICS, name))
                 self._stored.add(name)
-        values = self._output_folder / reference.FILE_NAME
-        if values.exists():
-            self._tree.store.put_file(values, reference.reference_values_key(sha256_file(values)))
+        values_file = self._output_folder / reference.FILE_NAME
+        if values_file.exists():
+            self._tree.store.put_file(values_file, reference.reference_values_key(sha256_file(values_file)))
 
     def store_metric_files(self) -> None:
         """Store the metric files, unless a later attempt has begun. The file `log.jsonl` is already stored. Errors: those of storage."""
@@ -86,16 +86,16 @@ class RunResults:
         assert folder is not None, "a copy is only made with output.dir"
         store = open_store(self._run.storage.model_copy(update={"uri": self.root}))
         try:
-            copy = PublishedCopy(store, folder, self._tree, byte_counter=byte_counter)
-            copy.add_model(model_folder, output.sha256 or "")
+            published_copy = PublishedCopy(store, folder, self._tree, byte_counter=byte_counter)
+            published_copy.add_model(model_folder, output.sha256 or "")
             if merged_folder is not None:
-                copy.add_merged_model(merged_folder, output.merged_uri or "")
+                published_copy.add_merged_model(merged_folder, output.merged_uri or "")
             for name, text in self._metric_files.items():
-                copy.add_result(name, text.encode())
+                published_copy.add_result(name, text.encode())
             if (test_rows := self._read(ResultFile.TEST_SPLIT)) is not None:
-                copy.add_result(ResultFile.TEST_SPLIT, test_rows)
+                published_copy.add_result(ResultFile.TEST_SPLIT, test_rows)
             for prefix in stage_folders:
-                copy.add_stored_files(prefix)
+                published_copy.add_stored_files(prefix)
         finally:
             store.close()
         return f"{self.root}/{folder.key}".rstrip("/")

@@ -149,8 +149,8 @@ class RunState:
     def merge_plan(self, plan: RunPlan) -> None:
         """Merge a report into the plan: fields that are None keep their earlier value."""
         with self._lock:
-            known = {name: value for name, value in plan if value is not None}
-            self._plan = (self._plan or RunPlan()).model_copy(update=known)
+            known_values = {name: value for name, value in plan if value is not None}
+            self._plan = (self._plan or RunPlan()).model_copy(update=known_values)
 
     def set_data(self, data: DataReport) -> None:
         """Set the counts of the data that a preparation reports."""
@@ -266,7 +266,7 @@ class RunState:
                 uid=self._run.uid if self._run else "",
                 stage=self._stage,
                 detail=self._detail,
-                progress=self._progress_with_estimates(),
+                progress=self._build_progress_with_estimates(),
                 metrics=self._metrics,
                 checkpoints=choose_newest_and_best(newest),
                 latest_checkpoint=newest[0].uri if newest else None,
@@ -276,7 +276,7 @@ class RunState:
                 plan=self._plan,
                 data=self._data,
                 resolved=self._resolved.model_copy(update={"notes": list(self._notes) or None}),
-                health=self._health_with_ages(),
+                health=self._build_health_with_ages(),
                 timings={name: round(seconds, 3) for name, seconds in timings.items()},
                 time_use=compute_time_use(timings, self._pauses, self._first_step_seconds),
             )
@@ -285,28 +285,28 @@ class RunState:
         """Return the timings. The timing of the current stage includes the time up to this call."""
         return self._timings | {self._stage.value: self._timings.get(self._stage.value, 0.0) + time.monotonic() - self._stage_since}
 
-    def _health_with_ages(self) -> HealthReport:
+    def _build_health_with_ages(self) -> HealthReport:
         since_step, since_heartbeat = self.seconds_since_step(), self.seconds_since_heartbeat()
-        median = self.median_step_seconds()
+        median_seconds = self.median_step_seconds()
         silent_seconds = None if since_step is None or since_heartbeat is None else min(since_step, since_heartbeat)
         return self._health.model_copy(
             update={
                 "seconds_since_step": None if since_step is None else round(since_step, 3),
                 "seconds_since_heartbeat": None if silent_seconds is None else round(silent_seconds, 3),
-                "median_step_seconds": None if median is None else round(median, 4),
+                "median_step_seconds": None if median_seconds is None else round(median_seconds, 4),
             }
         )
 
-    def _progress_with_estimates(self) -> Progress:
+    def _build_progress_with_estimates(self) -> Progress:
         """Return the progress with percentage, remaining time and display texts."""
         step, total = self._progress.step, self._progress.total_steps
         update: dict[str, Any] = {}
         if step is not None and total:
             percent = min(100, 100 * step // total)
             update |= {"percent": percent, "display": f"{step}/{total} ({percent}%)"}
-            estimate = self._remaining_time.estimate(step, total)
-            if estimate is not None:
-                seconds_left = round(estimate)
+            estimated_seconds = self._remaining_time.estimate(step, total)
+            if estimated_seconds is not None:
+                seconds_left = round(estimated_seconds)
                 update |= {"seconds_remaining": seconds_left, "eta": format_duration(seconds_left)}
         return self._progress.model_copy(update=update)
 
@@ -322,10 +322,10 @@ def store_quietly(run_state: RunState, content_name: str, action: Callable[[], N
 
 def choose_newest_and_best(newest_first: list[Checkpoint]) -> list[Checkpoint]:
     """Return the newest `MAX_NEWEST_CHECKPOINTS` checkpoints and the checkpoint with the lowest validation loss."""
-    newest = newest_first[:MAX_NEWEST_CHECKPOINTS]
-    evaluated = [one for one in newest_first if one.eval_loss is not None]
-    best = min(evaluated, key=lambda one: (one.eval_loss or 0.0, one.step), default=None)
-    return newest if best is None or best in newest else [*newest, best]
+    newest_checkpoints = newest_first[:MAX_NEWEST_CHECKPOINTS]
+    evaluated_checkpoints = [one for one in newest_first if one.eval_loss is not None]
+    best_checkpoint = min(evaluated_checkpoints, key=lambda one: (one.eval_loss or 0.0, one.step), default=None)
+    return newest_checkpoints if best_checkpoint is None or best_checkpoint in newest_checkpoints else [*newest_checkpoints, best_checkpoint]
 
 
 def format_duration(seconds: int) -> str:

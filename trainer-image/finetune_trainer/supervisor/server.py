@@ -84,14 +84,14 @@ class _HttpServer(ThreadingHTTPServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         """Serve a connection in its own thread. If too many connections are open, close the oldest connection, which is probably idle."""
         with self._connections_lock:
-            oldest = next(iter(self._connections)) if len(self._connections) >= MAX_CONNECTIONS else None
-            if oldest is not None:
-                del self._connections[oldest]
+            oldest_connection = next(iter(self._connections)) if len(self._connections) >= MAX_CONNECTIONS else None
+            if oldest_connection is not None:
+                del self._connections[oldest_connection]
             self._connections[request] = None
-        if oldest is not None:
+        if oldest_connection is not None:
             self.run_state.increment_counter(CLOSED_CONNECTIONS_COUNTER)
             with contextlib.suppress(OSError):
-                oldest.shutdown(socket.SHUT_RDWR)  # The shutdown ends the read in the connection's thread.
+                oldest_connection.shutdown(socket.SHUT_RDWR)  # The shutdown ends the read in the connection's thread.
         super().process_request(request, client_address)
 
     def shutdown_request(self, request: Any) -> None:

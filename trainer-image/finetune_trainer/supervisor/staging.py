@@ -31,11 +31,11 @@ class Staging:
     def add_rank_files(self, message: dict[str, Any]) -> None:
         """Record that the files of one rank are complete. After the last rank of this pod, queue the checkpoint for upload."""
         step, local_rank = int(message["step"]), int(message["localRank"])
-        reported = self._reports_by_step.setdefault(step, {})
-        reported[local_rank] = message
+        reports_by_rank = self._reports_by_step.setdefault(step, {})
+        reports_by_rank[local_rank] = message
         if local_rank == 0:
             self._state.increment_counter("checkpoint_stall_seconds", float(message.get("stallSeconds", 0)))
-        if len(reported) < self._rank_count:
+        if len(reports_by_rank) < self._rank_count:
             return
         del self._reports_by_step[step]
         if self.uploader is None:
@@ -48,7 +48,7 @@ class Staging:
             return
         finally:  # The Trainer does not read this folder again, because the module `best` keeps the best weights.
             shutil.rmtree(source, ignore_errors=True)
-        rank0_report = reported.get(0, message)
+        rank0_report = reports_by_rank.get(0, message)
         self.uploader.enqueue(
             StagedCheckpoint(step, target, str(message["incarnation"]), is_graceful_stop=bool(message.get("graceful")), rank0_report=rank0_report)
         )
@@ -64,14 +64,14 @@ class Staging:
         """Stage the complete final artefact and queue it for upload. Errors: StorageError `StagingFailed`."""
         if self.uploader is None:
             return
-        target = self._folder / "final"
+        final_folder = self._folder / "final"
         try:
-            hard_link_tree(Path(message["folder"]), target)
+            hard_link_tree(Path(message["folder"]), final_folder)
         except OSError as error:
             raise StorageError(
                 "StagingFailed", f"the final model cannot be staged on the pod's disk: {error.strerror or error}"
             ) from error
-        self.uploader.enqueue(StagedCheckpoint(None, target, incarnation, rank0_report=message | {"step": self._state.step}))
+        self.uploader.enqueue(StagedCheckpoint(None, final_folder, incarnation, rank0_report=message | {"step": self._state.step}))
 
 
 def hard_link_tree(source_folder: Path, target_folder: Path) -> None:

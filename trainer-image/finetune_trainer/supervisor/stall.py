@@ -79,13 +79,13 @@ class StallWatch:
 
     def _loading_error(self) -> PeerError | None:
         """Return an error if ranks that load have neither computed nor read for the stall timeout, otherwise None."""
-        timeout = self.timeout_seconds() + self._longest_wait_seconds
-        idle_seconds = self._work_watch.measure_idle_seconds(timeout / WINDOWS_PER_TIMEOUT)
-        if idle_seconds <= timeout or (self._pod_count > 1 and not self._work_watch.was_blocked):
+        timeout_seconds = self.timeout_seconds() + self._longest_wait_seconds
+        idle_seconds = self._work_watch.measure_idle_seconds(timeout_seconds / WINDOWS_PER_TIMEOUT)
+        if idle_seconds <= timeout_seconds or (self._pod_count > 1 and not self._work_watch.was_blocked):
             return None
-        blocked = "; a thread waits for a disk or a file server" if self._work_watch.was_blocked else ""
+        blocked_note = "; a thread waits for a disk or a file server" if self._work_watch.was_blocked else ""
         return PeerError(
-            "Stalled", f"no progress for {idle_seconds:.0f} s while loading model and data: the ranks neither compute nor read{blocked}",
+            "Stalled", f"no progress for {idle_seconds:.0f} s while loading model and data: the ranks neither compute nor read{blocked_note}",
             hint="the stacks of all ranks are in the pod's log; check the mounted volumes and the network, or raise policy.stallTimeoutSeconds",
         )  # fmt: skip
 

@@ -200,16 +200,16 @@ class RowStore:
             digest, _, rest = stat.key.partition("/")
             if rest:
                 stats_by_digest.setdefault(digest, []).append(stat)
-        removed = []
+        removed_digests = []
         for digest, stats in stats_by_digest.items():
             try:
                 if self._remove_if_expired(digest, [stat.key for stat in stats], get_now()):
-                    removed.append(digest)
+                    removed_digests.append(digest)
                 else:
                     self._remove_leftovers(digest, stats, get_now())
             except FineTuneError as error:
                 log.warning("it was not checked whether the prepared rows %s have expired: %s", digest, error)
-        return removed
+        return removed_digests
 
     def _remove_if_expired(self, digest: str, keys: list[str], now: datetime) -> bool:
         """Remove the rows if no job has used them for `prepare.ttlDays`. Return whether they were removed. Errors: those of the store."""

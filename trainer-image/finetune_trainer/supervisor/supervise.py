@@ -189,14 +189,14 @@ class Supervisor:
         return self._run, sha256
 
     def _clean_work_folder(self) -> None:
-        work = self._settings.work_folder
-        work.mkdir(parents=True, exist_ok=True)
+        work_folder = self._settings.work_folder
+        work_folder.mkdir(parents=True, exist_ok=True)
         for name in (FILE_NAME, STOP_FILE, RESULT_FILE):
-            (work / name).unlink(missing_ok=True)
+            (work_folder / name).unlink(missing_ok=True)
         for name in ("output", "staged", "stages", MODEL_FOLDER, "merged-model"):
-            shutil.rmtree(work / name, ignore_errors=True)
+            shutil.rmtree(work_folder / name, ignore_errors=True)
         for name in ("output", "staged"):
-            (work / name).mkdir()
+            (work_folder / name).mkdir()
 
     def _open_channel(self, run: RunConfig) -> RankChannel:
         incarnation = self._settings.incarnation(run)
@@ -215,10 +215,10 @@ class Supervisor:
 
     def _connect_gang(self, run: RunConfig) -> StoreAddress | None:
         """Protect the rendezvous of several pods with the secret of the attempt. Return None if the job has one pod, or if the operator gave no secret."""
-        secret = self._settings.attempt_secret
-        if run.world.nodes == 1 or secret is None:
+        attempt_secret = self._settings.attempt_secret
+        if run.world.nodes == 1 or attempt_secret is None:
             return None
-        self._gang_relay, store = connect_gang(run.world, self._settings.node_rank, secret)
+        self._gang_relay, store = connect_gang(run.world, self._settings.node_rank, attempt_secret)
         return store
 
     # ---- 4: prepare (in its own thread) ----
@@ -441,8 +441,8 @@ class Supervisor:
 
     def _wait_for_uploads(self, uploader: Uploader) -> bool:
         """Wait for the uploads; after a stop request, wait at most until the deadline. Returns whether all uploads ended in time."""
-        seconds = FINAL_UPLOAD_SECONDS if self._facts.is_output_written else UPLOAD_AFTER_FAILURE_SECONDS
-        latest_end = math.inf if self._facts.stop_requested_at is not None else time.monotonic() + seconds
+        max_seconds = FINAL_UPLOAD_SECONDS if self._facts.is_output_written else UPLOAD_AFTER_FAILURE_SECONDS
+        latest_end = math.inf if self._facts.stop_requested_at is not None else time.monotonic() + max_seconds
         while not self._facts.is_deadline_passed:
             seconds_left = min(latest_end, self._time_after_grace_share(1.0)) - time.monotonic()
             if uploader.wait_until_idle(max(0.0, min(seconds_left, UPLOAD_POLL_SECONDS))):
@@ -453,19 +453,19 @@ class Supervisor:
 
     def _clean_up(self, task: Callable[[], None]) -> None:
         """Run an optional task in a thread. The wait for the task ends early enough to write the termination message."""
-        started = time.monotonic()
+        started_at = time.monotonic()
         thread = threading.Thread(target=task, name="clean-up", daemon=True)
         thread.start()
         thread.join(MIN_CLEANUP_SECONDS)
-        while thread.is_alive() and time.monotonic() < self._clean_up_deadline(started):
+        while thread.is_alive() and time.monotonic() < self._clean_up_deadline(started_at):
             thread.join(POLL_SECONDS)
 
-    def _clean_up_deadline(self, started: float) -> float:
+    def _clean_up_deadline(self, started_at: float) -> float:
         """Return the monotonic time at which the wait for an optional task ends. A stop request while the task runs makes this time earlier."""
         stopped_at = self._facts.stop_requested_at
         if stopped_at is None:
-            return started + CLEANUP_SECONDS
-        return min(max(started, stopped_at) + CLEANUP_AFTER_STOP_SECONDS, self._time_after_grace_share(1.0))
+            return started_at + CLEANUP_SECONDS
+        return min(max(started_at, stopped_at) + CLEANUP_AFTER_STOP_SECONDS, self._time_after_grace_share(1.0))
 
     def _sweep_unless_superseded(self) -> None:
         """Remove dropped and failed uploads, unless a later attempt has begun. The operator starts a later attempt if it cannot reach this pod."""
@@ -482,20 +482,20 @@ class Supervisor:
         self._clean_up(self._write_lineage)
         output = output.model_copy(update={"lineage_uri": self._lineage_uri})
         self._state.set_output(output)
-        started = time.time()
-        stages = LaterStages(
+        started_at = time.time()
+        later_stages = LaterStages(
             run, self._settings, tree, self._state, results=results, fetch_inputs=lambda: self._fetch_for_stages(run),
             is_stop_requested=lambda: self._facts.stop_requested_at is not None,
             is_save_deadline_passed=lambda: time.monotonic() > self._time_after_grace_share(SAVE_GRACE_SHARE), existing_model=self._existing_model,
         )  # fmt: skip
         try:
-            self._facts.stage_report = stages.run(output)
+            self._facts.stage_report = later_stages.run(output)
         except Exception as error:
             self._facts.stage_report = StageReport(failure=StageFailure(self._state.current_stage, as_failure(error, "StageFailed")))
         # If large files must be hashed, a thread writes the lineage statement while the stages run.
         self._facts.output = (self._facts.stage_report.output or output).model_copy(update={"lineage_uri": self._lineage_uri})
         if self._tracking is not None:
-            self._tracking.record_evaluation(self._state.report().evaluation, started)
+            self._tracking.record_evaluation(self._state.report().evaluation, started_at)
         self._clean_up(lambda: store_quietly(self._state, RESULT_FILES, results.store_metric_files))
 
     def _write_lineage(self) -> None:
@@ -596,9 +596,9 @@ def find_committed_output(tree: CheckpointTree) -> Output | None:
 
 def read_exit_code_failures(work_folder: Path) -> list[RankFailure]:
     """Read the exit codes of this pod's ranks, and return the failures that these codes show."""
-    out_of_memory = processes.has_oom_kill()
-    codes = read_exit_codes(work_folder) or {}
-    return [failure_from_exit_code(rank, code, is_host_out_of_memory=out_of_memory) for rank, code in codes.items()]
+    had_oom_kill = processes.has_oom_kill()
+    exit_code_by_rank = read_exit_codes(work_folder) or {}
+    return [failure_from_exit_code(rank, code, is_host_out_of_memory=had_oom_kill) for rank, code in exit_code_by_rank.items()]
 
 
 def supervise(settings: Settings, stop_requests: Sequence[float] = ()) -> int:

@@ -20,11 +20,11 @@ def build_termination_message(
     exit_decision: ExitDecision, report: ProgressReport, *, output: Output | None, start_step: int, node_name: str
 ) -> TerminationMessage:
     """Return the termination message for an exit decision. `start_step`: the step from which this incarnation started."""
-    newest = report.checkpoints[0] if report.checkpoints else None
+    newest_checkpoint = report.checkpoints[0] if report.checkpoints else None
     common_fields: dict[str, Any] = {
         "exit_code": int(exit_decision.exit_code), "node": node_name or None, "step": report.progress.step,
-        "committed_step": newest.step if newest else None, "checkpoint": newest.uri if newest else None,
-        "latest_checkpoint": newest.uri if newest else None, "resumed_from_step": report.resumed_from_step,
+        "committed_step": newest_checkpoint.step if newest_checkpoint else None, "checkpoint": newest_checkpoint.uri if newest_checkpoint else None,
+        "latest_checkpoint": newest_checkpoint.uri if newest_checkpoint else None, "resumed_from_step": report.resumed_from_step,
         "progress": report.progress, "metrics": report.metrics, "checkpoints": report.checkpoints, "resolved": report.resolved,
         "plan": report.plan, "time_use": report.time_use,
         "output": output, "evaluation": report.evaluation, "stage": exit_decision.stage,

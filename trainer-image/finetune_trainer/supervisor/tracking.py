@@ -172,17 +172,17 @@ class RunTracking:
         """
         if self._process is None:
             return
-        end = to_run_end(decision, is_ended_by_user=is_ended_by_user)
-        failure = decision.failure.error.code if decision.failure is not None else None
-        self.record_events(EndEvent(end=end, time=time.time(), reason=failure))
+        run_end = to_run_end(decision, is_ended_by_user=is_ended_by_user)
+        failure_code = decision.failure.error.code if decision.failure is not None else None
+        self.record_events(EndEvent(end=run_end, time=time.time(), reason=failure_code))
         self._is_ending.set()
         (self._folder / ENDING_FILE).touch()
-        started = time.monotonic()
-        while self._process.poll() is None and time.monotonic() < min(started + self._seconds_to_wait(end), get_latest_end()):
+        started_at = time.monotonic()
+        while self._process.poll() is None and time.monotonic() < min(started_at + self._seconds_to_wait(run_end), get_latest_end()):
             threading.Event().wait(POLL_SECONDS / 4)
         self._process.stop()
-        if end is not RunEnd.INTERRUPTED:  # After an interruption, the next attempt sends the values that are missing.
-            for note in self._notes_on_unsent_events():
+        if run_end is not RunEnd.INTERRUPTED:  # After an interruption, the next attempt sends the values that are missing.
+            for note in self._list_notes_on_unsent_events():
                 self._state.add_note(note)
 
     def _seconds_to_wait(self, end: RunEnd) -> float:
@@ -190,7 +190,7 @@ class RunTracking:
             return STOP_TIMEOUT_SECONDS
         return END_TIMEOUT_SECONDS if self._find_problem() is None else PROBLEM_TIMEOUT_SECONDS
 
-    def _notes_on_unsent_events(self) -> Iterator[str]:
+    def _list_notes_on_unsent_events(self) -> Iterator[str]:
         states = self._read_state().trackers
         for name in self._run.spec.tracking.report_to or []:
             state = states.get(name, TrackerState())
@@ -210,34 +210,34 @@ class RunTracking:
 
         The environment contains the credentials of trackers and storage, and makes libraries write only below the folder `tracking`.
         """
-        inherited = {name: value for name, value in os.environ.items() if name not in UNNEEDED_CREDENTIAL_VARIABLES}
-        home = str(self._folder / "home")
+        inherited_variables = {name: value for name, value in os.environ.items() if name not in UNNEEDED_CREDENTIAL_VARIABLES}
+        home_folder = str(self._folder / "home")
         return {
-            **TRACKER_ENVIRONMENT, **inherited, **dict.fromkeys(WRITABLE_FOLDERS, home), "OMP_NUM_THREADS": "1",
+            **TRACKER_ENVIRONMENT, **inherited_variables, **dict.fromkeys(WRITABLE_FOLDERS, home_folder), "OMP_NUM_THREADS": "1",
             Env.RUN_FILE: str(self._settings.run_file), Env.WORK_DIR: str(self._settings.work_folder),
         }  # fmt: skip
 
     def _watch(self) -> None:
         """Report problems of trackers, and start the tracker process again if it has ended."""
-        restarts = 0
+        restart_count = 0
         while not self._is_ending.wait(POLL_SECONDS):
             self._state.set_tracker_problem(self._find_problem())
             if self._process is None or self._process.poll() is None:
                 continue
-            if restarts == MAX_RESTARTS:
-                self._state.set_tracker_problem(f"{Reason.TRACKER_FAILED}: the tracker process has ended {restarts + 1} times; see the pod's log")
+            if restart_count == MAX_RESTARTS:
+                self._state.set_tracker_problem(f"{Reason.TRACKER_FAILED}: the tracker process has ended {restart_count + 1} times; see the pod's log")
                 return
-            restarts += 1
+            restart_count += 1
             log.warning("the tracker process has ended with %s; it is started again", self._process.poll())
             if self._is_ending.wait(RESTART_PAUSE_SECONDS):
                 return
             self._process = self._start_process()
 
     def _find_problem(self) -> str | None:
-        problems = [state for state in self._read_state().trackers.values() if state.problem is not None]
-        if not problems:
+        states_with_problem = [state for state in self._read_state().trackers.values() if state.problem is not None]
+        if not states_with_problem:
             return None
-        return f"{problems[0].reason}: " + "; ".join(state.problem or "" for state in problems)
+        return f"{states_with_problem[0].reason}: " + "; ".join(state.problem or "" for state in states_with_problem)
 
     def _read_state(self) -> TrackingState:
         try:
@@ -286,8 +286,8 @@ def _flatten(value: Any, spec_path: str = "") -> Iterator[tuple[str, str]]:
 def list_data_sources(run: RunConfig, facts: RunFacts) -> tuple[DataSource, ...]:
     """Return the sources of training, validation and test data, with their digests."""
     data = run.spec.dataset
-    training = [data.train, *(part.source for part in data.mixture or [])]
-    sources = [DataSource(context="training", source=redact_source(source), digest=facts.dataset_digest) for source in training if source]
+    training_sources = [data.train, *(part.source for part in data.mixture or [])]
+    sources = [DataSource(context="training", source=redact_source(source), digest=facts.dataset_digest) for source in training_sources if source]
     for context, source, name in (("validation", data.validation, "validation data"), ("testing", data.test, "test data")):
         if source:
             sources.append(DataSource(context=context, source=redact_source(source), digest=facts.other_inputs.get(name, "")))

@@ -52,19 +52,19 @@ class Work:
 
 def measure_work(pid: int) -> Work:
     """Return the work of a process, including its threads and its ended children. If the process has ended, return an object without any work."""
-    folder, moved, is_blocked = Path(f"/proc/{pid}"), 0, False
+    folder, moved_bytes, is_blocked = Path(f"/proc/{pid}"), 0, False
     with contextlib.suppress(OSError, ValueError, IndexError):
         fields = (folder / "stat").read_text().rpartition(")")[2].split()
         with contextlib.suppress(OSError, ValueError):
-            numbers = dict(line.split(": ") for line in (folder / "io").read_text().splitlines())
-            moved = sum(int(numbers[name]) for name in ("rchar", "wchar", "read_bytes"))
+            io_counters = dict(line.split(": ") for line in (folder / "io").read_text().splitlines())
+            moved_bytes = sum(int(io_counters[name]) for name in ("rchar", "wchar", "read_bytes"))
         for thread in (folder / "task").iterdir():
             with contextlib.suppress(OSError, IndexError):  # The thread has ended.
                 is_blocked = is_blocked or (thread / "stat").read_text().rpartition(")")[2].split()[0] == "D"
         # The work of ended children is included, as the kernel includes their bytes. Otherwise the end of a child would look like
         # negative work, and the work of short-lived children would not count.
         ticks, faults = sum(map(int, fields[11:15])), int(fields[9]) + int(fields[10])
-        return Work(ticks / TICKS_PER_SECOND, moved, faults, is_blocked)
+        return Work(ticks / TICKS_PER_SECOND, moved_bytes, faults, is_blocked)
     return Work()
 
 

@@ -139,9 +139,9 @@ class EventReader:
         except FileNotFoundError:
             return []
         lines = data.splitlines(keepends=True)[:MAX_EVENTS_PER_BATCH]
-        complete = [line for line in lines if line.endswith(b"\n")]
-        self._next_position = self.position + sum(map(len, complete))
-        return [_EVENT.validate_json(line) for line in complete]
+        complete_lines = [line for line in lines if line.endswith(b"\n")]
+        self._next_position = self.position + sum(map(len, complete_lines))
+        return [_EVENT.validate_json(line) for line in complete_lines]
 
     def confirm(self) -> None:
         """Record that the events of the last `read` are handled, so that the next `read` returns later events."""

@@ -74,8 +74,8 @@ class Mlflow:
 
     @property
     def run_address(self) -> str | None:
-        parent = self._runs.get(PARENT_RUN_PART)
-        return None if parent is None else f"{self._uri.rstrip('/')}/#/experiments/{self._experiment_id}/runs/{parent.id}"
+        parent_run = self._runs.get(PARENT_RUN_PART)
+        return None if parent_run is None else f"{self._uri.rstrip('/')}/#/experiments/{self._experiment_id}/runs/{parent_run.id}"
 
     def open(self) -> None:
         try:
@@ -88,10 +88,10 @@ class Mlflow:
         self._client = MlflowClient(tracking_uri=self._uri)
         self._runs = {}
         self._experiment_id = self._find_experiment()
-        parent = self._find_or_create(PARENT_RUN_PART, self._run.name, self._run.started_at.timestamp())
-        self._log_parameters(parent)
-        self._log_tags(parent, self._run.tags)
-        self._set_running(parent)
+        parent_run = self._find_or_create(PARENT_RUN_PART, self._run.name, self._run.started_at.timestamp())
+        self._log_parameters(parent_run)
+        self._log_tags(parent_run, self._run.tags)
+        self._set_running(parent_run)
 
     def send(self, events: Sequence[Event]) -> None:
         metrics: dict[str, list[Any]] = {}
@@ -147,16 +147,16 @@ class Mlflow:
 
     def _find_or_create(self, part: str, name: str, start: float) -> _RemoteRun:
         condition = f"tags.`finetune.uid` = '{self._run.uid}' and tags.`finetune.part` = '{part}'"
-        found = self._client.search_runs([self._experiment_id], filter_string=condition, max_results=1)
-        if found:
-            remote = _RemoteRun(found[0])
+        existing_runs = self._client.search_runs([self._experiment_id], filter_string=condition, max_results=1)
+        if existing_runs:
+            remote_run = _RemoteRun(existing_runs[0])
         else:
             tags = {**self._run.tags, "finetune.part": part, "mlflow.user": self._run.namespace}
             if part != PARENT_RUN_PART:
                 tags["mlflow.parentRunId"] = self._runs[PARENT_RUN_PART].id
-            remote = _RemoteRun(self._client.create_run(self._experiment_id, start_time=int(start * 1000), tags=tags, run_name=name))
-        self._runs[part] = remote
-        return remote
+            remote_run = _RemoteRun(self._client.create_run(self._experiment_id, start_time=int(start * 1000), tags=tags, run_name=name))
+        self._runs[part] = remote_run
+        return remote_run
 
     def _phase_run(self, phase: TrackedPhase, start: float | None = None) -> _RemoteRun:
         return self._runs.get(phase) or self._find_or_create(phase, self._run.name + RUN_NAME_SUFFIXES[phase], start or time.time())
@@ -192,16 +192,16 @@ class Mlflow:
 
     # ---- values ----
 
-    def _log_parameters(self, parent: _RemoteRun) -> None:
+    def _log_parameters(self, parent_run: _RemoteRun) -> None:
         """Log the parameters. A value that an adaptation has changed is logged as a tag, because MLflow refuses to change a parameter."""
         from mlflow.entities import Param
 
         values = {_to_mlflow_name(name): value[:MAX_PARAMETER_LENGTH] for name, value in self._run.parameters.items()}
-        new = [Param(name, value) for name, value in values.items() if name not in parent.parameters]
-        for i in range(0, len(new), MAX_PARAMETERS_PER_REQUEST):
-            self._client.log_batch(parent.id, params=new[i : i + MAX_PARAMETERS_PER_REQUEST])
-        changed = {name: value for name, value in values.items() if parent.parameters.get(name, value) != value}
-        self._log_tags(parent, {f"attempt-{self._run.attempt}.{name}": value for name, value in changed.items()})
+        new_parameters = [Param(name, value) for name, value in values.items() if name not in parent_run.parameters]
+        for i in range(0, len(new_parameters), MAX_PARAMETERS_PER_REQUEST):
+            self._client.log_batch(parent_run.id, params=new_parameters[i : i + MAX_PARAMETERS_PER_REQUEST])
+        changed_values = {name: value for name, value in values.items() if parent_run.parameters.get(name, value) != value}
+        self._log_tags(parent_run, {f"attempt-{self._run.attempt}.{name}": value for name, value in changed_values.items()})
 
     def _log_tags(self, remote: _RemoteRun, tags: dict[str, str]) -> None:
         from mlflow.entities import RunTag
@@ -213,24 +213,24 @@ class Mlflow:
         """Append to `metrics` those values that the server does not have yet."""
         from mlflow.entities import Metric
 
-        remote = self._runs[PARENT_RUN_PART] if part == PARENT_RUN_PART else self._phase_run(TrackedPhase(part))
+        remote_run = self._runs[PARENT_RUN_PART] if part == PARENT_RUN_PART else self._phase_run(TrackedPhase(part))
         milliseconds = int((unix_time or time.time()) * 1000)
         for name, value in values.items():
             key = _to_mlflow_name(name)
-            if step > remote.last_steps.get(key, -1):
-                remote.last_steps[key] = step
+            if step > remote_run.last_steps.get(key, -1):
+                remote_run.last_steps[key] = step
                 metrics.setdefault(part, []).append(Metric(key, value, milliseconds, step))
 
     def _send_metrics(self, metrics: dict[str, list[Any]]) -> None:
         for part in list(metrics):
-            waiting = metrics.pop(part)
-            for i in range(0, len(waiting), MAX_METRICS_PER_REQUEST):
-                self._client.log_batch(self._runs[part].id, metrics=waiting[i : i + MAX_METRICS_PER_REQUEST])
+            unsent_metrics = metrics.pop(part)
+            for i in range(0, len(unsent_metrics), MAX_METRICS_PER_REQUEST):
+                self._client.log_batch(self._runs[part].id, metrics=unsent_metrics[i : i + MAX_METRICS_PER_REQUEST])
 
     def _send_phase(self, event: PhaseEvent, metrics: dict[str, list[Any]]) -> None:
-        remote = self._phase_run(event.phase, event.start_time)
+        remote_run = self._phase_run(event.phase, event.start_time)
         if event.end_time is None or event.end is None:
-            self._set_running(remote)
+            self._set_running(remote_run)
             return
         values = {f"eval_{name}": value for name, value in event.values.items()}
         for part in (event.phase, PARENT_RUN_PART):
@@ -238,8 +238,8 @@ class Mlflow:
         if event.phase is TrackedPhase.TRAIN:
             self._add_new_metrics(metrics, PARENT_RUN_PART, {"finetuning_duration_seconds": event.end_time - event.start_time}, event.step, event.end_time)
         self._send_metrics(metrics)
-        self._client.set_terminated(remote.id, status=STATUS_BY_RUN_END[event.end], end_time=int(event.end_time * 1000))
-        remote.status = STATUS_BY_RUN_END[event.end]
+        self._client.set_terminated(remote_run.id, status=STATUS_BY_RUN_END[event.end], end_time=int(event.end_time * 1000))
+        remote_run.status = STATUS_BY_RUN_END[event.end]
 
     def _send_data(self, event: DataEvent) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag

@@ -80,8 +80,8 @@ class Mongodb:
 
     def _newest_step(self, kind: LineKind) -> int:
         """Return the largest step of the stored log entries of a kind, or -1 if no entry is stored."""
-        found = self._collection("step_metrics").find_one({"run_id": self._run.uid, "kind": str(kind)}, sort=[("step", -1)])
-        return -1 if found is None else int(found["step"])
+        newest_document = self._collection("step_metrics").find_one({"run_id": self._run.uid, "kind": str(kind)}, sort=[("step", -1)])
+        return -1 if newest_document is None else int(newest_document["step"])
 
     def send(self, events: Sequence[Event]) -> None:
         documents: dict[str, list[dict[str, Any]]] = {}

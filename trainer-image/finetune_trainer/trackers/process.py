@@ -154,7 +154,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _end_with_supervisor(supervisor: int) -> None:
+def _end_with_supervisor(supervisor_pid: int) -> None:
     """Start a thread that ends this process when the supervisor ends.
 
     PR_SET_PDEATHSIG cannot be used: the kernel sends this signal as soon as the thread that started this process ends, even if the
@@ -162,7 +162,7 @@ def _end_with_supervisor(supervisor: int) -> None:
     """
 
     def watch() -> None:
-        while os.getppid() == supervisor:
+        while os.getppid() == supervisor_pid:
             time.sleep(PARENT_POLL_SECONDS)
         os._exit(1)
 
@@ -175,27 +175,27 @@ def _send_all(senders: list[Sender], samples: SystemMetrics | None, folder: Path
     threads = [threading.Thread(target=sender.run, args=(is_ending,), name=sender.tracker.name, daemon=True) for sender in senders]
     for thread in threads:
         thread.start()
-    written = TrackingState()
+    written_state = TrackingState()
     while not is_ending.is_set() or any(thread.is_alive() for thread in threads):
         if not is_ending.is_set() and (folder / ENDING_FILE).exists():
             is_ending.set()
         if samples is not None and not is_ending.is_set():
             samples.sample_and_upload_if_due()
-        written = _write_state(senders, folder, written)
+        written_state = _write_state(senders, folder, written_state)
         is_ending.wait(TICK_SECONDS) if not is_ending.is_set() else threading.Event().wait(TICK_SECONDS)
     if samples is not None:
         samples.upload()
-    _write_state(senders, folder, written)
+    _write_state(senders, folder, written_state)
     _store_state(folder, storage)
 
 
-def _write_state(senders: list[Sender], folder: Path, before: TrackingState) -> TrackingState:
-    """Return the current state, and write it to `state.json` if it differs from `before`, the last written state."""
+def _write_state(senders: list[Sender], folder: Path, state_before: TrackingState) -> TrackingState:
+    """Return the current state, and write it to `state.json` if it differs from `state_before`, the last written state."""
     state = TrackingState(trackers={sender.tracker.name: _tracker_state(sender) for sender in senders})
-    if state != before:
-        partial = folder / f".{STATE_FILE}"
-        partial.write_text(state.model_dump_json(by_alias=True))
-        partial.rename(folder / STATE_FILE)
+    if state != state_before:
+        partial_file = folder / f".{STATE_FILE}"
+        partial_file.write_text(state.model_dump_json(by_alias=True))
+        partial_file.rename(folder / STATE_FILE)
     return state
 
 

@@ -61,8 +61,8 @@ class TensorBoard:
     def flush(self) -> None:
         """Upload the files that have changed."""
         while self._not_uploaded:
-            path = self._not_uploaded[0]
-            self._storage.put_file(path, f"{self._key_folder}/{path.name}")
+            oldest_file = self._not_uploaded[0]
+            self._storage.put_file(oldest_file, f"{self._key_folder}/{oldest_file.name}")
             del self._not_uploaded[0]
 
     def explain(self, error: Exception) -> TrackerError:
@@ -83,12 +83,12 @@ class TensorBoard:
                 yield _text_event(self._run.started_at.timestamp(), f"artifact/{event.name}", event.uri)
 
     def _scalar_records(self, time: float, step: int, values: dict[str, float]) -> Iterable[Any]:
-        new = {tag: value for tag, value in values.items() if step > self._last_steps.get(tag, -1)}
-        self._last_steps |= dict.fromkeys(new, step)
-        if new:
+        new_values = {tag: value for tag, value in values.items() if step > self._last_steps.get(tag, -1)}
+        self._last_steps |= dict.fromkeys(new_values, step)
+        if new_values:
             from tensorboard.compat.proto.summary_pb2 import Summary
 
-            summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in new.items()])
+            summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in new_values.items()])
             yield _file_event(time, step=step, summary=summary)
 
     def _write(self, records: Sequence[Any]) -> None:

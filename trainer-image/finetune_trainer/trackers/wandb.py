@@ -110,10 +110,10 @@ class Wandb:
         if not self._is_offline:
             return
         for path in self._folder.glob("wandb/offline-run-*/run-*.wandb"):
-            size = path.stat().st_size
-            if self._is_finished or size > GROWTH_BEFORE_UPLOAD * self._stored_size:
+            file_size = path.stat().st_size
+            if self._is_finished or file_size > GROWTH_BEFORE_UPLOAD * self._stored_size:
                 self._storage.put_file(path, f"{STORAGE_FOLDER}/offline-run-{self._run.started_at:%Y%m%d_%H%M%S}-{self._run.uid}/{path.name}")
-                self._stored_size = size
+                self._stored_size = file_size
 
     def explain(self, error: Exception) -> TrackerError:
         from wandb.errors import AuthenticationError, UsageError

@@ -116,15 +116,15 @@ def _check_lora(
     _check_pairs_are_complete(matrices)
     _check_ranks(matrices, config, base)
     _check_base(matrices, base)
-    _check_targets(matrices, config, base, _adapted_embeddings(tensors))
-    trained = reference.adapter if reference is not None else None
-    if trained is not None:
-        _check_scaling(matrices, config, trained.scaling)
+    _check_targets(matrices, config, base, _find_adapted_embeddings(tensors))
+    trained_adapter = reference.adapter if reference is not None else None
+    if trained_adapter is not None:
+        _check_scaling(matrices, config, trained_adapter.scaling)
     # If the trainer could not measure whether the adapter changes values, the later comparison with the reference values finds adapters without an effect.
-    was_changed = trained is None or trained.changes_output or (trained.changes_output is None and not (reference and reference.rows))
+    was_changed = trained_adapter is None or trained_adapter.changes_output or (trained_adapter.changes_output is None and not (reference and reference.rows))
     is_zero = all(pair["B"].is_zero() for pair in matrices.values() if "B" in pair)
-    only_lora = all(LORA_TENSOR.search(name) for name in tensors)
-    if was_changed and only_lora and is_zero:
+    has_only_lora = all(LORA_TENSOR.search(name) for name in tensors)
+    if was_changed and has_only_lora and is_zero:
         raise _FaultFound("AdapterHasNoEffect", "all B matrices of the adapter are zero: the model answers as the base model does")
 
 
@@ -143,13 +143,14 @@ def _group_lora_matrices(tensors: Mapping[str, StoredTensor]) -> dict[str, dict[
 
 def _check_known_names(tensors: Mapping[str, StoredTensor], config: Mapping[str, Any], expected: re.Pattern[str]) -> None:
     """Refuse a tensor whose name matches neither `expected` nor a setting of the configuration."""
-    saved = tuple(config.get("modules_to_save") or ())
+    saved_modules = tuple(config.get("modules_to_save") or ())
     has_tokens, has_bias = bool(config.get("trainable_token_indices")), config.get("bias") not in (None, "none")
     for name in tensors:
-        in_saved_module = any(f".{module}." in name for module in saved)
-        is_dora = bool(config.get("use_dora")) and DORA_TENSOR.search(name)
-        is_token = has_tokens and TRAINED_TOKENS.search(name)
-        if not (expected.search(name) or in_saved_module or is_dora or is_token or (has_bias and name.endswith(".bias")) or _is_embedding(name)):
+        is_in_saved_module = any(f".{module}." in name for module in saved_modules)
+        is_dora_tensor = bool(config.get("use_dora")) and DORA_TENSOR.search(name)
+        is_token_tensor = has_tokens and TRAINED_TOKENS.search(name)
+        is_known_tensor = bool(expected.search(name)) or is_in_saved_module or is_dora_tensor or is_token_tensor
+        if not (is_known_tensor or (has_bias and name.endswith(".bias")) or _is_embedding(name)):
             raise _FaultFound("AdapterKeysUnknown", f"the tensor {name} belongs to no setting in {ADAPTER_CONFIG}: PEFT and servers ignore or reject it")
 
 
@@ -160,15 +161,15 @@ def _is_embedding(name: str) -> bool:
 
 def _check_pairs_are_complete(lora_pairs: Mapping[str, Mapping[str, StoredTensor]]) -> None:
     for module, matrices in lora_pairs.items():
-        absent = sorted({"A", "B"} - set(matrices))
-        if absent:
-            raise _FaultFound("TargetWeightsMissing", f"{module} has no matrix lora_{absent[0]}, so its adapter has no effect")
+        absent_matrices = sorted({"A", "B"} - set(matrices))
+        if absent_matrices:
+            raise _FaultFound("TargetWeightsMissing", f"{module} has no matrix lora_{absent_matrices[0]}, so its adapter has no effect")
 
 
-def _adapted_embeddings(tensors: Mapping[str, StoredTensor]) -> set[str]:
+def _find_adapted_embeddings(tensors: Mapping[str, StoredTensor]) -> set[str]:
     """Return the names (in the base model) of the embeddings that have an adapter."""
-    found = ((name, LORA_TENSOR.search(name)) for name in tensors)
-    return {name[: match.start()].removeprefix(TENSOR_PREFIX) for name, match in found if match and "embedding" in match.group(1)}
+    names_and_matches = ((name, LORA_TENSOR.search(name)) for name in tensors)
+    return {name[: match.start()].removeprefix(TENSOR_PREFIX) for name, match in names_and_matches if match and "embedding" in match.group(1)}
 
 
 def _check_ranks(lora_pairs: Mapping[str, Mapping[str, StoredTensor]], config: Mapping[str, Any], base: Mapping[str, StoredTensor]) -> None:
@@ -182,10 +183,10 @@ def _check_ranks(lora_pairs: Mapping[str, Mapping[str, StoredTensor]], config: M
 
 def _check_base(lora_pairs: Mapping[str, Mapping[str, StoredTensor]], base: Mapping[str, StoredTensor]) -> None:
     """Compare the shapes with those of the base model's weights. Quantised weights are left out, because they have other shapes."""
-    known = {module: base[f"{module}.weight"] for module in lora_pairs if f"{module}.weight" in base}
-    if base and lora_pairs and not known and not _has_renamed_weights(lora_pairs, base):
+    known_weights = {module: base[f"{module}.weight"] for module in lora_pairs if f"{module}.weight" in base}
+    if base and lora_pairs and not known_weights and not _has_renamed_weights(lora_pairs, base):
         raise _FaultFound("AdapterOfAnotherBase", f"the base model has no module {next(iter(lora_pairs))}: the adapter was trained on another model")
-    for module, weight in known.items():
+    for module, weight in known_weights.items():
         if weight.dtype not in ("F32", "F16", "BF16", "F64") or len(weight.shape) != 2:
             continue
         inputs, outputs = lora_pairs[module]["A"].shape[-1], lora_pairs[module]["B"].shape[0]
@@ -221,8 +222,8 @@ def _is_targeted(module: str, targets: Any) -> bool:
     return any(module == target or module.endswith(f".{target}") for target in targets)
 
 
-def _is_excluded(module: str, excluded: Any) -> bool:
-    return bool(excluded) and _is_targeted(module, excluded)
+def _is_excluded(module: str, excluded_modules: Any) -> bool:
+    return bool(excluded_modules) and _is_targeted(module, excluded_modules)
 
 
 def _check_scaling(lora_pairs: Mapping[str, Any], config: Mapping[str, Any], trained: Mapping[str, float]) -> None:
@@ -251,9 +252,9 @@ def _check_model(folder: Path) -> None:
     tensors = _read_tensors(folder, "model.safetensors", "ModelFileDamaged")
     if not tensors:
         raise _FaultFound("ModelFileEmpty", "the folder contains no safetensors file with weights")
-    wrapped = next((name for name in tensors if name.startswith(WRAPPER_PREFIXES) or "._orig_mod." in name), None)
-    if wrapped is not None:
-        raise _FaultFound("ModelPrefixIgnored", f"the tensor {wrapped} has the name of a wrapper: servers do not find its module")
+    wrapped_name = next((name for name in tensors if name.startswith(WRAPPER_PREFIXES) or "._orig_mod." in name), None)
+    if wrapped_name is not None:
+        raise _FaultFound("ModelPrefixIgnored", f"the tensor {wrapped_name} has the name of a wrapper: servers do not find its module")
     _check_finite(tensors)
 
 
@@ -261,9 +262,9 @@ def _check_tokenizer(folder: Path, reference: ReferenceValues | None) -> None:
     """Compare the size and the chat template of the tokenizer with those in training. The size is only known from tokenizer.json."""
     if reference is None:
         return
-    size = _vocabulary_size(folder)
-    if size is not None and reference.tokenizer_length and size != reference.tokenizer_length:
-        raise _FaultFound("TokenizerDiffers", f"tokenizer.json has {size} tokens, but the model was trained with {reference.tokenizer_length}")
+    vocabulary_size = _vocabulary_size(folder)
+    if vocabulary_size is not None and reference.tokenizer_length and vocabulary_size != reference.tokenizer_length:
+        raise _FaultFound("TokenizerDiffers", f"tokenizer.json has {vocabulary_size} tokens, but the model was trained with {reference.tokenizer_length}")
     template = _chat_template(folder)
     if reference.chat_template_sha256 is not None and template is None:
         raise _FaultFound("ChatTemplateMissing", "the tokenizer has no chat template, but the model was trained with one: servers would use another format")

@@ -41,7 +41,7 @@ OUTCOMES_BY_SEVERITY = (VerificationOutcome.VERIFIED, VerificationOutcome.NOT_VE
 
 def rms_difference(first: Sequence[float], second: Sequence[float]) -> float:
     """Return the root mean square of the differences between two lists of values. NaN if a value is not finite."""
-    squares = [(one - other) ** 2 for one, other in zip(first, second, strict=True)]
+    squares = [(first_value - second_value) ** 2 for first_value, second_value in zip(first, second, strict=True)]
     return math.sqrt(math.fsum(squares) / len(squares)) if all(map(math.isfinite, squares)) else math.nan
 
 
@@ -54,15 +54,15 @@ def compute_difference_and_tolerance(
     because rounding shifts single unlikely tokens by much more than the others. `change`: root mean square of the change from the base model;
     None if unknown. `is_rounded`: whether merging has rounded the weights to 16 bits.
     """
-    expected = reference.values()
+    expected_values = reference.values()
     if reference.is_exact and not is_rounded:
-        differences = [abs(one - other) for one, other in zip(values, expected, strict=True)]
+        differences = [abs(one - other) for one, other in zip(values, expected_values, strict=True)]
         return (max(differences) if all(map(math.isfinite, differences)) else math.nan), EXACT_TOLERANCE
-    spread = rms_difference(expected, reference.batched_values())
-    floor = ROUNDED_TOLERANCE
+    spread = rms_difference(expected_values, reference.batched_values())
+    lowest_tolerance = ROUNDED_TOLERANCE
     if not is_rounded and change is not None and math.isfinite(change):
-        floor = min(ROUNDED_TOLERANCE, max(SMALLEST_TOLERANCE, SHARE_OF_CHANGE * change))
-    return rms_difference(values, expected), max(SPREAD_FACTOR * spread, floor)
+        lowest_tolerance = min(ROUNDED_TOLERANCE, max(SMALLEST_TOLERANCE, SHARE_OF_CHANGE * change))
+    return rms_difference(values, expected_values), max(SPREAD_FACTOR * spread, lowest_tolerance)
 
 
 def replace_values(reference: ReferenceValues, values: Sequence[float]) -> ReferenceValues:
@@ -81,27 +81,27 @@ def judge_artefact(
 
     `is_rounded`: whether merging has rounded the weights to 16 bits. `device`: type of the device that computed `values`; empty if unknown.
     """
-    change = rms_difference(values, base_values) if base_values is not None else None
-    difference, tolerance = compute_difference_and_tolerance(values, reference, change, is_rounded=is_rounded)
+    change_from_base = rms_difference(values, base_values) if base_values is not None else None
+    difference, tolerance = compute_difference_and_tolerance(values, reference, change_from_base, is_rounded=is_rounded)
     result = ArtefactVerification(
         artefact=name, result=VerificationOutcome.VERIFIED, difference=_rounded_or_none(difference), tolerance=_round_to_three_digits(tolerance),
-        change_from_base=_rounded_or_none(change),
+        change_from_base=_rounded_or_none(change_from_base),
     )  # fmt: skip
-    changed_in_training = reference.adapter.changes_output if reference.adapter is not None else None
-    rounding_limit = 0.0 if changed_in_training else tolerance  # If the change in training is unknown, a small difference may be rounding.
-    if change == 0 and changed_in_training is not False and difference > rounding_limit:
+    was_changed_in_training = reference.adapter.changes_output if reference.adapter is not None else None
+    rounding_limit = 0.0 if was_changed_in_training else tolerance  # If the change in training is unknown, a small difference may be rounding.
+    if change_from_base == 0 and was_changed_in_training is not False and difference > rounding_limit:
         return _failed(result, "AdapterHasNoEffect", "the stored adapter does not change the values of the base model")
     if math.isnan(difference):
         return _failed(result, "ValuesNotFinite", "the stored model computes values that are not finite")
     if difference > tolerance and name == MERGED_MODEL_NAME and reference.quantization is not None:
         text = "the adapter was trained on a quantised base model, but merged into unquantised weights, so the difference includes the quantisation error"
         return result.model_copy(update={"result": VerificationOutcome.NOT_VERIFIED, "code": "BaseWasQuantised", "reason": text})
-    may_be_rounding = (is_rounded or not reference.is_exact) and difference <= max(ROUNDED_TOLERANCE, SHARE_OF_CHANGE * (change or 0.0))
+    may_be_rounding = (is_rounded or not reference.is_exact) and difference <= max(ROUNDED_TOLERANCE, SHARE_OF_CHANGE * (change_from_base or 0.0))
     if difference > tolerance and may_be_rounding:
         text = f"its log-probabilities differ by {difference:.3g} nats, more than {tolerance:.3g}, but the rounding of 16-bit numbers can explain it"
         return result.model_copy(update={"result": VerificationOutcome.NOT_VERIFIED, "code": "RoundingUnclear", "reason": text})
-    is_other_device = bool(device and reference.device and device != reference.device) and not reference.is_exact
-    if difference > tolerance and is_other_device and difference <= SHARE_OF_DOUBT * (change or 0.0):
+    is_on_another_device = bool(device and reference.device and device != reference.device) and not reference.is_exact
+    if difference > tolerance and is_on_another_device and difference <= SHARE_OF_DOUBT * (change_from_base or 0.0):
         text = (
             f"its log-probabilities differ by {difference:.3g} nats, more than {tolerance:.3g}, but the training computed them on {reference.device} "
             f"and this pod on {device}: they round differently"
@@ -111,13 +111,13 @@ def judge_artefact(
         text = f"its log-probabilities differ by {difference:.3g} nats from those of the trained model, but at most {tolerance:.3g} nats are accepted"
         return _failed(result, "ValuesDiffer", text)
     trained_change = rms_difference(reference.values(), base_values) if base_values is not None else None
-    if trained_change is not None and changed_in_training is not False and difference > max(SMALLEST_DOUBT, SHARE_OF_DOUBT * trained_change):
+    if trained_change is not None and was_changed_in_training is not False and difference > max(SMALLEST_DOUBT, SHARE_OF_DOUBT * trained_change):
         text = (
             f"its log-probabilities differ by {difference:.3g} nats, but training changed them by only {trained_change:.3g} nats: "
             "too little to tell rounding from a fault"
         )
         return result.model_copy(update={"result": VerificationOutcome.NOT_VERIFIED, "code": "RoundingUnclear", "reason": text})
-    if change == 0:
+    if change_from_base == 0:
         note = "training did not change the values of the base model: check training.learningRate and the number of steps"
         return result.model_copy(update={"code": "TrainingHadNoEffect", "reason": note})
     return result
@@ -125,9 +125,9 @@ def judge_artefact(
 
 def summarise(artefacts: Sequence[ArtefactVerification], reference: ReferenceValues | None) -> Verification:
     """Return the status of the verification. The result in the status is the worst result of all artefacts."""
-    worst = max((artefact.result for artefact in artefacts), key=OUTCOMES_BY_SEVERITY.index, default=VerificationOutcome.NOT_VERIFIED)
+    worst_outcome = max((artefact.result for artefact in artefacts), key=OUTCOMES_BY_SEVERITY.index, default=VerificationOutcome.NOT_VERIFIED)
     rows = reference.rows if reference is not None else []
-    return Verification(result=worst, rows=len(rows), tokens=sum(len(row.values) for row in rows), artefacts=list(artefacts))
+    return Verification(result=worst_outcome, rows=len(rows), tokens=sum(len(row.values) for row in rows), artefacts=list(artefacts))
 
 
 def failed_result(name: str, code: str, reason: str) -> ArtefactVerification:

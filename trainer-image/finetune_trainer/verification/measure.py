@@ -36,15 +36,15 @@ def compute_batch_values(
     vision: VisionProcessor | None = None,
 ) -> list[list[float]]:  # fmt: skip
     """Return the same values as `compute_row_values`, computed in one batch of all rows with padding on the right."""
-    longest = max(len(row.ids) for row in rows)
-    ids = torch.tensor([[*row.ids, *[pad_token_id] * (longest - len(row.ids))] for row in rows], device=device)
-    mask = torch.tensor([[1] * len(row.ids) + [0] * (longest - len(row.ids)) for row in rows], device=device)
+    max_row_length = max(len(row.ids) for row in rows)
+    ids = torch.tensor([[*row.ids, *[pad_token_id] * (max_row_length - len(row.ids))] for row in rows], device=device)
+    attention_mask = torch.tensor([[1] * len(row.ids) + [0] * (max_row_length - len(row.ids)) for row in rows], device=device)
     inputs = {} if vision is None else vision.make_image_inputs([row.decoded_images() for row in rows], ids.tolist())
     with _autocast_context(device, autocast):
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **{name: value.to(device) for name, value in inputs.items()}).logits
+        logits = model(input_ids=ids, attention_mask=attention_mask, use_cache=False, **{name: value.to(device) for name, value in inputs.items()}).logits
     if head == "reward":
         return [[float(score)] for score in logits[:, 0].float()]
-    logits = logits[:, -longest:]  # Remove the virtual tokens of prompt tuning.
+    logits = logits[:, -max_row_length:]  # Remove the virtual tokens of prompt tuning.
     values = [_log_probabilities(logits[index, : len(row.ids) - 1], ids[index, 1 : len(row.ids)]) for index, row in enumerate(rows)]
     return select_counted_values(values, rows)
 
@@ -53,8 +53,8 @@ def _log_probabilities(logits: torch.Tensor, tokens: torch.Tensor) -> list[float
     """Return the log-probability of each token. `logits`: shape (positions, vocabulary size)."""
     values: list[float] = []
     for start in range(0, len(tokens), POSITIONS_PER_CHUNK):
-        part = slice(start, start + POSITIONS_PER_CHUNK)
-        scores, chosen = logits[part].float(), tokens[part].to(logits.device)
+        chunk = slice(start, start + POSITIONS_PER_CHUNK)
+        scores, chosen = logits[chunk].float(), tokens[chunk].to(logits.device)
         values += (scores.gather(-1, chosen[:, None]).squeeze(-1) - scores.logsumexp(-1)).tolist()
     return values
 

@@ -50,26 +50,26 @@ def choose_rows(datasets: Sequence[Any], tokenizer: Any) -> list[ReferenceRow]:
 def _choose_rows_with_images(dataset: Any) -> list[ReferenceRow]:
     """Return the first rows that are short enough. Long rows are left out instead of cut, because an image needs all of its tokens."""
     rows: list[ReferenceRow] = []
-    longest = size = 0
+    max_row_length = image_bytes = 0
     for number in range(min(len(dataset), 4 * MAX_ROWS)):
         columns = dataset[number]
         images = [read_content(image) for image in read_image_column(columns)]
         for ids, counted in _read_sequences(columns):
-            size_with_row = size + sum(map(len, images))
-            fits = max(longest, len(ids)) * (len(rows) + 1) <= MAX_ROWS * MAX_ROW_TOKENS and size_with_row <= MAX_IMAGE_BYTES
+            image_bytes_with_row = image_bytes + sum(map(len, images))
+            fits = max(max_row_length, len(ids)) * (len(rows) + 1) <= MAX_ROWS * MAX_ROW_TOKENS and image_bytes_with_row <= MAX_IMAGE_BYTES
             if fits and any(counted[1:]) and len(rows) < MAX_ROWS:
                 rows.append(ReferenceRow(ids=list(map(int, ids)), is_counted=counted, images=[base64.b64encode(image).decode() for image in images]))
-                longest, size = max(longest, len(ids)), size_with_row
+                max_row_length, image_bytes = max(max_row_length, len(ids)), image_bytes_with_row
     return rows
 
 
 def _to_reference_rows(columns: Mapping[str, Any], tokenizer: Any) -> list[ReferenceRow]:
     """Return the reference rows of one row of the data set. Rows without a counted token are left out."""
-    found = _read_sequences(columns)
-    if not found:
+    sequences = _read_sequences(columns)
+    if not sequences:
         ids = _prompt_ids(columns.get("prompt"), tokenizer)
-        found = [(ids, [True] * len(ids))]
-    rows = [ReferenceRow(ids=list(map(int, ids[-MAX_ROW_TOKENS:])), is_counted=counted[-MAX_ROW_TOKENS:]) for ids, counted in found]
+        sequences = [(ids, [True] * len(ids))]
+    rows = [ReferenceRow(ids=list(map(int, ids[-MAX_ROW_TOKENS:])), is_counted=counted[-MAX_ROW_TOKENS:]) for ids, counted in sequences]
     return [row for row in rows if len(row.ids) >= MIN_ROW_TOKENS and any(row.is_counted[1:])]
 
 
@@ -105,25 +105,25 @@ def record_reference_values(
     vision: VisionProcessor | None = None,
 ) -> ReferenceValues:  # fmt: skip
     """Return the reference values of the trained model. With sharded weights, every rank must call this function with the same rows."""
-    base = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
-    found = ReferenceValues(
-        head=head, device=hardware.device.type, trusts_code=run.spec.model.trust_remote_code is True, dtype=_dtype_of(base),
+    base_model = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
+    reference_values = ReferenceValues(
+        head=head, device=hardware.device.type, trusts_code=run.spec.model.trust_remote_code is True, dtype=_read_dtype(base_model),
         autocast="bfloat16" if hardware.computes_in_bf16 else "float16" if hardware.computes_in_fp16 else None,
-        attention=hardware.attention, quantization=_quantization_of(base), is_tf32=hardware.device.type == "cuda" and _rounds_to_tf32(),
-        pad_token_id=int(tokenizer.pad_token_id or 0), tokenizer_length=len(tokenizer), architecture=type(base).__name__,
+        attention=hardware.attention, quantization=_read_quantization(base_model), is_tf32=hardware.device.type == "cuda" and _rounds_to_tf32(),
+        pad_token_id=int(tokenizer.pad_token_id or 0), tokenizer_length=len(tokenizer), architecture=type(base_model).__name__,
         chat_template_sha256=hash_text(tokenizer.chat_template) if isinstance(tokenizer.chat_template, str) else None,
         adapter=_describe_adapter(trainer.model), rows=rows, reads_images=vision is not None,
     )  # fmt: skip
     if not rows and vision is not None:
-        limits = f"{MAX_ROWS * MAX_ROW_TOKENS} tokens and images of {MAX_IMAGE_BYTES // 2**20} MiB"
-        return found.model_copy(update={"reason": f"none of the first {4 * MAX_ROWS} rows has at most {limits}"})
+        limit_text = f"{MAX_ROWS * MAX_ROW_TOKENS} tokens and images of {MAX_IMAGE_BYTES // 2**20} MiB"
+        return reference_values.model_copy(update={"reason": f"none of the first {4 * MAX_ROWS} rows has at most {limit_text}"})
     if not rows:
-        return found.model_copy(update={"reason": "the data contains no row of at least two tokens"})
+        return reference_values.model_copy(update={"reason": "the data contains no row of at least two tokens"})
     try:
-        return _measure_values(trainer, run, hardware, found, is_sharded=is_sharded, vision=vision)
+        return _measure_values(trainer, run, hardware, reference_values, is_sharded=is_sharded, vision=vision)
     except Exception as error:
         log.exception("the reference values of the final model could not be computed")
-        return found.model_copy(update={"rows": [], "reason": f"the trainer could not compute reference values: {type(error).__name__}"})
+        return reference_values.model_copy(update={"rows": [], "reason": f"the trainer could not compute reference values: {type(error).__name__}"})
 
 
 def _measure_values(
@@ -139,14 +139,15 @@ def _measure_values(
     try:
         with autocast, _kept_random_states():
             values = compute_row_values(model, reference.rows, **options)
-            batched = compute_batch_values(model, reference.rows, **options)
+            batched_values = compute_batch_values(model, reference.rows, **options)
             if adapter is not None and not is_sharded and reference.head == "causal" and method_type_of(run.spec) not in PROMPT_METHODS:
                 with trainer.model.disable_adapter():
                     adapter = adapter.model_copy(update={"changes_output": compute_row_values(model, reference.rows, **options) != values})
     finally:
         model.train(was_training)
     rows = [
-        row.model_copy(update={"values": of_row, "batched_values": of_batch}) for row, of_row, of_batch in zip(reference.rows, values, batched, strict=True)
+        row.model_copy(update={"values": of_row, "batched_values": of_batch})
+        for row, of_row, of_batch in zip(reference.rows, values, batched_values, strict=True)
     ]
     return reference.model_copy(update={"rows": rows, "adapter": adapter})
 
@@ -156,12 +157,12 @@ def _kept_random_states() -> Any:
     return torch.random.fork_rng()
 
 
-def _dtype_of(base: Any) -> str:
+def _read_dtype(base: Any) -> str:
     """Return the number format of the base model's weights, such as `bfloat16`."""
     return str(getattr(base, "dtype", torch.float32)).removeprefix("torch.")
 
 
-def _quantization_of(base: Any) -> dict[str, Any] | None:
+def _read_quantization(base: Any) -> dict[str, Any] | None:
     config = getattr(base.config, "quantization_config", None)
     if config is None:
         return None

@@ -47,28 +47,28 @@ class StoredTensor:
         """Yield the values in chunks, as unsigned integers with the same bits."""
         import numpy
 
-        count = BYTES_BY_FORMAT[self.dtype]
-        values = numpy.memmap(self.path, dtype=f"<u{count}", mode="r", offset=self.start, shape=(self.size // count,)) if self.size else []
+        item_bytes = BYTES_BY_FORMAT[self.dtype]
+        values = numpy.memmap(self.path, dtype=f"<u{item_bytes}", mode="r", offset=self.start, shape=(self.size // item_bytes,)) if self.size else []
         for start in range(0, len(values), CHUNK_ITEMS):
             yield values[start : start + CHUNK_ITEMS]
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
     """Return the tensors of a safetensors file, by name. Errors: DamagedFileError if the file is truncated or its header is invalid."""
-    size = path.stat().st_size
+    file_size = path.stat().st_size
     with path.open("rb") as file:
-        header_bytes = int.from_bytes(file.read(LENGTH_BYTES), "little")
-        if size < LENGTH_BYTES or header_bytes > min(MAX_HEADER_BYTES, size - LENGTH_BYTES):
+        header_size = int.from_bytes(file.read(LENGTH_BYTES), "little")
+        if file_size < LENGTH_BYTES or header_size > min(MAX_HEADER_BYTES, file_size - LENGTH_BYTES):
             raise DamagedFileError(f"{path.name} ends within its header")
         try:
-            header = json.loads(file.read(header_bytes))
+            header = json.loads(file.read(header_size))
         except ValueError as error:
             raise DamagedFileError(f"the header of {path.name} is not JSON") from error
-    data_start = LENGTH_BYTES + header_bytes
+    data_start = LENGTH_BYTES + header_size
     tensors = {name: _parse_tensor(path, name, entry, data_start) for name, entry in header.items() if name != "__metadata__"}
     expected_size = max((tensor.start + tensor.size for tensor in tensors.values()), default=data_start)
-    if expected_size != size:
-        raise DamagedFileError(f"{path.name} has {size} bytes, but its header describes {expected_size}")
+    if expected_size != file_size:
+        raise DamagedFileError(f"{path.name} has {file_size} bytes, but its header describes {expected_size}")
     return tensors
 
 
@@ -89,21 +89,21 @@ def read_folder(folder: Path, file_name: str = "model.safetensors") -> dict[str,
     """
     if (folder / file_name).exists():
         return read_header(folder / file_name)
-    index = folder / f"{file_name}.index.json"
-    if not index.exists():
+    index_file = folder / f"{file_name}.index.json"
+    if not index_file.exists():
         return {}
     try:
-        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        weight_map: dict[str, str] = json.loads(index_file.read_text())["weight_map"]
     except (KeyError, ValueError) as error:
-        raise DamagedFileError(f"{index.name} is not a valid index") from error
+        raise DamagedFileError(f"{index_file.name} is not a valid index") from error
     tensors: dict[str, StoredTensor] = {}
     for name in sorted(set(weight_map.values())):
         if not (folder / name).exists():
-            raise DamagedFileError(f"{index.name} names {name}, which is missing")
+            raise DamagedFileError(f"{index_file.name} names {name}, which is missing")
         tensors |= read_header(folder / name)
-    absent = sorted(set(weight_map) - set(tensors))
-    if absent:
-        raise DamagedFileError(f"{index.name} names {absent[0]}, which is in no file")
+    absent_names = sorted(set(weight_map) - set(tensors))
+    if absent_names:
+        raise DamagedFileError(f"{index_file.name} names {absent_names[0]}, which is in no file")
     return tensors
 
 

@@ -64,8 +64,8 @@ class ShareGpt(Messages):
 
     def matches(self, row: Mapping[str, Any], columns: Columns) -> bool:
         messages = column_value(MESSAGES_COLUMN, row, columns)
-        first = messages[0] if isinstance(messages, list) and messages else None
-        return isinstance(first, dict) and ("from" in first or "value" in first)
+        first_message = messages[0] if isinstance(messages, list) and messages else None
+        return isinstance(first_message, dict) and ("from" in first_message or "value" in first_message)
 
 
 def _has_question_instead_of_messages(names: Collection[str], columns: Columns) -> bool:

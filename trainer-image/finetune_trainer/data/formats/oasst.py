@@ -31,7 +31,7 @@ class Oasst(Format):
 
     def read(self, row: Mapping[str, Any], options: ReadOptions) -> Conversation:
         """Convert the best path of one nested tree to a conversation."""
-        return parse_conversation(list(_best_path_of_tree(row["prompt"])), options)
+        return parse_conversation(list(_find_best_path_of_tree(row["prompt"])), options)
 
     def read_all(self, rows: Iterable[RawRow], options: ReadOptions) -> Iterator[tuple[RawRow, Example | RowError]]:
         for row, path in best_paths(rows):
@@ -44,42 +44,42 @@ def best_paths(rows: Iterable[RawRow]) -> Iterator[tuple[RawRow, MessagePath | R
     for row in rows:
         value = row.value
         if isinstance(value.get("prompt"), Mapping):
-            yield row, list(_best_path_of_tree(value["prompt"]))
+            yield row, list(_find_best_path_of_tree(value["prompt"]))
         elif "message_id" not in value or "text" not in value or "role" not in value:
             present_columns = ", ".join(value) or "no columns"
             yield row, RowError("ColumnMissing", f"the row is neither a tree nor a message; it has {present_columns}", _COLUMNS_HINT)
         elif (first := flat_rows_by_id.setdefault(str(value["message_id"]), row)) is not row:
             message = f"message_id {value['message_id']!r} is also the id of {first.location}"
             yield row, RowError("MessageIdTwice", message, "give each message its own id, or remove one of the two messages")
-    yield from _flat_paths(flat_rows_by_id)
+    yield from _find_paths_of_flat_rows(flat_rows_by_id)
 
 
-def _flat_paths(rows_by_id: Mapping[str, RawRow]) -> Iterator[tuple[RawRow, MessagePath | RowError]]:
+def _find_paths_of_flat_rows(rows_by_id: Mapping[str, RawRow]) -> Iterator[tuple[RawRow, MessagePath | RowError]]:
     """Yield an error for each message without a root, then the best path from each root."""
-    replies: dict[str, list[RawRow]] = {}
+    replies_by_parent: dict[str, list[RawRow]] = {}
     for row in rows_by_id.values():
-        replies.setdefault(_parent_id(row), []).append(row)
-    roots = replies.pop("", [])
-    seen = {id(row) for root in roots for row in _messages_below(root, replies)}
-    for parent in [row_id for row_id in replies if row_id not in rows_by_id]:
+        replies_by_parent.setdefault(_parent_id(row), []).append(row)
+    roots = replies_by_parent.pop("", [])
+    yielded_or_reachable_ids = {id(row) for root in roots for row in _list_messages_below(root, replies_by_parent)}
+    for parent_id in [row_id for row_id in replies_by_parent if row_id not in rows_by_id]:
         error = RowError(
             "ParentMissing",
-            f"no row has the parent_id {parent!r} as its message_id",
+            f"no row has the parent_id {parent_id!r} as its message_id",
             "add the parent, or remove the reply",
         )
-        for reply in replies[parent]:
+        for reply in replies_by_parent[parent_id]:
             yield reply, error
-            for row in _messages_below(reply, replies):
-                seen.add(id(row))
+            for row in _list_messages_below(reply, replies_by_parent):
+                yielded_or_reachable_ids.add(id(row))
                 if row is not reply:
-                    message = f"its ancestor {reply.location} has the parent_id {parent!r}, but no row has that message_id"
+                    message = f"its ancestor {reply.location} has the parent_id {parent_id!r}, but no row has that message_id"
                     yield row, RowError("ParentMissing", message, "add the missing parent, or remove all replies below the missing parent")
     for row in rows_by_id.values():
-        if id(row) not in seen:
+        if id(row) not in yielded_or_reachable_ids:
             message = f"the chain of parents that starts at parent_id {_parent_id(row)!r} is a cycle"
             yield row, RowError("ParentsInCircle", message, "leave parent_id of each tree's first message empty")
     for root in roots:
-        yield root, list(_best_path_of_rows(root, replies))
+        yield root, list(_find_best_path_of_rows(root, replies_by_parent))
 
 
 def _parent_id(row: RawRow) -> str:
@@ -88,33 +88,33 @@ def _parent_id(row: RawRow) -> str:
     return "" if parent is None else str(parent)
 
 
-def _messages_below(root: RawRow, replies: Mapping[str, list[RawRow]]) -> Iterator[RawRow]:
+def _list_messages_below(root: RawRow, replies_by_parent: Mapping[str, list[RawRow]]) -> Iterator[RawRow]:
     """Yield the message and all messages below it. There are no cycles: ids are unique, and a root has no parent."""
-    pending = [root]
-    while pending:
-        row = pending.pop()
+    pending_rows = [root]
+    while pending_rows:
+        row = pending_rows.pop()
         yield row
-        pending += reversed(replies.get(str(row.value["message_id"]), []))
+        pending_rows += reversed(replies_by_parent.get(str(row.value["message_id"]), []))
 
 
-def _best_path_of_rows(root: RawRow, replies: Mapping[str, list[RawRow]]) -> Iterator[Mapping[str, Any]]:
+def _find_best_path_of_rows(root: RawRow, replies_by_parent: Mapping[str, list[RawRow]]) -> Iterator[Mapping[str, Any]]:
     row: RawRow | None = root
     while row is not None:
         yield row.value
-        candidates = replies.get(str(row.value["message_id"]), [])
-        row = min(candidates, key=lambda reply: _reply_rank(reply.value)) if candidates else None
+        direct_replies = replies_by_parent.get(str(row.value["message_id"]), [])
+        row = min(direct_replies, key=lambda reply: _read_reply_rank(reply.value)) if direct_replies else None
 
 
-def _best_path_of_tree(node: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+def _find_best_path_of_tree(node: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     while True:
         yield node
         replies = [reply for reply in node.get("replies") or () if isinstance(reply, Mapping)]
         if not replies:
             return
-        node = min(replies, key=_reply_rank)
+        node = min(replies, key=_read_reply_rank)
 
 
-def _reply_rank(message: Mapping[str, Any]) -> tuple[int, float]:
+def _read_reply_rank(message: Mapping[str, Any]) -> tuple[int, float]:
     """Return a sort key: ranked replies first, the best rank before the others."""
     rank = message.get("rank")
     return (0, float(rank)) if isinstance(rank, int | float) else (1, 0.0)

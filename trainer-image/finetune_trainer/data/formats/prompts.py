@@ -57,8 +57,8 @@ class PromptCompletion(Format):
             ignores_system_prompts=_replaces_system_prompts(options, system),
             allows_further_question=not isinstance(prompt, str),
         )
-        untrained = tuple(replace(turn, weight=0) for turn in question)
-        return make_conversation((*untrained, *answer), options, system=system)
+        untrained_question = tuple(replace(turn, weight=0) for turn in question)
+        return make_conversation((*untrained_question, *answer), options, system=system)
 
 
 class PairedPreference(Format):
@@ -184,28 +184,28 @@ def _replaces_system_prompts(options: ReadOptions, system: str | None) -> bool:
 
 def _split_shared_beginning(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
     """Return the shared beginning of both answers as the prompt, and the remainder of each answer. Errors: RowError PromptMissing."""
-    shared = 0
+    shared_length = 0
     for a, b in zip(chosen, rejected, strict=False):
         if a != b:
             break
-        shared += 1
-    if isinstance(chosen, str) and 0 < shared < len(chosen):  # Split between words, not inside a word.
-        shared = max(chosen.rfind(" ", 0, shared), chosen.rfind("\n", 0, shared)) + 1
-    if shared == 0 or type(chosen) is not type(rejected):
+        shared_length += 1
+    if isinstance(chosen, str) and 0 < shared_length < len(chosen):  # Split between words, not inside a word.
+        shared_length = max(chosen.rfind(" ", 0, shared_length), chosen.rfind("\n", 0, shared_length)) + 1
+    if shared_length == 0 or type(chosen) is not type(rejected):
         raise RowError(
             "PromptMissing",
             "there is no prompt, and chosen and rejected have no shared beginning",
             "add a column `prompt`",
         )
-    return chosen[:shared], chosen[shared:], rejected[shared:]
+    return chosen[:shared_length], chosen[shared_length:], rejected[shared_length:]
 
 
 def _split_at_first_answer(turns: tuple[Turn, ...]) -> tuple[tuple[Turn, ...], tuple[Turn, ...]]:
     """Return the turns before the first assistant message, and the turns from this message on. Errors: RowError NoTrainableToken."""
-    start = next((index for index, turn in enumerate(turns) if turn.role == "assistant"), None)
-    if start is None:
+    answer_index = next((index for index, turn in enumerate(turns) if turn.role == "assistant"), None)
+    if answer_index is None:
         raise RowError("NoTrainableToken", "`completion` has no answer", "write an answer, or remove the row")
-    return turns[:start], turns[start:]
+    return turns[:answer_index], turns[answer_index:]
 
 
 def _to_same_type(
@@ -269,12 +269,12 @@ def _remove_prompt_from_answers(
 
 def _split_system_prompt(turns: tuple[Turn, ...]) -> tuple[tuple[Turn, ...], tuple[Turn, ...]]:
     """Split the turns into the system prompt at their beginning (one turn or none) and the other turns."""
-    count = int(bool(turns) and turns[0].role == "system")
-    return turns[:count], turns[count:]
+    system_turn_count = int(bool(turns) and turns[0].role == "system")
+    return turns[:system_turn_count], turns[system_turn_count:]
 
 
-def _contains_turns(turns: tuple[Turn, ...], sought: tuple[Turn, ...]) -> bool:
-    return any(_has_same_contents(turns[start : start + len(sought)], sought) for start in range(len(turns)))
+def _contains_turns(turns: tuple[Turn, ...], sought_turns: tuple[Turn, ...]) -> bool:
+    return any(_has_same_contents(turns[start : start + len(sought_turns)], sought_turns) for start in range(len(turns)))
 
 
 def _has_same_contents(left: tuple[Turn, ...], right: tuple[Turn, ...]) -> bool:

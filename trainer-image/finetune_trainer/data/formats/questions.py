@@ -128,12 +128,12 @@ def read_question_and_answer(
     `column_before`, `column_after`: columns whose texts are added before and after the question.
     """
     question_text = required_text(question, row, options.columns)
-    answered = required_text(answer, row, options.columns)
+    answer_text = required_text(answer, row, options.columns)
     if column_before and (text := optional_text(column_before, row, options.columns)):
         question_text = f"{text}\n\n{question_text}"
     if column_after and (text := optional_text(column_after, row, options.columns)):
         question_text = f"{question_text}\n\n{text}"
-    turns = (Turn("user", require_text(question_text, "question")), Turn("assistant", answered))
+    turns = (Turn("user", require_text(question_text, "question")), Turn("assistant", answer_text))
     system = optional_text(SYSTEM_COLUMN, row, options.columns)
     return make_conversation(turns, options, system=system, role_names=role_names)
 

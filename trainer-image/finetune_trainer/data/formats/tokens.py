@@ -40,7 +40,7 @@ class PreTokenized(Format):
         labels = _read_integer_column(row, LABELS_COLUMN, len(ids))
         if labels is None:
             masks = (_read_integer_column(row, name, len(ids)) for name in MASK_COLUMNS)
-            mask = next((found for found in masks if found is not None), [1] * len(ids))
+            mask = next((candidate_mask for candidate_mask in masks if candidate_mask is not None), [1] * len(ids))
             if not set(mask) <= {0, 1}:
                 raise RowError("DatasetRowInvalid", f"`{'` or `'.join(MASK_COLUMNS)}` has other numbers than 0 and 1", "write 1 for each trained token, else 0")
             return TokenSequence(ids, tuple(token if flag else IGNORED_LABEL for token, flag in zip(ids, mask, strict=True)))

@@ -22,10 +22,10 @@ IMAGE_KEYS = ("image", "image_url", "path", "url", "base64", "bytes")
 """Fields of a content part that may hold the image."""
 
 
-def parse_json_column(text: str) -> Any:
+def parse_json_column(json_text: str) -> Any:
     """Parse the value of a text column that contains JSON, as in CSV and Parquet files. Errors: RowError DatasetRowInvalid."""
     try:
-        return json.loads(text)
+        return json.loads(json_text)
     except ValueError:
         raise RowError(
             "DatasetRowInvalid", "an array was expected, but the text is not JSON", "write an array"
@@ -128,7 +128,7 @@ def _parse_tool_calls(calls: Any, number: int) -> list[Any]:
     """Parse the arguments of tool calls. APIs write arguments as JSON text, but chat templates expect objects."""
     if not isinstance(calls, list):
         raise RowError("DatasetRowInvalid", f"message {number}: tool_calls is not an array", "write an array")
-    parsed = []
+    parsed_calls = []
     for call in calls:
         function = call.get("function") if isinstance(call, Mapping) else None
         if isinstance(function, Mapping) and isinstance(function.get("arguments"), str):
@@ -138,8 +138,8 @@ def _parse_tool_calls(calls: Any, number: int) -> list[Any]:
                 raise RowError(
                     "DatasetRowInvalid", f"message {number}: the arguments of a tool call are not JSON", "write JSON"
                 ) from None
-        parsed.append(call)
-    return parsed
+        parsed_calls.append(call)
+    return parsed_calls
 
 
 def make_conversation(
@@ -163,12 +163,12 @@ def is_trainable(turn: Turn) -> bool:
     return turn.role == "assistant" and turn.weight == 1 and bool(turn.content.strip() or turn.extra.get("tool_calls"))
 
 
-def with_system_prompt(turns: tuple[Turn, ...], from_spec: str | None, from_column: str | None) -> tuple[Turn, ...]:
+def with_system_prompt(turns: tuple[Turn, ...], spec_prompt: str | None, column_prompt: str | None) -> tuple[Turn, ...]:
     """Return the turns with at most one system prompt.
 
     The system prompt of the spec is used if there is one, else that of the column, else that of the conversation.
     """
-    prompt = from_spec if from_spec is not None else from_column
+    prompt = spec_prompt if spec_prompt is not None else column_prompt
     if prompt is None:
         return turns
     other_turns = turns[1:] if turns and turns[0].role == "system" else turns
