@@ -33,19 +33,19 @@ class Endpoint:
         request = urllib.request.Request(self.server + path, method=method)
         request.add_header("Authorization", f"Bearer {self.token}")
         request.add_header("Content-Type", content_type)
-        data = None if body is None else json.dumps(body).encode()
+        encoded_body = None if body is None else json.dumps(body).encode()
         try:
-            context = ssl.create_default_context(cafile=str(self.ca))
+            ssl_context = ssl.create_default_context(cafile=str(self.ca))
             opener = urllib.request.build_opener(
-                urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)
+                urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=ssl_context)
             )
-            with opener.open(request, data=data, timeout=10) as response:
-                text = response.read().decode()
+            with opener.open(request, data=encoded_body, timeout=10) as response:
+                response_text = response.read().decode()
         except urllib.error.HTTPError as error:
             raise ApiError(error.code, error.read().decode(errors="replace")[:500]) from None
         except OSError as error:
             raise ApiError(0, str(error)) from None
-        return json.loads(text) if text.startswith(("{", "[")) else text
+        return json.loads(response_text) if response_text.startswith(("{", "[")) else response_text
 
     def get(self, path: str) -> Any:
         return self.request("GET", path)

@@ -46,8 +46,8 @@ class Program:
     def version(self) -> str:
         if self.version_module is None:
             return "1"
-        text = (self.folder / "go.mod").read_text()
-        version_match = re.search(rf"^\s*(?:require )?{re.escape(self.version_module)} v(\S+)", text, re.M)
+        go_mod_text = (self.folder / "go.mod").read_text()
+        version_match = re.search(rf"^\s*(?:require )?{re.escape(self.version_module)} v(\S+)", go_mod_text, re.M)
         if version_match is None:
             raise BuildFailed(f"{self.folder}/go.mod requires no {self.version_module}")
         return version_match.group(1)
@@ -122,24 +122,26 @@ def download_module_sources(name: str) -> Path:
     return Path(folder)
 
 
-def _run_go_build(program: Program, binary: Path) -> None:
-    unfinished_binary = binary.with_suffix(".unfinished")
-    log = binary.with_suffix(".log")
+def _run_go_build(program: Program, binary_path: Path) -> None:
+    unfinished_binary = binary_path.with_suffix(".unfinished")
+    log_file = binary_path.with_suffix(".log")
     command = ["go", "build", "-p", "2", *program.build_flags, "-o", str(unfinished_binary), program.package]
     env = {**os.environ, "CGO_ENABLED": "0", "GOTOOLCHAIN": "local", "GOFLAGS": "-mod=readonly -buildvcs=false"}
-    with log.open("w") as out:
-        code = subprocess.run(command, cwd=program.folder, env=env, stdout=out, stderr=subprocess.STDOUT).returncode
-    if code != 0:
-        log_tail = " | ".join(log.read_text(errors="replace").splitlines()[-5:])
-        raise BuildFailed(f"building {program.name} failed ({code}): {log_tail} (log: {log})")
-    unfinished_binary.rename(binary)
+    with log_file.open("w") as out:
+        exit_code = subprocess.run(command, cwd=program.folder, env=env, stdout=out, stderr=subprocess.STDOUT).returncode
+    if exit_code != 0:
+        log_tail = " | ".join(log_file.read_text(errors="replace").splitlines()[-5:])
+        raise BuildFailed(f"building {program.name} failed ({exit_code}): {log_tail} (log: {log_file})")
+    unfinished_binary.rename(binary_path)
 
 
 def check_go() -> None:
     """Check that Go is on the PATH, in version `MIN_GO_VERSION` or newer. Errors: MissingRequirement."""
     if shutil.which("go") is None:
         raise MissingRequirement(f"Go {MIN_GO_VERSION[0]}.{MIN_GO_VERSION[1]} or newer is missing (`go` is not on the PATH): install it")
-    text = subprocess.run(["go", "version"], capture_output=True, text=True).stdout
-    version_match = re.search(r"go(\d+)\.(\d+)", text)
+    version_output = subprocess.run(["go", "version"], capture_output=True, text=True).stdout
+    version_match = re.search(r"go(\d+)\.(\d+)", version_output)
     if version_match is None or (int(version_match[1]), int(version_match[2])) < MIN_GO_VERSION:
-        raise MissingRequirement(f"Go {MIN_GO_VERSION[0]}.{MIN_GO_VERSION[1]} or newer is needed, but `go version` reports: {text.strip() or 'nothing'}")
+        raise MissingRequirement(
+            f"Go {MIN_GO_VERSION[0]}.{MIN_GO_VERSION[1]} or newer is needed, but `go version` reports: {version_output.strip() or 'nothing'}"
+        )

@@ -39,9 +39,9 @@ NameOption = Annotated[str, typer.Option(help="Name of the cluster.")]
 StateOption = Annotated[Path | None, typer.Option(help="Folder for the cluster's files (default: a folder in the cache).", file_okay=False)]
 
 
-def state_folder(name: str, given_folder: Path | None) -> Path:
+def choose_state_folder(name: str, given_folder: Path | None) -> Path:
     """Return the state folder: `given_folder`, or the default folder of the cluster `name` if `given_folder` is None."""
-    return (given_folder or paths.default_state_folder(name)).absolute()
+    return (given_folder or paths.get_default_state_folder(name)).absolute()
 
 
 @app.command()
@@ -53,7 +53,7 @@ def up(
     state: StateOption = None,
 ) -> None:
     """Start a cluster unless it is already running. Print the command that sets KUBECONFIG, and the S3 address."""
-    state_dir = state_folder(name, state)
+    state_dir = choose_state_folder(name, state)
     if mode is Mode.CONTROL_PLANE:
         if nodes != 1 or gpus:
             raise typer.BadParameter("--nodes and --gpus need --mode node: a control plane alone has no nodes")
@@ -72,7 +72,7 @@ def down(
     purge: Annotated[bool, typer.Option(help="Also remove the images that the nodes have cached.")] = False,
 ) -> None:
     """Stop a cluster. Without --purge, the nodes keep their images for the next cluster."""
-    state_dir = state_folder(name, state)
+    state_dir = choose_state_folder(name, state)
     with show_step(f"stop the cluster in {state_dir}"):
         if read_mode(state_dir) == CONTROL_PLANE_MODE or os.geteuid() != 0:
             ControlPlane(state_dir).down()
@@ -92,20 +92,20 @@ def open_endpoint(state_dir: Path) -> Endpoint:
 @app.command()
 def status(name: NameOption = "default", state: StateOption = None) -> None:
     """Show API server, nodes and S3 of a running cluster. Exits with code 1 if the cluster is not running."""
-    state_dir = state_folder(name, state)
+    state_dir = choose_state_folder(name, state)
     endpoint = open_endpoint(state_dir)
     typer.echo(f"mode    {read_mode(state_dir)}\nserver  {endpoint.server}\nconfig  {endpoint.kubeconfig}")
     if read_mode(state_dir) == NODE_MODE:
         cluster = NodeCluster(state_dir)
         ready_names = list_ready_nodes(endpoint)
-        states = ", ".join(f"{n.name} {'Ready' if n.name in ready_names else 'NotReady'}" for n in cluster.plan.nodes)
-        typer.echo(f"nodes   {states}\ns3      {cluster.s3.host_url} on this machine, {cluster.s3.cluster_url} in pods")
+        node_states = ", ".join(f"{n.name} {'Ready' if n.name in ready_names else 'NotReady'}" for n in cluster.plan.nodes)
+        typer.echo(f"nodes   {node_states}\ns3      {cluster.s3.host_url} on this machine, {cluster.s3.cluster_url} in pods")
 
 
 @app.command()
 def kubeconfig(name: NameOption = "default", state: StateOption = None) -> None:
     """Print the path of the kubeconfig, for use in: export KUBECONFIG=$(localcluster kubeconfig)."""
-    typer.echo(open_endpoint(state_folder(name, state)).kubeconfig)
+    typer.echo(open_endpoint(choose_state_folder(name, state)).kubeconfig)
 
 
 @app.command(
@@ -113,9 +113,9 @@ def kubeconfig(name: NameOption = "default", state: StateOption = None) -> None:
 )
 def kubectl(context: typer.Context, name: NameOption = "default", state: StateOption = None) -> NoReturn:
     """Run kubectl on the cluster, for example: localcluster kubectl -- get pods -A."""
-    program = build.ensure_built(build.KUBE_PROGRAM, show_step)
-    config = open_endpoint(state_folder(name, state)).kubeconfig
-    os.execv(program, [str(program), "kubectl", "--kubeconfig", str(config), *context.args])
+    kube_program = build.ensure_built(build.KUBE_PROGRAM, show_step)
+    kubeconfig_path = open_endpoint(choose_state_folder(name, state)).kubeconfig
+    os.execv(kube_program, [str(kube_program), "kubectl", "--kubeconfig", str(kubeconfig_path), *context.args])
 
 
 @app.command("load-image")
@@ -126,7 +126,7 @@ def load_image(
 ) -> None:
     """Load an image into all nodes."""
     source = Path(image) if Path(image).is_dir() else image
-    typer.echo(NodeCluster(state_folder(name, state), step=show_step).load_image(source))
+    typer.echo(NodeCluster(choose_state_folder(name, state), step=show_step).load_image(source))
 
 
 @app.command("build")
@@ -152,20 +152,20 @@ def packages(install: Annotated[bool, typer.Option(help="Install missing package
 @node_app.command("stop")
 def node_stop(node: str, name: NameOption = "default", state: StateOption = None) -> None:
     """Kill the kubelet of a node. The node becomes NotReady, and its containers keep running."""
-    NodeCluster(state_folder(name, state)).stop_kubelet(node)
+    NodeCluster(choose_state_folder(name, state)).stop_kubelet(node)
 
 
 @node_app.command("kill")
 def node_kill(node: str, name: NameOption = "default", state: StateOption = None) -> None:
     """Simulate a power cut: kill kubelet, containerd and all containers of the node."""
-    NodeCluster(state_folder(name, state)).power_off(node)
+    NodeCluster(choose_state_folder(name, state)).power_off(node)
 
 
 @node_app.command("start")
 def node_start(node: str, name: NameOption = "default", state: StateOption = None) -> None:
     """Start a stopped or killed node again, and wait until it is ready."""
     with show_step(f"start {node}"):
-        NodeCluster(state_folder(name, state)).start_node(node)
+        NodeCluster(choose_state_folder(name, state)).start_node(node)
 
 
 @images_app.command("build")

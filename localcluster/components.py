@@ -14,7 +14,7 @@ ADMIN_GROUP = "system:masters"
 SERVICE_CIDR = "10.96.0.0/16"
 DNS_DOMAIN = "cluster.local"
 AUDIT_POLICY_FILE = "audit-policy.json"
-AUDIT_LOG = "logs/audit.log"
+AUDIT_LOG_FILE = "logs/audit.log"
 """Path of the API server's audit log in the state folder. The log records each created pod, each write to a FineTuneJob and its user, and all requests of
 ServiceAccounts, as one JSON object per line."""
 WRITING_VERBS = ["create", "update", "patch", "delete", "deletecollection"]
@@ -76,7 +76,7 @@ def make_api_server_command(kube_program: Path, folder: Path, addresses: Control
         "--service-cluster-ip-range", SERVICE_CIDR, "--allow-privileged=true",
         "--kubelet-preferred-address-types", "InternalIP",
         "--shutdown-delay-duration", "0s",
-        "--audit-policy-file", str(folder / AUDIT_POLICY_FILE), "--audit-log-path", str(folder / AUDIT_LOG),
+        "--audit-policy-file", str(folder / AUDIT_POLICY_FILE), "--audit-log-path", str(folder / AUDIT_LOG_FILE),
     ]
 
 

@@ -15,10 +15,10 @@ _UNUSED_PLUGINS = [
 ]
 
 
-def make_configuration(node: Node, *, with_cri: bool) -> str:
-    """Return the text of config.toml. With `with_cri=False` the CRI plugin is off, so that old containers can be removed before a kubelet sees them."""
+def make_configuration(node: Node, *, is_cri_enabled: bool) -> str:
+    """Return the text of config.toml. With `is_cri_enabled=False` the CRI plugin is off, so that old containers can be removed before a kubelet sees them."""
     # Without CAP_SYS_RESOURCE, runc fails when it lowers the oom_score_adj of a sandbox; restrict_oom_score_adj avoids this.
-    disabled_plugins = _UNUSED_PLUGINS if with_cri else [*_UNUSED_PLUGINS, "io.containerd.grpc.v1.cri"]
+    disabled_plugins = _UNUSED_PLUGINS if is_cri_enabled else [*_UNUSED_PLUGINS, "io.containerd.grpc.v1.cri"]
     cri_table = 'plugins."io.containerd.grpc.v1.cri"'
     return f"""version = 2
 root = {json.dumps(str(node.image_folder))}
@@ -46,7 +46,7 @@ disabled_plugins = {json.dumps(disabled_plugins)}
 
 def make_cni_configuration(node: Node) -> str:
     """Return the CNI configuration: pods are attached to a bridge of the node, and traffic to other nodes is routed without masquerading."""
-    prefix = node.pod_cidr.rpartition(".")[0]
+    network_prefix = node.pod_cidr.rpartition(".")[0]
     return json.dumps(
         {
             "cniVersion": "0.4.0",
@@ -56,7 +56,7 @@ def make_cni_configuration(node: Node) -> str:
                     "type": "bridge", "bridge": "cni0", "isGateway": True, "ipMasq": False, "hairpinMode": True,
                     "ipam": {
                         "type": "host-local", "dataDir": "/run/finetune/ipam", "routes": [{"dst": "0.0.0.0/0"}],
-                        "ranges": [[{"subnet": node.pod_cidr, "rangeStart": f"{prefix}.10"}]],
+                        "ranges": [[{"subnet": node.pod_cidr, "rangeStart": f"{network_prefix}.10"}]],
                     },
                 },
                 {"type": "portmap", "capabilities": {"portMappings": True}},
@@ -70,7 +70,7 @@ def write_configuration(node: Node) -> Path:
     (node.folder / "cni").mkdir(parents=True, exist_ok=True)
     node.image_folder.mkdir(parents=True, exist_ok=True)
     (node.folder / "cni" / "10-bridge.conflist").write_text(make_cni_configuration(node))
-    (node.folder / "containerd-without-cri.toml").write_text(make_configuration(node, with_cri=False))
-    path = node.folder / "containerd.toml"
-    path.write_text(make_configuration(node, with_cri=True))
-    return path
+    (node.folder / "containerd-without-cri.toml").write_text(make_configuration(node, is_cri_enabled=False))
+    configuration_file = node.folder / "containerd.toml"
+    configuration_file.write_text(make_configuration(node, is_cri_enabled=True))
+    return configuration_file

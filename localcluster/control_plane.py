@@ -25,7 +25,7 @@ from localcluster.steps import Step, silent_step
 
 AUDITED_GROUP = "finetune-operator.io"
 """API group; the audit log records all writes to objects of this group."""
-MAX_STARTS = 4
+MAX_START_ATTEMPTS = 4
 """Maximum number of start attempts. Each attempt uses new ports, because another program may bind a chosen port first."""
 PROCESS_NAMES = ("etcd", "kube-apiserver", "kube-controller-manager")
 STATE_FILE = "state.json"
@@ -33,7 +33,7 @@ CONTROL_PLANE_MODE = "control-plane"
 NODE_MODE = "node"
 PLAN_FILE = "plan.json"
 """File in the state folder of a cluster with nodes. This file is written before any process starts."""
-DEFAULT_SERVICE_ACCOUNT = "/api/v1/namespaces/default/serviceaccounts/default"
+DEFAULT_SERVICE_ACCOUNT_PATH = "/api/v1/namespaces/default/serviceaccounts/default"
 """URL path of a ServiceAccount that the controllers create. If this ServiceAccount exists, the controllers work."""
 
 
@@ -61,14 +61,14 @@ class ControlPlane:
                 return running
             kube_program = build.ensure_built(build.KUBE_PROGRAM, self._step)
             with self._step("start the control plane"):
-                for attempt in range(MAX_STARTS):
+                for attempt in range(MAX_START_ATTEMPTS):
                     self._clean_state_folder()
                     try:
                         return self._start(kube_program)
                     except StartFailed:
                         has_port_conflict = self._has_port_conflict()
                         self._end_processes()
-                        if attempt == MAX_STARTS - 1 or not has_port_conflict:
+                        if attempt == MAX_START_ATTEMPTS - 1 or not has_port_conflict:
                             raise
                     except BaseException:
                         self._end_processes()
@@ -96,18 +96,18 @@ class ControlPlane:
         if self._with_scheduler:
             servers.append(self._spawn("kube-scheduler", components.make_scheduler_command(kube_program, self.state_dir)))
         processes.wait_until(
-            "the controller manager", lambda: endpoint.exists(DEFAULT_SERVICE_ACCOUNT), servers=servers, timeout=60
+            "the controller manager", lambda: endpoint.exists(DEFAULT_SERVICE_ACCOUNT_PATH), servers=servers, timeout=60
         )
         write_state(self.state_dir, CONTROL_PLANE_MODE, endpoint)
         return endpoint
 
     def _spawn(self, name: str, argv: list[str]) -> Server:
-        log = self.state_dir / "logs" / f"{name}.log"
-        return processes.spawn(name, argv, owner=self.state_dir, log=log, lifetime=self._lifetime)
+        log_file = self.state_dir / "logs" / f"{name}.log"
+        return processes.spawn(name, argv, owner=self.state_dir, log=log_file, lifetime=self._lifetime)
 
     def _has_port_conflict(self) -> bool:
-        logs = (self.state_dir / "logs").glob("*.log")
-        return any("address already in use" in log.read_text(errors="replace") for log in logs)
+        log_files = (self.state_dir / "logs").glob("*.log")
+        return any("address already in use" in log.read_text(errors="replace") for log in log_files)
 
     def down(self) -> None:
         """Stop the control plane and remove its state folder, if the folder exists."""
@@ -123,7 +123,7 @@ class ControlPlane:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _end_processes(self) -> None:
-        processes.end_all(self.state_dir)
+        processes.end_owned_processes(self.state_dir)
 
     def __enter__(self) -> Endpoint:
         return self.up()
@@ -164,16 +164,16 @@ def wait_for_api(folder: Path, addresses: ControlPlaneAddresses, token: str, ser
 
     After that, add the API server's certificate to the kubeconfig, so that clients verify the server.
     """
-    certificate = folder / "certs" / "apiserver.crt"
-    processes.wait_until("the API server's certificate", certificate.exists, servers=servers, timeout=60)
+    certificate_file = folder / "certs" / "apiserver.crt"
+    processes.wait_until("the API server's certificate", certificate_file.exists, servers=servers, timeout=60)
     endpoint = Endpoint(folder / "kubeconfig", addresses.server, token, folder / "ca.crt")
 
     def is_ready() -> bool:
-        shutil.copy(certificate, endpoint.ca)  # Copy at each call: the API server creates the certificate's file before it writes the content.
+        shutil.copy(certificate_file, endpoint.ca)  # Copy at each call: the API server creates the certificate's file before it writes the content.
         return endpoint.is_ready()
 
     processes.wait_until("the API server", is_ready, servers=servers, timeout=60)
-    endpoint.kubeconfig.write_text(components.make_kubeconfig(addresses.server, token, certificate.read_bytes()))
+    endpoint.kubeconfig.write_text(components.make_kubeconfig(addresses.server, token, certificate_file.read_bytes()))
     return endpoint
 
 

@@ -25,10 +25,10 @@ from localcluster.requirements import IMAGE_PACKAGES, check_packages
 from localcluster.s3 import find_program
 from localcluster.steps import Step, silent_step
 
-PUBLIC_BASE = "docker.io/library/python@sha256:a36c24f9cbdf4fd0f52d67f0823eeac19c2028c637cecc392d97f980d4fec56b"
+PUBLIC_BASE_IMAGE = "docker.io/library/python@sha256:a36c24f9cbdf4fd0f52d67f0823eeac19c2028c637cecc392d97f980d4fec56b"
 """Base image of the Dockerfiles: python:3.11-slim-bookworm of September 2026 (Python 3.11.16)."""
-LOCAL_BASE = "localhost/finetune-base:bookworm-1"
-"""Base image that debootstrap creates if PUBLIC_BASE cannot be pulled: the same Debian release with Debian's Python 3.11."""
+LOCAL_BASE_IMAGE = "localhost/finetune-base:bookworm-1"
+"""Base image that debootstrap creates if PUBLIC_BASE_IMAGE cannot be pulled: the same Debian release with Debian's Python 3.11."""
 CA_FILE_VARIABLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
 DEBIAN_CA_FILE = Path("/etc/ssl/certs/ca-certificates.crt")
 MIN_FREE_GB = 40
@@ -105,8 +105,8 @@ def build_recipe(recipe: ImageRecipe, context: Path, step: Step = silent_step) -
         raise MissingRequirement("building images needs root: run this command as root, or build with Docker and use kind")
     with lock_builds():
         if not recipe.layout_folder.exists():
-            check_disk(recipe)
-        base_image = ensure_base(step)
+            check_free_disk_space(recipe)
+        base_image = ensure_base_image(step)
         with step(f"build {recipe.tag}"):
             _run_build(recipe, context, base_image)
         with step(f"export {recipe.tag}"):
@@ -117,7 +117,7 @@ def build_recipe(recipe: ImageRecipe, context: Path, step: Step = silent_step) -
     return BuiltImage(recipe.tag, recipe.layout_folder)
 
 
-def check_disk(recipe: ImageRecipe) -> None:
+def check_free_disk_space(recipe: ImageRecipe) -> None:
     """Check that the disk has enough space for a first build. Errors: MissingRequirement."""
     free_gb = _read_free_gb()
     if free_gb < recipe.needed_disk_gb:
@@ -166,45 +166,45 @@ def _run_command(command: list[str], description: str, timeout: float | None = N
     except subprocess.TimeoutExpired:
         raise BuildFailed(f"{description} took longer than {timeout:.0f} s") from None
     if result.returncode != 0:
-        log = get_layer_folder() / "last-failure.log"
-        log.write_text(result.stdout + result.stderr)
+        log_file = get_layer_folder() / "last-failure.log"
+        log_file.write_text(result.stdout + result.stderr)
         log_tail = " | ".join((result.stderr.strip() or result.stdout.strip()).splitlines()[-4:])
-        raise BuildFailed(f"{description} failed ({result.returncode}): {log_tail} (log: {log})")
+        raise BuildFailed(f"{description} failed ({result.returncode}): {log_tail} (log: {log_file})")
     return result.stdout
 
 
-def ensure_base(step: Step = silent_step) -> str:
-    """Return the name of the base image: PUBLIC_BASE if it can be pulled, else LOCAL_BASE. Pull or create the base image if it does not exist."""
+def ensure_base_image(step: Step = silent_step) -> str:
+    """Return the name of the base image: PUBLIC_BASE_IMAGE if it can be pulled, else LOCAL_BASE_IMAGE. Pull or create the base image if it does not exist."""
     images = json.loads(run_buildah("images", "--json") or "[]") or []
     existing_names = {name for image in images for name in image.get("names") or []}
-    for name in (PUBLIC_BASE, LOCAL_BASE):
+    for name in (PUBLIC_BASE_IMAGE, LOCAL_BASE_IMAGE):
         if name in existing_names:
             return name
-    with contextlib.suppress(BuildFailed), step(f"pull {PUBLIC_BASE}"):
-        run_buildah("pull", "--quiet", PUBLIC_BASE, timeout=300)
-        return PUBLIC_BASE
+    with contextlib.suppress(BuildFailed), step(f"pull {PUBLIC_BASE_IMAGE}"):
+        run_buildah("pull", "--quiet", PUBLIC_BASE_IMAGE, timeout=300)
+        return PUBLIC_BASE_IMAGE
     with step("create a base image with debootstrap (the public base image cannot be pulled)"):
         _create_local_base()
-    return LOCAL_BASE
+    return LOCAL_BASE_IMAGE
 
 
 def _create_local_base() -> None:
     with tempfile.TemporaryDirectory(dir=get_layer_folder()) as scratch:
-        root = Path(scratch) / "root"
+        root_folder = Path(scratch) / "root"
         _run_command(
-            ["debootstrap", "--variant=minbase", "--include=python3.11,ca-certificates", "bookworm", str(root)],
+            ["debootstrap", "--variant=minbase", "--include=python3.11,ca-certificates", "bookworm", str(root_folder)],
             "debootstrap",
         )
         for folder in _UNUSED_FOLDERS:
-            for path in (root / folder).iterdir() if (root / folder).is_dir() else []:
+            for path in (root_folder / folder).iterdir() if (root_folder / folder).is_dir() else []:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        container = run_buildah("from", "--quiet", "scratch").strip()
+        container_name = run_buildah("from", "--quiet", "scratch").strip()
         try:
-            run_buildah("add", "--quiet", container, root, "/")
-            run_buildah("config", "--env", "PATH=/usr/local/bin:/usr/bin:/bin", "--cmd", "/bin/bash", container)
-            run_buildah("commit", "--quiet", "--disable-compression", container, LOCAL_BASE)
+            run_buildah("add", "--quiet", container_name, root_folder, "/")
+            run_buildah("config", "--env", "PATH=/usr/local/bin:/usr/bin:/bin", "--cmd", "/bin/bash", container_name)
+            run_buildah("commit", "--quiet", "--disable-compression", container_name, LOCAL_BASE_IMAGE)
         finally:
-            run_buildah("rm", container)
+            run_buildah("rm", container_name)
 
 
 def _run_build(recipe: ImageRecipe, context: Path, base_image: str) -> None:
@@ -233,26 +233,26 @@ def _make_ca_secret_options() -> list[str]:
 
 def _make_uv_cache_options() -> list[str]:
     """Return the buildah options that mount the user's uv cache, so that a build does not download cached packages again."""
-    path = Path(os.environ.get("UV_CACHE_DIR") or Path.home() / ".cache" / "uv")
-    path.mkdir(parents=True, exist_ok=True)
-    return ["--volume", f"{path}:/root/.cache/uv"]
+    cache_path = Path(os.environ.get("UV_CACHE_DIR") or Path.home() / ".cache" / "uv")
+    cache_path.mkdir(parents=True, exist_ok=True)
+    return ["--volume", f"{cache_path}:/root/.cache/uv"]
 
 
 def _export_layout(recipe: ImageRecipe) -> None:
     """Export the image to its OCI layout. skopeo skips blobs that the layout already has. After the export, remove the blobs of older images."""
     recipe.layout_folder.parent.mkdir(parents=True, exist_ok=True)
     (recipe.layout_folder / "index.json").unlink(missing_ok=True)
-    source = f"containers-storage:[overlay@{get_layer_folder() / 'root'}+{get_layer_folder() / 'run'}]{recipe.tag}"
+    source_reference = f"containers-storage:[overlay@{get_layer_folder() / 'root'}+{get_layer_folder() / 'run'}]{recipe.tag}"
     command = [
         "skopeo", "copy", "--quiet", "--dest-oci-accept-uncompressed-layers",
-        source, f"oci:{recipe.layout_folder}:{recipe.tag}",
+        source_reference, f"oci:{recipe.layout_folder}:{recipe.tag}",
     ]
     _run_command(command, f"export of {recipe.tag}")
     _, entry = find_index_entry(recipe.layout_folder, recipe.tag)
-    folder = recipe.layout_folder / "blobs" / "sha256"
-    manifest = json.loads((folder / entry["digest"].partition(":")[2]).read_text())
+    blobs_folder = recipe.layout_folder / "blobs" / "sha256"
+    manifest = json.loads((blobs_folder / entry["digest"].partition(":")[2]).read_text())
     used_digests = {entry["digest"], manifest["config"]["digest"], *(layer["digest"] for layer in manifest["layers"])}
-    for path in folder.iterdir():
+    for path in blobs_folder.iterdir():
         if f"sha256:{path.name}" not in used_digests:
             path.unlink()
 

@@ -21,7 +21,7 @@ API_PORT = 6443
 S3_NODE_PORT = 30333
 ADDRESS_BLOCKS = [f"10.{n}" for n in range(201, 240)] + [f"172.{n}" for n in range(20, 32)] + ["198.18", "198.19"]
 """Possible /16 blocks for nodes and pods, in order of preference: private blocks, then the blocks reserved for network tests (RFC 2544)."""
-MAX_DEFAULT_PREFIX = 4
+MAX_DEFAULT_PREFIX_LENGTH = 4
 """A route counts as a default route if its prefix has at most this many bits. For example, VPNs set 0.0.0.0/1 and 128.0.0.0/1 as default routes."""
 
 
@@ -92,8 +92,8 @@ class Plan:
 
     @staticmethod
     def load(text: str) -> Plan:
-        data = json.loads(text)
-        return Plan(Path(data["folder"]), data["block"], data["count"])
+        plan_fields = json.loads(text)
+        return Plan(Path(plan_fields["folder"]), plan_fields["block"], plan_fields["count"])
 
 
 def get_image_root_folder() -> Path:
@@ -101,7 +101,7 @@ def get_image_root_folder() -> Path:
     return paths.cache_folder() / "nodes"
 
 
-def find_free_block() -> str:
+def find_free_address_block() -> str:
     """Return the first two numbers of a /16 block: the first of ADDRESS_BLOCKS to which this machine has no route. Default routes are ignored."""
     command = ["ip", "-j", "-4", "route", "show", "table", "all"]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -111,7 +111,7 @@ def find_free_block() -> str:
         if route.get("dst", "default") != "default"
     ]
     for name in ADDRESS_BLOCKS:
-        block = ipaddress.ip_network(f"{name}.0.0/16")
-        if not any(block.overlaps(other) for other in routed_networks if other.prefixlen > MAX_DEFAULT_PREFIX):
+        block_network = ipaddress.ip_network(f"{name}.0.0/16")
+        if not any(block_network.overlaps(other) for other in routed_networks if other.prefixlen > MAX_DEFAULT_PREFIX_LENGTH):
             return name
     raise MissingRequirement(f"no free address range: {', '.join(ADDRESS_BLOCKS)} (/16 each) all have routes on this machine")

@@ -79,8 +79,8 @@ class Machine:
 
     def start_component(self, name: str, node: Node, argv: list[str]) -> None:
         """Start a component on a node. The component's output goes to the cluster's log folder."""
-        log = self.folder / "logs" / f"{name}.log"
-        self.request("start", name=name, node=node.name, argv=argv, log=str(log))
+        log_file = self.folder / "logs" / f"{name}.log"
+        self.request("start", name=name, node=node.name, argv=argv, log=str(log_file))
 
     def check_components(self) -> None:
         """Check that no component has exited. Errors: StartFailed with the end of the component's log."""
@@ -91,10 +91,10 @@ class Machine:
     def is_running(self, names: Sequence[str]) -> bool:
         """Whether the Linux namespaces exist and all components in `names` are running."""
         try:
-            states = namespace_init.send_request(self.folder, "get_exit_codes")
+            exit_codes = namespace_init.send_request(self.folder, "get_exit_codes")
         except OSError:
             return False
-        return all(name in states and states[name] is None for name in names)
+        return all(name in exit_codes and exit_codes[name] is None for name in names)
 
     def find_pid(self, node: str | None = None) -> int:
         """Return the pid on this machine of a process in the Linux namespaces of `node`, or of the cluster's first process if `node` is None."""
@@ -115,7 +115,7 @@ class Machine:
 
     def end(self) -> None:
         """Kill all processes of the cluster. Remove the veth pair and the cgroups unless another cluster is using them."""
-        processes.end_all(self.folder)
+        processes.end_owned_processes(self.folder)
         try:
             lock = take_lock(self.folder)
         except ClusterBusy:
@@ -132,10 +132,10 @@ def make_not_running_error(folder: Path) -> NotRunning:
 def read_pid_in_namespace(pid: int) -> int | None:
     """Return the pid of a process inside its PID namespace; None if the process has ended, or is in the same PID namespace as this program."""
     try:
-        status = Path(f"/proc/{pid}/status").read_text()
+        status_text = Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return None
-    namespace_pids = next(line for line in status.splitlines() if line.startswith("NSpid:")).split()[1:]
+    namespace_pids = next(line for line in status_text.splitlines() if line.startswith("NSpid:")).split()[1:]
     return int(namespace_pids[-1]) if len(namespace_pids) > 1 else None
 
 

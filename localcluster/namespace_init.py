@@ -48,9 +48,9 @@ def mount_private_folders(folder: Path, dns_address: str) -> None:
     sysctl_folder = folder / "sysctl"
     sysctl_folder.mkdir(parents=True, exist_ok=True)
     for name, value in PROTECTED_SYSCTLS.items():
-        file = sysctl_folder / name.replace("/", ".")
-        file.write_text(value + "\n")
-        run_setup_command("mount", "--bind", str(file), f"/proc/sys/{name}")
+        sysctl_file = sysctl_folder / name.replace("/", ".")
+        sysctl_file.write_text(value + "\n")
+        run_setup_command("mount", "--bind", str(sysctl_file), f"/proc/sys/{name}")
     resolv_conf = sysctl_folder / "resolv.conf"
     resolv_conf.write_text(f"nameserver {dns_address}\noptions timeout:1 attempts:1\n")
     if Path("/etc/resolv.conf").exists():
@@ -157,8 +157,8 @@ class ComponentManager:
 
     def start(self, name: str, node: str, argv: list[str], log: str) -> int:
         """Start a component on a node. Returns its pid. Errors: ValueError if a component of this name is running."""
-        existing = self.component_by_name.get(name)
-        if existing and existing.exit_code is None:
+        existing_component = self.component_by_name.get(name)
+        if existing_component and existing_component.exit_code is None:
             raise ValueError(f"{name} is running")
         holder_pid = self.holder_pid_by_node.get(node)
         with Path(log).open("ab") as out:

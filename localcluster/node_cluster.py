@@ -31,13 +31,13 @@ from localcluster.control_plane import (
     write_state,
 )
 from localcluster.errors import ClusterDiffers, ImageNotFound, NotRunning
-from localcluster.layout import API_PORT, S3_NODE_PORT, Node, Plan, find_free_block, get_image_root_folder
+from localcluster.layout import API_PORT, S3_NODE_PORT, Node, Plan, find_free_address_block, get_image_root_folder
 from localcluster.machine import Machine, make_not_running_error, take_lock
 from localcluster.oci import Image, find_index_entry, write_layout
 from localcluster.processes import Lifetime, Server
-from localcluster.s3 import S3Endpoint, is_ready, make_keys
+from localcluster.s3 import S3Endpoint, is_ready, make_access_keys
 from localcluster.steps import Step, silent_step
-from localcluster.store import Containerd
+from localcluster.store import ContainerdImageStore
 
 GPU_RESOURCE = "nvidia.com/gpu"
 NODE_GRACE_SECONDS = 16
@@ -66,7 +66,7 @@ class NodeCluster:
         self, state_dir: Path | None = None, *, nodes: int = 1, gpus: int = 0,
         lifetime: Lifetime = Lifetime.UNTIL_PARENT_ENDS, step: Step = silent_step,
     ) -> None:
-        self.state_dir = (state_dir or paths.default_state_folder("default")).absolute()
+        self.state_dir = (state_dir or paths.get_default_state_folder("default")).absolute()
         self.options = NodeClusterOptions(nodes, gpus)
         self._lifetime = lifetime
         self._step = step
@@ -105,21 +105,21 @@ class NodeCluster:
     def _start(self, program_paths: dict[str, Path]) -> None:
         with self._step("create the network"):
             self._clean_state_folder()
-            plan = Plan(self.state_dir, find_free_block(), self.options.nodes)
+            plan = Plan(self.state_dir, find_free_address_block(), self.options.nodes)
             server = self._machine.start(plan, self._lifetime)
         with self._step("start containerd and the control plane"):
             endpoint = self._start_control_plane(plan, program_paths[build.KUBE_PROGRAM], server)
         with self._step("load the system images"):
             self._load_system_images(plan, program_paths["pause"])
-        access_key, secret_key = make_keys()
+        access_key, secret_key = make_access_keys()
         with self._step(f"start {plan.node_count} node(s)"):
             self._start_nodes(plan, program_paths, endpoint)
             # S3 runs on the first node, so that it stays available when a test stops another node.
             s3_pod.apply_objects(endpoint, access_key, secret_key, node=plan.nodes[0].name)
             self._wait_until("the nodes", lambda: len(list_ready_nodes(endpoint)) == plan.node_count)
         with self._step("start S3"):
-            s3 = make_s3_endpoint(plan, access_key, secret_key)
-            self._wait_until("S3", lambda: is_ready(s3))
+            s3_endpoint = make_s3_endpoint(plan, access_key, secret_key)
+            self._wait_until("S3", lambda: is_ready(s3_endpoint))
         write_state(self.state_dir, MODE, endpoint, access_key=access_key, secret_key=secret_key)
 
     def _start_control_plane(self, plan: Plan, kube_program: Path, server: Server) -> Endpoint:
@@ -136,8 +136,8 @@ class NodeCluster:
             node_kubeconfig = node.folder / "kubeconfig"
             node_kubeconfig.touch(mode=0o600)
             node_kubeconfig.write_text(components.make_kubeconfig(addresses.server, user.token, endpoint.ca.read_bytes()))
-        controller_manager = components.make_controller_manager_command(kube_program, self.state_dir, node_grace_seconds=NODE_GRACE_SECONDS)
-        self._machine.start_component("kube-controller-manager", first_node, controller_manager)
+        controller_manager_command = components.make_controller_manager_command(kube_program, self.state_dir, node_grace_seconds=NODE_GRACE_SECONDS)
+        self._machine.start_component("kube-controller-manager", first_node, controller_manager_command)
         self._machine.start_component("kube-scheduler", first_node, components.make_scheduler_command(kube_program, self.state_dir))
         return endpoint
 
@@ -147,8 +147,8 @@ class NodeCluster:
         containerd.write_configuration(node)
         name = f"containerd-{node.name}"
         if has_old_store:
-            without_cri = node.folder / "containerd-without-cri.toml"
-            self._machine.start_component(name, node, ["containerd", "-c", str(without_cri)])
+            configuration_without_cri = node.folder / "containerd-without-cri.toml"
+            self._machine.start_component(name, node, ["containerd", "-c", str(configuration_without_cri)])
             self._wait_until(name, self.containerd(node).is_responding)
             self.containerd(node).remove_containers()
             self._kill_component(name)
@@ -159,30 +159,30 @@ class NodeCluster:
 
     def _load_system_images(self, plan: Plan, pause_program: Path) -> None:
         folder = pause_program.parent / "image"
-        images = [write_layout(folder, Image(containerd.PAUSE_IMAGE, {"/pause": pause_program}, ["/pause"])), s3_pod.write_image_layout()]
+        layout_folders = [write_layout(folder, Image(containerd.PAUSE_IMAGE, {"/pause": pause_program}, ["/pause"])), s3_pod.write_image_layout()]
         for node in plan.nodes:
             image_store = self.containerd(node)
             self._wait_until(f"containerd of {node.name}", image_store.is_responding)
-            for image in images[: 2 if node.number == 1 else 1]:
+            for image in layout_folders[: 2 if node.number == 1 else 1]:
                 image_store.load(image)
 
     def _start_nodes(self, plan: Plan, program_paths: dict[str, Path], endpoint: Endpoint) -> None:
         kube_program, first_node = program_paths[build.KUBE_PROGRAM], plan.nodes[0]
-        corefile = self.state_dir / "Corefile"
-        corefile.write_text(
+        corefile_path = self.state_dir / "Corefile"
+        corefile_path.write_text(
             f".:53 {{\n  errors\n  ready 127.0.0.1:18181\n"
             f"  kubernetes {components.DNS_DOMAIN} {{\n    kubeconfig {endpoint.kubeconfig}\n    ttl 1\n  }}\n}}\n"
         )
-        self._machine.start_component("coredns", first_node, [str(program_paths["coredns"]), "-conf", str(corefile)])
+        self._machine.start_component("coredns", first_node, [str(program_paths["coredns"]), "-conf", str(corefile_path)])
         for node in plan.nodes:
-            configuration = components.make_kubelet_configuration(
+            kubelet_configuration = components.make_kubelet_configuration(
                 node.folder, containerd_socket=node.socket, dns_address=plan.api_address, cgroup_root=node.cgroup,
                 lease_seconds=LEASE_SECONDS,
             )
-            (node.folder / "kubelet.json").write_text(configuration)
+            (node.folder / "kubelet.json").write_text(kubelet_configuration)
             self._start_kubelet(kube_program, node)
-            kube_proxy = components.make_kube_proxy_command(kube_program, endpoint.kubeconfig, node_name=node.name, cluster_cidr=plan.cluster_cidr)
-            self._machine.start_component(f"kube-proxy-{node.name}", node, kube_proxy)
+            kube_proxy_command = components.make_kube_proxy_command(kube_program, endpoint.kubeconfig, node_name=node.name, cluster_cidr=plan.cluster_cidr)
+            self._machine.start_component(f"kube-proxy-{node.name}", node, kube_proxy_command)
 
     def _start_kubelet(self, kube_program: Path, node: Node) -> None:
         argv = components.make_kubelet_command(kube_program, node.folder, node_name=node.name, node_address=node.address)
@@ -229,7 +229,7 @@ class NodeCluster:
             raise make_not_running_error(self.state_dir) from None
 
     @property
-    def network_pid(self) -> int:
+    def network_namespace_pid(self) -> int:
         """Pid of a process in the network namespace of the first node, for `nsenter --net`. All pods can reach servers in this namespace."""
         return self._machine.find_pid()
 
@@ -253,9 +253,9 @@ class NodeCluster:
         state = json.loads((self.state_dir / STATE_FILE).read_text())
         return make_s3_endpoint(plan, state["access_key"], state["secret_key"])
 
-    def containerd(self, node: Node) -> Containerd:
+    def containerd(self, node: Node) -> ContainerdImageStore:
         """Return a client for a node's containerd."""
-        return Containerd(f"/proc/{self._machine.find_pid(node.name)}/root{node.socket}", node.image_folder)
+        return ContainerdImageStore(f"/proc/{self._machine.find_pid(node.name)}/root{node.socket}", node.image_folder)
 
     def load_image(self, image: Path | str, *, nodes: Sequence[str] | None = None) -> str:
         """Load an image into `nodes`, by default into all nodes. Returns the image's name. Errors: ImageNotFound.
@@ -308,8 +308,8 @@ class NodeCluster:
         try:
             return self.plan.node(name)
         except KeyError:
-            names = ", ".join(node.name for node in self.plan.nodes)
-            raise NotRunning(f"there is no node {name}: the nodes are {names}") from None
+            joined_names = ", ".join(node.name for node in self.plan.nodes)
+            raise NotRunning(f"there is no node {name}: the nodes are {joined_names}") from None
 
     def _set_gpus(self) -> None:
         """Set the nodes' GPU capacity. The kubelet keeps this value, because no device plugin manages the resource."""
@@ -317,8 +317,8 @@ class NodeCluster:
             for node in self.plan.nodes:
                 json_pointer = f"/status/capacity/{GPU_RESOURCE.replace('/', '~1')}"
                 patch = [{"op": "add", "path": json_pointer, "value": str(self.options.gpus)}]
-                path = f"/api/v1/nodes/{node.name}/status"
-                self.endpoint.request("PATCH", path, patch, content_type="application/json-patch+json")
+                status_path = f"/api/v1/nodes/{node.name}/status"
+                self.endpoint.request("PATCH", status_path, patch, content_type="application/json-patch+json")
 
 
 def make_s3_endpoint(plan: Plan, access_key: str, secret_key: str) -> S3Endpoint:

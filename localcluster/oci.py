@@ -40,16 +40,16 @@ def write_layout(folder: Path, image: Image) -> Path:
     shutil.rmtree(unfinished_layout, ignore_errors=True)
     blobs_folder = unfinished_layout / "blobs" / "sha256"
     blobs_folder.mkdir(parents=True)
-    layer = _write_layer_blob(blobs_folder, image.file_by_image_path)
-    config = _write_json_blob(blobs_folder, {
+    layer_descriptor = _write_layer_blob(blobs_folder, image.file_by_image_path)
+    config_descriptor = _write_json_blob(blobs_folder, {
         "architecture": ARCHITECTURE, "os": "linux",
         "config": {"Entrypoint": list(image.entrypoint), "User": image.user, "WorkingDir": "/"},
-        "rootfs": {"type": "layers", "diff_ids": [layer["digest"]]},
+        "rootfs": {"type": "layers", "diff_ids": [layer_descriptor["digest"]]},
     }, _CONFIG_TYPE)
-    manifest = _write_json_blob(
-        blobs_folder, {"schemaVersion": 2, "mediaType": _MANIFEST_TYPE, "config": config, "layers": [layer]}, _MANIFEST_TYPE
+    manifest_descriptor = _write_json_blob(
+        blobs_folder, {"schemaVersion": 2, "mediaType": _MANIFEST_TYPE, "config": config_descriptor, "layers": [layer_descriptor]}, _MANIFEST_TYPE
     )
-    index = {"schemaVersion": 2, "manifests": [{**manifest, "annotations": {REF_NAME_ANNOTATION: image.tag}}]}
+    index = {"schemaVersion": 2, "manifests": [{**manifest_descriptor, "annotations": {REF_NAME_ANNOTATION: image.tag}}]}
     (unfinished_layout / "oci-layout").write_text('{"imageLayoutVersion":"1.0.0"}')
     (unfinished_layout / "index.json").write_text(json.dumps(index))
     shutil.rmtree(folder, ignore_errors=True)
@@ -77,13 +77,13 @@ def _write_layer_blob(blobs_folder: Path, file_by_image_path: Mapping[str, Path]
     unfinished_blob = blobs_folder / "layer"
     with tarfile.open(unfinished_blob, "w") as archive:
         for name, source in sorted(file_by_image_path.items()):
-            entry = tarfile.TarInfo(name.lstrip("/"))
-            entry.size, entry.mode = source.stat().st_size, 0o755
+            file_entry = tarfile.TarInfo(name.lstrip("/"))
+            file_entry.size, file_entry.mode = source.stat().st_size, 0o755
             with source.open("rb") as content:
-                archive.addfile(entry, content)
-        tmp_folder = tarfile.TarInfo("tmp")
-        tmp_folder.type, tmp_folder.mode = tarfile.DIRTYPE, 0o1777
-        archive.addfile(tmp_folder, io.BytesIO())
+                archive.addfile(file_entry, content)
+        tmp_folder_entry = tarfile.TarInfo("tmp")
+        tmp_folder_entry.type, tmp_folder_entry.mode = tarfile.DIRTYPE, 0o1777
+        archive.addfile(tmp_folder_entry, io.BytesIO())
     with unfinished_blob.open("rb") as content:
         digest = hashlib.file_digest(content, "sha256").hexdigest()
     size = unfinished_blob.stat().st_size
@@ -92,7 +92,7 @@ def _write_layer_blob(blobs_folder: Path, file_by_image_path: Mapping[str, Path]
 
 
 def _write_json_blob(blobs_folder: Path, content: Any, media_type: str) -> dict[str, Any]:
-    data = json.dumps(content, sort_keys=True).encode()
-    digest = hashlib.sha256(data).hexdigest()
-    (blobs_folder / digest).write_bytes(data)
-    return {"mediaType": media_type, "digest": f"sha256:{digest}", "size": len(data)}
+    encoded_content = json.dumps(content, sort_keys=True).encode()
+    digest = hashlib.sha256(encoded_content).hexdigest()
+    (blobs_folder / digest).write_bytes(encoded_content)
+    return {"mediaType": media_type, "digest": f"sha256:{digest}", "size": len(encoded_content)}

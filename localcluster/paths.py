@@ -14,6 +14,6 @@ def cache_folder() -> Path:
     return user_cache / "finetune-operator"
 
 
-def default_state_folder(name: str) -> Path:
+def get_default_state_folder(name: str) -> Path:
     """Return the default state folder of the cluster `name`."""
     return cache_folder() / "clusters" / name

@@ -23,10 +23,10 @@ _PR_SET_PDEATHSIG = 1
 _KERNEL_THREAD_FLAG = 0x00200000
 STACK_START_FIELD = 25
 """Index of the start address of the stack in the result of `_read_stat`. The address is 0 inside `execve`."""
-ENVIRONMENT_READS = 5
+MAX_ENVIRONMENT_READS = 5
 """Number of times that an empty environment of a process is read, because the process can begin an `execve` between two reads."""
-EXEC_SECONDS = 1.0
-"""How long `end_all` waits for processes inside `execve`, most of which belong to other programs."""
+EXEC_WAIT_SECONDS = 1.0
+"""How long `end_owned_processes` waits for processes inside `execve`, most of which belong to other programs."""
 _libc = ctypes.CDLL(None, use_errno=True)
 Condition = Callable[[], bool]
 
@@ -50,9 +50,9 @@ class Server:
 
     def check_running(self) -> None:
         """Raise StartFailed with the end of the log if the process has ended."""
-        code = self.process.poll()
-        if code is not None:
-            raise StartFailed(f"{self.name} exited with {code} while starting: {join_last_lines(self.log)}")
+        exit_code = self.process.poll()
+        if exit_code is not None:
+            raise StartFailed(f"{self.name} exited with {exit_code} while starting: {join_last_lines(self.log)}")
 
 
 def spawn(
@@ -80,13 +80,13 @@ def spawn(
     return Server(name, process, log)
 
 
-def join_last_lines(log: Path, lines: int = 3) -> str:
+def join_last_lines(log_file: Path, line_count: int = 3) -> str:
     """Return the last lines of a log, joined into one line."""
     try:
-        text = log.read_text(errors="replace").splitlines()
+        log_lines = log_file.read_text(errors="replace").splitlines()
     except OSError:
-        return f"no log at {log}"
-    return " | ".join(text[-lines:]) + f" (log: {log})"
+        return f"no log at {log_file}"
+    return " | ".join(log_lines[-line_count:]) + f" (log: {log_file})"
 
 
 @dataclass(frozen=True)
@@ -107,17 +107,17 @@ def list_owned_pids(owner: Path) -> list[int]:
 
 def find_processes(owner: Path) -> FoundProcesses:
     """Search all processes except this one, as far as this user may read them."""
-    owner_variable, found = f"{OWNER_VARIABLE}={owner}".encode(), FoundProcesses([], [])
+    owner_variable, found_processes = f"{OWNER_VARIABLE}={owner}".encode(), FoundProcesses([], [])
     for pid in {int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()} - {os.getpid()}:
         try:
             environment = read_environment(pid) if is_program(pid) else []
         except OSError:
             continue  # the process has ended or belongs to another user
         if environment is None:
-            found.pids_in_exec.append(pid)
+            found_processes.pids_in_exec.append(pid)
         elif owner_variable in environment:
-            found.owned_pids.append(pid)
-    return found
+            found_processes.owned_pids.append(pid)
+    return found_processes
 
 
 def read_environment(pid: int) -> list[bytes] | None:
@@ -126,7 +126,7 @@ def read_environment(pid: int) -> list[bytes] | None:
     Inside `execve`, the kernel first sets up the arguments, then the environment, and then the start of the stack (`create_elf_tables` and
     `load_elf_binary` in the kernel's sources). Until the end, the process can be interrupted for any time.
     """
-    for _ in range(ENVIRONMENT_READS):
+    for _ in range(MAX_ENVIRONMENT_READS):
         stack_start = _read_stat(pid)[STACK_START_FIELD]
         if environment := Path(f"/proc/{pid}/environ").read_bytes():
             return environment.split(b"\0")
@@ -157,27 +157,28 @@ def _read_stat(pid: int) -> list[str]:
     return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].decode().split()
 
 
-def end_all(owner: Path, timeout_seconds: float = 20.0) -> int:
+def end_owned_processes(owner: Path, timeout_seconds: float = 20.0) -> int:
     """Kill all processes of `owner` and wait until they have ended. Returns the number of killed processes.
 
     If a killed process is the first process of a PID namespace, all other processes in this namespace have ended before it. The search is repeated,
-    because a process may have started another process before it was killed. For at most `EXEC_SECONDS`, this function also waits for processes inside `execve`.
+    because a process may have started another process before it was killed. For at most `EXEC_WAIT_SECONDS`, this function also waits for processes inside
+    `execve`.
     """
     start_time_by_pid: dict[int, str] = {}
-    deadline, exec_deadline = time.monotonic() + timeout_seconds, time.monotonic() + EXEC_SECONDS
+    deadline, exec_deadline = time.monotonic() + timeout_seconds, time.monotonic() + EXEC_WAIT_SECONDS
     while True:
-        found = find_processes(owner)
-        for pid in found.owned_pids:
+        found_processes = find_processes(owner)
+        for pid in found_processes.owned_pids:
             if start := start_time(pid):
                 start_time_by_pid[pid] = start
             kill(pid)
         now = time.monotonic()
-        remaining = [pid for pid, start in start_time_by_pid.items() if start_time(pid) == start]
-        if remaining or found.owned_pids:
-            exec_deadline = now + EXEC_SECONDS
+        remaining_pids = [pid for pid, start in start_time_by_pid.items() if start_time(pid) == start]
+        if remaining_pids or found_processes.owned_pids:
+            exec_deadline = now + EXEC_WAIT_SECONDS
             if now > deadline:
-                raise StartFailed(f"processes {remaining or found.owned_pids} of {owner} do not end after SIGKILL")
-        elif not found.pids_in_exec or now > exec_deadline:
+                raise StartFailed(f"processes {remaining_pids or found_processes.owned_pids} of {owner} do not end after SIGKILL")
+        elif not found_processes.pids_in_exec or now > exec_deadline:
             return len(start_time_by_pid)
         time.sleep(0.01)
 
@@ -198,6 +199,6 @@ def wait_until(description: str, condition: Callable[[], bool], *, servers: Sequ
         for server in servers:
             server.check_running()
         if time.monotonic() > deadline:
-            logs = "; ".join(f"{s.name}: {join_last_lines(s.log, 1)}" for s in servers)
-            raise StartFailed(f"still waiting for {description} after {timeout:.0f} s: {logs}")
+            log_summary = "; ".join(f"{s.name}: {join_last_lines(s.log, 1)}" for s in servers)
+            raise StartFailed(f"still waiting for {description} after {timeout:.0f} s: {log_summary}")
         time.sleep(0.05)

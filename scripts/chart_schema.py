@@ -47,9 +47,9 @@ OPEN_OBJECT: Schema = {"type": "object"}
 """Schema of an object with any content. Only the API server validates the content."""
 BOOLEAN: Schema = {"type": "boolean"}
 STRING: Schema = {"type": "string"}
-OBJECT_NAME = make_string_schema(pattern=rf"^({DNS_SUBDOMAIN})?$", maxLength=253)
+OBJECT_NAME_SCHEMA = make_string_schema(pattern=rf"^({DNS_SUBDOMAIN})?$", maxLength=253)
 """Name of a Kubernetes object, or the empty string."""
-DURATION = make_string_schema(pattern="^([0-9]+(ms|[smhd]))*$")
+DURATION_SCHEMA = make_string_schema(pattern="^([0-9]+(ms|[smhd]))*$")
 """A duration of Prometheus such as 30s, or the empty string."""
 PORT: Schema = {"type": "integer", "minimum": 1, "maximum": 65535}
 COUNT_OR_PERCENTAGE: Schema = {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": "^([0-9]{1,2}%|100%)?$"}]}
@@ -106,17 +106,17 @@ class SettingsSchema:
 
 def _is_unneeded_keyword(key: str, value: Any) -> bool:
     """Whether a keyword is a generated title, a CRD extension (`x-...`), or a default value that is not a scalar."""
-    is_title = key == "title" and isinstance(value, str)
-    return is_title or key.startswith("x-") or (key == "default" and not isinstance(value, str | int | float))
+    is_title_text = key == "title" and isinstance(value, str)
+    return is_title_text or key.startswith("x-") or (key == "default" and not isinstance(value, str | int | float))
 
 
 def _remove_null_type(schema: Schema) -> Schema:
-    options = schema.get("anyOf")
-    if not isinstance(options, list) or {"type": "null"} not in options:
+    alternatives = schema.get("anyOf")
+    if not isinstance(alternatives, list) or {"type": "null"} not in alternatives:
         return schema
-    other_options = [option for option in options if option != {"type": "null"}]
+    non_null_alternatives = [option for option in alternatives if option != {"type": "null"}]
     keywords = {key: value for key, value in schema.items() if key != "anyOf"}
-    return other_options[0] | keywords if len(other_options) == 1 else keywords | {"anyOf": other_options}
+    return non_null_alternatives[0] | keywords if len(non_null_alternatives) == 1 else keywords | {"anyOf": non_null_alternatives}
 
 
 def make_trainer_schema(settings: SettingsSchema) -> Schema:
@@ -165,8 +165,8 @@ def make_isolation_schema(settings: SettingsSchema) -> Schema:
 def make_policy_schema(settings: SettingsSchema) -> Schema:
     """Return the schema of the chart value `policy`: the fields of the operator's section `policy`, and the switch `validatingAdmissionPolicy`."""
     schema = settings.resolve_field_schema("policy")
-    is_checked_at_apply = {"type": "boolean", "description": "Whether the API server also checks the rules, with a ValidatingAdmissionPolicy."}
-    return schema | {"properties": {"validatingAdmissionPolicy": is_checked_at_apply, **schema["properties"]}}
+    checked_at_apply_schema = {"type": "boolean", "description": "Whether the API server also checks the rules, with a ValidatingAdmissionPolicy."}
+    return schema | {"properties": {"validatingAdmissionPolicy": checked_at_apply_schema, **schema["properties"]}}
 
 
 def make_container_resources_schema() -> Schema:
@@ -187,16 +187,16 @@ def make_named_object_schema(*required: str) -> Schema:
 
 def make_monitor_schema() -> Schema:
     """Return the schema of `metrics.serviceMonitor` and `metrics.podMonitor`."""
-    relabelings = make_array_schema(OPEN_OBJECT)
+    relabelings_schema = make_array_schema(OPEN_OBJECT)
     return make_closed_object_schema({
-        "enabled": BOOLEAN, "namespace": OBJECT_NAME, "labels": LABELS_SCHEMA, "interval": DURATION, "scrapeTimeout": DURATION,
-        "relabelings": relabelings, "metricRelabelings": relabelings,
+        "enabled": BOOLEAN, "namespace": OBJECT_NAME_SCHEMA, "labels": LABELS_SCHEMA, "interval": DURATION_SCHEMA, "scrapeTimeout": DURATION_SCHEMA,
+        "relabelings": relabelings_schema, "metricRelabelings": relabelings_schema,
     })  # fmt: skip
 
 
 def make_metrics_schema() -> Schema:
     """Return the schema of `metrics`."""
-    common_fields = {"enabled": BOOLEAN, "namespace": OBJECT_NAME, "labels": LABELS_SCHEMA}
+    common_fields = {"enabled": BOOLEAN, "namespace": OBJECT_NAME_SCHEMA, "labels": LABELS_SCHEMA}
     service = {"enabled": BOOLEAN, "port": PORT, "labels": LABELS_SCHEMA, "annotations": ANNOTATIONS_SCHEMA}
     rules = {
         "alertLabels": {"type": "object", "additionalProperties": STRING},
@@ -213,23 +213,26 @@ def make_metrics_schema() -> Schema:
 
 def make_network_policy_schema() -> Schema:
     """Return the schema of `networkPolicy`."""
-    rules = make_array_schema(OPEN_OBJECT)
-    cidr = make_string_schema(pattern="^[0-9a-fA-F.:]+/[0-9]{1,3}$")
+    rules_schema = make_array_schema(OPEN_OBJECT)
+    cidr_schema = make_string_schema(pattern="^[0-9a-fA-F.:]+/[0-9]{1,3}$")
     return make_closed_object_schema({
-        "enabled": BOOLEAN, "apiServerPorts": make_array_schema(PORT) | {"minItems": 1}, "apiServerCidrs": make_array_schema(cidr),
-        "metricsFrom": rules, "extraIngress": rules, "extraEgress": rules,
+        "enabled": BOOLEAN, "apiServerPorts": make_array_schema(PORT) | {"minItems": 1}, "apiServerCidrs": make_array_schema(cidr_schema),
+        "metricsFrom": rules_schema, "extraIngress": rules_schema, "extraEgress": rules_schema,
     })  # fmt: skip
 
 
 def make_openai_server_schema(settings: SettingsSchema) -> Schema:
     """Return the schema of `openaiServer`. The server checks the spec of each model when it starts."""
-    model = make_closed_object_schema({"spec": OPEN_OBJECT}, ("spec",))
-    name = make_string_schema(pattern=rf"^{DNS_SUBDOMAIN}$", maxLength=253)
-    account = make_closed_object_schema({"namespace": name, "serviceAccounts": make_array_schema(name) | {"minItems": 1}}, ("namespace", "serviceAccounts"))
+    model_schema = make_closed_object_schema({"spec": OPEN_OBJECT}, ("spec",))
+    name_schema = make_string_schema(pattern=rf"^{DNS_SUBDOMAIN}$", maxLength=253)
+    account_schema = make_closed_object_schema(
+        {"namespace": name_schema, "serviceAccounts": make_array_schema(name_schema) | {"minItems": 1}}, ("namespace", "serviceAccounts")
+    )
     return make_closed_object_schema({
         "enabled": BOOLEAN, "image": make_image_schema(), "replicas": {"type": "integer", "minimum": 0, "maximum": 10},
-        "models": {"type": "object", "additionalProperties": model}, "storage": settings.resolve_field_schema("storage"),
-        "maxFileBytes": {"type": "integer", "minimum": 1}, "keysSecret": OBJECT_NAME, "credentialsSecret": OBJECT_NAME, "accounts": make_array_schema(account),
+        "models": {"type": "object", "additionalProperties": model_schema}, "storage": settings.resolve_field_schema("storage"),
+        "maxFileBytes": {"type": "integer", "minimum": 1}, "keysSecret": OBJECT_NAME_SCHEMA, "credentialsSecret": OBJECT_NAME_SCHEMA,
+        "accounts": make_array_schema(account_schema),
         "serviceAccountAnnotations": ANNOTATIONS_SCHEMA, "resources": make_container_resources_schema(),
         "service": make_closed_object_schema({"port": PORT, "labels": LABELS_SCHEMA, "annotations": ANNOTATIONS_SCHEMA}),
         "networkPolicy": make_closed_object_schema({
@@ -240,7 +243,7 @@ def make_openai_server_schema(settings: SettingsSchema) -> Schema:
 
 def make_operator_pod_schemas(settings: SettingsSchema) -> dict[str, Schema]:
     """Return the schemas of the values that become fields of the operator's pods."""
-    toleration = settings.resolve_field_schema("nodePools")["items"]["properties"]["tolerations"]["items"]
+    toleration_schema = settings.resolve_field_schema("nodePools")["items"]["properties"]["tolerations"]["items"]
     return {
         "resources": make_container_resources_schema(),
         "podSecurityContext": OPEN_OBJECT,
@@ -249,11 +252,11 @@ def make_operator_pod_schemas(settings: SettingsSchema) -> dict[str, Schema]:
         "extraVolumes": make_array_schema(make_named_object_schema("name")),
         "extraVolumeMounts": make_array_schema(make_named_object_schema("name", "mountPath")),
         "nodeSelector": LABELS_SCHEMA,
-        "tolerations": make_array_schema(toleration),
+        "tolerations": make_array_schema(toleration_schema),
         "affinity": OPEN_OBJECT,
         "topologySpreadConstraints": make_array_schema(make_named_object_schema("topologyKey", "whenUnsatisfiable")),
-        "priorityClassName": OBJECT_NAME,
-        "runtimeClassName": OBJECT_NAME,
+        "priorityClassName": OBJECT_NAME_SCHEMA,
+        "runtimeClassName": OBJECT_NAME_SCHEMA,
         "podLabels": LABELS_SCHEMA,
         "podAnnotations": ANNOTATIONS_SCHEMA,
         "podDisruptionBudget": make_closed_object_schema(
@@ -285,7 +288,7 @@ def make_values_schema() -> Schema:
         "log": settings.resolve_field_schema("log"),
         "crds": make_closed_object_schema({"enabled": BOOLEAN, "keep": BOOLEAN}),
         "rbac": make_closed_object_schema({"create": BOOLEAN, "aggregate": BOOLEAN}),
-        "serviceAccount": make_closed_object_schema({"create": BOOLEAN, "name": OBJECT_NAME, "annotations": ANNOTATIONS_SCHEMA}),
+        "serviceAccount": make_closed_object_schema({"create": BOOLEAN, "name": OBJECT_NAME_SCHEMA, "annotations": ANNOTATIONS_SCHEMA}),
         **make_operator_pod_schemas(settings),
         "networkPolicy": make_network_policy_schema(),
         "metrics": make_metrics_schema(),
@@ -301,29 +304,30 @@ def make_values_schema() -> Schema:
     return schema_header | add_descriptions(make_closed_object_schema(properties), read_value_comments(VALUES_FILE.read_text("utf-8")))
 
 
-def read_value_comments(text: str) -> dict[tuple[str, ...], str]:
+def read_value_comments(values_text: str) -> dict[tuple[str, ...], str]:
     """Return the text after `# --` in the comment of each key in values.yaml, by the path of the key."""
     comments: dict[tuple[str, ...], str] = {}
-    path: list[str] = []
-    comment: list[str] = []
-    for line in text.splitlines():
-        if found := re.match(r"^( *)([A-Za-z]\w*):", line):
-            path = [*path[: len(found.group(1)) // 2], found.group(2)]
-            if comment:
-                comments[tuple(path)] = " ".join(comment)
-            comment = []
-        elif found := re.match(r"^ *# -- (.*)", line):
-            comment = [found.group(1)]
-        elif comment and (found := re.match(r"^ *# ([^@].*)", line)):
-            comment.append(found.group(1))
+    key_path: list[str] = []
+    comment_lines: list[str] = []
+    for line in values_text.splitlines():
+        if line_match := re.match(r"^( *)([A-Za-z]\w*):", line):
+            key_path = [*key_path[: len(line_match.group(1)) // 2], line_match.group(2)]
+            if comment_lines:
+                comments[tuple(key_path)] = " ".join(comment_lines)
+            comment_lines = []
+        elif line_match := re.match(r"^ *# -- (.*)", line):
+            comment_lines = [line_match.group(1)]
+        elif comment_lines and (line_match := re.match(r"^ *# ([^@].*)", line)):
+            comment_lines.append(line_match.group(1))
     return comments
 
 
 def add_descriptions(schema: Schema, comments: dict[tuple[str, ...], str], path: tuple[str, ...] = ()) -> Schema:
     """Return the schema with the comments of values.yaml as descriptions."""
-    result = dict(schema)
+    described_schema = dict(schema)
     if path in comments:
-        result["description"] = comments[path]
+        described_schema["description"] = comments[path]
     if any(key[: len(path)] == path and len(key) > len(path) for key in comments):
-        result["properties"] = {name: add_descriptions(sub, comments, (*path, name)) for name, sub in schema["properties"].items()}
-    return result
+        properties = schema["properties"].items()
+        described_schema["properties"] = {name: add_descriptions(property_schema, comments, (*path, name)) for name, property_schema in properties}
+    return described_schema

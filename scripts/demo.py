@@ -36,7 +36,7 @@ SECRET_NAME = "s3-credentials"  # noqa: S105 -- the name of an object
 EXAMPLE_FILE = ROOT / "examples/quickstart.yaml"
 JOB_NAME = "quickstart"
 MODELS_BUCKET, DATASETS_BUCKET, RESULTS_BUCKET = "models", "datasets", "finetune"
-MODEL_KEY = "smollm2-135m-instruct"
+MODEL_KEY_PREFIX = "smollm2-135m-instruct"
 UNSEEN_QUESTIONS = ["What is the capital of Spain?", "How many legs does a cat have?"]
 """Questions that are not in the training data."""
 TIMEOUT_SECONDS = 900
@@ -68,7 +68,7 @@ def upload_model_and_data(cluster: DemoCluster) -> None:
     existing_buckets = {bucket["Name"] for bucket in client.list_buckets()["Buckets"]}
     for bucket in {MODELS_BUCKET, DATASETS_BUCKET, RESULTS_BUCKET} - existing_buckets:
         client.create_bucket(Bucket=bucket)
-    uploads = [(path, MODELS_BUCKET, f"{MODEL_KEY}/{path.name}") for path in sorted(ensure_model().iterdir())]
+    uploads = [(path, MODELS_BUCKET, f"{MODEL_KEY_PREFIX}/{path.name}") for path in sorted(ensure_model().iterdir())]
     uploads += [(path, DATASETS_BUCKET, path.name) for path in sorted((ROOT / "examples/data").iterdir())]
     for path, bucket, key in uploads:
         client.upload_file(str(path), bucket, key)
@@ -111,9 +111,9 @@ def run_helm(cluster: DemoCluster, *arguments: str, stdin: str | None = None) ->
 
 def install_chart(cluster: DemoCluster) -> None:
     """Install the chart of the checkout."""
-    chart = str(ROOT / "helm/finetune-operator")
+    chart_folder = str(ROOT / "helm/finetune-operator")
     run_helm(
-        cluster, "upgrade", "--install", RELEASE_NAME, chart, "--create-namespace", "--wait", "--timeout", "3m", "-f", "-",
+        cluster, "upgrade", "--install", RELEASE_NAME, chart_folder, "--create-namespace", "--wait", "--timeout", "3m", "-f", "-",
         stdin=json.dumps(make_helm_values(cluster)),
     )  # fmt: skip
 
@@ -172,9 +172,9 @@ def show_answers(cluster: DemoCluster, snapshot: Snapshot) -> None:
     with tempfile.TemporaryDirectory() as folder:
         client = cluster.s3.client()
         for item in client.list_objects_v2(Bucket=bucket, Prefix=prefix + "/").get("Contents", []):
-            target = Path(folder) / item["Key"].removeprefix(prefix + "/")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            client.download_file(bucket, item["Key"], str(target))
+            target_file = Path(folder) / item["Key"].removeprefix(prefix + "/")
+            target_file.parent.mkdir(parents=True, exist_ok=True)
+            client.download_file(bucket, item["Key"], str(target_file))
         with show_step("load the base model and the adapter from S3, and ask both models"):
             command = [sys.executable, str(ROOT / "scripts/answers.py"), str(ensure_model()), folder, *UNSEEN_QUESTIONS]
             quiet_env = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -236,16 +236,16 @@ def prepare_and_run(cluster: DemoCluster, *, keep_running: bool) -> None:
     """Prepare the cluster, run the demo, and clean up. If the demo succeeds and `keep_running` is true, nothing is removed."""
     print_heading(f"Prepare the {cluster.name} cluster (slow steps run in parallel, and only once)")
     run_all([*cluster.steps(), HELM.make_build_step(), make_model_step()], cache_folder() / "logs", console)
-    is_kept = False
+    is_cluster_kept = False
     try:
         cluster.up()
         run_demo(cluster)
-        is_kept = keep_running
+        is_cluster_kept = keep_running
     finally:
-        if not is_kept:
+        if not is_cluster_kept:
             console.print()
             clean_up(cluster)
-    if is_kept:
+    if is_cluster_kept:
         print_heading("Everything keeps running (KEEP=1)")
         for line in cluster.describe_manual_commands():
             console.print(f"  {line}", highlight=False, markup=False)

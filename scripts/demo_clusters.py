@@ -27,12 +27,12 @@ from localcluster.errors import NotRunning
 from localcluster.machine import take_lock
 from localcluster.node_cluster import NodeCluster
 from localcluster.processes import Lifetime
-from localcluster.s3 import S3Endpoint, is_ready, make_keys
+from localcluster.s3 import S3Endpoint, is_ready, make_access_keys
 from localcluster.steps import show_step
 
 OPERATOR_IMAGE = "localhost/finetune-operator:dev"
 TRAINER_IMAGE = "localhost/finetune-trainer:dev"
-KIND_NAME = "finetune-demo"
+KIND_CLUSTER_NAME = "finetune-demo"
 NAMESPACE = "finetune-demo"
 RELEASE_NAME = "finetune-operator"
 CRD_NAME = f"{PLURAL}.{GROUP}"
@@ -147,7 +147,7 @@ class KindCluster(KubectlCluster):
 
     def __init__(self, *, keep_running: bool) -> None:
         del keep_running  # kind's containers keep running until they are removed
-        self._kubeconfig = cache_folder() / f"{KIND_NAME}.kubeconfig"
+        self._kubeconfig = cache_folder() / f"{KIND_CLUSTER_NAME}.kubeconfig"
         self._kind_program = find_installed_kind() or KIND.path
         self._port_forward: subprocess.Popen[str] | None = None
         self._s3: S3Endpoint | None = None
@@ -168,22 +168,22 @@ class KindCluster(KubectlCluster):
         command(["docker", "build", "-q", "-f", ROOT / dockerfile, "-t", tag, ROOT])
 
     def _create_cluster(self, command: Commands) -> None:
-        clusters = subprocess.run([self._kind_program, "get", "clusters"], capture_output=True, text=True).stdout.split()
-        if KIND_NAME in clusters:
-            command([self._kind_program, "export", "kubeconfig", "--name", KIND_NAME, "--kubeconfig", self._kubeconfig])
+        cluster_names = subprocess.run([self._kind_program, "get", "clusters"], capture_output=True, text=True).stdout.split()
+        if KIND_CLUSTER_NAME in cluster_names:
+            command([self._kind_program, "export", "kubeconfig", "--name", KIND_CLUSTER_NAME, "--kubeconfig", self._kubeconfig])
         else:
             command(
-                [self._kind_program, "create", "cluster", "--name", KIND_NAME, "--kubeconfig", self._kubeconfig, "--wait", "180s"]
+                [self._kind_program, "create", "cluster", "--name", KIND_CLUSTER_NAME, "--kubeconfig", self._kubeconfig, "--wait", "180s"]
             )
 
     def up(self) -> None:
         for image in (OPERATOR_IMAGE, TRAINER_IMAGE):
             with show_step(f"load {image}"):
-                self._run_kind("load", "docker-image", image, "--name", KIND_NAME)
+                self._run_kind("load", "docker-image", image, "--name", KIND_CLUSTER_NAME)
         with show_step("start S3"), tempfile.TemporaryDirectory() as folder:
-            self._run_kind("load", "image-archive", str(_write_s3_archive(Path(folder))), "--name", KIND_NAME)
-            access_key, secret_key = make_keys()
-            objects = {"apiVersion": "v1", "kind": "List", "items": s3_pod.make_objects(access_key, secret_key)}
+            self._run_kind("load", "image-archive", str(_write_s3_archive(Path(folder))), "--name", KIND_CLUSTER_NAME)
+            access_key, secret_key = make_access_keys()
+            objects = {"apiVersion": "v1", "kind": "List", "items": s3_pod.make_s3_manifests(access_key, secret_key)}
             self.kubectl("apply", "-f", "-", stdin=json.dumps(objects))
             self.kubectl("-n", s3_pod.NAMESPACE, "rollout", "status", f"deployment/{s3_pod.APP_NAME}", "--timeout=120s")
             self._s3 = self._forward_s3_port(access_key, secret_key)
@@ -207,7 +207,7 @@ class KindCluster(KubectlCluster):
         if self._port_forward:
             self._port_forward.terminate()
             self._port_forward.wait()
-        subprocess.run([self._kind_program, "delete", "cluster", "--name", KIND_NAME], capture_output=True, check=False)
+        subprocess.run([self._kind_program, "delete", "cluster", "--name", KIND_CLUSTER_NAME], capture_output=True, check=False)
 
     @property
     def kubeconfig(self) -> Path:
@@ -227,10 +227,10 @@ def _write_s3_archive(folder: Path) -> Path:
     for entry in image_index["manifests"]:
         entry["annotations"]["io.containerd.image.name"] = s3_pod.IMAGE_TAG
     (layout_folder / "index.json").write_text(json.dumps(image_index))
-    archive = folder / "seaweedfs.tar"
-    with tarfile.open(archive, "w") as tar:
+    archive_file = folder / "seaweedfs.tar"
+    with tarfile.open(archive_file, "w") as tar:
         tar.add(layout_folder, arcname=".")
-    return archive
+    return archive_file
 
 
 class CurrentCluster(KubectlCluster):
@@ -263,25 +263,29 @@ class CurrentCluster(KubectlCluster):
 
     def _create_namespaces(self) -> None:
         """Create the demo's two namespaces. Errors: NoCluster if a namespace or the CRD already exists and was not created by an earlier demo."""
-        labels = {name: self._read_labels("namespace", name) for name in (RELEASE_NAME, NAMESPACE)}
-        foreign_objects = [f"namespace {name}" for name, object_labels in labels.items() if object_labels is not None and DEMO_LABEL not in object_labels]
-        if labels[RELEASE_NAME] is None and self._read_labels("crd", CRD_NAME) is not None:
+        labels_by_namespace = {name: self._read_labels("namespace", name) for name in (RELEASE_NAME, NAMESPACE)}
+        foreign_objects = [
+            f"namespace {name}"
+            for name, object_labels in labels_by_namespace.items()
+            if object_labels is not None and DEMO_LABEL not in object_labels
+        ]
+        if labels_by_namespace[RELEASE_NAME] is None and self._read_labels("crd", CRD_NAME) is not None:
             foreign_objects.append(f"the CustomResourceDefinition {CRD_NAME}")
         if foreign_objects:
             raise NoCluster(
                 f"the cluster of {self.kubeconfig} already has {' and '.join(foreign_objects)}. The demo would replace these objects, and remove "
                 "them at its end: use a cluster without the operator, or apply examples/quickstart.yaml to this cluster yourself"
             )
-        for name, object_labels in labels.items():
+        for name, object_labels in labels_by_namespace.items():
             if object_labels is None:
                 metadata = {"name": name, "labels": {DEMO_LABEL: "true"}}
-                body = {"apiVersion": "v1", "kind": "Namespace", "metadata": metadata}
-                self.kubectl("create", "-f", "-", stdin=json.dumps(body))
+                namespace_object = {"apiVersion": "v1", "kind": "Namespace", "metadata": metadata}
+                self.kubectl("create", "-f", "-", stdin=json.dumps(namespace_object))
 
     def _read_labels(self, kind: str, name: str) -> dict[str, str] | None:
         """Return the labels of an object; None if the object does not exist."""
-        text = self.kubectl("get", kind, name, "--ignore-not-found", "-o", "json")
-        return dict(json.loads(text)["metadata"].get("labels") or {}) if text.strip() else None
+        json_text = self.kubectl("get", kind, name, "--ignore-not-found", "-o", "json")
+        return dict(json.loads(json_text)["metadata"].get("labels") or {}) if json_text.strip() else None
 
     def has_demo_objects(self) -> bool:
         try:
@@ -298,9 +302,9 @@ class CurrentCluster(KubectlCluster):
 
     @property
     def s3(self) -> S3Endpoint:
-        host = os.environ["S3_ENDPOINT"]
-        cluster_url = os.environ.get("S3_CLUSTER_ENDPOINT") or host
-        return S3Endpoint(host, cluster_url, os.environ["AWS_ACCESS_KEY_ID"], os.environ["AWS_SECRET_ACCESS_KEY"])
+        host_url = os.environ["S3_ENDPOINT"]
+        cluster_url = os.environ.get("S3_CLUSTER_ENDPOINT") or host_url
+        return S3Endpoint(host_url, cluster_url, os.environ["AWS_ACCESS_KEY_ID"], os.environ["AWS_SECRET_ACCESS_KEY"])
 
 
 CLUSTER_CLASSES: dict[str, Any] = {"kind": KindCluster, "local": LocalDemoCluster, "current": CurrentCluster}
@@ -326,14 +330,14 @@ def choose_cluster(requested_name: str, *, keep_running: bool) -> DemoCluster:
             "CLUSTER=kind needs Docker, but `docker info` fails: start Docker, or use CLUSTER=local"
         )
     if requested_name == "local":
-        check_local()
+        check_local_cluster()
     elif shutil.which("kubectl") is None:
         raise NoCluster(f"CLUSTER={requested_name} needs kubectl, but kubectl is not on the PATH: install it")
     cluster: DemoCluster = CLUSTER_CLASSES[requested_name](keep_running=keep_running)
     return cluster
 
 
-def check_local() -> None:
+def check_local_cluster() -> None:
     """Check the requirements of the local cluster that the demo cannot install. Errors: NoCluster."""
     if sys.platform != "linux" or os.geteuid() != 0:
         raise NoCluster(

@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 POLL_SECONDS = 0.5
-SHOWN_EVENTS = 8
+SHOWN_EVENT_COUNT = 8
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,8 @@ class Job:
         if self._clients is None:
             from kubernetes import client, config
 
-            api = config.new_client_from_config(str(self.kubeconfig))
-            self._clients = client.CustomObjectsApi(api), client.EventsV1Api(api)
+            api_client = config.new_client_from_config(str(self.kubeconfig))
+            self._clients = client.CustomObjectsApi(api_client), client.EventsV1Api(api_client)
         return self._clients
 
 
@@ -143,17 +143,17 @@ def _make_milestone_lines(snapshot: Snapshot) -> list[str]:
     return [f"{percent} % of the steps done"] if percent else []
 
 
-def render_panel(snapshot: Snapshot, seconds: float) -> RenderableType:
-    """Render a snapshot for the live view. `seconds` is the time since the view started."""
+def render_panel(snapshot: Snapshot, elapsed_seconds: float) -> RenderableType:
+    """Render a snapshot for the live view. `elapsed_seconds` is the time since the view started."""
     status = snapshot.status or FineTuneJobStatus()
     header_row = Table.grid(padding=(0, 2))
     attempt = f"attempt {status.attempt}" if status.attempt else ""
     workers = f"{status.workers.display} pods ready" if status.workers else ""
-    header_row.add_row(Text(snapshot.phase, style="bold cyan"), attempt, workers, f"[dim]{seconds:.0f} s[/]")
+    header_row.add_row(Text(snapshot.phase, style="bold cyan"), attempt, workers, f"[dim]{elapsed_seconds:.0f} s[/]")
     parts: list[RenderableType] = [header_row, _render_progress(status), _render_metrics(status)]
     if snapshot.events:
         parts.append(Text())
-        parts += [Text(event.line, style="yellow" if event.is_warning else "dim") for event in snapshot.events[-SHOWN_EVENTS:]]
+        parts += [Text(event.line, style="yellow" if event.is_warning else "dim") for event in snapshot.events[-SHOWN_EVENT_COUNT:]]
     return Panel(Group(*parts), title="FineTuneJob", title_align="left", border_style="blue")
 
 
@@ -167,13 +167,13 @@ def _render_progress(status: FineTuneJobStatus) -> RenderableType:
 
 
 def _render_metrics(status: FineTuneJobStatus) -> RenderableType:
-    parts = []
+    metric_texts = []
     if status.metrics and status.metrics.train_loss is not None:
-        parts.append(f"loss {status.metrics.train_loss:.3f}")
+        metric_texts.append(f"loss {status.metrics.train_loss:.3f}")
     if status.progress and status.progress.eta and not status.completion_time:
-        parts.append(f"ready in {status.progress.eta}")
+        metric_texts.append(f"ready in {status.progress.eta}")
     if status.progress and status.progress.tokens_per_second:
-        parts.append(f"{status.progress.tokens_per_second:.0f} tokens/s")
+        metric_texts.append(f"{status.progress.tokens_per_second:.0f} tokens/s")
     if status.latest_checkpoint:
-        parts.append(f"checkpoint {status.latest_checkpoint.split('/checkpoints/')[-1].split('/')[0]}")
-    return Text("   ".join(parts))
+        metric_texts.append(f"checkpoint {status.latest_checkpoint.split('/checkpoints/')[-1].split('/')[0]}")
+    return Text("   ".join(metric_texts))

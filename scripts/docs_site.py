@@ -12,21 +12,21 @@ from pathlib import Path
 from localcluster.paths import cache_folder
 
 ROOT = Path(__file__).resolve().parent.parent
-LOCK = ROOT / "requirements/docs.lock"
+LOCK_FILE = ROOT / "requirements/docs.lock"
 
 
 def ensure_mkdocs() -> Path:
     """Install the packages of docs.lock unless they are installed. Returns the path of the Python interpreter that can import these packages."""
-    digest = hashlib.sha256(LOCK.read_bytes()).hexdigest()[:12]
+    digest = hashlib.sha256(LOCK_FILE.read_bytes()).hexdigest()[:12]
     folder = cache_folder() / f"docs-{sys.version_info[0]}.{sys.version_info[1]}-{digest}"
     python, ready = folder / "bin" / "python", folder / ".ready"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (cache_folder() / "docs.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not ready.exists():
-            uv = next(iter(cache_folder().glob("uv-*/bin/uv")))
-            subprocess.run([uv, "venv", "-q", "--clear", "--python", sys.executable, folder], check=True)
-            subprocess.run([uv, "pip", "install", "-q", "--python", python, "--require-hashes", "-r", LOCK], check=True)
+            uv_program = next(iter(cache_folder().glob("uv-*/bin/uv")))
+            subprocess.run([uv_program, "venv", "-q", "--clear", "--python", sys.executable, folder], check=True)
+            subprocess.run([uv_program, "pip", "install", "-q", "--python", python, "--require-hashes", "-r", LOCK_FILE], check=True)
             ready.touch()
     return python
 

@@ -21,26 +21,26 @@ from models_page import make_models_page
 from tools import HELM_DOCS, build_go_tools
 
 ROOT = Path(__file__).resolve().parent.parent
-CHART = ROOT / "helm/finetune-operator"
-CRD_FILES = (ROOT / "crds/finetunejobs.yaml", CHART / "files/finetunejobs.yaml")
+CHART_FOLDER = ROOT / "helm/finetune-operator"
+CRD_FILES = (ROOT / "crds/finetunejobs.yaml", CHART_FOLDER / "files/finetunejobs.yaml")
 REFERENCE_FOLDER = ROOT / "docs/reference"
-VALUES_SCHEMA = CHART / "values.schema.json"
-ADMISSION_RULES = CHART / "files/admission-rules.yaml"
+VALUES_SCHEMA_FILE = CHART_FOLDER / "values.schema.json"
+ADMISSION_RULES_FILE = CHART_FOLDER / "files/admission-rules.yaml"
 
 
 def render_chart_readme() -> str:
     """Return the text of the chart's README. Errors: StepFailed if helm-docs cannot be built."""
     build_go_tools(HELM_DOCS)
-    command = [HELM_DOCS.path, "--dry-run", "--log-level", "error", "--sort-values-order", "file", "--chart-search-root", CHART]
+    command = [HELM_DOCS.path, "--dry-run", "--log-level", "error", "--sort-values-order", "file", "--chart-search-root", CHART_FOLDER]
     text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return text.strip() + "\n"
 
 
 def generate_files() -> dict[Path, str]:
     """Return the text of each generated file by its path."""
-    values = json.dumps(make_values_schema(), indent=2, ensure_ascii=False) + "\n"
+    values_schema = json.dumps(make_values_schema(), indent=2, ensure_ascii=False) + "\n"
     reference_pages = {REFERENCE_FOLDER / name: text for name, text in (build_pages() | {"models.md": make_models_page()}).items()}
-    chart_files = {VALUES_SCHEMA: values, ADMISSION_RULES: build_admission_rules_yaml(), CHART / "README.md": render_chart_readme()}
+    chart_files = {VALUES_SCHEMA_FILE: values_schema, ADMISSION_RULES_FILE: build_admission_rules_yaml(), CHART_FOLDER / "README.md": render_chart_readme()}
     return dict.fromkeys(CRD_FILES, crd_yaml()) | chart_files | reference_pages
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAINER_LOCK_FILE = ROOT / "requirements" / "trainer.lock"
-ARCHIVE = ROOT / "build" / "gpu-kit" / "site.tar.xz"
+ARCHIVE_FILE = ROOT / "build" / "gpu-kit" / "site.tar.xz"
 PYTHON_VERSION = "3.12"
 PLATFORM = "x86_64-manylinux_2_28"
 CUDA_LIBRARY = "libbitsandbytes_cuda130.so"
@@ -42,24 +42,24 @@ UNNEEDED_FILE_PATTERN = re.compile(
 SIZE_LIMIT_MIB = 60
 
 
-def read_locked_requirements(lock: str) -> dict[str, str]:
+def read_locked_requirements(lock_text: str) -> dict[str, str]:
     """Return the requirements of a lock file with their hashes, by the name of the package."""
-    entries = re.split(r"\n(?=[a-z0-9])", re.sub(r"^\s*#.*\n", "", lock, flags=re.MULTILINE))
-    named = ((re.match(r"[a-z0-9][a-z0-9._-]*(?===)", entry), entry) for entry in entries)
-    return {match.group(): entry for match, entry in named if match}
+    entries = re.split(r"\n(?=[a-z0-9])", re.sub(r"^\s*#.*\n", "", lock_text, flags=re.MULTILINE))
+    name_matches = ((re.match(r"[a-z0-9][a-z0-9._-]*(?===)", entry), entry) for entry in entries)
+    return {match.group(): entry for match, entry in name_matches if match}
 
 
 def install_packages(folder: Path) -> None:
     """Install the locked wheels for the GPU machine into `folder`. uv checks their hashes."""
     requirements = read_locked_requirements(TRAINER_LOCK_FILE.read_text())
-    chosen = [requirements[name] for name in PACKED_PACKAGES if name not in PACKAGES_WITHOUT_WHEEL]
+    chosen_requirements = [requirements[name] for name in PACKED_PACKAGES if name not in PACKAGES_WITHOUT_WHEEL]
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
-        file.write("\n".join(chosen) + "\n")
+        file.write("\n".join(chosen_requirements) + "\n")
         file.flush()
-        base = Path(sys.executable).resolve()
-        uv = next(Path(entry, "uv") for entry in [sysconfig.get_path("scripts"), *_find_shared_script_folders()] if Path(entry, "uv").exists())
+        base_python = Path(sys.executable).resolve()
+        uv_program = next(Path(entry, "uv") for entry in [sysconfig.get_path("scripts"), *_find_shared_script_folders()] if Path(entry, "uv").exists())
         command = [
-            uv, "pip", "install", "-q", "--target", folder, "--python", base, "--python-version", PYTHON_VERSION, "--python-platform", PLATFORM,
+            uv_program, "pip", "install", "-q", "--target", folder, "--python", base_python, "--python-version", PYTHON_VERSION, "--python-platform", PLATFORM,
             "--no-deps", "--require-hashes", "--only-binary", ":all:", "-r", file.name,
         ]  # fmt: skip
         subprocess.run(command, check=True)
@@ -75,9 +75,9 @@ def copy_installed_package(name: str, folder: Path) -> None:
     files = distribution(name).files or []
     for file in files:
         if ".." not in file.parts:
-            target = folder / file
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(Path(str(file.locate())).read_bytes())
+            target_file = folder / file
+            target_file.parent.mkdir(parents=True, exist_ok=True)
+            target_file.write_bytes(Path(str(file.locate())).read_bytes())
 
 
 def pack_folder(folder: Path, archive: Path) -> None:
@@ -92,21 +92,21 @@ def pack_folder(folder: Path, archive: Path) -> None:
 
 def measure_tracked_files() -> int:
     """Return the total size of the tracked files of this checkout in bytes."""
-    names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    return sum((ROOT / name).stat().st_size for name in names.split("\0") if name and (ROOT / name).is_file())
+    joined_names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return sum((ROOT / name).stat().st_size for name in joined_names.split("\0") if name and (ROOT / name).is_file())
 
 
 def main() -> int:
     """Pack the kit and print its size. Returns 1 if it is too large."""
-    with tempfile.TemporaryDirectory(prefix="gpu-kit-") as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory(prefix="gpu-kit-") as folder_name:
+        folder = Path(folder_name)
         install_packages(folder)
         for package in PACKAGES_WITHOUT_WHEEL:
             copy_installed_package(package, folder)
-        pack_folder(folder, ARCHIVE)
-    sizes = [size / 2**20 for size in (ARCHIVE.stat().st_size, measure_tracked_files())]
-    print(f"{ARCHIVE.relative_to(ROOT)}: {sizes[0]:.1f} MiB; with the tracked files {sum(sizes):.1f} MiB (limit {SIZE_LIMIT_MIB})")
-    return int(sum(sizes) > SIZE_LIMIT_MIB)
+        pack_folder(folder, ARCHIVE_FILE)
+    sizes_mib = [size / 2**20 for size in (ARCHIVE_FILE.stat().st_size, measure_tracked_files())]
+    print(f"{ARCHIVE_FILE.relative_to(ROOT)}: {sizes_mib[0]:.1f} MiB; with the tracked files {sum(sizes_mib):.1f} MiB (limit {SIZE_LIMIT_MIB})")
+    return int(sum(sizes_mib) > SIZE_LIMIT_MIB)
 
 
 if __name__ == "__main__":

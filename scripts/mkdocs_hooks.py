@@ -13,7 +13,7 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCS = ROOT / "docs"
+DOCS_FOLDER = ROOT / "docs"
 LINK_PATTERN = re.compile(r"(\]\()([^)\s#:]+)((?:#[^)\s]*)?\))")
 """A relative link in Markdown. The pattern's groups are `](`, the target, and the closing parenthesis, with the anchor before it if the link has one."""
 PROJECT_PAGES = ("CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "examples/README.md")
@@ -21,12 +21,12 @@ PROJECT_PAGES = ("CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "examples/REA
 
 def to_site_uri(path: Path) -> str:
     """Return the path of a repository file on the site, relative to the site's root."""
-    return path.relative_to(DOCS).as_posix() if path.is_relative_to(DOCS) else f"source/{path.relative_to(ROOT).as_posix()}"
+    return path.relative_to(DOCS_FOLDER).as_posix() if path.is_relative_to(DOCS_FOLDER) else f"source/{path.relative_to(ROOT).as_posix()}"
 
 
 def to_source_path(src_uri: str) -> Path:
     """Return the repository file from which mkdocs creates a page or file of the site."""
-    return ROOT / src_uri.removeprefix("source/") if src_uri.startswith("source/") else DOCS / src_uri
+    return ROOT / src_uri.removeprefix("source/") if src_uri.startswith("source/") else DOCS_FOLDER / src_uri
 
 
 def find_linked_paths(page: Path) -> set[Path]:
@@ -37,18 +37,18 @@ def find_linked_paths(page: Path) -> set[Path]:
 
 def on_files(files: Files, *, config: Any) -> Files:
     """Add the pages of the project, and all files outside of `docs/` that pages link to."""
-    unread = [to_source_path(file.src_uri) for file in files if file.src_uri.endswith(".md")] + [ROOT / name for name in PROJECT_PAGES]
-    seen: set[Path] = set()
-    while unread:
-        page = unread.pop()
-        if page in seen:
+    unread_pages = [to_source_path(file.src_uri) for file in files if file.src_uri.endswith(".md")] + [ROOT / name for name in PROJECT_PAGES]
+    visited_pages: set[Path] = set()
+    while unread_pages:
+        page = unread_pages.pop()
+        if page in visited_pages:
             continue
-        seen.add(page)
+        visited_pages.add(page)
         uri = to_site_uri(page)
         if files.get_file_from_path(uri) is None:
             files.append(File.generated(config, uri, abs_src_path=str(page)))
         if page.suffix == ".md":
-            unread += find_linked_paths(page)
+            unread_pages += find_linked_paths(page)
     return files
 
 
@@ -57,11 +57,11 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Files) -> 
     folder = to_source_path(page.file.src_uri).parent
     site_folder = Path(page.file.src_uri).parent
 
-    def to_site_link(match: re.Match[str]) -> str:
-        target = Path(os.path.normpath(folder / match[2]))
+    def to_site_link(link_match: re.Match[str]) -> str:
+        target = Path(os.path.normpath(folder / link_match[2]))
         if not target.is_file() or not target.is_relative_to(ROOT):
-            return match[0]
-        return match[1] + os.path.relpath(to_site_uri(target), site_folder) + match[3]
+            return link_match[0]
+        return link_match[1] + os.path.relpath(to_site_uri(target), site_folder) + link_match[3]
 
     if page.file.src_uri == "decisions/README.md":
         markdown += "\n" + "\n".join(_list_decisions()) + "\n"
@@ -69,5 +69,5 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Files) -> 
 
 
 def _list_decisions() -> list[str]:
-    pages = sorted((DOCS / "decisions").glob("0*.md"), reverse=True)
+    pages = sorted((DOCS_FOLDER / "decisions").glob("0*.md"), reverse=True)
     return [f"* [{path.name[:4]}: {path.read_text('utf-8').splitlines()[0].lstrip('# ')}]({path.name})" for path in pages]

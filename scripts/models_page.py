@@ -39,13 +39,13 @@ def make_models_page() -> str:
     return "\n".join([HEADER.format(versions=versions), "\n\n".join(sections), "\n## Refused or failed\n", notes, ""])
 
 
-def _format_table(strategy: str, families: dict[str, dict[str, str]], reasons: list[str]) -> str:
+def _format_table(strategy: str, verdicts_by_family: dict[str, dict[str, str]], reasons: list[str]) -> str:
     """Return the heading and table of one strategy. Appends the refusal messages that `reasons` does not contain yet."""
     lines = [f"## {strategy}", "", f"| type | {' | '.join(COLUMNS)} |", f"|---|{'---|' * len(COLUMNS)}"]
-    for family, verdicts in families.items():
-        unknown = verdicts.keys() - set(COLUMNS)
-        if unknown:
-            raise ValueError(f"{RECORD_FILE.name} has a verdict on {', '.join(sorted(unknown))}, which has no column")
+    for family, verdicts in verdicts_by_family.items():
+        unknown_columns = verdicts.keys() - set(COLUMNS)
+        if unknown_columns:
+            raise ValueError(f"{RECORD_FILE.name} has a verdict on {', '.join(sorted(unknown_columns))}, which has no column")
         lines.append(f"| `{family}` | {' | '.join(_to_mark(verdicts.get(method), reasons) for method in COLUMNS)} |")
     return "\n".join(lines)
 

@@ -31,7 +31,7 @@ from pathlib import Path
 from prepare import ROOT
 from smollm2 import cache_folder
 
-LOCK = ROOT / "requirements/mutants.lock"
+LOCK_FILE = ROOT / "requirements/mutants.lock"
 OPERATOR, TRAINER = "operator/finetune_operator", "trainer-image/finetune_trainer"
 OPERATOR_TESTS, TRAINER_TESTS = "tests/unit/operator", "tests/unit/trainer"
 PRELOADED_LIBRARIES = ("hypothesis", "aiohttp", "kopf", "kubernetes.aio", "boto3", "torch", "transformers", "ruamel.yaml")
@@ -78,19 +78,19 @@ class Mutant:
 
 def install_cosmic_ray() -> Path:
     """Install cosmic-ray if necessary. Returns the folder that contains the programs of cosmic-ray."""
-    folder = cache_folder() / f"mutants-{hashlib.sha256(LOCK.read_bytes()).hexdigest()[:12]}"
+    folder = cache_folder() / f"mutants-{hashlib.sha256(LOCK_FILE.read_bytes()).hexdigest()[:12]}"
     if not (folder / "bin/cosmic-ray").exists():
-        uv = next(iter(cache_folder().glob("uv-*/bin/uv")))
-        subprocess.run([uv, "venv", "-q", "--clear", "--python", sys.executable, folder], check=True)
-        install = [uv, "pip", "install", "-q", "--python", folder / "bin/python", "--require-hashes", "-r", LOCK]
-        subprocess.run(install, check=True)
+        uv_program = next(iter(cache_folder().glob("uv-*/bin/uv")))
+        subprocess.run([uv_program, "venv", "-q", "--clear", "--python", sys.executable, folder], check=True)
+        install_command = [uv_program, "pip", "install", "-q", "--python", folder / "bin/python", "--require-hashes", "-r", LOCK_FILE]
+        subprocess.run(install_command, check=True)
     return folder / "bin"
 
 
 def copy_checkout(target_folder: Path) -> None:
     """Copy all tracked files, including uncommitted changes."""
-    names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    for name in filter(None, names.split("\0")):
+    joined_names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    for name in filter(None, joined_names.split("\0")):
         if (ROOT / name).is_file():
             (target_folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, target_folder / name)
@@ -99,10 +99,10 @@ def copy_checkout(target_folder: Path) -> None:
 class MutationRun:
     """Tests mutants in several copies of the checkout at the same time."""
 
-    def __init__(self, folder: Path, worker_count: int, timeout_seconds: float, sample_size: int | None, *, only_own_tests: bool):
+    def __init__(self, folder: Path, worker_count: int, timeout_seconds: float, sample_size: int | None, *, runs_only_own_tests: bool):
         self._programs, self._timeout_seconds = install_cosmic_ray(), timeout_seconds
         self._sample_size, self._worker_count = sample_size, worker_count
-        self._socket, self._only_own_tests = folder / "tests.sock", only_own_tests
+        self._socket, self._runs_only_own_tests = folder / "tests.sock", runs_only_own_tests
         self._checkouts: queue.SimpleQueue[Path] = queue.SimpleQueue()
         for number in range(worker_count):
             checkout = folder / str(number)
@@ -110,27 +110,27 @@ class MutationRun:
             self._checkouts.put(checkout)
 
     @contextlib.contextmanager
-    def test_server(self) -> Iterator[None]:
+    def run_test_server(self) -> Iterator[None]:
         """Run the server of `mutants_server.py`, which runs tests in forked processes."""
-        python = ROOT / ".venv/bin/python"
-        server = subprocess.Popen([python, ROOT / "scripts/mutants_server.py", "serve", self._socket, *PRELOADED_LIBRARIES])
+        python_program = ROOT / ".venv/bin/python"
+        server_process = subprocess.Popen([python_program, ROOT / "scripts/mutants_server.py", "serve", self._socket, *PRELOADED_LIBRARIES])
         try:
             while not self._socket.exists():
-                if server.poll() is not None:
-                    raise RuntimeError(f"the test server ended with exit code {server.returncode} before it was ready")
+                if server_process.poll() is not None:
+                    raise RuntimeError(f"the test server ended with exit code {server_process.returncode} before it was ready")
                 time.sleep(0.1)  # The test server is still importing the libraries.
             yield
         finally:
-            server.kill()
-            server.wait()
+            server_process.kill()
+            server_process.wait()
 
-    def test_module(self, name: str) -> list[Mutant]:
+    def test_mutants_of_module(self, name: str) -> list[Mutant]:
         """Test the mutants of one module. Errors: CalledProcessError if the unchanged module fails its tests."""
         module, tests = MODULES[name]
-        drawn = self._draw_mutants(module, tests)
+        drawn_mutant_ids = self._draw_mutants(module, tests)
         batches = [
             (file, set(mutant_ids[start : start + BATCH_SIZE]))
-            for file, mutant_ids in sorted(drawn.items())
+            for file, mutant_ids in sorted(drawn_mutant_ids.items())
             for start in range(0, len(mutant_ids), BATCH_SIZE)
         ]
         with concurrent.futures.ThreadPoolExecutor(self._worker_count) as pool:
@@ -139,9 +139,9 @@ class MutationRun:
 
     def _draw_mutants(self, module: str, tests: str) -> dict[str, list[str]]:
         """Check that the tests pass on the unchanged module. Returns the ids of the mutants to test, by file."""
-        with self._open_session(module, tests) as (checkout, session):
+        with self._open_session(module, tests) as (checkout, session_file):
             self._run_program(checkout, "cosmic-ray", "baseline", "mutants.toml")
-            with contextlib.closing(sqlite3.connect(session)) as database:
+            with contextlib.closing(sqlite3.connect(session_file)) as database:
                 query = (
                     "select module_path, operator_name, occurrence from mutation_specs"
                     " where job_id not in (select job_id from work_results) order by 1, 2, 3"
@@ -153,17 +153,17 @@ class MutationRun:
 
     def _test_batch(self, file: str, mutant_ids: set[str], tests: str) -> list[Mutant]:
         """Test some mutants of one file. Tests named after the file run first, because they notice most changes quickly."""
-        own = sorted(path for folder in tests.split() for path in (ROOT / folder).glob(f"**/test_{Path(file).stem}.py"))
-        ordered = [str(path.relative_to(ROOT)) for path in own]
-        ordered += [] if own and self._only_own_tests else [tests]
-        with self._open_session(file, *ordered) as (checkout, session):
-            with contextlib.closing(sqlite3.connect(session)) as database, database:
+        own_test_files = sorted(path for folder in tests.split() for path in (ROOT / folder).glob(f"**/test_{Path(file).stem}.py"))
+        ordered_tests = [str(path.relative_to(ROOT)) for path in own_test_files]
+        ordered_tests += [] if own_test_files and self._runs_only_own_tests else [tests]
+        with self._open_session(file, *ordered_tests) as (checkout, session_file):
+            with contextlib.closing(sqlite3.connect(session_file)) as database, database:
                 rows = database.execute("select job_id, operator_name, occurrence from mutation_specs").fetchall()
-                others = [(job,) for job, operator, number in rows if f"{operator} {number}" not in mutant_ids]
+                excluded_jobs = [(job,) for job, operator, number in rows if f"{operator} {number}" not in mutant_ids]
                 for table in ("work_results", "mutation_specs", "work_items"):
-                    database.executemany(f"delete from {table} where job_id = ?", others)
-            self._run_program(checkout, "cosmic-ray", "exec", "mutants.toml", session.name)
-            return list(_parse_results(self._run_program(checkout, "cosmic-ray", "dump", session.name)))
+                    database.executemany(f"delete from {table} where job_id = ?", excluded_jobs)
+            self._run_program(checkout, "cosmic-ray", "exec", "mutants.toml", session_file.name)
+            return list(_parse_results(self._run_program(checkout, "cosmic-ray", "dump", session_file.name)))
 
     @contextlib.contextmanager
     def _open_session(self, module: str, *tests: str) -> Iterator[tuple[Path, Path]]:
@@ -171,42 +171,42 @@ class MutationRun:
 
         For each mutant, cosmic-ray runs the groups of tests until one group fails.
         """
-        client = [sys.executable, "-I", "-S", str(ROOT / "scripts/mutants_server.py"), "run", str(self._socket)]
-        command = shlex.join([*client, *tests])
+        client_command = [sys.executable, "-I", "-S", str(ROOT / "scripts/mutants_server.py"), "run", str(self._socket)]
+        test_command = shlex.join([*client_command, *tests])
         checkout = self._checkouts.get()
         try:
-            (checkout / "mutants.toml").write_text(CONFIG_TEMPLATE.format(module=module, timeout=self._timeout_seconds, command=command))
-            session = checkout / "mutants.sqlite"
-            session.unlink(missing_ok=True)
-            self._run_program(checkout, "cosmic-ray", "init", "mutants.toml", session.name)
-            self._run_program(checkout, "cr-filter-operators", session.name, "mutants.toml")
-            yield checkout, session
+            (checkout / "mutants.toml").write_text(CONFIG_TEMPLATE.format(module=module, timeout=self._timeout_seconds, command=test_command))
+            session_file = checkout / "mutants.sqlite"
+            session_file.unlink(missing_ok=True)
+            self._run_program(checkout, "cosmic-ray", "init", "mutants.toml", session_file.name)
+            self._run_program(checkout, "cr-filter-operators", session_file.name, "mutants.toml")
+            yield checkout, session_file
         finally:
             self._checkouts.put(checkout)
 
     def _run_program(self, checkout: Path, program: str, *arguments: str) -> str:
-        done = subprocess.run(
+        completed_process = subprocess.run(
             [self._programs / program, *arguments], cwd=checkout, check=True, stdout=subprocess.PIPE, text=True
         )
-        return done.stdout
+        return completed_process.stdout
 
 
-def _parse_results(dump: str) -> Iterator[Mutant]:
-    for line in dump.splitlines():
+def _parse_results(session_dump: str) -> Iterator[Mutant]:
+    for line in session_dump.splitlines():
         item, result = json.loads(line)
         if result is not None and result["worker_outcome"] != "skipped":
             (mutation,) = item["mutations"]
             is_killed = result["test_outcome"] != "survived"
-            added = [line[1:].strip() for line in (result["diff"] or "").splitlines() if line.startswith("+") and line[1:2] != "+"]
+            added_lines = [line[1:].strip() for line in (result["diff"] or "").splitlines() if line.startswith("+") and line[1:2] != "+"]
             operator = mutation["operator_name"].removeprefix("core/")
-            yield Mutant(mutation["module_path"], mutation["start_pos"][0], operator, " ".join(added), is_killed)
+            yield Mutant(mutation["module_path"], mutation["start_pos"][0], operator, " ".join(added_lines), is_killed)
 
 
 def print_result(name: str, mutants: list[Mutant]) -> None:
     """Print the share of killed mutants and the changed line of each survivor."""
     survivors = sorted((mutant for mutant in mutants if not mutant.is_killed), key=lambda mutant: (mutant.file, mutant.line))
-    killed = len(mutants) - len(survivors)
-    print(f"{name}: {killed} of {len(mutants)} killed ({killed / max(1, len(mutants)):.0%})", flush=True)
+    killed_count = len(mutants) - len(survivors)
+    print(f"{name}: {killed_count} of {len(mutants)} killed ({killed_count / max(1, len(mutants)):.0%})", flush=True)
     for mutant in survivors:
         print(f"  {mutant.file}:{mutant.line}: {mutant.operator}: {mutant.changed_line}", flush=True)
 
@@ -222,11 +222,11 @@ def main() -> int:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         mutation_run = MutationRun(
-            Path(folder), options.workers, options.timeout, options.sample, only_own_tests=options.own_tests
+            Path(folder), options.workers, options.timeout, options.sample, runs_only_own_tests=options.own_tests
         )
-        with mutation_run.test_server():
+        with mutation_run.run_test_server():
             for name in options.modules or MODULES:
-                print_result(name, mutation_run.test_module(name))
+                print_result(name, mutation_run.test_mutants_of_module(name))
     return 0
 
 

@@ -23,13 +23,13 @@ def run(address: str, test_groups: list[str]) -> int:
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(address)
         connection.sendall(json.dumps({"folder": str(Path.cwd()), "groups": test_groups}).encode() + b"\n")
-        answer = connection.recv(16)
-    return int(answer or b"1")
+        response = connection.recv(16)
+    return int(response or b"1")
 
 
-def serve(address: str, modules: list[str]) -> None:
+def serve(address: str, module_names: list[str]) -> None:
     """Answer requests until the process is killed. Each request is handled in a separate process."""
-    for module in ("pytest", *modules):
+    for module in ("pytest", *module_names):
         importlib.import_module(module)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     with socket.socket(socket.AF_UNIX) as listener:
@@ -49,17 +49,17 @@ def serve(address: str, modules: list[str]) -> None:
 def handle_request(connection: socket.socket) -> None:
     """Run the tests of one request in a child process, and send its exit code. Kill the child if the client disconnects."""
     request = json.loads(connection.makefile().readline())
-    child = os.fork()
-    if child == 0:
+    child_pid = os.fork()
+    if child_pid == 0:
         os._exit(run_tests(request["folder"], request["groups"]))
-    watcher = os.fork()
-    if watcher == 0:
+    watcher_pid = os.fork()
+    if watcher_pid == 0:
         connection.recv(1)  # blocks until the client disconnects
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(child, signal.SIGKILL)
+            os.killpg(child_pid, signal.SIGKILL)
         os._exit(0)
-    _, status = os.waitpid(child, 0)
-    os.kill(watcher, signal.SIGKILL)
+    _, status = os.waitpid(child_pid, 0)
+    os.kill(watcher_pid, signal.SIGKILL)
     connection.sendall(str(int(status != 0)).encode())
 
 
@@ -67,17 +67,17 @@ def run_tests(folder: str, test_groups: list[str]) -> int:
     """Run the groups of tests in `folder` in order until one fails. Returns 0 if all pass, else 1."""
     os.setsid()
     os.chdir(folder)
-    silent = os.open(os.devnull, os.O_RDWR)
+    devnull_fd = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
-        os.dup2(silent, stream)
+        os.dup2(devnull_fd, stream)
     sys.dont_write_bytecode = True  # Python could otherwise run the cached bytecode of an earlier mutant whose file has the same size and time.
     import pytest
 
     for group in test_groups:
-        child = os.fork()
-        if child == 0:
+        child_pid = os.fork()
+        if child_pid == 0:
             os._exit(int(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *group.split()])))
-        _, status = os.waitpid(child, 0)
+        _, status = os.waitpid(child_pid, 0)
         if status:
             return 1
     return 0

@@ -56,10 +56,10 @@ class MissingPackage(Exception):
     """A package of a lock file is not installed, or is installed with another version."""
 
 
-def read_locked_versions(lock: Path) -> dict[str, str]:
+def read_locked_versions(lock_file: Path) -> dict[str, str]:
     """Return the versions of the packages that a lock file installs with this Python version, by package name."""
-    found = LOCK_LINE.findall(lock.read_text("utf-8"))
-    return {canonicalize_name(name): version for name, version, marker in found if not marker or Marker(marker).evaluate()}
+    locked_packages = LOCK_LINE.findall(lock_file.read_text("utf-8"))
+    return {canonicalize_name(name): version for name, version, marker in locked_packages if not marker or Marker(marker).evaluate()}
 
 
 def read_packages(program: str) -> list[Package]:
@@ -70,12 +70,12 @@ def read_packages(program: str) -> list[Package]:
 
 def _read_package(name: str, version: str, versions: dict[str, str]) -> Package:
     try:
-        found = metadata(name)
+        package_metadata = metadata(name)
     except PackageNotFoundError as error:
         raise MissingPackage(f"{name} {version} is not installed: run make setup") from error
-    if found["Version"] != version:
-        raise MissingPackage(f"{name} is installed as {found['Version']}, but the lock file has {version}: run make setup")
-    return Package(name, version, _find_licence(name, found), tuple(sorted(set(_list_required_names(name)) & versions.keys())))
+    if package_metadata["Version"] != version:
+        raise MissingPackage(f"{name} is installed as {package_metadata['Version']}, but the lock file has {version}: run make setup")
+    return Package(name, version, _find_licence(name, package_metadata), tuple(sorted(set(_list_required_names(name)) & versions.keys())))
 
 
 def _list_required_names(name: str) -> Iterator[str]:
@@ -85,15 +85,15 @@ def _list_required_names(name: str) -> Iterator[str]:
 
 
 def _find_licence(name: str, package_metadata: PackageMetadata) -> str:
-    expression = package_metadata.get("License-Expression")
-    if name in LICENCE_BY_PACKAGE or expression:
-        return LICENCE_BY_PACKAGE.get(name) or str(expression)
+    spdx_expression = package_metadata.get("License-Expression")
+    if name in LICENCE_BY_PACKAGE or spdx_expression:
+        return LICENCE_BY_PACKAGE.get(name) or str(spdx_expression)
     # Some packages write the whole licence text into the field `License`; the first line of the text is the name of the licence.
     first_line = (package_metadata.get("License") or "").strip().partition("\n")[0].strip()
-    named = _to_spdx(first_line)
-    classifiers = [_to_spdx(line.split(" :: ")[-1]) for line in package_metadata.get_all("Classifier") or [] if line.startswith("License ::")]
-    is_name = bool(named) and len(named) <= 20
-    return named if is_name else " OR ".join(sorted(filter(None, classifiers))) or "unknown"
+    licence_from_text = _to_spdx(first_line)
+    licences_from_classifiers = [_to_spdx(line.split(" :: ")[-1]) for line in package_metadata.get_all("Classifier") or [] if line.startswith("License ::")]
+    is_licence_name = bool(licence_from_text) and len(licence_from_text) <= 20
+    return licence_from_text if is_licence_name else " OR ".join(sorted(filter(None, licences_from_classifiers))) or "unknown"
 
 
 def _to_spdx(licence_text: str) -> str:

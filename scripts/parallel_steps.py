@@ -59,9 +59,9 @@ class Commands:
 
     def __call__(self, argv: Sequence[str | Path], *, env: dict[str, str] | None = None) -> None:
         """Run a command and write its output to a log file. Errors: StepFailed with the last lines of the output."""
-        log = self.log_folder / f"{Path(argv[0]).stem}-{threading.get_ident()}-{time.monotonic_ns()}.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("wb") as out:
+        log_file = self.log_folder / f"{Path(argv[0]).stem}-{threading.get_ident()}-{time.monotonic_ns()}.log"
+        log_file.parent.mkdir(parents=True, exist_ok=True)
+        with log_file.open("wb") as out:
             with self._lock:
                 if self.is_stopping.is_set():
                     raise StepFailed("interrupted")
@@ -70,12 +70,12 @@ class Commands:
                     env={**os.environ, **(env or {})}, start_new_session=True,
                 )  # fmt: skip
                 self.running_processes.add(process)
-            code = process.wait()
+            exit_code = process.wait()
         with self._lock:
             self.running_processes.discard(process)
-        if code != 0:
-            lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-            raise StepFailed("\n".join(lines[-5:]) or f"{argv[0]} ended with {code}")
+        if exit_code != 0:
+            log_lines = [line for line in log_file.read_text(errors="replace").splitlines() if line.strip()]
+            raise StepFailed("\n".join(log_lines[-5:]) or f"{argv[0]} ended with {exit_code}")
 
     def stop_all(self) -> None:
         """Stop all running programs and their process groups: send SIGTERM, wait, then send SIGKILL."""

@@ -28,14 +28,14 @@ def make_model_step() -> Step:
 
 def make_local_steps() -> list[Step]:
     """Return the steps that prepare the local cluster: Debian packages, programs and images."""
-    packages_step = "Debian packages of the local cluster"
+    packages_step_name = "Debian packages of the local cluster"
     return [
-        Step(packages_step, lambda command: command(make_python_command("-m", "localcluster", "packages", "--install"))),
+        Step(packages_step_name, lambda command: command(make_python_command("-m", "localcluster", "packages", "--install"))),
         Step("Kubernetes, from its Go modules", lambda command: command(make_python_command("-m", "localcluster", "build"))),
         Step(
             "images of operator, trainer and S3",
             lambda command: command(make_python_command("-m", "localcluster", "images", "build", "all")),
-            required_steps=(packages_step,),
+            required_steps=(packages_step_name,),
         ),
     ]
 

@@ -31,12 +31,12 @@ import yaml
 from finetune_api.names import RELEASE
 from packages import ROOT, MissingPackage
 
-CHART = Path("helm/finetune-operator")
-CRD = Path("crds/finetunejobs.yaml")
+CHART_FOLDER = Path("helm/finetune-operator")
+CRD_FILE = Path("crds/finetunejobs.yaml")
 CHECKSUMS_FILE_NAME = "SHA256SUMS"
 LAUNCHER_FILE = Path("scripts/krew/kubectl-finetune")
 IMAGE_PATTERN = re.compile(r"[a-z0-9][a-z0-9./:_-]*@sha256:[0-9a-f]{64}")
-OLDEST_ZIP_TIME = 315532800
+OLDEST_ZIP_EPOCH_SECONDS = 315532800
 """1980-01-01 in seconds since 1970: the earliest time that a zip file can contain."""
 
 
@@ -55,45 +55,45 @@ class ReleaseFile:
 
 def build_release(folder: Path, url: str | None, images: Iterable[str]) -> list[Path]:
     """Write all files of the release to `folder`, and remove what it contained before. Returns the paths of the files. Errors: ReleaseError, MissingPackage."""
-    given_images = sorted(images)
-    if wrong := [image for image in given_images if not IMAGE_PATTERN.fullmatch(image)]:
-        raise ReleaseError(f"--image {wrong[0]}: write name@sha256:digest, with the digest that the registry printed")
+    image_references = sorted(images)
+    if invalid_references := [image for image in image_references if not IMAGE_PATTERN.fullmatch(image)]:
+        raise ReleaseError(f"--image {invalid_references[0]}: write name@sha256:digest, with the digest that the registry printed")
     if url is not None and not url.startswith("https://"):
         raise ReleaseError(f"--url {url}: write the https:// address of the folder from which users download the files")
     if folder.exists() and any(folder.iterdir()) and not (folder / CHECKSUMS_FILE_NAME).exists():
         raise ReleaseError(f"{folder} is not empty and contains no release: give a new folder")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    epoch = read_source_date_epoch()
+    epoch_seconds = read_source_date_epoch()
     with tempfile.TemporaryDirectory() as temporary:
-        source = Path(temporary) / "source"
-        export_commit(source)
-        wheel = build_wheel(source, folder, epoch)
-        write_tar(folder / f"finetune-operator-{RELEASE}.tgz", read_chart_files(source / CHART), epoch)
-        plugin = folder / f"kubectl-finetune-{RELEASE}.tar.gz"
-        write_tar(plugin, read_plugin_files(source, wheel), epoch)
-        shutil.copyfile(source / CRD, folder / CRD.name)
+        source_folder = Path(temporary) / "source"
+        export_commit(source_folder)
+        wheel_file = build_wheel(source_folder, folder, epoch_seconds)
+        write_tar(folder / f"finetune-operator-{RELEASE}.tgz", read_chart_files(source_folder / CHART_FOLDER), epoch_seconds)
+        plugin_archive = folder / f"kubectl-finetune-{RELEASE}.tar.gz"
+        write_tar(plugin_archive, read_plugin_files(source_folder, wheel_file), epoch_seconds)
+        shutil.copyfile(source_folder / CRD_FILE, folder / CRD_FILE.name)
     sbom.write_files(folder)
-    if given_images:
-        (folder / "images.txt").write_text("\n".join(given_images) + "\n", "utf-8")
+    if image_references:
+        (folder / "images.txt").write_text("\n".join(image_references) + "\n", "utf-8")
     if url is not None:
-        (folder / "finetune.yaml").write_text(make_krew_manifest(plugin, url.rstrip("/")), "utf-8")
+        (folder / "finetune.yaml").write_text(make_krew_manifest(plugin_archive, url.rstrip("/")), "utf-8")
     return [*sorted(folder.iterdir()), write_checksums(folder)]
 
 
 def read_source_date_epoch() -> int:
     """Return the time that all files of a release get, in seconds since 1970: SOURCE_DATE_EPOCH, or the time of the last commit."""
-    text = os.environ.get("SOURCE_DATE_EPOCH") or run_git("log", "-1", "--format=%ct").decode().strip()
-    if not text.isdecimal():
-        raise ReleaseError(f"SOURCE_DATE_EPOCH is {text}: write the seconds since 1970 as a number")
-    return max(int(text), OLDEST_ZIP_TIME)
+    epoch_text = os.environ.get("SOURCE_DATE_EPOCH") or run_git("log", "-1", "--format=%ct").decode().strip()
+    if not epoch_text.isdecimal():
+        raise ReleaseError(f"SOURCE_DATE_EPOCH is {epoch_text}: write the seconds since 1970 as a number")
+    return max(int(epoch_text), OLDEST_ZIP_EPOCH_SECONDS)
 
 
 def run_git(*arguments: str) -> bytes:
-    done = subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, check=False)
-    if done.returncode:
-        raise ReleaseError(f"git {arguments[0]} failed: {done.stderr.decode().strip()}; build a release in a clone of the repository")
-    return done.stdout
+    completed_process = subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, check=False)
+    if completed_process.returncode:
+        raise ReleaseError(f"git {arguments[0]} failed: {completed_process.stderr.decode().strip()}; build a release in a clone of the repository")
+    return completed_process.stdout
 
 
 def export_commit(folder: Path) -> None:
@@ -104,34 +104,35 @@ def export_commit(folder: Path) -> None:
         archive.extractall(folder, filter="data")
 
 
-def build_wheel(source: Path, folder: Path, epoch: int) -> Path:
+def build_wheel(source: Path, folder: Path, epoch_seconds: int) -> Path:
     """Build the wheel, and repack it into `folder`, so that the times, permissions and order of its files are fixed. Returns its path."""
-    program = "import sys, setuptools.build_meta as backend; backend.build_wheel(sys.argv[1])"
-    built = source.parent / "wheel"
-    built.mkdir()
-    done = subprocess.run(
-        [sys.executable, "-c", program, built], cwd=source, capture_output=True, text=True, env={**os.environ, "SOURCE_DATE_EPOCH": str(epoch)}
+    build_program = "import sys, setuptools.build_meta as backend; backend.build_wheel(sys.argv[1])"
+    built_wheel_folder = source.parent / "wheel"
+    built_wheel_folder.mkdir()
+    completed_process = subprocess.run(
+        [sys.executable, "-c", build_program, built_wheel_folder], cwd=source, capture_output=True, text=True,
+        env={**os.environ, "SOURCE_DATE_EPOCH": str(epoch_seconds)},
     )
-    if done.returncode:
-        raise ReleaseError(f"the wheel could not be built: {done.stderr.strip()[-2000:]}")
-    (unordered,) = built.glob("*.whl")
-    target = folder / unordered.name
-    with zipfile.ZipFile(unordered) as old, zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as new:
-        for name in sorted(old.namelist()):
-            entry = zipfile.ZipInfo(name, time.gmtime(epoch)[:6])
+    if completed_process.returncode:
+        raise ReleaseError(f"the wheel could not be built: {completed_process.stderr.strip()[-2000:]}")
+    (unordered_wheel,) = built_wheel_folder.glob("*.whl")
+    ordered_wheel = folder / unordered_wheel.name
+    with zipfile.ZipFile(unordered_wheel) as old_archive, zipfile.ZipFile(ordered_wheel, "w", zipfile.ZIP_DEFLATED) as new_archive:
+        for name in sorted(old_archive.namelist()):
+            entry = zipfile.ZipInfo(name, time.gmtime(epoch_seconds)[:6])
             entry.compress_type, entry.external_attr, entry.create_system = zipfile.ZIP_DEFLATED, 0o100644 << 16, 3
-            new.writestr(entry, old.read(name))
-    return target
+            new_archive.writestr(entry, old_archive.read(name))
+    return ordered_wheel
 
 
 def read_chart_files(chart: Path) -> list[ReleaseFile]:
     """Return the files of the chart, below a folder with the chart's name. Files that match `.helmignore` are left out."""
-    ignored = [*(chart / ".helmignore").read_text("utf-8").split(), ".helmignore"]
+    ignored_patterns = [*(chart / ".helmignore").read_text("utf-8").split(), ".helmignore"]
     names = sorted(path.relative_to(chart).as_posix() for path in chart.rglob("*") if path.is_file())
-    kept = [name for name in names if not any(fnmatch.fnmatch(Path(name).name, pattern.rstrip("/")) for pattern in ignored)]
+    included_names = [name for name in names if not any(fnmatch.fnmatch(Path(name).name, pattern.rstrip("/")) for pattern in ignored_patterns)]
     # Helm expects Chart.yaml to be the first file of the archive.
-    ordered = sorted(kept, key=lambda name: (name != "Chart.yaml", name))
-    return [ReleaseFile(f"{chart.name}/{name}", (chart / name).read_bytes()) for name in ordered]
+    ordered_names = sorted(included_names, key=lambda name: (name != "Chart.yaml", name))
+    return [ReleaseFile(f"{chart.name}/{name}", (chart / name).read_bytes()) for name in ordered_names]
 
 
 def read_plugin_files(source: Path, wheel: Path) -> list[ReleaseFile]:
@@ -142,15 +143,15 @@ def read_plugin_files(source: Path, wheel: Path) -> list[ReleaseFile]:
     ]  # fmt: skip
 
 
-def write_tar(path: Path, files: Iterable[ReleaseFile], epoch: int) -> None:
+def write_tar(path: Path, files: Iterable[ReleaseFile], epoch_seconds: int) -> None:
     """Write a gzip-compressed tar archive with fixed times, owners and permissions."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as archive:
         for file in files:
             entry = tarfile.TarInfo(file.name)
-            entry.size, entry.mtime, entry.mode = len(file.content), epoch, 0o755 if file.is_program else 0o644
+            entry.size, entry.mtime, entry.mode = len(file.content), epoch_seconds, 0o755 if file.is_program else 0o644
             archive.addfile(entry, io.BytesIO(file.content))
-    path.write_bytes(gzip.compress(buffer.getvalue(), mtime=epoch))
+    path.write_bytes(gzip.compress(buffer.getvalue(), mtime=epoch_seconds))
 
 
 def make_krew_manifest(plugin: Path, url: str) -> str:
@@ -160,7 +161,7 @@ def make_krew_manifest(plugin: Path, url: str) -> str:
         "uri": f"{url}/{plugin.name}", "sha256": hashlib.sha256(plugin.read_bytes()).hexdigest(),
         "files": [{"from": "*", "to": "."}], "bin": "kubectl-finetune",
     }  # fmt: skip
-    value = {
+    manifest = {
         "apiVersion": "krew.googlecontainertools.github.com/v1alpha2", "kind": "Plugin", "metadata": {"name": "finetune"},
         "spec": {
             "version": f"v{RELEASE}", "homepage": url, "shortDescription": "Create, watch and import fine-tuning jobs",
@@ -169,7 +170,7 @@ def make_krew_manifest(plugin: Path, url: str) -> str:
             "platforms": [platform],
         },
     }  # fmt: skip
-    return str(yaml.safe_dump(value, sort_keys=False, width=160))
+    return str(yaml.safe_dump(manifest, sort_keys=False, width=160))
 
 
 def write_checksums(folder: Path) -> Path:

@@ -17,8 +17,8 @@ IMAGES_FOLDER = ROOT / "docs/guides/images"
 MAX_BYTES = 150_000
 SCREENSHOTS = (("report-desktop.png", 1180, 1560, False), ("report-phone.png", 360, 1500, True))
 """One entry for each screenshot: file, width and height in CSS pixels, and whether the theme is dark."""
-HOW_TO_INSTALL = "no browser is installed: install Chromium, on Debian with `apt-get install chromium-headless-shell`"
-COLOURS = 256
+INSTALL_HINT = "no browser is installed: install Chromium, on Debian with `apt-get install chromium-headless-shell`"
+COLOUR_COUNT = 256
 """Number of colours in a saved picture. More colours make the files larger, but not visibly better."""
 
 
@@ -30,11 +30,11 @@ def main() -> None:
     options = parser.parse_args()
     sys.path[:0] = [str(path) for path in (ROOT, ROOT / "tests/pod", ROOT / "crds", ROOT / "trainer-image")]
     if options.install:
-        print(_find_or_install_browser() or f"{HOW_TO_INSTALL}; the tests that need it are skipped")
+        print(_find_or_install_browser() or f"{INSTALL_HINT}; the tests that need it are skipped")
         return
     program = _find_or_install_browser()
     if program is None:
-        sys.exit(HOW_TO_INSTALL)
+        sys.exit(INSTALL_HINT)
     with tempfile.TemporaryDirectory() as folder:
         _take_screenshots(program, options.report or _train_and_report(Path(folder)))
 
@@ -60,7 +60,7 @@ def _train_and_report(folder: Path) -> Path:
     return stored_run_folder(folder) / REPORT_KEY
 
 
-def _take_screenshots(program: str, report: Path) -> None:
+def _take_screenshots(program: str, report_file: Path) -> None:
     from PIL import Image
 
     from tests.support.browser import Browser
@@ -68,14 +68,14 @@ def _take_screenshots(program: str, report: Path) -> None:
     IMAGES_FOLDER.mkdir(exist_ok=True)
     with Browser(program) as browser:
         for name, width, height, is_dark in SCREENSHOTS:
-            visit = browser.show(report.resolve().as_uri(), width=width, dark=is_dark)
-            assert not visit.requests and not visit.errors, visit
+            page_visit = browser.show(report_file.resolve().as_uri(), width=width, dark=is_dark)
+            assert not page_visit.requests and not page_visit.errors, page_visit
             browser.screenshot(IMAGES_FOLDER / name, height=height)
             with Image.open(IMAGES_FOLDER / name) as picture:
-                picture.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE).save(IMAGES_FOLDER / name, optimize=True)
-            size = (IMAGES_FOLDER / name).stat().st_size
-            assert size <= MAX_BYTES, f"{name} has {size} bytes"
-            print(f"{IMAGES_FOLDER / name}: {size} bytes")
+                picture.convert("RGB").quantize(COLOUR_COUNT, dither=Image.Dither.NONE).save(IMAGES_FOLDER / name, optimize=True)
+            size_bytes = (IMAGES_FOLDER / name).stat().st_size
+            assert size_bytes <= MAX_BYTES, f"{name} has {size_bytes} bytes"
+            print(f"{IMAGES_FOLDER / name}: {size_bytes} bytes")
 
 
 if __name__ == "__main__":

@@ -47,19 +47,19 @@ class Finding:
 
 def scan(folder: Path, versions_by_program: dict[str, dict[str, str]]) -> tuple[list[Finding], int]:
     """Return the findings, sorted by package and report, and the number of reports read. Errors: UnusableDatabase."""
-    programs_of: dict[str, dict[str, list[str]]] = {}
+    programs_by_package_version: dict[str, dict[str, list[str]]] = {}
     for program, versions in versions_by_program.items():
         for name, version in versions.items():
-            programs_of.setdefault(name, {}).setdefault(version, []).append(program)
-    findings, count = [], 0
+            programs_by_package_version.setdefault(name, {}).setdefault(version, []).append(program)
+    findings, report_count = [], 0
     for report in read_reports(folder):
-        count += 1
-        for name in {_read_package_name(affected) for affected in report.get("affected", [])} & programs_of.keys():
-            for version, programs in programs_of[name].items():
+        report_count += 1
+        for name in {_read_package_name(affected) for affected in report.get("affected", [])} & programs_by_package_version.keys():
+            for version, programs in programs_by_package_version[name].items():
                 fixed_in = find_fixed_version(report, name, version)
                 if fixed_in is not None:
                     findings.append(Finding(name, version, tuple(programs), report["id"], str(report.get("summary", "")), fixed_in))
-    return sorted(findings, key=lambda finding: (finding.package, finding.version, finding.report)), count
+    return sorted(findings, key=lambda finding: (finding.package, finding.version, finding.report)), report_count
 
 
 def read_reports(folder: Path) -> Iterator[dict[str, Any]]:
@@ -84,10 +84,10 @@ def find_fixed_version(report: dict[str, Any], name: str, version: str) -> str |
     for affected in report.get("affected", []):
         if _read_package_name(affected) != name:
             continue
-        ranges = [one for one in affected.get("ranges", []) if one.get("type") in ("ECOSYSTEM", "SEMVER")]
-        matching = [fixed for one in ranges if (fixed := _find_range_end(one.get("events", []), version)) is not None]
-        if matching or _is_listed(version, affected.get("versions", [])):
-            return next(filter(None, matching), "")
+        ranges = [version_range for version_range in affected.get("ranges", []) if version_range.get("type") in ("ECOSYSTEM", "SEMVER")]
+        fixed_versions = [fixed_version for version_range in ranges if (fixed_version := _find_range_end(version_range.get("events", []), version)) is not None]
+        if fixed_versions or _is_listed(version, affected.get("versions", [])):
+            return next(filter(None, fixed_versions), "")
     return None
 
 
@@ -99,7 +99,7 @@ def _read_package_name(affected: dict[str, Any]) -> str | None:
 
 def _is_listed(version: str, listed_versions: list[str]) -> bool:
     """Whether a list contains the version. Versions are compared by the rules for Python versions: 1.0 equals 1.0.0."""
-    return any(Version(version) == found for other in listed_versions if (found := _parse_version(other)) is not None)
+    return any(Version(version) == parsed_version for listed_version in listed_versions if (parsed_version := _parse_version(listed_version)) is not None)
 
 
 def _find_range_end(events: list[dict[str, str]], version: str) -> str | None:
@@ -109,27 +109,27 @@ def _find_range_end(events: list[dict[str, str]], version: str) -> str | None:
     """
     scanned_version, is_inside = Version(version), False
     for event in sorted(events, key=_make_event_sort_key):
-        kind, text = next(iter(event.items()))
-        limit = None if text == FIRST_VERSION else _parse_version(text)
-        if kind == "introduced":
-            is_inside = is_inside or limit is None or scanned_version >= limit
-        elif limit is not None and is_inside and kind in ("fixed", "last_affected"):
-            is_past = scanned_version >= limit if kind == "fixed" else scanned_version > limit
-            if not is_past:
-                return text if kind == "fixed" else ""
+        event_kind, version_text = next(iter(event.items()))
+        event_version = None if version_text == FIRST_VERSION else _parse_version(version_text)
+        if event_kind == "introduced":
+            is_inside = is_inside or event_version is None or scanned_version >= event_version
+        elif event_version is not None and is_inside and event_kind in ("fixed", "last_affected"):
+            is_after_range = scanned_version >= event_version if event_kind == "fixed" else scanned_version > event_version
+            if not is_after_range:
+                return version_text if event_kind == "fixed" else ""
             is_inside = False
     return "" if is_inside else None
 
 
 def _make_event_sort_key(event: dict[str, str]) -> tuple[Version, bool]:
     """Return a key that sorts events by version; of two events with the same version, the event `introduced` comes first."""
-    kind, text = next(iter(event.items()))
-    return _parse_version(text) or Version("0.dev0"), kind != "introduced"
+    event_kind, version_text = next(iter(event.items()))
+    return _parse_version(version_text) or Version("0.dev0"), event_kind != "introduced"
 
 
-def _parse_version(text: str) -> Version | None:
+def _parse_version(version_text: str) -> Version | None:
     try:
-        return Version(text)
+        return Version(version_text)
     except InvalidVersion:
         return None
 
@@ -139,11 +139,11 @@ def main(arguments: list[str]) -> int:
         print(f"scan: {' '.join(arguments) or 'no folder'}: give one existing folder with vulnerability reports: make scan DB=folder", file=sys.stderr)
         return 2
     try:
-        findings, count = scan(Path(arguments[0]), {program: read_locked_versions(ROOT / f"requirements/{program}.lock") for program in PROGRAMS})
+        findings, report_count = scan(Path(arguments[0]), {program: read_locked_versions(ROOT / f"requirements/{program}.lock") for program in PROGRAMS})
     except UnusableDatabase as error:
         print(f"scan: {error}", file=sys.stderr)
         return 2
-    print("\n".join([*map(str, findings), f"{len(findings)} findings in {count} reports"]))
+    print("\n".join([*map(str, findings), f"{len(findings)} findings in {report_count} reports"]))
     return 1 if findings else 0
 
 

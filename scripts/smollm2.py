@@ -30,12 +30,12 @@ def cache_folder() -> Path:
 def find_gguf_file() -> Path:
     """Return the path of the model file in the installed package. Errors: ModelPackageMissing."""
     try:
-        path = Path(str(importlib.metadata.distribution(MODEL_PACKAGE).locate_file(GGUF_FILE)))
+        gguf_file = Path(str(importlib.metadata.distribution(MODEL_PACKAGE).locate_file(GGUF_FILE)))
     except importlib.metadata.PackageNotFoundError as error:
         raise ModelPackageMissing(f"the Python package {MODEL_PACKAGE} is missing: run `make setup`") from error
-    if not path.exists():
-        raise ModelPackageMissing(f"{path} is missing: remove {MODEL_PACKAGE} and run `make setup`")
-    return path
+    if not gguf_file.exists():
+        raise ModelPackageMissing(f"{gguf_file} is missing: remove {MODEL_PACKAGE} and run `make setup`")
+    return gguf_file
 
 
 def ensure_model() -> Path:
@@ -43,16 +43,16 @@ def ensure_model() -> Path:
     folder = cache_folder() / f"{MODEL_NAME}-{importlib.metadata.version(MODEL_PACKAGE)}"
     if (folder / "config.json").exists():
         return folder
-    source = find_gguf_file()
+    gguf_file = find_gguf_file()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (folder.parent / f"{folder.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "config.json").exists():
-            _convert_model(source, folder)
+            _convert_model(gguf_file, folder)
     return folder
 
 
-def _convert_model(source: Path, folder: Path) -> None:
+def _convert_model(gguf_file: Path, folder: Path) -> None:
     """Convert the model in a temporary folder and rename this folder to `folder`, so that an existing `folder` is always complete."""
     import torch
     import transformers
@@ -63,7 +63,7 @@ def _convert_model(source: Path, folder: Path) -> None:
     transformers_logging = transformers.utils.logging
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    quantized_model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+    quantized_model = AutoModelForCausalLM.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.float32)
     # transformers cannot save a model that it has read from GGUF. Therefore the weights are copied into a new model of the same shape.
     config = quantized_model.config
     if hasattr(config, "quantization_config"):
@@ -71,7 +71,7 @@ def _convert_model(source: Path, folder: Path) -> None:
     bfloat16_model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     bfloat16_model.load_state_dict(quantized_model.state_dict())
     bfloat16_model.to(torch.bfloat16).save_pretrained(unfinished_folder)
-    AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(unfinished_folder)
+    AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name).save_pretrained(unfinished_folder)
     shutil.rmtree(folder, ignore_errors=True)
     for path in unfinished_folder.iterdir():
         path.chmod(0o644)

@@ -19,7 +19,7 @@ from tests.support.tiny import make_tiny_model
 @pytest.fixture(scope="session")
 def node_cluster() -> Iterator[NodeCluster]:
     """A cluster of the nodes n1 and n2, each with four simulated GPUs. S3 runs on n1. The images on the nodes are kept for the next test run."""
-    with exclusive_run(), NodeCluster(paths.default_state_folder("tests"), nodes=2, gpus=4, step=show_step) as cluster:
+    with exclusive_run(), NodeCluster(paths.get_default_state_folder("tests"), nodes=2, gpus=4, step=show_step) as cluster:
         yield cluster
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from localcluster import Endpoint
-from localcluster.components import AUDIT_LOG
+from localcluster.components import AUDIT_LOG_FILE
 
 AUTHORIZATION = "authorization.k8s.io/decision"
 """Annotation with RBAC's decision. If RBAC permits a request but admission refuses the request, the annotation's value is `allow` and the response's status
@@ -47,7 +47,7 @@ def read_created_pods(endpoint: Endpoint, namespace: str) -> list[dict[str, Any]
 
 def _read_events(endpoint: Endpoint) -> Iterator[dict[str, Any]]:
     """Yield all events of the audit log, including the events in rotated files."""
-    log = endpoint.kubeconfig.parent / AUDIT_LOG
+    log = endpoint.kubeconfig.parent / AUDIT_LOG_FILE
     for file in sorted(log.parent.glob(f"{log.stem}*{log.suffix}")):
         yield from map(json.loads, file.read_text("utf-8").splitlines())
 

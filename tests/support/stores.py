@@ -19,7 +19,7 @@ from pathlib import Path
 
 from localcluster.ports import free_ports
 from localcluster.processes import Lifetime, spawn, wait_until
-from localcluster.s3 import S3Endpoint, S3Process, find_program, is_ready, make_keys
+from localcluster.s3 import S3Endpoint, S3Process, find_program, is_ready, make_access_keys
 
 sys.path.append(str(Path(__file__).parents[2] / "scripts"))
 from tools import MINIO, VERSITY_GATEWAY, build_go_tools  # noqa: E402 - the path comes first
@@ -94,7 +94,7 @@ def running_store(folder: Path, name: StoreName | None = None) -> Iterator[S3End
             yield endpoint
         return
     (folder / "data").mkdir(parents=True)
-    access_key, secret_key = make_keys()
+    access_key, secret_key = make_access_keys()
     port = free_ports(1)[0]
     command = _make_command(name, port, folder, access_key, secret_key)
     server = spawn(

@@ -100,11 +100,11 @@ def example_jobs(
     address = cluster.plan.nodes[0].address
     with ExitStack() as servers:
         if any("HF_ENDPOINT" in change for change in changes):
-            jobs.hub = servers.enter_context(serve_hub(address, enter_network(cluster.network_pid), "http://hub"))
+            jobs.hub = servers.enter_context(serve_hub(address, enter_network(cluster.network_namespace_pid), "http://hub"))
             create_service(shared_namespace, "hub", 80, jobs.hub.port)
             shared_namespace.create_secret("hub", {"token": TOKEN})
         if MLFLOW_EXAMPLES & set(selected):
-            run_in = ["nsenter", "--net", "--target", str(cluster.network_pid)]
+            run_in = ["nsenter", "--net", "--target", str(cluster.network_namespace_pid)]
             jobs.mlflow = servers.enter_context(make_mlflow_server(folder / "mlflow", address, run_in, f"mlflow,mlflow:5000,{address}:*"))
             create_service(shared_namespace, "mlflow", 5000, jobs.mlflow.port)
         yield jobs

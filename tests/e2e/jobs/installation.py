@@ -28,7 +28,7 @@ import demo  # noqa: E402 -- a script, importable only now
 from demo_clusters import OPERATOR_IMAGE, TRAINER_IMAGE  # noqa: E402
 from tools import HELM  # noqa: E402
 
-MODEL = f"s3://{demo.MODELS_BUCKET}/{demo.MODEL_KEY}"
+MODEL = f"s3://{demo.MODELS_BUCKET}/{demo.MODEL_KEY_PREFIX}"
 SECRET = demo.SECRET_NAME
 SMALL_RESOURCES = {"cpu": "100m", "memory": "2Gi", "ephemeralStorage": "2Gi", "sharedMemory": "256Mi"}
 """The chart's default resources of a pod, small enough that all jobs of a test fit on two cores."""
@@ -87,7 +87,7 @@ class Installation:
         for bucket in (demo.MODELS_BUCKET, demo.DATASETS_BUCKET, demo.RESULTS_BUCKET):
             self.store.create_bucket(Bucket=bucket)
         for path in sorted(model.iterdir()):
-            self.store.upload_file(str(path), demo.MODELS_BUCKET, f"{demo.MODEL_KEY}/{path.name}")
+            self.store.upload_file(str(path), demo.MODELS_BUCKET, f"{demo.MODEL_KEY_PREFIX}/{path.name}")
         for path in sorted((ROOT / "examples/data").iterdir()):
             self.store.upload_file(str(path), demo.DATASETS_BUCKET, path.name)
         for key, body in files.items():

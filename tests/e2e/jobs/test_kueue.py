@@ -19,7 +19,7 @@ QUOTAS = {"cpu": "4", "memory": "16Gi", "ephemeral-storage": "40Gi"}
 def queue(installation: Installation, job_namespace: JobNamespace, tmp_path: Path) -> Iterator[QueueObjects]:
     """Kueue runs in the network namespace of the first node until the test ends. Returns the Kueue objects of one queue."""
     cluster = installation.cluster
-    network = NodeNetwork(cluster.network_pid, cluster.plan.api_address)
+    network = NodeNetwork(cluster.network_namespace_pid, cluster.plan.api_address)
     with running_kueue(cluster.endpoint, tmp_path / "kueue", network):
         yield QueueObjects(cluster.endpoint, job_namespace.namespace)
 

@@ -27,7 +27,7 @@ def _run_localcluster(*arguments: str | Path) -> subprocess.CompletedProcess[str
 def state_folder(tmp_path: Path) -> Iterator[Path]:
     """A state folder for the local cluster. After the test, its cluster is killed, even if the test has failed."""
     yield tmp_path / "c"
-    processes.end_all(tmp_path / "c")
+    processes.end_owned_processes(tmp_path / "c")
 
 
 def test_two_control_planes_are_independent(control_plane: Endpoint, tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def test_all_images_have_the_same_base_pinned_by_digest(root: Path) -> None:
     bases = {re.findall(r"^ARG BASE=(\S+)$", (root / path).read_text("utf-8"), re.M)[0] for path in DOCKERFILES}
     (base,) = bases
     name, digest = re.fullmatch(r"(python):3\.11-slim-bookworm@(sha256:[0-9a-f]{64})", base).groups()
-    assert f"docker.io/library/{name}@{digest}" == images.PUBLIC_BASE
+    assert f"docker.io/library/{name}@{digest}" == images.PUBLIC_BASE_IMAGE
 
 
 def test_dockerfiles_fetch_the_locked_uv(root: Path) -> None:

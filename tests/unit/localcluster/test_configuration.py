@@ -27,7 +27,7 @@ from localcluster import (
 )
 from localcluster.components import ControlPlaneAddresses, User
 from localcluster.errors import BuildFailed, ImageNotFound, MissingRequirement
-from localcluster.layout import Plan, find_free_block
+from localcluster.layout import Plan, find_free_address_block
 from localcluster.node_cluster import find_layout
 from localcluster.oci import Image, find_index_entry, write_layout
 
@@ -66,13 +66,13 @@ def test_images_of_nodes_are_outside_the_state_folder(plan: Plan) -> None:
 )
 def test_first_free_address_block_is_chosen(monkeypatch: pytest.MonkeyPatch, routes: list[dict[str, str]], expected: str) -> None:
     _set_routes(monkeypatch, routes)
-    assert find_free_block() == expected
+    assert find_free_address_block() == expected
 
 
 def test_no_free_address_block_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     _set_routes(monkeypatch, [{"dst": "10.0.0.0/8"}, {"dst": "172.16.0.0/12"}, {"dst": "198.18.0.0/15"}])
     with pytest.raises(MissingRequirement, match=r"no free address range: 10\.201, .* all have routes"):
-        find_free_block()
+        find_free_address_block()
 
 
 def _set_routes(monkeypatch: pytest.MonkeyPatch, routes: list[dict[str, str]]) -> None:
@@ -113,13 +113,13 @@ def test_user_becomes_a_line_of_the_token_file() -> None:
 
 def test_containerd_configuration_uses_a_local_sandbox_image(plan: Plan) -> None:
     node = plan.nodes[1]
-    parsed = tomllib.loads(containerd.make_configuration(node, with_cri=True))
+    parsed = tomllib.loads(containerd.make_configuration(node, is_cri_enabled=True))
     cri = parsed["plugins"]["io.containerd.grpc.v1.cri"]
     assert cri["restrict_oom_score_adj"] is True
     assert cri["sandbox_image"] == "localhost/pause:1"
     assert parsed["root"] == str(node.image_folder)
     assert "io.containerd.grpc.v1.cri" not in parsed["disabled_plugins"]
-    assert "io.containerd.grpc.v1.cri" in tomllib.loads(containerd.make_configuration(node, with_cri=False))["disabled_plugins"]
+    assert "io.containerd.grpc.v1.cri" in tomllib.loads(containerd.make_configuration(node, is_cri_enabled=False))["disabled_plugins"]
 
 
 def test_pods_of_a_node_get_addresses_from_its_range(plan: Plan) -> None:
@@ -231,10 +231,10 @@ def test_s3_server_has_no_telemetry_and_uses_each_port_once() -> None:
 
 def test_s3_pod_runs_only_on_the_given_node() -> None:
     def node_selector(node: str | None) -> object:
-        return s3_pod.make_objects("a", "b", node=node)[-1]["spec"]["template"]["spec"]["nodeSelector"]
+        return s3_pod.make_s3_manifests("a", "b", node=node)[-1]["spec"]["template"]["spec"]["nodeSelector"]
 
     assert (node_selector("n1"), node_selector(None)) == ({"kubernetes.io/hostname": "n1"}, {})
-    assert [o["kind"] for o in s3_pod.make_objects("a", "b")] == ["Namespace", "Secret", "Service", "Deployment"]
+    assert [o["kind"] for o in s3_pod.make_s3_manifests("a", "b")] == ["Namespace", "Secret", "Service", "Deployment"]
 
 
 def test_certificate_is_copied_until_the_api_server_is_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

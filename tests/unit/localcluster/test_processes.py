@@ -33,17 +33,17 @@ def test_all_descendants_of_an_owner_are_found_and_killed(tmp_path: Path) -> Non
     _spawn(owner, "sleep 600 & sleep 600 & wait", Lifetime.UNTIL_STOPPED)
     _spawn(other, "exec sleep 600")
     _wait_until(lambda: len(processes.list_owned_pids(owner)) == 3)
-    assert processes.end_all(owner) == 3
+    assert processes.end_owned_processes(owner) == 3
     assert processes.list_owned_pids(owner) == []
     assert len(processes.list_owned_pids(other)) == 1
-    processes.end_all(other)
+    processes.end_owned_processes(other)
 
 
 def test_a_process_in_execve_is_searched_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started, search = _spawn(tmp_path, "exec sleep 600", Lifetime.UNTIL_STOPPED), processes.find_processes
     results = iter([processes.FoundProcesses([], [started.process.pid])])
     monkeypatch.setattr(processes, "find_processes", lambda owner: next(results, None) or search(owner))
-    assert processes.end_all(tmp_path) == 1
+    assert processes.end_owned_processes(tmp_path) == 1
     assert processes.start_time(started.process.pid) is None
 
 
@@ -64,8 +64,8 @@ def test_an_empty_environment_is_complete_only_after_execve(
 
 def test_a_process_that_stays_in_execve_does_not_stop_the_search_from_ending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "find_processes", lambda owner: processes.FoundProcesses([], [1]))
-    monkeypatch.setattr(processes, "EXEC_SECONDS", 0.0)
-    assert processes.end_all(tmp_path) == 0
+    monkeypatch.setattr(processes, "EXEC_WAIT_SECONDS", 0.0)
+    assert processes.end_owned_processes(tmp_path) == 0
 
 
 def test_a_process_that_replaces_its_program_all_the_time_is_found(tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_a_process_that_replaces_its_program_all_the_time_is_found(tmp_path: Pat
     for _ in range(200):
         found = processes.find_processes(tmp_path)
         assert [started.process.pid] in (found.owned_pids, [pid for pid in found.pids_in_exec if pid == started.process.pid])
-    assert processes.end_all(tmp_path) == 1
+    assert processes.end_owned_processes(tmp_path) == 1
 
 
 def test_processes_of_others_may_have_no_environment_and_any_name(tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_process_with_lifetime_parent_ends_when_its_parent_is_killed(tmp_path: P
             parent.send_signal(signal.SIGKILL)
         if expected == 0:
             _wait_until(lambda owner=owner: processes.list_owned_pids(owner) == [])
-        assert processes.end_all(owner) == expected
+        assert processes.end_owned_processes(owner) == expected
 
 
 def test_waiting_fails_as_soon_as_a_server_has_ended(tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_waiting_fails_after_the_timeout_with_the_log(tmp_path: Path) -> None:
     _wait_until(lambda: (tmp_path / "log").read_text())
     with pytest.raises(StartFailed, match=rf"still waiting for x after 0 s: x: hello \(log: {tmp_path}/log\)"):
         processes.wait_until("x", lambda: False, servers=[server], timeout=0)
-    processes.end_all(tmp_path)
+    processes.end_owned_processes(tmp_path)
 
 
 def test_zombie_has_no_start_time() -> None:
