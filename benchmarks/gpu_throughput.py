@@ -183,7 +183,7 @@ def make_window_timer(workload: Workload, result: ArmResult) -> Any:
 
 
 def make_model(folder: Path, workload: Workload) -> Path:
-    """Write a model with random bf16 weights, and the small tokenizer of the tests, which uses only a part of the vocabulary. Returns `folder`."""
+    """Write a model with random bf16 weights, and the tests' small tokenizer, which has fewer tokens than the model. Returns `folder`."""
     import torch
     from transformers import LlamaForCausalLM
 

@@ -109,10 +109,10 @@ def run_attempt(workspace: Workspace, options: argparse.Namespace, run_record: R
     run_record.attempt += 1
     target, name = workspace.target("repeated-kills"), f"attempt-{run_record.attempt}"
     spec = workspace.spec(checkpoint={"steps": options.every})
-    toy_script = json.dumps({"steps": options.steps, "every": options.every, "pause": options.pause})
+    toy_settings_json = json.dumps({"steps": options.steps, "every": options.every, "pause": options.pause})
     began_at, checkpoint_tree = time.monotonic(), CheckpointTree(open_store(target))
     with workspace.create_pod(
-        name, spec, target, "toy_rank", attempt=run_record.attempt, newest_step=run_record.newest_step, env={"TOY_SCRIPT": toy_script}
+        name, spec, target, "toy_rank", attempt=run_record.attempt, newest_step=run_record.newest_step, env={"TOY_SCRIPT": toy_settings_json}
     ) as pod:
         assert pod.process is not None
         while pod.step() <= run_record.newest_step and pod.process.poll() is None:

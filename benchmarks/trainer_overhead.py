@@ -100,8 +100,9 @@ def run_our_trainer(run: Any, inputs: Any, folder: Path) -> RunMeasurements:
 
 def run_plain_trl(run: Any, inputs: Any, folder: Path) -> RunMeasurements:
     """Run a plain TRL script once with the arguments and tokens of this trainer, and return its measurements."""
-    from datasets import Dataset
     from finetune_trainer.arguments import shared_arguments
+    from finetune_trainer.data.prepare import open_split
+    from finetune_trainer.data.prepared import open_prepared
     from finetune_trainer.distributed import DistributedStrategy
     from finetune_trainer.hardware import detect_hardware
     from finetune_trainer.model import quantization_config
@@ -129,7 +130,7 @@ def run_plain_trl(run: Any, inputs: Any, folder: Path) -> RunMeasurements:
                 target_modules="all-linear",
             ),
         )
-    (tokens_folder,) = (folder / "work" / "tokens").glob("*/train")
+    (tokens_folder,) = (folder / "work" / "tokens").iterdir()
     sft_config = SFTConfig(
         **shared_arguments(run, inputs, hardware, DistributedStrategy(run, hardware, 1), has_validation_data=False),
         dataset_kwargs={"skip_prepare_dataset": True}, packing=dataset_spec.packing is True,
@@ -138,7 +139,7 @@ def run_plain_trl(run: Any, inputs: Any, folder: Path) -> RunMeasurements:
     trainer = SFTTrainer(
         model=model,
         args=sft_config,
-        train_dataset=Dataset.load_from_disk(str(tokens_folder)),
+        train_dataset=open_split(open_prepared(tokens_folder), "train"),
         processing_class=tokenizer,
         callbacks=[make_timing_callback(measurements)],
     )

@@ -19,7 +19,7 @@ from localcluster import build, components, processes
 from localcluster.api import Endpoint
 from localcluster.components import ADMIN_GROUP, ControlPlaneAddresses, User
 from localcluster.errors import ClusterBusy, ClusterDiffers, StartFailed
-from localcluster.ports import free_ports
+from localcluster.ports import find_free_ports
 from localcluster.processes import Lifetime, Server
 from localcluster.steps import Step, silent_step
 
@@ -83,7 +83,7 @@ class ControlPlane:
 
     def _start(self, kube_program: Path) -> Endpoint:
         etcd, api_server, controller_manager = PROCESS_NAMES
-        port, etcd_port, peer_port = free_ports(3)
+        port, etcd_port, peer_port = find_free_ports(3)
         addresses = ControlPlaneAddresses("127.0.0.1", "127.0.0.1", port, etcd_port, peer_port)
         token = write_credentials(self.state_dir, kube_program, addresses, [])
         servers = [

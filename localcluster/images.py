@@ -104,6 +104,8 @@ def build_recipe(recipe: ImageRecipe, context: Path, step: Step = silent_step) -
     if os.geteuid() != 0:
         raise MissingRequirement("building images needs root: run this command as root, or build with Docker and use kind")
     with lock_builds():
+        if _read_free_gb() < recipe.needed_disk_gb:
+            remove_old_images()  # A changed lock file can make the build as large as the first one.
         if not recipe.layout_folder.exists():
             check_free_disk_space(recipe)
         base_image = ensure_base_image(step)
@@ -112,9 +114,20 @@ def build_recipe(recipe: ImageRecipe, context: Path, step: Step = silent_step) -
         with step(f"export {recipe.tag}"):
             _export_layout(recipe)
         if _read_free_gb() < MIN_FREE_GB:
-            with contextlib.suppress(BuildFailed):  # buildah keeps an older image that a test has mounted; a later build removes it
-                run_buildah("rmi", "--prune")
+            remove_old_images()
     return BuiltImage(recipe.tag, recipe.layout_folder)
+
+
+def remove_old_images() -> None:
+    """Remove the containers of failed builds, the images without a tag, and their layers. The layers of the latest images stay in the cache.
+
+    Call this function only while holding the build lock: the containers of a running build look like those of a failed build.
+    """
+    for container in json.loads(run_buildah("containers", "--json") or "[]") or []:
+        if not container["imagename"]:  # A container that a test has mounted is based on an image with a name.
+            run_buildah("rm", container["containername"])
+    with contextlib.suppress(BuildFailed):  # buildah keeps an older image that a test has mounted; a later build removes it
+        run_buildah("rmi", "--prune")
 
 
 def check_free_disk_space(recipe: ImageRecipe) -> None:

@@ -43,7 +43,7 @@ def find_leftovers(state_dir: Path, linux_namespaces: frozenset[str] = frozenset
     A process belongs to the cluster if the cluster has started it, or if it runs in one of `linux_namespaces`, as the processes of containers do.
     """
     mount_lines = Path("/proc/self/mountinfo").read_text().splitlines()
-    pids = [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit() and processes.start_time(int(p.name))]
+    pids = [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit() and processes.read_start_time(int(p.name))]
     namespaces_by_pid = {pid: _list_namespaces(pid) & linux_namespaces for pid in pids}
     owned_pids = set(processes.list_owned_pids(state_dir)) | {pid for pid, inside in namespaces_by_pid.items() if inside}
     return Leftovers(

@@ -13,7 +13,7 @@ import socket
 FIRST_PORT, LAST_PORT = 20000, 32700
 
 
-def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
+def find_free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
     """Return `count` different TCP ports that are now unused on `host`."""
     ports: list[int] = []
     with contextlib.ExitStack() as sockets:

@@ -141,7 +141,7 @@ def is_program(pid: int) -> bool:
     return state not in "ZX" and not int(fields[5]) & _KERNEL_THREAD_FLAG
 
 
-def start_time(pid: int) -> str | None:
+def read_start_time(pid: int) -> str | None:
     """Return the start time of a process in clock ticks; None if it has ended. The start time distinguishes two processes for which the kernel
     has used the same pid.
     """
@@ -169,11 +169,11 @@ def end_owned_processes(owner: Path, timeout_seconds: float = 20.0) -> int:
     while True:
         found_processes = find_processes(owner)
         for pid in found_processes.owned_pids:
-            if start := start_time(pid):
+            if start := read_start_time(pid):
                 start_time_by_pid[pid] = start
             kill(pid)
         now = time.monotonic()
-        remaining_pids = [pid for pid, start in start_time_by_pid.items() if start_time(pid) == start]
+        remaining_pids = [pid for pid, start in start_time_by_pid.items() if read_start_time(pid) == start]
         if remaining_pids or found_processes.owned_pids:
             exec_deadline = now + EXEC_WAIT_SECONDS
             if now > deadline:

@@ -17,7 +17,7 @@ from typing import Any
 
 from localcluster import processes
 from localcluster.errors import MissingRequirement, StartFailed
-from localcluster.ports import free_ports
+from localcluster.ports import find_free_ports
 
 DEFAULT_REGION = "us-east-1"
 MAX_START_ATTEMPTS = 4
@@ -137,7 +137,7 @@ class S3Process:
             return self.endpoint
         fixed_port = int(self.endpoint.host_url.rpartition(":")[2]) if self._endpoint else None
         for attempt in range(MAX_START_ATTEMPTS):
-            ports = free_ports(8)
+            ports = find_free_ports(8)
             if fixed_port:
                 ports[0] = fixed_port
             try:

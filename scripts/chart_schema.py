@@ -28,10 +28,10 @@ FIELDS_SET_BY_CHART = (
 """Fields of the operator's configuration that users cannot set below the chart value `settings`, because the chart itself sets them."""
 
 
-def make_closed_object_schema(properties: dict[str, Schema], required: tuple[str, ...] = ()) -> Schema:
+def make_closed_object_schema(properties: dict[str, Schema], required_names: tuple[str, ...] = ()) -> Schema:
     """Return the schema of an object that allows no keys except `properties`."""
     schema: Schema = {"type": "object", "additionalProperties": False, "properties": properties}
-    return schema | ({"required": [*required]} if required else {})
+    return schema | ({"required": [*required_names]} if required_names else {})
 
 
 def make_string_schema(**keywords: Any) -> Schema:
@@ -50,7 +50,7 @@ STRING: Schema = {"type": "string"}
 OBJECT_NAME_SCHEMA = make_string_schema(pattern=rf"^({DNS_SUBDOMAIN})?$", maxLength=253)
 """Name of a Kubernetes object, or the empty string."""
 DURATION_SCHEMA = make_string_schema(pattern="^([0-9]+(ms|[smhd]))*$")
-"""A duration of Prometheus such as 30s, or the empty string."""
+"""A duration in Prometheus's format, such as 30s, or the empty string."""
 PORT: Schema = {"type": "integer", "minimum": 1, "maximum": 65535}
 COUNT_OR_PERCENTAGE: Schema = {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": "^([0-9]{1,2}%|100%)?$"}]}
 
@@ -106,8 +106,8 @@ class SettingsSchema:
 
 def _is_unneeded_keyword(key: str, value: Any) -> bool:
     """Whether a keyword is a generated title, a CRD extension (`x-...`), or a default value that is not a scalar."""
-    is_title_text = key == "title" and isinstance(value, str)
-    return is_title_text or key.startswith("x-") or (key == "default" and not isinstance(value, str | int | float))
+    is_title = key == "title" and isinstance(value, str)
+    return is_title or key.startswith("x-") or (key == "default" and not isinstance(value, str | int | float))
 
 
 def _remove_null_type(schema: Schema) -> Schema:
@@ -165,8 +165,8 @@ def make_isolation_schema(settings: SettingsSchema) -> Schema:
 def make_policy_schema(settings: SettingsSchema) -> Schema:
     """Return the schema of the chart value `policy`: the fields of the operator's section `policy`, and the switch `validatingAdmissionPolicy`."""
     schema = settings.resolve_field_schema("policy")
-    checked_at_apply_schema = {"type": "boolean", "description": "Whether the API server also checks the rules, with a ValidatingAdmissionPolicy."}
-    return schema | {"properties": {"validatingAdmissionPolicy": checked_at_apply_schema, **schema["properties"]}}
+    admission_policy_schema = {"type": "boolean", "description": "Whether the API server also checks the rules, with a ValidatingAdmissionPolicy."}
+    return schema | {"properties": {"validatingAdmissionPolicy": admission_policy_schema, **schema["properties"]}}
 
 
 def make_container_resources_schema() -> Schema:

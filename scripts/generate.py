@@ -15,7 +15,7 @@ from pathlib import Path
 
 from chart_schema import make_values_schema
 from finetune_api.reference import build_pages
-from finetune_api.schema import crd_yaml
+from finetune_api.schema import build_crd_yaml
 from finetune_api.tenancy.admission import build_admission_rules_yaml
 from models_page import make_models_page
 from tools import HELM_DOCS, build_go_tools
@@ -41,7 +41,7 @@ def generate_files() -> dict[Path, str]:
     values_schema = json.dumps(make_values_schema(), indent=2, ensure_ascii=False) + "\n"
     reference_pages = {REFERENCE_FOLDER / name: text for name, text in (build_pages() | {"models.md": make_models_page()}).items()}
     chart_files = {VALUES_SCHEMA_FILE: values_schema, ADMISSION_RULES_FILE: build_admission_rules_yaml(), CHART_FOLDER / "README.md": render_chart_readme()}
-    return dict.fromkeys(CRD_FILES, crd_yaml()) | chart_files | reference_pages
+    return dict.fromkeys(CRD_FILES, build_crd_yaml()) | chart_files | reference_pages
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -20,7 +20,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
 ECOSYSTEM = "PyPI"
-FIRST_VERSION = "0"
+BEFORE_FIRST_VERSION = "0"
 """Value of `introduced` in an OSV report if the first version of the package already has the vulnerability."""
 
 
@@ -91,9 +91,9 @@ def find_fixed_version(report: dict[str, Any], name: str, version: str) -> str |
     return None
 
 
-def _read_package_name(affected: dict[str, Any]) -> str | None:
+def _read_package_name(affected_entry: dict[str, Any]) -> str | None:
     """Return the normalised name of an affected Python package; None for other ecosystems."""
-    package = affected.get("package", {})
+    package = affected_entry.get("package", {})
     return canonicalize_name(str(package.get("name", ""))) if package.get("ecosystem") == ECOSYSTEM else None
 
 
@@ -110,7 +110,7 @@ def _find_range_end(events: list[dict[str, str]], version: str) -> str | None:
     scanned_version, is_inside = Version(version), False
     for event in sorted(events, key=_make_event_sort_key):
         event_kind, version_text = next(iter(event.items()))
-        event_version = None if version_text == FIRST_VERSION else _parse_version(version_text)
+        event_version = None if version_text == BEFORE_FIRST_VERSION else _parse_version(version_text)
         if event_kind == "introduced":
             is_inside = is_inside or event_version is None or scanned_version >= event_version
         elif event_version is not None and is_inside and event_kind in ("fixed", "last_affected"):

@@ -22,7 +22,7 @@ from typing import Any
 CONTRACT_VERSION = 1
 """Version of the format of `server.json` and `ended.json`."""
 POLL_SECONDS = 0.2
-LAST_LINE_COUNT = 3
+LOG_TAIL_LINE_COUNT = 3
 """Number of lines that are copied from the end of vLLM's log into `ended.json`."""
 KILLED_MESSAGE = "its container was killed, probably because it used more memory than trainer.grpo.generation.memory"
 """The message in `ended.json` if the vLLM container was killed. The restarted container writes `ended.json`."""
@@ -55,7 +55,7 @@ def wait_for_options(options_file: Path) -> dict[str, Any]:
 
 def run_server(command: list[str]) -> str:
     """Run vLLM until it ends, print its log lines, and return why it ended."""
-    last_lines: deque[str] = deque(maxlen=LAST_LINE_COUNT)
+    last_lines: deque[str] = deque(maxlen=LOG_TAIL_LINE_COUNT)
     try:
         process = subprocess.Popen(command, env=build_server_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
     except OSError as error:

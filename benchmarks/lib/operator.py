@@ -17,7 +17,7 @@ from typing import Any, Self
 from aiohttp import web
 
 from localcluster import Endpoint
-from localcluster.ports import free_ports
+from localcluster.ports import find_free_ports
 
 METRIC_PREFIX = "finetune_operator"
 WRITE_VERBS = ("create", "update", "patch", "delete")
@@ -34,7 +34,7 @@ class Operator:
     def start(self) -> float:
         """Start the operator. Returns the seconds until the first reconcile."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._port = free_ports(1)[0]
+        self._port = find_free_ports(1)[0]
         config_file = self._folder / "config.yaml"
         config_file.write_text(json.dumps({
             "storage": {"uri": "s3://bucket/prefix"}, "trainer": {"image": "example.org/trainer:1"},

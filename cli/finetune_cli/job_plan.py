@@ -70,7 +70,7 @@ def read_gpu(gpu: str | None, gpu_memory: str | None, gpus_per_node: int | None 
     return GpuPool(name="the GPU", memory_bytes=given_memory_bytes, gpus_per_node=gpu_count, is_current=True)
 
 
-def plan_job(resolved: ResolvedSpec, shape: ModelShape, pool: GpuPool | None, facts: RunFacts, data: DataSize | None = None) -> MethodPlan:
+def plan_job(resolved_spec: ResolvedSpec, shape: ModelShape, pool: GpuPool | None, facts: RunFacts, data: DataSize | None = None) -> MethodPlan:
     """Plan a job.
 
     If `pool` is given, fields that the spec leaves out get the values that the job's preparation in the cluster would choose for this pool. The plan
@@ -81,13 +81,13 @@ def plan_job(resolved: ResolvedSpec, shape: ModelShape, pool: GpuPool | None, fa
     from finetune_api.memory.plan import GPUS_PATH, POOL_PATH, plan_memory
 
     if pool is None:
-        return MethodPlan(resolved.spec, plan_memory(resolved.spec, shape, facts))
+        return MethodPlan(resolved_spec.spec, plan_memory(resolved_spec.spec, shape, facts))
     try:
-        decision = choose_values(resolved, shape, [pool], facts, data)
+        decision = choose_values(resolved_spec, shape, [pool], facts, data)
     except ConfigError as error:
         if error.code != "ChoicesNotPlanned":
             raise
-        return MethodPlan(resolved.spec, plan_memory(resolved.spec, shape, facts), notes=(f"the plan chooses no values: {error.message}",))
+        return MethodPlan(resolved_spec.spec, plan_memory(resolved_spec.spec, shape, facts), notes=(f"the plan chooses no values: {error.message}",))
     hidden_fields = {POOL_PATH, *([GPUS_PATH] if pool.gpus_per_node == 1 else [])}
     choices = tuple(choice for choice in decision.choices if choice.field not in hidden_fields)
     return MethodPlan(decision.resolved.spec, decision.plan, choices, decision.changes, decision.refusal)

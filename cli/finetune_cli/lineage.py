@@ -26,7 +26,7 @@ from finetune_api.lineage import (
     Statement,
     remove_secrets,
 )
-from finetune_api.names import RUN_FILE_NAME, Storage, attempt_folder, parse_attempt_of_uri
+from finetune_api.names import RUN_FILE_NAME, Storage, make_attempt_folder_name, parse_attempt_of_uri
 from pydantic import ValidationError
 
 from finetune_cli.job_storage import JobStorage, StorageError, hash_object
@@ -270,7 +270,7 @@ class Verifier:
 
     def _compare_spec(self, statement: Statement, manifest: dict[str, Any]) -> None:
         """Compare the statement's spec with the run configuration of the attempt that committed the model."""
-        key = f"{Storage.RUN}/{attempt_folder(int(manifest.get('attempt') or 1))}/{RUN_FILE_NAME}"
+        key = f"{Storage.RUN}/{make_attempt_folder_name(int(manifest.get('attempt') or 1))}/{RUN_FILE_NAME}"
         run_file_bytes = self._storage.read_if_exists(key)
         if run_file_bytes is None:
             return

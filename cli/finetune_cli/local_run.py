@@ -320,7 +320,7 @@ def make_progress_printer() -> Callable[[ProgressReport | None], None]:
     On a terminal one line is updated. Without a terminal, a line is printed at each change of the stage and every ten percent.
     """
     is_terminal = output.error_console().is_terminal
-    last: list[tuple[Any, Any]] = [(None, None)]
+    last_values: list[tuple[Any, Any]] = [(None, None)]
 
     def show_report(report: ProgressReport | None) -> None:
         if report is None:
@@ -331,9 +331,9 @@ def make_progress_printer() -> Callable[[ProgressReport | None], None]:
         if is_terminal:
             sys.stderr.write("\r\033[K" + format_report_line(report))
             sys.stderr.flush()
-        elif shown_state != last[0]:
+        elif shown_state != last_values[0]:
             output.error_console().print(format_report_line(report))
-        last[0] = shown_state
+        last_values[0] = shown_state
 
     return show_report
 

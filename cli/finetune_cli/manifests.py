@@ -83,10 +83,10 @@ def read_job(path: Path) -> Manifest:
 def parse_manifests(text: str, file: str) -> Iterator[Manifest]:
     """Parse every object of a text as kubectl does. Raises UnreadableFile."""
     try:
-        trees = read_trees(text)
+        yaml_trees = read_trees(text)
     except InvalidYaml as error:
         raise UnreadableFile(Mistake(f"{file}:{error.line}" if error.line else file, "", str(error))) from None
-    for number, tree in enumerate(trees):
+    for number, tree in enumerate(yaml_trees):
         for problem in tree.problems:
             raise UnreadableFile(Mistake(f"{file}:{problem.line}", problem.path, problem.message, problem.hint))
         if tree.value is None:

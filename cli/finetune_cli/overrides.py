@@ -49,10 +49,10 @@ def attribute_to_option(mistake: Mistake, overrides: Mapping[str, AssignedValue]
     Otherwise return the mistake unchanged.
     """
     path = mistake.key.removeprefix("spec.")
-    assigned = next((value for known, value in overrides.items() if is_within(path, known)), None)
-    if assigned is None:
+    assigned_value = next((value for known, value in overrides.items() if is_within(path, known)), None)
+    if assigned_value is None:
         return mistake
-    option = assigned.origin.location
+    option = assigned_value.origin.location
     key = path if option == "--set" else option
     return Mistake(option, key, mistake.message, make_hint_for_option(mistake.hint, option, path))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 
-from finetune_api.names import USED_MARKER, prepared_root
+from finetune_api.names import USED_MARKER, make_prepared_rows_uri
 from finetune_api.prepared import UsedMarker, group_keys_for_removal
 
 from finetune_cli.job_storage import JobStorage, StoredObject
@@ -51,7 +51,7 @@ def find_unused_rows(job_storage: JobStorage, now: datetime) -> UnusedRows:
 
     If rows have no readable marker `_USED`, they are not returned, because the next preparation pod writes this marker.
     """
-    storage = job_storage.open_folder(prepared_root(job_storage.uri))
+    storage = job_storage.open_folder(make_prepared_rows_uri(job_storage.uri))
     objects_by_digest: dict[str, dict[str, StoredObject]] = {}
     for stored in storage.list_objects():
         objects_by_digest.setdefault(stored.key.partition("/")[0], {})[stored.key] = stored

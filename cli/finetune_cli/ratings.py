@@ -51,9 +51,9 @@ def read_ratings(files: Sequence[Path], key_file: Path | None) -> list[Rating]:
                 problem = f"the key {display_name(key_file)} does not contain the id {rating.answer!r}"
                 mistakes.append(Mistake(rating.location, "id", problem, "give the human_rating_key.json that was written with these sheets"))
         ratings = [replace(rating, model=models.get(rating.answer, rating.model)) for rating in ratings]
-    seen: dict[tuple[str, str], str] = {}
+    location_by_question: dict[tuple[str, str], str] = {}
     for rating in ratings:
-        if (first := seen.setdefault((rating.rater, rating.answer), rating.location)) is not rating.location:
+        if (first := location_by_question.setdefault((rating.rater, rating.answer), rating.location)) is not rating.location:
             problem = f"{rating.rater} has rated the row {rating.answer} already, at {first}"
             mistakes.append(Mistake(rating.location, "id", problem, "give each sheet once, and write a different name for each rater"))
     if mistakes:

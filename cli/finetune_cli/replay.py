@@ -182,12 +182,12 @@ def find_reasons_to_differ(original_statement: Statement, repeated_statement: St
         if devices:
             yield f"{name} used {', '.join(sorted(devices))}; equal weights are only expected on CPUs"
     original_versions, repeated_versions = (run.predicate.run_details.builder.version for run in (original_statement, repeated_statement))
-    changed = [
+    changed_versions = [
         f"{name} {original_versions.get(name, '-')} -> {repeated_versions.get(name, '-')}"
         for name in sorted(original_versions.keys() | repeated_versions.keys())
         if original_versions.get(name) != repeated_versions.get(name)
     ]
-    if changed:
-        yield f"library versions differ: {', '.join(changed)}"
+    if changed_versions:
+        yield f"library versions differ: {', '.join(changed_versions)}"
     if original_statement.predicate.build_definition.internal_parameters.get("originalValues"):
         yield "the operator changed values of the spec between the attempts of the run, for example after exhausted memory"

@@ -136,16 +136,16 @@ def _format_model(spec: dict[str, Any], status: FineTuneJobStatus) -> str:
 
 
 def _format_model_lines(spec: dict[str, Any], status: FineTuneJobStatus) -> list[str]:
-    resolved = status.resolved
-    method = (resolved and resolved.method) or (spec.get("method") or {}).get("type") or "lora"
+    resolved_config = status.resolved
+    method = (resolved_config and resolved_config.method) or (spec.get("method") or {}).get("type") or "lora"
     parts = [f"model     {_format_model(spec, status)}", f"method    {method}"]
-    if resolved is not None and resolved.world_size:
-        strategy = resolved.strategy or "-"
+    if resolved_config is not None and resolved_config.world_size:
+        strategy = resolved_config.strategy or "-"
         parts.append(
-            f"ranks     {resolved.world_size} ({strategy}), effective batch {resolved.effective_batch or '-'}, on {resolved.device or '-'}"
+            f"ranks     {resolved_config.world_size} ({strategy}), effective batch {resolved_config.effective_batch or '-'}, on {resolved_config.device or '-'}"
         )
-    if resolved is not None and resolved.trainable_parameters:
-        parts.append(f"trainable {resolved.trainable_parameters:,} of {resolved.total_parameters or 0:,} parameters")
+    if resolved_config is not None and resolved_config.trainable_parameters:
+        parts.append(f"trainable {resolved_config.trainable_parameters:,} of {resolved_config.total_parameters or 0:,} parameters")
     choices = (status.plan.choices if status.plan is not None else None) or []
     if choices:
         texts = [f"{choice.field.rpartition('.')[2]} {choice.value}" for choice in choices]

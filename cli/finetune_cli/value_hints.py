@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from finetune_api.aliases import VALUE_ALIASES, normalise
-from finetune_api.rules import ALL_MODULES, optimizer_hint
+from finetune_api.rules import ALL_MODULES, make_optimizer_hint
 from finetune_api.source_mistakes import explain_mistake
 
 from finetune_cli.fields import find_example, find_field, make_group_example, remove_indexes
@@ -227,7 +227,7 @@ def _make_hint_for_pattern(value: str, path: str) -> str:
     if contains_secret(value):
         return ""
     if path == "training.optimizer":
-        return optimizer_hint(value)
+        return make_optimizer_hint(value)
     if name == "uri":
         mistake = explain_mistake(value, path)
         is_bucket = re.fullmatch(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[^\s?#]*)?", value)

@@ -140,8 +140,8 @@ class Group(WireModel):
 
 def find_nested_group(annotation: Any) -> type[Group] | None:
     """Return the group class in a field's type annotation (`SomeGroup` or `SomeGroup | None`), or None if the annotation contains no group."""
-    options = [annotation, *getattr(annotation, "__args__", ())]
-    return next((item for item in options if isinstance(item, type) and issubclass(item, Group) and item.model_fields), None)
+    candidate_types = [annotation, *getattr(annotation, "__args__", ())]
+    return next((candidate for candidate in candidate_types if isinstance(candidate, type) and issubclass(candidate, Group) and candidate.model_fields), None)
 
 
 def iterate_nested_groups(model: type[Group]) -> Iterator[type[Group]]:
@@ -161,10 +161,10 @@ def _iterate_groups_in(annotation: Any) -> Iterator[type[Group]]:
 
 def read_member_docs(enum_class: type[Enum]) -> dict[str, str]:
     """Return the docstring below each member of an enumeration, by member name."""
-    body = ast.parse(inspect.getsource(enum_class)).body[0]
-    assert isinstance(body, ast.ClassDef)
+    class_node = ast.parse(inspect.getsource(enum_class)).body[0]
+    assert isinstance(class_node, ast.ClassDef)
     docs_by_member: dict[str, str] = {}
-    for node, next_node in zip(body.body, body.body[1:], strict=False):
+    for node, next_node in zip(class_node.body, class_node.body[1:], strict=False):
         if isinstance(node, ast.Assign) and isinstance(next_node, ast.Expr) and isinstance(next_node.value, ast.Constant):
             target = node.targets[0]
             assert isinstance(target, ast.Name)
@@ -186,7 +186,7 @@ def map_fields_to_release(model: type[BaseModel], path_prefix: str = "") -> dict
     return release_by_path
 
 
-def version_sort_key(release: str) -> tuple[int, ...]:
+def make_version_sort_key(release: str) -> tuple[int, ...]:
     """Return a sort key that orders releases by age: `0.10.0` is newer than `0.9.1`. Parts of a version that are not numbers count as 0."""
     return tuple(int(part) if part.isdecimal() else 0 for part in release.split("-")[0].split("."))
 

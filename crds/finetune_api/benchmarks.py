@@ -61,7 +61,7 @@ BUNDLED_TASKS = {
 For all other tasks, the folder must contain the data and the definition.
 """
 
-DEFAULT_RATING_QUESTIONS = 50
+DEFAULT_RATING_QUESTION_COUNT = 50
 """Number of questions in a rating sheet if the benchmark sets no `limit`."""
 
 

@@ -33,8 +33,8 @@ class Calibration:
 def find_calibration(table: CalibrationTable, gpu: GpuType, *, has_several_gpus: bool) -> Calibration | None:
     """Return the calibration for a type of GPU, or None if the table has fewer than MIN_CALIBRATION_RUNS runs on it."""
     name = next((name for name, known_gpu in GPU_TYPES.items() if known_gpu == gpu), "")
-    entry = table.get((name, has_several_gpus))
-    return Calibration(*entry) if entry is not None and entry[0] >= MIN_CALIBRATION_RUNS else None
+    table_row = table.get((name, has_several_gpus))
+    return Calibration(*table_row) if table_row is not None and table_row[0] >= MIN_CALIBRATION_RUNS else None
 
 
 def calibrate_memory(plan: MemoryPlan, gpu: GpuType, *, has_several_gpus: bool, table: CalibrationTable = calibration_table.MEMORY) -> MemoryPlan:
@@ -46,6 +46,6 @@ def calibrate_memory(plan: MemoryPlan, gpu: GpuType, *, has_several_gpus: bool, 
     calibration = find_calibration(table, gpu, has_several_gpus=has_several_gpus)
     if calibration is None:
         return plan
-    spread = calibration.highest_ratio - calibration.lowest_ratio
-    upper = plan.expected_bytes * max(1.0, calibration.highest_ratio + (calibration.widening_factor - 1) * spread)
-    return plan.model_copy(update={"upper_bytes": int(upper), "calibration_runs": calibration.run_count})
+    ratio_spread = calibration.highest_ratio - calibration.lowest_ratio
+    upper_bytes = plan.expected_bytes * max(1.0, calibration.highest_ratio + (calibration.widening_factor - 1) * ratio_spread)
+    return plan.model_copy(update={"upper_bytes": int(upper_bytes), "calibration_runs": calibration.run_count})

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from finetune_api.base import version_sort_key
+from finetune_api.base import make_version_sort_key
 from finetune_api.errors import ConfigError, TooOldError
 from finetune_api.names import OLDEST_TRAINER, RELEASE, Origin
 from finetune_api.pod import RunConfig, read_marks
@@ -60,7 +60,7 @@ def read_run_config(run_json: bytes) -> RunConfig:
     except ValueError as error:
         raise ConfigError("RunFileInvalid", f"run.json is not JSON: {error}") from error
     needed_release = str(read_marks(raw_config).get("minTrainerVersion", OLDEST_TRAINER)) if isinstance(raw_config, dict) else OLDEST_TRAINER
-    if version_sort_key(needed_release) > version_sort_key(RELEASE):
+    if make_version_sort_key(needed_release) > make_version_sort_key(RELEASE):
         raise _make_too_old_error(f"run.json needs trainer {needed_release} or newer")
     try:
         run, unknown_items = _read_known_items(RunConfig, raw_config)
@@ -73,9 +73,9 @@ def read_run_config(run_json: bytes) -> RunConfig:
     return run
 
 
-def _make_too_old_error(problem: str) -> TooOldError:
+def _make_too_old_error(reason: str) -> TooOldError:
     hint = "use a trainer image of the operator's release: update or remove spec.placement.image"
-    return TooOldError("TrainerTooOld", f"{problem}; this is trainer {RELEASE}", hint=hint)
+    return TooOldError("TrainerTooOld", f"{reason}; this is trainer {RELEASE}", hint=hint)
 
 
 def _iterate_paths_to_refuse(run: RunConfig, unknown_item: UnknownItem) -> Iterator[str]:
@@ -116,12 +116,12 @@ def _read_known_items(model: type[Model], raw_values: Any) -> tuple[Model, list[
             if not removable_items:
                 raise
             # Remove items from the end of a list first, so that the indices of the items before them remain valid.
-            for location in sorted(removable_items, key=_location_sort_key, reverse=True):
+            for location in sorted(removable_items, key=_make_location_sort_key, reverse=True):
                 value = _remove_value_at(raw_values, location)
                 unknown_items.append(UnknownItem(location, value, is_field=removable_items[location] == UNKNOWN_FIELD_ERROR))
 
 
-def _location_sort_key(location: Location) -> list[tuple[int, str]]:
+def _make_location_sort_key(location: Location) -> list[tuple[int, str]]:
     return [(part, "") if isinstance(part, int) else (0, part) for part in location]
 
 
@@ -134,7 +134,7 @@ def _remove_value_at(values: Any, location: Location) -> Any:
 
 def _format_dotted_path(location: Location) -> str:
     """Return a location as a dotted path: `("spec", "trainer", "rewards", 0)` is `spec.trainer.rewards[0]`."""
-    text = ""
+    dotted_path = ""
     for part in location:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
-    return text
+        dotted_path += f"[{part}]" if isinstance(part, int) else f".{part}" if dotted_path else str(part)
+    return dotted_path

@@ -28,8 +28,8 @@ from finetune_api.rules import (
     given_bits,
     gpus_per_node,
     has_validation_set,
-    is_prepared,
     method_type_of,
+    needs_preparation,
     trainer_type_of,
     uses_loftq,
     world_size,
@@ -116,22 +116,22 @@ def resolve_defaults(
     `choices`: values that the plan chose for fields that the user left out, by spec path. The chosen values take precedence over defaults.
     """
     platform_defaults = platform_defaults or PlatformDefaults()
-    applied_choices = {path: value for path, value in (choices or {}).items() if spec.value(path) is None}
-    usual_batch = batch_split(spec)[0]
+    applied_choices = {path: spec_values for path, spec_values in (choices or {}).items() if spec.value(path) is None}
+    micro_batch_before_plan = batch_split(spec)[0]
     spec = spec.with_values(applied_choices)
-    value = spec.to_wire()
+    spec_values = spec.to_wire()
     filled_values: dict[str, Any] = {}
     notes: list[str] = []
-    computed = _compute_defaults(spec, platform_defaults)
+    computed_defaults = _compute_defaults(spec, platform_defaults)
     # The plan does not include the memory of evaluations. If the plan chooses a larger micro-batch, evaluations keep the size from before the plan.
-    computed["evaluation.batchSizePerDevice"] = min(usual_batch, computed["evaluation.batchSizePerDevice"])
-    for path, default in computed.items():
-        _fill_in_default(value, path, default, filled_values)
+    computed_defaults["evaluation.batchSizePerDevice"] = min(micro_batch_before_plan, computed_defaults["evaluation.batchSizePerDevice"])
+    for path, default in computed_defaults.items():
+        _fill_in_default(spec_values, path, default, filled_values)
     filled_values |= applied_choices
     method = method_type_of(spec)
     if f"method.{method}" in METHOD_GROUPS:
-        value.setdefault("method", {}).setdefault(method.value, {})
-    _fill_in_constants(FineTuneJobSpec, value, "", filled_values)
+        spec_values.setdefault("method", {}).setdefault(method.value, {})
+    _fill_in_constants(FineTuneJobSpec, spec_values, "", filled_values)
     if spec.training.max_steps is not None:
         filled_values.pop("training.epochs", None)
     notes += [f"{warning.path} {warning.message}" for warning in find_warnings(spec)]
@@ -139,16 +139,16 @@ def resolve_defaults(
         notes.append("method lora on a 4-bit base model is equivalent to method qlora")
     if spec.distributed.strategy is StrategyType.DDP and world_size(spec) == 1:
         notes.append("distributed.strategy ddp has no effect with a single rank")
-    return ResolvedSpec(FineTuneJobSpec.model_validate(value), filled_values, notes)
+    return ResolvedSpec(FineTuneJobSpec.model_validate(spec_values), filled_values, notes)
 
 
 def _compute_defaults(spec: FineTuneJobSpec, platform_defaults: PlatformDefaults) -> dict[str, Any]:
     """Return the defaults that depend on other fields or on the platform, by spec path."""
     method, trainer, gpus = method_type_of(spec), trainer_type_of(spec), gpus_per_node(spec)
-    result: dict[str, Any] = {
+    default_by_path: dict[str, Any] = {
         "model.tokenizer": spec.model.source,
         "model.cache": platform_defaults.model_cache if can_be_cached(spec) else None,
-        "training.learningRate": _default_learning_rate(method, trainer),
+        "training.learningRate": _choose_default_learning_rate(method, trainer),
         "training.gradientCheckpointing": "disabled" if gpus == 0 or method is MethodType.PREFIX_TUNING else "enabled",
         "resources.processesPerNode": gpus or 1,
         "resources.gpuResource": platform_defaults.gpu_resource,
@@ -158,7 +158,7 @@ def _compute_defaults(spec: FineTuneJobSpec, platform_defaults: PlatformDefaults
         "resources.ephemeralStorage": platform_defaults.ephemeral_storage,
         "resources.sharedMemory": platform_defaults.shared_memory,
         "prepare.strategy": platform_defaults.prepare_strategy,
-        "policy.onExistingResult": _default_on_existing_result(spec, platform_defaults),
+        "policy.onExistingResult": _choose_default_on_existing_result(spec, platform_defaults),
         "prepare.resources.cpu": platform_defaults.prepare_cpu,
         "prepare.resources.memory": platform_defaults.prepare_memory,
         "prepare.resources.ephemeralStorage": platform_defaults.prepare_ephemeral_storage,
@@ -169,20 +169,20 @@ def _compute_defaults(spec: FineTuneJobSpec, platform_defaults: PlatformDefaults
         "dataset.responseOnly.enabled": spec.dataset.format not in FORMATS_WITHOUT_TURNS,
     }
     if spec.trainer.backend is TrainerBackend.UNSLOTH:
-        result["model.ligerKernels"] = True
+        default_by_path["model.ligerKernels"] = True
     if spec.training.effective_batch_size is not None:
-        result["training.batchSizePerDevice"], result["training.gradientAccumulationSteps"] = batch_split(spec)
+        default_by_path["training.batchSizePerDevice"], default_by_path["training.gradientAccumulationSteps"] = batch_split(spec)
     if spec.training.warmup_steps is None:
-        result["training.warmupRatio"] = WARMUP_RATIO
+        default_by_path["training.warmupRatio"] = WARMUP_RATIO
     if generation_server(spec) is not None:
-        result[GENERATION_IMAGE_PATH] = platform_defaults.generation_image
+        default_by_path[GENERATION_IMAGE_PATH] = platform_defaults.generation_image
     if evaluates_during_training(spec) and spec.evaluation.strategy in (None, IntervalStrategy.STEPS):
-        result["evaluation.steps"] = spec.checkpoint.steps or 100
-    result |= _list_method_defaults(spec, method) | dict(OBJECTIVES[trainer].defaults) | _list_storage_defaults(spec, platform_defaults)
-    return {path: default for path, default in result.items() if default is not None}
+        default_by_path["evaluation.steps"] = spec.checkpoint.steps or 100
+    default_by_path |= _list_method_defaults(spec, method) | dict(OBJECTIVES[trainer].defaults) | _list_storage_defaults(spec, platform_defaults)
+    return {path: default for path, default in default_by_path.items() if default is not None}
 
 
-def _default_on_existing_result(spec: FineTuneJobSpec, platform_defaults: PlatformDefaults) -> str | None:
+def _choose_default_on_existing_result(spec: FineTuneJobSpec, platform_defaults: PlatformDefaults) -> str | None:
     """Return the default of `policy.onExistingResult`, or None for a local run.
 
     The default of a job without a preparation is `train`, because only a preparation pod looks for earlier results.
@@ -190,10 +190,10 @@ def _default_on_existing_result(spec: FineTuneJobSpec, platform_defaults: Platfo
     if platform_defaults.prepare_strategy is None:
         return None
     strategy = spec.prepare.strategy or PrepareStrategy(platform_defaults.prepare_strategy)
-    return OnExistingResult.ADOPT.value if is_prepared(spec, strategy) else OnExistingResult.TRAIN.value
+    return OnExistingResult.ADOPT.value if needs_preparation(spec, strategy) else OnExistingResult.TRAIN.value
 
 
-def _default_learning_rate(method: MethodType, trainer: TrainerType) -> float:
+def _choose_default_learning_rate(method: MethodType, trainer: TrainerType) -> float:
     objective_default = OBJECTIVES[trainer].learning_rate
     if objective_default is not None:
         return objective_default
@@ -201,22 +201,22 @@ def _default_learning_rate(method: MethodType, trainer: TrainerType) -> float:
 
 
 def _list_method_defaults(spec: FineTuneJobSpec, method: MethodType) -> dict[str, Any]:
-    result: dict[str, Any] = {}
+    default_by_path: dict[str, Any] = {}
     if method is MethodType.QLORA:
-        result["model.quantization.bits"] = 4
+        default_by_path["model.quantization.bits"] = 4
     if uses_loftq(spec):
-        result["model.quantization.bits"] = 4
+        default_by_path["model.quantization.bits"] = 4
     bits = 4 if method is MethodType.QLORA or uses_loftq(spec) else given_bits(spec)
     if bits == 4:
-        result |= {"model.quantization.type": "nf4", "model.quantization.doubleQuant": True}
-        result["model.quantization.computeDtype"] = "bfloat16" if gpus_per_node(spec) else "float32"
+        default_by_path |= {"model.quantization.type": "nf4", "model.quantization.doubleQuant": True}
+        default_by_path["model.quantization.computeDtype"] = "bfloat16" if gpus_per_node(spec) else "float32"
     if method in LORA_METHODS and method is not MethodType.ADAPTER:
-        result |= {"method.lora.targetModules": ["all-linear"], "method.lora.useDora": method is MethodType.DORA}
+        default_by_path |= {"method.lora.targetModules": ["all-linear"], "method.lora.useDora": method is MethodType.DORA}
         if spec.method.lora and spec.method.lora.loftq:
-            result["method.lora.init"] = LoraInit.LOFTQ.value
+            default_by_path["method.lora.init"] = LoraInit.LOFTQ.value
     if method in PROMPT_METHODS:
-        result["method.promptLength"] = 20
-    return result
+        default_by_path["method.promptLength"] = 20
+    return default_by_path
 
 
 def _list_storage_defaults(spec: FineTuneJobSpec, platform_defaults: PlatformDefaults) -> dict[str, Any]:
@@ -227,10 +227,10 @@ def _list_storage_defaults(spec: FineTuneJobSpec, platform_defaults: PlatformDef
     """
     if platform_defaults.storage is None:
         return {}
-    default = platform_defaults.storage.to_wire()
+    default_storage = platform_defaults.storage.to_wire()
     if spec.storage.endpoint is not None:
-        default = {key: value for key, value in default.items() if key == "uri"}
-    return {f"storage.{key}": value for key, value in default.items()}
+        default_storage = {key: value for key, value in default_storage.items() if key == "uri"}
+    return {f"storage.{key}": value for key, value in default_storage.items()}
 
 
 PLATFORM_DEFAULT_PATHS = (
@@ -245,7 +245,7 @@ LATE_DEFAULT_PATHS = ("dataset.maxSequenceLength", "dataset.useChatTemplate", "d
 
 def keep_valid_late_defaults(reported_defaults: Any) -> dict[str, Any]:
     """Return the values that a pod reported for LATE_DEFAULT_PATHS, without invalid values. Pods run user code, so a report can contain any value."""
-    result: dict[str, Any] = {}
+    valid_defaults: dict[str, Any] = {}
     for path in LATE_DEFAULT_PATHS:
         group, _, name = path.partition(".")
         try:
@@ -253,8 +253,8 @@ def keep_valid_late_defaults(reported_defaults: Any) -> dict[str, Any]:
         except ValidationError:
             continue
         if value is not None:
-            result[path] = value
-    return result
+            valid_defaults[path] = value
+    return valid_defaults
 
 
 REMOVED_DEFAULT_PATHS = ("model.ligerKernels",)
@@ -273,22 +273,23 @@ def keep_recorded_defaults(resolved_spec: ResolvedSpec, recorded_defaults: Mappi
 
     Errors: pydantic's ValidationError if this release does not accept a recorded default.
     """
-    values = {
-        path: recorded for path, recorded in recorded_defaults.items()
-        if path.partition(".")[0] not in GROUPS_WITH_CURRENT_DEFAULTS and path not in FIELDS_WITH_CURRENT_DEFAULTS and _must_restore_recorded(resolved_spec, path, recorded)
+    restored_values = {
+        path: recorded_value for path, recorded_value in recorded_defaults.items()
+        if path.partition(".")[0] not in GROUPS_WITH_CURRENT_DEFAULTS and path not in FIELDS_WITH_CURRENT_DEFAULTS
+        and _must_restore_recorded(resolved_spec, path, recorded_value)
     }  # fmt: skip
-    if not values:
+    if not restored_values:
         return resolved_spec
-    return replace(resolved_spec, spec=resolved_spec.spec.with_values(values), defaults={**resolved_spec.defaults, **values})
+    return replace(resolved_spec, spec=resolved_spec.spec.with_values(restored_values), defaults={**resolved_spec.defaults, **restored_values})
 
 
-def _must_restore_recorded(resolved_spec: ResolvedSpec, path: str, recorded: Any) -> bool:
+def _must_restore_recorded(resolved_spec: ResolvedSpec, path: str, recorded_value: Any) -> bool:
     """Whether the recorded default of a field has to replace the current default, because this release changed or removed the recorded default.
 
     False for a field that the user set.
     """
     if path in resolved_spec.defaults:
-        return bool(resolved_spec.defaults[path] != recorded)
+        return bool(resolved_spec.defaults[path] != recorded_value)
     return path in REMOVED_DEFAULT_PATHS and resolved_spec.spec.value(path) is None
 
 
@@ -315,7 +316,7 @@ DEFAULT_CONDITIONS: dict[str, Callable[[dict[str, Any]], bool]] = {
 }
 """For each constant default that does not always apply, by spec path: a function that returns whether the default applies. The argument of the function
 is the values of the field's group, by camelCase name."""
-COMPUTED_DEFAULTS = frozenset({"method.promptLength", "model.quantization.type", "model.quantization.doubleQuant"})
+COMPUTED_DEFAULT_PATHS = frozenset({"method.promptLength", "model.quantization.type", "model.quantization.doubleQuant"})
 """Spec paths of constant defaults that apply only with certain values of other groups. `_compute_defaults` fills in these defaults."""
 
 
@@ -354,7 +355,7 @@ def _fill_in_constants(model: type[BaseModel], group_values: dict[str, Any], pat
 
 
 def _default_applies(path: str, group_values: dict[str, Any]) -> bool:
-    return path not in COMPUTED_DEFAULTS and (path not in DEFAULT_CONDITIONS or DEFAULT_CONDITIONS[path](group_values))
+    return path not in COMPUTED_DEFAULT_PATHS and (path not in DEFAULT_CONDITIONS or DEFAULT_CONDITIONS[path](group_values))
 
 
 def _fill_in_default(spec_values: dict[str, Any], path: str, default: Any, filled_values: dict[str, Any]) -> None:

@@ -55,18 +55,18 @@ def collect_result_settings(spec: FineTuneJobSpec, filled_paths: Collection[str]
     `filled_paths`: spec paths of filled-in defaults, which are left out. `user_values`: the user's own values of fields that the operator
     changed after a failure. Queries and passwords of web addresses are removed, so an address whose signature was renewed counts as unchanged.
     """
-    value, _ = remove_secrets(spec.to_wire())
-    settings = {path: leaf for path, leaf in _iterate_leaves(value, "") if path not in filled_paths and not _is_without_effect(path)}
-    restored = settings | {path: user_value for path, user_value in (user_values or {}).items() if path in settings}
-    return {path: leaf for path, leaf in restored.items() if leaf is not None}
+    redacted_spec, _ = remove_secrets(spec.to_wire())
+    settings = {path: leaf for path, leaf in _iterate_leaves(redacted_spec, "") if path not in filled_paths and not _is_without_effect(path)}
+    user_settings = settings | {path: user_value for path, user_value in (user_values or {}).items() if path in settings}
+    return {path: leaf for path, leaf in user_settings.items() if leaf is not None}
 
 
 def _iterate_leaves(nested_values: Mapping[str, Any], path_prefix: str) -> Iterator[tuple[str, Any]]:
-    for name, inner in nested_values.items():
-        if isinstance(inner, Mapping):
-            yield from _iterate_leaves(inner, f"{path_prefix}{name}.")
+    for name, nested_value in nested_values.items():
+        if isinstance(nested_value, Mapping):
+            yield from _iterate_leaves(nested_value, f"{path_prefix}{name}.")
         else:
-            yield f"{path_prefix}{name}", inner
+            yield f"{path_prefix}{name}", nested_value
 
 
 def _is_without_effect(path: str) -> bool:
@@ -75,8 +75,8 @@ def _is_without_effect(path: str) -> bool:
 
 def compute_result_digest(settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
     """Return the sha256 (hex) over the values of `collect_result_settings` and the digests of the inputs."""
-    text = json.dumps({"settings": dict(settings), "inputs": dict(inputs)}, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    settings_and_inputs_json = json.dumps({"settings": dict(settings), "inputs": dict(inputs)}, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(settings_and_inputs_json.encode()).hexdigest()
 
 
 def list_result_differences(earlier: RunResult, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> list[str]:
@@ -84,5 +84,5 @@ def list_result_differences(earlier: RunResult, settings: Mapping[str, Any], inp
     return _list_changed_keys(earlier.settings, settings) + [f"contents of {name}" for name in _list_changed_keys(earlier.inputs, inputs)]
 
 
-def _list_changed_keys(earlier: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    return [key for key in sorted({*earlier, *new}) if earlier.get(key) != new.get(key)]
+def _list_changed_keys(earlier: Mapping[str, Any], later: Mapping[str, Any]) -> list[str]:
+    return [key for key in sorted({*earlier, *later}) if earlier.get(key) != later.get(key)]

@@ -22,8 +22,8 @@ class GpuType:
     """Words in the driver's device name by which the type is recognised, such as `RTX 4090`."""
 
 
-def _make_gpu(mebibytes: int, peak_teraflops: float, bandwidth_gigabytes: float, device_name_words: str) -> GpuType:
-    return GpuType(mebibytes * MEBIBYTE, peak_teraflops * 1e12, bandwidth_gigabytes * 1e9, device_name_words)
+def _make_gpu(memory_mebibytes: int, peak_teraflops: float, bandwidth_gigabytes_per_second: float, device_name_words: str) -> GpuType:
+    return GpuType(memory_mebibytes * MEBIBYTE, peak_teraflops * 1e12, bandwidth_gigabytes_per_second * 1e9, device_name_words)
 
 
 GPU_TYPES = {
@@ -44,6 +44,6 @@ def find_gpu_type(device_name: str) -> GpuType | None:
     if SLOWER_DEVICE_PATTERN.search(device_name):
         return None
     candidates = {name: gpu for name, gpu in GPU_TYPES.items() if re.search(rf"\b{gpu.device_name_words}\b", device_name)}
-    size = re.search(r"\b(\d+)\s?GB\b", device_name)  # A100 and V100 exist with two memory sizes
-    of_size = [gpu for name, gpu in candidates.items() if size is not None and name.endswith(f"-{size[1]}gb")]
-    return next(iter([*of_size, *candidates.values()]), None)
+    size_match = re.search(r"\b(\d+)\s?GB\b", device_name)  # A100 and V100 exist with two memory sizes
+    candidates_of_size = [gpu for name, gpu in candidates.items() if size_match is not None and name.endswith(f"-{size_match[1]}gb")]
+    return next(iter([*candidates_of_size, *candidates.values()]), None)

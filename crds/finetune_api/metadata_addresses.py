@@ -19,8 +19,8 @@ Google over IPv6.
 169.254.170.23 and fd00:ec2::23 (EKS Pod Identity) are not listed, because they serve only the credentials of the pod's own ServiceAccount.
 """
 
-_NETWORKS = tuple(ipaddress.ip_network(cidr) for cidr in METADATA_CIDRS)
-_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+_METADATA_NETWORKS = tuple(ipaddress.ip_network(cidr) for cidr in METADATA_CIDRS)
+_NAT64_NETWORK = ipaddress.IPv6Network("64:ff9b::/96")
 """IPv6 addresses of IPv4 hosts behind a NAT64 gateway. The last four bytes of these IPv6 addresses are the IPv4 address."""
 
 
@@ -29,8 +29,8 @@ def is_metadata_address(address_text: str) -> bool:
     address = ipaddress.ip_address(address_text.partition("%")[0])
     if isinstance(address, ipaddress.IPv6Address):
         embedded_ipv4 = address.ipv4_mapped or address.sixtofour
-        if address in _NAT64:
+        if address in _NAT64_NETWORK:
             embedded_ipv4 = ipaddress.IPv4Address(address.packed[-4:])
         if embedded_ipv4 is not None:
             address = embedded_ipv4
-    return address.is_link_local or any(address in network for network in _NETWORKS)
+    return address.is_link_local or any(address in network for network in _METADATA_NETWORKS)

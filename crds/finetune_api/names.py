@@ -553,32 +553,32 @@ def checkpoint_folder(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def incarnation_folder(attempt: int, pod_uid: str) -> str:
+def make_incarnation_folder_name(attempt: int, pod_uid: str) -> str:
     """Return the name of an incarnation's folder: `a<attempt>-<first 8 hex digits of the pod's uid>`.
 
     An incarnation is one run of an attempt's pod 0. If the Job replaces this pod, the new pod is another incarnation and writes to
     another folder. An old pod that still runs can therefore not overwrite the files of the new pod.
     """
-    uid_digits = "".join(c for c in pod_uid.lower() if c in "0123456789abcdef")[:8]
+    uid_digits = "".join(character for character in pod_uid.lower() if character in "0123456789abcdef")[:8]
     return f"a{attempt}-{uid_digits:0<8}"
 
 
 def parse_attempt_of_uri(uri: str) -> int | None:
     """Return the number of the attempt that wrote the checkpoint or model at `uri`, or None if the URI does not end with an incarnation's folder."""
     prefix, _, digits = uri.rstrip("/").rpartition("/")[2].partition("-")
-    number = prefix[1:]
-    return int(number) if prefix[:1] == "a" and number.isdecimal() and len(digits) == 8 else None
+    attempt_text = prefix[1:]
+    return int(attempt_text) if prefix[:1] == "a" and attempt_text.isdecimal() and len(digits) == 8 else None
 
 
-def attempt_folder(attempt: int) -> str:
+def make_attempt_folder_name(attempt: int) -> str:
     """Return the name of an attempt's folder below `run/`. This folder marks the start of the attempt."""
     return f"{_ATTEMPT_FOLDER}{attempt}"
 
 
-def parse_attempt_of_folder(name: str) -> int | None:
+def parse_attempt_of_folder(folder_name: str) -> int | None:
     """Return the attempt number in the name of a folder below `run/`, or None if the folder belongs to no attempt."""
-    number = name.removeprefix(_ATTEMPT_FOLDER)
-    return int(number) if number != name and number.isdecimal() else None
+    attempt_text = folder_name.removeprefix(_ATTEMPT_FOLDER)
+    return int(attempt_text) if attempt_text != folder_name and attempt_text.isdecimal() else None
 
 
 _ATTEMPT_FOLDER = "attempt-"
@@ -588,12 +588,12 @@ PREPARATION_ATTEMPT = 0
 """The labels, progress reports and Secrets of a preparation contain this number as the attempt number."""
 
 
-def prepared_root(job_root: str) -> str:
+def make_prepared_rows_uri(job_root: str) -> str:
     """Return the URI of the folder with the prepared rows of a job's namespace. `job_root`: `<storage.uri>/<namespace>/<name>/<uid>`."""
     return f"{job_root.rstrip('/').rsplit('/', 2)[0]}/{PREPARED_FOLDER}"
 
 
-def preparation_job_name(name: str, preparation: int) -> str:
+def make_preparation_job_name(name: str, preparation: int) -> str:
     """Return the name of a preparation's Job. `name`: name of the FineTuneJob. `preparation`: number of the preparation, from 1.
 
     There is no hyphen before the number, unlike in the name of an attempt's Job. The Job of a preparation of `x` therefore never has the
@@ -604,8 +604,8 @@ def preparation_job_name(name: str, preparation: int) -> str:
 
 def parse_preparation_number(job_name: str, name: str) -> int | None:
     """Return the number of the preparation in the name of its Job, or None if the Job is not a preparation of the FineTuneJob `name`."""
-    number = job_name.removeprefix(preparation_job_name(name, 0)[:-1])
-    return int(number) if number != job_name and number.isdecimal() else None
+    number_text = job_name.removeprefix(make_preparation_job_name(name, 0)[:-1])
+    return int(number_text) if number_text != job_name and number_text.isdecimal() else None
 
 
 def attempt_job_name(name: str, attempt: int) -> str:

@@ -61,11 +61,11 @@ OBJECTIVES: Mapping[TrainerType, ObjectiveFacts] = {
 }  # fmt: skip
 
 
-def objectives_that_read(option: str) -> tuple[TrainerType, ...]:
+def list_objectives_that_read(option: str) -> tuple[TrainerType, ...]:
     """Return the objectives that read the field `option` of `spec.trainer`, in the order of `OBJECTIVES`."""
     return tuple(objective for objective, facts in OBJECTIVES.items() if option in facts.options)
 
 
-def objective_for_format(dataset_format: DatasetFormat) -> TrainerType:
+def choose_objective_for_format(dataset_format: DatasetFormat) -> TrainerType:
     """Return the first objective that can learn from data of this format. Error messages suggest this objective."""
     return next(objective for objective, facts in OBJECTIVES.items() if dataset_format in facts.dataset_formats)

@@ -29,8 +29,8 @@ TITLE_ANNOTATION = "org.opencontainers.image.title"
 MANIFEST_KEY, CONFIG_KEY = f"{Storage.SERVING}/oci/manifest.json", f"{Storage.SERVING}/oci/config.json"
 """Paths of the OCI manifest and the OCI config below the job's folder in storage."""
 
-_CONTENT_OF_SUFFIX = {"safetensors": "weight", "bin": "weight", "md": "doc", "py": "code"}
-_DOCUMENTS = ("LICENSE", "LICENCE", "NOTICE", "README")
+_CONTENT_TYPE_OF_EXTENSION = {"safetensors": "weight", "bin": "weight", "md": "doc", "py": "code"}
+_DOCUMENT_NAMES = ("LICENSE", "LICENCE", "NOTICE", "README")
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,10 @@ class OciArtefact:
 def build_modelpack_artefact(job_name: str, output_kind: OutputKind, files: Sequence[ModelFile]) -> OciArtefact:
     """Return the OCI config and the OCI manifest of a model. `job_name`: name of the FineTuneJob, which is also the name of the model."""
     sorted_files = sorted(files, key=lambda file: file.path)
-    content = "adapter for the base model that adapter_config.json names" if output_kind is OutputKind.ADAPTER else "complete model"
+    content_description = "adapter for the base model that adapter_config.json names" if output_kind is OutputKind.ADAPTER else "complete model"
     config = to_canonical_json(
         {
-            "descriptor": {"name": job_name, "title": job_name, "description": f"{content}, trained by the FineTuneJob {job_name}"},
+            "descriptor": {"name": job_name, "title": job_name, "description": f"{content_description}, trained by the FineTuneJob {job_name}"},
             "config": {"architecture": "transformer", "format": "safetensors"},
             "modelfs": {"type": "layers", "diffIds": [f"sha256:{file.sha256}" for file in sorted_files]},
         }
@@ -90,14 +90,14 @@ def compute_digest(blob: bytes) -> str:
 
 def _build_layer(file: ModelFile) -> dict[str, Any]:
     return {
-        "mediaType": f"application/vnd.cncf.model.{_content_type_of(file.path)}.v1.raw", "digest": f"sha256:{file.sha256}", "size": file.size,
+        "mediaType": f"application/vnd.cncf.model.{_choose_content_type(file.path)}.v1.raw", "digest": f"sha256:{file.sha256}", "size": file.size,
         "annotations": {FILE_PATH_ANNOTATION: file.path, TITLE_ANNOTATION: file.path},
     }  # fmt: skip
 
 
-def _content_type_of(path: str) -> str:
+def _choose_content_type(path: str) -> str:
     """Return the content type of a file in ModelPack's media types: weight, doc, code, or weight.config for settings and tokenizers."""
-    name = path.rpartition("/")[2]
-    if name.partition(".")[0].upper() in _DOCUMENTS:
+    file_name = path.rpartition("/")[2]
+    if file_name.partition(".")[0].upper() in _DOCUMENT_NAMES:
         return "doc"
-    return _CONTENT_OF_SUFFIX.get(name.rpartition(".")[2], "weight.config")
+    return _CONTENT_TYPE_OF_EXTENSION.get(file_name.rpartition(".")[2], "weight.config")

@@ -19,9 +19,9 @@ from finetune_api.base import (
     ReportModel,
     WireModel,
     get_value_at_path,
+    make_version_sort_key,
     map_fields_to_release,
     remove_value_at_path,
-    version_sort_key,
 )
 from finetune_api.names import CONTRACT_VERSION, MAX_TERMINATION_BYTES, OLDEST_TRAINER, FailureClass, Origin
 from finetune_api.redaction import redact_all
@@ -177,30 +177,30 @@ class RunConfig(WireModel):
 
     def to_wire(self) -> dict[str, Any]:
         """Return the dict for JSON. Spec fields that trainer 0.1.0 does not know are omitted if their origin is `default`."""
-        value = super().to_wire()
-        releases = map_fields_to_release(FineTuneJobSpec)
-        default_paths = [path for path in releases if self.origin(path) is Origin.DEFAULT]
-        user_paths = [path for path in releases if path not in default_paths and get_value_at_path(value["spec"], path) is not None]
-        required_releases = {value.pop("minTrainerVersion"), *(releases[path] for path in user_paths)}
+        wire_values = super().to_wire()
+        release_by_path = map_fields_to_release(FineTuneJobSpec)
+        default_paths = [path for path in release_by_path if self.origin(path) is Origin.DEFAULT]
+        user_paths = [path for path in release_by_path if path not in default_paths and get_value_at_path(wire_values["spec"], path) is not None]
+        required_releases = {wire_values.pop("minTrainerVersion"), *(release_by_path[path] for path in user_paths)}
         for path in default_paths:
-            remove_value_at_path(value["spec"], path)
-        value["spec"].pop("prepare", None)  # trainer 0.1.0 does not know `prepare`, and only the operator reads this group
-        mark_entries = [f"{_MARK_PREFIX}{origin} {path}" for path, origin in value.pop("origins").items()]
-        mark_entries.append(f"{_MARK_PREFIX}{_MIN_TRAINER_VERSION} {max(required_releases, key=version_sort_key)}")
-        rolled_back_attempt = value["resume"].pop("rolledBackAttempt", None)
+            remove_value_at_path(wire_values["spec"], path)
+        wire_values["spec"].pop("prepare", None)  # trainer 0.1.0 does not know `prepare`, and only the operator reads this group
+        mark_entries = [f"{_MARK_PREFIX}{origin} {path}" for path, origin in wire_values.pop("origins").items()]
+        mark_entries.append(f"{_MARK_PREFIX}{_MIN_TRAINER_VERSION} {max(required_releases, key=make_version_sort_key)}")
+        rolled_back_attempt = wire_values["resume"].pop("rolledBackAttempt", None)
         if rolled_back_attempt is not None:
             mark_entries.append(f"{_MARK_PREFIX}{_ROLLED_BACK_ATTEMPT} {rolled_back_attempt}")
-        known_checkpoints = value["resume"].pop("knownCheckpoints", {})
+        known_checkpoints = wire_values["resume"].pop("knownCheckpoints", {})
         mark_entries += [f"{_MARK_PREFIX}{_CHECKPOINT} {folder} {sha256}" for folder, sha256 in known_checkpoints.items()]
-        value.pop("prepared", None)
+        wire_values.pop("prepared", None)
         if self.prepared is not None:
             mark_entries.append(f"{_MARK_PREFIX}{_PREPARED_TTL_DAYS} {self.prepared.ttl_days}")
             if self.prepared.digest and self.prepared.manifest_sha256:
                 mark_entries.append(f"{_MARK_PREFIX}{_PREPARED_ROWS} {self.prepared.digest} {self.prepared.manifest_sha256}")
-        mark_entries += [f"{_MARK_PREFIX}{_GPU_POOL} {json.dumps(pool, sort_keys=True)}" for pool in value.pop("pools", [])]
-        if value.pop("generationUrl", None) is not None:
+        mark_entries += [f"{_MARK_PREFIX}{_GPU_POOL} {json.dumps(pool, sort_keys=True)}" for pool in wire_values.pop("pools", [])]
+        if wire_values.pop("generationUrl", None) is not None:
             mark_entries.append(f"{_MARK_PREFIX}{_GENERATION_URL} {self.generation_url}")
-        return value | {"defaults": [*self.defaults, *sorted(mark_entries)]}
+        return wire_values | {"defaults": [*self.defaults, *sorted(mark_entries)]}
 
     @model_validator(mode="before")
     @classmethod
@@ -219,34 +219,34 @@ class RunConfig(WireModel):
 
 def read_marks(raw_config: dict[str, Any]) -> dict[str, Any]:
     """Return a copy of the raw `run.json` in which the marks of the list `defaults` are moved to their own fields."""
-    entries = raw_config.get("defaults")
-    mark_entries = [entry for entry in entries if str(entry).startswith(_MARK_PREFIX)] if isinstance(entries, list) else []
+    default_entries = raw_config.get("defaults")
+    mark_entries = [entry for entry in default_entries if str(entry).startswith(_MARK_PREFIX)] if isinstance(default_entries, list) else []
     if not mark_entries:
         return raw_config
-    result = raw_config | {"defaults": [entry for entry in raw_config["defaults"] if entry not in mark_entries], "origins": {}}
+    config = raw_config | {"defaults": [entry for entry in raw_config["defaults"] if entry not in mark_entries], "origins": {}}
     for mark in mark_entries:
-        key, _, value = mark.removeprefix(_MARK_PREFIX).partition(" ")
-        if key == _MIN_TRAINER_VERSION:
-            result["minTrainerVersion"] = value
-        elif key == _ROLLED_BACK_ATTEMPT:
-            result["resume"] = {**(result.get("resume") or {}), "rolledBackAttempt": value}
-        elif key == _CHECKPOINT:
-            folder, _, sha256 = value.partition(" ")
-            resume = result.get("resume") or {}
-            result["resume"] = {**resume, "knownCheckpoints": {**resume.get("knownCheckpoints", {}), folder: sha256}}
-        elif key == _PREPARED_TTL_DAYS:
-            result["prepared"] = {**(result.get("prepared") or {}), "ttlDays": value}
-        elif key == _GPU_POOL:
-            result["pools"] = [*result.get("pools", []), json.loads(value)]
-        elif key == _PREPARED_ROWS:
-            digest, _, sha256 = value.partition(" ")
-            result["prepared"] = {**(result.get("prepared") or {}), "digest": digest, "manifestSha256": sha256}
-        elif key == _GENERATION_URL:
-            result["generationUrl"] = value
+        mark_name, _, mark_value = mark.removeprefix(_MARK_PREFIX).partition(" ")
+        if mark_name == _MIN_TRAINER_VERSION:
+            config["minTrainerVersion"] = mark_value
+        elif mark_name == _ROLLED_BACK_ATTEMPT:
+            config["resume"] = {**(config.get("resume") or {}), "rolledBackAttempt": mark_value}
+        elif mark_name == _CHECKPOINT:
+            folder, _, sha256 = mark_value.partition(" ")
+            resume_values = config.get("resume") or {}
+            config["resume"] = {**resume_values, "knownCheckpoints": {**resume_values.get("knownCheckpoints", {}), folder: sha256}}
+        elif mark_name == _PREPARED_TTL_DAYS:
+            config["prepared"] = {**(config.get("prepared") or {}), "ttlDays": mark_value}
+        elif mark_name == _GPU_POOL:
+            config["pools"] = [*config.get("pools", []), json.loads(mark_value)]
+        elif mark_name == _PREPARED_ROWS:
+            digest, _, sha256 = mark_value.partition(" ")
+            config["prepared"] = {**(config.get("prepared") or {}), "digest": digest, "manifestSha256": sha256}
+        elif mark_name == _GENERATION_URL:
+            config["generationUrl"] = mark_value
         else:
             # An unknown origin counts as `user`, so that the trainer refuses an unknown field instead of ignoring it.
-            result["origins"][value] = key if key in list(Origin) else Origin.USER
-    return result
+            config["origins"][mark_value] = mark_name if mark_name in list(Origin) else Origin.USER
+    return config
 
 
 class HealthReport(ReportModel):
@@ -280,10 +280,10 @@ class HealthReport(ReportModel):
 
         Operator 0.1.0 reads only the old name, `secondsSinceSign`. Without this name, operator 0.1.0 would treat a long evaluation as a stall.
         """
-        value: dict[str, Any] = handler(self)
-        if value.get("secondsSinceHeartbeat") is not None:
-            value["secondsSinceSign"] = value["secondsSinceHeartbeat"]
-        return value
+        wire_values: dict[str, Any] = handler(self)
+        if wire_values.get("secondsSinceHeartbeat") is not None:
+            wire_values["secondsSinceSign"] = wire_values["secondsSinceHeartbeat"]
+        return wire_values
 
 
 class ProgressReport(ReportModel):
@@ -337,7 +337,7 @@ class StorageCheckResult(ReportModel):
 
     def to_json(self) -> str:
         """Return the result as JSON of at most 4096 bytes, the kubelet's limit, without secrets."""
-        return _termination_json(self.to_wire())
+        return _make_termination_json(self.to_wire())
 
 
 class TerminationMessage(ReportModel):
@@ -377,26 +377,26 @@ class TerminationMessage(ReportModel):
 
         From a longer message, optional fields are removed first. If the message is still too long without these fields, its texts are cut.
         """
-        return _termination_json(self.to_wire(), _PART_REMOVERS)
+        return _make_termination_json(self.to_wire(), _PART_REMOVERS)
 
 
-def _termination_json(value: dict[str, Any], part_removers: tuple[Callable[[dict[str, Any]], None], ...] = ()) -> str:
+def _make_termination_json(message: dict[str, Any], part_removers: tuple[Callable[[dict[str, Any]], None], ...] = ()) -> str:
     """Return the JSON of a termination message, shortened to at most 4096 bytes. `part_removers`: functions that shorten a message, in order of use.
 
     Secrets in the message and in the hint are replaced, because everyone who may read a pod can read its termination message.
     """
-    texts = {key: redact_all(value[key], "[redacted]") for key in ("hint", "message") if isinstance(value.get(key), str)}
-    value |= texts
+    redacted_texts = {key: redact_all(message[key], "[redacted]") for key in ("hint", "message") if isinstance(message.get(key), str)}
+    message |= redacted_texts
     for remove_part in part_removers:
-        if len(_compact_json(value)) <= MAX_TERMINATION_BYTES:
+        if len(_compact_json(message)) <= MAX_TERMINATION_BYTES:
             break
-        remove_part(value)
-    for key in sorted(texts, key=lambda name: len(texts[name]), reverse=True):  # Cut the longest text first, so that a short hint stays complete.
-        excess = len(_compact_json(value)) - MAX_TERMINATION_BYTES
-        if excess > 0:
-            text = texts[key].encode(errors="replace")
-            value[key] = text[: max(0, len(text) - excess - 16)].decode(errors="ignore") + " ..."
-    return _compact_json(value).decode()
+        remove_part(message)
+    for key in sorted(redacted_texts, key=lambda name: len(redacted_texts[name]), reverse=True):  # Cut the longest text first, so that a short hint stays complete.
+        excess_bytes = len(_compact_json(message)) - MAX_TERMINATION_BYTES
+        if excess_bytes > 0:
+            text_bytes = redacted_texts[key].encode(errors="replace")
+            message[key] = text_bytes[: max(0, len(text_bytes) - excess_bytes - 16)].decode(errors="ignore") + " ..."
+    return _compact_json(message).decode()
 
 
 def _drop_texts_of_passed_gates(message: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ CPUS_PER_GPU = 3
 MIN_MEMORY_GIB_PER_GPU = 10
 SHARED_MEMORY_GIB_PER_GPU = 2
 """Size of /dev/shm for each GPU. NCCL and DeepSpeed use /dev/shm to exchange data between the ranks of a pod."""
-GIB = 2**30
+GIBIBYTE = 2**30
 
 
 @dataclass(frozen=True)
@@ -39,40 +39,45 @@ class ConfiguredResources:
     """Quantities for each pod, in any pool."""
 
 
-def count_whole_gpus(gpu_resource: str, gpus: int) -> int:
+def count_whole_gpus(gpu_resource: str, gpu_count: int) -> int:
     """Return the number of whole GPUs of a pod. A pod with MIG slices (parts of a GPU) has 0 whole GPUs, and gets the same defaults as a pod without GPUs."""
-    return 0 if "/mig-" in gpu_resource else gpus
+    return 0 if "/mig-" in gpu_resource else gpu_count
 
 
 def choose_pod_resources(
-    gpus: int, gpu_memory: str | int | None, configured: ConfiguredResources, *, has_former_defaults: bool = False
+    gpu_count: int, gpu_memory: str | int | None, configured_resources: ConfiguredResources, *, has_former_defaults: bool = False
 ) -> dict[str, str]:
     """Return the default quantity of each pod resource (the keys of POD_DEFAULTS), from the operator's configuration or the built-in values.
 
-    `gpus`: number of whole GPUs of the pod. `gpu_memory`: memory of one GPU, if the node pool sets it. `has_former_defaults`: whether the job
+    `gpu_count`: number of whole GPUs of the pod. `gpu_memory`: memory of one GPU, if the node pool sets it. `has_former_defaults`: whether the job
     began before release 0.2.0 and keeps the built-in values of the earlier releases.
     """
-    built_in = POD_DEFAULTS if gpus == 0 or has_former_defaults else _compute_gpu_defaults(gpus, gpu_memory)
-    layers = (configured.pool_quantities, _multiply_by_gpus(configured.quantities_per_gpu, gpus), configured.platform_quantities)
-    return {name: str(next((layer[name] for layer in layers if layer.get(name) is not None), built_in[name])) for name in POD_DEFAULTS}
-
-
-def _compute_gpu_defaults(gpus: int, gpu_memory: str | int | None) -> dict[str, str]:
-    gpu_memory_gib = int(parse_amount(str(gpu_memory)) / GIB) if gpu_memory is not None else 0
+    built_in_quantities = POD_DEFAULTS if gpu_count == 0 or has_former_defaults else _compute_gpu_defaults(gpu_count, gpu_memory)
+    quantities_by_precedence = (
+        configured_resources.pool_quantities, _multiply_by_gpus(configured_resources.quantities_per_gpu, gpu_count), configured_resources.platform_quantities,
+    )  # fmt: skip
     return {
-        "cpu": str(CPUS_PER_GPU * gpus),
-        "memory": f"{max(MIN_MEMORY_GIB_PER_GPU, gpu_memory_gib // 2) * gpus}Gi",
-        "ephemeral_storage": POD_DEFAULTS["ephemeral_storage"],
-        "shared_memory": f"{SHARED_MEMORY_GIB_PER_GPU * gpus}Gi",
+        name: str(next((quantities[name] for quantities in quantities_by_precedence if quantities.get(name) is not None), built_in_quantities[name]))
+        for name in POD_DEFAULTS
     }
 
 
-def _multiply_by_gpus(per_gpu: Mapping[str, Any], gpus: int) -> dict[str, str]:
+def _compute_gpu_defaults(gpu_count: int, gpu_memory: str | int | None) -> dict[str, str]:
+    gpu_memory_gib = int(parse_amount(str(gpu_memory)) / GIBIBYTE) if gpu_memory is not None else 0
+    return {
+        "cpu": str(CPUS_PER_GPU * gpu_count),
+        "memory": f"{max(MIN_MEMORY_GIB_PER_GPU, gpu_memory_gib // 2) * gpu_count}Gi",
+        "ephemeral_storage": POD_DEFAULTS["ephemeral_storage"],
+        "shared_memory": f"{SHARED_MEMORY_GIB_PER_GPU * gpu_count}Gi",
+    }
+
+
+def _multiply_by_gpus(quantities_per_gpu: Mapping[str, Any], gpu_count: int) -> dict[str, str]:
     """Return the quantities of a pod, in whole millicores or bytes: the quantities per GPU, multiplied by the number of GPUs. Empty without GPUs."""
-    if gpus == 0:
+    if gpu_count == 0:
         return {}
     return {
-        name: f"{int(parse_amount(str(value)) * 1000 * gpus)}m" if name == "cpu" else str(int(parse_amount(str(value)) * gpus))
-        for name, value in per_gpu.items()
-        if value is not None
+        name: f"{int(parse_amount(str(quantity)) * 1000 * gpu_count)}m" if name == "cpu" else str(int(parse_amount(str(quantity)) * gpu_count))
+        for name, quantity in quantities_per_gpu.items()
+        if quantity is not None
     }

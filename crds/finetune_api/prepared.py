@@ -38,10 +38,10 @@ class UsedMarker(LenientModel):
         return now >= self.until
 
 
-def renew_marker(current: UsedMarker | None, now: datetime, ttl_days: int) -> UsedMarker:
+def renew_marker(current_marker: UsedMarker | None, now: datetime, ttl_days: int) -> UsedMarker:
     """Return a marker that keeps the rows for `ttl_days`, and at least as long as the current marker does."""
-    until = now.astimezone(UTC).replace(microsecond=0) + timedelta(days=ttl_days)
-    return UsedMarker(until=until if current is None else max(until, current.until))
+    kept_until = now.astimezone(UTC).replace(microsecond=0) + timedelta(days=ttl_days)
+    return UsedMarker(until=kept_until if current_marker is None else max(kept_until, current_marker.until))
 
 
 def group_keys_for_removal(object_keys: Iterable[str]) -> list[list[str]]:
@@ -50,8 +50,8 @@ def group_keys_for_removal(object_keys: Iterable[str]) -> list[list[str]]:
     With this order, a reader finds either the complete rows or no commit marker. An interrupted removal leaves `_USED`, so a later removal
     can continue.
     """
-    order = {Storage.COMMITTED.value: 0, Storage.MANIFEST.value: 1, USED_MARKER: 3}
-    groups: dict[int, list[str]] = {}
+    group_number_by_name = {Storage.COMMITTED.value: 0, Storage.MANIFEST.value: 1, USED_MARKER: 3}
+    keys_by_group_number: dict[int, list[str]] = {}
     for key in sorted(object_keys):
-        groups.setdefault(order.get(key.rpartition("/")[2], 2), []).append(key)
-    return [groups[number] for number in sorted(groups)]
+        keys_by_group_number.setdefault(group_number_by_name.get(key.rpartition("/")[2], 2), []).append(key)
+    return [keys_by_group_number[group_number] for group_number in sorted(keys_by_group_number)]

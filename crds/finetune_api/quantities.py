@@ -42,41 +42,41 @@ SIZE_KIND = QuantityKind(SIZE_PATTERN, MIN_SIZE_BYTES, "32Gi")
 
 def find_quantity_problem(value: str | int, kind: QuantityKind) -> tuple[str, str] | None:
     """Return (problem, hint) for an invalid quantity, or None for a valid one."""
-    text = str(value)
+    quantity_text = str(value)
     if isinstance(value, int) and value >= kind.minimum:
         return None
     if (
         isinstance(value, str)
-        and re.match(kind.pattern, text)
-        and parse_amount(text) >= (kind.minimum if kind is SIZE_KIND else Decimal("0.001"))
+        and re.match(kind.pattern, quantity_text)
+        and parse_amount(quantity_text) >= (kind.minimum if kind is SIZE_KIND else Decimal("0.001"))
     ):
         return None
-    suggestion = _suggest_quantity(text, kind)
-    expected = "a number of CPUs" if kind is CPU_KIND else "a number with a unit"
-    hint = f"write {suggestion}" if suggestion else f"write {expected}, for example {kind.example}"
-    if kind is SIZE_KIND and re.match(r"^\d+$", text):
-        return f"{text} means {text} bytes", hint
-    return f"{text!r} is not {expected}" if kind is CPU_KIND else f"{text!r} is not an amount of memory or disk", hint
+    suggestion = _suggest_quantity(quantity_text, kind)
+    expected_form = "a number of CPUs" if kind is CPU_KIND else "a number with a unit"
+    hint = f"write {suggestion}" if suggestion else f"write {expected_form}, for example {kind.example}"
+    if kind is SIZE_KIND and re.match(r"^\d+$", quantity_text):
+        return f"{quantity_text} means {quantity_text} bytes", hint
+    return f"{quantity_text!r} is not {expected_form}" if kind is CPU_KIND else f"{quantity_text!r} is not an amount of memory or disk", hint
 
 
-def parse_amount(text: str) -> Decimal:
+def parse_amount(quantity_text: str) -> Decimal:
     """Return the number of CPUs or bytes that a Kubernetes quantity means. Errors: decimal.InvalidOperation if the text is not a quantity."""
-    unit = next((suffix for suffix in sorted(_ALL_UNIT_FACTORS, key=len, reverse=True) if text.endswith(suffix)), "")
-    return Decimal(text.removesuffix(unit)) * _ALL_UNIT_FACTORS.get(unit, 1)
+    unit = next((suffix for suffix in sorted(_ALL_UNIT_FACTORS, key=len, reverse=True) if quantity_text.endswith(suffix)), "")
+    return Decimal(quantity_text.removesuffix(unit)) * _ALL_UNIT_FACTORS.get(unit, 1)
 
 
-def _suggest_quantity(text: str, kind: QuantityKind) -> str:
+def _suggest_quantity(quantity_text: str, kind: QuantityKind) -> str:
     """Return the quantity that the user probably means, or an empty string if the meaning is unclear."""
-    match = _NUMBER_PATTERN.match(text)
-    if match is None or "%" in text or Decimal(match.group(1)) == 0:
+    match = _NUMBER_PATTERN.match(quantity_text)
+    if match is None or "%" in quantity_text or Decimal(match.group(1)) == 0:
         return ""
     number, unit = match.groups()
     if kind is CPU_KIND:
         return number if unit.lower() in ("", "c", "cpu", "cpus", "core", "cores", "vcpu", "vcpus") else ""
-    letter = unit[:1].upper()
+    unit_letter = unit[:1].upper()
     if not unit:
         return f"{number}Gi"
-    return f"{number}{letter}i" if letter in "KMGTPE" and unit.lower() in _UNIT_SPELLINGS[letter] else ""
+    return f"{number}{unit_letter}i" if unit_letter in "KMGTPE" and unit.lower() in _UNIT_SPELLINGS[unit_letter] else ""
 
 
 _UNIT_PREFIXES = {"K": "kilo", "M": "mega", "G": "giga", "T": "tera", "P": "peta", "E": "exa"}

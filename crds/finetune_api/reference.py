@@ -32,10 +32,10 @@ GENERATED_NOTE = "<!-- Generated from crds/finetune_api by `make generate`; do n
 
 def build_pages() -> dict[str, str]:
     """Return the text of each page, by file name."""
-    root = build_crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]
+    schema_by_group = build_crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]
     return {
-        "spec.md": GENERATED_NOTE + "# FineTuneJob: spec\n\n" + "\n".join(_iterate_sections("spec", root["spec"])),
-        "status.md": GENERATED_NOTE + "# FineTuneJob: status\n\n" + _make_columns_section() + "\n".join(_iterate_sections("status", root["status"])),
+        "spec.md": GENERATED_NOTE + "# FineTuneJob: spec\n\n" + "\n".join(_iterate_sections("spec", schema_by_group["spec"])),
+        "status.md": GENERATED_NOTE + "# FineTuneJob: status\n\n" + _make_columns_section() + "\n".join(_iterate_sections("status", schema_by_group["status"])),
         "names.md": GENERATED_NOTE + _build_names_page(),
         "rules.md": GENERATED_NOTE + _build_rules_page(),
         "troubleshooting.md": GENERATED_NOTE + _build_troubleshooting_page(),
@@ -45,27 +45,27 @@ def build_pages() -> dict[str, str]:
 def _iterate_sections(path: str, schema: dict[str, Any]) -> Iterator[str]:
     """Yield the section of an object, with a table of its fields, then the sections of all nested objects."""
     yield f"## {path}\n\n| field | type | meaning |\n|---|---|---|"
-    for name, value in schema["properties"].items():
-        yield f"| `{name}` | {_format_type(value)} | {_escape_cell(value.get('description', ''))} |"
+    for name, field_schema in schema["properties"].items():
+        yield f"| `{name}` | {_format_type(field_schema)} | {_escape_cell(field_schema.get('description', ''))} |"
     yield ""
-    for name, value in schema["properties"].items():
-        inner, suffix = (value["items"], "[]") if value.get("type") == "array" else (value, "")
-        if inner.get("properties"):
-            yield from _iterate_sections(f"{path}.{name}{suffix}", inner)
+    for name, field_schema in schema["properties"].items():
+        item_schema, suffix = (field_schema["items"], "[]") if field_schema.get("type") == "array" else (field_schema, "")
+        if item_schema.get("properties"):
+            yield from _iterate_sections(f"{path}.{name}{suffix}", item_schema)
 
 
-def _format_type(value: dict[str, Any]) -> str:
-    if "x-kubernetes-int-or-string" in value:
+def _format_type(field_schema: dict[str, Any]) -> str:
+    if "x-kubernetes-int-or-string" in field_schema:
         return "quantity"
-    if value["type"] == "array":
-        return f"list of {_format_type(value['items'])}"
-    if "additionalProperties" in value:
-        return f"map of {_format_type(value['additionalProperties'])}"
-    if "enum" in value:
-        return " \\| ".join(f"`{word}`" for word in value["enum"])
-    low = f"{'>' if value.get('exclusiveMinimum') else '≥'} {value['minimum']:g}" if "minimum" in value else ""
-    high = f"{'<' if value.get('exclusiveMaximum') else '≤'} {value['maximum']:g}" if "maximum" in value else ""
-    return " ".join(part for part in (value["type"], ", ".join(part for part in (low, high) if part)) if part)
+    if field_schema["type"] == "array":
+        return f"list of {_format_type(field_schema['items'])}"
+    if "additionalProperties" in field_schema:
+        return f"map of {_format_type(field_schema['additionalProperties'])}"
+    if "enum" in field_schema:
+        return " \\| ".join(f"`{word}`" for word in field_schema["enum"])
+    lower_bound = f"{'>' if field_schema.get('exclusiveMinimum') else '≥'} {field_schema['minimum']:g}" if "minimum" in field_schema else ""
+    upper_bound = f"{'<' if field_schema.get('exclusiveMaximum') else '≤'} {field_schema['maximum']:g}" if "maximum" in field_schema else ""
+    return " ".join(part for part in (field_schema["type"], ", ".join(part for part in (lower_bound, upper_bound) if part)) if part)
 
 
 def _escape_cell(text: str) -> str:
@@ -74,8 +74,8 @@ def _escape_cell(text: str) -> str:
 
 def _make_columns_section() -> str:
     rows = [
-        f"| {name.upper()} | `{path}` | {'wide' if wide else 'always'} | {text} |"
-        for name, _, path, wide, text in PRINTER_COLUMNS
+        f"| {name.upper()} | `{path}` | {'wide' if is_wide else 'always'} | {text} |"
+        for name, _, path, is_wide, text in PRINTER_COLUMNS
     ]
     return "\n".join(
         [
@@ -90,22 +90,22 @@ def _make_columns_section() -> str:
 
 
 def _make_enum_table(title: str, enum_class: type[Enum]) -> str:
-    member_texts = read_member_docs(enum_class)
-    rows = [f"| `{member.value}` | {_escape_cell(member_texts.get(member.name, ''))} |" for member in enum_class]
+    docs_by_member = read_member_docs(enum_class)
+    rows = [f"| `{member.value}` | {_escape_cell(docs_by_member.get(member.name, ''))} |" for member in enum_class]
     return "\n".join([f"## {title}\n", "| name | meaning |", "|---|---|", *rows, "", ""])
 
 
 def _make_exit_codes_section() -> str:
     """Return a table of the exit codes and a table of the retry policies."""
-    descriptions = read_member_docs(names.ExitCode)
+    docs_by_member = read_member_docs(names.ExitCode)
     rows = []
     for code in names.ExitCode:
         policy = EXIT_POLICIES.get(code)
         cells = [policy.failure_class, policy.default_failure_code, policy.retry_policy, policy.default_hint] if policy else [""] * 4
-        rows.append(f"| {code:d} | {_escape_cell(descriptions[code.name])} | " + " | ".join(_escape_cell(str(cell)) for cell in cells) + " |")
+        rows.append(f"| {code:d} | {_escape_cell(docs_by_member[code.name])} | " + " | ".join(_escape_cell(str(cell)) for cell in cells) + " |")
     header = "| code | meaning | `failure.class` | `failure.code` | retry policy | hint |"
-    retries = _make_enum_table("Retry policies after a failed attempt", RetryPolicy)
-    return "\n".join(["## Exit codes of a pod\n", header, "|---|---|---|---|---|---|", *rows, "", "", retries])
+    retry_policy_table = _make_enum_table("Retry policies after a failed attempt", RetryPolicy)
+    return "\n".join(["## Exit codes of a pod\n", header, "|---|---|---|---|---|---|", *rows, "", "", retry_policy_table])
 
 
 def _build_names_page() -> str:
@@ -121,19 +121,19 @@ def _build_names_page() -> str:
 
 
 def _build_rules_page() -> str:
-    messages = {rule.code: [rule.message] if rule.cel else [] for rule in RULES}
+    messages_by_code = {rule.code: [rule.message] if rule.cel else [] for rule in RULES}
     for cel in dict.fromkeys(cel for group in iterate_nested_groups(FineTuneJobSpec) for cel in group.cel):
-        messages[cel.code].append(cel.message)
+        messages_by_code[cel.code].append(cel.message)
     rows = [
-        f"| `{rule.code}` | {'API server, ' if messages[rule.code] else ''}operator, command line | {_escape_cell('; '.join(messages[rule.code]))} |"
+        f"| `{rule.code}` | {'API server, ' if messages_by_code[rule.code] else ''}operator, command line | {_escape_cell('; '.join(messages_by_code[rule.code]))} |"
         for rule in RULES
     ]
-    unsupported = [f"| `{to_wire_path(row.path)}` | {_escape_cell(row.hint)} |" for row in UNSUPPORTED_FIELDS]
+    unsupported_field_rows = [f"| `{to_wire_path(row.path)}` | {_escape_cell(row.hint)} |" for row in UNSUPPORTED_FIELDS]
     return "\n".join(
         [
             "# Rules\n", "## Cross-field rules\n", "| rule | checked by | message of the API server |", "|---|---|---|", *rows,
             "\n## Fields that this release does not implement\n", "If a job sets one of these fields, the operator refuses the job with `Accepted=False`, reason `NotSupportedYet`. For some fields, the operator refuses only certain values.\n",
-            "| field | what to write |", "|---|---|", *unsupported, "",
+            "| field | what to write |", "|---|---|", *unsupported_field_rows, "",
         ]
     )  # fmt: skip
 
@@ -156,7 +156,7 @@ of a pod (for example `EvictionByEvictionAPI`). For these codes, `status.failure
 
 
 def _build_troubleshooting_page() -> str:
-    parts = [
+    sections = [
         TROUBLESHOOTING_INTRODUCTION,
         _make_cure_table("Conditions", names.Condition, {key.value: text for key, text in CURE_OF_CONDITION.items()}),
         _make_cure_table("Reasons of conditions, attempts and events", names.Reason, {key.value: text for key, text in CURE_OF_REASON.items()}),
@@ -164,24 +164,24 @@ def _build_troubleshooting_page() -> str:
         *(_make_remedy_table(f"Failure codes: {subject}", remedies) for subject, remedies in FAILURE_REMEDIES.items()),
         _make_remedy_table("Rules: why a spec is refused", RULE_REMEDIES),
     ]
-    return "\n".join(parts)
+    return "\n".join(sections)
 
 
-def _make_cure_table(title: str, enum_class: type[Enum], cures: dict[str, str]) -> str:
-    meanings = read_member_docs(enum_class)
-    rows = [f"| `{member.value}` | {_escape_cell(meanings[member.name])} | {_escape_cell(cures[member.value])} |" for member in enum_class]
+def _make_cure_table(title: str, enum_class: type[Enum], cure_by_name: dict[str, str]) -> str:
+    docs_by_member = read_member_docs(enum_class)
+    rows = [f"| `{member.value}` | {_escape_cell(docs_by_member[member.name])} | {_escape_cell(cure_by_name[member.value])} |" for member in enum_class]
     return "\n".join([f"## {title}\n", "| name | meaning or cause | what to do |", "|---|---|---|", *rows, ""])
 
 
 def _make_exit_cure_table() -> str:
-    meanings = read_member_docs(names.ExitCode)
-    cures = {int(code): text for code, text in CURE_OF_EXIT_CODE.items()} | {int(code): policy.default_hint for code, policy in EXIT_POLICIES.items()}
-    rows = [f"| {code:d} | {_escape_cell(meanings[code.name])} | {_escape_cell(_to_sentence(cures[code]))} |" for code in names.ExitCode]
+    docs_by_member = read_member_docs(names.ExitCode)
+    cure_by_exit_code = {int(code): text for code, text in CURE_OF_EXIT_CODE.items()} | {int(code): policy.default_hint for code, policy in EXIT_POLICIES.items()}
+    rows = [f"| {code:d} | {_escape_cell(docs_by_member[code.name])} | {_escape_cell(_to_sentence(cure_by_exit_code[code]))} |" for code in names.ExitCode]
     return "\n".join(["## Exit codes of a pod\n", "| code | cause | what to do |", "|---|---|---|", *rows, ""])
 
 
 def _make_remedy_table(title: str, remedies: tuple[Remedy, ...]) -> str:
-    rows = [f"| `{row.code}` | {_escape_cell(row.cause)} | {_escape_cell(row.cure)} |" for row in sorted(remedies, key=lambda row: row.code)]
+    rows = [f"| `{remedy.code}` | {_escape_cell(remedy.cause)} | {_escape_cell(remedy.cure)} |" for remedy in sorted(remedies, key=lambda remedy: remedy.code)]
     return "\n".join([f"## {title}\n", "| code | cause | cure |", "|---|---|---|", *rows, ""])
 
 
@@ -193,8 +193,8 @@ def main() -> None:
     """Write all pages into the folder whose path is the first command-line argument."""
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
-    for name, text in build_pages().items():
-        (folder / name).write_text(text)
+    for name, page_text in build_pages().items():
+        (folder / name).write_text(page_text)
 
 
 if __name__ == "__main__":

@@ -58,31 +58,31 @@ SELECTABLE_PATHS = (".status.phase", ".spec.model.source", ".spec.placement.queu
 
 def describe_field(field_info: FieldInfo) -> str:
     """Return the description of a field in the CRD: its meaning, values, default and example."""
-    text = (field_info.description or "").strip()
-    extra = field_info.json_schema_extra if isinstance(field_info.json_schema_extra, dict) else {}
-    text += explain_values(field_info.annotation)
-    if DEFAULT_KEY in extra:
-        text += f" Default: {_to_text(extra[DEFAULT_KEY])}."
-    elif DEFAULT_TEXT_KEY in extra:
-        text += f" Default: {extra[DEFAULT_TEXT_KEY]}."
-    if EXAMPLE_KEY in extra:
-        text += f" Example: `{_to_text(extra[EXAMPLE_KEY])}`."
-    return text
+    description = (field_info.description or "").strip()
+    schema_extra = field_info.json_schema_extra if isinstance(field_info.json_schema_extra, dict) else {}
+    description += explain_values(field_info.annotation)
+    if DEFAULT_KEY in schema_extra:
+        description += f" Default: {_to_text(schema_extra[DEFAULT_KEY])}."
+    elif DEFAULT_TEXT_KEY in schema_extra:
+        description += f" Default: {schema_extra[DEFAULT_TEXT_KEY]}."
+    if EXAMPLE_KEY in schema_extra:
+        description += f" Example: `{_to_text(schema_extra[EXAMPLE_KEY])}`."
+    return description
 
 
 def explain_values(annotation: Any) -> str:
     """Return the explanations of all values of an enumeration, or an empty string for any other type."""
-    enum = _find_enum(annotation)
-    if enum is None:
+    enum_class = _find_enum(annotation)
+    if enum_class is None:
         return ""
-    docs_by_member = read_member_docs(enum)
-    return " Values: " + " ".join(f"`{member.value}`: {docs_by_member[member.name]}" for member in enum)
+    docs_by_member = read_member_docs(enum_class)
+    return " Values: " + " ".join(f"`{member.value}`: {docs_by_member[member.name]}" for member in enum_class)
 
 
 def _find_enum(annotation: Any) -> type[Enum] | None:
     if isinstance(annotation, type) and issubclass(annotation, Enum):
         return annotation
-    return next((enum for argument in get_args(annotation) if (enum := _find_enum(argument))), None)
+    return next((enum_class for argument in get_args(annotation) if (enum_class := _find_enum(argument))), None)
 
 
 def _to_text(value: Any) -> str:
@@ -102,13 +102,13 @@ def make_model_schema(model: type[BaseModel], path: tuple[str, ...]) -> Schema:
         elif isinstance(field_info.default, bool) and path == ("spec",):
             schema["default"] = field_info.default
         properties[wire_name] = schema
-    result: Schema = {"type": "object", "properties": properties}
+    model_schema: Schema = {"type": "object", "properties": properties}
     if required_names:
-        result["required"] = required_names
-    rules = [{"rule": expression, "message": message} for expression, message in _iterate_cel_rules(model, path)]
-    if rules:
-        result["x-kubernetes-validations"] = rules
-    return result
+        model_schema["required"] = required_names
+    cel_rules = [{"rule": expression, "message": message} for expression, message in _iterate_cel_rules(model, path)]
+    if cel_rules:
+        model_schema["x-kubernetes-validations"] = cel_rules
+    return model_schema
 
 
 def _iterate_cel_rules(model: type[BaseModel], path: tuple[str, ...]) -> Iterator[tuple[str, str]]:
@@ -122,33 +122,33 @@ def make_type_schema(annotation: Any, metadata: list[Any], path: tuple[str, ...]
     """Return the structural schema of a type annotation. `metadata`: constraints of the annotations around it. `path`: the field, for error messages."""
     origin = get_origin(annotation)
     if origin is Annotated:
-        inner, *more = get_args(annotation)
-        return make_type_schema(inner, [*metadata, *more], path)
+        inner_annotation, *inner_metadata = get_args(annotation)
+        return make_type_schema(inner_annotation, [*metadata, *inner_metadata], path)
     if origin in (Union, types.UnionType):
-        options = [arg for arg in get_args(annotation) if arg is not type(None)]
-        if len(options) == 1:
-            return make_type_schema(options[0], metadata, path)
-        if set(options) == {str, int}:
+        member_types = [member_type for member_type in get_args(annotation) if member_type is not type(None)]
+        if len(member_types) == 1:
+            return make_type_schema(member_types[0], metadata, path)
+        if set(member_types) == {str, int}:
             return {"anyOf": [{"type": "integer"}, {"type": "string"}], **_make_quantity_schema(metadata)}
         raise TypeError(f"{'.'.join(path)}: a structural schema has no union types: {annotation}")
     if origin is Literal:
         return {"type": "string", "enum": list(get_args(annotation))}
     if origin is list:
-        (item,) = get_args(annotation)
-        schema: Schema = {"type": "array", "items": make_type_schema(item, [], (*path, "*")), **_make_length_bounds(metadata, "Items")}
-        keys = LIST_MAP_KEYS.get(path)
+        (item_annotation,) = get_args(annotation)
+        schema: Schema = {"type": "array", "items": make_type_schema(item_annotation, [], (*path, "*")), **_make_length_bounds(metadata, "Items")}
+        map_keys = LIST_MAP_KEYS.get(path)
         return schema | (
-            {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": keys}
-            if keys
+            {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": map_keys}
+            if map_keys
             else {"x-kubernetes-list-type": "atomic"}
         )
     if origin is dict:
-        _, value = get_args(annotation)
-        if value is Any:
+        _, value_annotation = get_args(annotation)
+        if value_annotation is Any:
             return {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
         return {
             "type": "object",
-            "additionalProperties": make_type_schema(value, [], (*path, "*")),
+            "additionalProperties": make_type_schema(value_annotation, [], (*path, "*")),
             **_make_length_bounds(metadata, "Properties"),
         }
     return _make_scalar_schema(annotation, metadata, path)
@@ -174,16 +174,16 @@ def _make_scalar_schema(annotation: type, metadata: list[Any], path: tuple[str, 
 
 def iterate_constraints(metadata: list[Any]) -> Iterator[tuple[str, Any]]:
     """Yield (name, value) of every constraint in the metadata of an annotation, such as (`ge`, 1)."""
-    for item in metadata:
-        parts = [*item.metadata, item] if isinstance(item, FieldInfo) else [item]
+    for metadata_item in metadata:
+        parts = [*metadata_item.metadata, metadata_item] if isinstance(metadata_item, FieldInfo) else [metadata_item]
         for part in parts:
             for name in ("ge", "gt", "le", "lt", "min_length", "max_length", "pattern"):
                 value = getattr(part, name, None)
                 if value is not None:
                     yield name, value
-            extra = getattr(part, "json_schema_extra", None)
-            if isinstance(extra, dict) and "enum" in extra:
-                yield "enum", extra["enum"]
+            schema_extra = getattr(part, "json_schema_extra", None)
+            if isinstance(schema_extra, dict) and "enum" in schema_extra:
+                yield "enum", schema_extra["enum"]
 
 
 def _make_number_bounds(metadata: list[Any]) -> Schema:
@@ -198,8 +198,8 @@ def _make_number_bounds(metadata: list[Any]) -> Schema:
             schema["enum"] = value
         elif isinstance(value, float) and not value.is_integer():
             operator, phrase = CEL_COMPARISONS[name]
-            rule = {"rule": f"self {operator} {value}", "message": f"should be {phrase} {value}"}
-            schema.setdefault("x-kubernetes-validations", []).append(rule)
+            cel_rule = {"rule": f"self {operator} {value}", "message": f"should be {phrase} {value}"}
+            schema.setdefault("x-kubernetes-validations", []).append(cel_rule)
         else:
             bound_name = "minimum" if name in ("ge", "gt") else "maximum"
             schema[bound_name] = value
@@ -210,8 +210,8 @@ def _make_number_bounds(metadata: list[Any]) -> Schema:
 
 def _make_quantity_schema(metadata: list[Any]) -> Schema:
     """Return the schema of a quantity. The `pattern` in the schema applies to strings, and the `minimum` to integers."""
-    extras = [item.json_schema_extra for item in metadata if isinstance(item, FieldInfo)]
-    return next((extra for extra in extras if isinstance(extra, dict)), {"x-kubernetes-int-or-string": True})
+    schema_extras = [item.json_schema_extra for item in metadata if isinstance(item, FieldInfo)]
+    return next((schema_extra for schema_extra in schema_extras if isinstance(schema_extra, dict)), {"x-kubernetes-int-or-string": True})
 
 
 CEL_COMPARISONS = {
@@ -230,19 +230,19 @@ def _make_pattern_schema(metadata: list[Any]) -> Schema:
     return {"pattern": constraint_values["pattern"]} if "pattern" in constraint_values else {}
 
 
-def add_immutability_rules(spec: Schema) -> None:
+def add_immutability_rules(spec_schema: Schema) -> None:
     """Add CEL rules that make fields of an existing job immutable. The rules also forbid removing a group with immutable fields."""
-    policy, placement = spec["properties"]["policy"], spec["properties"]["placement"]
-    policy["default"], placement["default"] = {}, {}
-    _forbid_change(spec, "spec", [wire_name for wire_name in spec["properties"] if wire_name not in MUTABLE_FIELDS])
-    _forbid_change(policy, "spec.policy", [wire_name for wire_name in policy["properties"] if wire_name not in MUTABLE_POLICY_FIELDS])
-    _forbid_change(placement, "spec.placement", [wire_name for wire_name in placement["properties"] if wire_name != "queueName"])
+    policy_schema, placement_schema = spec_schema["properties"]["policy"], spec_schema["properties"]["placement"]
+    policy_schema["default"], placement_schema["default"] = {}, {}
+    _forbid_change(spec_schema, "spec", [wire_name for wire_name in spec_schema["properties"] if wire_name not in MUTABLE_FIELDS])
+    _forbid_change(policy_schema, "spec.policy", [wire_name for wire_name in policy_schema["properties"] if wire_name not in MUTABLE_POLICY_FIELDS])
+    _forbid_change(placement_schema, "spec.placement", [wire_name for wire_name in placement_schema["properties"] if wire_name != "queueName"])
     _add_cel_rule(
-        spec, "self.placement == oldSelf.placement || oldSelf.suspend || (has(self.placement.queueName) ? self.placement.queueName : '') == (has(oldSelf.placement.queueName) ? oldSelf.placement.queueName : '')",
+        spec_schema, "self.placement == oldSelf.placement || oldSelf.suspend || (has(self.placement.queueName) ? self.placement.queueName : '') == (has(oldSelf.placement.queueName) ? oldSelf.placement.queueName : '')",
         message="spec.placement.queueName can only change while the job is suspended: set spec.suspend to true first", fieldPath=".placement.queueName",
     )  # fmt: skip
     _add_cel_rule(
-        spec,
+        spec_schema,
         "!oldSelf.cancel || self.cancel",
         message="spec.cancel cannot change from true to false: create a new FineTuneJob",
         fieldPath=".cancel",
@@ -258,10 +258,10 @@ def _forbid_change(schema: Schema, path: str, wire_names: list[str]) -> None:
     immutable_message = "cannot change after creation: create a new FineTuneJob"
     for wire_name in wire_names:
         _add_cel_rule(schema["properties"][wire_name], "self == oldSelf", message=f"{path}.{wire_name} {immutable_message}")
-    same_presence = {wire_name: f"has(self.{wire_name}) == has(oldSelf.{wire_name})" for wire_name in wire_names}
-    changed_field_cases = "".join(f"!({same_expression}) ? '{path}.{wire_name}' : " for wire_name, same_expression in same_presence.items())
+    presence_condition_by_field = {wire_name: f"has(self.{wire_name}) == has(oldSelf.{wire_name})" for wire_name in wire_names}
+    changed_field_cases = "".join(f"!({presence_condition}) ? '{path}.{wire_name}' : " for wire_name, presence_condition in presence_condition_by_field.items())
     _add_cel_rule(
-        schema, " && ".join(same_presence.values()), message=f"a field of {path} {immutable_message}",
+        schema, " && ".join(presence_condition_by_field.values()), message=f"a field of {path} {immutable_message}",
         messageExpression=f"({changed_field_cases}'{path}') + ' {immutable_message}'",
     )  # fmt: skip
 
@@ -272,21 +272,21 @@ def _add_cel_rule(schema: Schema, rule: str, **message_fields: str) -> None:
 
 def build_crd() -> Schema:
     """Return the CustomResourceDefinition of FineTuneJob."""
-    spec = make_model_schema(FineTuneJobSpec, ("spec",))
-    add_immutability_rules(spec)
-    status = make_model_schema(FineTuneJobStatus, ("status",))
-    status["properties"]["observedGeneration"]["default"] = -1
-    status["default"] = {"observedGeneration": -1}
+    spec_schema = make_model_schema(FineTuneJobSpec, ("spec",))
+    add_immutability_rules(spec_schema)
+    status_schema = make_model_schema(FineTuneJobStatus, ("status",))
+    status_schema["properties"]["observedGeneration"]["default"] = -1
+    status_schema["default"] = {"observedGeneration": -1}
     # Only the operator writes the status, and it always writes the whole status. Because the map is atomic, the API server does not record
     # the owner of each field. These records would be as long as the status itself, and writing them would take a quarter of the time of each write.
-    status["x-kubernetes-map-type"] = "atomic"
-    root = {
+    status_schema["x-kubernetes-map-type"] = "atomic"
+    root_schema = {
         "type": "object",
         "description": "A job that fine-tunes a language model and stores the result in object storage.",
         "required": ["spec"],
         "properties": {
             "apiVersion": {"type": "string"}, "kind": {"type": "string"}, "metadata": {"type": "object"},
-            "spec": {"description": "The job that the user requests.", **spec}, "status": {"description": "The state of the job that the operator observed.", **status},
+            "spec": {"description": "The job that the user requests.", **spec_schema}, "status": {"description": "The state of the job that the operator observed.", **status_schema},
         },
         "x-kubernetes-validations": [
             {
@@ -313,7 +313,7 @@ def build_crd() -> Schema:
                 "name": names.VERSION, "served": True, "storage": True, "subresources": {"status": {}},
                 "additionalPrinterColumns": [_make_printer_column(*column) for column in PRINTER_COLUMNS],
                 "selectableFields": [{"jsonPath": path} for path in SELECTABLE_PATHS],
-                "schema": {"openAPIV3Schema": root},
+                "schema": {"openAPIV3Schema": root_schema},
             }],
         },
     }  # fmt: skip
@@ -327,7 +327,7 @@ def _make_printer_column(name: str, column_type: str, path: str, priority: int, 
 GENERATED_HEADER = "# Generated from crds/finetune_api by `make generate`; `make verify` fails if this file is out of date.\n"
 
 
-def crd_yaml() -> str:
+def build_crd_yaml() -> str:
     """Return the CRD as YAML that means the same in YAML 1.1 and 1.2. kubectl and Helm read YAML 1.1, in which an unquoted `no` is false."""
     from io import StringIO
 
@@ -348,7 +348,7 @@ def _quote_ambiguous_words(value: Any) -> Any:
     from ruamel.yaml.scalarstring import SingleQuotedScalarString
 
     if isinstance(value, dict):
-        return {key: _quote_ambiguous_words(inner) for key, inner in value.items()}
+        return {key: _quote_ambiguous_words(nested_value) for key, nested_value in value.items()}
     if isinstance(value, list):
         return [_quote_ambiguous_words(item) for item in value]
     return SingleQuotedScalarString(value) if isinstance(value, str) and value.lower() in AMBIGUOUS_WORDS else value
@@ -358,7 +358,7 @@ def main() -> None:
     """Print the CRD as YAML."""
     import sys
 
-    sys.stdout.write(crd_yaml())
+    sys.stdout.write(build_crd_yaml())
 
 
 if __name__ == "__main__":

@@ -121,8 +121,8 @@ def parse_source(text: str, *, spec_path: str = "model.source") -> Source:
     mistake = explain_mistake(text, spec_path)
     if mistake is not None:
         raise _make_source_error(spec_path, text, *mistake)
-    scheme, colon, address = text.partition("://")
-    if not colon:
+    scheme, separator, address = text.partition("://")
+    if not separator:
         return _parse_hub_source(text, spec_path, text)
     match scheme:
         case "hf":
@@ -162,7 +162,7 @@ def parse_source(text: str, *, spec_path: str = "model.source") -> Source:
 
 
 def _parse_hub_source(address: str, spec_path: str, text: str) -> HubSource:
-    repo, at, revision = address.partition("@")
+    repo, separator, revision = address.partition("@")
     if text.startswith((".", "/", "~")):
         absolute_path = text if text.startswith("/") else "/path/to/" + text.lstrip("./~")
         raise _make_source_error(
@@ -187,7 +187,7 @@ def _parse_hub_source(address: str, spec_path: str, text: str) -> HubSource:
         SOURCE_NOTATIONS,
     )
     _require(
-        not at or bool(_REVISION_PATTERN.match(revision)),
+        not separator or bool(_REVISION_PATTERN.match(revision)),
         spec_path,
         text,
         "the branch, tag or commit after @ is missing or invalid",
@@ -225,21 +225,21 @@ MAX_MODEL_NAME_LENGTH = 24
 
 def model_name(source: str) -> str:
     """Return a short name of a model source for tables: its last folder, cut after `MAX_MODEL_NAME_LENGTH` characters."""
-    name = last_folder(source)
-    return name if len(name) <= MAX_MODEL_NAME_LENGTH else name[: MAX_MODEL_NAME_LENGTH - 3] + "..."
+    folder_name = get_last_folder(source)
+    return folder_name if len(folder_name) <= MAX_MODEL_NAME_LENGTH else folder_name[: MAX_MODEL_NAME_LENGTH - 3] + "..."
 
 
-def last_folder(source: str) -> str:
+def get_last_folder(source: str) -> str:
     """Return the last folder of a model source: the hub repository without the owner and revision, or the last folder of a path.
 
     For a job's result (`.../<job>/<uid>/model` or `.../checkpoints/step-<n>`), the returned name is that of the job.
     """
-    text = redact_source(source).rstrip("/")
-    if "://" not in text or text.startswith("hf://"):
-        text = text.partition("@")[0] if "@" in text else text
-    folder = _MODEL_PATH_PATTERN.sub("", _CHECKPOINT_PATH_PATTERN.sub("", text))
-    parts = [part for part in re.sub(r"^[a-z0-9]+://", "", folder).split("/") if part and not _UID_PATTERN.match(part)]
-    return parts[-1] if parts else text
+    source_text = redact_source(source).rstrip("/")
+    if "://" not in source_text or source_text.startswith("hf://"):
+        source_text = source_text.partition("@")[0] if "@" in source_text else source_text
+    job_folder = _MODEL_PATH_PATTERN.sub("", _CHECKPOINT_PATH_PATTERN.sub("", source_text))
+    folder_names = [part for part in re.sub(r"^[a-z0-9]+://", "", job_folder).split("/") if part and not _UID_PATTERN.match(part)]
+    return folder_names[-1] if folder_names else source_text
 
 
 def redact_source(text: str) -> str:
@@ -255,14 +255,14 @@ def redact_source(text: str) -> str:
 def _parse_web_source(scheme: str, text: str, spec_path: str) -> HttpsSource:
     _require(scheme == "https", spec_path, text, "plain http does not protect the file against modification", "https" + redact_source(text)[len("http") :])
     try:
-        parts = urlsplit(text)
-        is_complete = bool(parts.hostname) and bool(parts.path.strip("/")) and parts.port != 0
+        url_parts = urlsplit(text)
+        is_complete = bool(url_parts.hostname) and bool(url_parts.path.strip("/")) and url_parts.port != 0
     except ValueError:  # an invalid port or IPv6 address
         is_complete = False
     _require(is_complete, spec_path, text, "the host or the path is missing or invalid", "https://host/path/file.jsonl")
-    if parts.username or parts.password:
+    if url_parts.username or url_parts.password:
         raise ConfigError(
-            "SourceInvalid", f"{spec_path}: the URL for {parts.hostname} contains a user or password, but everyone who can read the FineTuneJob can read it",
+            "SourceInvalid", f"{spec_path}: the URL for {url_parts.hostname} contains a user or password, but everyone who can read the FineTuneJob can read it",
             hint="store the file in S3, or provide a URL without a password",
         )  # fmt: skip
     return HttpsSource(text)

@@ -667,8 +667,8 @@ class FineTuneJobStatus(ReportModel):
 def select_immediate_fields(status_json: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of a status whose changes the operator writes at once. If two statuses agree in these fields, the newer status can be written later."""
     is_present = {name: bool(status_json.get(name)) for name in _list_fields_with_immediate_write(FineTuneJobStatus, ImmediateWrite.WHEN_PRESENCE_CHANGES)}
-    selected: dict[str, Any] = _select_fields(status_json, _build_immediate_field_tree(FineTuneJobStatus))
-    return selected | is_present
+    selected_fields: dict[str, Any] = _select_fields(status_json, _build_immediate_field_tree(FineTuneJobStatus))
+    return selected_fields | is_present
 
 
 def _select_fields(json_value: Any, field_tree: dict[str, Any] | None) -> Any:
@@ -677,7 +677,7 @@ def _select_fields(json_value: Any, field_tree: dict[str, Any] | None) -> Any:
         return json_value
     if isinstance(json_value, list):
         return [_select_fields(item, field_tree) for item in json_value]
-    return {name: _select_fields(json_value[name], inner) for name, inner in field_tree.items() if name in json_value}
+    return {name: _select_fields(json_value[name], field_subtree) for name, field_subtree in field_tree.items() if name in json_value}
 
 
 @cache
@@ -697,13 +697,13 @@ def _build_immediate_field_tree(model: type[BaseModel]) -> dict[str, Any]:
     A name maps to None if the whole field is selected. If the value of the field is an object or a list of objects with such fields, the name maps to
     the tree of these fields.
     """
-    fields: dict[str, Any] = {}
+    field_tree: dict[str, Any] = {}
     for name, info in model.model_fields.items():
-        alias = info.alias or name
-        if alias in _list_fields_with_immediate_write(model, ImmediateWrite.WHEN_VALUE_CHANGES):
-            items = [argument for argument in get_args(info.annotation) if isinstance(argument, type) and issubclass(argument, BaseModel)]
-            fields[alias] = (_build_immediate_field_tree(items[0]) if items else None) or None
-    return fields
+        wire_name = info.alias or name
+        if wire_name in _list_fields_with_immediate_write(model, ImmediateWrite.WHEN_VALUE_CHANGES):
+            nested_models = [argument for argument in get_args(info.annotation) if isinstance(argument, type) and issubclass(argument, BaseModel)]
+            field_tree[wire_name] = (_build_immediate_field_tree(nested_models[0]) if nested_models else None) or None
+    return field_tree
 
 
 class Stage(StrEnum):

@@ -37,29 +37,29 @@ class UnsupportedField:
         return self.is_refused is _is_set
 
 
-def _any_of(*values: object) -> Callable[[Any], bool]:
+def _make_membership_check(*values: object) -> Callable[[Any], bool]:
     return lambda value: value in values
 
 
-def _contains(item: object) -> Callable[[Any], bool]:
+def _make_contains_check(item: object) -> Callable[[Any], bool]:
     return lambda values: item in (values or ())
 
 
 UNSUPPORTED_FIELDS: tuple[UnsupportedField, ...] = (
-    UnsupportedField("method.lora.loftq.bits", _any_of(2, 8), "write 4, because no library can load LoftQ's base model with 2 or 8 bits"),
+    UnsupportedField("method.lora.loftq.bits", _make_membership_check(2, 8), "write 4, because no library can load LoftQ's base model with 2 or 8 bits"),
     UnsupportedField(
         "method.lora.loftq.iterations",
         lambda value: value not in (None, 1),
         "write 1, because each further iteration changes the quantised base model, but only the adapter is saved",
     ),
     UnsupportedField(
-        "output.export", _contains("gguf"),
+        "output.export", _make_contains_check("gguf"),
         "write safetensors and `mergeAdapter: true`, and convert the folder of status.output.mergedUri (method full: status.output.uri) with "
         "convert_hf_to_gguf.py of llama.cpp",
         "contains gguf, but no library can convert a complete model to GGUF with the transformers version of this release",
     ),
     UnsupportedField(
-        "output.export", _contains("onnx"),
+        "output.export", _make_contains_check("onnx"),
         "write safetensors and `mergeAdapter: true`, and convert the folder of status.output.mergedUri (method full: status.output.uri) with "
         "optimum-onnx and the older transformers version that it needs",
         "contains onnx, but no library can convert a complete model to ONNX with the transformers version of this release",
@@ -81,13 +81,13 @@ def _read_attribute(spec: FineTuneJobSpec, path: str) -> Any:
 
 def to_wire_path(path: str) -> str:
     """Return a dotted path of attribute names as a spec path: `output.mergeAdapter` for `output.merge_adapter`."""
-    parts: list[str] = []
+    wire_names: list[str] = []
     model: Any = FineTuneJobSpec
     for name in path.split("."):
         field = model.model_fields[name]
-        parts.append(field.alias or name)
+        wire_names.append(field.alias or name)
         model = find_nested_group(field.annotation)
-    return ".".join(parts)
+    return ".".join(wire_names)
 
 
 def _make_problem(spec: FineTuneJobSpec, field: UnsupportedField) -> Problem:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from finetune_api.compatibility import read_spec
 from finetune_api.errors import FineTuneError
-from finetune_api.names import PREPARATION_ATTEMPT, Label, Reason, attempt_job_name, preparation_job_name
+from finetune_api.names import PREPARATION_ATTEMPT, Label, Reason, attempt_job_name, make_preparation_job_name
 from finetune_api.pod import RunConfig
 
 from finetune_operator.attempt_secrets import AttemptSecrets
@@ -146,7 +146,7 @@ class PlanExecutor:
         """Build the Job of a preparation. The preparation pod gets the run configuration of the first attempt. Errors: SpecRejected as for an attempt."""
         accepted_spec, uid = _get_accepted_spec(facts), facts.job.uid
         with _spec_rejected_on_error(facts, 1):
-            name = preparation_job_name(facts.job.name, preparation_number)
+            name = make_preparation_job_name(facts.job.name, preparation_number)
             secret_name = self._secrets.derive_secret_name(name, uid, PREPARATION_ATTEMPT) if self._secrets.is_enabled else ""
             user_on_existing_result = None if ON_EXISTING_RESULT_FIELD in accepted_spec.defaults else facts.spec.policy.on_existing_result
             user_spec = read_spec(facts.job.spec)[0]

@@ -11,9 +11,9 @@ from finetune_api.names import (
     Condition,
     Reason,
     attempt_job_name,
+    make_preparation_job_name,
     parse_attempt_of_uri,
     parse_preparation_number,
-    preparation_job_name,
 )
 from finetune_api.pod import ProgressReport, TerminationMessage
 from finetune_api.spec import FineTuneJobSpec
@@ -171,7 +171,7 @@ class Facts:
     @cached_property
     def preparation_job(self) -> JobView | None:
         """The Job of the newest preparation, or None if it does not exist or the status already records the result of the preparation."""
-        record, name = self.job.status.preparation, preparation_job_name(self.job.name, self.preparation_number)
+        record, name = self.job.status.preparation, make_preparation_job_name(self.job.name, self.preparation_number)
         if record is not None and record.reason is not None:
             return None
         return next((job for job in self.owned_jobs if job.name == name), None)

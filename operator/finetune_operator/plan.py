@@ -100,7 +100,7 @@ class Plan:
     """The termination message of a preparation that has succeeded."""
     jobs_to_delete: tuple[JobView, ...] = ()
     pods_to_delete: tuple[PodView, ...] = ()
-    """Pods without a Job that this reconcile deletes with their grace period."""
+    """Pods that have no Job any more. This reconcile deletes these pods and gives them their grace period."""
     pods_to_force_delete: tuple[PodView, ...] = ()
     """Pods of lost nodes that this reconcile deletes without a grace period, because the kubelet does not answer."""
     termination: Termination | None = None

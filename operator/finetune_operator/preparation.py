@@ -11,8 +11,8 @@ from dataclasses import replace
 from datetime import datetime
 
 from finetune_api.exits import RetryPolicy
-from finetune_api.names import Condition, ExitCode, FailureClass, Reason, preparation_job_name
-from finetune_api.rules import is_prepared
+from finetune_api.names import Condition, ExitCode, FailureClass, Reason, make_preparation_job_name
+from finetune_api.rules import needs_preparation
 from finetune_api.spec.enums import OnExistingResult, PrepareStrategy
 from finetune_api.status import Failure, Preparation
 
@@ -68,7 +68,7 @@ def _needs_preparation(facts: Facts) -> bool:
     record, strategy = facts.job.status.preparation, facts.spec.prepare.strategy
     if record is not None and record.reason is not None:
         return False
-    return is_prepared(facts.spec, strategy)
+    return needs_preparation(facts.spec, strategy)
 
 
 def _plan_start(facts: Facts, record: Preparation) -> Plan:
@@ -87,7 +87,7 @@ def _plan_start(facts: Facts, record: Preparation) -> Plan:
 
 def _find_superseded_jobs(facts: Facts, record: Preparation) -> tuple[JobView, ...]:
     """Return the finished Jobs of earlier preparations, except the newest, which is kept so that users can read its pod's logs."""
-    newest_job_name = preparation_job_name(facts.job.name, record.number - 1)
+    newest_job_name = make_preparation_job_name(facts.job.name, record.number - 1)
     return tuple(job for job in facts.owned_jobs if job.name != newest_job_name and job.is_finished and not job.is_deleting)
 
 

@@ -133,7 +133,7 @@ def reduce_status(new_status: FineTuneJobStatus, stored_status: FineTuneJobStatu
 
     Fields that later decisions need come from `new_status`. Fields that pods report come from `stored_status`.
     """
-    resolved = new_status.resolved or ResolvedConfig()
+    resolved_config = new_status.resolved or ResolvedConfig()
     return FineTuneJobStatus(
         observed_generation=new_status.observed_generation,
         phase=new_status.phase,
@@ -159,7 +159,7 @@ def reduce_status(new_status: FineTuneJobStatus, stored_status: FineTuneJobStatu
         resolved=merge_fields(
             stored_status.resolved or ResolvedConfig(),
             ResolvedConfig(
-                defaults=resolved.defaults, spec_sha256=resolved.spec_sha256, max_duration_seconds=resolved.max_duration_seconds
+                defaults=resolved_config.defaults, spec_sha256=resolved_config.spec_sha256, max_duration_seconds=resolved_config.max_duration_seconds
             ),
         ),
         plan=_reduce_plan(new_status.plan, stored_status.plan),
@@ -446,7 +446,7 @@ def _merge_checkpoint(known_checkpoint: Checkpoint | None, reported_checkpoint: 
 def _is_removed(checkpoint: Checkpoint, listed_checkpoints: Sequence[Checkpoint]) -> bool:
     """Whether the retention policy removed the checkpoint: the pod lists a newer checkpoint, but not this one.
 
-    A checkpoint that is newer than all listed checkpoints still exists: a rollback skipped it.
+    Storage still contains a checkpoint that a rollback skipped. It is newer than all listed checkpoints.
     """
     listed_steps = {listed.step for listed in listed_checkpoints}
     return bool(listed_steps) and checkpoint.step not in listed_steps and checkpoint.step < max(listed_steps)
@@ -481,13 +481,13 @@ def _compute_resolved(inputs: StatusInput) -> ResolvedConfig:
     )
     prepared_values = inputs.plan.preparation_message.resolved if inputs.plan.preparation_message else None
     trainer_values = [prepared_values, last_report.resolved if last_report else None, message.resolved if message else None]
-    resolved = merge_fields(inputs.old_status.resolved or ResolvedConfig(), spec_values, observed_values, *trainer_values)
+    resolved_config = merge_fields(inputs.old_status.resolved or ResolvedConfig(), spec_values, observed_values, *trainer_values)
     operator_defaults = (spec_values or inputs.old_status.resolved or ResolvedConfig()).defaults or {}
     late_defaults = [trainer_value.defaults for trainer_value in trainer_values if trainer_value is not None and trainer_value.defaults]
     if not late_defaults:
-        return resolved
+        return resolved_config
     # A default that the operator filled in is never replaced by a default of the trainer, because the next attempt uses the operator's default.
-    return resolved.model_copy(update={"defaults": late_defaults[-1] | operator_defaults})
+    return resolved_config.model_copy(update={"defaults": late_defaults[-1] | operator_defaults})
 
 
 def _resolve_from_spec(inputs: StatusInput, acceptance: AcceptedSpec) -> ResolvedConfig:

@@ -65,14 +65,14 @@ def installation(node_cluster: NodeCluster, tmp_path_factory: pytest.TempPathFac
 @pytest.fixture
 def job_namespace(installation: Installation) -> Iterator[JobNamespace]:
     """A new namespace for jobs, deleted after the test."""
-    created = installation.create_namespace(f"jobs-{secrets.token_hex(4)}")
-    yield created
-    installation.api.delete("namespaces", None, created.namespace)
+    created_namespace = installation.create_namespace(f"jobs-{secrets.token_hex(4)}")
+    yield created_namespace
+    installation.api.delete("namespaces", None, created_namespace.namespace)
 
 
 @pytest.fixture(scope="module")
 def shared_namespace(installation: Installation) -> Iterator[JobNamespace]:
     """A namespace for the jobs that several tests of a module share."""
-    created = installation.create_namespace(f"shared-{secrets.token_hex(4)}")
-    yield created
-    installation.api.delete("namespaces", None, created.namespace)
+    created_namespace = installation.create_namespace(f"shared-{secrets.token_hex(4)}")
+    yield created_namespace
+    installation.api.delete("namespaces", None, created_namespace.namespace)

@@ -76,9 +76,9 @@ def test_every_strategy_trains_on_one_gpu(strategy: str, method: str, model: Pat
     with make_gpu_pod(tmp_path, model, spec) as pod:
         assert pod.end() == ExitCode.OK, pod.text[-6000:]
         assert read_final_weights(pod)
-        resolved = pod.termination_message().resolved
-    assert resolved is not None and resolved.strategy == EXPECTED_STRATEGIES[strategy]
-    assert (resolved.device == "cpu") is IS_REHEARSAL
+        resolved_config = pod.termination_message().resolved
+    assert resolved_config is not None and resolved_config.strategy == EXPECTED_STRATEGIES[strategy]
+    assert (resolved_config.device == "cpu") is IS_REHEARSAL
 
 
 @pytest.mark.parametrize("name", RESUMED_SPECS)
@@ -136,9 +136,9 @@ def test_a_batch_that_does_not_fit_is_reduced_until_it_fits(model: Path, tmp_pat
             advice = message.plan.out_of_memory if message.plan is not None and uses_advice else None
             assert (advice is not None) == uses_advice
             adaptation = adapt_to_out_of_memory(pod.run.spec, datetime.now(UTC), advice)
-            adapted = apply_adaptations(pod.run.spec, [adaptation])
+            adapted_run = apply_adaptations(pod.run.spec, [adaptation])
             attempt = pod.run.attempt + 1
-            changes = {"spec": adapted, "attempt": attempt, "before_adaptation": get_original_values(pod.run.spec, [adaptation])}
+            changes = {"spec": adapted_run, "attempt": attempt, "before_adaptation": get_original_values(pod.run.spec, [adaptation])}
             pod = Pod(pod.run.model_copy(update=changes), tmp_path / f"pod-{attempt}")
     del held
     torch.cuda.empty_cache()

@@ -45,8 +45,8 @@ def test_a_job_in_a_rebuilt_cluster_adopts_the_result_of_the_same_spec_and_data(
     }  # fmt: skip
     with Pod(run_config(spec, bucket.target()), tmp_path / "trained", bucket.env) as pod:
         assert pod.end() == 0, pod.text[-3000:]
-    trained = pod.termination_message()
-    assert trained.output is not None and trained.metrics is not None
+    trained_message = pod.termination_message()
+    assert trained_message.output is not None and trained_message.metrics is not None
     record = json.loads(bucket.read("run/result.json"))
     assert record["settings"] == {
         "model.source": f"{address}/base", "dataset.train": f"{address}/rows.jsonl", "dataset.format": "messages",
@@ -56,11 +56,11 @@ def test_a_job_in_a_rebuilt_cluster_adopts_the_result_of_the_same_spec_and_data(
 
     elsewhere = merge(spec, {"placement": {"labels": {"team": "a"}}, "resources": {"memory": "9Gi"}, "tracking": {"loggingSteps": 1}})
     adopted = prepare(run_config(elsewhere, bucket.target()), tmp_path / "adopted", bucket)
-    assert adopted.output == trained.output.model_copy(update={"adopted_uid": UID})
+    assert adopted.output == trained_message.output.model_copy(update={"adopted_uid": UID})
     assert adopted.output is not None and adopted.output.lineage_uri is not None and adopted.output.report_uri is not None
-    assert (adopted.metrics, adopted.step, adopted.exit_code) == (trained.metrics, 4, 0)
-    assert adopted.resolved is not None and trained.resolved is not None
-    assert adopted.resolved.dataset_digest == trained.resolved.dataset_digest
+    assert (adopted.metrics, adopted.step, adopted.exit_code) == (trained_message.metrics, 4, 0)
+    assert adopted.resolved is not None and trained_message.resolved is not None
+    assert adopted.resolved.dataset_digest == trained_message.resolved.dataset_digest
     assert not [file.name for file in (tmp_path / "adopted").rglob("*.safetensors")], "the preparation pod downloaded weights"
     assert bucket.client.list_objects_v2(Bucket=bucket.name, Prefix=f"{bucket.root}/team/job/{NEW_UID}/")["KeyCount"] == 0
 
@@ -69,6 +69,6 @@ def test_a_job_in_a_rebuilt_cluster_adopts_the_result_of_the_same_spec_and_data(
     refused = prepare(run_config(merge(spec, {"policy": {"onExistingResult": "fail"}}), bucket.target()), tmp_path / "refused", bucket)
     assert (refused.code, refused.class_) == ("ExistingResultFound", FailureClass.USER)
     assert refused.message == (
-        f"policy.onExistingResult is fail, and an earlier FineTuneJob team/job (uid {UID}) has stored {trained.output.uri}; "
+        f"policy.onExistingResult is fail, and an earlier FineTuneJob team/job (uid {UID}) has stored {trained_message.output.uri}; "
         "it was made with other values: contents of model.source, contents of training data"
     )

@@ -81,8 +81,8 @@ def test_a_job_that_fits_into_no_pool_is_refused_with_a_hint(bucket: Bucket, tmp
     pool = GpuPool(name="small", memory_bytes=10**8, is_current=True)
     message, _ = prepare(bucket, tmp_path, make_planned_run(bucket, model, rows, pool, training={"maxSteps": 4}))
     assert (message.code, message.class_, message.exit_code) == ("DoesNotFit", FailureClass.USER, 64)
-    found = re.fullmatch(r"the job is expected to need at least 0\.\d\d GB on each GPU, (.*)", message.message or "")
-    assert found is not None and found[1] == "but no pool that it may use has so much GPU memory: small (0.10 GB)"
+    match = re.fullmatch(r"the job is expected to need at least 0\.\d\d GB on each GPU, (.*)", message.message or "")
+    assert match is not None and match[1] == "but no pool that it may use has so much GPU memory: small (0.10 GB)"
     assert message.hint == NO_CHANGE_HINT
 
 

@@ -110,10 +110,10 @@ def test_a_resumed_run_equals_an_uninterrupted_run(
     resume_step = int(hold.partition(":")[2]) if interrupt is stop_pod else newest
     assert max(committed_steps(bucket)) == resume_step and not bucket.keys("model/")
 
-    again = run_config(
+    repeated_run = run_config(
         spec, bucket.target(), processes=processes, attempt=2, resume=ResumeConfig(mode="auto", expect_step=newest)
     )
-    with make_traced_pod(again, tmp_path / "two", bucket) as second:
+    with make_traced_pod(repeated_run, tmp_path / "two", bucket) as second:
         assert second.end() == 0, second.text[-4000:]
     termination = second.termination_message()
     assert termination.resumed_from_step == resume_step
@@ -152,8 +152,8 @@ def test_a_kill_before_a_checkpoint_is_complete_resumes_from_the_previous_one(
     assert code == expected, first.text[-4000:]
     assert committed_steps(bucket) == [8] and not bucket.keys("model/")
 
-    again = run_config(spec, bucket.target(), processes=processes, attempt=2, resume=ResumeConfig(mode="auto", expect_step=8))
-    with make_traced_pod(again, tmp_path / "two", bucket) as second:
+    repeated_run = run_config(spec, bucket.target(), processes=processes, attempt=2, resume=ResumeConfig(mode="auto", expect_step=8))
+    with make_traced_pod(repeated_run, tmp_path / "two", bucket) as second:
         assert second.end() == 0, second.text[-4000:]
     assert second.termination_message().resumed_from_step == 8
     assert record_run(bucket, [first, second], second.termination_message()) == expected_run
@@ -177,8 +177,8 @@ def test_a_stop_waits_until_a_checkpoint_is_written_in_the_background(
     stopped = first.termination_message()
     assert stopped.committed_step == 25 and 16 in committed_steps(bucket)
     assert stopped.resolved is not None and SLOW_DISK_NOTE in (stopped.resolved.notes or [])
-    again = run_config(spec, bucket.target(), attempt=2, resume=ResumeConfig(mode="auto", expect_step=25))
-    with make_traced_pod(again, tmp_path / "two", bucket) as second:
+    repeated_run = run_config(spec, bucket.target(), attempt=2, resume=ResumeConfig(mode="auto", expect_step=25))
+    with make_traced_pod(repeated_run, tmp_path / "two", bucket) as second:
         assert second.end() == 0, second.text[-4000:]
     assert record_run(bucket, [first, second], second.termination_message()) == expected_run
 
@@ -196,8 +196,8 @@ def test_a_stop_during_an_evaluation_completes_the_evaluation(
         first.terminate()
         assert first.end() == 75, first.text[-4000:]
     assert first.termination_message().committed_step == 17
-    again = run_config(spec, bucket.target(), attempt=2, resume=ResumeConfig(mode="auto", expect_step=17))
-    with make_traced_pod(again, tmp_path / "two", bucket) as second:
+    repeated_run = run_config(spec, bucket.target(), attempt=2, resume=ResumeConfig(mode="auto", expect_step=17))
+    with make_traced_pod(repeated_run, tmp_path / "two", bucket) as second:
         assert second.end() == 0, second.text[-4000:]
     assert second.termination_message().resumed_from_step == 17
     assert record_run(bucket, [first, second], second.termination_message()) == expected_run

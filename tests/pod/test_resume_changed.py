@@ -52,8 +52,8 @@ def test_a_non_finite_loss_is_never_saved_and_the_replay_is_exact(
     termination = first.termination_message()
     assert (termination.code, termination.class_) == ("LossNotFinite", FailureClass.DIVERGED), logged
     assert committed_steps(bucket) == [CHECKPOINT_STEPS, 2 * CHECKPOINT_STEPS]
-    again = run_config(spec, bucket.target(), attempt=2, resume=ResumeConfig(mode="auto", expect_step=2 * CHECKPOINT_STEPS))
-    with make_traced_pod(again, tmp_path / "two", bucket) as second:
+    repeated_run = run_config(spec, bucket.target(), attempt=2, resume=ResumeConfig(mode="auto", expect_step=2 * CHECKPOINT_STEPS))
+    with make_traced_pod(repeated_run, tmp_path / "two", bucket) as second:
         assert second.end() == 0, second.text[-4000:]
     assert record_run(bucket, [first, second], second.termination_message()) == expected_run
 
@@ -73,8 +73,8 @@ def test_a_halved_learning_rate_applies_after_a_rollback(
         assert first.end() == 72, first.text[-4000:]
     slower = merge(spec, {"training": {"learningRate": 5e-4}})
     resume = ResumeConfig(mode="auto", expect_step=CHECKPOINT_STEPS, max_step=CHECKPOINT_STEPS)
-    again = run_config(slower, bucket.target(), processes=processes, attempt=2, resume=resume)
-    with make_traced_pod(again, tmp_path / "two", bucket) as second:
+    repeated_run = run_config(slower, bucket.target(), processes=processes, attempt=2, resume=resume)
+    with make_traced_pod(repeated_run, tmp_path / "two", bucket) as second:
         assert second.end() == 0, second.text[-4000:]
     termination = second.termination_message()
     assert termination.resumed_from_step == CHECKPOINT_STEPS and termination.resolved is not None
@@ -95,11 +95,11 @@ def test_a_smaller_micro_batch_gives_close_losses(
         assert first.end() == 71, first.text[-4000:]
     assert (first.termination_message().code, first.termination_message().committed_step) == ("GpuOutOfMemory", 2 * CHECKPOINT_STEPS)
     smaller = merge(spec, {"training": {"batchSizePerDevice": 1, "gradientAccumulationSteps": 4}})
-    again = run_config(smaller, bucket.target(), attempt=2, resume=ResumeConfig(mode="auto", expect_step=2 * CHECKPOINT_STEPS))
-    with make_traced_pod(again, tmp_path / "two", bucket) as second:
+    repeated_run = run_config(smaller, bucket.target(), attempt=2, resume=ResumeConfig(mode="auto", expect_step=2 * CHECKPOINT_STEPS))
+    with make_traced_pod(repeated_run, tmp_path / "two", bucket) as second:
         assert second.end() == 0, second.text[-4000:]
     resolved = second.termination_message().resolved
-    assert resolved is not None and resolved.resume_exact is False and "split differently" in (resolved.resume_note or "")
+    assert resolved is not None and resolved.resume_exact is False and "split into micro-batches of another size" in (resolved.resume_note or "")
     assert_close_to_run(bucket, [second], expected_run)
 
 
@@ -135,7 +135,7 @@ def test_a_rank_with_less_memory_reduces_the_micro_batch_of_all_ranks(bucket: Bu
         assert last.end() == 0, last.text[-4000:]
     resolved = last.termination_message().resolved
     assert resolved is not None and batch is not None and resolved.effective_batch == batch.effective_batch == 8
-    assert resolved.resume_exact is False and "split differently" in (resolved.resume_note or "")
+    assert resolved.resume_exact is False and "split into micro-batches of another size" in (resolved.resume_note or "")
     assert_close_to_run(bucket, [*pods, last], expected_run)
 
 

@@ -73,16 +73,16 @@ def test_a_second_job_tokenises_nothing_and_a_run_with_stored_rows_is_equal(
     s3_server: S3Endpoint, bucket: Bucket, model: Path, rows: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     spec = make_spec(model, rows, "full")
-    first = require_data_report(prepare(bucket, tmp_path / "first", spec))
+    first_data_report = require_data_report(prepare(bucket, tmp_path / "first", spec))
     second = require_data_report(prepare(bucket, tmp_path / "second", spec, OTHER_UID))
-    assert (first.tokenised_rows, second.tokenised_rows) == (36, 0)
-    assert second.model_copy(update={"tokenised_rows": 36}) == first
-    assert first.prepared_uri == f"s3://{bucket.name}/{bucket.root}/team/_prepared/{first.digest}"
+    assert (first_data_report.tokenised_rows, second.tokenised_rows) == (36, 0)
+    assert second.model_copy(update={"tokenised_rows": 36}) == first_data_report
+    assert first_data_report.prepared_uri == f"s3://{bucket.name}/{bucket.root}/team/_prepared/{first_data_report.digest}"
     names = sorted(key.split("/", 1)[1] for key in list_stored_keys(bucket))
     assert [name for name in names if "/" not in name] == ["_COMMITTED", "_USED"]
     assert sorted({name.split("/", 1)[1] for name in names if "/" in name}) == ["manifest.hmac", "manifest.json", "prepared.json", "train/00000.arrow"]
 
-    with make_traced_pod(make_run_with_rows(spec, bucket, first), tmp_path / "train", bucket) as pod:
+    with make_traced_pod(make_run_with_rows(spec, bucket, first_data_report), tmp_path / "train", bucket) as pod:
         assert pod.end() == 0, pod.text[-4000:]
     message = pod.termination_message()
     assert list_prepared_rows_notes(message) == [USED_NOTE]
@@ -176,13 +176,13 @@ def test_data_that_have_changed_are_prepared_again(bucket: Bucket, model: Path, 
     """
     rows = write_rows(tmp_path / "rows.jsonl")
     spec = merge(make_spec(model, rows, "full"), {"training": {"maxSteps": 2}})
-    old = require_data_report(prepare(bucket, tmp_path / "old", spec))
+    old_data_report = require_data_report(prepare(bucket, tmp_path / "old", spec))
     changed = [*ROWS[:-1], {"messages": [*ROWS[-1]["messages"][:1], {"role": "assistant", "content": "It is many."}]}]
     write_rows(rows, changed)
-    new = require_data_report(prepare(bucket, tmp_path / "new", spec, OTHER_UID))
-    assert old.digest != new.digest and new.tokenised_rows == 36
+    new_data_report = require_data_report(prepare(bucket, tmp_path / "new", spec, OTHER_UID))
+    assert old_data_report.digest != new_data_report.digest and new_data_report.tokenised_rows == 36
     assert len({key.split("/")[0] for key in list_stored_keys(bucket)}) == 2
-    with Pod(make_run_with_rows(spec, bucket, old), tmp_path / "train", bucket.env) as pod:
+    with Pod(make_run_with_rows(spec, bucket, old_data_report), tmp_path / "train", bucket.env) as pod:
         assert pod.end() == 0, pod.text[-4000:]
     assert list_prepared_rows_notes(pod.termination_message()) == [
         "the prepared rows are not used: the data have changed since the preparation; this pod reads and tokenises the data"
@@ -274,12 +274,12 @@ def test_a_preparation_replaces_rows_that_are_damaged_or_not_signed(
 @pytest.mark.slow
 def test_a_preparation_removes_rows_that_are_unused_for_too_long(bucket: Bucket, model: Path, rows: Path, tmp_path: Path) -> None:
     spec = make_spec(model, rows, "full")
-    old = require_data_report(prepare(bucket, tmp_path / "old", spec))
-    assert datetime.fromisoformat(json.loads(read_object(bucket, f"{old.digest}/_USED"))["until"]) > datetime.now(UTC) + timedelta(days=29)
-    bucket.put(full_key(bucket, f"{old.digest}/_USED"), json.dumps({"until": "2026-01-01T00:00:00Z"}).encode())
-    new = require_data_report(prepare(bucket, tmp_path / "new", merge(spec, {"dataset": {"maxSequenceLength": 64}}), OTHER_UID, ttl_days=7))
-    assert {key.split("/")[0] for key in list_stored_keys(bucket)} == {new.digest}
-    assert datetime.fromisoformat(json.loads(read_object(bucket, f"{new.digest}/_USED"))["until"]) < datetime.now(UTC) + timedelta(days=8)
+    old_data_report = require_data_report(prepare(bucket, tmp_path / "old", spec))
+    assert datetime.fromisoformat(json.loads(read_object(bucket, f"{old_data_report.digest}/_USED"))["until"]) > datetime.now(UTC) + timedelta(days=29)
+    bucket.put(full_key(bucket, f"{old_data_report.digest}/_USED"), json.dumps({"until": "2026-01-01T00:00:00Z"}).encode())
+    new_data_report = require_data_report(prepare(bucket, tmp_path / "new", merge(spec, {"dataset": {"maxSequenceLength": 64}}), OTHER_UID, ttl_days=7))
+    assert {key.split("/")[0] for key in list_stored_keys(bucket)} == {new_data_report.digest}
+    assert datetime.fromisoformat(json.loads(read_object(bucket, f"{new_data_report.digest}/_USED"))["until"]) < datetime.now(UTC) + timedelta(days=8)
 
 
 PREFERENCE_PAIRS = [{"prompt": f"{a} + 1?", "chosen": f"It is {a + 1}.", "rejected": f"It is {a}."} for a in range(12)]
@@ -299,10 +299,10 @@ def test_preference_rows_are_also_shared_by_preparations(
         "model": {"source": f"file://{model}"}, "trainer": {"type": trainer}, "dataset": {"train": f"file://{rows}", "format": data_format},
         "training": {"maxSteps": 3, "batchSizePerDevice": 2},
     }  # fmt: skip
-    first = require_data_report(prepare(bucket, tmp_path / "first", spec))
-    assert (first.tokenised_rows, require_data_report(prepare(bucket, tmp_path / "second", spec, OTHER_UID)).tokenised_rows) == (12, 0)
+    first_data_report = require_data_report(prepare(bucket, tmp_path / "first", spec))
+    assert (first_data_report.tokenised_rows, require_data_report(prepare(bucket, tmp_path / "second", spec, OTHER_UID)).tokenised_rows) == (12, 0)
     weights = []
-    for name, run in (("with", make_run_with_rows(spec, bucket, first)), ("without", run_config(spec, bucket.target(), attempt=2))):
+    for name, run in (("with", make_run_with_rows(spec, bucket, first_data_report)), ("without", run_config(spec, bucket.target(), attempt=2))):
         with Pod(run, tmp_path / name, bucket.env) as pod:
             assert pod.end() == 0, pod.text[-4000:]
         message = pod.termination_message()

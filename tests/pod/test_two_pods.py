@@ -12,7 +12,7 @@ from pod_buckets import Bucket
 from pod_harness import Pod, run_config
 from recorded_run import RecordedRun, make_spec, make_traced_pod, record_run, run_uninterrupted
 
-from localcluster.ports import free_ports
+from localcluster.ports import find_free_ports
 from localcluster.s3 import S3Endpoint
 from tests.support.s3proxy import Latency, S3Proxy
 
@@ -29,7 +29,7 @@ class TwoPods:
     def start(self, attempt: int, expected_step: int, target: StoreTarget, *, hold_point: str = "", signalled_pod: int = 0) -> list[Pod]:
         """Create the two pods of an attempt. The pod `signalled_pod` pauses at `hold_point` until the ranks have agreed on a stop."""
         resume = ResumeConfig(mode="auto", expect_step=expected_step)
-        run = run_config(self.spec, target, nodes=2, attempt=attempt, master_port=free_ports(1)[0], resume=resume)
+        run = run_config(self.spec, target, nodes=2, attempt=attempt, master_port=find_free_ports(1)[0], resume=resume)
         folders = [self.folder / f"attempt-{attempt}-{node}" for node in (0, 1)]
         return [
             make_traced_pod(run, folders[node], self.bucket, hold_point=hold_point if node == signalled_pod else "", node_rank=node)

@@ -66,8 +66,8 @@ def test_a_killed_run_on_images_resumes_exactly(bucket: Bucket, vision_model: Pa
         first.wait_committed(CHECKPOINT_STEPS)
         first.kill()
         first.end()
-    again = run_config(spec, bucket.target(), attempt=2, resume=ResumeConfig(mode="auto", expect_step=CHECKPOINT_STEPS))
-    with Pod(again, tmp_path / "two", bucket.env) as second:
+    repeated_run = run_config(spec, bucket.target(), attempt=2, resume=ResumeConfig(mode="auto", expect_step=CHECKPOINT_STEPS))
+    with Pod(repeated_run, tmp_path / "two", bucket.env) as second:
         assert second.end() == ExitCode.OK, second.text[-6000:]
     message = second.termination_message()
     assert (message.resumed_from_step, message.resolved and message.resolved.resume_exact) == (CHECKPOINT_STEPS, True)

@@ -72,8 +72,8 @@ def render_options(
 
 def trained_texts(example: Any, options: RenderOptions) -> list[str]:
     """Return the parts of the rendered text on which the model is trained."""
-    rendered = render(example, options)
-    return [rendered.text[start:end] for start, end in rendered.spans]
+    rendering = render(example, options)
+    return [rendering.text[start:end] for start, end in rendering.spans]
 
 
 def prepare_rows(

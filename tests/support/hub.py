@@ -131,9 +131,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer_download(self, path: str) -> bool:
         """Answer a request for a downloadable repository. If the request is for something else, send no answer and return False."""
-        found = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree|auth-check)(?:/([^/]+))?)?", path)
+        found_match = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree|auth-check)(?:/([^/]+))?)?", path)
         file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([0-9a-f]{40})/(.+)", path)
-        match = found or file
+        match = found_match or file
         repository = self.hub.repositories.get(match[1]) if match else None
         if match is None or repository is None or not repository.is_served:
             return False

@@ -22,7 +22,7 @@ import yaml
 
 from localcluster import Endpoint
 from localcluster.build import KUEUE_PROGRAM, download_module_sources, ensure_built
-from localcluster.ports import free_ports
+from localcluster.ports import find_free_ports
 from localcluster.processes import Lifetime, spawn, wait_until
 
 sys.path.append(str(Path(__file__).parents[2] / "scripts"))
@@ -106,7 +106,7 @@ def running_kueue(endpoint: Endpoint, folder: Path, network: NodeNetwork | None 
     certificates = folder / "certificates"
     certificates.mkdir(parents=True)
     program = ensure_built(KUEUE_PROGRAM)
-    webhook_port, health_port = free_ports(2)
+    webhook_port, health_port = find_free_ports(2)
     _install(endpoint, webhook_port)
     config, log = folder / "config.yaml", folder / "log"
     health_address = f"{network.address if network else '127.0.0.1'}:{health_port}"

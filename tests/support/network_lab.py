@@ -64,19 +64,19 @@ def find_missing_requirement() -> str | None:
     missing = [program for program in ("ip", "nft", "unshare", "mount") if shutil.which(program, path="/usr/sbin:/sbin:/usr/bin:/bin") is None]
     if missing:
         return f"missing programs: {', '.join(missing)} (Debian packages nftables, iproute2)"
-    done = subprocess.run(["unshare", "--net", "--mount", "true"], capture_output=True, text=True)
-    return done.stderr.strip() or None
+    completed_process = subprocess.run(["unshare", "--net", "--mount", "true"], capture_output=True, text=True)
+    return completed_process.stderr.strip() or None
 
 
 def run_lab(lab: Lab) -> list[bool]:
     """Build the network in a new process, and return whether each attempt connected."""
     repository = Path(__file__).parents[2]
-    done = subprocess.run(
+    completed_process = subprocess.run(
         ["unshare", "--net", "--mount", "--propagation", "private", sys.executable, "-m", "tests.support.network_lab"],
         input=json.dumps(asdict(lab)), capture_output=True, text=True, cwd=repository, timeout=300,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return [bool(value) for value in json.loads(done.stdout)]
+    assert completed_process.returncode == 0, completed_process.stderr
+    return [bool(value) for value in json.loads(completed_process.stdout)]
 
 
 # ---- from NetworkPolicies to nftables ----
@@ -145,9 +145,9 @@ def _find_address_family(address: str) -> str:
 
 def run(*command: str, text: str | None = None) -> None:
     """Run a command. If the command fails, exit this program with the command's error message."""
-    done = subprocess.run(command, input=text, capture_output=True, text=True)
-    if done.returncode != 0:
-        sys.exit(f"{' '.join(command)}: {done.stderr}{text or ''}")
+    completed_process = subprocess.run(command, input=text, capture_output=True, text=True)
+    if completed_process.returncode != 0:
+        sys.exit(f"{' '.join(command)}: {completed_process.stderr}{text or ''}")
 
 
 def call_in_namespace(name: str, function: Callable[[], T]) -> T:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from localcluster.ports import free_ports
+from localcluster.ports import find_free_ports
 
 CHECKOUT_FOLDER = Path(__file__).resolve().parents[2]
 FAST_CONFIG: dict[str, Any] = {
@@ -62,7 +62,7 @@ class OperatorProcess:
     def start(self, *, wait_until_ready: bool = True) -> Self:
         """Start the process and, if `wait_until_ready`, wait until /readyz succeeds. Errors: AssertionError if the process exits before it is ready."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.port = free_ports(1)[0]
+        self.port = find_free_ports(1)[0]
         config = merge_mappings(merge_mappings(FAST_CONFIG, self.config), {"http": {"host": "127.0.0.1", "port": self.port}})
         path = self.folder / "config.yaml"
         path.write_text(json.dumps(config))

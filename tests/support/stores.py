@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
-from localcluster.ports import free_ports
+from localcluster.ports import find_free_ports
 from localcluster.processes import Lifetime, spawn, wait_until
 from localcluster.s3 import S3Endpoint, S3Process, find_program, is_ready, make_access_keys
 
@@ -95,7 +95,7 @@ def running_store(folder: Path, name: StoreName | None = None) -> Iterator[S3End
         return
     (folder / "data").mkdir(parents=True)
     access_key, secret_key = make_access_keys()
-    port = free_ports(1)[0]
+    port = find_free_ports(1)[0]
     command = _make_command(name, port, folder, access_key, secret_key)
     server = spawn(
         name, command.arguments, owner=folder, log=folder / "log", lifetime=Lifetime.UNTIL_PARENT_ENDS, working_folder=folder,

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Self
 
 from localcluster.build import ensure_built
-from localcluster.ports import free_ports
+from localcluster.ports import find_free_ports
 from localcluster.processes import Lifetime, Server, spawn
 from tests.support.tool_programs import ensure_environment
 
@@ -34,7 +34,7 @@ class TrackerServer:
 
     def __init__(self, name: str, folder: Path, command: Callable[[int, Path], list[str | Path]], is_ready: Callable[[int], bool]) -> None:
         self._name, self._folder, self._command, self._is_ready = name, folder, command, is_ready
-        self.port = free_ports(1)[0]
+        self.port = find_free_ports(1)[0]
         self._server: Server | None = None
         folder.mkdir(parents=True, exist_ok=True)
 

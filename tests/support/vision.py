@@ -51,8 +51,10 @@ class VisionFamily:
     named_tokens: dict[str, str] = field(default_factory=dict)
     """Special tokens that the processor reads from an attribute of the tokenizer, by the name of the attribute."""
     tower: str = ""
-    """Name of the model's module with the vision layers."""
+    """Name of the module with the vision layers, below `parent`."""
     projector: str = ""
+    parent: str = "model."
+    """Name of the module that contains `tower` and `projector`, with a dot at the end. Empty for the whole model."""
 
 
 QWEN_PROCESSOR = {
@@ -103,6 +105,20 @@ FAMILIES = {
     ),
     "idefics3": make_idefics_family("Idefics3ImageProcessor"),
     "smolvlm": make_idefics_family("SmolVLMImageProcessor"),
+    "llama4": VisionFamily(
+        placeholder="<|image|>", image_token="<|patch|>",
+        special_tokens=("<|image|>", "<|patch|>", "<|image_start|>", "<|image_end|>", "<|tile_x_separator|>", "<|tile_y_separator|>"),
+        processor={"image_processor_type": "Llama4ImageProcessorFast", "size": {"height": 28, "width": 28}, "max_patches": 4},
+        vision={
+            "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 7, "image_size": 28,
+            "vision_output_dim": 64, "projector_input_dim": 64, "projector_output_dim": 64,
+        },
+        text={
+            "head_dim": 16, "intermediate_size_mlp": 128, "num_local_experts": 2, "num_experts_per_tok": 1, "interleave_moe_layer_step": 2,
+            "router_aux_loss_coef": 0.0,
+        },
+        processor_options={"patch_size": 7}, tower="vision_model", projector="multi_modal_projector", parent="",
+    ),
 }  # fmt: skip
 SIMILAR_FAMILIES = ("qwen2_5_vl", "smolvlm")
 """Families whose layers and processors are the same as those of another family. `make test-faults` trains these families; `make test` does not."""

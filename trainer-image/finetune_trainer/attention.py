@@ -82,13 +82,13 @@ def choose_attention(
     flash attention. `config`: the model's configuration; `adapter`: folder of the adapter that the run continues to train, if any.
     Errors: ConfigError AttentionUnavailable, ContextParallelUnsupported.
     """
-    requested = run.spec.model.attention or AttentionImplementation.AUTO
+    requested_attention = run.spec.model.attention or AttentionImplementation.AUTO
     ranks_per_sequence = run.spec.distributed.context_parallel_size or 1
     if ranks_per_sequence > 1:
         require_divisible_attention(config, ranks_per_sequence)
         return "sdpa", []
     attention, notes = require_supported_attention(run, config, hardware.attention)
-    is_requested = requested in (AttentionImplementation.SDPA, AttentionImplementation.EAGER)
+    is_requested = requested_attention in (AttentionImplementation.SDPA, AttentionImplementation.EAGER)
     if is_requested or attention == FLASH_ATTENTION:
         return attention, notes
     is_on_gpu = hardware.device.type == "cuda"
@@ -100,7 +100,7 @@ def choose_attention(
             notes += [] if is_packed else [PADDING_FREE_NOTE]
         elif is_packed:
             notes.append(f"dataset.packing is faster with attention {VARLEN_ATTENTION}, but {reason}: {attention} is used")
-    if requested is AttentionImplementation.FLASH_ATTENTION_2:
+    if requested_attention is AttentionImplementation.FLASH_ATTENTION_2:
         reason = "flash-attn is not installed" if is_on_gpu else "the run uses no GPU"
         notes.append(f"model.attention flashAttention2 is not available ({reason}): {attention} is used")
     return attention, notes

@@ -127,9 +127,9 @@ class Channel:
         """Report the newest metrics. The supervisor merges them into the metrics reported earlier. The caller must leave out values that are not finite."""
         self._send_if_possible("metrics", value=metrics.to_wire())
 
-    def report_resolved(self, resolved: ResolvedConfig) -> None:
+    def report_resolved(self, resolved_config: ResolvedConfig) -> None:
         """Report the effective configuration of the run. The supervisor merges its fields into the configuration reported earlier."""
-        self._send_reliably("resolved", value=resolved.to_wire())
+        self._send_reliably("resolved", value=resolved_config.to_wire())
 
     def report_plan(self, plan: RunPlan) -> None:
         """Report the planned memory and work of the run, or the measured peak of memory. The supervisor merges the fields into the plan reported earlier."""

@@ -84,14 +84,14 @@ def check(run: RunConfig, channel: Channel, inputs: Inputs, preparation: Supervi
     note = trial_step.try_step(context, objective, data_report, model.load_config(run, inputs))
     if note is not None:
         channel.report_note(note)
-    resolved = ResolvedConfig(
+    resolved_config = ResolvedConfig(
         dataset_digest=inputs.dataset_digest, dataset_rows=facts.rows, dataset_format=facts.format.value,
         trainable_parameters=trainable, total_parameters=total,
     )  # fmt: skip
     data_report = _data_report(facts)
     if preparation is not None and preparation.digest is not None:
         data_report = data_report.model_copy(update={"digest": preparation.digest, "tokenised_rows": preparation.tokenised_rows})
-    channel.send_message("checked", value={"data": data_report.to_wire(), "resolved": resolved.to_wire()})
+    channel.send_message("checked", value={"data": data_report.to_wire(), "resolved": resolved_config.to_wire()})
 
 
 def _meta_hardware() -> Hardware:

@@ -228,11 +228,11 @@ class GuardedTrainer(OpenTrainer):
             )  # fmt: skip
         super().load_checkpoint_weights(folder, model)
 
-    def check_loaded_keys(self, missing: list[str], unexpected: list[str]) -> None:
+    def check_loaded_keys(self, missing: list[str], unexpected_keys: list[str]) -> None:
         """Refuse a checkpoint with missing or unexpected weights. Errors: NoCheckpointError CheckpointForeign."""
         tied_names = tied_weight_names(self.model)
         mismatched_names = [key for key in missing if key not in tied_names]
-        mismatched_names += [key for key in unexpected if not any(part in key for part in QUANTIZATION_KEY_PARTS)]
+        mismatched_names += [key for key in unexpected_keys if not any(part in key for part in QUANTIZATION_KEY_PARTS)]
         if mismatched_names:
             raise NoCheckpointError(
                 "CheckpointForeign", f"the weights of the checkpoint do not match the weights of this run: {', '.join(mismatched_names[:4])}",

@@ -60,7 +60,7 @@ TRAINER_IMAGE_PACKAGES = (
     "accelerate", "aiohttp", "bert_score", "bitsandbytes", "boto3", "botocore", "datasets", "deepspeed", "finetune_api", "finetune_trainer",
     "huggingface_hub", "jinja2", "jsonschema", "liger_kernel", "lm_eval", "mlflow", "numpy", "openai", "openpyxl", "peft", "prometheus_client",
     "pyarrow", "pydantic", "pymongo", "rouge_score", "sacrebleu", "safetensors", "scipy", "securesystemslib", "sentence_transformers",
-    "sentencepiece", "tensorboard", "tiktoken", "tokenizers", "torch", "transformers", "triton", "trl", "wandb",
+    "sentencepiece", "tensorboard", "tiktoken", "tokenizers", "torch", "torchvision", "transformers", "triton", "trl", "wandb",
 )  # fmt: skip
 """Packages that the trainer image installs. If one of them is missing, the image is broken. Any other missing module belongs to code of the user."""
 HIDDEN_PACKAGE_MESSAGE = "None in sys.modules"

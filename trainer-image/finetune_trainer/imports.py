@@ -1,10 +1,10 @@
 """Imports the heavy libraries that a job needs, and hides libraries that the job does not need.
 
-Ranks import their libraries while the supervisor downloads the inputs. bitsandbytes and deepspeed take seconds to import. peft
-imports bitsandbytes if it is installed; accelerate imports deepspeed whenever a model is saved; TRL imports wandb and mlflow. If a
-job does not need one of these packages, the package's entry in `sys.modules` is set to None, so that `importlib` reports it as not
-installed. scipy and boto3 are hidden only while transformers and peft are imported: transformers would import scipy for object detection
-losses, which takes half a second, and accelerate would import boto3 for a command that configures SageMaker.
+Ranks import their libraries while the supervisor downloads the inputs. bitsandbytes and deepspeed take seconds to import. peft imports bitsandbytes
+if it is installed; accelerate imports deepspeed whenever a model is saved; transformers imports torchvision; TRL imports wandb and mlflow. If a job
+does not need one of these packages, the package's entry in `sys.modules` is set to None, so that `importlib` reports it as not installed. scipy and
+boto3 are hidden only while transformers and peft are imported: transformers would import scipy for object detection losses, which takes half a second,
+and accelerate would import boto3 for a command that configures SageMaker.
 
 The garbage collector pauses during the imports. The imports create about a million objects that live as long as the process. Repeated collections
 would examine all of these objects each time, which takes a fifth of the time of the imports.
@@ -24,7 +24,7 @@ from typing import Any
 
 from finetune_api.pod import RunConfig
 from finetune_api.rules import base_bits
-from finetune_api.spec.enums import StrategyType, TrainerBackend
+from finetune_api.spec.enums import Modality, StrategyType, TrainerBackend
 
 LIBRARY_ENVIRONMENT = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -52,11 +52,16 @@ def needs_deepspeed(run: RunConfig) -> bool:
 def preload(run: RunConfig, objective_module: str) -> None:
     """Hide the libraries that the job does not need. Import the libraries that the job needs, and `objective_module`."""
     hide_unneeded_libraries(run)
-    with garbage_collection_paused(), hide_temporarily("scipy", "boto3", unless_imported="transformers"):
+    import_libraries("datasets", objective_module)
+
+
+def import_libraries(*other_modules: str) -> None:
+    """Import torch, transformers and peft, and then `other_modules`. Call `hide_unneeded_libraries` before this function."""
+    with garbage_collection_paused(), hide_temporarily("scipy", "boto3", module_that_needs_it="transformers"):
         for name in ("torch", "transformers"):
             importlib.import_module(name)
         reuse_list_of_models()
-        for name in ("peft", "datasets", objective_module):
+        for name in ("peft", *other_modules):
             importlib.import_module(name)
         from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer  # noqa: F401  transformers loads these names on access
     importlib.import_module("transformers.utils.import_utils").is_scipy_available.cache_clear()
@@ -103,6 +108,7 @@ def hide_unneeded_libraries(run: RunConfig, *, keeps_bitsandbytes: bool = False)
     needed_packages = {
         "bitsandbytes": keeps_bitsandbytes or needs_bitsandbytes(run),
         "deepspeed": needs_deepspeed(run),
+        "torchvision": run.spec.model.modality is Modality.VISION_LANGUAGE,
         "wandb": False,  # Another process sends values to trackers (`finetune_trainer.trackers`).
         "mlflow": False,
     }
@@ -129,9 +135,9 @@ def garbage_collection_paused() -> Iterator[None]:
 
 
 @contextmanager
-def hide_temporarily(*names: str, unless_imported: str) -> Iterator[None]:
-    """Hide packages while the package `unless_imported` is imported for the first time. Packages that are already imported stay visible."""
-    hidden_names = [] if unless_imported in sys.modules else [name for name in names if name not in sys.modules]
+def hide_temporarily(*names: str, module_that_needs_it: str) -> Iterator[None]:
+    """Hide packages while the package `module_that_needs_it` is imported for the first time. Packages that are already imported stay visible."""
+    hidden_names = [] if module_that_needs_it in sys.modules else [name for name in names if name not in sys.modules]
     for name in hidden_names:
         _hide_package(name)
     try:

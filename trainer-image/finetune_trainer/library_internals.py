@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import sys
+import types
 from collections.abc import Callable, Collection, Iterator, MutableMapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
@@ -45,8 +46,8 @@ class OpenTrainer(Trainer):  # type: ignore[misc]  # transformers ships no types
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         self.check_loaded_keys(list(load_result.missing_keys), list(load_result.unexpected_keys))
 
-    def check_loaded_keys(self, missing: list[str], unexpected: list[str]) -> None:
-        """Handle the names of weights that only the model (`missing`) or only the checkpoint (`unexpected`) has. transformers only logs a warning."""
+    def check_loaded_keys(self, missing: list[str], unexpected_keys: list[str]) -> None:
+        """Handle the names of weights that only the model (`missing`) or only the checkpoint (`unexpected_keys`) has. transformers only logs a warning."""
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         self.load_optimizer_and_scheduler(checkpoint)
@@ -103,8 +104,8 @@ class OpenTrainer(Trainer):  # type: ignore[misc]  # transformers ships no types
 
     def prepare_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Move a batch to the device in the same way as the training loop."""
-        prepared: dict[str, Any] = self._prepare_inputs(batch)
-        return prepared
+        prepared_inputs: dict[str, Any] = self._prepare_inputs(batch)
+        return prepared_inputs
 
 
 class OwnDatasetPreparation:
@@ -412,8 +413,7 @@ def image_text_processor_class(config: Any) -> type[Any] | None:
     """Return transformers' processor class for a vision-language model with this configuration. None if there is no such model or
     processor.
 
-    For SmolVLM, return Idefics3's processor: it treats images in the same way, and SmolVLM's own needs packages for videos that the trainer
-    image lacks.
+    For SmolVLM, return Idefics3's processor: it treats images in the same way, and SmolVLM's own processor also needs a package for videos.
     """
     from transformers import Idefics3Processor
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
@@ -421,25 +421,26 @@ def image_text_processor_class(config: Any) -> type[Any] | None:
 
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         return None
-    found: type[Any] | None = Idefics3Processor if config.model_type == "smolvlm" else PROCESSOR_MAPPING.get(type(config), None)
-    return found
+    processor_class: type[Any] | None = Idefics3Processor if config.model_type == "smolvlm" else PROCESSOR_MAPPING.get(type(config), None)
+    return processor_class
 
 
 def build_processor(processor_class: type[Any], folder: Any, tokenizer: Any) -> Any:
-    """Build the processor for images and text from a model's folder. The processor's part for videos is left out, because this part needs torchvision.
+    """Build the processor for images and text from a model's folder. The processor's part for videos is left out, because rows contain no videos.
 
     `ProcessorMixin` refuses a processor that lacks one of its parts, so the check of the parts is switched off while the processor is built. Pillow resizes
-    the images. Errors: ImportError, if the image processor needs torchvision; errors of transformers for unreadable files.
+    the images; torchvision does so only if the model type has no processor with Pillow. Errors: ImportError, if the image processor needs a package that
+    is not installed; errors of transformers for unreadable files.
     """
     from transformers import AutoImageProcessor
 
     try:
         image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
     except ValueError as error:
-        missing_dependencies = re.search(r"Missing optional dependencies: (.*?)\. ", str(error))
-        if missing_dependencies is None:
+        classes_without_packages = re.search(r"image processor classes: (.*?)\. None of these classes could be imported", str(error))
+        if classes_without_packages is None:
             raise
-        raise ImportError(missing_dependencies.group(1)) from error
+        raise ImportError(f"the packages of {classes_without_packages.group(1).rpartition(' ')[2]}") from error
     processor_parts = {"image_processor": image_processor, "tokenizer": tokenizer}
     settings, _ = processor_class.get_processor_dict(folder)
     unchecked: Any = type(processor_class.__name__, (processor_class,), {"check_argument_for_proper_class": lambda self, name, part: None})
@@ -465,14 +466,31 @@ def connect_backbone(model: Any) -> None:
     """Let TRL's fused head find the layers and the number of experts of every language model.
 
     TRL calls `model.base_model` and reads `config.num_experts` (`trainer/utils.py`, v1.16). In transformers v5.23, `base_model_prefix` of
-    Llama 4's language model does not name its layers, so `base_model` returns the model itself. Some configurations store the number of
-    experts under another name.
+    Llama 4's language model does not name its layers, so `base_model` returns the model itself. The vision-language model of Llama 4 has no
+    module with all layers but the head: it calls a complete language model. Some configurations store the number of experts under another name.
     """
     if model.base_model is model and hasattr(model, "model"):
         model.base_model_prefix = "model"
+    elif model.base_model is model and getattr(getattr(model, "language_model", None), "lm_head", None) is not None:
+        model.run_without_head = types.MethodType(_run_without_head, model)
+        model.base_model_prefix = "run_without_head"
     config = model.config.get_text_config()
     if not hasattr(config, "num_experts") and hasattr(config, "num_local_experts"):
         type(config).attribute_map = {**type(config).attribute_map, "num_experts": "num_local_experts"}
+
+
+def _run_without_head(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Return the output of the language model's layers. `self` is a vision-language model that calls a complete language model.
+
+    The head of the language model is computed only for the last token, because it cannot be left out.
+    """
+    outputs: list[Any] = []
+    hook = self.language_model.model.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    try:
+        type(self).forward(self, *args, logits_to_keep=1, **kwargs)
+    finally:
+        hook.remove()
+    return outputs[0]
 
 
 @contextmanager

@@ -103,9 +103,9 @@ def choose_and_plan(run: RunConfig, config: Any, facts: RunFacts, counts: Mappin
     return RunPlan(memory=decision.plan.memory, work=work_plan, choices=list(decision.choices))
 
 
-def advise_after_out_of_memory(run: RunConfig, config: Any, run_facts: RunFacts, refused: RefusedAllocation) -> MemoryAdvice:
+def advise_after_out_of_memory(run: RunConfig, config: Any, run_facts: RunFacts, refused_allocation: RefusedAllocation) -> MemoryAdvice:
     """Return what the next attempt should change after torch refused an allocation. Errors: ConfigError if the plan does not know this kind of run."""
-    return advise_smaller_values(run.spec, parse_model_shape(config.to_dict()), run_facts, refused, run.defaults)
+    return advise_smaller_values(run.spec, parse_model_shape(config.to_dict()), run_facts, refused_allocation, run.defaults)
 
 
 def describe_refused_allocation(error: torch.OutOfMemoryError, device: torch.device) -> RefusedAllocation:

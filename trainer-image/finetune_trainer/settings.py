@@ -9,7 +9,7 @@ from pathlib import Path
 from finetune_api import names
 from finetune_api.compatibility import read_run_config
 from finetune_api.errors import InternalError
-from finetune_api.names import Env, incarnation_folder
+from finetune_api.names import Env, make_incarnation_folder_name
 from finetune_api.pod import RunConfig
 
 FINAL_UPLOAD_TIMEOUT_SECONDS = 1800.0
@@ -74,7 +74,7 @@ class Settings:
 
         The name contains the UID of this pod, but all pods of the attempt use the name of rank 0's pod.
         """
-        return incarnation_folder(run.attempt, self.pod_uid)
+        return make_incarnation_folder_name(run.attempt, self.pod_uid)
 
 
 def _read_if_mounted(file: Path) -> str | None:

@@ -104,7 +104,7 @@ class TrainingSession:
         from finetune_trainer import distributed, hardware
 
         _disable_progress_bars()
-        rules.enforce_rules(rules.without_defaults(run.spec, run.defaults), *RULES_CHECKED_AGAIN)
+        rules.enforce_rules(rules.remove_defaults(run.spec, run.defaults), *RULES_CHECKED_AGAIN)
         self.run, self.channel, self.inputs, self.hooks = run, channel, inputs, hooks
         self.objective = load_objective(rules.trainer_type_of(run.spec))
         self.hardware = hardware.detect_hardware(run, channel.local_rank)

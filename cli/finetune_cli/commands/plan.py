@@ -160,7 +160,7 @@ def _to_data_size(spec: FineTuneJobSpec, row_count: int | None, mean_row_tokens:
 
 
 def _plan_methods(
-    resolved: ResolvedSpec, shape: ModelShape, methods: list[str], pool: GpuPool | None, facts: RunFacts, data_size: DataSize | None
+    resolved_spec: ResolvedSpec, shape: ModelShape, methods: list[str], pool: GpuPool | None, facts: RunFacts, data_size: DataSize | None
 ) -> dict[str, MethodPlan]:
     """Plan the job with each of `methods`, or with its own method if the list is empty. Returns the plans by method."""
     from dataclasses import replace
@@ -169,8 +169,9 @@ def _plan_methods(
 
     from finetune_cli.job_plan import plan_job
 
-    specs = {method: change_spec(resolved.spec, {"method.type": method}) for method in methods} or {str(resolved.spec.method.type): resolved.spec}
-    return {method: plan_job(replace(resolved, spec=spec), shape, pool, facts, data_size) for method, spec in specs.items()}
+    spec = resolved_spec.spec
+    specs = {method: change_spec(spec, {"method.type": method}) for method in methods} or {str(spec.method.type): spec}
+    return {method: plan_job(replace(resolved_spec, spec=spec), shape, pool, facts, data_size) for method, spec in specs.items()}
 
 
 def _plan_times(shape: ModelShape, plans: dict[str, MethodPlan], pool: GpuPool | None, data_size: DataSize | None, price: float | None) -> TimeAndCostPlans:

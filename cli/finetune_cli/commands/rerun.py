@@ -78,7 +78,7 @@ def find_chosen_values(job: dict[str, Any], changed_values: dict[str, Any]) -> d
     If the user changes the batch size or the number of ranks, the chosen batch size is left out. If the user changes `resources.processesPerNode`,
     the chosen number of GPUs is left out. If the new job has a single rank, the chosen strategy is left out, because it needs several ranks.
     """
-    from finetune_api.memory.choices import PROCESSES_PATH
+    from finetune_api.memory.choices import PROCESSES_PER_NODE_PATH
     from finetune_api.memory.plan import BATCH_PATHS, GPUS_PATH, STRATEGY_PATH
 
     from finetune_cli.status_text import parse_status
@@ -86,13 +86,13 @@ def find_chosen_values(job: dict[str, Any], changed_values: dict[str, Any]) -> d
     plan = parse_status(job).plan
     chosen_values = {choice.field: choice.value for choice in (plan.choices if plan is not None else None) or []}
     replaced_paths: set[str] = set()
-    if any(path in changed_values for path in (*BATCH_PATHS, GPUS_PATH, "training.effectiveBatchSize", "resources.nodes", PROCESSES_PATH)):
+    if any(path in changed_values for path in (*BATCH_PATHS, GPUS_PATH, "training.effectiveBatchSize", "resources.nodes", PROCESSES_PER_NODE_PATH)):
         replaced_paths |= set(BATCH_PATHS)
-    if PROCESSES_PATH in changed_values:
+    if PROCESSES_PER_NODE_PATH in changed_values:
         replaced_paths.add(GPUS_PATH)
     resources = {f"resources.{name}": value for name, value in ((job.get("spec") or {}).get("resources") or {}).items()}
     resource_values = resources | {path: value for path, value in chosen_values.items() if path not in replaced_paths} | changed_values
-    ranks_per_node = resource_values.get(PROCESSES_PATH) or resource_values.get(GPUS_PATH) or 1
+    ranks_per_node = resource_values.get(PROCESSES_PER_NODE_PATH) or resource_values.get(GPUS_PATH) or 1
     if (resource_values.get("resources.nodes") or 1) * ranks_per_node == 1:
         replaced_paths.add(STRATEGY_PATH)
     return {path: value for path, value in chosen_values.items() if path not in replaced_paths}

@@ -112,14 +112,14 @@ def _add_image_digest(statement: bytes, job: dict[str, Any]) -> bytes:
 
     from finetune_cli.status_text import parse_status
 
-    resolved = parse_status(job).resolved
-    image, _, digest = ((resolved.image_digest if resolved is not None else None) or "").rpartition("sha256:")
-    if resolved is None or not digest:
+    resolved_config = parse_status(job).resolved
+    image, _, digest = ((resolved_config.image_digest if resolved_config is not None else None) or "").rpartition("sha256:")
+    if resolved_config is None or not digest:
         return statement
     statement_object = json.loads(statement)
     build_definition = statement_object["predicate"]["buildDefinition"]
     image_dependency = Resource(
-        name=TRAINER_IMAGE_DEPENDENCY, uri=image.rstrip("@") or resolved.image, digest={"sha256": digest}, annotations={"observedBy": "operator"}
+        name=TRAINER_IMAGE_DEPENDENCY, uri=image.rstrip("@") or resolved_config.image, digest={"sha256": digest}, annotations={"observedBy": "operator"}
     )
     other_dependencies = [one for one in build_definition["resolvedDependencies"] if one.get("name") != TRAINER_IMAGE_DEPENDENCY]
     build_definition["resolvedDependencies"] = [*other_dependencies, image_dependency.to_wire()]

@@ -30,7 +30,7 @@ COLUMN_NAMES = ["NAME", "PHASE", "PROGRESS", "TOKENS/S", "ETA", "POD", "NODE", "
 PARALLEL_REQUESTS = 8
 FORBIDDEN_NOTE = "GPUs and memory are unknown: you may not get pods/proxy in this namespace"
 BLOCKED_NOTE = (
-    "the API server cannot reach the pod: if a NetworkPolicy blocks it, list the addresses of the API server in isolation.metricsFrom of the chart's values"
+    "the API server cannot reach the pod: if a NetworkPolicy blocks it, add the addresses of the API server to isolation.metricsFrom in the chart's values"
 )
 """This note is added to the error message if the API server could not forward a request to a pod, or if the request timed out.
 
@@ -122,9 +122,9 @@ def _read_row(cluster: Cluster, job: dict[str, Any], pod: dict[str, Any]) -> Pod
 
 
 def _explain_error(error: ClusterError, pod_name: str) -> str:
-    known: dict[int, str] = {HTTPStatus.FORBIDDEN: FORBIDDEN_NOTE, HTTPStatus.NOT_FOUND: OLD_IMAGE_NOTE}
+    note_by_status: dict[int, str] = {HTTPStatus.FORBIDDEN: FORBIDDEN_NOTE, HTTPStatus.NOT_FOUND: OLD_IMAGE_NOTE}
     is_unreachable = not error.code or error.code >= HTTPStatus.INTERNAL_SERVER_ERROR
-    return known.get(error.code) or f"{pod_name}: {error}" + (f"; {BLOCKED_NOTE}" if is_unreachable else "")
+    return note_by_status.get(error.code) or f"{pod_name}: {error}" + (f"; {BLOCKED_NOTE}" if is_unreachable else "")
 
 
 def _format_cells(row: PodRow, with_namespace: bool) -> list[str]:

@@ -75,8 +75,8 @@ ATTENTION_REASON = (
 
 def to_learning_rate(value: Any) -> float | int:
     """Convert a learning rate to a number. The learning rate may also be a text such as `5e-5`."""
-    converted: float | int = to_number(exclusive_low=0)(value)
-    return converted
+    number: float | int = to_number(exclusive_low=0)(value)
+    return number
 
 
 def to_lora_init(value: Any) -> str:
@@ -580,6 +580,8 @@ def _to_camel_case(name: str) -> str:
 
 
 def _set_grpo_options(draft: JobDraft, trainer: str) -> None:
+    if draft.value(TEMPLATE_VARIABLES_PATH) == {}:
+        draft.remove(TEMPLATE_VARIABLES_PATH, "no arguments")
     for option_row in OPTION_TABLE:
         if not option_row.key.startswith("trl.") or not option_row.is_set_by_combine or option_row.key not in draft.given_options:
             continue

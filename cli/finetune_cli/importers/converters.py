@@ -27,9 +27,9 @@ RUN_NAME_PATTERN = re.compile(r"^[^$#@&*!]*$")
 class ConversionError(Exception):
     """The value of an option is not allowed. `problem`: the reason. `allowed`: the valid values. `closest`: the most similar valid word, or an empty text."""
 
-    def __init__(self, problem: str, allowed: str, closest: str = ""):
+    def __init__(self, problem: str, allowed_text: str, closest: str = ""):
         super().__init__(problem)
-        self.problem, self.allowed, self.closest = problem, allowed, closest
+        self.problem, self.allowed, self.closest = problem, allowed_text, closest
 
 
 Converter = Callable[[Any], Any]

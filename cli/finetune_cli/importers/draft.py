@@ -175,8 +175,8 @@ class JobDraft:
 
     def value(self, spec_path: str, default: Any = None) -> Any:
         """Return the value of the field at this path, or the default. An override of the field takes precedence over its value in the draft."""
-        assigned = self.request.overrides.get(spec_path) or self.values.get(spec_path)
-        return default if assigned is None else assigned.value
+        assigned_value = self.request.overrides.get(spec_path) or self.values.get(spec_path)
+        return default if assigned_value is None else assigned_value.value
 
     def assign(self, spec_path: str, value: Any, source: str | ValueOrigin) -> None:
         """Set a field. `source` is the key of the option that gives the value, or the origin of the value."""
@@ -201,11 +201,11 @@ class JobDraft:
         """
         self.paths_without_default.add(prefix)
         for path in [path for path in self.values if path == prefix or path.startswith(prefix + ".")]:
-            assigned = self.values.pop(path)
+            assigned_value = self.values.pop(path)
             self.paths_without_default.add(path)
-            if assigned.key:
-                self.reasons.setdefault(assigned.key, f"no effect: {reason}")
-                self.add_warning(f"{assigned.origin.location}: {assigned.key} has no effect: {reason}")
+            if assigned_value.key:
+                self.reasons.setdefault(assigned_value.key, f"no effect: {reason}")
+                self.add_warning(f"{assigned_value.origin.location}: {assigned_value.key} has no effect: {reason}")
 
     def add_mistake(self, keys: str | tuple[str, ...], message: str, hint: str = "", *, explained_path: str = "") -> None:
         """Record a mistake about one or several options, with their locations.

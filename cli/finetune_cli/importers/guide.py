@@ -54,8 +54,8 @@ def to_steps_or_none(value: Any) -> int | None:
 def to_positive_number(value: Any) -> float | int:
     """Convert a number greater than 0."""
     try:
-        converted: float | int = to_number(exclusive_low=0)(value)
-        return converted
+        number: float | int = to_number(exclusive_low=0)(value)
+        return number
     except ConversionError as error:
         raise ConversionError("is not a positive number", error.allowed) from None
 

@@ -125,6 +125,10 @@ DEFAULTS: tuple[ToolDefault, ...] = (
         draft.value("trainer.type", "sft") == "sft" and draft.value("dataset.format") not in (None, "plainText"))),
     *training_arguments.DEFAULTS,
 )  # fmt: skip
+TEMPLATES_WITH_THINKING_VARIABLE = ("qwen3", "qwen3_5", "qwen3_6", "glm4_moe", "glm4_7")
+"""Templates for reasoning. The chat templates of their models' tokenizers have the variable `enable_thinking`."""
+OTHER_REASONING_TEMPLATES = ("aeva", "deepseekr1", "gemma4", "gemma4n", "glmz1", "gpt_oss", "hy3", "mimo", "mimo_v2", "minimax2", "seed_oss", "youtu")
+"""Templates for reasoning whose tokenizers switch the reasoning off in another way or not at all."""
 RECOGNISED_KEYS = ("stage", "finetuning_type", "cutoff_len", "lora_target", "template", "dataset_dir")
 
 
@@ -345,12 +349,29 @@ def _set_row_options(draft: JobDraft, trainer: str) -> None:
             draft.assign("dataset.responseOnly.enabled", not draft.get("train_on_prompt"), "train_on_prompt")
         else:
             draft.add_reason("train_on_prompt", "no effect: rows of this format have no questions")
-    if draft.get("enable_thinking") is False:
-        draft.refuse_feature(
-            "enable_thinking", "arguments of the chat template", "write the value into a chat template of your own"
-        )
-    elif "enable_thinking" in draft.given_options:
+    _set_thinking(draft)
+
+
+def _set_thinking(draft: JobDraft) -> None:
+    """Set the variable `enable_thinking` of the chat template. Only templates for reasoning have it; the tool ignores the option for all others."""
+    if "enable_thinking" not in draft.given_options:
+        return
+    template_name = draft.get("template")
+    if draft.get("enable_thinking") is not False:
         draft.add_reason("enable_thinking", "true is the default of the chat template")
+    elif draft.value("dataset.format") == "plainText":
+        draft.add_reason("enable_thinking", "no effect: the rows are plain text")
+    elif template_name is None or template_name in TEMPLATES_WITH_THINKING_VARIABLE:
+        draft.assign("dataset.templateVariables", {"enable_thinking": "false"}, "enable_thinking")
+        draft.add_warning(
+            "enable_thinking: false: reasoning in the answers is trained, although the tool would remove it; remove the reasoning from the rows"
+        )
+    elif template_name in OTHER_REASONING_TEMPLATES:
+        draft.refuse_feature(
+            "enable_thinking", f"answers without reasoning in the chat template {template_name}", "write the empty reasoning into a chat template of your own"
+        )
+    else:
+        draft.add_reason("enable_thinking", f"no effect: the chat template {template_name} has no reasoning")
 
 
 def _set_template(draft: JobDraft, trainer: str) -> None:

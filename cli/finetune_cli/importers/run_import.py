@@ -527,11 +527,11 @@ def _check_spec(draft: JobDraft, *, counts_problems_as_features: bool = False) -
 
 def _drop_field(draft: JobDraft, problem: Problem) -> None:
     """Leave out a field that this release does not implement. If the field is a list and one of its items is not implemented, leave out this item."""
-    assigned = draft.values.get(problem.path)
+    assigned_value = draft.values.get(problem.path)
     list_item = problem.message.removeprefix("contains ").partition(",")[0]
-    if assigned is not None and isinstance(assigned.value, list) and list_item in assigned.value and len(assigned.value) > 1:
-        draft.values[problem.path] = replace(assigned, value=[value for value in assigned.value if value != list_item])
-        draft.add_warning(f"{assigned.origin.location}: {assigned.key or problem.path}: {list_item} is left out: {problem.message}")
+    if assigned_value is not None and isinstance(assigned_value.value, list) and list_item in assigned_value.value and len(assigned_value.value) > 1:
+        draft.values[problem.path] = replace(assigned_value, value=[value for value in assigned_value.value if value != list_item])
+        draft.add_warning(f"{assigned_value.origin.location}: {assigned_value.key or problem.path}: {list_item} is left out: {problem.message}")
         return
     for path in [path for path in draft.values if is_within(path, problem.path)]:
         removed_value = draft.values.pop(path)
@@ -626,13 +626,13 @@ def _to_conflict_mistake(draft: JobDraft, problem: Problem) -> Mistake | None:
         if push is not None and push.key and option_row is not None:
             return Mistake(push.origin.location, push.key, f"{push.key} is true, but {option_row.key} is missing", f"write {option_row.key}: org/name")
     paths, contradiction = CONFLICT_BY_PROBLEM.get((problem.code, problem.path), ((), ""))
-    assigned = [(path, draft.values[path]) for path in paths if path in draft.values]
-    if len(assigned) < 2 or not all(value.key for _, value in assigned):
+    assigned_value = [(path, draft.values[path]) for path in paths if path in draft.values]
+    if len(assigned_value) < 2 or not all(value.key for _, value in assigned_value):
         return None
-    values = " and ".join(f"{value.key} {value.value}" for _, value in assigned)
-    locations = ", ".join(dict.fromkeys(value.origin.location for _, value in assigned))
+    values = " and ".join(f"{value.key} {value.value}" for _, value in assigned_value)
+    locations = ", ".join(dict.fromkeys(value.origin.location for _, value in assigned_value))
     hint = "remove one of them" if problem.code == "WarmupTwice" else problem.hint
-    return Mistake(locations, ", ".join(value.key for _, value in assigned), f"{values}: {contradiction}", hint)
+    return Mistake(locations, ", ".join(value.key for _, value in assigned_value), f"{values}: {contradiction}", hint)
 
 
 def _to_mistake(draft: JobDraft, problem: Problem) -> Mistake:

@@ -185,7 +185,7 @@ def set_training_arguments(draft: JobDraft, *, default_precision: str = "no") ->
 
 
 def set_precision(draft: JobDraft, default_precision: str) -> None:
-    """Set the mixed precision from `bf16` or `fp16`. If the file sets neither, set it from `default_precision`."""
+    """Set the mixed precision from `bf16` or `fp16`. If the file contains neither of these options, set the mixed precision from `default_precision`."""
     if draft.get("bf16") and draft.get("fp16"):
         draft.add_mistake(
             ("bf16", "fp16"),

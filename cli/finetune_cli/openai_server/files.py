@@ -102,11 +102,11 @@ def _encode_name(name: str) -> str:
     return encoded_name if encoded_name.strip(".") else encoded_name.replace(".", "=2E")
 
 
-def _parse_stored_object(stored: StoredObject) -> ClientFile | None:
-    key_parts = stored.key.split("/")
+def _parse_stored_object(stored_object: StoredObject) -> ClientFile | None:
+    key_parts = stored_object.key.split("/")
     if len(key_parts) != 5 or key_parts[1] != FILES_FOLDER or key_parts[4] != ROWS_FILE_NAME or not has_prefix(key_parts[2], FILE_PREFIX):
         return None
-    return ClientFile(key_parts[2], unquote(key_parts[3].replace("=", "%")), stored.size, stored.key)
+    return ClientFile(key_parts[2], unquote(key_parts[3].replace("=", "%")), stored_object.size, stored_object.key)
 
 
 def check_jsonl(path: Path) -> None:

@@ -72,29 +72,29 @@ def read_model_shape(folder: Path) -> ModelShape:
 
     Errors: NotFoundError ModelConfigNotFound, ModelConfigUnreadable; ConfigError ModelTypeNotPlanned, ModelConfigIncomplete.
     """
-    path = folder / "config.json" if folder.is_dir() else folder
+    config_path = folder / "config.json" if folder.is_dir() else folder
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(config_path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise NotFoundError(
             "ModelConfigNotFound", f"{folder} has no config.json", hint="give the folder that holds the config.json of the base model"
         ) from error
     except (OSError, ValueError) as error:
         raise NotFoundError(
-            "ModelConfigUnreadable", f"{path} is not a JSON file: {str(error).splitlines()[0]}", hint="give the unchanged config.json of the base model"
+            "ModelConfigUnreadable", f"{config_path} is not a JSON file: {str(error).splitlines()[0]}", hint="give the unchanged config.json of the base model"
         ) from error
-    if not isinstance(content, dict):
-        raise NotFoundError("ModelConfigUnreadable", f"{path} holds no JSON object", hint="give the unchanged config.json of the base model")
-    return parse_model_shape(content)
+    if not isinstance(config, dict):
+        raise NotFoundError("ModelConfigUnreadable", f"{config_path} holds no JSON object", hint="give the unchanged config.json of the base model")
+    return parse_model_shape(config)
 
 
 def read_stored_bytes(folder: Path) -> int | None:
     """Return the total size of the weights in bytes, from the index of the safetensors files. None if there is no index, or if it lacks the size."""
     try:
-        size = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))["metadata"]["total_size"]
+        total_bytes = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))["metadata"]["total_size"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return size if isinstance(size, int) and size > 0 else None
+    return total_bytes if isinstance(total_bytes, int) and total_bytes > 0 else None
 
 
 def parse_model_shape(config: Mapping[str, Any]) -> ModelShape:
@@ -122,7 +122,7 @@ def parse_model_shape(config: Mapping[str, Any]) -> ModelShape:
 def _read_sizes(model_type: str, config: Mapping[str, Any]) -> ModelShape:
     """Read the sizes of a supported model type. Raises KeyError with the name of a missing or invalid number."""
 
-    def number(name: str, default: int | None = None) -> int:
+    def read_number(name: str, default: int | None = None) -> int:
         value = config.get(name)
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             if default is None or value is not None:
@@ -130,12 +130,12 @@ def _read_sizes(model_type: str, config: Mapping[str, Any]) -> ModelShape:
             return default
         return value
 
-    hidden, heads, layers = number("hidden_size"), number("num_attention_heads"), number("num_hidden_layers")
+    hidden_size, head_count, layer_count = read_number("hidden_size"), read_number("num_attention_heads"), read_number("num_hidden_layers")
     has_bias = bool(config.get("attention_bias"))
     shape: dict[str, Any] = {
-        "model_type": model_type, "hidden_size": hidden, "layer_count": layers, "head_count": heads,
-        "key_value_head_count": number("num_key_value_heads", heads), "head_size": number("head_dim", hidden // max(heads, 1)),
-        "feed_forward_size": number("intermediate_size"), "vocabulary_size": number("vocab_size"),
+        "model_type": model_type, "hidden_size": hidden_size, "layer_count": layer_count, "head_count": head_count,
+        "key_value_head_count": read_number("num_key_value_heads", head_count), "head_size": read_number("head_dim", hidden_size // max(head_count, 1)),
+        "feed_forward_size": read_number("intermediate_size"), "vocabulary_size": read_number("vocab_size"),
         "ties_embeddings": bool(config.get("tie_word_embeddings", model_type in GEMMA_MODEL_TYPES)),
         "has_attention_bias": has_bias or model_type in MODEL_TYPES_WITH_ATTENTION_BIAS,
         "has_output_bias": has_bias, "has_feed_forward_bias": bool(config.get("mlp_bias")),
@@ -143,11 +143,12 @@ def _read_sizes(model_type: str, config: Mapping[str, Any]) -> ModelShape:
         "stored_value_bytes": 4 if str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.") == "float32" else 2,
     }  # fmt: skip
     if model_type in EXPERT_MODEL_TYPES:
-        dense = config.get("mlp_only_layers") or []
+        dense_layer_indices = config.get("mlp_only_layers") or []
         shape |= {
-            "expert_count": number("num_local_experts" if "num_local_experts" in config else "num_experts"), "experts_per_token": number("num_experts_per_tok"),
-            "expert_layer_count": max(0, layers - len(dense)) // max(1, number("decoder_sparse_step", 1)),
-            "expert_feed_forward_size": number("moe_intermediate_size", shape["feed_forward_size"]),
-            "shared_feed_forward_size": number("shared_expert_intermediate_size", 0),
+            "expert_count": read_number("num_local_experts" if "num_local_experts" in config else "num_experts"),
+            "experts_per_token": read_number("num_experts_per_tok"),
+            "expert_layer_count": max(0, layer_count - len(dense_layer_indices)) // max(1, read_number("decoder_sparse_step", 1)),
+            "expert_feed_forward_size": read_number("moe_intermediate_size", shape["feed_forward_size"]),
+            "shared_feed_forward_size": read_number("shared_expert_intermediate_size", 0),
         }  # fmt: skip
     return ModelShape(**shape)

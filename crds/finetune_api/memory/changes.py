@@ -15,9 +15,9 @@ from finetune_api.memory.plan import (
     MICRO_BATCH_PATH,
     STRATEGY_PATH,
     JobPlan,
-    batch_values,
     change_spec,
     format_gigabytes,
+    make_batch_values,
     plan_memory,
 )
 from finetune_api.rules import (
@@ -58,23 +58,23 @@ def find_fitting_changes(spec: FineTuneJobSpec, shape: ModelShape, memory_bytes:
 
     No change alters the effective batch.
     """
-    found: list[Change] = []
+    fitting_changes: list[Change] = []
     for values in _iterate_possible_changes(spec):
-        changed = change_spec(spec, values | _match_process_count(values))
+        changed_spec = change_spec(spec, values | _match_process_count(values))
         if MICRO_BATCH_PATH in values and GPUS_PATH not in values:
-            smaller = _find_largest_fitting_batch(changed, spec, shape, memory_bytes, facts)
-            if smaller is None:
+            fitting_batch_values = _find_largest_fitting_batch(changed_spec, spec, shape, memory_bytes, facts)
+            if fitting_batch_values is None:
                 continue
-            values = {path: value for path, value in values.items() if path not in BATCH_PATHS} | smaller
-            changed = change_spec(spec, values | _match_process_count(values))
-        if new_problems(spec, changed):
+            values = {path: value for path, value in values.items() if path not in BATCH_PATHS} | fitting_batch_values
+            changed_spec = change_spec(spec, values | _match_process_count(values))
+        if new_problems(spec, changed_spec):
             continue
-        plan = plan_memory(changed, shape, facts)
+        plan = plan_memory(changed_spec, shape, facts)
         if plan.fits(memory_bytes):
-            found.append(Change(values, plan))
-        if len(found) == MAX_CHANGES:
+            fitting_changes.append(Change(values, plan))
+        if len(fitting_changes) == MAX_CHANGES:
             break
-    return found
+    return fitting_changes
 
 
 def format_changes_hint(changes: Sequence[Change]) -> str:
@@ -99,35 +99,35 @@ def _iterate_possible_changes(spec: FineTuneJobSpec) -> Iterator[dict[str, Any]]
 
     In a change, a micro-batch of 1 is a placeholder for the largest micro-batch that fits.
     """
-    method, length = method_type_of(spec), spec.dataset.max_sequence_length or 2048
-    recompute = {CHECKPOINTING_PATH: "enabled"} if spec.training.gradient_checkpointing is GradientCheckpointing.DISABLED else {}
-    if recompute:
-        yield recompute
-    yield {MICRO_BATCH_PATH: 1, **recompute}
+    method, max_sequence_length = method_type_of(spec), spec.dataset.max_sequence_length or 2048
+    recomputation_values = {CHECKPOINTING_PATH: "enabled"} if spec.training.gradient_checkpointing is GradientCheckpointing.DISABLED else {}
+    if recomputation_values:
+        yield recomputation_values
+    yield {MICRO_BATCH_PATH: 1, **recomputation_values}
     if world_size(spec) > 1 and spec.distributed.strategy is StrategyType.DDP:
-        yield {STRATEGY_PATH: "fsdp", **recompute}
+        yield {STRATEGY_PATH: "fsdp", **recomputation_values}
     if trains_base_weights(spec):
-        yield {"training.optimizer": "adamw_8bit", **recompute}
-        yield {"method.type": "lora", **recompute}
-        yield {"method.type": "qlora", **recompute}
+        yield {"training.optimizer": "adamw_8bit", **recomputation_values}
+        yield {"method.type": "lora", **recomputation_values}
+        yield {"method.type": "qlora", **recomputation_values}
     elif method is MethodType.LORA and base_bits(spec) is None:
-        yield {"method.type": "qlora", **recompute}
-        yield {"method.type": "qlora", MICRO_BATCH_PATH: 1, **recompute}
-    yield {"dataset.maxSequenceLength": length // 2, **recompute}
-    yield {"dataset.maxSequenceLength": length // 2, MICRO_BATCH_PATH: 1, **recompute}
+        yield {"method.type": "qlora", **recomputation_values}
+        yield {"method.type": "qlora", MICRO_BATCH_PATH: 1, **recomputation_values}
+    yield {"dataset.maxSequenceLength": max_sequence_length // 2, **recomputation_values}
+    yield {"dataset.maxSequenceLength": max_sequence_length // 2, MICRO_BATCH_PATH: 1, **recomputation_values}
     yield from _iterate_changes_with_more_gpus(spec)
 
 
 def _iterate_changes_with_more_gpus(spec: FineTuneJobSpec) -> Iterator[dict[str, Any]]:
     """Yield changes that shard the weights over more GPUs of each node. Yields nothing if a node has more or fewer processes than GPUs."""
-    nodes, rows = spec.resources.nodes or 1, effective_batch(spec)
+    node_count, rows_per_step = spec.resources.nodes or 1, effective_batch(spec)
     if (spec.resources.processes_per_node or 1) != max(1, gpus_per_node(spec)):
         return
-    for gpus in (2, 4, 8):
-        if gpus > gpus_per_node(spec) and rows % (gpus * nodes) == 0:
-            split = _split_batch(rows // (gpus * nodes), batch_split(spec)[0])
-            if split[BATCH_PATHS[1]] <= MAX_ACCUMULATION:
-                yield {GPUS_PATH: gpus, STRATEGY_PATH: "fsdp", **split}
+    for gpu_count in (2, 4, 8):
+        if gpu_count > gpus_per_node(spec) and rows_per_step % (gpu_count * node_count) == 0:
+            batch_split_values = _split_batch(rows_per_step // (gpu_count * node_count), batch_split(spec)[0])
+            if batch_split_values[BATCH_PATHS[1]] <= MAX_ACCUMULATION:
+                yield {GPUS_PATH: gpu_count, STRATEGY_PATH: "fsdp", **batch_split_values}
 
 
 def _match_process_count(values: dict[str, Any]) -> dict[str, Any]:
@@ -138,27 +138,30 @@ def _match_process_count(values: dict[str, Any]) -> dict[str, Any]:
     return {"resources.processesPerNode": values[GPUS_PATH]} if GPUS_PATH in values else {}
 
 
-def _split_batch(rows: int, max_micro_batch: int) -> dict[str, Any]:
+def _split_batch(rows_per_rank: int, max_micro_batch: int) -> dict[str, Any]:
     """Split the rows of one rank in an optimizer step into equal micro-batches.
 
     The micro-batches are as large as possible, but have at most `max_micro_batch` rows. Returns values by spec path.
     """
-    micro_batch = max(divisor for divisor in divisors(rows) if divisor <= max(1, max_micro_batch))
-    return batch_values(micro_batch, rows // micro_batch)
+    micro_batch = max(divisor for divisor in divisors(rows_per_rank) if divisor <= max(1, max_micro_batch))
+    return make_batch_values(micro_batch, rows_per_rank // micro_batch)
 
 
 def _find_largest_fitting_batch(
-    changed: FineTuneJobSpec, spec: FineTuneJobSpec, shape: ModelShape, memory_bytes: int, facts: RunFacts | None
+    changed_spec: FineTuneJobSpec, spec: FineTuneJobSpec, shape: ModelShape, memory_bytes: int, facts: RunFacts | None
 ) -> dict[str, Any] | None:
-    """Return the largest micro-batch with which `changed` fits, and the accumulation that keeps the effective batch, by spec path.
+    """Return the largest micro-batch with which `changed_spec` fits, and the accumulation that keeps the effective batch, by spec path.
 
     Only micro-batches smaller than that of `spec` are tried. None: no micro-batch fits.
     """
     micro_batch, accumulation = batch_split(spec)
-    rows = micro_batch * accumulation
-    smaller_batches = [size for size in divisors(rows) if min_batch_size_per_device(spec) <= size < micro_batch and rows // size <= MAX_ACCUMULATION]
-    for size in reversed(smaller_batches):
-        split = batch_values(size, rows // size)
-        if plan_memory(change_spec(changed, split), shape, facts).fits(memory_bytes):
-            return split
+    rows_per_rank = micro_batch * accumulation
+    smaller_micro_batches = [
+        size for size in divisors(rows_per_rank)
+        if min_batch_size_per_device(spec) <= size < micro_batch and rows_per_rank // size <= MAX_ACCUMULATION
+    ]  # fmt: skip
+    for size in reversed(smaller_micro_batches):
+        batch_split_values = make_batch_values(size, rows_per_rank // size)
+        if plan_memory(change_spec(changed_spec, batch_split_values), shape, facts).fits(memory_bytes):
+            return batch_split_values
     return None

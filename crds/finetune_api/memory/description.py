@@ -8,7 +8,7 @@ from finetune_api.errors import ConfigError
 from finetune_api.memory import optimizers
 from finetune_api.memory.architecture import DENSE_MODEL_TYPES, EAGER_ONLY_MODEL_TYPES, ModelShape
 from finetune_api.memory.heads import LossHead
-from finetune_api.memory.layers import Batch, Kernels, TrainedWeights, linear_layer_sizes
+from finetune_api.memory.layers import Batch, Kernels, TrainedWeights, map_linear_layer_sizes
 from finetune_api.memory.optimizers import Optimizer
 from finetune_api.memory.replay import Reference, Step
 from finetune_api.objectives import OBJECTIVES
@@ -101,13 +101,13 @@ def describe_step(spec: FineTuneJobSpec, shape: ModelShape, facts: RunFacts | No
     is_gpu = _uses_gpu(spec)
     weights = _describe_weights(spec, shape, is_gpu)
     attention = facts.attention or _choose_attention(spec, shape, is_gpu)
-    liger = facts.uses_liger
-    if liger is None:
-        liger = is_gpu and spec.model.liger_kernels is not False and shape.model_type in DENSE_MODEL_TYPES
+    uses_liger = facts.uses_liger
+    if uses_liger is None:
+        uses_liger = is_gpu and spec.model.liger_kernels is not False and shape.model_type in DENSE_MODEL_TYPES
     batch, assumptions = _describe_largest_batch(spec, facts, attention, weights.prompt_tokens)
     objective, reference = trainer_type_of(spec), _find_reference(spec)
     step = Step(
-        shape, weights, batch, _find_optimizer(spec), Kernels(is_gpu=is_gpu, uses_liger=liger, attention=attention), _autocast_bytes(spec, is_gpu),
+        shape, weights, batch, _find_optimizer(spec), Kernels(is_gpu=is_gpu, uses_liger=uses_liger, attention=attention), _get_autocast_bytes(spec, is_gpu),
         quantized_compute_bytes=2 if is_gpu else 4, loss_head=LOSS_HEADS[objective], reference=reference,
         accumulation=spec.training.gradient_accumulation_steps or 4,
         recomputed_layer_count=_count_recomputed_layers(spec, shape) if facts.recomputed_layer_count is None else facts.recomputed_layer_count,
@@ -157,10 +157,10 @@ def _require_supported(spec: FineTuneJobSpec) -> None:
             hint="plan one of these methods; the job itself still records its measured peak",
         )  # fmt: skip
     if lora is not None and (lora.target_parameters or lora.modules_to_save):
-        field = "targetParameters" if lora.target_parameters else "modulesToSave"
+        unsupported_field = "targetParameters" if lora.target_parameters else "modulesToSave"
         raise ConfigError(
-            "MethodNotPlanned", f"method.lora.{field} is set, but the memory plan does not support it",
-            hint=f"plan the job without {field}: the job needs more than that",
+            "MethodNotPlanned", f"method.lora.{unsupported_field} is set, but the memory plan does not support it",
+            hint=f"plan the job without {unsupported_field}: the job needs more than that",
         )  # fmt: skip
 
 
@@ -181,7 +181,7 @@ def _uses_gpu(spec: FineTuneJobSpec) -> bool:
     return spec.training.device is Device.CUDA or (spec.training.device is not Device.CPU and gpus_per_node(spec) > 0)
 
 
-def _autocast_bytes(spec: FineTuneJobSpec, is_gpu: bool) -> int | None:
+def _get_autocast_bytes(spec: FineTuneJobSpec, is_gpu: bool) -> int | None:
     precision = spec.training.mixed_precision or MixedPrecision.AUTO
     return 2 if precision in (MixedPrecision.BF16, MixedPrecision.FP16) or (precision is MixedPrecision.AUTO and is_gpu) else None
 
@@ -196,43 +196,43 @@ def _describe_weights(spec: FineTuneJobSpec, shape: ModelShape, is_gpu: bool) ->
 
 
 def _describe_method_weights(spec: FineTuneJobSpec, shape: ModelShape, is_gpu: bool) -> TrainedWeights:
-    is_full, lora, bits = trains_base_weights(spec), spec.method.lora, base_bits(spec)
-    given = {WeightDtype.FLOAT32: 4, WeightDtype.FLOAT16: 2, WeightDtype.BFLOAT16: 2}.get(spec.model.dtype or WeightDtype.AUTO)
-    autocast = _autocast_bytes(spec, is_gpu)
-    other_value_bytes = given or (4 if not is_gpu or is_full else 2 if autocast else shape.stored_value_bytes)
-    if is_full:
-        return TrainedWeights(other_value_bytes, other_value_bytes, True)
+    trains_full_weights, lora, bits = trains_base_weights(spec), spec.method.lora, base_bits(spec)
+    requested_value_bytes = {WeightDtype.FLOAT32: 4, WeightDtype.FLOAT16: 2, WeightDtype.BFLOAT16: 2}.get(spec.model.dtype or WeightDtype.AUTO)
+    autocast_bytes = _get_autocast_bytes(spec, is_gpu)
+    unquantized_value_bytes = requested_value_bytes or (4 if not is_gpu or trains_full_weights else 2 if autocast_bytes else shape.stored_value_bytes)
+    if trains_full_weights:
+        return TrainedWeights(unquantized_value_bytes, unquantized_value_bytes, True)
     quantization = spec.model.quantization
-    is_simple = quantization is not None and quantization.double_quant is False
-    scale_bytes = QUANTIZED_SCALE_BYTES if is_simple else DOUBLE_QUANTIZED_SCALE_BYTES
-    base_value_bytes = {4: 0.5 + scale_bytes, 8: 1.0}.get(bits or 0, other_value_bytes)
-    dropout, is_dora = bool(lora and lora.dropout), method_type_of(spec) is MethodType.DORA or bool(lora and lora.use_dora)
-    method, length = method_type_of(spec), int(value_or_default(spec.method, "prompt_length"))
+    is_single_quantized = quantization is not None and quantization.double_quant is False
+    scale_bytes = QUANTIZED_SCALE_BYTES if is_single_quantized else DOUBLE_QUANTIZED_SCALE_BYTES
+    base_value_bytes = {4: 0.5 + scale_bytes, 8: 1.0}.get(bits or 0, unquantized_value_bytes)
+    has_dropout, is_dora = bool(lora and lora.dropout), method_type_of(spec) is MethodType.DORA or bool(lora and lora.use_dora)
+    method, virtual_token_count = method_type_of(spec), int(value_or_default(spec.method, "prompt_length"))
     if method is MethodType.IA3:
-        return TrainedWeights(base_value_bytes, other_value_bytes, False, ia3_layers=IA3_LAYERS, ia3_input_layers=IA3_INPUT_LAYERS)
+        return TrainedWeights(base_value_bytes, unquantized_value_bytes, False, ia3_layers=IA3_LAYERS, ia3_input_layers=IA3_INPUT_LAYERS)
     if method in PROMPT_METHODS:
-        prompt, prefix = (length, 0) if method is MethodType.PROMPT_TUNING else (0, length)
-        return TrainedWeights(base_value_bytes, other_value_bytes, False, prompt_tokens=prompt, prefix_tokens=prefix)
+        prompt_tokens, prefix_tokens = (virtual_token_count, 0) if method is MethodType.PROMPT_TUNING else (0, virtual_token_count)
+        return TrainedWeights(base_value_bytes, unquantized_value_bytes, False, prompt_tokens=prompt_tokens, prefix_tokens=prefix_tokens)
     return TrainedWeights(
-        base_value_bytes, other_value_bytes, False, lora_rank=(lora.rank if lora else None) or 16, target_layers=_find_target_layers(spec, shape),
-        has_dropout=dropout, is_dora=is_dora, casts_inputs=autocast is None or is_dora,
+        base_value_bytes, unquantized_value_bytes, False, lora_rank=(lora.rank if lora else None) or 16, target_layers=_find_target_layers(spec, shape),
+        has_dropout=has_dropout, is_dora=is_dora, casts_inputs=autocast_bytes is None or is_dora,
     )  # fmt: skip
 
 
 def _find_target_layers(spec: FineTuneJobSpec, shape: ModelShape) -> frozenset[str]:
     """Return the names of the linear layers that have an adapter. Errors: ConfigError TargetNotPlanned."""
-    known = {name for layer in range(shape.layer_count) for name in linear_layer_sizes(shape, layer)}
-    wanted = (spec.method.lora.target_modules if spec.method.lora else None) or ["all-linear"]
-    if wanted == ["all-linear"]:
-        return frozenset(known)
-    unknown = sorted(set(wanted) - known)
-    if unknown:
+    known_layers = {name for layer in range(shape.layer_count) for name in map_linear_layer_sizes(shape, layer)}
+    requested_layers = (spec.method.lora.target_modules if spec.method.lora else None) or ["all-linear"]
+    if requested_layers == ["all-linear"]:
+        return frozenset(known_layers)
+    unknown_layers = sorted(set(requested_layers) - known_layers)
+    if unknown_layers:
         raise ConfigError(
-            "TargetNotPlanned", f"method.lora.targetModules names {', '.join(unknown)}, but a model of type {shape.model_type} has the layers "
-            f"{', '.join(sorted(known))}",
+            "TargetNotPlanned", f"method.lora.targetModules names {', '.join(unknown_layers)}, but a model of type {shape.model_type} has the layers "
+            f"{', '.join(sorted(known_layers))}",
             hint="name some of these layers, or remove targetModules",
         )  # fmt: skip
-    return frozenset(wanted)
+    return frozenset(requested_layers)
 
 
 def _find_optimizer(spec: FineTuneJobSpec) -> Optimizer:
@@ -246,11 +246,11 @@ def _find_optimizer(spec: FineTuneJobSpec) -> Optimizer:
 
 
 def _choose_attention(spec: FineTuneJobSpec, shape: ModelShape, is_gpu: bool) -> str:
-    requested = spec.model.attention or AttentionImplementation.AUTO
-    if requested is AttentionImplementation.EAGER or shape.model_type in EAGER_ONLY_MODEL_TYPES:
+    requested_attention = spec.model.attention or AttentionImplementation.AUTO
+    if requested_attention is AttentionImplementation.EAGER or shape.model_type in EAGER_ONLY_MODEL_TYPES:
         return "eager"
     is_padded = (
-        requested is AttentionImplementation.SDPA or method_type_of(spec) in PROMPT_METHODS or trainer_type_of(spec) is not TrainerType.SFT
+        requested_attention is AttentionImplementation.SDPA or method_type_of(spec) in PROMPT_METHODS or trainer_type_of(spec) is not TrainerType.SFT
     )
     return "varlen" if is_gpu and not is_padded else "sdpa"
 
@@ -259,29 +259,29 @@ def _describe_largest_batch(spec: FineTuneJobSpec, facts: RunFacts, attention: s
     """Return the micro-batch with the most tokens, and the assumptions about it. For eager attention, transformers builds a mask even for a single row."""
     if trainer_type_of(spec) is not TrainerType.SFT:
         return _describe_largest_preference_batch(spec, facts, attention, prompt_tokens)
-    rows, limit = spec.training.batch_size_per_device or 4, spec.dataset.max_sequence_length or 2048
+    row_count, max_tokens = spec.training.batch_size_per_device or 4, spec.dataset.max_sequence_length or 2048
     is_packed, assumptions = spec.dataset.packing is True, []
-    tokens = limit if is_packed else min(limit, facts.longest_tokens or limit)
+    tokens_per_row = max_tokens if is_packed else min(max_tokens, facts.longest_tokens or max_tokens)
     if not is_packed and facts.longest_tokens is None:
-        assumptions.append(f"each row of the largest micro-batch has {limit} tokens (dataset.maxSequenceLength); shorter rows need less")
-    tokens += prompt_tokens
+        assumptions.append(f"each row of the largest micro-batch has {max_tokens} tokens (dataset.maxSequenceLength); shorter rows need less")
+    tokens_per_row += prompt_tokens
     if attention == "varlen":  # with varlen attention, all rows are concatenated to one row
-        return Batch(1, rows * tokens), assumptions
-    return Batch(rows, tokens, has_mask=is_packed or rows > 1 or attention == "eager"), assumptions
+        return Batch(1, row_count * tokens_per_row), assumptions
+    return Batch(row_count, tokens_per_row, has_mask=is_packed or row_count > 1 or attention == "eager"), assumptions
 
 
 def _describe_largest_preference_batch(spec: FineTuneJobSpec, facts: RunFacts, attention: str, prompt_tokens: int) -> tuple[Batch, list[str]]:
     """Return the micro-batch with the most tokens, for objectives on pairs or labelled answers. All sequences are padded to the longest sequence."""
-    limit, max_answer = spec.dataset.max_sequence_length or 2048, spec.trainer.max_completion_length
-    sequences = OBJECTIVES[trainer_type_of(spec)].sequences_per_row * (spec.training.batch_size_per_device or 4)
+    max_tokens, max_answer_tokens = spec.dataset.max_sequence_length or 2048, spec.trainer.max_completion_length
+    sequence_count = OBJECTIVES[trainer_type_of(spec)].sequences_per_row * (spec.training.batch_size_per_device or 4)
     assumptions = []
     if facts.longest_tokens is None:
         assumptions.append(
-            f"in the largest micro-batch, a prompt and one of its answers together have {limit} tokens (dataset.maxSequenceLength), and all "
+            f"in the largest micro-batch, a prompt and one of its answers together have {max_tokens} tokens (dataset.maxSequenceLength), and all "
             "sequences are padded to this length; shorter rows need less"
         )
-    tokens = min(limit, facts.longest_tokens or limit) + prompt_tokens
-    return Batch(sequences, tokens, has_mask=sequences > 1 or attention == "eager", trained_tokens_per_row=max_answer), assumptions
+    tokens_per_row = min(max_tokens, facts.longest_tokens or max_tokens) + prompt_tokens
+    return Batch(sequence_count, tokens_per_row, has_mask=sequence_count > 1 or attention == "eager", trained_tokens_per_row=max_answer_tokens), assumptions
 
 
 def _count_recomputed_layers(spec: FineTuneJobSpec, shape: ModelShape) -> int:
@@ -292,23 +292,26 @@ def _count_recomputed_layers(spec: FineTuneJobSpec, shape: ModelShape) -> int:
 
 def _apply_strategy(spec: FineTuneJobSpec, step: Step) -> tuple[Step, bool]:
     """Return the step of one rank under the distributed strategy, and whether the strategy is DeepSpeed, or FSDP with sharding."""
-    ranks, strategy = world_size(spec), spec.distributed.strategy
-    if ranks == 1 and strategy is not StrategyType.DEEPSPEED:
+    rank_count, strategy = world_size(spec), spec.distributed.strategy
+    if rank_count == 1 and strategy is not StrategyType.DEEPSPEED:
         return step, False
     if strategy is StrategyType.FSDP:
         sharding = (spec.distributed.fsdp.sharding if spec.distributed.fsdp else None) or FsdpSharding.FULL_SHARD
         if sharding is not FsdpSharding.NO_SHARD:
-            return _shard_step(step, ranks, shards_weights=True), True
+            return _shard_step(step, rank_count, shards_weights=True), True
     if strategy is StrategyType.DEEPSPEED:
         deepspeed = spec.distributed.deepspeed
-        stage = 2 if deepspeed is None or deepspeed.zero_stage is None else deepspeed.zero_stage
-        sharded = replace(step, optimizer_shards=ranks if stage >= 1 else 1)
-        sharded = _shard_step(sharded, ranks, shards_weights=stage == 3) if stage >= 2 else replace(sharded, has_gradient_buckets=True)
-        offloads = deepspeed is not None and deepspeed.offload_optimizer is True
-        return replace(sharded, optimizer=replace(step.optimizer, is_on_host=offloads or step.optimizer.is_on_host)), True
+        zero_stage = 2 if deepspeed is None or deepspeed.zero_stage is None else deepspeed.zero_stage
+        sharded_step = replace(step, optimizer_shards=rank_count if zero_stage >= 1 else 1)
+        if zero_stage >= 2:
+            sharded_step = _shard_step(sharded_step, rank_count, shards_weights=zero_stage == 3)
+        else:
+            sharded_step = replace(sharded_step, has_gradient_buckets=True)
+        offloads_optimizer = deepspeed is not None and deepspeed.offload_optimizer is True
+        return replace(sharded_step, optimizer=replace(step.optimizer, is_on_host=offloads_optimizer or step.optimizer.is_on_host)), True
     return replace(step, has_gradient_buckets=True), False
 
 
-def _shard_step(step: Step, ranks: int, *, shards_weights: bool) -> Step:
-    weights = replace(step.weights, weight_shards=ranks if shards_weights else 1, gradient_shards=ranks)
-    return replace(step, weights=weights, optimizer_shards=ranks, gathers_weights=shards_weights)
+def _shard_step(step: Step, rank_count: int, *, shards_weights: bool) -> Step:
+    weights = replace(step.weights, weight_shards=rank_count if shards_weights else 1, gradient_shards=rank_count)
+    return replace(step, weights=weights, optimizer_shards=rank_count, gathers_weights=shards_weights)

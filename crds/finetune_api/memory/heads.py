@@ -29,62 +29,67 @@ class LossHead(StrEnum):
     """A reward model computes one score for each row instead of logits."""
 
 
-def record_fused_loss(context: ComputeContext, model: Decoder, hidden: Tensor, batch: Batch, kernels: Kernels) -> None:
+def record_fused_loss(context: ComputeContext, model: Decoder, hidden_states: Tensor, batch: Batch, kernels: Kernels) -> None:
     """Record TRL's fused head on the model's last hidden states."""
-    tape, width = context.tape, hidden.shape[-1]
+    tape, hidden_size = context.tape, hidden_states.shape[-1]
     trained_tokens = batch.trained_tokens_per_row if kernels.is_gpu else None  # only on a GPU, the head skips tokens that are not trained
-    tokens = batch.row_count * min(batch.tokens_per_row - 1, trained_tokens or batch.tokens_per_row)
-    item = context.autocast_bytes or hidden.item_bytes
+    token_count = batch.row_count * min(batch.tokens_per_row - 1, trained_tokens or batch.tokens_per_row)
+    item_bytes = context.autocast_bytes or hidden_states.item_bytes
     if kernels.is_gpu or batch.row_count > 1:
-        hidden = tape.record(
-            [hidden], tape.tensor((tokens, width), hidden.item_bytes), [Gradient(hidden.numel, hidden.item_bytes)], [tape.allocate(tokens * 8)]
-        )
-    vocabulary = model.shape.vocabulary_size
-    tile_tokens, tile_words = min(tokens, TILE_TOKENS), min(vocabulary, TILE_VOCABULARY)
+        hidden_states = tape.record(
+            [hidden_states], tape.tensor((token_count, hidden_size), hidden_states.item_bytes), [Gradient(hidden_states.numel, hidden_states.item_bytes)],
+            [tape.allocate(token_count * 8)],
+        )  # fmt: skip
+    vocabulary_size = model.shape.vocabulary_size
+    tile_token_count, tile_vocabulary_size = min(token_count, TILE_TOKENS), min(vocabulary_size, TILE_VOCABULARY)
     with tape.counted_as(MemoryPart.LOGITS):
-        buffer = tile_tokens * TILE_VOCABULARY * item
-        copies = 0 if item == model.head.item_bytes else tile_words * width * item
-        copies += 0 if item == hidden.item_bytes else tile_tokens * width * item
-        cpu_tile_bytes = 0 if kernels.is_gpu else tile_tokens * tile_words * FLOAT32_BYTES
-        temporary = [tape.allocate(byte_count) for byte_count in (buffer, copies, FORWARD_TILE_COPIES * cpu_tile_bytes)]
-        del temporary
-        output = tape.tensor((tokens, 1), FLOAT32_BYTES)
+        tile_buffer_bytes = tile_token_count * TILE_VOCABULARY * item_bytes
+        converted_copy_bytes = 0 if item_bytes == model.head.item_bytes else tile_vocabulary_size * hidden_size * item_bytes
+        converted_copy_bytes += 0 if item_bytes == hidden_states.item_bytes else tile_token_count * hidden_size * item_bytes
+        cpu_tile_bytes = 0 if kernels.is_gpu else tile_token_count * tile_vocabulary_size * FLOAT32_BYTES
+        temporary_storages = [tape.allocate(byte_count) for byte_count in (tile_buffer_bytes, converted_copy_bytes, FORWARD_TILE_COPIES * cpu_tile_bytes)]
+        del temporary_storages
+        output = tape.tensor((token_count, 1), FLOAT32_BYTES)
         # The products of 16-bit tiles are summed in 32 bits. For this sum, a CPU converts both factors of the product to 32 bits.
-        converted = 0 if kernels.is_gpu or item == FLOAT32_BYTES else FLOAT32_BYTES * (tile_tokens * tile_words + max(tile_words, tile_tokens) * width)
-        working = buffer + copies + max(BACKWARD_TILE_COPIES * cpu_tile_bytes, converted)
-        sums = tokens * width * FLOAT32_BYTES
+        converted_factor_bytes = 0 if kernels.is_gpu or item_bytes == FLOAT32_BYTES else FLOAT32_BYTES * (
+            tile_token_count * tile_vocabulary_size + max(tile_vocabulary_size, tile_token_count) * hidden_size
+        )  # fmt: skip
+        working_bytes = tile_buffer_bytes + converted_copy_bytes + max(BACKWARD_TILE_COPIES * cpu_tile_bytes, converted_factor_bytes)
+        hidden_sum_bytes = token_count * hidden_size * FLOAT32_BYTES
         weight = model.head
-        weight_sums = weight.numel * FLOAT32_BYTES if weight.is_trained else 0
-        to_hidden = (working + weight_sums,) if hidden.item_bytes == FLOAT32_BYTES else (working + weight_sums, sums)
-        to_weight = () if weight.item_bytes == FLOAT32_BYTES else (weight_sums,)
+        weight_sum_bytes = weight.numel * FLOAT32_BYTES if weight.is_trained else 0
+        temporary_bytes_for_hidden_states = (
+            (working_bytes + weight_sum_bytes,) if hidden_states.item_bytes == FLOAT32_BYTES else (working_bytes + weight_sum_bytes, hidden_sum_bytes)
+        )
+        temporary_bytes_for_weight = () if weight.item_bytes == FLOAT32_BYTES else (weight_sum_bytes,)
         gradients = [
-            Gradient(hidden.numel, hidden.item_bytes, temporary_bytes=to_hidden),
-            Gradient(weight.numel, weight.item_bytes, temporary_bytes=to_weight),
+            Gradient(hidden_states.numel, hidden_states.item_bytes, temporary_bytes=temporary_bytes_for_hidden_states),
+            Gradient(weight.numel, weight.item_bytes, temporary_bytes=temporary_bytes_for_weight),
         ]
-        tape.record([hidden, weight], output, gradients, [hidden.storage])
+        tape.record([hidden_states, weight], output, gradients, [hidden_states.storage])
 
 
-def record_logits_loss(context: ComputeContext, model: Decoder, hidden: Tensor) -> Storage:
+def record_logits_loss(context: ComputeContext, model: Decoder, hidden_states: Tensor) -> Storage:
     """Record transformers' loss on all logits. Returns the storage of the logits, because the model's output keeps the logits in memory."""
     tape = context.tape
-    logits = op.linear(context, hidden, model.head)
-    kept = logits.storage
-    kept.count_as(MemoryPart.LOGITS)
+    logits = op.linear(context, hidden_states, model.head)
+    logits_storage = logits.storage
+    logits_storage.count_as(MemoryPart.LOGITS)
     with tape.counted_as(MemoryPart.LOGITS):
         logits = op.cast(context, logits, FLOAT32_BYTES)
-        scores = tape.tensor(logits.shape, FLOAT32_BYTES)
-        scores = tape.record([logits], scores, [Gradient(scores.numel, FLOAT32_BYTES)], [scores.storage])
-        tape.record([scores], tape.tensor((1,), FLOAT32_BYTES), [Gradient(scores.numel, FLOAT32_BYTES)], [scores.storage])
-    return kept
+        log_probabilities = tape.tensor(logits.shape, FLOAT32_BYTES)
+        log_probabilities = tape.record([logits], log_probabilities, [Gradient(log_probabilities.numel, FLOAT32_BYTES)], [log_probabilities.storage])
+        tape.record([log_probabilities], tape.tensor((1,), FLOAT32_BYTES), [Gradient(log_probabilities.numel, FLOAT32_BYTES)], [log_probabilities.storage])
+    return logits_storage
 
 
-def record_model_logits(context: ComputeContext, model: Decoder, hidden: Tensor) -> Tensor:
+def record_model_logits(context: ComputeContext, model: Decoder, hidden_states: Tensor) -> Tensor:
     """Record the head over the vocabulary. Returns the model's output, which accelerate converts to 32 bits if autocast is on.
 
     Source: `convert_outputs_to_fp32` of accelerate 1.15.
     """
     with context.tape.counted_as(MemoryPart.LOGITS):
-        logits = op.linear(context, hidden, model.head)
+        logits = op.linear(context, hidden_states, model.head)
         return logits if context.autocast_bytes is None else op.cast(context, logits, FLOAT32_BYTES)
 
 
@@ -98,19 +103,19 @@ def record_pair_losses(context: ComputeContext, logits: Tensor) -> None:
     with tape.counted_as(MemoryPart.LOGITS):
         cross_entropy = _record_cross_entropy_of_better_answers(context, logits)
         log_probabilities = _record_log_probabilities(context, logits)
-        gradients = [Gradient(one.numel, FLOAT32_BYTES) for one in (cross_entropy, *log_probabilities)]
+        gradients = [Gradient(loss_tensor.numel, FLOAT32_BYTES) for loss_tensor in (cross_entropy, *log_probabilities)]
         tape.record([cross_entropy, *log_probabilities], tape.tensor((1,), FLOAT32_BYTES), gradients)
 
 
 def _record_cross_entropy_of_better_answers(context: ComputeContext, logits: Tensor) -> Tensor:
-    tape, item = context.tape, logits.item_bytes
-    rows, tokens, vocabulary = logits.shape
-    better = op.take_slice(context, logits, rows // 2, tokens, vocabulary)
-    shifted = tape.tensor((rows // 2, tokens - 1, vocabulary), item)  # a contiguous copy
-    shifted = tape.record([better], shifted, [Gradient(better.numel, item)])
-    scores = tape.tensor(shifted.shape, item)
-    scores = tape.record([shifted], scores, [Gradient(scores.numel, item)], [scores.storage])
-    return tape.record([scores], tape.tensor((1,), item), [Gradient(scores.numel, item)], [scores.storage])
+    tape, item_bytes = context.tape, logits.item_bytes
+    row_count, token_count, vocabulary_size = logits.shape
+    better_logits = op.take_slice(context, logits, row_count // 2, token_count, vocabulary_size)
+    shifted_logits = tape.tensor((row_count // 2, token_count - 1, vocabulary_size), item_bytes)  # a contiguous copy
+    shifted_logits = tape.record([better_logits], shifted_logits, [Gradient(better_logits.numel, item_bytes)])
+    log_probabilities = tape.tensor(shifted_logits.shape, item_bytes)
+    log_probabilities = tape.record([shifted_logits], log_probabilities, [Gradient(log_probabilities.numel, item_bytes)], [log_probabilities.storage])
+    return tape.record([log_probabilities], tape.tensor((1,), item_bytes), [Gradient(log_probabilities.numel, item_bytes)], [log_probabilities.storage])
 
 
 def _record_log_probabilities(context: ComputeContext, logits: Tensor) -> list[Tensor]:
@@ -118,29 +123,31 @@ def _record_log_probabilities(context: ComputeContext, logits: Tensor) -> list[T
 
     On a GPU, one kernel computes all rows. On a CPU, the rows are computed one at a time, and differently for 16 and 32 bits.
     """
-    tape, item = context.tape, logits.item_bytes
-    rows, tokens, vocabulary = logits.shape
-    shifted = op.take_slice(context, logits, rows, tokens - 1, vocabulary)
-    index = tape.allocate(rows * (tokens - 1) * 8)
-    per_token, row_bytes = (rows, tokens - 1), (tokens - 1) * vocabulary * item
-    gradient = Gradient(shifted.numel, item)
+    tape, item_bytes = context.tape, logits.item_bytes
+    row_count, token_count, vocabulary_size = logits.shape
+    shifted_logits = op.take_slice(context, logits, row_count, token_count - 1, vocabulary_size)
+    token_ids = tape.allocate(row_count * (token_count - 1) * 8)
+    shape_per_token, row_bytes = (row_count, token_count - 1), (token_count - 1) * vocabulary_size * item_bytes
+    gradient = Gradient(shifted_logits.numel, item_bytes)
     if context.is_gpu:
-        return [tape.record([shifted], tape.tensor(per_token, FLOAT32_BYTES), [gradient], [shifted.storage, index])]
-    if item < FLOAT32_BYTES:
-        scores = tape.tensor(shifted.shape, item)
-        scores = tape.record([op.take_slice(context, shifted, *shifted.shape)], scores, [gradient], [scores.storage])
-        return [tape.record([scores], tape.tensor(per_token, item), [gradient], [index])]
-    selected = tape.record([shifted], tape.tensor(per_token, item), [gradient], [shifted.storage, index])
-    single_rows = op.take_slice(context, shifted, *shifted.shape)
-    temporary = tape.allocate(row_bytes)
-    del temporary
-    sums = tape.tensor(per_token, item)
-    by_row = Gradient(shifted.numel, item, temporary_bytes=(row_bytes, row_bytes))
-    return [selected, tape.record([single_rows], sums, [by_row], [shifted.storage, sums.storage])]
+        return [tape.record([shifted_logits], tape.tensor(shape_per_token, FLOAT32_BYTES), [gradient], [shifted_logits.storage, token_ids])]
+    if item_bytes < FLOAT32_BYTES:
+        log_probabilities = tape.tensor(shifted_logits.shape, item_bytes)
+        log_probabilities = tape.record(
+            [op.take_slice(context, shifted_logits, *shifted_logits.shape)], log_probabilities, [gradient], [log_probabilities.storage]
+        )
+        return [tape.record([log_probabilities], tape.tensor(shape_per_token, item_bytes), [gradient], [token_ids])]
+    selected_logits = tape.record([shifted_logits], tape.tensor(shape_per_token, item_bytes), [gradient], [shifted_logits.storage, token_ids])
+    logits_by_row = op.take_slice(context, shifted_logits, *shifted_logits.shape)
+    temporary_storage = tape.allocate(row_bytes)
+    del temporary_storage
+    log_sums = tape.tensor(shape_per_token, item_bytes)
+    gradient_by_row = Gradient(shifted_logits.numel, item_bytes, temporary_bytes=(row_bytes, row_bytes))
+    return [selected_logits, tape.record([logits_by_row], log_sums, [gradient_by_row], [shifted_logits.storage, log_sums.storage])]
 
 
-def record_score_loss(context: ComputeContext, model: Decoder, hidden: Tensor) -> None:
+def record_score_loss(context: ComputeContext, model: Decoder, hidden_states: Tensor) -> None:
     """Record the head of a reward model, which computes a score for each token, and the loss."""
     tape = context.tape
-    scores = op.linear(context, hidden, model.head)
+    scores = op.linear(context, hidden_states, model.head)
     tape.record([scores], tape.tensor((1,), FLOAT32_BYTES), [Gradient(scores.numel, scores.item_bytes)])

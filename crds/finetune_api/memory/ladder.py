@@ -17,7 +17,14 @@ from finetune_api.gpus import GPU_TYPES
 from finetune_api.memory.architecture import ModelShape
 from finetune_api.memory.changes import MAX_CHANGES, find_fitting_changes, format_values_by_path
 from finetune_api.memory.description import RunFacts
-from finetune_api.memory.plan import BATCH_PATHS, CHECKPOINTING_PATH, JobPlan, batch_values, change_spec, plan_memory
+from finetune_api.memory.plan import (
+    BATCH_PATHS,
+    CHECKPOINTING_PATH,
+    JobPlan,
+    change_spec,
+    make_batch_values,
+    plan_memory,
+)
 from finetune_api.rules import MAX_ACCUMULATION, method_type_of, min_batch_size_per_device, new_problems
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.enums import GradientCheckpointing, MethodType
@@ -52,28 +59,30 @@ class _CorrectedPlan:
 
 
 def advise_smaller_values(
-    spec: FineTuneJobSpec, shape: ModelShape, facts: RunFacts, refused: RefusedAllocation, default_paths: Collection[str] = ()
+    spec: FineTuneJobSpec, shape: ModelShape, facts: RunFacts, refused_allocation: RefusedAllocation, default_paths: Collection[str] = ()
 ) -> MemoryAdvice:
     """Return advice for the next attempt of a resolved spec that ran out of GPU memory. Errors: those of `describe_step`.
 
     `facts`: the facts of the failed attempt. `default_paths`: the spec paths that the user did not set. The next attempt recomputes the activations of
     all layers, unless the user disabled recomputation. If no smaller micro-batch is possible, the advice names changes of the spec that fit.
     """
-    planned = plan_memory(spec, shape, facts).memory.expected_bytes
-    correction_factor = max(1.0, refused.needed_bytes / planned)
-    corrected = _CorrectedPlan(spec, shape, replace(facts, recomputed_layer_count=None), correction_factor, refused.available_bytes)
-    measured = {"needed_bytes": refused.needed_bytes, "available_bytes": refused.available_bytes, "planned_bytes": planned}
+    planned_bytes = plan_memory(spec, shape, facts).memory.expected_bytes
+    correction_factor = max(1.0, refused_allocation.needed_bytes / planned_bytes)
+    corrected_plan = _CorrectedPlan(spec, shape, replace(facts, recomputed_layer_count=None), correction_factor, refused_allocation.available_bytes)
+    advice_bytes = {"needed_bytes": refused_allocation.needed_bytes, "available_bytes": refused_allocation.available_bytes, "planned_bytes": planned_bytes}
     candidate_lists = _list_smaller_values(
         spec, keeps_some_layers=facts.recomputed_layer_count is not None, has_users_recomputation=CHECKPOINTING_PATH not in default_paths
     )
     if not candidate_lists:
-        return MemoryAdvice(**measured, changes=_describe_fitting_changes(corrected))
-    chosen = next((found for candidates in candidate_lists if (found := _find_first_fit(candidates, corrected)) is not None), None)
-    values = chosen or candidate_lists[-1][-1]
-    memory = corrected.plan(values).memory
+        return MemoryAdvice(**advice_bytes, changes=_describe_fitting_changes(corrected_plan))
+    first_fits = (_find_first_fit(candidates, corrected_plan) for candidates in candidate_lists)
+    first_fitting_values = next((values for values in first_fits if values is not None), None)
+    advised_values = first_fitting_values or candidate_lists[-1][-1]
+    memory_plan = corrected_plan.plan(advised_values).memory
     return MemoryAdvice(
-        **measured, batch_size_per_device=values[BATCH_PATHS[0]], gradient_checkpointing=values.get(CHECKPOINTING_PATH), fits=chosen is not None,
-        expected_bytes=int(memory.expected_bytes * correction_factor), upper_bytes=int(memory.upper_bytes * correction_factor),
+        **advice_bytes, batch_size_per_device=advised_values[BATCH_PATHS[0]], gradient_checkpointing=advised_values.get(CHECKPOINTING_PATH),
+        fits=first_fitting_values is not None, expected_bytes=int(memory_plan.expected_bytes * correction_factor),
+        upper_bytes=int(memory_plan.upper_bytes * correction_factor),
     )  # fmt: skip
 
 
@@ -83,20 +92,21 @@ def _list_smaller_values(spec: FineTuneJobSpec, *, keeps_some_layers: bool, has_
     If a candidate of the first list fits, the advice does not use the second list. `keeps_some_layers`: whether the failed attempt kept activations
     that the next attempt can recompute. `has_users_recomputation`: whether the user set `training.gradientCheckpointing`.
     """
-    batch, accumulation = spec.training.batch_size_per_device or 1, spec.training.gradient_accumulation_steps or 1
-    sizes = [size for size in range(batch, min_batch_size_per_device(spec) - 1, -1) if batch % size == 0]
-    batches: list[dict[str, Any]] = [batch_values(size, accumulation * (batch // size)) for size in sizes]
-    batches = [values for values in batches if values[BATCH_PATHS[1]] <= MAX_ACCUMULATION]
-    recompute: dict[str, Any] = {CHECKPOINTING_PATH: GradientCheckpointing.ENABLED.value}
-    smaller = [values for values in batches[1:] if _keeps_rules(spec, values)]
-    recomputing = [values | recompute for values in batches if _keeps_rules(spec, values | recompute)]
-    is_disabled = spec.training.gradient_checkpointing is GradientCheckpointing.DISABLED
-    if is_disabled and (has_users_recomputation or method_type_of(spec) is MethodType.PREFIX_TUNING):  # prefix tuning disables recomputation by default
-        candidate_lists = [smaller, recomputing]
-    elif is_disabled or keeps_some_layers:
-        candidate_lists = [recomputing]
+    micro_batch, accumulation = spec.training.batch_size_per_device or 1, spec.training.gradient_accumulation_steps or 1
+    micro_batches = [size for size in range(micro_batch, min_batch_size_per_device(spec) - 1, -1) if micro_batch % size == 0]
+    batch_candidates: list[dict[str, Any]] = [make_batch_values(size, accumulation * (micro_batch // size)) for size in micro_batches]
+    batch_candidates = [values for values in batch_candidates if values[BATCH_PATHS[1]] <= MAX_ACCUMULATION]
+    recomputation_values: dict[str, Any] = {CHECKPOINTING_PATH: GradientCheckpointing.ENABLED.value}
+    smaller_batch_candidates = [values for values in batch_candidates[1:] if _keeps_rules(spec, values)]
+    recomputing_candidates = [values | recomputation_values for values in batch_candidates if _keeps_rules(spec, values | recomputation_values)]
+    is_recomputation_disabled = spec.training.gradient_checkpointing is GradientCheckpointing.DISABLED
+    # Prefix tuning disables recomputation by default.
+    if is_recomputation_disabled and (has_users_recomputation or method_type_of(spec) is MethodType.PREFIX_TUNING):
+        candidate_lists = [smaller_batch_candidates, recomputing_candidates]
+    elif is_recomputation_disabled or keeps_some_layers:
+        candidate_lists = [recomputing_candidates]
     else:
-        candidate_lists = [smaller]
+        candidate_lists = [smaller_batch_candidates]
     return [candidates for candidates in candidate_lists if candidates]
 
 
@@ -104,21 +114,22 @@ def _keeps_rules(spec: FineTuneJobSpec, values: dict[str, Any]) -> bool:
     return not new_problems(spec, change_spec(spec, values))
 
 
-def _find_first_fit(candidates: Sequence[dict[str, Any]], corrected: _CorrectedPlan) -> dict[str, Any] | None:
+def _find_first_fit(candidates: Sequence[dict[str, Any]], corrected_plan: _CorrectedPlan) -> dict[str, Any] | None:
     """Return the first candidate that fits; None if none fits. In `candidates`, each candidate must need less memory than the candidate before it."""
     start, end = 0, len(candidates)
     while start < end:
         middle = (start + end) // 2
-        start, end = (start, middle) if corrected.fits(candidates[middle]) else (middle + 1, end)
+        start, end = (start, middle) if corrected_plan.fits(candidates[middle]) else (middle + 1, end)
     return candidates[start] if start < len(candidates) else None
 
 
-def _describe_fitting_changes(corrected: _CorrectedPlan) -> list[str]:
+def _describe_fitting_changes(corrected_plan: _CorrectedPlan) -> list[str]:
     """Return up to three changes that let the job fit, as text for users. If a type of GPU has enough memory, it is the last change."""
-    found = find_fitting_changes(corrected.spec, corrected.shape, int(corrected.available_bytes / corrected.correction_factor), corrected.facts)
-    texts = [format_values_by_path(change.values_by_path) for change in found]
-    upper_bytes = corrected.plan({}).memory.upper_bytes * corrected.correction_factor
-    larger = [name for name, gpu in sorted(GPU_TYPES.items(), key=lambda item: item[1].memory_bytes) if gpu.memory_bytes >= upper_bytes]
-    if not larger:
-        return texts
-    return [*texts[: MAX_CHANGES - 1], f"a GPU with {math.ceil(upper_bytes / 1e9)} GB of memory, such as {larger[0]}"]
+    memory_bytes = int(corrected_plan.available_bytes / corrected_plan.correction_factor)
+    fitting_changes = find_fitting_changes(corrected_plan.spec, corrected_plan.shape, memory_bytes, corrected_plan.facts)
+    change_texts = [format_values_by_path(change.values_by_path) for change in fitting_changes]
+    upper_bytes = corrected_plan.plan({}).memory.upper_bytes * corrected_plan.correction_factor
+    large_enough_gpu_types = [name for name, gpu in sorted(GPU_TYPES.items(), key=lambda item: item[1].memory_bytes) if gpu.memory_bytes >= upper_bytes]
+    if not large_enough_gpu_types:
+        return change_texts
+    return [*change_texts[: MAX_CHANGES - 1], f"a GPU with {math.ceil(upper_bytes / 1e9)} GB of memory, such as {large_enough_gpu_types[0]}"]

@@ -58,48 +58,53 @@ class LinearLayer:
     scales_inputs: bool = False
     """Whether IA3 scales the inputs instead of the outputs."""
 
-    def __call__(self, context: ComputeContext, x: Tensor) -> Tensor:
+    def __call__(self, context: ComputeContext, hidden_states: Tensor) -> Tensor:
         if self.scales is not None:
-            return self._run_scaled(context, x, self.scales)
+            return self._run_scaled(context, hidden_states, self.scales)
         if self.adapter is None:
-            return op.linear(context, x, self.weight, self.bias)
-        return _run_adapted(context, x, self, self.adapter)
+            return op.linear(context, hidden_states, self.weight, self.bias)
+        return _run_adapted(context, hidden_states, self, self.adapter)
 
-    def _run_scaled(self, context: ComputeContext, x: Tensor, scales: Parameter) -> Tensor:
+    def _run_scaled(self, context: ComputeContext, hidden_states: Tensor, scales: Parameter) -> Tensor:
         """Run the layer with IA3's scales, as PEFT does."""
         if self.scales_inputs:
-            item = x.item_bytes
-            x = op.cast(context, x, scales.item_bytes)
-            scaled = op.cast(context, op.multiply(context, x, op.view_vector_as_row(context, scales, len(x.shape))), item)
-            return op.linear(context, scaled, self.weight, self.bias)
-        result = op.linear(context, x, self.weight, self.bias)
-        return op.cast(context, op.multiply(context, result, op.view_vector_as_row(context, scales, len(result.shape))), result.item_bytes)
+            item_bytes = hidden_states.item_bytes
+            hidden_states = op.cast(context, hidden_states, scales.item_bytes)
+            scaled_states = op.cast(context, op.multiply(context, hidden_states, op.view_vector_as_row(context, scales, len(hidden_states.shape))), item_bytes)
+            return op.linear(context, scaled_states, self.weight, self.bias)
+        output = op.linear(context, hidden_states, self.weight, self.bias)
+        return op.cast(context, op.multiply(context, output, op.view_vector_as_row(context, scales, len(output.shape))), output.item_bytes)
 
 
-def _run_adapted(context: ComputeContext, x: Tensor, layer: LinearLayer, adapter: Adapter) -> Tensor:
+def _run_adapted(context: ComputeContext, hidden_states: Tensor, layer: LinearLayer, adapter: Adapter) -> Tensor:
     """Run a linear layer and add the scaled output of its adapter, as PEFT does."""
-    result = op.linear(context, x, layer.weight, layer.bias)
-    item = result.item_bytes
-    x = op.cast(context, x, adapter.matrix_a.item_bytes) if adapter.casts_inputs else x
+    output = op.linear(context, hidden_states, layer.weight, layer.bias)
+    item_bytes = output.item_bytes
+    hidden_states = op.cast(context, hidden_states, adapter.matrix_a.item_bytes) if adapter.casts_inputs else hidden_states
     if adapter.magnitude is not None:
-        result = op.add(context, result, _run_dora(context, op.dropout(context, x) if adapter.has_dropout else x, layer, adapter, result))
+        output = op.add(
+            context, output, _run_dora(context, op.apply_dropout(context, hidden_states) if adapter.has_dropout else hidden_states, layer, adapter, output)
+        )
     elif adapter.has_dropout:
-        result = op.add(context, result, op.scale(context, op.linear(context, op.linear(context, op.dropout(context, x), adapter.matrix_a), adapter.matrix_b)))
+        output = op.add(
+            context, output,
+            op.scale(context, op.linear(context, op.linear(context, op.apply_dropout(context, hidden_states), adapter.matrix_a), adapter.matrix_b)),
+        )  # fmt: skip
     else:
-        result = op.add(context, result, op.scale(context, op.linear(context, op.linear(context, x, adapter.matrix_a), adapter.matrix_b)))
-    return op.cast(context, result, item)
+        output = op.add(context, output, op.scale(context, op.linear(context, op.linear(context, hidden_states, adapter.matrix_a), adapter.matrix_b)))
+    return op.cast(context, output, item_bytes)
 
 
-def _run_dora(context: ComputeContext, x: Tensor, layer: LinearLayer, adapter: Adapter, result: Tensor) -> Tensor:
+def _run_dora(context: ComputeContext, hidden_states: Tensor, layer: LinearLayer, adapter: Adapter, output: Tensor) -> Tensor:
     """Return the change of the output by DoRA. While the norms of the changed weight are computed, this weight and two more tensors of the same size exist."""
-    weight_values = layer.weight.numel
-    product = context.tape.allocate(weight_values * adapter.matrix_a.item_bytes)
-    changed = context.tape.allocate(2 * weight_values * adapter.matrix_a.item_bytes)
-    del product, changed
-    update = op.linear(context, op.linear(context, x, adapter.matrix_a), adapter.matrix_b)
+    weight_value_count = layer.weight.numel
+    adapter_product = context.tape.allocate(weight_value_count * adapter.matrix_a.item_bytes)
+    changed_weight = context.tape.allocate(2 * weight_value_count * adapter.matrix_a.item_bytes)
+    del adapter_product, changed_weight
+    adapter_output = op.linear(context, op.linear(context, hidden_states, adapter.matrix_a), adapter.matrix_b)
     assert adapter.magnitude is not None
-    row = op.view_vector_as_row(context, adapter.magnitude, len(result.shape))
-    return op.add(context, op.multiply(context, row, result), op.scale(context, op.multiply(context, row, update)))
+    magnitude_row = op.view_vector_as_row(context, adapter.magnitude, len(output.shape))
+    return op.add(context, op.multiply(context, magnitude_row, output), op.scale(context, op.multiply(context, magnitude_row, adapter_output)))
 
 
 @dataclass(eq=False)
@@ -124,16 +129,16 @@ class Layer:
 
     def parameters(self) -> list[Parameter]:
         """Return all weights of the layer, including adapters."""
-        found: list[Parameter] = []
+        parameters: list[Parameter] = []
         for linear in self.linear.values():
-            found += [linear.weight, *([linear.bias] if linear.bias else [])]
+            parameters += [linear.weight, *([linear.bias] if linear.bias else [])]
             if linear.scales:
-                found.append(linear.scales)
+                parameters.append(linear.scales)
             if linear.adapter:
                 adapter = linear.adapter
-                found += [adapter.matrix_a, adapter.matrix_b, *([adapter.magnitude] if adapter.magnitude else [])]
-        found += [*self.head_norms, *self.norms, *([self.prefix] if self.prefix else [])]
-        return found + ([self.experts.router, self.experts.gate_up, self.experts.down] if self.experts else [])
+                parameters += [adapter.matrix_a, adapter.matrix_b, *([adapter.magnitude] if adapter.magnitude else [])]
+        parameters += [*self.head_norms, *self.norms, *([self.prefix] if self.prefix else [])]
+        return parameters + ([self.experts.router, self.experts.gate_up, self.experts.down] if self.experts else [])
 
 
 @dataclass(eq=False)
@@ -150,24 +155,24 @@ class Decoder:
 
     def parameters(self) -> list[Parameter]:
         """Return all weights of the model. Tied weights are returned once."""
-        found = [self.embeddings, *(one for layer in self.layers for one in layer.parameters()), self.norm]
-        found += [] if self.head is self.embeddings else [self.head]
-        return [*found, *([self.prompt] if self.prompt else [])]
+        parameters = [self.embeddings, *(parameter for layer in self.layers for parameter in layer.parameters()), self.norm]
+        parameters += [] if self.head is self.embeddings else [self.head]
+        return [*parameters, *([self.prompt] if self.prompt else [])]
 
 
-def linear_layer_sizes(shape: ModelShape, layer: int) -> dict[str, tuple[int, int]]:
-    """Return the numbers of outputs and inputs of each linear layer in decoder layer number `layer`, by the layer's name in transformers."""
-    query, keys = shape.head_count * shape.head_size, shape.key_value_head_count * shape.head_size
+def map_linear_layer_sizes(shape: ModelShape, layer_index: int) -> dict[str, tuple[int, int]]:
+    """Return the numbers of outputs and inputs of each linear layer in decoder layer number `layer_index`, by the layer's name in transformers."""
+    query_size, key_size = shape.head_count * shape.head_size, shape.key_value_head_count * shape.head_size
     if shape.has_fused_projections:
-        sizes = {"qkv_proj": (query + 2 * keys, shape.hidden_size)}
+        sizes = {"qkv_proj": (query_size + 2 * key_size, shape.hidden_size)}
     else:
-        sizes = {"q_proj": (query, shape.hidden_size), "k_proj": (keys, shape.hidden_size), "v_proj": (keys, shape.hidden_size)}
-    sizes["o_proj"] = (shape.hidden_size, query)
-    feed_forward = shape.feed_forward_size if layer < shape.layer_count - shape.expert_layer_count else shape.shared_feed_forward_size
-    if feed_forward and shape.has_fused_projections:
-        sizes |= {"gate_up_proj": (2 * feed_forward, shape.hidden_size), "down_proj": (shape.hidden_size, feed_forward)}
-    elif feed_forward:
-        sizes |= {"gate_proj": (feed_forward, shape.hidden_size), "up_proj": (feed_forward, shape.hidden_size), "down_proj": (shape.hidden_size, feed_forward)}
+        sizes = {"q_proj": (query_size, shape.hidden_size), "k_proj": (key_size, shape.hidden_size), "v_proj": (key_size, shape.hidden_size)}
+    sizes["o_proj"] = (shape.hidden_size, query_size)
+    feed_forward_size = shape.feed_forward_size if layer_index < shape.layer_count - shape.expert_layer_count else shape.shared_feed_forward_size
+    if feed_forward_size and shape.has_fused_projections:
+        sizes |= {"gate_up_proj": (2 * feed_forward_size, shape.hidden_size), "down_proj": (shape.hidden_size, feed_forward_size)}
+    elif feed_forward_size:
+        sizes |= dict.fromkeys(("gate_proj", "up_proj"), (feed_forward_size, shape.hidden_size)) | {"down_proj": (shape.hidden_size, feed_forward_size)}
     return sizes
 
 
@@ -193,136 +198,143 @@ class ForwardPass:
         if self.model.prompt is not None:
             output = tape.record([self.model.prompt], output, [Gradient(self.model.prompt.numel, self.model.prompt.item_bytes)])
         if requires_gradient and output.node is None:
-            unused = Parameter((0,), 1, tape.allocate(0), is_trained=True)
-            output = tape.record([unused], output, [Gradient(0, 1)])
+            placeholder_parameter = Parameter((0,), 1, tape.allocate(0), is_trained=True)
+            output = tape.record([placeholder_parameter], output, [Gradient(0, 1)])
         return op.scale(self.context, output) if self.shape.is_gemma else output
 
     def compute_positions(self, item_bytes: float) -> tuple[Tensor, Tensor]:
         """Return the cosines and the sines of the rotary position embedding."""
         shape = (1 if self.batch.row_count > 1 else self.batch.row_count, self.batch.tokens_per_row, 1, self.shape.head_size)
-        tensor = self.context.tape.tensor
-        return tensor(shape, item_bytes, MemoryPart.BUFFERS), tensor(shape, item_bytes, MemoryPart.BUFFERS)
+        make_tensor = self.context.tape.tensor
+        return make_tensor(shape, item_bytes, MemoryPart.BUFFERS), make_tensor(shape, item_bytes, MemoryPart.BUFFERS)
 
-    def run_layer(self, layer: Layer, x: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
+    def run_layer(self, layer: Layer, hidden_states: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
         """Run one decoder layer:
 
         attention, then the feed-forward layer. A norm precedes both attention and the feed-forward layer; in some models, another norm follows each of them.
         """
-        context, residual = self.context, x
-        x = self._apply_norm(x, layer.norms[0])
-        x = self._run_attention(layer, x, positions)
+        context, residual = self.context, hidden_states
+        hidden_states = self._apply_norm(hidden_states, layer.norms[0])
+        hidden_states = self._run_attention(layer, hidden_states, positions)
         if len(layer.norms) == 4:
-            x = self._apply_norm(x, layer.norms[1])
-        x = op.add(context, residual, x)
-        residual = x
-        x = self._apply_norm(x, layer.norms[-2 if len(layer.norms) == 4 else 1])
-        x = self._run_feed_forward(layer, x)
+            hidden_states = self._apply_norm(hidden_states, layer.norms[1])
+        hidden_states = op.add(context, residual, hidden_states)
+        residual = hidden_states
+        hidden_states = self._apply_norm(hidden_states, layer.norms[-2 if len(layer.norms) == 4 else 1])
+        hidden_states = self._run_feed_forward(layer, hidden_states)
         if len(layer.norms) == 4:
-            x = self._apply_norm(x, layer.norms[-1])
-        return op.add(context, residual, x)
+            hidden_states = self._apply_norm(hidden_states, layer.norms[-1])
+        return op.add(context, residual, hidden_states)
 
-    def apply_final_norm(self, x: Tensor) -> Tensor:
+    def apply_final_norm(self, hidden_states: Tensor) -> Tensor:
         """Apply the norm that follows the last layer."""
-        return self._apply_norm(x, self.model.norm)
+        return self._apply_norm(hidden_states, self.model.norm)
 
-    def _apply_norm(self, x: Tensor, weight: Parameter) -> Tensor:
-        return op.apply_rms_norm(self.context, x, weight, adds_one=self.shape.is_gemma, is_fused=self.kernels.uses_liger)
+    def _apply_norm(self, hidden_states: Tensor, weight: Parameter) -> Tensor:
+        return op.apply_rms_norm(self.context, hidden_states, weight, adds_one=self.shape.is_gemma, is_fused=self.kernels.uses_liger)
 
-    def _run_attention(self, layer: Layer, x: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
-        query, key, value = self._project(layer, x)
+    def _run_attention(self, layer: Layer, hidden_states: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
+        query, key, value = self._project(layer, hidden_states)
         query, key = self._rotate(query, positions), self._rotate(key, positions)
         if layer.prefix is not None:
-            count = layer.prefix.shape[0]
-            key, value = op.prepend(self.context, key, layer.prefix, count), op.prepend(self.context, value, layer.prefix, count)
+            prefix_token_count = layer.prefix.shape[0]
+            key, value = op.prepend(self.context, key, layer.prefix, prefix_token_count), op.prepend(self.context, value, layer.prefix, prefix_token_count)
         output = self._attend(query, key, value)
         # `query`, `key` and `value` stay in memory until this function returns, as in transformers.
-        return layer.linear["o_proj"](self.context, output.view(*x.shape[:-1], self.shape.head_count * self.shape.head_size))
+        return layer.linear["o_proj"](self.context, output.view(*hidden_states.shape[:-1], self.shape.head_count * self.shape.head_size))
 
-    def _project(self, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        shape, rows, tokens = self.shape, self.batch.row_count, self.batch.tokens_per_row
+    def _project(self, layer: Layer, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        shape, row_count, token_count = self.shape, self.batch.row_count, self.batch.tokens_per_row
         if shape.has_fused_projections:
-            joint = layer.linear["qkv_proj"](self.context, x)
-            heads = (shape.head_count, shape.key_value_head_count, shape.key_value_head_count)
-            query, key, value = (op.take_slice(self.context, joint, rows, tokens, count, shape.head_size) for count in heads)
+            joint_output = layer.linear["qkv_proj"](self.context, hidden_states)
+            head_counts = (shape.head_count, shape.key_value_head_count, shape.key_value_head_count)
+            query, key, value = (op.take_slice(self.context, joint_output, row_count, token_count, head_count, shape.head_size) for head_count in head_counts)
             return query, key, value
-        query = layer.linear["q_proj"](self.context, x).view(rows, tokens, shape.head_count, shape.head_size)
+        query = layer.linear["q_proj"](self.context, hidden_states).view(row_count, token_count, shape.head_count, shape.head_size)
         query = self._apply_norm(query, layer.head_norms[0]) if layer.head_norms else query
-        key = layer.linear["k_proj"](self.context, x).view(rows, tokens, shape.key_value_head_count, shape.head_size)
+        key = layer.linear["k_proj"](self.context, hidden_states).view(row_count, token_count, shape.key_value_head_count, shape.head_size)
         key = self._apply_norm(key, layer.head_norms[1]) if layer.head_norms else key
-        value = layer.linear["v_proj"](self.context, x).view(rows, tokens, shape.key_value_head_count, shape.head_size)
+        value = layer.linear["v_proj"](self.context, hidden_states).view(row_count, token_count, shape.key_value_head_count, shape.head_size)
         return query, key, value
 
-    def _rotate(self, x: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
+    def _rotate(self, heads: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
         if self.kernels.uses_liger:  # Liger's kernel overwrites its input
-            return self.context.tape.record([x], x.view(*x.shape), [Gradient(x.numel, x.item_bytes, is_shared=True)])
-        return op.apply_rotary_embedding(self.context, x, *positions)
+            return self.context.tape.record([heads], heads.view(*heads.shape), [Gradient(heads.numel, heads.item_bytes, is_shared=True)])
+        return op.apply_rotary_embedding(self.context, heads, *positions)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         is_eager = self.kernels.attention == "eager"
-        repeats = self.shape.head_count // self.shape.key_value_head_count
+        repeat_count = self.shape.head_count // self.shape.key_value_head_count
         if is_eager or (self.kernels.attention == "sdpa" and (self.batch.has_mask or not self.kernels.is_gpu)):
-            key, value = (op.repeat_heads(self.context, one, repeats, is_eager=is_eager) for one in (key, value))
+            key, value = (op.repeat_heads(self.context, one, repeat_count, is_eager=is_eager) for one in (key, value))
         if is_eager:
             return op.attend_eagerly(self.context, query, key, value)
         return op.attend(self.context, query, key, value, has_mask=self.batch.has_mask and self.kernels.attention == "sdpa")
 
-    def _run_feed_forward(self, layer: Layer, x: Tensor) -> Tensor:
+    def _run_feed_forward(self, layer: Layer, hidden_states: Tensor) -> Tensor:
         if layer.experts is None:
-            return self._run_dense(layer, x)
-        shared = self._run_dense(layer, x) if "down_proj" in layer.linear else None
-        routed = self._run_experts(layer.experts, x)
-        return routed if shared is None else op.add(self.context, routed, shared)
+            return self._run_dense(layer, hidden_states)
+        shared_output = self._run_dense(layer, hidden_states) if "down_proj" in layer.linear else None
+        routed_output = self._run_experts(layer.experts, hidden_states)
+        return routed_output if shared_output is None else op.add(self.context, routed_output, shared_output)
 
-    def _run_dense(self, layer: Layer, x: Tensor) -> Tensor:
-        context, linear = self.context, layer.linear
+    def _run_dense(self, layer: Layer, hidden_states: Tensor) -> Tensor:
+        context, linear_layers = self.context, layer.linear
         if self.shape.has_fused_projections:
-            joint = linear["gate_up_proj"](context, x)
-            size = (*joint.shape[:-1], joint.shape[-1] // 2)
-            gate, up = (op.take_slice(context, joint, *size) for _ in range(2))
-            return linear["down_proj"](context, op.multiply(context, up, op.apply_activation(context, gate)))
+            joint_output = linear_layers["gate_up_proj"](context, hidden_states)
+            half_shape = (*joint_output.shape[:-1], joint_output.shape[-1] // 2)
+            gate, up = (op.take_slice(context, joint_output, *half_shape) for _ in range(2))
+            return linear_layers["down_proj"](context, op.multiply(context, up, op.apply_activation(context, gate)))
         if self.kernels.uses_liger:
-            return linear["down_proj"](context, self._fused_gate(linear["gate_proj"](context, x), linear["up_proj"](context, x)))
-        return linear["down_proj"](
-            context, op.multiply(context, op.apply_activation(context, linear["gate_proj"](context, x)), linear["up_proj"](context, x))
+            return linear_layers["down_proj"](
+                context, self._multiply_by_fused_gate(linear_layers["gate_proj"](context, hidden_states), linear_layers["up_proj"](context, hidden_states))
+            )
+        return linear_layers["down_proj"](
+            context,
+            op.multiply(
+                context, op.apply_activation(context, linear_layers["gate_proj"](context, hidden_states)), linear_layers["up_proj"](context, hidden_states)
+            ),
         )
 
-    def _fused_gate(self, gate: Tensor, up: Tensor) -> Tensor:
+    def _multiply_by_fused_gate(self, gate: Tensor, up: Tensor) -> Tensor:
         """Multiply the activated gate by `up` with Liger's kernel, which keeps its inputs and writes their gradients into them."""
         gradients = [Gradient(0, 1), Gradient(0, 1)]
         return self.context.tape.record([gate, up], self.context.tape.tensor(up.shape, up.item_bytes), gradients, [gate.storage, up.storage])
 
-    def _run_experts(self, experts: Experts, x: Tensor) -> Tensor:
+    def _run_experts(self, experts: Experts, hidden_states: Tensor) -> Tensor:
         """Run the routed experts as grouped products over all experts. Each token is copied once for each expert that processes it."""
-        context, tape, chosen = self.context, self.context.tape, self.shape.experts_per_token
-        tokens = x.numel // x.shape[-1]
-        flat = x.view(tokens, x.shape[-1])
-        weights = self._compute_expert_weights(experts, flat)
-        copies = tape.record(
-            [flat], tape.tensor((tokens * chosen, x.shape[-1]), x.item_bytes), [Gradient(flat.numel, x.item_bytes)], [tape.allocate(tokens * chosen * 8)]
-        )
-        joint = op.grouped_linear(context, copies, experts.gate_up)
-        size = (joint.shape[0], joint.shape[1] // 2)
-        gate, up = op.take_slice(self.context, joint, *size), Tensor(size, joint.item_bytes, joint.storage, None)
-        up.node = joint.node
-        joint = op.multiply(context, op.apply_activation(context, gate), up)
-        joint = op.grouped_linear(context, joint, experts.down)
-        weighted = op.multiply(context, joint, weights)
-        ordered = tape.record(
-            [weighted], tape.tensor(weighted.shape, weighted.item_bytes), [Gradient(weighted.numel, weighted.item_bytes)],
-            [tape.allocate(tokens * chosen * 8)],
+        context, tape, experts_per_token = self.context, self.context.tape, self.shape.experts_per_token
+        token_count = hidden_states.numel // hidden_states.shape[-1]
+        flat_states = hidden_states.view(token_count, hidden_states.shape[-1])
+        expert_weights = self._compute_expert_weights(experts, flat_states)
+        token_copies = tape.record(
+            [flat_states], tape.tensor((token_count * experts_per_token, hidden_states.shape[-1]), hidden_states.item_bytes),
+            [Gradient(flat_states.numel, hidden_states.item_bytes)], [tape.allocate(token_count * experts_per_token * 8)],
         )  # fmt: skip
-        output = tape.tensor((tokens, x.shape[-1]), ordered.item_bytes)
-        output = tape.record([ordered], output, [Gradient(output.numel, output.item_bytes, is_shared=True)])
-        return op.cast(context, output, x.item_bytes).view(*x.shape)
+        expert_output = op.grouped_linear(context, token_copies, experts.gate_up)
+        half_shape = (expert_output.shape[0], expert_output.shape[1] // 2)
+        gate, up = op.take_slice(self.context, expert_output, *half_shape), Tensor(half_shape, expert_output.item_bytes, expert_output.storage, None)
+        up.node = expert_output.node
+        expert_output = op.multiply(context, op.apply_activation(context, gate), up)
+        expert_output = op.grouped_linear(context, expert_output, experts.down)
+        weighted_output = op.multiply(context, expert_output, expert_weights)
+        ordered_output = tape.record(
+            [weighted_output], tape.tensor(weighted_output.shape, weighted_output.item_bytes), [Gradient(weighted_output.numel, weighted_output.item_bytes)],
+            [tape.allocate(token_count * experts_per_token * 8)],
+        )  # fmt: skip
+        output = tape.tensor((token_count, hidden_states.shape[-1]), ordered_output.item_bytes)
+        output = tape.record([ordered_output], output, [Gradient(output.numel, output.item_bytes, is_shared=True)])
+        return op.cast(context, output, hidden_states.item_bytes).view(*hidden_states.shape)
 
-    def _compute_expert_weights(self, experts: Experts, x: Tensor) -> Tensor:
+    def _compute_expert_weights(self, experts: Experts, hidden_states: Tensor) -> Tensor:
         """Return the factors by which the outputs of each token's experts are multiplied before they are added."""
         context, tape = self.context, self.context.tape
-        probabilities = op.cast(context, op.linear(context, x, experts.router), op.FLOAT32_BYTES)
-        chances = tape.tensor(probabilities.shape, op.FLOAT32_BYTES)
-        chances = tape.record([probabilities], chances, [Gradient(chances.numel, op.FLOAT32_BYTES)], [chances.storage])
-        chosen = tape.tensor((x.shape[0] * self.shape.experts_per_token, 1), op.FLOAT32_BYTES)
-        return tape.record([chances], chosen, [Gradient(chances.numel, op.FLOAT32_BYTES)], [tape.allocate(chosen.numel * 8)])
+        router_logits = op.cast(context, op.linear(context, hidden_states, experts.router), op.FLOAT32_BYTES)
+        probabilities = tape.tensor(router_logits.shape, op.FLOAT32_BYTES)
+        probabilities = tape.record([router_logits], probabilities, [Gradient(probabilities.numel, op.FLOAT32_BYTES)], [probabilities.storage])
+        chosen_probabilities = tape.tensor((hidden_states.shape[0] * self.shape.experts_per_token, 1), op.FLOAT32_BYTES)
+        gradients = [Gradient(probabilities.numel, op.FLOAT32_BYTES)]
+        return tape.record([probabilities], chosen_probabilities, gradients, [tape.allocate(chosen_probabilities.numel * 8)])
 
 
 @dataclass(frozen=True)
@@ -359,76 +371,77 @@ class TrainedWeights:
     """Number of ranks among which the gradients are split."""
 
 
-def build_decoder(tape: Tape, shape: ModelShape, trained: TrainedWeights) -> Decoder:
+def build_decoder(tape: Tape, shape: ModelShape, trained_weights: TrainedWeights) -> Decoder:
     """Allocate the weights of a model on a tape."""
 
-    def weight(item_bytes: float, *size: int, is_trained: bool = trained.trains_base_weights) -> Parameter:
-        values = 1
-        for dimension in size:
-            values *= dimension
-        storage = tape.allocate(values * item_bytes / trained.weight_shards, MemoryPart.WEIGHTS)
-        return Parameter(size, item_bytes, storage, is_trained, gradient_shards=trained.gradient_shards)
+    def make_weight(item_bytes: float, *shape_of_weight: int, is_trained: bool = trained_weights.trains_base_weights) -> Parameter:
+        value_count = 1
+        for dimension in shape_of_weight:
+            value_count *= dimension
+        storage = tape.allocate(value_count * item_bytes / trained_weights.weight_shards, MemoryPart.WEIGHTS)
+        return Parameter(shape_of_weight, item_bytes, storage, is_trained, gradient_shards=trained_weights.gradient_shards)
 
-    def linear(name: str, outputs: int, inputs: int, has_bias: bool) -> LinearLayer:
-        bias = weight(trained.other_value_bytes, outputs) if has_bias else None
-        layer = LinearLayer(weight(trained.base_value_bytes, outputs, inputs), bias)
-        if name in trained.target_layers:
-            a = weight(op.FLOAT32_BYTES, trained.lora_rank, inputs, is_trained=True)
-            b = weight(op.FLOAT32_BYTES, outputs, trained.lora_rank, is_trained=True)
-            magnitude = weight(op.FLOAT32_BYTES, outputs, is_trained=True) if trained.is_dora else None
-            layer.adapter = Adapter(a, b, trained.has_dropout, magnitude, trained.casts_inputs)
-        if name in trained.ia3_layers:
-            layer.scales_inputs = name in trained.ia3_input_layers
-            layer.scales = weight(op.FLOAT32_BYTES, inputs if layer.scales_inputs else outputs, is_trained=True)
+    def make_linear_layer(name: str, output_count: int, input_count: int, has_bias: bool) -> LinearLayer:
+        bias = make_weight(trained_weights.other_value_bytes, output_count) if has_bias else None
+        layer = LinearLayer(make_weight(trained_weights.base_value_bytes, output_count, input_count), bias)
+        if name in trained_weights.target_layers:
+            matrix_a = make_weight(op.FLOAT32_BYTES, trained_weights.lora_rank, input_count, is_trained=True)
+            matrix_b = make_weight(op.FLOAT32_BYTES, output_count, trained_weights.lora_rank, is_trained=True)
+            magnitude = make_weight(op.FLOAT32_BYTES, output_count, is_trained=True) if trained_weights.is_dora else None
+            layer.adapter = Adapter(matrix_a, matrix_b, trained_weights.has_dropout, magnitude, trained_weights.casts_inputs)
+        if name in trained_weights.ia3_layers:
+            layer.scales_inputs = name in trained_weights.ia3_input_layers
+            layer.scales = make_weight(op.FLOAT32_BYTES, input_count if layer.scales_inputs else output_count, is_trained=True)
         return layer
 
-    def decoder_layer(index: int) -> Layer:
-        sizes, biases = linear_layer_sizes(shape, index), _layers_with_bias(shape)
-        layer = Layer({name: linear(name, *size, biases.get(name, False)) for name, size in sizes.items()}, [])
-        layer.norms = [weight(trained.other_value_bytes, shape.hidden_size) for _ in range(shape.norms_per_layer)]
+    def make_decoder_layer(index: int) -> Layer:
+        sizes_by_name, has_bias_by_name = map_linear_layer_sizes(shape, index), _map_layers_to_bias(shape)
+        layer = Layer({name: make_linear_layer(name, *sizes, has_bias_by_name.get(name, False)) for name, sizes in sizes_by_name.items()}, [])
+        layer.norms = [make_weight(trained_weights.other_value_bytes, shape.hidden_size) for _ in range(shape.norms_per_layer)]
         if shape.has_head_norms:
-            layer.head_norms = [weight(trained.other_value_bytes, shape.head_size) for _ in range(2)]
-        if trained.prefix_tokens:
-            layer.prefix = weight(op.FLOAT32_BYTES, trained.prefix_tokens, 2 * shape.key_value_head_count * shape.head_size, is_trained=True)
+            layer.head_norms = [make_weight(trained_weights.other_value_bytes, shape.head_size) for _ in range(2)]
+        if trained_weights.prefix_tokens:
+            layer.prefix = make_weight(op.FLOAT32_BYTES, trained_weights.prefix_tokens, 2 * shape.key_value_head_count * shape.head_size, is_trained=True)
         if index >= shape.layer_count - shape.expert_layer_count:
-            inner = shape.expert_feed_forward_size
+            expert_feed_forward_size = shape.expert_feed_forward_size
             # bitsandbytes quantises only linear layers, not the tensors that hold the weights of all experts.
-            gate_up = weight(trained.other_value_bytes, shape.expert_count, 2 * inner, shape.hidden_size)
-            down = weight(trained.other_value_bytes, shape.expert_count, shape.hidden_size, inner)
-            layer.experts = Experts(weight(trained.other_value_bytes, shape.expert_count, shape.hidden_size), gate_up, down)
+            gate_up = make_weight(trained_weights.other_value_bytes, shape.expert_count, 2 * expert_feed_forward_size, shape.hidden_size)
+            down = make_weight(trained_weights.other_value_bytes, shape.expert_count, shape.hidden_size, expert_feed_forward_size)
+            layer.experts = Experts(make_weight(trained_weights.other_value_bytes, shape.expert_count, shape.hidden_size), gate_up, down)
         return layer
 
-    embeddings = weight(trained.other_value_bytes, shape.vocabulary_size, shape.hidden_size)
-    if trained.has_score_head:  # with an adapter, the score head is trained in 32 bits
-        head = weight(trained.other_value_bytes if trained.trains_base_weights else op.FLOAT32_BYTES, 1, shape.hidden_size, is_trained=True)
+    embeddings = make_weight(trained_weights.other_value_bytes, shape.vocabulary_size, shape.hidden_size)
+    if trained_weights.has_score_head:  # with an adapter, the score head is trained in 32 bits
+        head_value_bytes = trained_weights.other_value_bytes if trained_weights.trains_base_weights else op.FLOAT32_BYTES
+        head = make_weight(head_value_bytes, 1, shape.hidden_size, is_trained=True)
     else:
-        head = embeddings if shape.ties_embeddings else weight(trained.other_value_bytes, shape.vocabulary_size, shape.hidden_size)
-    prompt = weight(op.FLOAT32_BYTES, trained.prompt_tokens, shape.hidden_size, is_trained=True) if trained.prompt_tokens else None
-    layers = [decoder_layer(index) for index in range(shape.layer_count)]
-    return Decoder(shape, embeddings, head, weight(trained.other_value_bytes, shape.hidden_size), layers, prompt)
+        head = embeddings if shape.ties_embeddings else make_weight(trained_weights.other_value_bytes, shape.vocabulary_size, shape.hidden_size)
+    prompt = make_weight(op.FLOAT32_BYTES, trained_weights.prompt_tokens, shape.hidden_size, is_trained=True) if trained_weights.prompt_tokens else None
+    layers = [make_decoder_layer(index) for index in range(shape.layer_count)]
+    return Decoder(shape, embeddings, head, make_weight(trained_weights.other_value_bytes, shape.hidden_size), layers, prompt)
 
 
 def copy_adapters(tape: Tape, model: Decoder) -> Decoder:
     """Return a model with frozen copies of all trained weights of `model`. The returned model shares all other weights with `model`."""
 
-    def copy(weight: Parameter) -> Parameter:
+    def copy_if_trained(weight: Parameter) -> Parameter:
         return Parameter(weight.shape, weight.item_bytes, tape.allocate(weight.storage.byte_count, MemoryPart.WEIGHTS)) if weight.is_trained else weight
 
     def copy_linear(linear: LinearLayer) -> LinearLayer:
         adapter = linear.adapter
         if adapter is not None:
-            magnitude = copy(adapter.magnitude) if adapter.magnitude else None
-            adapter = replace(adapter, matrix_a=copy(adapter.matrix_a), matrix_b=copy(adapter.matrix_b), magnitude=magnitude)
-        return replace(linear, adapter=adapter, scales=copy(linear.scales) if linear.scales else None)
+            magnitude = copy_if_trained(adapter.magnitude) if adapter.magnitude else None
+            adapter = replace(adapter, matrix_a=copy_if_trained(adapter.matrix_a), matrix_b=copy_if_trained(adapter.matrix_b), magnitude=magnitude)
+        return replace(linear, adapter=adapter, scales=copy_if_trained(linear.scales) if linear.scales else None)
 
     def copy_layer(layer: Layer) -> Layer:
-        linear = {name: copy_linear(one) for name, one in layer.linear.items()}
-        return replace(layer, linear=linear, prefix=copy(layer.prefix) if layer.prefix else None)
+        linear_layers = {name: copy_linear(linear_layer) for name, linear_layer in layer.linear.items()}
+        return replace(layer, linear=linear_layers, prefix=copy_if_trained(layer.prefix) if layer.prefix else None)
 
-    return replace(model, layers=[copy_layer(layer) for layer in model.layers], prompt=copy(model.prompt) if model.prompt else None)
+    return replace(model, layers=[copy_layer(layer) for layer in model.layers], prompt=copy_if_trained(model.prompt) if model.prompt else None)
 
 
-def _layers_with_bias(shape: ModelShape) -> Mapping[str, bool]:
+def _map_layers_to_bias(shape: ModelShape) -> Mapping[str, bool]:
     """Return whether a linear layer has a bias, by its name in transformers."""
-    feed_forward = dict.fromkeys(("gate_proj", "up_proj", "down_proj"), shape.has_feed_forward_bias)
-    return dict.fromkeys(("q_proj", "k_proj", "v_proj", "qkv_proj"), shape.has_attention_bias) | {"o_proj": shape.has_output_bias} | feed_forward
+    has_feed_forward_bias = dict.fromkeys(("gate_proj", "up_proj", "down_proj"), shape.has_feed_forward_bias)
+    return dict.fromkeys(("q_proj", "k_proj", "v_proj", "qkv_proj"), shape.has_attention_bias) | {"o_proj": shape.has_output_bias} | has_feed_forward_bias

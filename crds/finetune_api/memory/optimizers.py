@@ -31,39 +31,39 @@ class Optimizer:
     is_on_host: bool = False
     """Whether the state is in host memory, or moves to host memory when the GPU has no free memory."""
 
-    def state_bytes(self, parameters: Sequence[Parameter], shards: int) -> list[float]:
-        """Return the bytes of each state tensor on one of `shards` ranks."""
-        return [] if self.is_on_host else [count / shards for one in parameters for count in self._state_bytes_of(one)]
+    def state_bytes(self, parameters: Sequence[Parameter], shard_count: int) -> list[float]:
+        """Return the bytes of each state tensor on one of `shard_count` ranks."""
+        return [] if self.is_on_host else [byte_count / shard_count for parameter in parameters for byte_count in self._state_bytes_of(parameter)]
 
     def _state_bytes_of(self, weight: Parameter) -> list[float]:
         if self.is_factored:
             if len(weight.shape) < 2:
                 return [weight.numel * 4]
-            rows = prod(weight.shape[:-1])
-            return [rows * 4, weight.numel / weight.shape[-2] * 4]
+            row_count = prod(weight.shape[:-1])
+            return [row_count * 4, weight.numel / weight.shape[-2] * 4]
         if self.moment_bytes == 1 and weight.numel >= MIN_QUANTIZED_VALUES:
             return [weight.numel + weight.numel / VALUES_PER_SCALE * 4] * self.moment_count
-        item = 4 if self.moment_bytes == 1 else self.moment_bytes or weight.item_bytes
-        return [weight.numel * item] * self.moment_count
+        item_bytes = 4 if self.moment_bytes == 1 else self.moment_bytes or weight.item_bytes
+        return [weight.numel * item_bytes] * self.moment_count
 
-    def temporary_bytes(self, parameters: Sequence[Parameter], shards: int) -> float:
-        """Return the bytes of the temporary tensors of one optimizer step on one of `shards` ranks."""
+    def temporary_bytes(self, parameters: Sequence[Parameter], shard_count: int) -> float:
+        """Return the bytes of the temporary tensors of one optimizer step on one of `shard_count` ranks."""
         if self.is_factored:
-            return self._adafactor_temporary_bytes(parameters, shards)
-        sizes = [one.numel * one.item_bytes / shards for one in parameters] or [0]
-        return self.temporary_copies_of_largest * max(sizes) + self.temporary_copies_of_all * sum(sizes)
+            return self._adafactor_temporary_bytes(parameters, shard_count)
+        bytes_per_parameter = [parameter.numel * parameter.item_bytes / shard_count for parameter in parameters] or [0]
+        return self.temporary_copies_of_largest * max(bytes_per_parameter) + self.temporary_copies_of_all * sum(bytes_per_parameter)
 
-    def _adafactor_temporary_bytes(self, parameters: Sequence[Parameter], shards: int) -> float:
+    def _adafactor_temporary_bytes(self, parameters: Sequence[Parameter], shard_count: int) -> float:
         """Return the bytes of Adafactor's temporary tensors at their peak.
 
         These tensors are the update of the previous weight, and the update and the squared gradient of the current weight, all in 32 bits. 16-bit weights
         and gradients also need 32-bit copies.
         """
-        peak_values = previous_values = 0
+        peak_value_count = previous_value_count = 0
         for weight in parameters:
-            peak_values = max(peak_values, previous_values + weight.numel * (2 if weight.item_bytes == 4 else 4))
-            previous_values = weight.numel
-        return peak_values * 4 / shards
+            peak_value_count = max(peak_value_count, previous_value_count + weight.numel * (2 if weight.item_bytes == 4 else 4))
+            previous_value_count = weight.numel
+        return peak_value_count * 4 / shard_count
 
 
 ADAMW_FUSED, ADAMW_FOREACH = Optimizer(), Optimizer(temporary_copies_of_all=1)

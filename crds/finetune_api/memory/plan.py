@@ -57,19 +57,19 @@ def plan_memory(spec: FineTuneJobSpec, shape: ModelShape, facts: RunFacts | None
 def _plan_step(description: StepDescription) -> MemoryPlan:
     step = description.step
     peak = replay(step)
-    parts = {part.value: byte_count for part, byte_count in peak.bytes_by_part.items()}
+    bytes_by_part = {part.value: byte_count for part, byte_count in peak.bytes_by_part.items()}
     if step.kernels.is_gpu:
-        parts["buffers"] += WORKSPACE_BYTES
-        parts["fragmentation"] = int(FRAGMENTATION * sum(parts.values()))
-        parts["context"] = CONTEXT_BYTES + (COMMUNICATION_BYTES if step.has_gradient_buckets or step.optimizer_shards > 1 else 0)
-    expected = sum(parts.values())
+        bytes_by_part["buffers"] += WORKSPACE_BYTES
+        bytes_by_part["fragmentation"] = int(FRAGMENTATION * sum(bytes_by_part.values()))
+        bytes_by_part["context"] = CONTEXT_BYTES + (COMMUNICATION_BYTES if step.has_gradient_buckets or step.optimizer_shards > 1 else 0)
+    expected_bytes = sum(bytes_by_part.values())
     margin = UPPER_MARGIN if description.is_checked else UNCHECKED_MARGIN
-    return MemoryPlan(expected_bytes=expected, upper_bytes=int(expected * (1 + margin)), parts=MemoryParts(**parts))
+    return MemoryPlan(expected_bytes=expected_bytes, upper_bytes=int(expected_bytes * (1 + margin)), parts=MemoryParts(**bytes_by_part))
 
 
 def count_parameters(shape: ModelShape) -> int:
     """Return the number of parameters of a model."""
-    return sum(one.numel for one in build_decoder(Tape(MemoryMeter()), shape, TrainedWeights(1, 1, trains_base_weights=False)).parameters())
+    return sum(parameter.numel for parameter in build_decoder(Tape(MemoryMeter()), shape, TrainedWeights(1, 1, trains_base_weights=False)).parameters())
 
 
 def find_largest_micro_batch(spec: FineTuneJobSpec, shape: ModelShape, memory_bytes: int, facts: RunFacts | None = None) -> int:
@@ -78,22 +78,22 @@ def find_largest_micro_batch(spec: FineTuneJobSpec, shape: ModelShape, memory_by
     If `training.effectiveBatchSize` is set, the result divides the rows that one rank processes in an optimizer step.
     """
 
-    def fits(rows: int) -> bool:
-        return plan_memory(change_spec(spec, {"training.batchSizePerDevice": rows}), shape, facts).fits(memory_bytes)
+    def fits(size: int) -> bool:
+        return plan_memory(change_spec(spec, {"training.batchSizePerDevice": size}), shape, facts).fits(memory_bytes)
 
-    smallest = min_batch_size_per_device(spec)
+    min_micro_batch = min_batch_size_per_device(spec)
     if spec.training.effective_batch_size is not None:
         micro_batch, accumulation = batch_split(spec)
-        return max((rows for rows in divisors(micro_batch * accumulation) if smallest <= rows <= MAX_MICRO_BATCH and fits(rows)), default=0)
-    if not fits(smallest):
+        return max((size for size in divisors(micro_batch * accumulation) if min_micro_batch <= size <= MAX_MICRO_BATCH and fits(size)), default=0)
+    if not fits(min_micro_batch):
         return 0
-    fitting, too_large = smallest, 2 * smallest
-    while too_large <= MAX_MICRO_BATCH and fits(too_large):
-        fitting, too_large = too_large, 2 * too_large
-    while too_large - fitting > 1:
-        middle = (fitting + too_large) // 2
-        fitting, too_large = (middle, too_large) if fits(middle) else (fitting, middle)
-    return fitting
+    fitting_micro_batch, too_large_micro_batch = min_micro_batch, 2 * min_micro_batch
+    while too_large_micro_batch <= MAX_MICRO_BATCH and fits(too_large_micro_batch):
+        fitting_micro_batch, too_large_micro_batch = too_large_micro_batch, 2 * too_large_micro_batch
+    while too_large_micro_batch - fitting_micro_batch > 1:
+        middle = (fitting_micro_batch + too_large_micro_batch) // 2
+        fitting_micro_batch, too_large_micro_batch = (middle, too_large_micro_batch) if fits(middle) else (fitting_micro_batch, middle)
+    return fitting_micro_batch
 
 
 def format_gigabytes(byte_count: int) -> str:
@@ -101,18 +101,18 @@ def format_gigabytes(byte_count: int) -> str:
     return f"{byte_count / 1e9:.2f} GB" if byte_count < 10**10 else f"{byte_count / 1e9:.1f} GB"
 
 
-def batch_values(micro_batch: int, accumulation: int) -> dict[str, Any]:
+def make_batch_values(micro_batch: int, accumulation: int) -> dict[str, Any]:
     """Return the values of `training.batchSizePerDevice` and `training.gradientAccumulationSteps` by spec path."""
     return {MICRO_BATCH_PATH: micro_batch, ACCUMULATION_PATH: accumulation}
 
 
 def change_spec(spec: FineTuneJobSpec, values: dict[str, Any]) -> FineTuneJobSpec:
     """Return a copy of a spec with some values changed, by spec path. If `method.type` changes, settings that the new method cannot have are removed."""
-    changed = spec.with_values(values)
+    changed_spec = spec.with_values(values)
     if "method.type" not in values:
-        return changed
-    content, method = changed.to_wire(), MethodType(values["method.type"])
-    content["method"] = {"type": method, **({"lora": content["method"].get("lora") or {}} if method in LORA_METHODS else {})}
+        return changed_spec
+    spec_values, method = changed_spec.to_wire(), MethodType(values["method.type"])
+    spec_values["method"] = {"type": method, **({"lora": spec_values["method"].get("lora") or {}} if method in LORA_METHODS else {})}
     if method is not MethodType.QLORA:
-        content.get("model", {}).pop("quantization", None)
-    return FineTuneJobSpec.model_validate(content)
+        spec_values.get("model", {}).pop("quantization", None)
+    return FineTuneJobSpec.model_validate(spec_values)

@@ -79,9 +79,9 @@ class Peak:
 def replay(step: Step) -> Peak:
     """Return the peak of two training steps. The first step creates the optimizer state, so only the second step begins with it."""
     meter = MemoryMeter()
-    run = _Replay(step, Tape(meter))
+    step_replay = _Replay(step, Tape(meter))
     for _ in range(2):
-        run.train_step()
+        step_replay.train_step()
     return Peak(meter.peak_bytes, dict(meter.peak_bytes_by_part))
 
 
@@ -93,10 +93,10 @@ class _Replay:
         self.context = ComputeContext(tape, step.autocast_bytes, step.quantized_compute_bytes, step.gathers_weights, step.kernels.is_gpu)
         self.model: Decoder = build_decoder(tape, step.shape, step.weights)
         self.reference = _build_reference(tape, step, self.model)
-        self.trained = [one for one in self.model.parameters() if one.is_trained]
+        self.trained = [parameter for parameter in self.model.parameters() if parameter.is_trained]
         self.optimizer_state: list[Storage] = []
         self.kept_logits: Storage | None = None
-        bucket_bytes = sum(one.numel * one.item_bytes for one in self.trained) if step.has_gradient_buckets else 0
+        bucket_bytes = sum(parameter.numel * parameter.item_bytes for parameter in self.trained) if step.has_gradient_buckets else 0
         self.buckets = tape.allocate(bucket_bytes, MemoryPart.BUFFERS)
         self.gathered = tape.allocate(self._gathered_bytes(), MemoryPart.BUFFERS)
 
@@ -104,9 +104,12 @@ class _Replay:
         """Return the bytes of the gathered weights: those of the current layer, of the next layer, and of the embeddings or the head."""
         if not self.step.gathers_weights:
             return 0
-        item = self.step.autocast_bytes
-        layers = [sum(one.numel * min(one.item_bytes, item or one.item_bytes) for one in layer.parameters()) for layer in self.model.layers]
-        return 2 * max(layers) + self.model.head.numel * (item or self.model.head.item_bytes)
+        autocast_bytes = self.step.autocast_bytes
+        bytes_per_layer = [
+            sum(parameter.numel * min(parameter.item_bytes, autocast_bytes or parameter.item_bytes) for parameter in layer.parameters())
+            for layer in self.model.layers
+        ]
+        return 2 * max(bytes_per_layer) + self.model.head.numel * (autocast_bytes or self.model.head.item_bytes)
 
     def train_step(self) -> None:
         """Replay one optimizer step."""
@@ -115,13 +118,13 @@ class _Replay:
             self._forward()
             self.tape.backward()
         self._optimize()
-        for one in self.trained:
-            one.gradient = None
+        for parameter in self.trained:
+            parameter.gradient = None
 
     def _forward(self) -> None:
         """Replay the forward pass of a micro-batch, the forward pass of the reference model, and the loss."""
         step, tape, batch = self.step, self.tape, self.step.batch
-        inputs = tape.allocate(batch.row_count * batch.tokens_per_row * 8 * 3, MemoryPart.BUFFERS)
+        batch_inputs = tape.allocate(batch.row_count * batch.tokens_per_row * 8 * 3, MemoryPart.BUFFERS)
         logits = self._run_model(self.model, step.kernels, step.recomputed_layer_count)
         if self.reference is not None:
             # Liger's kernels replace only the layers of the trained model.
@@ -129,43 +132,43 @@ class _Replay:
             self._run_model(self.reference, kernels, recomputed_layer_count=0)  # all weights of the reference model are frozen, so the tape records nothing
         if logits is not None:
             record_pair_losses(self.context, logits)
-        del inputs
+        del batch_inputs
 
     def _run_model(self, model: Decoder, kernels: Kernels, recomputed_layer_count: int) -> Tensor | None:
         """Replay the forward pass of a model with its head. Returns the logits if this function does not compute the loss, otherwise None."""
         step, tape, batch = self.step, self.tape, self.step.batch
-        forward = ForwardPass(model, self.context, kernels, batch)
-        mask_bytes = forward.eager_mask_bytes if kernels.attention == "eager" else 1  # the mask of other implementations contains booleans
+        forward_pass = ForwardPass(model, self.context, kernels, batch)
+        mask_bytes = forward_pass.eager_mask_bytes if kernels.attention == "eager" else 1  # the mask of other implementations contains booleans
         mask = tape.allocate(batch.row_count * batch.tokens_per_row**2 * mask_bytes if batch.has_mask else 0, MemoryPart.BUFFERS)
-        hidden = self._run_layers(forward, recomputed_layer_count, mask)
+        hidden_states = self._run_layers(forward_pass, recomputed_layer_count, mask)
         logits: Tensor | None = None
         if step.loss_head is LossHead.TILES:
-            record_fused_loss(self.context, model, hidden, batch, kernels)
+            record_fused_loss(self.context, model, hidden_states, batch, kernels)
         elif step.loss_head is LossHead.LOGITS:
-            kept = record_logits_loss(self.context, model, hidden)
-            self.kept_logits = kept if step.keeps_outputs else None
-            del kept
+            logits_storage = record_logits_loss(self.context, model, hidden_states)
+            self.kept_logits = logits_storage if step.keeps_outputs else None
+            del logits_storage
         elif step.loss_head is LossHead.SCORE:
-            record_score_loss(self.context, model, hidden)
+            record_score_loss(self.context, model, hidden_states)
         else:
-            logits = record_model_logits(self.context, model, hidden)
+            logits = record_model_logits(self.context, model, hidden_states)
         tape.end_autocast()
         del mask
         return logits
 
-    def _run_layers(self, forward: ForwardPass, recomputed_layer_count: int, mask: Storage) -> Tensor:
+    def _run_layers(self, forward_pass: ForwardPass, recomputed_layer_count: int, mask: Storage) -> Tensor:
         """Replay the layers of a model. Returns the last hidden states."""
-        hidden = forward.embed(requires_gradient=recomputed_layer_count > 0)
-        positions = forward.compute_positions(hidden.item_bytes)
-        for number, layer in enumerate(forward.model.layers):
-            def run(x: Tensor, layer=layer, mask=mask) -> Tensor:  # type: ignore[no-untyped-def] # noqa: ARG001 -- torch keeps the arguments of a recomputed layer until its backward pass
-                return forward.run_layer(layer, x, positions)
+        hidden_states = forward_pass.embed(requires_gradient=recomputed_layer_count > 0)
+        positions = forward_pass.compute_positions(hidden_states.item_bytes)
+        for layer_index, layer in enumerate(forward_pass.model.layers):
+            def run_layer(layer_inputs: Tensor, layer=layer, mask=mask) -> Tensor:  # type: ignore[no-untyped-def] # noqa: ARG001 -- torch keeps the arguments of a recomputed layer until its backward pass
+                return forward_pass.run_layer(layer, layer_inputs, positions)
 
-            if number < recomputed_layer_count:
-                hidden = self.tape.run_recomputed(run, hidden, offloads_input=self.step.offloads_layer_inputs)
+            if layer_index < recomputed_layer_count:
+                hidden_states = self.tape.run_recomputed(run_layer, hidden_states, offloads_input=self.step.offloads_layer_inputs)
             else:
-                hidden = run(hidden)
-        return forward.apply_final_norm(hidden)
+                hidden_states = run_layer(hidden_states)
+        return forward_pass.apply_final_norm(hidden_states)
 
     def _optimize(self) -> None:
         """Allocate the optimizer state on the first call, and temporary tensors on each call."""
@@ -173,8 +176,8 @@ class _Replay:
         if not self.optimizer_state:
             state_bytes = optimizer.state_bytes(self.trained, self.step.optimizer_shards)
             self.optimizer_state = [tape.allocate(byte_count, MemoryPart.OPTIMIZER) for byte_count in state_bytes]
-        temporary = tape.allocate(optimizer.temporary_bytes(self.trained, self.step.optimizer_shards), MemoryPart.OPTIMIZER)
-        del temporary
+        temporary_storage = tape.allocate(optimizer.temporary_bytes(self.trained, self.step.optimizer_shards), MemoryPart.OPTIMIZER)
+        del temporary_storage
 
 
 def _build_reference(tape: Tape, step: Step, model: Decoder) -> Decoder | None:

@@ -140,7 +140,7 @@ class Segment:
     is_recomputed: bool = False
 
 
-class _AllRecomputed(Exception):
+class _AllRecomputedSignal(Exception):
     """Stops the recomputation of a layer, because all tensors that its backward pass needs exist."""
 
 
@@ -170,19 +170,21 @@ class Tape:
         inputs: Sequence[Tensor | Parameter],
         output: Tensor,
         gradients: Sequence[Gradient],
-        saved: Sequence[Storage] = (),
+        saved_storages: Sequence[Storage] = (),
     ) -> Tensor:
         """Record the operation that computed `output`, and return `output`. `gradients`: one for each input, in the order of the inputs."""
-        sources = tuple(one.node if isinstance(one, Tensor) else one if one.is_trained else None for one in inputs)
-        if all(source is None for source in sources):
+        gradient_receivers = tuple(
+            input_tensor.node if isinstance(input_tensor, Tensor) else input_tensor if input_tensor.is_trained else None for input_tensor in inputs
+        )
+        if all(receiver is None for receiver in gradient_receivers):
             return output
-        node = Node(sources, tuple(gradients), list(saved), self.part, self._segment)
+        node = Node(gradient_receivers, tuple(gradients), list(saved_storages), self.part, self._segment)
         output.node = node
         if self._recomputed is not None:
             self._recomputed.append(node)
             self._still_to_save -= len(node.saved)
             if self._still_to_save <= 0:
-                raise _AllRecomputed
+                raise _AllRecomputedSignal
             return output
         if self._segment is not None:
             self._segment.nodes.append(node)
@@ -191,68 +193,68 @@ class Tape:
         self.nodes.append(node)
         return output
 
-    def run_recomputed(self, layer: Callable[[Tensor], Tensor], hidden: Tensor, *, offloads_input: bool = False) -> Tensor:
+    def run_recomputed(self, run_layer: Callable[[Tensor], Tensor], hidden_states: Tensor, *, offloads_input: bool = False) -> Tensor:
         """Run a layer that saves only its input. `offloads_input`: whether the input is moved to host memory until the backward pass."""
-        shape, item_bytes, node = hidden.shape, hidden.item_bytes, hidden.node
-        kept = None if offloads_input else hidden.storage
+        shape, item_bytes, node = hidden_states.shape, hidden_states.item_bytes, hidden_states.node
+        kept_storage = None if offloads_input else hidden_states.storage
 
         def run_again() -> None:
-            layer(Tensor(shape, item_bytes, kept or self.allocate(prod(shape) * item_bytes), node))
+            run_layer(Tensor(shape, item_bytes, kept_storage or self.allocate(prod(shape) * item_bytes), node))
 
         self._segment = Segment(run_again)
         try:
-            return layer(hidden)
+            return run_layer(hidden_states)
         finally:
             self._segment = None
 
     def backward(self) -> None:
         """Replay the backward pass of all recorded operations, and remove these operations from the tape."""
-        pending: dict[int, Storage] = {}
+        gradient_by_node_id: dict[int, Storage] = {}
         if self.nodes:
-            pending[id(self.nodes[-1])] = self.allocate(4)
+            gradient_by_node_id[id(self.nodes[-1])] = self.allocate(4)
         while self.nodes:
             node = self.nodes.pop()
-            arriving = pending.pop(id(node), None)
-            if arriving is None:
+            output_gradient = gradient_by_node_id.pop(id(node), None)
+            if output_gradient is None:
                 continue
             if node.segment is not None and not node.segment.is_recomputed:
                 self._recompute(node.segment)
-            self._run_backward(node, arriving, pending)
-            del arriving, node
+            self._run_backward(node, output_gradient, gradient_by_node_id)
+            del output_gradient, node
 
-    def _run_backward(self, node: Node, arriving: Storage, pending: dict[int, Storage]) -> None:
-        computed: list[tuple[Node | Parameter, Storage]] = []
-        for source, gradient in zip(node.inputs, node.gradients, strict=True):
-            if source is None:
+    def _run_backward(self, node: Node, output_gradient: Storage, gradient_by_node_id: dict[int, Storage]) -> None:
+        computed_gradients: list[tuple[Node | Parameter, Storage]] = []
+        for receiver, gradient in zip(node.inputs, node.gradients, strict=True):
+            if receiver is None:
                 continue
             if gradient.is_shared:
-                computed.append((source, arriving))
+                computed_gradients.append((receiver, output_gradient))
                 continue
-            temporary = [self.allocate(byte_count, node.part) for byte_count in gradient.temporary_bytes]
-            computed.append((source, self.allocate(gradient.numel * gradient.item_bytes, node.part)))
-            del temporary
+            temporary_storages = [self.allocate(byte_count, node.part) for byte_count in gradient.temporary_bytes]
+            computed_gradients.append((receiver, self.allocate(gradient.numel * gradient.item_bytes, node.part)))
+            del temporary_storages
         node.saved.clear()
-        del arriving
-        for source, storage in computed:
-            if isinstance(source, Parameter):
-                accumulate_gradient(source, storage)
+        del output_gradient
+        for receiver, storage in computed_gradients:
+            if isinstance(receiver, Parameter):
+                accumulate_gradient(receiver, storage)
             else:
-                pending.setdefault(id(source), storage)  # a second gradient is added in place
+                gradient_by_node_id.setdefault(id(receiver), storage)  # a second gradient is added in place
 
     def _recompute(self, segment: Segment) -> None:
         """Run a layer again, to compute the tensors that its operations need for their backward pass."""
         segment.is_recomputed = True
         self._recomputed, self._still_to_save = [], segment.saved_tensor_count
-        part, self.part = self.part, MemoryPart.ACTIVATIONS
+        part_before, self.part = self.part, MemoryPart.ACTIVATIONS
         try:
             if segment.saved_tensor_count:
                 segment.recompute()
-        except _AllRecomputed:
+        except _AllRecomputedSignal:
             pass
         finally:
-            for node, again in zip(segment.nodes, self._recomputed, strict=False):
-                node.saved = again.saved
-            self._recomputed, self.part = None, part
+            for node, recomputed_node in zip(segment.nodes, self._recomputed, strict=False):
+                node.saved = recomputed_node.saved
+            self._recomputed, self.part = None, part_before
             segment.nodes.clear()
             self.end_autocast()
 
@@ -265,11 +267,11 @@ class Tape:
     @contextmanager
     def counted_as(self, part: MemoryPart) -> Iterator[None]:
         """Return a context manager, within which the tape counts allocations as `part`."""
-        before, self.part = self.part, part
+        part_before, self.part = self.part, part
         try:
             yield
         finally:
-            self.part = before
+            self.part = part_before
 
 
 def accumulate_gradient(parameter: Parameter, gradient: Storage) -> None:

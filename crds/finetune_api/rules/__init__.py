@@ -12,7 +12,7 @@ from finetune_api.rules.base import (
     Rule,
     ExecutionTarget,
     new_problems,
-    without_defaults,
+    remove_defaults,
     check_spec,
     raise_first_finding,
     enforce_rules,
@@ -25,7 +25,7 @@ from finetune_api.rules.derived_values import (
     INITS_NEEDING_WHOLE_WEIGHTS,
     JUDGE_EMBEDDING_METRICS,
     JUDGE_METRICS,
-    LOWER_IS_BETTER,
+    LOWER_IS_BETTER_METRICS,
     PREFERENCE_TRAINERS,
     PROMPT_METHODS,
     BASE_WEIGHT_METHODS,
@@ -34,9 +34,9 @@ from finetune_api.rules.derived_values import (
     benchmarks_after_training,
     compares_answers,
     compares_metrics,
-    constant_default,
+    get_constant_default,
     divisors,
-    data_parallel_size,
+    compute_data_parallel_size,
     effective_batch,
     evaluates_during_training,
     given_bits,
@@ -55,14 +55,14 @@ from finetune_api.rules.derived_values import (
     exports_oci,
     pushes_to_hub,
     trains_base_weights,
-    ranks_per_node,
+    count_ranks_per_node,
     uses_loftq,
     trainer_type_of,
     world_size,
     writes_predictions,
 )
 from finetune_api.rules import required_fields
-from finetune_api.rules.required_fields import source_fields
+from finetune_api.rules.required_fields import iterate_source_fields
 from finetune_api.rules import methods
 from finetune_api.rules import objectives
 from finetune_api.rules import generation
@@ -71,20 +71,20 @@ from finetune_api.rules import vision
 from finetune_api.rules import data
 from finetune_api.rules import training
 from finetune_api.rules.training import MAX_ACCUMULATION
-from finetune_api.rules.training import OPTIMIZERS, optimizer_hint
+from finetune_api.rules.training import OPTIMIZERS, make_optimizer_hint
 from finetune_api.rules import strategies
 from finetune_api.rules.strategies import OPTIMIZERS_FOR_SHARDED_WEIGHTS, find_deepspeed_conflicts, find_fsdp_conflicts, find_zero3_conflicts
 from finetune_api.rules import results
 from finetune_api.rules import benchmarks
 from finetune_api.rules import serving
-from finetune_api.rules.serving import adapter_rank, max_lora_rank
+from finetune_api.rules.serving import compute_adapter_rank, choose_max_lora_rank
 from finetune_api.rules import storage
 from finetune_api.rules import model_cache
 from finetune_api.rules.model_cache import NO_CACHE, NODE_CACHE, can_be_cached
 from finetune_api.rules import placement
 from finetune_api.rules import quantities
 from finetune_api.rules import existing_result
-from finetune_api.rules.existing_result import is_prepared
+from finetune_api.rules.existing_result import needs_preparation
 from finetune_api.rules.warnings import ALL_MODULES, find_warnings
 from finetune_api.rules.rewards import REWARD_PARAMETERS, find_invalid_parameters
 
@@ -108,10 +108,10 @@ __all__ = [
     "INITS_NEEDING_WHOLE_WEIGHTS",
     "JUDGE_EMBEDDING_METRICS",
     "JUDGE_METRICS",
-    "LOWER_IS_BETTER",
+    "LOWER_IS_BETTER_METRICS",
     "OPTIMIZERS",
     "OPTIMIZERS_FOR_SHARDED_WEIGHTS",
-    "optimizer_hint",
+    "make_optimizer_hint",
     "PREFERENCE_TRAINERS",
     "PROMPT_METHODS",
     "Problem",
@@ -121,9 +121,9 @@ __all__ = [
     "LOSSES_WITH_LABEL_SMOOTHING",
     "ExecutionTarget",
     "new_problems",
-    "without_defaults",
+    "remove_defaults",
     "BASE_WEIGHT_METHODS",
-    "adapter_rank",
+    "compute_adapter_rank",
     "base_bits",
     "batch_split",
     "benchmarks_after_training",
@@ -131,9 +131,9 @@ __all__ = [
     "check_spec",
     "compares_answers",
     "compares_metrics",
-    "constant_default",
+    "get_constant_default",
     "divisors",
-    "data_parallel_size",
+    "compute_data_parallel_size",
     "effective_batch",
     "evaluates_during_training",
     "given_bits",
@@ -144,20 +144,20 @@ __all__ = [
     "has_test_set",
     "has_validation_set",
     "is_vision_language",
-    "is_prepared",
-    "max_lora_rank",
+    "needs_preparation",
+    "choose_max_lora_rank",
     "method_type_of",
     "metrics_after_training",
     "prompts_to_compare",
     "verifies_artefacts",
     "exports_oci",
     "pushes_to_hub",
-    "ranks_per_node",
+    "count_ranks_per_node",
     "raise_first_finding",
     "enforce_rules",
     "rule",
     "min_batch_size_per_device",
-    "source_fields",
+    "iterate_source_fields",
     "uses_loftq",
     "trainer_type_of",
     "writes_predictions",

@@ -1,7 +1,7 @@
 """Registers rules and runs them.
 
 A rule has a code, and a function that yields the problems of a spec. Rules also refuse options that have no effect but that the user set. Rules therefore need
-a spec without filled-in defaults: either the user's spec or the result of `without_defaults`.
+a spec without filled-in defaults: either the user's spec or the result of `remove_defaults`.
 A rule that CEL can express is registered together with its CEL expression, so that the API server checks it too.
 """
 
@@ -75,7 +75,7 @@ def rule(
 
 def check_spec(spec: FineTuneJobSpec, *, target: ExecutionTarget = ExecutionTarget.CLUSTER) -> list[Problem]:
     """Return all problems of a spec, in the order of `RULES`."""
-    return [Problem(path, entry.code, message, hint) for entry in RULES for path, message, hint in entry.find_problems(spec, target)]
+    return [Problem(path, registered_rule.code, message, hint) for registered_rule in RULES for path, message, hint in registered_rule.find_problems(spec, target)]
 
 
 def new_problems(old_spec: FineTuneJobSpec, new_spec: FineTuneJobSpec) -> list[Problem]:
@@ -84,23 +84,23 @@ def new_problems(old_spec: FineTuneJobSpec, new_spec: FineTuneJobSpec) -> list[P
     return [problem for problem in check_spec(new_spec) if (problem.code, problem.path) not in known_problems]
 
 
-def without_defaults(spec: FineTuneJobSpec, filled_paths: Iterable[str]) -> FineTuneJobSpec:
+def remove_defaults(spec: FineTuneJobSpec, filled_paths: Iterable[str]) -> FineTuneJobSpec:
     """Return a copy of a resolved spec without the defaults at `filled_paths`. Rules need a spec without filled-in defaults."""
-    value = spec.to_wire()
+    spec_values = spec.to_wire()
     for path in filled_paths:
         *groups, name = path.split(".")
-        group_value: Any = value
+        group_value: Any = spec_values
         for group in groups:
             group_value = group_value.get(group, {}) if isinstance(group_value, dict) else {}
         group_value.pop(name, None)
-    return FineTuneJobSpec.model_validate({key: _without_empty(group) for key, group in value.items()})
+    return FineTuneJobSpec.model_validate({key: _remove_empty_groups(group) for key, group in spec_values.items()})
 
 
-def _without_empty(value: Any) -> Any:
+def _remove_empty_groups(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
-    cleaned = {key: _without_empty(inner) for key, inner in value.items()}
-    return {key: inner for key, inner in cleaned.items() if inner != {}}
+    cleaned_values = {key: _remove_empty_groups(nested_value) for key, nested_value in value.items()}
+    return {key: nested_value for key, nested_value in cleaned_values.items() if nested_value != {}}
 
 
 def raise_first_finding(code: str, findings: Findings) -> None:
@@ -111,7 +111,7 @@ def raise_first_finding(code: str, findings: Findings) -> None:
 
 def enforce_rules(spec: FineTuneJobSpec, *codes: str) -> None:
     """Run the rules with these codes. Raise the first problem as a ConfigError with the rule's code."""
-    for entry in RULES:
-        if entry.code in codes:
-            for path, message, hint in entry.find_problems(spec, ExecutionTarget.CLUSTER):
-                raise ConfigError(entry.code, f"{path}: {message}", hint=hint)
+    for registered_rule in RULES:
+        if registered_rule.code in codes:
+            for path, message, hint in registered_rule.find_problems(spec, ExecutionTarget.CLUSTER):
+                raise ConfigError(registered_rule.code, f"{path}: {message}", hint=hint)

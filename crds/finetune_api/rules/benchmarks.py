@@ -39,8 +39,8 @@ def check_benchmark_names(spec: FineTuneJobSpec, target: ExecutionTarget) -> Fin
         hint = f"write one of {', '.join(BENCHMARK_KINDS)}"
         if benchmark.name in BUNDLED_TASKS or replace_old_task_names([benchmark.name]) != [benchmark.name]:
             hint = f"this is a task of the harness: write `name: lm-eval, tasks: [{benchmark.name}]`"
-        elif similar := difflib.get_close_matches(benchmark.name, BENCHMARK_KINDS, n=1):
-            hint = f"did you mean {similar[0]}?"
+        elif similar_names := difflib.get_close_matches(benchmark.name, BENCHMARK_KINDS, n=1):
+            hint = f"did you mean {similar_names[0]}?"
         yield f"evaluation.benchmarks[{i}].name", f"{benchmark.name!r} is not a known benchmark", hint
 
 
@@ -88,18 +88,18 @@ def check_options_without_effect(spec: FineTuneJobSpec, target: ExecutionTarget)
 
 @rule("BenchmarkRepeated")
 def check_repeated_benchmarks(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
-    seen_tasks: set[tuple[BenchmarkKind, str]] = set()
+    earlier_tasks: set[tuple[BenchmarkKind, str]] = set()
     for i, benchmark in enumerate(spec.evaluation.benchmarks or []):
         kind = BENCHMARK_KINDS.get(benchmark.name)
         if kind is None:
             continue
         folder = benchmark.folder or ""
-        is_sheet = kind is BenchmarkKind.RATING_SHEETS
-        tasks = {(kind, task) for task in replace_old_task_names(benchmark.tasks or [])} or {(kind, "" if is_sheet else f"all of {folder}")}
-        if repeated := sorted(task for _, task in tasks & seen_tasks):
-            repeated_text = f"the task {repeated[0]}" if benchmark.tasks else "the same tasks" if folder else "the same sheets"
+        is_rating_sheet = kind is BenchmarkKind.RATING_SHEETS
+        tasks = {(kind, task) for task in replace_old_task_names(benchmark.tasks or [])} or {(kind, "" if is_rating_sheet else f"all of {folder}")}
+        if repeated_tasks := sorted(task for _, task in tasks & earlier_tasks):
+            repeated_text = f"the task {repeated_tasks[0]}" if benchmark.tasks else "the same tasks" if folder else "the same sheets"
             yield f"evaluation.benchmarks[{i}]", f"another benchmark of the list has {repeated_text}", "remove one of the two benchmarks"
-        seen_tasks |= tasks
+        earlier_tasks |= tasks
 
 
 @rule("BenchmarkRowsMissing")

@@ -12,7 +12,7 @@ from finetune_api.rules.derived_values import (
     is_vision_language,
     value_or_default,
 )
-from finetune_api.rules.required_fields import IMAGE_ROOT, source_fields
+from finetune_api.rules.required_fields import IMAGE_ROOT, iterate_source_fields
 from finetune_api.sources import is_unreadable_data_file, redact_source
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.enums import (
@@ -25,7 +25,7 @@ from finetune_api.spec.enums import (
 def check_data_files(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     if spec.dataset.file_format not in (None, FileFormat.AUTO):
         return
-    for path, text in source_fields(spec):
+    for path, text in iterate_source_fields(spec):
         if path.startswith("dataset.") and path != IMAGE_ROOT and not text.startswith("hf://") and is_unreadable_data_file(text):
             extension = redact_source(text).rpartition(".")[2].lower()
             yield (
@@ -40,22 +40,22 @@ def check_split_ratios(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findin
     split = spec.dataset.split
     if split is None:
         return
-    ratios = {name: getattr(split, name) for name in ("train", "validation", "test") if getattr(split, name) is not None}
-    total = sum(ratios.values())
-    text = " + ".join(f"{name} {ratio:g}" for name, ratio in ratios.items())
-    if split.train is not None and not math.isclose(total, 1.0, abs_tol=1e-6):
+    ratio_by_set = {name: getattr(split, name) for name in ("train", "validation", "test") if getattr(split, name) is not None}
+    ratio_sum = sum(ratio_by_set.values())
+    sum_text = " + ".join(f"{name} {ratio:g}" for name, ratio in ratio_by_set.items())
+    if split.train is not None and not math.isclose(ratio_sum, 1.0, abs_tol=1e-6):
         yield (
             "dataset.split",
-            f"{text} = {total:g}, but the sum of the ratios must be 1",
+            f"{sum_text} = {ratio_sum:g}, but the sum of the ratios must be 1",
             "change one of the ratios, or remove dataset.split.train to use all remaining rows for training",
         )
-    elif split.train is None and total >= 1:
-        yield "dataset.split", f"{text} = {total:g}, so no rows remain for training", "write smaller ratios"
+    elif split.train is None and ratio_sum >= 1:
+        yield "dataset.split", f"{sum_text} = {ratio_sum:g}, so no rows remain for training", "write smaller ratios"
     for name in ("validation", "test"):
-        if ratios.get(name) and getattr(spec.dataset, name) is not None:
+        if ratio_by_set.get(name) and getattr(spec.dataset, name) is not None:
             yield (
                 f"dataset.split.{name}",
-                f"{ratios[name]:g}, but dataset.{name} is given as well",
+                f"{ratio_by_set[name]:g}, but dataset.{name} is given as well",
                 f"remove dataset.{name} or dataset.split.{name}",
             )
 
@@ -92,15 +92,15 @@ def check_data_options(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findin
             yield path, f"{name!r} has a value in every template, and templateVariables cannot change this value", f"remove {name}, or rename the variable in the template"
         elif not name.isidentifier() or name in JINJA_KEYWORDS:
             yield path, f"{name!r} cannot be the name of a variable in a template", "write a name of letters, digits and underscores that is not a keyword of Jinja"
-    options = dataset.response_only
-    if options is not None and (options.question_marker or options.answer_marker):
-        if options.enabled is False:
+    response_only = dataset.response_only
+    if response_only is not None and (response_only.question_marker or response_only.answer_marker):
+        if response_only.enabled is False:
             yield (
                 "dataset.responseOnly",
                 "questionMarker and answerMarker have no effect with `enabled: false`",
                 "remove the markers, or write `enabled: true`",
             )
-        if not (options.question_marker and options.answer_marker):
+        if not (response_only.question_marker and response_only.answer_marker):
             yield (
                 "dataset.responseOnly",
                 "only one of questionMarker and answerMarker is set, but the trainer needs both to find the end of an answer",
@@ -127,11 +127,11 @@ TEXT_CHECKS = ("validate_json", "pii_scan", "balance")
 @rule("OptionOfTextRows")
 def check_options_of_text_rows(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     dataset, mixture = spec.dataset, spec.dataset.mixture or []
-    given = [f"dataset.mixture[{i}].columns" for i, item in enumerate(mixture) if item.columns is not None and _is_tokenised(spec, item.format)]
+    options_without_effect = [f"dataset.mixture[{i}].columns" for i, item in enumerate(mixture) if item.columns is not None and _is_tokenised(spec, item.format)]
     if _is_tokenised(spec, None) and all(_is_tokenised(spec, item.format) for item in mixture):
-        given += [f"dataset.{to_camel(name)}" for name in TEXT_OPTIONS if getattr(dataset, name) is not None]
-        given += [f"dataset.checks.{to_camel(name)}" for name in TEXT_CHECKS if getattr(dataset.checks, name, None)]
-    for field in given:
+        options_without_effect += [f"dataset.{to_camel(name)}" for name in TEXT_OPTIONS if getattr(dataset, name) is not None]
+        options_without_effect += [f"dataset.checks.{to_camel(name)}" for name in TEXT_CHECKS if getattr(dataset.checks, name, None)]
+    for field in options_without_effect:
         yield field, f"{field} has no effect, because rows of format preTokenized are used unchanged", f"remove {field}, or give the rows as text"
 
 

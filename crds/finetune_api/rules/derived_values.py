@@ -23,16 +23,16 @@ from finetune_api.spec.results import Benchmark
 from finetune_api.spec.trainer import Generation
 
 
-def constant_default(group: type[Group], field: str) -> Any:
+def get_constant_default(group: type[Group], field: str) -> Any:
     """Return the constant default of a field, or None if the field has no constant default."""
-    extra = group.model_fields[field].json_schema_extra
-    return extra.get(DEFAULT_KEY) if isinstance(extra, dict) else None
+    schema_extra = group.model_fields[field].json_schema_extra
+    return schema_extra.get(DEFAULT_KEY) if isinstance(schema_extra, dict) else None
 
 
 def value_or_default(group: Group, field: str) -> Any:
     """Return the user's value of a field, or the field's constant default if the user did not set it."""
     value = getattr(group, field)
-    return constant_default(type(group), field) if value is None else value
+    return get_constant_default(type(group), field) if value is None else value
 
 
 def method_type_of(spec: FineTuneJobSpec) -> MethodType:
@@ -83,7 +83,7 @@ PREFERENCE_TRAINERS = (TrainerType.DPO, TrainerType.ORPO, TrainerType.REWARD)
 OUTPUT_HEADS = ("lm_head", "embed_out", "output_projection")
 
 
-def ranks_per_node(spec: FineTuneJobSpec) -> int:
+def count_ranks_per_node(spec: FineTuneJobSpec) -> int:
     """Return the number of ranks in each pod."""
     return spec.resources.processes_per_node or gpus_per_node(spec) or 1
 
@@ -110,10 +110,10 @@ def gpus_per_pod(spec: FineTuneJobSpec) -> int:
 
 def world_size(spec: FineTuneJobSpec) -> int:
     """Return the number of ranks in all pods together."""
-    return int(value_or_default(spec.resources, "nodes")) * ranks_per_node(spec)
+    return int(value_or_default(spec.resources, "nodes")) * count_ranks_per_node(spec)
 
 
-def data_parallel_size(spec: FineTuneJobSpec) -> int:
+def compute_data_parallel_size(spec: FineTuneJobSpec) -> int:
     """Return how many ranks train on different rows. With context parallelism, the ranks that share a sequence count as one."""
     return max(1, world_size(spec) // (spec.distributed.context_parallel_size or 1))
 
@@ -133,28 +133,28 @@ def batch_split(spec: FineTuneJobSpec) -> tuple[int, int]:
     `training.batchSizePerDevice`.
     """
     training = spec.training
-    micro, accumulation = training.batch_size_per_device, training.gradient_accumulation_steps
+    micro_batch, accumulation = training.batch_size_per_device, training.gradient_accumulation_steps
     if training.effective_batch_size is None:
         return int(value_or_default(training, "batch_size_per_device")), int(value_or_default(training, "gradient_accumulation_steps"))
-    rows = max(1, training.effective_batch_size // data_parallel_size(spec))
-    if micro is None and accumulation is None:
-        usual = int(value_or_default(training, "batch_size_per_device"))
-        allowed = [size for size in divisors(rows) if size >= min_batch_size_per_device(spec)] or [rows]
-        micro = max((size for size in allowed if size <= usual), default=min(allowed))
-    micro = micro or max(1, rows // (accumulation or 1))
-    return micro, accumulation or max(1, rows // micro)
+    rows_per_rank = max(1, training.effective_batch_size // compute_data_parallel_size(spec))
+    if micro_batch is None and accumulation is None:
+        default_micro_batch = int(value_or_default(training, "batch_size_per_device"))
+        possible_micro_batches = [size for size in divisors(rows_per_rank) if size >= min_batch_size_per_device(spec)] or [rows_per_rank]
+        micro_batch = max((size for size in possible_micro_batches if size <= default_micro_batch), default=min(possible_micro_batches))
+    micro_batch = micro_batch or max(1, rows_per_rank // (accumulation or 1))
+    return micro_batch, accumulation or max(1, rows_per_rank // micro_batch)
 
 
 def effective_batch(spec: FineTuneJobSpec) -> int:
     """Return the number of rows in one optimizer step on all ranks together. The rows of ranks that share a sequence count once."""
-    micro, accumulation = batch_split(spec)
-    return micro * accumulation * data_parallel_size(spec)
+    micro_batch, accumulation = batch_split(spec)
+    return micro_batch * accumulation * compute_data_parallel_size(spec)
 
 
 def divisors(number: int) -> list[int]:
     """Return all divisors of a positive number, in ascending order."""
-    small = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
-    return sorted({*small, *(number // divisor for divisor in small)})
+    divisors_up_to_root = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
+    return sorted({*divisors_up_to_root, *(number // divisor for divisor in divisors_up_to_root)})
 
 
 def has_validation_set(spec: FineTuneJobSpec) -> bool:
@@ -232,7 +232,7 @@ FRACTION_METRICS = (
     GateMetric.ANSWER_ACCURACY, GateMetric.ANSWER_RELEVANCY, GateMetric.ANSWER_CORRECTNESS,
 )  # fmt: skip
 """Metrics whose values are between 0 and 1."""
-LOWER_IS_BETTER = (GateMetric.LOSS, GateMetric.PERPLEXITY)
+LOWER_IS_BETTER_METRICS = (GateMetric.LOSS, GateMetric.PERPLEXITY)
 """Metrics for which a lower value is better."""
 
 

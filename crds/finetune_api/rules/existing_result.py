@@ -11,7 +11,7 @@ MODES_WITH_PREPARATION = (OnExistingResult.ADOPT, OnExistingResult.FAIL)
 """Values of `policy.onExistingResult` that compare the job with earlier results. The preparation pod makes this comparison."""
 
 
-def is_prepared(spec: FineTuneJobSpec, strategy: PrepareStrategy | None) -> bool:
+def needs_preparation(spec: FineTuneJobSpec, strategy: PrepareStrategy | None) -> bool:
     """Whether a pod without GPUs prepares the job. `strategy`: `prepare.strategy` of the spec or of the operator's configuration."""
     if spec.phases.train is False:
         return False

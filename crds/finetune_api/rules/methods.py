@@ -69,16 +69,16 @@ def check_quantization_without_bits(spec: FineTuneJobSpec, target: ExecutionTarg
     quantization = spec.model.quantization
     if quantization is None or method_type_of(spec) is MethodType.QLORA:
         return
-    given = [name for name in ("type", "compute_dtype", "double_quant") if getattr(quantization, name) is not None]
-    if given and quantization.bits is None:
+    set_options = [name for name in ("type", "compute_dtype", "double_quant") if getattr(quantization, name) is not None]
+    if set_options and quantization.bits is None:
         yield (
             "model.quantization.bits",
             "bits is missing, so the base model is not quantised and the other fields of model.quantization have no effect",
             "write `bits: 4`, or remove model.quantization",
         )
-    elif quantization.bits == 8 and given:
-        wire = ", ".join(type(quantization).model_fields[name].alias or name for name in given)
-        yield "model.quantization", f"{wire} have no effect, because bits is 8", f"remove {wire}, or write `bits: 4`"
+    elif quantization.bits == 8 and set_options:
+        wire_names = ", ".join(type(quantization).model_fields[name].alias or name for name in set_options)
+        yield "model.quantization", f"{wire_names} have no effect, because bits is 8", f"remove {wire_names}, or write `bits: 4`"
 
 
 @rule(
@@ -113,12 +113,12 @@ def check_options_of_another_method(spec: FineTuneJobSpec, target: ExecutionTarg
         )
     methods_with_own_group = set(MethodType) - {method, MethodType.LORA, MethodType.ADAPTER}  # `check_adapter_source` checks method.adapter
     for name, info in type(spec.method).model_fields.items():
-        wire = info.alias or name
-        if wire in methods_with_own_group and getattr(spec.method, name) is not None:
+        wire_name = info.alias or name
+        if wire_name in methods_with_own_group and getattr(spec.method, name) is not None:
             yield (
-                f"method.{wire}",
-                f"method.{wire} has no effect, because method.type is {method}",
-                f"remove method.{wire}, or write `type: {wire}`",
+                f"method.{wire_name}",
+                f"method.{wire_name} has no effect, because method.type is {method}",
+                f"remove method.{wire_name}, or write `type: {wire_name}`",
             )
     if spec.method.prompt_length is not None and method not in PROMPT_METHODS:
         yield (
@@ -131,14 +131,14 @@ def check_options_of_another_method(spec: FineTuneJobSpec, target: ExecutionTarg
     if method is MethodType.DORA and spec.method.lora is not None and spec.method.lora.use_dora is False:
         yield "method.lora.useDora", "false, but method.type is dora", "remove useDora, or write `type: lora`"
     if method is MethodType.ADAPTER and spec.method.lora is not None:
-        given = [name for name in type(spec.method.lora).model_fields if getattr(spec.method.lora, name) is not None]
-        for name in given:
+        set_options = [name for name in type(spec.method.lora).model_fields if getattr(spec.method.lora, name) is not None]
+        for name in set_options:
             if name != "plus_ratio":
-                wire = type(spec.method.lora).model_fields[name].alias or name
+                wire_name = type(spec.method.lora).model_fields[name].alias or name
                 yield (
-                    f"method.lora.{wire}",
-                    f"{wire} has no effect with method adapter, because the existing adapter defines this value",
-                    f"remove {wire}, or write `type: lora` to train a new adapter",
+                    f"method.lora.{wire_name}",
+                    f"{wire_name} has no effect with method adapter, because the existing adapter defines this value",
+                    f"remove {wire_name}, or write `type: lora` to train a new adapter",
                 )
 
 
@@ -345,11 +345,11 @@ def check_spectrum_layers(spec: FineTuneJobSpec, target: ExecutionTarget) -> Fin
         yield "method.spectrum.layers", f"the list contains {', '.join(map(str, duplicate_layers))} more than once", "write each layer once"
     for name in ("snr_threshold", "metric"):
         if getattr(spectrum, name) is not None:
-            wire = type(spectrum).model_fields[name].alias or name
+            wire_name = type(spectrum).model_fields[name].alias or name
             yield (
-                f"method.spectrum.{wire}",
-                f"{wire} has no effect, because the trainer trains the given layers and does not scan all layers",
-                f"remove {wire} or layers",
+                f"method.spectrum.{wire_name}",
+                f"{wire_name} has no effect, because the trainer trains the given layers and does not scan all layers",
+                f"remove {wire_name} or layers",
             )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from finetune_api.objectives import OBJECTIVES, objective_for_format, objectives_that_read
+from finetune_api.objectives import OBJECTIVES, choose_objective_for_format, list_objectives_that_read
 from finetune_api.rules.base import ExecutionTarget, Findings, rule
 from finetune_api.rules.derived_values import (
     batch_split,
@@ -28,15 +28,15 @@ from finetune_api.spec.enums import (
 def check_format_of_objective(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     trainer = trainer_type_of(spec)
     formats = OBJECTIVES[trainer].dataset_formats
-    given = [("dataset.format", spec.dataset.format)] + [
+    format_by_path = [("dataset.format", spec.dataset.format)] + [
         (f"dataset.mixture[{i}].format", item.format) for i, item in enumerate(spec.dataset.mixture or [])
     ]
-    for path, dataset_format in given:
+    for path, dataset_format in format_by_path:
         if dataset_format is not None and dataset_format not in formats:
             yield (
                 path,
                 f"{dataset_format}, but trainer {trainer} cannot learn from {dataset_format} rows",
-                f"write `format: {formats[0]}`, or `trainer: {{type: {objective_for_format(dataset_format)}}}`",
+                f"write `format: {formats[0]}`, or `trainer: {{type: {choose_objective_for_format(dataset_format)}}}`",
             )
 
 
@@ -84,12 +84,12 @@ def check_rewards(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
             )
         elif reward.builtin is not None:
             yield from find_invalid_parameters(f"{path}.parameters", reward.builtin, reward.parameters or {})
-    names = [
+    reward_names = [
         reward.name or (reward.builtin and reward.builtin.value) or reward.function or "reward"
         for reward in spec.trainer.rewards or []
     ]
-    for i, name in enumerate(names):
-        if name in names[:i]:
+    for i, name in enumerate(reward_names):
+        if name in reward_names[:i]:
             yield (
                 f"trainer.rewards[{i}].name",
                 f"two rewards have the name {name!r}, but each reward's metric needs a different name",
@@ -100,7 +100,7 @@ def check_rewards(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
 @rule("OptionOfAnotherObjective")
 def check_options_of_another_objective(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     trainer = trainer_type_of(spec)
-    options = {
+    presence_and_hint_by_option = {
         "dpo": (spec.trainer.dpo is not None, "remove trainer.dpo, or change trainer.type"),
         "grpo": (spec.trainer.grpo is not None, "remove trainer.grpo, or write `type: grpo`"),
         "rewards": (bool(spec.trainer.rewards), "remove trainer.rewards, or write `type: grpo`"),
@@ -109,9 +109,9 @@ def check_options_of_another_objective(spec: FineTuneJobSpec, target: ExecutionT
             "remove maxCompletionLength; dataset.maxSequenceLength limits the length of rows",
         ),
     }
-    for option, (is_given, hint) in options.items():
-        if is_given and option not in OBJECTIVES[trainer].options:
-            objectives_text = " and ".join(", ".join(objectives_that_read(option)).rsplit(", ", 1))
+    for option, (is_set, hint) in presence_and_hint_by_option.items():
+        if is_set and option not in OBJECTIVES[trainer].options:
+            objectives_text = " and ".join(", ".join(list_objectives_that_read(option)).rsplit(", ", 1))
             yield f"trainer.{option}", f"{option} has an effect only with {objectives_text}, but trainer.type is {trainer}", hint
     if spec.dataset.packing and trainer is not TrainerType.SFT:
         yield "dataset.packing", f"true, but {trainer} cannot train on several rows in one sequence", "write `packing: false`"
@@ -137,11 +137,11 @@ def check_options_of_another_objective(spec: FineTuneJobSpec, target: ExecutionT
             and trainer in (TrainerType.KTO, TrainerType.ORPO)
             and trainer not in objectives
         ):
-            wire = type(dpo).model_fields[field].alias or field
+            wire_name = type(dpo).model_fields[field].alias or field
             yield (
-                f"trainer.dpo.{wire}",
-                f"{wire} has an effect only with {' and '.join(objectives)}, but trainer.type is {trainer}",
-                f"remove {wire}",
+                f"trainer.dpo.{wire_name}",
+                f"{wire_name} has an effect only with {' and '.join(objectives)}, but trainer.type is {trainer}",
+                f"remove {wire_name}",
             )
 
 
@@ -180,14 +180,14 @@ def check_dpo_losses(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings
 
 @rule("BatchTooSmall")
 def check_kto_batch(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
-    training, minimum = spec.training, min_batch_size_per_device(spec)
-    if batch_split(spec)[0] < minimum:
+    training, min_micro_batch = spec.training, min_batch_size_per_device(spec)
+    if batch_split(spec)[0] < min_micro_batch:
         if training.effective_batch_size is not None and training.batch_size_per_device is None:
-            rows = minimum * (training.gradient_accumulation_steps or 1) * world_size(spec)
+            rows_per_step = min_micro_batch * (training.gradient_accumulation_steps or 1) * world_size(spec)
             yield (
                 "training.effectiveBatchSize",
                 f"{training.effective_batch_size}, which gives each rank a micro-batch of 1 row, but kto compares the rows of one batch with each other",
-                f"write {rows} or more" + (", or a smaller gradientAccumulationSteps" if training.gradient_accumulation_steps else ""),
+                f"write {rows_per_step} or more" + (", or a smaller gradientAccumulationSteps" if training.gradient_accumulation_steps else ""),
             )
             return
         yield (
@@ -212,18 +212,18 @@ def check_generations(spec: FineTuneJobSpec, target: ExecutionTarget) -> Finding
     if trainer_type_of(spec) is not TrainerType.GRPO:
         return
     generations_per_prompt = int(value_or_default(spec.trainer.grpo, "num_generations")) if spec.trainer.grpo else 8
-    rows = effective_batch(spec)
-    if rows % generations_per_prompt:
+    completion_count = effective_batch(spec)
+    if completion_count % generations_per_prompt:
         yield (
             "trainer.grpo.numGenerations",
-            f"one optimizer step has {rows} completions (batchSizePerDevice x gradientAccumulationSteps x ranks), and {rows} is not divisible by {generations_per_prompt}",
+            f"one optimizer step has {completion_count} completions (batchSizePerDevice x gradientAccumulationSteps x ranks), and {completion_count} is not divisible by {generations_per_prompt}",
             "change one of these values so that the number of completions is divisible by numGenerations",
         )
-    batch = (spec.evaluation.batch_size_per_device or batch_split(spec)[0]) * world_size(spec)
-    generates_answers = evaluates_during_training(spec) or has_test_set(spec)
-    if generates_answers and not any(batch % size == 0 for size in range(2, generations_per_prompt + 1)):
+    answers_per_batch = (spec.evaluation.batch_size_per_device or batch_split(spec)[0]) * world_size(spec)
+    generates_for_evaluation = evaluates_during_training(spec) or has_test_set(spec)
+    if generates_for_evaluation and not any(answers_per_batch % size == 0 for size in range(2, generations_per_prompt + 1)):
         yield (
             "evaluation.batchSizePerDevice",
-            f"an evaluation batch of all ranks has {batch} answers, which cannot be divided into groups of two or more",
+            f"an evaluation batch of all ranks has {answers_per_batch} answers, which cannot be divided into groups of two or more",
             "write an even number",
         )

@@ -53,10 +53,10 @@ def check_volumes(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
                 f"{volume.name} has {len(given_sources)} sources",
                 "write exactly one of `persistentVolumeClaim`, `configMap` and `secret`",
             )
-    names = [volume.name for volume in spec.placement.volumes or []]
+    volume_names = [volume.name for volume in spec.placement.volumes or []]
     for i, mount in enumerate(spec.placement.volume_mounts or []):
-        if mount.name not in names:
-            known_volumes = f"placement.volumes contains {', '.join(names)}" if names else "placement.volumes is empty"
+        if mount.name not in volume_names:
+            known_volumes = f"placement.volumes contains {', '.join(volume_names)}" if volume_names else "placement.volumes is empty"
             yield (
                 f"placement.volumeMounts[{i}].name",
                 f"{mount.name} is not the name of a volume: {known_volumes}",
@@ -67,12 +67,12 @@ def check_volumes(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
 @rule("PlacementNameTwice")
 def check_unique_names(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     placement = spec.placement
-    keys = {
+    values_by_path = {
         "env[{}].name": [variable.name for variable in placement.env or []],
         "volumes[{}].name": [volume.name for volume in placement.volumes or []],
         "volumeMounts[{}].mountPath": [mount.mount_path for mount in placement.volume_mounts or []],
     }
-    for path, values in keys.items():
+    for path, values in values_by_path.items():
         for i, value in enumerate(values):
             if value in values[:i]:
                 yield f"placement.{path.format(i)}", f"another entry also has {value}", "write each value once"
@@ -93,14 +93,14 @@ def check_label_syntax(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findin
 @rule("SchedulingTermInvalid")
 def check_scheduling_terms(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     """Check device names, tolerations and node affinity as the API server does for pods. Without this check, the error appears only when the Job is created."""
-    resource = spec.resources.gpu_resource
-    if resource is not None and "/" not in resource:
-        yield "resources.gpuResource", f"{resource!r} is not the name of a device, because it has no domain", "write for example nvidia.com/gpu or amd.com/gpu"
+    gpu_resource = spec.resources.gpu_resource
+    if gpu_resource is not None and "/" not in gpu_resource:
+        yield "resources.gpuResource", f"{gpu_resource!r} is not the name of a device, because it has no domain", "write for example nvidia.com/gpu or amd.com/gpu"
     for i, toleration in enumerate(spec.placement.tolerations or []):
-        path, exists = f"placement.tolerations[{i}]", toleration.operator == "Exists"
-        if exists and toleration.value:
+        path, is_exists_operator = f"placement.tolerations[{i}]", toleration.operator == "Exists"
+        if is_exists_operator and toleration.value:
             yield f"{path}.value", f"{toleration.value!r}, but operator Exists ignores the value of a taint", "remove value, or write `operator: Equal`"
-        if toleration.key is None and not exists:
+        if toleration.key is None and not is_exists_operator:
             yield f"{path}.key", "the key is missing, but operator Equal needs a key", "write the key of the taint, or `operator: Exists` for all taints"
         if toleration.toleration_seconds is not None and toleration.effect != "NoExecute":
             yield (

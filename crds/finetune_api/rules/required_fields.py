@@ -49,32 +49,32 @@ def check_dataset_missing(spec: FineTuneJobSpec, target: ExecutionTarget) -> Fin
 
 @rule("SourceInvalid")
 def check_sources(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
-    for path, text in source_fields(spec):
+    for path, source_text in iterate_source_fields(spec):
         try:
-            source = parse_source(text, spec_path=path)
+            source = parse_source(source_text, spec_path=path)
         except ConfigError as error:
-            hint = RESUME_HINT if path == "checkpoint.resume" and "://" not in text else error.hint
+            hint = RESUME_HINT if path == "checkpoint.resume" and "://" not in source_text else error.hint
             yield path, error.message.removeprefix(f"{path} is "), hint or ""
             continue
         if path.startswith("dataset.") and path != IMAGE_ROOT:
             continue
         if path == "checkpoint.resume" and isinstance(source, HubSource):
-            yield path, f"{text!r} is not the address of a checkpoint", RESUME_HINT
+            yield path, f"{source_text!r} is not the address of a checkpoint", RESUME_HINT
         if isinstance(source, ConfigMapSource):
             subject = "a benchmark" if path.startswith("evaluation.benchmarks") else "the root of the images" if path == IMAGE_ROOT else "a model"
             yield (
                 path,
-                f"{text!r} is a single file, but {subject} needs a folder",
+                f"{source_text!r} is a single file, but {subject} needs a folder",
                 "write org/name, s3://bucket/prefix, pvc://claim/path or file:///path",
             )
         if isinstance(source, HttpsSource) and path.startswith(("evaluation.benchmarks", IMAGE_ROOT)):
-            message, _ = _unreadable_folder_problem(text, path)
+            message, _ = _describe_unreadable_folder(source_text, path)
             yield path, message, "write org/name, s3://bucket/prefix, pvc://claim/path or file:///path"
-        elif isinstance(source, HttpsSource) and not _is_readable_folder(source, path):
-            yield (path, *_unreadable_folder_problem(text, path))
+        elif isinstance(source, HttpsSource) and not _is_readable_web_folder(source, path):
+            yield (path, *_describe_unreadable_folder(source_text, path))
 
 
-def _is_readable_folder(source: HttpsSource, path: str) -> bool:
+def _is_readable_web_folder(source: HttpsSource, path: str) -> bool:
     """Whether the trainer can read this `https://` folder.
 
     The trainer can read only a folder that a FineTuneJob wrote, because such a folder contains a list of its files.
@@ -82,7 +82,7 @@ def _is_readable_folder(source: HttpsSource, path: str) -> bool:
     return source.is_checkpoint if path == "checkpoint.resume" else source.is_job_result
 
 
-def _unreadable_folder_problem(text: str, path: str) -> tuple[str, str]:
+def _describe_unreadable_folder(text: str, path: str) -> tuple[str, str]:
     """Return (message, hint) for an `https://` folder that the trainer cannot read."""
     example = "https://host/jobs/checkpoints/step-00000100"
     if path == "checkpoint.resume":
@@ -93,7 +93,7 @@ def _unreadable_folder_problem(text: str, path: str) -> tuple[str, str]:
     )
 
 
-def source_fields(spec: FineTuneJobSpec) -> Iterator[tuple[str, str]]:
+def iterate_source_fields(spec: FineTuneJobSpec) -> Iterator[tuple[str, str]]:
     """Yield (spec path, text) of each source that the spec contains."""
     fields: list[tuple[str, str | None]] = [
         ("model.source", spec.model.source),

@@ -12,7 +12,7 @@ from finetune_api.rules.derived_values import (
     FRACTION_METRICS,
     JUDGE_EMBEDDING_METRICS,
     JUDGE_METRICS,
-    LOWER_IS_BETTER,
+    LOWER_IS_BETTER_METRICS,
     PROMPT_METHODS,
     benchmarks_after_training,
     exports_oci,
@@ -147,8 +147,8 @@ def check_combined_adapters(spec: FineTuneJobSpec, target: ExecutionTarget) -> F
 
 @rule("OutputPathInvalid")
 def check_output_folder(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
-    folders = {"output.dir": (spec.output.dir or "").split("/"), "output.project": [spec.output.project or ""]}
-    for path, names in folders.items():
+    folder_names_by_path = {"output.dir": (spec.output.dir or "").split("/"), "output.project": [spec.output.project or ""]}
+    for path, names in folder_names_by_path.items():
         if any(name in (".", "..") for name in names):
             yield path, f"{'/'.join(names)}, but a folder must not have the name `.` or `..`", "write a folder below storage.uri, for example results"
     if "://" in (spec.output.dir or ""):
@@ -192,10 +192,10 @@ def check_trackers(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
         )
     uri = spec.tracking.mlflow.tracking_uri if spec.tracking.mlflow else None
     if uri is not None and re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#@]*)?", uri) is None:
-        shown = redact_source(uri)
+        shown_uri = redact_source(uri)
         yield (
             "tracking.mlflow.trackingUri",
-            f"{shown!r} is not an http or https URL of a server without user and password",
+            f"{shown_uri!r} is not an http or https URL of a server without user and password",
             "write for example http://mlflow.mlops:5000, and the variables MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD with secretKeyRef in placement.env",
         )
     if Tracker.MONGODB in trackers_to_use and (spec.tracking.mongodb is None or spec.tracking.mongodb.uri_secret_ref is None):
@@ -282,10 +282,10 @@ def check_gates(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     for i, gate in enumerate(spec.evaluation.gates or []):
         path = f"evaluation.gates[{i}]"
         if (gate.value is None) == (gate.not_worse_than_base is None):
-            given = "neither value nor notWorseThanBase" if gate.value is None else "both value and notWorseThanBase"
+            set_fields_text = "neither value nor notWorseThanBase" if gate.value is None else "both value and notWorseThanBase"
             yield (
                 path,
-                f"the gate for {gate.metric} has {given}, but a gate needs exactly one of these fields",
+                f"the gate for {gate.metric} has {set_fields_text}, but a gate needs exactly one of these fields",
                 f"write for example `{{metric: {gate.metric}, op: {_choose_example_operator(gate.metric)}, value: 0.8}}` or `{{metric: {gate.metric}, notWorseThanBase: {{margin: 0.02}}}}`",
             )
         elif gate.value is not None and gate.op is None:
@@ -309,7 +309,7 @@ def check_gates(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
 
 def _choose_example_operator(metric: GateMetric) -> str:
     """Return the comparison for the example of a gate in a hint: `le` for a metric for which lower values are better, otherwise `ge`."""
-    return "le" if metric in LOWER_IS_BETTER else "ge"
+    return "le" if metric in LOWER_IS_BETTER_METRICS else "ge"
 
 
 @rule("GateMetricMissing")

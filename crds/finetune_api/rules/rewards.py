@@ -24,37 +24,37 @@ REQUIRED_PARAMETERS = {BuiltinReward.REGEX: "pattern", BuiltinReward.JSON_SCHEMA
 """For each built-in reward with a required parameter: the name of this parameter."""
 
 
-def find_invalid_parameters(path: str, builtin_reward: BuiltinReward, given_parameters: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
+def find_invalid_parameters(path: str, builtin_reward: BuiltinReward, parameters: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
     """Yield (path, message, hint) for each missing, unknown or invalid parameter of a built-in reward."""
     known_names = REWARD_PARAMETERS[builtin_reward]
-    unknown_names = sorted(set(given_parameters) - set(known_names))
+    unknown_names = sorted(set(parameters) - set(known_names))
     if unknown_names:
         yield path, f"{builtin_reward} has no parameter {', '.join(unknown_names)}", f"{builtin_reward} has the parameters {', '.join(sorted(known_names))}"
     required_name = REQUIRED_PARAMETERS.get(builtin_reward)
-    if required_name is not None and required_name not in given_parameters:
+    if required_name is not None and required_name not in parameters:
         yield f"{path}.{required_name}", f"missing, but {builtin_reward} needs this parameter", f"write `parameters: {{{required_name}: ...}}`"
-    if builtin_reward is BuiltinReward.LENGTH and not {"minimum", "maximum"} & set(given_parameters):
+    if builtin_reward is BuiltinReward.LENGTH and not {"minimum", "maximum"} & set(parameters):
         yield path, "both minimum and maximum are missing", "write minimum, maximum or both"
-    for name, text in given_parameters.items():
-        hint = _hint_for_invalid_value(known_names[name], text) if name in known_names else None
+    for name, value_text in parameters.items():
+        hint = _make_hint_for_invalid_value(known_names[name], value_text) if name in known_names else None
         if hint is not None:
-            yield f"{path}.{name}", f"{text[:200]!r} is not a valid value", hint
+            yield f"{path}.{name}", f"{value_text[:200]!r} is not a valid value", hint
 
 
-def _hint_for_invalid_value(parameter_type: tuple[str, ...] | str, text: str) -> str | None:
-    """Return a hint if `text` is not a valid value of a parameter of this type. Return None for a valid value."""
+def _make_hint_for_invalid_value(parameter_type: tuple[str, ...] | str, value_text: str) -> str | None:
+    """Return a hint if `value_text` is not a valid value of a parameter of this type. Return None for a valid value."""
     if isinstance(parameter_type, tuple):
-        return None if text in parameter_type else f"write one of {', '.join(parameter_type)}"
+        return None if value_text in parameter_type else f"write one of {', '.join(parameter_type)}"
     try:
         match parameter_type:
-            case "flag" if text not in ("true", "false"):
+            case "flag" if value_text not in ("true", "false"):
                 return "write true or false"
-            case "number" if not math.isfinite(float(text)):
+            case "number" if not math.isfinite(float(value_text)):
                 return "write a finite number"
             case "pattern":
-                re.compile(text)
+                re.compile(value_text)
             case "json":
-                json.loads(text)
+                json.loads(value_text)
     except re.error as error:
         return f"write a valid regular expression ({error})"
     except ValueError:

@@ -49,7 +49,7 @@ class UnservableFeature:
         return f"{' and '.join(servers)} cannot {self.missing_ability}"
 
 
-def adapter_rank(spec: FineTuneJobSpec) -> int | None:
+def compute_adapter_rank(spec: FineTuneJobSpec) -> int | None:
     """Return the rank of the stored LoRA adapter: with PiSSA and OLoRA twice `method.lora.rank`. None if the method trains no new LoRA adapter."""
     if method_type_of(spec) not in LORA_METHODS or method_type_of(spec) is MethodType.ADAPTER:
         return None
@@ -58,9 +58,9 @@ def adapter_rank(spec: FineTuneJobSpec) -> int | None:
     return 2 * rank if lora is not None and lora.init in INITS_CHANGING_BASE else rank
 
 
-def max_lora_rank(rank: int) -> int:
+def choose_max_lora_rank(rank: int) -> int:
     """Return the value of vLLM's option `--max-lora-rank` for an adapter of this rank."""
-    return next((allowed for allowed in VLLM_LORA_RANKS if allowed >= rank), VLLM_LORA_RANKS[-1])
+    return next((allowed_rank for allowed_rank in VLLM_LORA_RANKS if allowed_rank >= rank), VLLM_LORA_RANKS[-1])
 
 
 def _is_hub_model(spec: FineTuneJobSpec) -> bool:
@@ -93,7 +93,7 @@ UNSERVABLE_FEATURES: tuple[UnservableFeature, ...] = (
         "load IA3 adapters, because they load only LoRA adapters", f"write `type: lora`, or {MERGE_HINT}",
     ),
     UnservableFeature(
-        "method.lora.rank", ALL_SERVERS, lambda spec: (adapter_rank(spec) or 0) > VLLM_LORA_RANKS[-1],
+        "method.lora.rank", ALL_SERVERS, lambda spec: (compute_adapter_rank(spec) or 0) > VLLM_LORA_RANKS[-1],
         f"load adapters of a rank above {VLLM_LORA_RANKS[-1]} (with init pissa or olora, the stored rank is twice method.lora.rank)",
         f"write a smaller rank, or {MERGE_HINT}",
     ),
@@ -121,20 +121,20 @@ def find_unservable_features(spec: FineTuneJobSpec) -> Iterator[UnservableFeatur
 @rule("NotServable")
 def check_serving_targets(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     """Refuse each feature that a server in `output.serving` cannot serve."""
-    requested = spec.output.serving or []
-    for i, server in enumerate(requested):
-        if server in requested[:i]:
+    requested_servers = spec.output.serving or []
+    for i, server in enumerate(requested_servers):
+        if server in requested_servers[:i]:
             yield f"output.serving[{i}]", f"the list contains {server} twice", "write each server once"
     for feature in find_unservable_features(spec):
-        servers = tuple(server for server in feature.servers if server in requested)
-        if servers:
-            yield feature.path, f"output.serving contains {' and '.join(servers)}, but {feature.message(servers)}", feature.hint
+        refused_servers = tuple(server for server in feature.servers if server in requested_servers)
+        if refused_servers:
+            yield feature.path, f"output.serving contains {' and '.join(refused_servers)}, but {feature.message(refused_servers)}", feature.hint
 
 
 def warn_about_serving_targets(spec: FineTuneJobSpec) -> Iterator[Problem]:
     """Yield a warning for each feature that a server cannot serve, if `output.serving` does not name this server."""
-    requested = spec.output.serving or []
+    requested_servers = spec.output.serving or []
     for feature in find_unservable_features(spec):
-        servers = tuple(server for server in feature.servers if server not in requested)
-        if servers and feature.warns:
-            yield Problem(feature.path, "NotServable", feature.message(servers), feature.hint)
+        other_servers_that_cannot_serve = tuple(server for server in feature.servers if server not in requested_servers)
+        if other_servers_that_cannot_serve and feature.warns:
+            yield Problem(feature.path, "NotServable", feature.message(other_servers_that_cannot_serve), feature.hint)

@@ -17,12 +17,12 @@ def check_storage_uri(spec: FineTuneJobSpec, target: ExecutionTarget) -> Finding
 
 @rule("EncryptionContradiction")
 def check_encryption(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
-    connections = {
+    connection_by_path = {
         "storage": spec.storage,
         "model.storage": spec.model.storage,
         "dataset.storage": spec.dataset.storage,
     }
-    for path, connection in connections.items():
+    for path, connection in connection_by_path.items():
         if connection is not None:
             yield from _check_connection_encryption(connection, path)
     if spec.storage.encryption is not None and (spec.storage.uri or "s3://").partition("://")[0] != "s3":

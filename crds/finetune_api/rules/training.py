@@ -9,7 +9,7 @@ from finetune_api.aliases import OPTIMIZER_ALIASES, normalise
 from finetune_api.rules.base import ExecutionTarget, Findings, rule
 from finetune_api.rules.derived_values import (
     batch_split,
-    data_parallel_size,
+    compute_data_parallel_size,
     evaluates_during_training,
     gpus_per_node,
     has_validation_set,
@@ -50,21 +50,21 @@ OPTIMIZERS = (
 def check_optimizer_unknown(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     name = spec.training.optimizer
     if name is not None and name not in OPTIMIZERS:
-        yield "training.optimizer", f"{name!r} is not a supported optimizer", optimizer_hint(name)
+        yield "training.optimizer", f"{name!r} is not a supported optimizer", make_optimizer_hint(name)
 
 
-def optimizer_hint(name: str) -> str:
+def make_optimizer_hint(unknown_name: str) -> str:
     """Return a hint that says what to write instead of an unknown optimizer."""
-    spelling = name.lower().replace("-", "_")
-    alias = OPTIMIZER_ALIASES.get(name.lower()) or OPTIMIZER_ALIASES.get(normalise(name)) or (spelling if spelling in OPTIMIZERS else "")
-    similar = difflib.get_close_matches(spelling, OPTIMIZERS, 1)
-    return f"write {alias}" if alias else f"did you mean {similar[0]}?" if similar else f"write one of {', '.join(OPTIMIZERS)}"
+    normalised_name = unknown_name.lower().replace("-", "_")
+    supported_name = OPTIMIZER_ALIASES.get(unknown_name.lower()) or OPTIMIZER_ALIASES.get(normalise(unknown_name)) or (normalised_name if normalised_name in OPTIMIZERS else "")
+    similar_names = difflib.get_close_matches(normalised_name, OPTIMIZERS, 1)
+    return f"write {supported_name}" if supported_name else f"did you mean {similar_names[0]}?" if similar_names else f"write one of {', '.join(OPTIMIZERS)}"
 
 
 @rule("PrecisionOnCpu")
 def check_precision_on_cpu(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
-    is_cpu = spec.training.device is Device.CPU or gpus_per_node(spec) == 0
-    if not is_cpu or (target is ExecutionTarget.LOCAL and spec.training.device in (None, Device.AUTO)):
+    runs_on_cpu = spec.training.device is Device.CPU or gpus_per_node(spec) == 0
+    if not runs_on_cpu or (target is ExecutionTarget.LOCAL and spec.training.device in (None, Device.AUTO)):
         return
     if spec.training.mixed_precision is MixedPrecision.FP16:
         yield "training.mixedPrecision", "fp16, but fp16 needs loss scaling, which is not possible on CPU", "write auto, no or bf16"
@@ -88,49 +88,49 @@ MAX_ACCUMULATION = 65536
 
 @rule("EffectiveBatchSize")
 def check_effective_batch_size(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
-    training, path, ranks = spec.training, "training.effectiveBatchSize", data_parallel_size(spec)
-    wanted, micro, accumulation = training.effective_batch_size, training.batch_size_per_device, training.gradient_accumulation_steps
-    if wanted is None:
+    training, path, rank_count = spec.training, "training.effectiveBatchSize", compute_data_parallel_size(spec)
+    requested_batch, micro_batch, accumulation = training.effective_batch_size, training.batch_size_per_device, training.gradient_accumulation_steps
+    if requested_batch is None:
         return
-    given = {"batchSizePerDevice": micro, "gradientAccumulationSteps": accumulation}
-    factors = [f"{name} {value}" for name, value in given.items() if value is not None] + [f"{ranks} {_format_ranks(spec, ranks)}"]
-    product, product_text = (micro or 1) * (accumulation or 1) * ranks, " x ".join(factors)
-    if micro is not None and accumulation is not None:
-        if wanted != product:
-            yield path, f"{wanted}, but {product_text} are {product} rows", f"remove effectiveBatchSize, batchSizePerDevice or gradientAccumulationSteps, or write `effectiveBatchSize: {product}`"
-    elif wanted % product:
-        below = wanted // product * product
-        nearest = f"{below} or {below + product}" if below else str(product)
-        yield path, f"{wanted} is not divisible by {product_text}" + (f" = {product}" if len(factors) > 1 else ""), f"write {nearest}"
+    batch_options = {"batchSizePerDevice": micro_batch, "gradientAccumulationSteps": accumulation}
+    factors = [f"{name} {value}" for name, value in batch_options.items() if value is not None] + [f"{rank_count} {_format_ranks(spec, rank_count)}"]
+    batch_product, product_text = (micro_batch or 1) * (accumulation or 1) * rank_count, " x ".join(factors)
+    if micro_batch is not None and accumulation is not None:
+        if requested_batch != batch_product:
+            yield path, f"{requested_batch}, but {product_text} are {batch_product} rows", f"remove effectiveBatchSize, batchSizePerDevice or gradientAccumulationSteps, or write `effectiveBatchSize: {batch_product}`"
+    elif requested_batch % batch_product:
+        lower_multiple = requested_batch // batch_product * batch_product
+        nearest_multiples = f"{lower_multiple} or {lower_multiple + batch_product}" if lower_multiple else str(batch_product)
+        yield path, f"{requested_batch} is not divisible by {product_text}" + (f" = {batch_product}" if len(factors) > 1 else ""), f"write {nearest_multiples}"
     elif max(batch_split(spec)) > MAX_ACCUMULATION:
-        yield path, f"{wanted} needs more than {MAX_ACCUMULATION} accumulation steps, or more than {MAX_ACCUMULATION} rows in a micro-batch", f"write at most {MAX_ACCUMULATION * product}"
+        yield path, f"{requested_batch} needs more than {MAX_ACCUMULATION} accumulation steps, or more than {MAX_ACCUMULATION} rows in a micro-batch", f"write at most {MAX_ACCUMULATION * batch_product}"
 
 
-def _format_ranks(spec: FineTuneJobSpec, count: int) -> str:
-    size = spec.distributed.context_parallel_size or 1
-    if size > 1:
-        return f"{'group' if count == 1 else 'groups'} of {size} ranks"
-    return "rank" if count == 1 else "ranks"
+def _format_ranks(spec: FineTuneJobSpec, group_count: int) -> str:
+    context_parallel_size = spec.distributed.context_parallel_size or 1
+    if context_parallel_size > 1:
+        return f"{'group' if group_count == 1 else 'groups'} of {context_parallel_size} ranks"
+    return "rank" if group_count == 1 else "ranks"
 
 
 @rule("DeviceOfAnotherMachine")
 def check_device(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
-    requested = spec.training.device
+    requested_device = spec.training.device
     if target is ExecutionTarget.LOCAL:
         return
-    if requested is Device.MPS:
+    if requested_device is Device.MPS:
         yield (
             "training.device",
             "mps, but cluster nodes have no MPS devices",
             "remove device, or use `finetune run --local` on an Apple machine",
         )
-    if requested is Device.CPU and gpus_per_node(spec) > 0:
+    if requested_device is Device.CPU and gpus_per_node(spec) > 0:
         yield (
             "training.device",
             f"cpu, but resources.gpusPerNode requests {gpus_per_node(spec)} GPUs",
             "write `resources: {gpusPerNode: 0}`, or remove device",
         )
-    if requested is Device.CUDA and gpus_per_node(spec) == 0:
+    if requested_device is Device.CUDA and gpus_per_node(spec) == 0:
         yield "training.device", "cuda, but resources.gpusPerNode is 0", "write gpusPerNode 1 or more, or `device: cpu`"
 
 
@@ -200,7 +200,7 @@ def _check_recomputation_interval(spec: FineTuneJobSpec) -> Findings:
         )
 
 
-def adam_fields(optimizer: str) -> tuple[str, ...]:
+def list_adam_fields(optimizer: str) -> tuple[str, ...]:
     """Return the Adam options of `spec.training` that an optimizer uses. The trainer's tests compare this function with transformers' code."""
     if "adam" in optimizer or "ademamix" in optimizer:
         return ("adam_beta1", "adam_beta2", "adam_epsilon")
@@ -210,14 +210,14 @@ def adam_fields(optimizer: str) -> tuple[str, ...]:
 @rule("TrainingOptionWithoutEffect")
 def check_training_options(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     training = spec.training
-    name = str(value_or_default(training, "optimizer"))
-    used_fields = adam_fields(name)
-    for field, wire in (("adam_beta1", "adamBeta1"), ("adam_beta2", "adamBeta2"), ("adam_epsilon", "adamEpsilon")):
-        if getattr(training, field) is not None and field not in used_fields and name in OPTIMIZERS:
+    optimizer_name = str(value_or_default(training, "optimizer"))
+    used_fields = list_adam_fields(optimizer_name)
+    for field, wire_name in (("adam_beta1", "adamBeta1"), ("adam_beta2", "adamBeta2"), ("adam_epsilon", "adamEpsilon")):
+        if getattr(training, field) is not None and field not in used_fields and optimizer_name in OPTIMIZERS:
             yield (
-                f"training.{wire}",
-                f"{getattr(training, field):g}, but {wire} has no effect on optimizer {name}",
-                f"remove {wire}, or choose an Adam optimizer",
+                f"training.{wire_name}",
+                f"{getattr(training, field):g}, but {wire_name} has no effect on optimizer {optimizer_name}",
+                f"remove {wire_name}, or choose an Adam optimizer",
             )
     if training.group_by_length and spec.dataset.packing:
         yield (

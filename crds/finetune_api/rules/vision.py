@@ -88,8 +88,8 @@ def check_vision_options(spec: FineTuneJobSpec, target: ExecutionTarget) -> Find
     if not is_vision_language(spec):
         column_groups = [("dataset.columns", spec.dataset.columns)]
         column_groups += [(f"dataset.mixture[{i}].columns", item.columns) for i, item in enumerate(spec.dataset.mixture or [])]
-        paths = [f"{path}.images" for path, columns in column_groups if columns is not None and columns.images is not None]
-        for path in ["dataset.images"] * (spec.dataset.images is not None) + paths:
+        image_column_paths = [f"{path}.images" for path, columns in column_groups if columns is not None and columns.images is not None]
+        for path in ["dataset.images"] * (spec.dataset.images is not None) + image_column_paths:
             yield path, f"{path} has no effect without `model.modality: visionLanguage`", f"remove {path}, or write `model: {{modality: visionLanguage}}`"
         return
     vision = spec.method.vision or Vision()

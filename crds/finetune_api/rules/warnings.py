@@ -12,7 +12,7 @@ from finetune_api.aliases import normalise
 from finetune_api.quantities import CPU_KIND, SIZE_KIND, QuantityKind, find_quantity_problem, parse_amount
 from finetune_api.rules.base import Problem
 from finetune_api.rules.derived_values import BASE_WEIGHT_METHODS, PROMPT_METHODS, method_type_of, trainer_type_of
-from finetune_api.rules.required_fields import source_fields
+from finetune_api.rules.required_fields import iterate_source_fields
 from finetune_api.rules.serving import warn_about_serving_targets
 from finetune_api.source_mistakes import has_placeholder
 from finetune_api.sources import redact_source
@@ -38,17 +38,17 @@ def find_warnings(spec: FineTuneJobSpec) -> list[Problem]:
 
 
 def _warn_about_learning_rate(spec: FineTuneJobSpec) -> Iterator[Problem]:
-    rate = spec.training.learning_rate
-    if rate is None:
+    learning_rate = spec.training.learning_rate
+    if learning_rate is None:
         return
-    low, high = LEARNING_RATE_RANGES[_range_name(spec)]
-    if not low <= rate <= high:
-        size, effect = (
-            ("small", "hardly changes the model") if rate < low else ("large", "usually makes training diverge")
+    lowest_usual_rate, highest_usual_rate = LEARNING_RATE_RANGES[_choose_learning_rate_range_name(spec)]
+    if not lowest_usual_rate <= learning_rate <= highest_usual_rate:
+        size_word, effect_text = (
+            ("small", "hardly changes the model") if learning_rate < lowest_usual_rate else ("large", "usually makes training diverge")
         )
-        setup = f"trainer {trainer_type_of(spec)} with method {method_type_of(spec)}"
-        message = f"{_format_rate(rate)} is unusually {size} for {setup}, and {effect}"
-        hint = f"usual values are from {_format_rate(low)} to {_format_rate(high)}"
+        setup_text = f"trainer {trainer_type_of(spec)} with method {method_type_of(spec)}"
+        message = f"{_format_rate(learning_rate)} is unusually {size_word} for {setup_text}, and {effect_text}"
+        hint = f"usual values are from {_format_rate(lowest_usual_rate)} to {_format_rate(highest_usual_rate)}"
         yield Problem("training.learningRate", "LearningRateUnusual", message, hint)
 
 
@@ -57,7 +57,7 @@ def _format_rate(rate: float) -> str:
     return f"{rate:g}".replace("e-0", "e-")
 
 
-def _range_name(spec: FineTuneJobSpec) -> str:
+def _choose_learning_rate_range_name(spec: FineTuneJobSpec) -> str:
     """Return the key of LEARNING_RATE_RANGES for the objective and the method of a spec."""
     if trainer_type_of(spec) in PREFERENCE_OBJECTIVES:
         return "preferences"
@@ -112,7 +112,7 @@ def _parse_if_valid(quantity: str | int | None, kind: QuantityKind) -> Decimal |
 
 
 def _warn_about_placeholders(spec: FineTuneJobSpec) -> Iterator[Problem]:
-    for path, text in source_fields(spec):
+    for path, text in iterate_source_fields(spec):
         if "://" in text and has_placeholder(text):
             message = f"{redact_source(text)!r} seems to contain a placeholder, but a FineTuneJob does not replace placeholders"
             yield Problem(path, "PlaceholderInSource", message, "write the value itself")

@@ -103,14 +103,14 @@ class FineTuneJobSpec(Group):
 
     def with_values(self, values: Mapping[str, Any]) -> FineTuneJobSpec:
         """Return a copy of the spec with new values. The keys of `values` are dotted paths of camelCase names. Errors: pydantic's ValidationError."""
-        wire = self.to_wire()
+        wire_values = self.to_wire()
         for path, value in values.items():
             *groups, name = path.split(".")
-            target = wire
+            group_values = wire_values
             for group in groups:
-                target = target.setdefault(group, {})
-            target[name] = value
-        return FineTuneJobSpec.model_validate(wire)
+                group_values = group_values.setdefault(group, {})
+            group_values[name] = value
+        return FineTuneJobSpec.model_validate(wire_values)
 
 
 def load_spec(raw_spec: Mapping[str, Any]) -> FineTuneJobSpec:
@@ -124,9 +124,9 @@ def load_spec(raw_spec: Mapping[str, Any]) -> FineTuneJobSpec:
 def _convert_whole_floats(value: Any) -> Any:
     """Return a copy of `value` in which `2.0` is replaced by `2`, because the API server accepts both as integers."""
     if isinstance(value, Mapping):
-        return {key: _convert_whole_floats(inner) for key, inner in value.items()}
+        return {key: _convert_whole_floats(nested_value) for key, nested_value in value.items()}
     if isinstance(value, list | tuple):
-        return [_convert_whole_floats(inner) for inner in value]
+        return [_convert_whole_floats(nested_value) for nested_value in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 

@@ -22,15 +22,15 @@ ColumnName = Annotated[str, StringConstraints(min_length=1, max_length=128)]
 StringMap = Annotated[dict[ShortText, Annotated[str, StringConstraints(max_length=4096)]], Field(max_length=64)]
 
 
-def one_of(*allowed: int) -> AfterValidator:
+def make_one_of_validator(*allowed_values: int) -> AfterValidator:
     """Return a validator that accepts only these integers. The `enum` in the field's schema must list the same integers."""
 
-    def check(value: int) -> int:
-        if value not in allowed:
-            raise ValueError(f"should be {' or '.join(map(str, allowed))}")
+    def check_value(value: int) -> int:
+        if value not in allowed_values:
+            raise ValueError(f"should be {' or '.join(map(str, allowed_values))}")
         return value
 
-    return AfterValidator(check)
+    return AfterValidator(check_value)
 
 
 class SecretKeyRef(Group):

@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from finetune_api.base import Group, spec_field
-from finetune_api.spec.common import ShortText, Source, one_of
+from finetune_api.spec.common import ShortText, Source, make_one_of_validator
 from finetune_api.spec.enums import LoraBias, LoraInit, MethodType, SpectrumMetric, TaskType
 
 
@@ -24,7 +24,7 @@ class Adapter(Group):
 class Loftq(Group):
     """`method.lora.loftq`: parameters of the LoftQ initialisation. If this group is set, `init` is loftq."""
 
-    bits: Annotated[int, Field(json_schema_extra={"enum": [2, 4, 8]}), one_of(2, 4, 8)] | None = spec_field(
+    bits: Annotated[int, Field(json_schema_extra={"enum": [2, 4, 8]}), make_one_of_validator(2, 4, 8)] | None = spec_field(
         "Bits per weight of the quantised base model: 2, 4 or 8. The initial adapter approximates the quantisation error.", default=4, example=4
     )
     iterations: Annotated[int, Field(ge=1, le=64)] | None = spec_field(

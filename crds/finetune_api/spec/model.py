@@ -7,14 +7,14 @@ from typing import Annotated
 from pydantic import Field
 
 from finetune_api.base import Group, spec_field
-from finetune_api.spec.common import SecretKeyRef, ShortText, Source, StorageConnection, one_of
+from finetune_api.spec.common import SecretKeyRef, ShortText, Source, StorageConnection, make_one_of_validator
 from finetune_api.spec.enums import AttentionImplementation, ComputeDtype, Modality, QuantizationType, WeightDtype
 
 
 class Quantization(Group):
     """`model.quantization`: quantisation of the base model with bitsandbytes."""
 
-    bits: Annotated[int, Field(json_schema_extra={"enum": [4, 8]}), one_of(4, 8)] | None = spec_field(
+    bits: Annotated[int, Field(json_schema_extra={"enum": [4, 8]}), make_one_of_validator(4, 8)] | None = spec_field(
         "Bits per weight of the frozen base model: 4 or 8.",
         default_text="4 with method qlora, otherwise no quantisation",
         example=4,

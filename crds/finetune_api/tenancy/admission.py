@@ -19,7 +19,7 @@ from typing import Any
 from finetune_api.tenancy import table
 
 HEADER = "# Generated from crds/finetune_api/tenancy by `make generate`; do not edit.\n"
-IS_UPDATE = "request.operation == 'UPDATE'"
+IS_UPDATE_CEL = "request.operation == 'UPDATE'"
 
 
 def build_admission_rules_yaml() -> str:
@@ -29,80 +29,80 @@ def build_admission_rules_yaml() -> str:
     return HEADER + yaml.safe_dump({"variables": _make_variables(), "validations": list(_iterate_validations())}, sort_keys=False, width=1000)
 
 
-def cel_for_each(path: str, condition: Callable[[str], str]) -> str:
-    """Return CEL that is true if `condition` is true for each value at `path`. In `path`, the name of a list ends with `[]`."""
-    return _cel_for_each_below("object.spec", path.split("."), condition, 0)
+def build_cel_for_each(path: str, build_condition: Callable[[str], str]) -> str:
+    """Return CEL that is true if `build_condition` is true for each value at `path`. In `path`, the name of a list ends with `[]`."""
+    return _build_cel_for_each_below("object.spec", path.split("."), build_condition, 0)
 
 
-def _cel_for_each_below(parent: str, names: list[str], condition: Callable[[str], str], depth: int) -> str:
+def _build_cel_for_each_below(parent_cel: str, names: list[str], build_condition: Callable[[str], str], depth: int) -> str:
     name, *rest = names
-    value = f"{parent}.{name.removesuffix('[]')}"
-    target = f"item{depth}" if name.endswith("[]") else value
-    inner = _cel_for_each_below(target, rest, condition, depth + 1) if rest else condition(target)
-    present = f"{value}.all({target}, {inner})" if name.endswith("[]") else f"({inner})"
-    return f"!has({value}) || {present}"
+    value_cel = f"{parent_cel}.{name.removesuffix('[]')}"
+    target_cel = f"item{depth}" if name.endswith("[]") else value_cel
+    condition_cel = _build_cel_for_each_below(target_cel, rest, build_condition, depth + 1) if rest else build_condition(target_cel)
+    condition_if_present_cel = f"{value_cel}.all({target_cel}, {condition_cel})" if name.endswith("[]") else f"({condition_cel})"
+    return f"!has({value_cel}) || {condition_if_present_cel}"
 
 
-def _cel_or_default(path: str, default: str) -> str:
+def _build_cel_or_default(path: str, default: str) -> str:
     """Return CEL for the value at a path without lists. The CEL returns `default` if the field is missing."""
     names = path.split(".")
-    parents = ["object.spec." + ".".join(names[: i + 1]) for i in range(len(names))]
-    return f"{' && '.join(f'has({parent})' for parent in parents)} ? {parents[-1]} : {default}"
+    cel_of_parents = ["object.spec." + ".".join(names[: i + 1]) for i in range(len(names))]
+    return f"{' && '.join(f'has({parent_cel})' for parent_cel in cel_of_parents)} ? {cel_of_parents[-1]} : {default}"
 
 
 def _make_variables() -> list[dict[str, str]]:
-    default_pools = "variables.pools.filter(p, p.default == 'true' && variables.gpuResource in ['', p.resource])"
-    named_pools = "variables.pools.filter(p, p.resource == variables.gpuResource)"
-    chosen_pool = f"(variables.gpusPerNode == 0 ? '' : (({default_pools} + {named_pools}).map(p, p.name) + [''])[0])"
-    uri = "object.spec.storage.uri"
+    default_pools_cel = "variables.pools.filter(p, p.default == 'true' && variables.gpuResource in ['', p.resource])"
+    pools_of_resource_cel = "variables.pools.filter(p, p.resource == variables.gpuResource)"
+    chosen_pool_cel = f"(variables.gpusPerNode == 0 ? '' : (({default_pools_cel} + {pools_of_resource_cel}).map(p, p.name) + [''])[0])"
+    storage_uri_cel = "object.spec.storage.uri"
     expressions = {
-        "nodes": _cel_or_default("resources.nodes", "1"),
-        "gpusPerNode": _cel_or_default("resources.gpusPerNode", "1"),
-        "generationBackend": _cel_or_default("trainer.grpo.generation.backend", "''"),
-        "generationGpus": f"variables.generationBackend != 'vllm' ? 0 : ({_cel_or_default('trainer.grpo.generation.gpus', '1')})",
-        "gpuResource": _cel_or_default("resources.gpuResource", "''"),
-        "pool": _cel_or_default("resources.nodePool", chosen_pool),
-        "storageRoot": f"has(object.spec.storage) && has({uri}) ? {table.cel_without_end_slash(uri)} : variables.storage",
-        "deadline": _cel_or_default("policy.activeDeadlineSeconds", "0"),
-        "oldDeadline": f"{IS_UPDATE} ? ({_cel_or_default('policy.activeDeadlineSeconds', '0').replace('object.', 'oldObject.')}) : 0",
+        "nodes": _build_cel_or_default("resources.nodes", "1"),
+        "gpusPerNode": _build_cel_or_default("resources.gpusPerNode", "1"),
+        "generationBackend": _build_cel_or_default("trainer.grpo.generation.backend", "''"),
+        "generationGpus": f"variables.generationBackend != 'vllm' ? 0 : ({_build_cel_or_default('trainer.grpo.generation.gpus', '1')})",
+        "gpuResource": _build_cel_or_default("resources.gpuResource", "''"),
+        "pool": _build_cel_or_default("resources.nodePool", chosen_pool_cel),
+        "storageRoot": f"has(object.spec.storage) && has({storage_uri_cel}) ? {table.build_cel_without_end_slash(storage_uri_cel)} : variables.storage",
+        "deadline": _build_cel_or_default("policy.activeDeadlineSeconds", "0"),
+        "oldDeadline": f"{IS_UPDATE_CEL} ? ({_build_cel_or_default('policy.activeDeadlineSeconds', '0').replace('object.', 'oldObject.')}) : 0",
     }
     return [{"name": name, "expression": expression} for name, expression in expressions.items()]
 
 
 def _iterate_validations() -> Iterator[dict[str, str]]:
     """Yield the validations in the order in which `check.check_policy` reports problems."""
-    yield _make_validation("nodePools", "resources.nodePool", table.cel_allowed("nodePools", "variables.pool"))
+    yield _make_validation("nodePools", "resources.nodePool", table.build_cel_allowed("nodePools", "variables.pool"))
     for check in table.PATTERN_CHECKS:
-        yield _make_validation(check.rule, check.path, cel_for_each(check.path, lambda value, check=check: check.build_cel(check.rule, value)))  # type: ignore[misc]
-    yield _make_validation("destinations", "output.dir", cel_for_each("output.dir", _cel_output_folder))
+        yield _make_validation(check.rule, check.path, build_cel_for_each(check.path, lambda value, check=check: check.build_cel(check.rule, value)))  # type: ignore[misc]
+    yield _make_validation("destinations", "output.dir", build_cel_for_each("output.dir", _build_cel_output_folder))
     for rule, path in table.FORBIDDEN_IF_PRESENT:
-        yield _make_validation(rule, path, f"{_cel_is_true(rule)} || {cel_for_each(path, lambda _: 'false')}")
+        yield _make_validation(rule, path, f"{_build_cel_is_true(rule)} || {build_cel_for_each(path, lambda _: 'false')}")
     for rule, path in table.FORBIDDEN_IF_TRUE:
-        yield _make_validation(rule, path, f"{_cel_is_true(rule)} || {cel_for_each(path, lambda value: f'!{value}')}")
-    yield _make_validation("maxNodes", "resources.nodes", _cel_within_limit("maxNodes", "variables.nodes"))
-    gpus = "variables.nodes * (variables.gpusPerNode + variables.generationGpus)"
-    yield _make_validation("maxGpus", "resources.gpusPerNode", _cel_within_limit("maxGpus", gpus))
-    is_within_limit = _cel_within_limit("maxDurationSeconds", "variables.deadline")
-    is_not_extended = "variables.oldDeadline > 0 && variables.deadline <= variables.oldDeadline"
-    yield _make_validation("maxDurationSeconds", "policy.activeDeadlineSeconds", f"{is_within_limit} || ({is_not_extended})", checks_changes=True)
+        yield _make_validation(rule, path, f"{_build_cel_is_true(rule)} || {build_cel_for_each(path, lambda value: f'!{value}')}")
+    yield _make_validation("maxNodes", "resources.nodes", _build_cel_within_limit("maxNodes", "variables.nodes"))
+    gpu_count_cel = "variables.nodes * (variables.gpusPerNode + variables.generationGpus)"
+    yield _make_validation("maxGpus", "resources.gpusPerNode", _build_cel_within_limit("maxGpus", gpu_count_cel))
+    is_within_limit_cel = _build_cel_within_limit("maxDurationSeconds", "variables.deadline")
+    is_not_extended_cel = "variables.oldDeadline > 0 && variables.deadline <= variables.oldDeadline"
+    yield _make_validation("maxDurationSeconds", "policy.activeDeadlineSeconds", f"{is_within_limit_cel} || ({is_not_extended_cel})", checks_changes=True)
 
 
-def _cel_output_folder(value: str) -> str:
-    address = f"(variables.storageRoot + '/' + {table.cel_without_end_slash(value)})"
-    return f"variables.storageRoot == '' || ({table.cel_address('destinations', address)})"
+def _build_cel_output_folder(value_cel: str) -> str:
+    address_cel = f"(variables.storageRoot + '/' + {table.build_cel_without_end_slash(value_cel)})"
+    return f"variables.storageRoot == '' || ({table.build_cel_for_address('destinations', address_cel)})"
 
 
-def _cel_is_true(rule: str) -> str:
+def _build_cel_is_true(rule: str) -> str:
     return f"variables.rules.{rule} == ['true']"
 
 
-def _cel_within_limit(rule: str, value: str) -> str:
-    return f"variables.rules.{rule}.all(limit, {value} <= int(limit))"
+def _build_cel_within_limit(rule: str, value_cel: str) -> str:
+    return f"variables.rules.{rule}.all(limit, {value_cel} <= int(limit))"
 
 
 def _make_validation(rule: str, path: str, expression: str, *, checks_changes: bool = False) -> dict[str, Any]:
     return {
-        "expression": expression if checks_changes else f"{IS_UPDATE} || {expression}",
+        "expression": expression if checks_changes else f"{IS_UPDATE_CEL} || {expression}",
         "message": f"ForbiddenByPolicy: spec.{path}: the platform's rule policy.{rule} does not allow this value in this namespace",
         "reason": "Forbidden",
     }

@@ -34,26 +34,29 @@ class PolicyProblem:
 
 def check_policy(spec: FineTuneJobSpec, rules: PolicyRules, platform: Platform) -> list[PolicyProblem]:
     """Return a problem for each value that the rules refuse. `spec`: the user's spec, without filled-in defaults."""
-    wire, checker = spec.to_wire(), _Checker(rules, platform)
+    wire_values, checker = spec.to_wire(), _Checker(rules, platform)
     return [
         *checker.check_pool(spec),
-        *checker.check_patterns(wire),
+        *checker.check_patterns(wire_values),
         *checker.check_output_folder(spec),
-        *checker.check_code(wire),
+        *checker.check_code(wire_values),
         *checker.check_limits(spec),
     ]
 
 
 def find_values_at(value: Any, path: str, path_prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield (path with list indices, value) for each value at `path`. In `path`, the name of a list ends with `[]`."""
-    name, _, rest = path.partition(".")
-    inner = value.get(name.removesuffix("[]"))
-    if inner is None:
+    name, _, path_below = path.partition(".")
+    nested_value = value.get(name.removesuffix("[]"))
+    if nested_value is None:
         return
-    located = [(f"{path_prefix}{name[:-2]}[{i}]", item) for i, item in enumerate(inner)] if name.endswith("[]") else [(f"{path_prefix}{name}", inner)]
-    for item_path, item in located:
-        if rest:
-            yield from find_values_at(item, rest, f"{item_path}.")
+    if name.endswith("[]"):
+        items_by_path = [(f"{path_prefix}{name[:-2]}[{i}]", item) for i, item in enumerate(nested_value)]
+    else:
+        items_by_path = [(f"{path_prefix}{name}", nested_value)]
+    for item_path, item in items_by_path:
+        if path_below:
+            yield from find_values_at(item, path_below, f"{item_path}.")
         else:
             yield item_path, item
 
@@ -65,10 +68,10 @@ def find_pool_name(spec: FineTuneJobSpec, pools: Sequence[Pool]) -> str:
         return resources.node_pool
     if resources.gpus_per_node == 0:
         return ""
-    wanted = resources.gpu_resource
-    candidates = [pool for pool in pools if pool.is_default and wanted in (None, pool.gpu_resource)]
-    candidates += [pool for pool in pools if pool.gpu_resource == wanted]
-    return candidates[0].name if candidates else ""
+    requested_gpu_resource = resources.gpu_resource
+    candidate_pools = [pool for pool in pools if pool.is_default and requested_gpu_resource in (None, pool.gpu_resource)]
+    candidate_pools += [pool for pool in pools if pool.gpu_resource == requested_gpu_resource]
+    return candidate_pools[0].name if candidate_pools else ""
 
 
 class _Checker:
@@ -80,14 +83,14 @@ class _Checker:
     def _get_patterns(self, rule: str) -> tuple[str, ...]:
         return tuple(self._rules.get_rule(rule))
 
-    def _check_text(self, rule: str, path: str, text: FieldText, *, subject: str = "", example: str = "") -> Iterator[PolicyProblem]:
+    def _check_text(self, rule: str, path: str, field_text: FieldText, *, subject: str = "", example: str = "") -> Iterator[PolicyProblem]:
         patterns, platform = self._get_patterns(rule), self._platform
         if patterns == ALLOW_EVERYTHING:
             return
-        if text.compared_text is None or not allows(
-            patterns, text.compared_text, compares_folders=rule in table.FOLDER_RULES, storage=platform.s3_root, namespace=platform.namespace
+        if field_text.compared_text is None or not allows(
+            patterns, field_text.compared_text, compares_folders=rule in table.FOLDER_RULES, storage=platform.s3_root, namespace=platform.namespace
         ):
-            message = f"{subject or repr(text.shown_text)} is refused by the platform's rule policy.{rule} for namespace {platform.namespace}"
+            message = f"{subject or repr(field_text.shown_text)} is refused by the platform's rule policy.{rule} for namespace {platform.namespace}"
             hint = self._format_hint(patterns)
             yield PolicyProblem(path, rule, message, f"write for example `{example}`" if example else hint)
 
@@ -95,22 +98,22 @@ class _Checker:
         """Return a hint that lists the patterns, with the values of `{namespace}` and `{storage}` filled in."""
         if not patterns:
             return "the rule allows no value: remove the field"
-        root = self._platform.s3_root
-        used_patterns = [pattern for pattern in patterns if root or "{storage}" not in pattern]
-        texts = [pattern.replace("{storage}", root).replace("{namespace}", self._platform.namespace) for pattern in used_patterns]
-        order = "; the last matching pattern decides, and ! refuses" if any(text.startswith("!") for text in texts) else ""
-        return f"write a value that the rule allows: {', '.join(texts)}{order}"
+        storage_root = self._platform.s3_root
+        used_patterns = [pattern for pattern in patterns if storage_root or "{storage}" not in pattern]
+        pattern_texts = [pattern.replace("{storage}", storage_root).replace("{namespace}", self._platform.namespace) for pattern in used_patterns]
+        order_explanation = "; the last matching pattern decides, and ! refuses" if any(text.startswith("!") for text in pattern_texts) else ""
+        return f"write a value that the rule allows: {', '.join(pattern_texts)}{order_explanation}"
 
     def check_pool(self, spec: FineTuneJobSpec) -> Iterator[PolicyProblem]:
         """Check the job's node pool: the pool in the spec, or else the pool that the operator will choose."""
-        name = find_pool_name(spec, self._platform.pools)
-        subject = "a job without a node pool" if not name else f"node pool {name!r}"
-        yield from self._check_text("nodePools", "resources.nodePool", FieldText(name, name), subject=subject)
+        pool_name = find_pool_name(spec, self._platform.pools)
+        subject = "a job without a node pool" if not pool_name else f"node pool {pool_name!r}"
+        yield from self._check_text("nodePools", "resources.nodePool", FieldText(pool_name, pool_name), subject=subject)
 
-    def check_patterns(self, wire: dict[str, Any]) -> Iterator[PolicyProblem]:
+    def check_patterns(self, wire_values: dict[str, Any]) -> Iterator[PolicyProblem]:
         """Check each field that is compared with the patterns of a rule and does not depend on other fields."""
         for check in table.PATTERN_CHECKS:
-            for path, value in find_values_at(wire, check.path):
+            for path, value in find_values_at(wire_values, check.path):
                 for text in check.read_texts(value, self._platform):
                     yield from self._check_text(check.rule, path, text)
 
@@ -119,24 +122,26 @@ class _Checker:
         uri, folder = spec.storage.uri or self._platform.storage_uri, spec.output.dir
         if uri is None or folder is None:
             return
-        address = f"{table.without_end_slash(uri)}/{table.without_end_slash(folder)}"
+        address = f"{table.remove_end_slash(uri)}/{table.remove_end_slash(folder)}"
         is_ambiguous = re.search(table.AMBIGUOUS_ADDRESS, address) is not None
-        root, namespace = self._platform.s3_root, self._platform.namespace
-        own_folder = f"{namespace}/{table.without_end_slash(folder)}"
-        own_address = f"{table.without_end_slash(uri)}/{own_folder}"
-        is_own_allowed = not is_ambiguous and allows(self._get_patterns("destinations"), own_address, compares_folders=True, storage=root, namespace=namespace)
-        example = f"output.dir: {own_folder}" if is_own_allowed else ""
-        text = FieldText(address, None if is_ambiguous else address)
-        yield from self._check_text("destinations", "output.dir", text, subject=f"{folder!r} ({address})", example=example)
+        storage_root, namespace = self._platform.s3_root, self._platform.namespace
+        folder_in_namespace = f"{namespace}/{table.remove_end_slash(folder)}"
+        address_in_namespace = f"{table.remove_end_slash(uri)}/{folder_in_namespace}"
+        is_folder_in_namespace_allowed = not is_ambiguous and allows(
+            self._get_patterns("destinations"), address_in_namespace, compares_folders=True, storage=storage_root, namespace=namespace
+        )
+        example = f"output.dir: {folder_in_namespace}" if is_folder_in_namespace_allowed else ""
+        address_text = FieldText(address, None if is_ambiguous else address)
+        yield from self._check_text("destinations", "output.dir", address_text, subject=f"{folder!r} ({address})", example=example)
 
-    def check_code(self, wire: dict[str, Any]) -> Iterator[PolicyProblem]:
+    def check_code(self, wire_values: dict[str, Any]) -> Iterator[PolicyProblem]:
         """Check the fields that let a job run code of the user or of a model repository."""
         forbidden_if_present = [(rule, path, True) for rule, path in table.FORBIDDEN_IF_PRESENT]
         forbidden_if_true = [(rule, path, False) for rule, path in table.FORBIDDEN_IF_TRUE]
         for rule, path, refuses_any_value in (*forbidden_if_present, *forbidden_if_true):
             if self._rules.get_rule(rule):
                 continue
-            for value_path, value in find_values_at(wire, path):
+            for value_path, value in find_values_at(wire_values, path):
                 if refuses_any_value or value is True:
                     message = f"the platform's rule policy.{rule} is false for namespace {self._platform.namespace}"
                     yield PolicyProblem(value_path, rule, message, f"remove {path.rpartition('.')[2]}")
@@ -144,14 +149,14 @@ class _Checker:
     def check_limits(self, spec: FineTuneJobSpec) -> Iterator[PolicyProblem]:
         """Check the number of nodes, the number of GPUs, and the maximum duration in seconds."""
         rules = self._rules
-        nodes = spec.resources.nodes or 1
-        gpus = nodes * gpus_per_pod(spec)
-        seconds = spec.policy.active_deadline_seconds
-        for rule, path, limit, value, text in (
-            ("maxNodes", "resources.nodes", rules.max_nodes, nodes, f"{nodes} nodes"),
-            ("maxGpus", "resources.gpusPerNode", rules.max_gpus, gpus, f"{gpus} GPUs on all nodes together"),
-            ("maxDurationSeconds", "policy.activeDeadlineSeconds", rules.max_duration_seconds, seconds or 0, f"{seconds} s"),
+        node_count = spec.resources.nodes or 1
+        gpu_count = node_count * gpus_per_pod(spec)
+        deadline_seconds = spec.policy.active_deadline_seconds
+        for rule, path, limit, value, value_text in (
+            ("maxNodes", "resources.nodes", rules.max_nodes, node_count, f"{node_count} nodes"),
+            ("maxGpus", "resources.gpusPerNode", rules.max_gpus, gpu_count, f"{gpu_count} GPUs on all nodes together"),
+            ("maxDurationSeconds", "policy.activeDeadlineSeconds", rules.max_duration_seconds, deadline_seconds or 0, f"{deadline_seconds} s"),
         ):
             if limit is not None and value > limit:
-                message = f"{text} are more than the platform's rule policy.{rule} allows for namespace {self._platform.namespace}"
+                message = f"{value_text} are more than the platform's rule policy.{rule} allows for namespace {self._platform.namespace}"
                 yield PolicyProblem(path, rule, message, f"lower the value: the limit is {limit}")

@@ -28,26 +28,26 @@ ALLOW_EVERYTHING = ("*",)
 """The only list of patterns that also allows ambiguous values, such as a path with `..`."""
 
 
-def _check_pattern(text: str) -> str:
-    if re.fullmatch(PATTERN_SYNTAX[1:-1], text) is None:
-        raise ValueError(f"{text!r} is not a pattern: write text with `*` and `{{namespace}}`, without spaces and `%`; a leading `!` refuses")
-    return text
+def _check_pattern(pattern: str) -> str:
+    if re.fullmatch(PATTERN_SYNTAX[1:-1], pattern) is None:
+        raise ValueError(f"{pattern!r} is not a pattern: write text with `*` and `{{namespace}}`, without spaces and `%`; a leading `!` refuses")
+    return pattern
 
 
-def _check_address_pattern(text: str) -> str:
-    if re.fullmatch(ADDRESS_SYNTAX[1:-1], text) is None:
+def _check_address_pattern(pattern: str) -> str:
+    if re.fullmatch(ADDRESS_SYNTAX[1:-1], pattern) is None:
         raise ValueError(
-            f"{text!r} is not a pattern: write text with `*`, `{{namespace}}` and `{{storage}}`, without spaces and `%`; a leading `!` refuses"
+            f"{pattern!r} is not a pattern: write text with `*`, `{{namespace}}` and `{{storage}}`, without spaces and `%`; a leading `!` refuses"
         )
-    return text
+    return pattern
 
 
-def _pattern_schema(syntax: str) -> dict[str, Any]:
+def _make_json_schema_of_pattern(syntax: str) -> dict[str, Any]:
     return {"type": "string", "pattern": syntax}
 
 
-Pattern = Annotated[str, AfterValidator(_check_pattern), WithJsonSchema(_pattern_schema(PATTERN_SYNTAX))]
-AddressPattern = Annotated[str, AfterValidator(_check_address_pattern), WithJsonSchema(_pattern_schema(ADDRESS_SYNTAX))]
+Pattern = Annotated[str, AfterValidator(_check_pattern), WithJsonSchema(_make_json_schema_of_pattern(PATTERN_SYNTAX))]
+AddressPattern = Annotated[str, AfterValidator(_check_address_pattern), WithJsonSchema(_make_json_schema_of_pattern(ADDRESS_SYNTAX))]
 
 
 def _quote(text: str) -> str:
@@ -57,21 +57,21 @@ def _quote(text: str) -> str:
 
 def build_regex(pattern: str, *, compares_folders: bool, storage: str) -> str | None:
     """Return the regular expression of a pattern without its `!`. None: the pattern contains `{storage}`, but `storage` is empty."""
-    body = pattern.removeprefix("!")
-    if "{storage}" in body and not storage:
+    pattern_body = pattern.removeprefix("!")
+    if "{storage}" in pattern_body and not storage:
         return None
-    body = body.replace("{storage}", storage).replace("{namespace}", NAMESPACE_TOKEN)
-    if not compares_folders or not body.endswith("/*"):
-        return f"(?s)^({_quote(body)})$"
-    folder = body.removesuffix("/*")
+    pattern_body = pattern_body.replace("{storage}", storage).replace("{namespace}", NAMESPACE_TOKEN)
+    if not compares_folders or not pattern_body.endswith("/*"):
+        return f"(?s)^({_quote(pattern_body)})$"
+    folder = pattern_body.removesuffix("/*")
     if pattern.startswith("!") and "*" not in folder:
-        return f"(?s)^({_regex_of_folder_and_parents(folder.split('/'))})$"
+        return f"(?s)^({_build_regex_of_folder_and_parents(folder.split('/'))})$"
     return f"(?s)^({_quote(folder)}(/.*)?)$"
 
 
-def _regex_of_folder_and_parents(names: Sequence[str]) -> str:
+def _build_regex_of_folder_and_parents(folder_names: Sequence[str]) -> str:
     """Return an expression that matches a folder, everything in it, and each folder above it: `a(/b(/.*)?)?` for a/b."""
-    return "(/".join(map(_quote, names)) + "(/.*" + ")?" * len(names)
+    return "(/".join(map(_quote, folder_names)) + "(/.*" + ")?" * len(folder_names)
 
 
 @lru_cache(maxsize=4096)

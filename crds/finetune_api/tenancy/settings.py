@@ -114,17 +114,17 @@ class PlatformPolicy(NamespacePolicy):
 
     def rules_for(self, namespace: str) -> PolicyRules:
         """Return the rules of a namespace. A rule comes from the first entry that matches the namespace, else from `policy`, else from the defaults."""
-        entry = next((entry for entry in self.namespaces if any(_matches_name(name, namespace) for name in entry.names)), None)
-        given_rules = self.model_dump(exclude_none=True, exclude={"namespaces"})
-        if entry is not None:
-            given_rules |= entry.model_dump(exclude_none=True, exclude={"names"})
-        return PolicyRules(**given_rules)
+        matching_entry = next((entry for entry in self.namespaces if any(_matches_name(name, namespace) for name in entry.names)), None)
+        set_rules = self.model_dump(exclude_none=True, exclude={"namespaces"})
+        if matching_entry is not None:
+            set_rules |= matching_entry.model_dump(exclude_none=True, exclude={"names"})
+        return PolicyRules(**set_rules)
 
 
 @lru_cache(maxsize=1024)
-def _name_regex(pattern: str) -> re.Pattern[str]:
+def _compile_name_pattern(pattern: str) -> re.Pattern[str]:
     return re.compile(pattern.replace("*", ".*"))
 
 
 def _matches_name(pattern: str, namespace: str) -> bool:
-    return _name_regex(pattern).fullmatch(namespace) is not None
+    return _compile_name_pattern(pattern).fullmatch(namespace) is not None

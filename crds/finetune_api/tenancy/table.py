@@ -42,7 +42,7 @@ class Platform:
     @property
     def s3_root(self) -> str:
         """The address of the default storage without a slash at the end, or an empty string if it is not an S3 store."""
-        uri = without_end_slash(self.storage_uri or "")
+        uri = remove_end_slash(self.storage_uri or "")
         return uri if uri.startswith("s3://") else ""
 
 
@@ -73,7 +73,7 @@ class PatternCheck:
     """Returns CEL that is true if the rule allows a value of the field. Arguments: name of the rule, CEL of the value."""
 
 
-def without_end_slash(text: str) -> str:
+def remove_end_slash(text: str) -> str:
     """Return the text without the slash at its end, if it has one."""
     return text.removesuffix("/")
 
@@ -81,32 +81,32 @@ def without_end_slash(text: str) -> str:
 # Functions that return CEL. In CEL, `variables.rules` holds the patterns of each rule as described in `admission`.
 
 
-def cel_allowed(rule: str, text: str) -> str:
-    """Return CEL that is true if the rule's patterns allow the text. `text`: CEL of the text."""
-    matching = f"variables.rules.{rule}.filter(p, {text}.matches(p.substring(1).replace('{NAMESPACE_TOKEN}', request.namespace)))"
-    return f"({matching} + ['-'])[0].startsWith('+')"
+def build_cel_allowed(rule: str, text_cel: str) -> str:
+    """Return CEL that is true if the rule's patterns allow the text. `text_cel`: CEL of the text."""
+    matching_patterns_cel = f"variables.rules.{rule}.filter(p, {text_cel}.matches(p.substring(1).replace('{NAMESPACE_TOKEN}', request.namespace)))"
+    return f"({matching_patterns_cel} + ['-'])[0].startsWith('+')"
 
 
-def cel_allows_everything(rule: str) -> str:
+def build_cel_allows_everything(rule: str) -> str:
     """Return CEL that is true if the rule is the list [`*`]."""
     return f"variables.rules.{rule} == ['+(?s)^(.*)$']"
 
 
-def cel_without_end_slash(value: str) -> str:
-    return f"({value}.endsWith('/') ? {value}.substring(0, size({value}) - 1) : {value})"
+def build_cel_without_end_slash(value_cel: str) -> str:
+    return f"({value_cel}.endsWith('/') ? {value_cel}.substring(0, size({value_cel}) - 1) : {value_cel})"
 
 
-def _cel_regex(pattern: str) -> str:
+def _quote_regex_in_cel(pattern: str) -> str:
     return "r'" + pattern + "'"
 
 
-def _cel_unless_ambiguous(rule: str, text: str, is_ambiguous: str) -> str:
-    return f"{is_ambiguous} ? {cel_allows_everything(rule)} : {cel_allowed(rule, text)}"
+def _build_cel_unless_ambiguous(rule: str, text_cel: str, is_ambiguous_cel: str) -> str:
+    return f"{is_ambiguous_cel} ? {build_cel_allows_everything(rule)} : {build_cel_allowed(rule, text_cel)}"
 
 
-def cel_address(rule: str, address: str) -> str:
-    """Return CEL that is true if the rule allows an address to which the job writes. `address`: CEL of the address."""
-    return _cel_unless_ambiguous(rule, address, f"{address}.matches({_cel_regex(AMBIGUOUS_ADDRESS)})")
+def build_cel_for_address(rule: str, address_cel: str) -> str:
+    """Return CEL that is true if the rule allows an address to which the job writes. `address_cel`: CEL of the address."""
+    return _build_cel_unless_ambiguous(rule, address_cel, f"{address_cel}.matches({_quote_regex_in_cel(AMBIGUOUS_ADDRESS)})")
 
 
 # The two definitions of each comparison
@@ -116,8 +116,8 @@ def _read_value(value: Any, platform: Platform) -> Iterator[FieldText]:
     yield FieldText(str(value), str(value))
 
 
-def _cel_value(rule: str, value: str) -> str:
-    return cel_allowed(rule, value)
+def _build_cel_for_value(rule: str, value_cel: str) -> str:
+    return build_cel_allowed(rule, value_cel)
 
 
 def _read_keys(value: Any, platform: Platform) -> Iterator[FieldText]:
@@ -125,16 +125,16 @@ def _read_keys(value: Any, platform: Platform) -> Iterator[FieldText]:
         yield FieldText(key, key)
 
 
-def _cel_keys(rule: str, value: str) -> str:
-    return f"{value}.all(key, {cel_allowed(rule, 'key')})"
+def _build_cel_for_keys(rule: str, value_cel: str) -> str:
+    return f"{value_cel}.all(key, {build_cel_allowed(rule, 'key')})"
 
 
 def _read_toleration(value: Any, platform: Platform) -> Iterator[FieldText]:
     yield FieldText(value.get("key") or "a toleration of every taint", value.get("key"))
 
 
-def _cel_toleration(rule: str, value: str) -> str:
-    return f"has({value}.key) ? {cel_allowed(rule, f'{value}.key')} : {cel_allows_everything(rule)}"
+def _build_cel_for_toleration(rule: str, value_cel: str) -> str:
+    return f"has({value_cel}.key) ? {build_cel_allowed(rule, f'{value_cel}.key')} : {build_cel_allows_everything(rule)}"
 
 
 def _read_node_affinity(value: Any, platform: Platform) -> Iterator[FieldText]:
@@ -142,24 +142,24 @@ def _read_node_affinity(value: Any, platform: Platform) -> Iterator[FieldText]:
         yield FieldText(value["key"], value["key"])
 
 
-def _cel_node_affinity(rule: str, value: str) -> str:
-    return f"{value}.operator in ['NotIn', 'DoesNotExist'] || {cel_allowed(rule, f'{value}.key')}"
+def _build_cel_for_node_affinity(rule: str, value_cel: str) -> str:
+    return f"{value_cel}.operator in ['NotIn', 'DoesNotExist'] || {build_cel_allowed(rule, f'{value_cel}.key')}"
 
 
 def _read_mount_path(value: Any, platform: Platform) -> Iterator[FieldText]:
-    yield FieldText(value, None if re.search(AMBIGUOUS_PATH, value) else without_end_slash(value))
+    yield FieldText(value, None if re.search(AMBIGUOUS_PATH, value) else remove_end_slash(value))
 
 
-def _cel_mount_path(rule: str, value: str) -> str:
-    return _cel_unless_ambiguous(rule, cel_without_end_slash(value), f"{value}.matches({_cel_regex(AMBIGUOUS_PATH)})")
+def _build_cel_for_mount_path(rule: str, value_cel: str) -> str:
+    return _build_cel_unless_ambiguous(rule, build_cel_without_end_slash(value_cel), f"{value_cel}.matches({_quote_regex_in_cel(AMBIGUOUS_PATH)})")
 
 
 def _read_endpoint(value: Any, platform: Platform) -> Iterator[FieldText]:
-    yield FieldText(redact_source(value), without_end_slash(value).lower())
+    yield FieldText(redact_source(value), remove_end_slash(value).lower())
 
 
-def _cel_endpoint(rule: str, value: str) -> str:
-    return cel_allowed(rule, f"{cel_without_end_slash(value)}.lowerAscii()")
+def _build_cel_for_endpoint(rule: str, value_cel: str) -> str:
+    return build_cel_allowed(rule, f"{build_cel_without_end_slash(value_cel)}.lowerAscii()")
 
 
 def _read_source(value: Any, platform: Platform) -> Iterator[FieldText]:
@@ -168,9 +168,10 @@ def _read_source(value: Any, platform: Platform) -> Iterator[FieldText]:
     yield FieldText(redact_source(value), None if is_ambiguous else normalize_source_uri(value))
 
 
-def _cel_source(rule: str, value: str) -> str:
-    address = f"({value}.contains('://') ? {cel_without_end_slash(value)} : 'hf://' + {value})"
-    return _cel_unless_ambiguous(rule, address, f"!{value}.startsWith('https://') && {value}.matches({_cel_regex(AMBIGUOUS_ADDRESS)})")
+def _build_cel_for_source(rule: str, value_cel: str) -> str:
+    address_cel = f"({value_cel}.contains('://') ? {build_cel_without_end_slash(value_cel)} : 'hf://' + {value_cel})"
+    is_ambiguous_cel = f"!{value_cel}.startsWith('https://') && {value_cel}.matches({_quote_regex_in_cel(AMBIGUOUS_ADDRESS)})"
+    return _build_cel_unless_ambiguous(rule, address_cel, is_ambiguous_cel)
 
 
 def _read_resume(value: Any, platform: Platform) -> Iterator[FieldText]:
@@ -178,8 +179,8 @@ def _read_resume(value: Any, platform: Platform) -> Iterator[FieldText]:
         yield from _read_source(value, platform)
 
 
-def _cel_resume(rule: str, value: str) -> str:
-    return f"{value} in ['auto', 'never'] || ({_cel_source(rule, value)})"
+def _build_cel_for_resume(rule: str, value_cel: str) -> str:
+    return f"{value_cel} in ['auto', 'never'] || ({_build_cel_for_source(rule, value_cel)})"
 
 
 def _read_cache(value: Any, platform: Platform) -> Iterator[FieldText]:
@@ -187,29 +188,29 @@ def _read_cache(value: Any, platform: Platform) -> Iterator[FieldText]:
         yield from _read_source(value, platform)
 
 
-def _cel_cache(rule: str, value: str) -> str:
-    return f"{value} in ['node', 'none'] || ({_cel_source(rule, value)})"
+def _build_cel_for_cache(rule: str, value_cel: str) -> str:
+    return f"{value_cel} in ['node', 'none'] || ({_build_cel_for_source(rule, value_cel)})"
 
 
-def _text_of_destination(address: str, shown_text: str) -> FieldText:
+def _make_destination_text(address: str, shown_text: str) -> FieldText:
     return FieldText(shown_text, None if re.search(AMBIGUOUS_ADDRESS, address) else address)
 
 
 def _read_storage_uri(value: Any, platform: Platform) -> Iterator[FieldText]:
     """Yield the text of the address below which the job writes: `<storage.uri>/<namespace>`."""
-    yield _text_of_destination(f"{without_end_slash(value)}/{platform.namespace}", value)
+    yield _make_destination_text(f"{remove_end_slash(value)}/{platform.namespace}", value)
 
 
-def _cel_storage_uri(rule: str, value: str) -> str:
-    return cel_address(rule, f"({cel_without_end_slash(value)} + '/' + request.namespace)")
+def _build_cel_for_storage_uri(rule: str, value_cel: str) -> str:
+    return build_cel_for_address(rule, f"({build_cel_without_end_slash(value_cel)} + '/' + request.namespace)")
 
 
 def _read_hub_repository(value: Any, platform: Platform) -> Iterator[FieldText]:
     yield FieldText(value, f"hf://{value}")
 
 
-def _cel_hub_repository(rule: str, value: str) -> str:
-    return cel_allowed(rule, f"('hf://' + {value})")
+def _build_cel_for_hub_repository(rule: str, value_cel: str) -> str:
+    return build_cel_allowed(rule, f"('hf://' + {value_cel})")
 
 
 def find_paths_of_type(model: type[Group], types: tuple[type[Group], ...], path_prefix: str = "") -> Iterator[str]:
@@ -226,9 +227,9 @@ def find_paths_of_type(model: type[Group], types: tuple[type[Group], ...], path_
 def _find_groups(annotation: Any, is_list: bool = False) -> Iterator[tuple[type[Group], bool]]:
     if isinstance(annotation, type) and issubclass(annotation, Group):
         yield annotation, is_list
-    in_list = is_list or getattr(annotation, "__origin__", None) is list
+    is_in_list = is_list or getattr(annotation, "__origin__", None) is list
     for argument in getattr(annotation, "__args__", ()):
-        yield from _find_groups(argument, in_list)
+        yield from _find_groups(argument, is_in_list)
 
 
 SECRET_PATHS = (
@@ -245,24 +246,24 @@ ENDPOINT_PATHS = (
 )  # fmt: skip
 
 PATTERN_CHECKS: tuple[PatternCheck, ...] = (
-    PatternCheck("images", "placement.image", _read_value, _cel_value),
-    PatternCheck("images", "trainer.grpo.generation.image", _read_value, _cel_value),
-    PatternCheck("serviceAccounts", "placement.serviceAccountName", _read_value, _cel_value),
-    *(PatternCheck("secrets", path, _read_value, _cel_value) for path in SECRET_PATHS),
-    PatternCheck("priorityClasses", "placement.priorityClassName", _read_value, _cel_value),
-    PatternCheck("tolerations", "placement.tolerations[]", _read_toleration, _cel_toleration),
-    PatternCheck("nodeLabels", "placement.nodeSelector", _read_keys, _cel_keys),
-    PatternCheck("nodeLabels", "placement.nodeAffinity[]", _read_node_affinity, _cel_node_affinity),
-    PatternCheck("environment", "placement.env[].name", _read_value, _cel_value),
-    PatternCheck("labels", "placement.labels", _read_keys, _cel_keys),
-    PatternCheck("annotations", "placement.annotations", _read_keys, _cel_keys),
-    PatternCheck("mountPaths", "placement.volumeMounts[].mountPath", _read_mount_path, _cel_mount_path),
-    *(PatternCheck("endpoints", path, _read_endpoint, _cel_endpoint) for path in ENDPOINT_PATHS),
-    *(PatternCheck("sources", path, _read_source, _cel_source) for path in SOURCE_PATHS),
-    PatternCheck("sources", "model.cache", _read_cache, _cel_cache),
-    PatternCheck("sources", "checkpoint.resume", _read_resume, _cel_resume),
-    PatternCheck("destinations", "storage.uri", _read_storage_uri, _cel_storage_uri),
-    PatternCheck("destinations", "output.hub.repository", _read_hub_repository, _cel_hub_repository),
+    PatternCheck("images", "placement.image", _read_value, _build_cel_for_value),
+    PatternCheck("images", "trainer.grpo.generation.image", _read_value, _build_cel_for_value),
+    PatternCheck("serviceAccounts", "placement.serviceAccountName", _read_value, _build_cel_for_value),
+    *(PatternCheck("secrets", path, _read_value, _build_cel_for_value) for path in SECRET_PATHS),
+    PatternCheck("priorityClasses", "placement.priorityClassName", _read_value, _build_cel_for_value),
+    PatternCheck("tolerations", "placement.tolerations[]", _read_toleration, _build_cel_for_toleration),
+    PatternCheck("nodeLabels", "placement.nodeSelector", _read_keys, _build_cel_for_keys),
+    PatternCheck("nodeLabels", "placement.nodeAffinity[]", _read_node_affinity, _build_cel_for_node_affinity),
+    PatternCheck("environment", "placement.env[].name", _read_value, _build_cel_for_value),
+    PatternCheck("labels", "placement.labels", _read_keys, _build_cel_for_keys),
+    PatternCheck("annotations", "placement.annotations", _read_keys, _build_cel_for_keys),
+    PatternCheck("mountPaths", "placement.volumeMounts[].mountPath", _read_mount_path, _build_cel_for_mount_path),
+    *(PatternCheck("endpoints", path, _read_endpoint, _build_cel_for_endpoint) for path in ENDPOINT_PATHS),
+    *(PatternCheck("sources", path, _read_source, _build_cel_for_source) for path in SOURCE_PATHS),
+    PatternCheck("sources", "model.cache", _read_cache, _build_cel_for_cache),
+    PatternCheck("sources", "checkpoint.resume", _read_resume, _build_cel_for_resume),
+    PatternCheck("destinations", "storage.uri", _read_storage_uri, _build_cel_for_storage_uri),
+    PatternCheck("destinations", "output.hub.repository", _read_hub_repository, _build_cel_for_hub_repository),
 )
 """All fields that are compared with patterns and do not depend on other fields. The modules `check` and `admission` also check the other fields."""
 FOLDER_RULES = frozenset({"mountPaths", "sources", "destinations"})
@@ -279,4 +280,4 @@ FORBIDDEN_IF_TRUE = (
 
 def normalize_source_uri(value: str) -> str:
     """Return the address of a source for the comparison with patterns: without a slash at the end, and `hf://org/name` for `org/name`."""
-    return without_end_slash(value) if "://" in value else f"hf://{value}"
+    return remove_end_slash(value) if "://" in value else f"hf://{value}"

@@ -63,7 +63,7 @@ def build_preparation_job(
     `secret_name`: name of the preparation's Secret, or an empty string if it has none. `model_cache`: the resolved value of `model.cache`. If
     it names a volume claim, the pod fills the cache in this claim.
     """
-    name, run_json = names.preparation_job_name(job.name, preparation_number), run.to_bytes()
+    name, run_json = names.make_preparation_job_name(job.name, preparation_number), run.to_bytes()
     pod = _build_preparation_pod(run, run.sha256(run_json), resources, pool, config, secret_name, model_cache)
     body = _build_indexed_job(job, run.spec, config, run_json, name=name, attempt=names.PREPARATION_ATTEMPT, pod_count=1, pod=pod)
     if secret_name:

@@ -58,8 +58,8 @@ def read_first_attempt(status: FineTuneJobStatus) -> FirstAttempt | None:
     """Return what the status records about the first attempt, or None before the first attempt."""
     if not status.attempts:
         return None
-    resolved = status.resolved
-    return FirstAttempt(resolved.defaults or {}, resolved.spec_sha256) if resolved else FirstAttempt()
+    resolved_config = status.resolved
+    return FirstAttempt(resolved_config.defaults or {}, resolved_config.spec_sha256) if resolved_config else FirstAttempt()
 
 
 def accept(

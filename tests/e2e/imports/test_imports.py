@@ -24,10 +24,10 @@ def test_an_imported_job_trains(job_namespace: JobNamespace, tmp_path: Path) -> 
     store.put_object(Bucket=DATASET_BUCKET, Key=key, Body=make_rows(source.rows).encode())
     (tmp_path / source.file).write_text(source.text, encoding="utf-8")
     arguments = ["import", str(tmp_path / source.file), *import_options(NAME, MODEL, f"s3://{DATASET_BUCKET}/{key}")]
-    done = subprocess.run(
+    completed_process = subprocess.run(
         [sys.executable, "-m", "finetune_cli", *arguments, "-o", str(tmp_path / "job.yaml")], capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stderr
+    assert completed_process.returncode == 0, completed_process.stderr
     job_namespace.apply(tmp_path / "job.yaml")
     status = job_namespace.wait_finished(NAME)
     assert status.progress is not None and status.output is not None and status.output.uri is not None

@@ -62,11 +62,11 @@ class ExampleJobs:
         manifest = self.folder / f"{name}.yaml"
         options = ["--storage", f"s3://finetune/{name}", "-o", str(manifest)]
         command, *arguments = make_import_arguments(name, f"s3://{BUCKET}")
-        done = subprocess.run(
+        completed_process = subprocess.run(
             [sys.executable, "-m", "finetune_cli", command, *options, *arguments], capture_output=True, text=True,
             env={**os.environ, "MLFLOW_TRACKING_URI": TRACKING_URI},
         )  # fmt: skip
-        assert done.returncode == 0, done.stderr
+        assert completed_process.returncode == 0, completed_process.stderr
         (job,) = [one for one in yaml.safe_load_all(manifest.read_text("utf-8")) if one["kind"] == KIND]
         for config_map, data in list_missing_config_maps(name, job["spec"]):
             self.job_namespace.apply({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": config_map}, "data": data})

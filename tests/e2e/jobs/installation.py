@@ -66,9 +66,9 @@ class Installation:
     def helm(self, *arguments: str, values: Mapping[str, Any] | None = None) -> str:
         """Run Helm in the operator's namespace with these chart values. Returns its output."""
         command = [str(HELM.path), "--kubeconfig", str(self.cluster.kubeconfig), "-n", demo.RELEASE_NAME, *arguments]
-        done = subprocess.run(command, input=json.dumps(values or {}), capture_output=True, text=True)
-        assert done.returncode == 0, f"helm {arguments[0]}: {done.stderr}"
-        return done.stdout
+        completed_process = subprocess.run(command, input=json.dumps(values or {}), capture_output=True, text=True)
+        assert completed_process.returncode == 0, f"helm {arguments[0]}: {completed_process.stderr}"
+        return completed_process.stdout
 
     def install(self, **chart_values: Any) -> str:
         """Install or upgrade the chart with the demo's values, overridden by `chart_values`. Returns Helm's output."""
@@ -104,9 +104,9 @@ class Installation:
         """Create a namespace for jobs, with Pod Security `restricted` and a Secret with the S3 keys."""
         self.api.patch("namespaces", None, namespace, restricted_namespace(namespace), patch_type="apply")
         keys = {"AWS_ACCESS_KEY_ID": self.cluster.s3.access_key, "AWS_SECRET_ACCESS_KEY": self.cluster.s3.secret_key}
-        created = JobNamespace(self, namespace)
-        created.create_secret(SECRET, keys)
-        return created
+        created_namespace = JobNamespace(self, namespace)
+        created_namespace.create_secret(SECRET, keys)
+        return created_namespace
 
     def read_file_hashes(self, uri: str) -> dict[str, str]:
         """Return the sha256 of each file of a committed folder, by path, as its manifest.json lists them."""

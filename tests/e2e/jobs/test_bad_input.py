@@ -52,7 +52,7 @@ class InvalidInput:
 
 
 def dataset_groups(name: str) -> dict[str, Any]:
-    """Return spec groups whose data set is this file of the bucket `datasets`."""
+    """Return the groups of a spec that trains on this file of the bucket `datasets`."""
     return {"dataset": {"train": f"{DATASETS_URI}/{name}", "format": "messages"}}
 
 

@@ -78,8 +78,8 @@ def test_the_demo_runs_to_its_end(
 def test_the_demo_refuses_a_second_cluster_with_one_line(installation: Installation) -> None:
     """Only one cluster with nodes can run on a machine. When the demo refuses to start a second one, it leaves the running cluster unchanged."""
     env = {**os.environ, "CLUSTER": "local", "KEEP": ""}
-    done = subprocess.run([sys.executable, ROOT / "scripts/demo.py"], env=env, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert [line for line in done.stdout.splitlines() if line.startswith("demo: ")]
-    assert "Traceback" not in done.stdout + done.stderr
+    completed_process = subprocess.run([sys.executable, ROOT / "scripts/demo.py"], env=env, capture_output=True, text=True)
+    assert completed_process.returncode == 1
+    assert [line for line in completed_process.stdout.splitlines() if line.startswith("demo: ")]
+    assert "Traceback" not in completed_process.stdout + completed_process.stderr
     assert installation.api.list("nodes")

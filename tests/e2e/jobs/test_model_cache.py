@@ -81,18 +81,18 @@ def list_stored_files(folder: Path) -> dict[str, tuple[int, int, int]]:
 @pytest.mark.usefixtures("claim")
 def test_a_preparation_fills_the_claim_from_which_all_jobs_read(job_namespace: JobNamespace, volume_folder: Path) -> None:
     cache = f"pvc://{CLAIM}/hub"
-    first = train(job_namespace, "first", cache, prepare={"strategy": "always"})
-    stored = list_stored_files(volume_folder)
-    assert (read_model_source(first), len(stored), {owner for *_, owner in stored.values()}) == ("cache", 1, {TRAINER_UID})
+    first_status = train(job_namespace, "first", cache, prepare={"strategy": "always"})
+    stored_files = list_stored_files(volume_folder)
+    assert (read_model_source(first_status), len(stored_files), {owner for *_, owner in stored_files.values()}) == ("cache", 1, {TRAINER_UID})
     assert read_model_source(train(job_namespace, "second", cache, resources=PAIR)) == "cache"
-    assert list_stored_files(volume_folder) == stored
+    assert list_stored_files(volume_folder) == stored_files
 
 
 @pytest.mark.usefixtures("node_cache")
 def test_the_jobs_of_a_node_download_the_model_once(job_namespace: JobNamespace, volume_folder: Path) -> None:
     """Both nodes of the local cluster see the same folder, so one download serves both."""
     assert read_model_source(train(job_namespace, "first", "node")) == "download"
-    stored = list_stored_files(volume_folder)
-    assert (len(stored), {owner for *_, owner in stored.values()}) == (1, {TRAINER_UID})
+    stored_files = list_stored_files(volume_folder)
+    assert (len(stored_files), {owner for *_, owner in stored_files.values()}) == (1, {TRAINER_UID})
     assert read_model_source(train(job_namespace, "second", "node", resources=PAIR)) == "cache"
-    assert list_stored_files(volume_folder) == stored
+    assert list_stored_files(volume_folder) == stored_files

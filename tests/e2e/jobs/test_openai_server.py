@@ -77,20 +77,20 @@ def test_the_official_client_trains_a_model(base_url: str, job_namespace: JobNam
     job = client.fine_tuning.jobs.create(model="gpt-4o-mini", training_file=file.id, hyperparameters={"n_epochs": 1})
     assert job.status in ("validating_files", "queued") and job.id in {one.id for one in client.fine_tuning.jobs.list()}
     job_namespace.wait_finished(job.id)
-    done = client.fine_tuning.jobs.retrieve(job.id)
-    assert (done.status, done.error) == ("succeeded", None)
-    assert done.fine_tuned_model == job_namespace.status(job.id).output.uri  # type: ignore[union-attr]
-    assert (done.trained_tokens or 0) > 0
-    assert done.finished_at is not None and list(client.fine_tuning.jobs.list_events(job.id))
+    done_job = client.fine_tuning.jobs.retrieve(job.id)
+    assert (done_job.status, done_job.error) == ("succeeded", None)
+    assert done_job.fine_tuned_model == job_namespace.status(job.id).output.uri  # type: ignore[union-attr]
+    assert (done_job.trained_tokens or 0) > 0
+    assert done_job.finished_at is not None and list(client.fine_tuning.jobs.list_events(job.id))
     assert [one.step_number for one in client.fine_tuning.jobs.checkpoints.list(job.id)]
-    (result_file,) = done.result_files
+    (result_file,) = done_job.result_files
     assert client.files.content(result_file).text.startswith("step,")
 
-    other = client.fine_tuning.jobs.create(model="gpt-4o-mini", training_file=file.id, hyperparameters={"n_epochs": 50})
-    client.fine_tuning.jobs.pause(other.id)
-    job_namespace.wait(other.id, lambda s: s.phase is Phase.SUSPENDED, "suspended")
-    assert client.fine_tuning.jobs.retrieve(other.id).status == "paused"
-    client.fine_tuning.jobs.resume(other.id)
-    job_namespace.wait(other.id, lambda s: s.phase is not Phase.SUSPENDED, "resumed")
-    assert client.fine_tuning.jobs.cancel(other.id).status == "cancelled"
-    job_namespace.wait_finished(other.id, Phase.CANCELLED)
+    other_job = client.fine_tuning.jobs.create(model="gpt-4o-mini", training_file=file.id, hyperparameters={"n_epochs": 50})
+    client.fine_tuning.jobs.pause(other_job.id)
+    job_namespace.wait(other_job.id, lambda s: s.phase is Phase.SUSPENDED, "suspended")
+    assert client.fine_tuning.jobs.retrieve(other_job.id).status == "paused"
+    client.fine_tuning.jobs.resume(other_job.id)
+    job_namespace.wait(other_job.id, lambda s: s.phase is not Phase.SUSPENDED, "resumed")
+    assert client.fine_tuning.jobs.cancel(other_job.id).status == "cancelled"
+    job_namespace.wait_finished(other_job.id, Phase.CANCELLED)

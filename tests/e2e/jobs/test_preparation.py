@@ -1,6 +1,6 @@
 """A job is prepared in the real image: it can reach only S3, and it runs as user 10001 with a read-only root file system.
 
-`test_bad_input.py` tests the refusals of GPU jobs. The job of this file requests no GPU, because the nodes have no real GPU to train on.
+`test_bad_input.py` tests that GPU jobs with bad input are refused. The job of this file requests no GPU, because the nodes have no real GPU to train on.
 """
 
 from __future__ import annotations

@@ -49,8 +49,8 @@ def _command(cluster: NodeCluster, *arguments: str) -> list[str]:
 
 def test_a_second_up_uses_the_running_cluster_and_refuses_other_options(cluster: NodeCluster, tmp_path: Path) -> None:
     pid = Machine(cluster.state_dir).find_pid()
-    again = NodeCluster(cluster.state_dir, nodes=2).up()
-    assert Machine(again.state_dir).find_pid() == pid
+    repeated_cluster = NodeCluster(cluster.state_dir, nodes=2).up()
+    assert Machine(repeated_cluster.state_dir).find_pid() == pid
     with pytest.raises(ClusterDiffers, match="2 node.*but 1 node.*are requested: run `localcluster down` first"):
         NodeCluster(cluster.state_dir, nodes=1).up()
     with pytest.raises(ClusterBusy, match="only one can run per machine"):
@@ -71,15 +71,15 @@ def test_up_removes_the_old_cluster_after_its_main_process_was_killed(cluster: N
     assert testbox
     _run_pods_that_ignore_sigterm(cluster.up())
     namespaces = leftovers.list_linux_namespaces(cluster.state_dir)
-    before = leftovers.find_leftovers(cluster.state_dir, namespaces)
-    old_pids = [int(line.split()[0]) for line in before.processes]
-    start_times = {pid: processes.start_time(pid) for pid in old_pids}
+    leftovers_before = leftovers.find_leftovers(cluster.state_dir, namespaces)
+    old_pids = [int(line.split()[0]) for line in leftovers_before.processes]
+    start_times = {pid: processes.read_start_time(pid) for pid in old_pids}
     os.kill(Machine(cluster.state_dir).find_pid(), signal.SIGKILL)
     cluster.up()
-    assert [pid for pid in old_pids if start_times[pid] and processes.start_time(pid) == start_times[pid]] == []
-    after = leftovers.find_leftovers(cluster.state_dir, leftovers.list_linux_namespaces(cluster.state_dir))
-    assert len(after.namespaces) == len(before.namespaces)
-    assert after.mounts == ()
+    assert [pid for pid in old_pids if start_times[pid] and processes.read_start_time(pid) == start_times[pid]] == []
+    leftovers_after = leftovers.find_leftovers(cluster.state_dir, leftovers.list_linux_namespaces(cluster.state_dir))
+    assert len(leftovers_after.namespaces) == len(leftovers_before.namespaces)
+    assert leftovers_after.mounts == ()
     pods = cluster.endpoint.get("/api/v1/pods")["items"]
     assert {p["metadata"]["namespace"] for p in pods} == {"s3"}
 
@@ -88,10 +88,10 @@ def test_down_leaves_nothing_behind(cluster: NodeCluster, testbox: str) -> None:
     assert testbox
     _run_pods_that_ignore_sigterm(cluster.up())
     namespaces = leftovers.list_linux_namespaces(cluster.state_dir)
-    before = leftovers.find_leftovers(cluster.state_dir, namespaces)
-    assert len(before.namespaces) >= 5  # each of the two nodes has a network and a mount namespace, and there is at least one PID namespace
-    assert len(before.processes) > 15
-    assert before.links and before.cgroups
+    leftovers_before = leftovers.find_leftovers(cluster.state_dir, namespaces)
+    assert len(leftovers_before.namespaces) >= 5  # each of the two nodes has a network and a mount namespace, and there is at least one PID namespace
+    assert len(leftovers_before.processes) > 15
+    assert leftovers_before.links and leftovers_before.cgroups
     cluster.down()
     assert leftovers.find_leftovers(cluster.state_dir, namespaces) == NO_LEFTOVERS
     assert sorted(p.name for p in cluster.state_dir.iterdir()) == ["lock"]

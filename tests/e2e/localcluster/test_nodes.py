@@ -33,9 +33,9 @@ def test_a_node_without_kubelet_becomes_not_ready_and_its_pods_are_evicted(api: 
     api.wait("pod", "p", lambda p: pod_phase(p) == "Running")
     api.cluster.stop_kubelet(n2)
     api.wait("node", n2, lambda n: not has_true_condition(n, "Ready"), seconds=60)
-    evicted = api.wait("pod", "p", lambda p: p["metadata"].get("deletionTimestamp"), seconds=60)
-    assert has_true_condition(evicted, "DisruptionTarget")
-    assert pod_phase(evicted) == "Running"  # no kubelet updates the status of the evicted pod
+    evicted_object = api.wait("pod", "p", lambda p: p["metadata"].get("deletionTimestamp"), seconds=60)
+    assert has_true_condition(evicted_object, "DisruptionTarget")
+    assert pod_phase(evicted_object) == "Running"  # no kubelet updates the status of the evicted pod
     api.cluster.start_node(n2)
     api.wait("node", n2, lambda n: has_true_condition(n, "Ready"))
 

@@ -61,8 +61,8 @@ def test_the_termination_message_comes_from_the_file(api: NamespaceApi) -> None:
 
 def test_the_termination_message_comes_from_the_log_if_there_is_no_file(api: NamespaceApi) -> None:
     fallback = {"terminationMessagePolicy": "FallbackToLogsOnError"}
-    ended = terminated_state(api.run(pod("p", "print", "2", "0", "--", "exit", "70", container=fallback)))
-    assert (ended["exitCode"], ended["message"]) == (70, "line 1\nline 2\n")
+    ended_state = terminated_state(api.run(pod("p", "print", "2", "0", "--", "exit", "70", container=fallback)))
+    assert (ended_state["exitCode"], ended_state["message"]) == (70, "line 1\nline 2\n")
 
 
 def test_logs_can_be_followed_until_the_container_ends(api: NamespaceApi) -> None:
@@ -88,8 +88,8 @@ def test_exec_and_port_forward_work(api: NamespaceApi) -> None:
 
 def test_a_pod_with_a_missing_image_waits_with_this_reason(api: NamespaceApi) -> None:
     api.create(pod("p", "exit", "0", container={"image": "localhost/no-such-image:1"}))
-    created = api.wait("pod", "p", lambda p: waiting_reason(p) in ("ErrImagePull", "ImagePullBackOff"))
-    assert pod_phase(created) == "Pending"
+    created_object = api.wait("pod", "p", lambda p: waiting_reason(p) in ("ErrImagePull", "ImagePullBackOff"))
+    assert pod_phase(created_object) == "Pending"
 
 
 def test_pods_under_pod_security_restricted_run(api: NamespaceApi) -> None:

@@ -60,8 +60,8 @@ def old_release(installation: Installation, tmp_path_factory: pytest.TempPathFac
     tags = {}
     for which in (images.ImageName.OPERATOR, images.ImageName.TRAINER):
         recipe = images.RECIPE_BY_IMAGE[which]
-        old = images.ImageRecipe(f"{recipe.name}-0.1.0", recipe.dockerfile, recipe.build_arguments, recipe.needed_disk_gb)
-        built = images.build_recipe(old, source, show_step)
+        old_recipe = images.ImageRecipe(f"{recipe.name}-0.1.0", recipe.dockerfile, recipe.build_arguments, recipe.needed_disk_gb)
+        built = images.build_recipe(old_recipe, source, show_step)
         tags[which] = installation.cluster.load_image(built.layout_folder)
     place = ChartInputs(installation.cluster.s3, tags[images.ImageName.OPERATOR], tags[images.ImageName.TRAINER])
     return Release(source / CHART_PATH, place)
@@ -131,7 +131,7 @@ def read_job_states(job_namespace: JobNamespace) -> dict[str, tuple[Any, ...]]:
 
 def replace_operator_and_finish(job_namespace: JobNamespace, release: Release) -> None:
     """Install a release while the jobs are in different phases, and check that every job ends as it would without this installation."""
-    before = read_job_states(job_namespace)
+    states_before = read_job_states(job_namespace)
     phases = {name: job_namespace.status(name).phase for name in ("suspended", "done", "failed", "cancelled", "queued")}
     release.install(job_namespace.installation)
     # Change each spec. As soon as observedGeneration in the status is the new generation, the new operator has reconciled the job.
@@ -145,7 +145,7 @@ def replace_operator_and_finish(job_namespace: JobNamespace, release: Release) -
             lambda s, wanted=generation: s.observed_generation == wanted,  # type: ignore[misc]
             "reconciled by the other operator",
         )
-    assert read_job_states(job_namespace) == before
+    assert read_job_states(job_namespace) == states_before
     assert {name: job_namespace.status(name).phase for name in phases} == phases
     gang = job_namespace.status("gang")
     assert gang.workers is not None
@@ -154,8 +154,8 @@ def replace_operator_and_finish(job_namespace: JobNamespace, release: Release) -
     for name in ("running", "gang"):
         status = job_namespace.wait_finished(name)
         assert (status.restarts, len(status.attempts)) == (0, 1), f"{name}: {status.attempts}"
-    resumed = job_namespace.wait_finished("suspended")
-    first, second = resumed.attempts
+    resumed_status = job_namespace.wait_finished("suspended")
+    first, second = resumed_status.attempts
     assert second.resumed_from_step == first.committed_step
     assert second.resumed_from_step
     failed = {name: job_namespace.status(name).failure for name in JOBS if name != "failed"}

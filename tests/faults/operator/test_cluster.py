@@ -291,7 +291,7 @@ def test_a_refusal_by_pod_security_blocks_the_job(rig: Rig) -> None:
     """
     label = {"pod-security.kubernetes.io/enforce": "restricted"}
     rig.api.patch("namespaces", None, rig.namespace, {"metadata": {"labels": label}})
-    rig.start_operator()
+    rig.start_operator(config={"policy": {"annotations": ["*"]}})  # The operator's default policy would refuse the annotation.
     rig.submit(placement={"annotations": {f"container.apparmor.security.beta.kubernetes.io/{TRAINER_CONTAINER}": "unconfined"}})
     body = rig.wait(
         lambda b: find_condition(b, Condition.PODS_READY).get("reason") == Reason.FORBIDDEN_BY_POLICY, timeout=60

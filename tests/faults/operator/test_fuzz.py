@@ -106,8 +106,8 @@ def test_malformed_jobs_and_pods_are_ignored(rig: Rig) -> None:
                  "controller": rng.choice([True, False])}
             ] if number % 3 == 0 else [],
         }  # fmt: skip
-        created = rig.api.create("jobs", rig.namespace, {"metadata": meta, "spec": {"suspend": True, "template": template}})
-        foreign_objects.append((created["metadata"]["name"], created["metadata"]["uid"]))
+        created_object = rig.api.create("jobs", rig.namespace, {"metadata": meta, "spec": {"suspend": True, "template": template}})
+        foreign_objects.append((created_object["metadata"]["name"], created_object["metadata"]["uid"]))
         pod = {"metadata": {"name": f"pod-{number}", "labels": random_labels}}
         rig.api.create("pods", rig.namespace, pod | {"spec": template["spec"]})
     pods = {p["metadata"]["uid"] for p in rig.api.list("pods", rig.namespace)}

@@ -30,8 +30,8 @@ def start_replica(rig: Rig) -> tuple[OperatorProcess, ApiProxy]:
 
 
 def read_lease_holder(rig: Rig) -> str:
-    found = rig.api.find("leases", rig.namespace, LEASE_NAME)
-    return str((found or {}).get("spec", {}).get("holderIdentity") or "")
+    object = rig.api.find("leases", rig.namespace, LEASE_NAME)
+    return str((object or {}).get("spec", {}).get("holderIdentity") or "")
 
 
 def list_writes_except_lease(proxy: ApiProxy) -> list[str]:

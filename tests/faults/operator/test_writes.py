@@ -144,8 +144,8 @@ def test_a_wrong_clock_of_the_operator_does_not_affect_deadline_and_ttl(rig: Rig
     rig.api.wait_gone("jobs", rig.namespace, "ended-1")
     assert _read_server_time(rig) >= _to_timestamp(completed, 4)
     assert attempt_reasons(rig.wait_finished("late")) == [(1, Reason.DEADLINE_EXCEEDED)]
-    started = rig.get("late")["status"]["attempts"][0]["startTime"]
-    assert _read_server_time(rig) >= _to_timestamp(started, 4)
+    started_at = rig.get("late")["status"]["attempts"][0]["startTime"]
+    assert _read_server_time(rig) >= _to_timestamp(started_at, 4)
     assert rig.api.find("jobs", rig.namespace, "kept-1") is not None
     assert attempt_reasons(rig.get("early")) == [(1, "")]
     assert find_condition(rig.get("early"), Condition.FINISHED)["status"] == "False"
@@ -154,11 +154,11 @@ def test_a_wrong_clock_of_the_operator_does_not_affect_deadline_and_ttl(rig: Rig
 
 def _read_server_time(rig: Rig) -> float:
     """Return the API server's current time as a Unix time, rounded up to whole seconds."""
-    created = rig.api.create("events", rig.namespace, {
+    created_object = rig.api.create("events", rig.namespace, {
         "metadata": {"generateName": "now-"}, "eventTime": "2026-01-01T00:00:00.000000Z", "action": "Look", "type": "Normal",
         "reportingController": "test", "reportingInstance": "test", "reason": "Now", "regarding": {"namespace": rig.namespace},
     })  # fmt: skip
-    return _to_timestamp(created["metadata"]["creationTimestamp"], 0) + 1
+    return _to_timestamp(created_object["metadata"]["creationTimestamp"], 0) + 1
 
 
 def _to_timestamp(time_: str, seconds: float) -> float:

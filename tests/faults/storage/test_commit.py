@@ -81,9 +81,9 @@ def test_only_one_of_two_incarnations_keeps_its_marker(storage: ProxiedTree, che
     committed_names = [name for name, result in results.items() if result == "committed"]
     if second_attempt == 1:
         assert sorted(type(result).__name__ for result in results.values()) == ["FencedOutError", "str"]
-    found = storage.direct_tree.get_committed(5)
-    assert found is not None and found.marker.path == (committed_names[0] if second_attempt == 1 else incarnations[1][0])
-    assert found.marker.path in committed_names
+    found_checkpoint = storage.direct_tree.get_committed(5)
+    assert found_checkpoint is not None and found_checkpoint.marker.path == (committed_names[0] if second_attempt == 1 else incarnations[1][0])
+    assert found_checkpoint.marker.path in committed_names
     assert storage.verify_all(tmp_path / "check") == [5]
 
 
@@ -106,8 +106,8 @@ def test_incarnations_do_not_mix_data_in_a_store_that_ignores_conditions(storage
     assert preflight(target).has_conditional_writes is False
     storage.commit(5, checkpoint, "a1-00000001", 1)
     storage.commit(5, checkpoint, "a2-00000002", 2)
-    found = storage.direct_tree.get_committed(5)
-    assert found is not None and found.marker.path == "a2-00000002"
+    found_checkpoint = storage.direct_tree.get_committed(5)
+    assert found_checkpoint is not None and found_checkpoint.marker.path == "a2-00000002"
     assert storage.verify_all(tmp_path / "check") == [5]
     fault.remove()
     assert preflight(target).has_conditional_writes is True

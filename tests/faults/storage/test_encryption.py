@@ -44,9 +44,9 @@ def test_an_encrypted_checkpoint_is_committed_and_restored(
     tree = CheckpointTree(S3Store(target))
     entries = tree.upload(checkpoint_folder_key(5), "a1-00000000", checkpoint)
     tree.commit(checkpoint_folder_key(5), Manifest(step=5, incarnation="a1-00000000", files=entries))
-    found = restore(tree, ResumeConfig(mode="auto", expect_step=5), RunFacts(), tmp_path / "back")
-    assert (found.step, found.damage_messages) == (5, [])
-    assert found.local_folder is not None and (found.local_folder / "large").read_bytes() == bytes(11 * s3.MIB)
+    restore_result = restore(tree, ResumeConfig(mode="auto", expect_step=5), RunFacts(), tmp_path / "back")
+    assert (restore_result.step, restore_result.damage_messages) == (5, [])
+    assert restore_result.local_folder is not None and (restore_result.local_folder / "large").read_bytes() == bytes(11 * s3.MIB)
 
 
 @needs_customer_key_encryption

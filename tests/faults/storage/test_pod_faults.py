@@ -163,8 +163,8 @@ def test_many_store_errors_do_not_delay_training(
 
 
 def read_storage_retries(pod: Pod) -> float:
-    found = re.search(rb"^finetune_trainer_storage_retries_total (\S+)$", pod.get("/metrics") or b"", re.MULTILINE)
-    return float(found[1]) if found else 0
+    match = re.search(rb"^finetune_trainer_storage_retries_total (\S+)$", pod.get("/metrics") or b"", re.MULTILINE)
+    return float(match[1]) if match else 0
 
 
 def test_a_stop_during_an_upload_loses_no_step(
@@ -242,10 +242,10 @@ def test_a_damaged_checkpoint_is_replaced(
         assert second.end() == 0, second.text[-3000:]
     assert second.termination_message().resumed_from_step == before.step
     assert storage.verify_all(tmp_path / "check")[0] == 15
-    replaced = storage.direct_tree.get_committed(15)
-    assert replaced is not None and replaced.marker.attempt == 2
+    replaced_checkpoint = storage.direct_tree.get_committed(15)
+    assert replaced_checkpoint is not None and replaced_checkpoint.marker.attempt == 2
     assert {stat.key.split("/")[2] for stat in storage.direct_tree.store.list("checkpoints/step-00000015/a")} == {
-        replaced.marker.path
+        replaced_checkpoint.marker.path
     }
 
 

@@ -60,10 +60,10 @@ def remove_object(storage: ProxiedTree, key: str) -> None:
 
 
 def test_the_newest_checkpoint_is_restored(two_checkpoints: ProxiedTree, checkpoint: Path, tmp_path: Path) -> None:
-    found = restore_newest(two_checkpoints, tmp_path)
-    assert (found.step, found.is_exact, found.inexact_reason, found.damage_messages) == (10, True, None, [])
-    assert found.local_folder is not None
-    restored_files = {p.relative_to(found.local_folder): p.read_bytes() for p in found.local_folder.rglob("*") if p.is_file()}
+    restore_result = restore_newest(two_checkpoints, tmp_path)
+    assert (restore_result.step, restore_result.is_exact, restore_result.inexact_reason, restore_result.damage_messages) == (10, True, None, [])
+    assert restore_result.local_folder is not None
+    restored_files = {p.relative_to(restore_result.local_folder): p.read_bytes() for p in restore_result.local_folder.rglob("*") if p.is_file()}
     assert restored_files == {p.relative_to(checkpoint): p.read_bytes() for p in checkpoint.rglob("*") if p.is_file()}
 
 
@@ -73,16 +73,16 @@ def test_damage_is_reported_and_the_previous_step_is_restored(
     two_checkpoints: ProxiedTree, tmp_path: Path, damage: Callable[[ProxiedTree, str], None], name: str
 ) -> None:
     damage(two_checkpoints, f"{FOLDER}/{name}")
-    found = restore_newest(two_checkpoints, tmp_path)
-    assert found.step == 5
-    assert len(found.damage_messages) == 1 and f"{FOLDER}/{name}" in found.damage_messages[0]
+    restore_result = restore_newest(two_checkpoints, tmp_path)
+    assert restore_result.step == 5
+    assert len(restore_result.damage_messages) == 1 and f"{FOLDER}/{name}" in restore_result.damage_messages[0]
 
 
 def test_an_object_outside_the_manifest_is_not_downloaded(two_checkpoints: ProxiedTree, tmp_path: Path) -> None:
     two_checkpoints.direct_tree.store.put(f"{FOLDER}/model.safetensors", b"stray")
-    found = restore_newest(two_checkpoints, tmp_path)
-    assert found.step == 10 and found.local_folder is not None
-    assert not (found.local_folder / "model.safetensors").exists()
+    restore_result = restore_newest(two_checkpoints, tmp_path)
+    assert restore_result.step == 10 and restore_result.local_folder is not None
+    assert not (restore_result.local_folder / "model.safetensors").exists()
 
 
 def test_a_checkpoint_with_a_damaged_marker_is_not_restored(two_checkpoints: ProxiedTree, tmp_path: Path) -> None:
@@ -101,15 +101,15 @@ def test_a_restore_with_only_damaged_checkpoints_fails_with_73(two_checkpoints: 
 
 def test_an_interrupted_download_is_retried(two_checkpoints: ProxiedTree, proxy: S3Proxy, tmp_path: Path) -> None:
     with proxy.fault(Truncate(1000), operation="GetObject", key="optimizer.pt", max_hits=2) as cut_off:
-        found = restore_newest(two_checkpoints, tmp_path)
-    assert (found.step, found.damage_messages, cut_off.hits) == (10, [], 2)
+        restore_result = restore_newest(two_checkpoints, tmp_path)
+    assert (restore_result.step, restore_result.damage_messages, cut_off.hits) == (10, [], 2)
 
 
 def test_a_byte_flipped_in_transit_is_detected(two_checkpoints: ProxiedTree, proxy: S3Proxy, tmp_path: Path) -> None:
     with proxy.fault(FlipByte(99_999), operation="GetObject", key="step-00000010/.*optimizer.pt", max_hits=1) as flipped:
-        found = restore_newest(two_checkpoints, tmp_path)
-    assert (found.step, flipped.hits) == (5, 1)
-    assert "optimizer.pt" in found.damage_messages[0]
+        restore_result = restore_newest(two_checkpoints, tmp_path)
+    assert (restore_result.step, flipped.hits) == (5, 1)
+    assert "optimizer.pt" in restore_result.damage_messages[0]
 
 
 @dataclass(frozen=True)
@@ -128,9 +128,9 @@ def test_a_checkpoint_that_is_removed_while_it_is_read_is_skipped(
     two_checkpoints: ProxiedTree, proxy: S3Proxy, tmp_path: Path
 ) -> None:
     proxy.fault(RemoveStepBeforeRead(two_checkpoints, 10), operation="GetObject", key="step-00000010/.*/optimizer.pt", max_hits=1)
-    found = restore_newest(two_checkpoints, tmp_path)
-    assert (found.step, len(found.damage_messages)) == (5, 1)
-    assert "optimizer.pt is missing" in found.damage_messages[0]
+    restore_result = restore_newest(two_checkpoints, tmp_path)
+    assert (restore_result.step, len(restore_result.damage_messages)) == (5, 1)
+    assert "optimizer.pt is missing" in restore_result.damage_messages[0]
     assert [committed.step for committed in two_checkpoints.direct_tree.list_committed()] == [5]
 
 

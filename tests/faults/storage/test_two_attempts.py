@@ -164,8 +164,8 @@ class MarkerRace:
 
     def read_marked_attempt(self) -> int:
         """Return the number of the attempt that the step's marker names; 0 if there is no marker."""
-        found = self.two_attempts.storage.direct_tree.get_committed(self.step)
-        return found.marker.attempt if found is not None else 0
+        checkpoint = self.two_attempts.storage.direct_tree.get_committed(self.step)
+        return checkpoint.marker.attempt if checkpoint is not None else 0
 
     def finish_earlier(self) -> None:
         """Release all requests of the first attempt and wait until its pod has ended."""

@@ -135,10 +135,10 @@ def test_a_server_that_stays_down_is_named_at_the_end_without_its_password(model
 
 def test_mongodb_documents_of_repeated_steps_are_replaced(mongodb: TrackerServer) -> None:
     uri = f"mongodb://127.0.0.1:{mongodb.port}"
-    first = Mongodb(tracked_run(), uri, "repeated")
-    first.open()
-    first.send([*start_events(), *log_events(1, 14, evaluated_steps=(10,))])
-    first.send(end_events(14, end=RunEnd.INTERRUPTED))
+    first_tracker = Mongodb(tracked_run(), uri, "repeated")
+    first_tracker.open()
+    first_tracker.send([*start_events(), *log_events(1, 14, evaluated_steps=(10,))])
+    first_tracker.send(end_events(14, end=RunEnd.INTERRUPTED))
     database = MongoClient(uri)["repeated"]
     assert database.training_runs.find_one()["status"] == "interrupted"  # type: ignore[index]
     second = Mongodb(tracked_run(attempt=2, resumed_from_step=10), uri, "repeated")

@@ -36,9 +36,9 @@ def render_policy(values: dict[str, Any]) -> list[dict[str, Any]]:
     """Render the chart's template admission-policy.yaml, and return its objects: the policy and its binding."""
     helm = subprocess.run([sys.executable, ROOT / "scripts/tools.py"], check=True, capture_output=True, text=True).stdout.strip()
     command = [helm, "template", "rel", ROOT / "helm/finetune-operator", "-f", "-", "--show-only", "templates/admission-policy.yaml"]
-    done = subprocess.run(command, input=json.dumps({"imageRegistry": "registry.example.com", **values}), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return list(yaml.safe_load_all(done.stdout))
+    completed_process = subprocess.run(command, input=json.dumps({"imageRegistry": "registry.example.com", **values}), capture_output=True, text=True)
+    assert completed_process.returncode == 0, completed_process.stderr
+    return list(yaml.safe_load_all(completed_process.stdout))
 
 
 @pytest.fixture(scope="module")

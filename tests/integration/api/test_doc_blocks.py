@@ -48,5 +48,5 @@ def test_kubectl_commands_of_a_page_succeed(api: Endpoint, page: Path, tmp_path:
             (tmp_path / block.title).write_text(block.text, "utf-8")
         elif block.language == "sh":
             for words in (words for words in block.words() if words[0] == "kubectl"):
-                done = subprocess.run([*program, "-n", namespace, *words[1:]], cwd=tmp_path, capture_output=True, text=True, check=False)
-                assert done.returncode == 0, f"{block.name}: {' '.join(words)}: {done.stderr}"
+                completed_process = subprocess.run([*program, "-n", namespace, *words[1:]], cwd=tmp_path, capture_output=True, text=True, check=False)
+                assert completed_process.returncode == 0, f"{block.name}: {' '.join(words)}: {completed_process.stderr}"

@@ -75,8 +75,8 @@ def finetune(
         extra = ["-n", namespace] if default_namespace else []
         capsys.readouterr()
         code = main.run([*words, *extra], [])
-        captured = capsys.readouterr()
-        return Result(code, captured.out, captured.err)
+        captured_output = capsys.readouterr()
+        return Result(code, captured_output.out, captured_output.err)
 
     return run
 
@@ -92,8 +92,8 @@ def job(api: KubeApi, namespace: str) -> Callable[..., dict[str, Any]]:
             "metadata": {"name": name},
             "spec": {"model": {"source": "org/m"}, "dataset": {"train": "s3://data/t.jsonl"}, **spec},
         }
-        created = api.create(names.PLURAL, namespace, body)
-        return set_status(api, namespace, name, status) if status else created
+        created_object = api.create(names.PLURAL, namespace, body)
+        return set_status(api, namespace, name, status) if status else created_object
 
     return create_job
 

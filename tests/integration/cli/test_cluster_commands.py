@@ -16,7 +16,7 @@ from finetune_api.names import Label
 from finetune_cli import cluster as cluster_module
 from finetune_cli import main
 
-from localcluster.ports import free_ports
+from localcluster.ports import find_free_ports
 from tests.integration.cli.conftest import Result, condition
 from tests.support.kubeapi import KubeApi
 
@@ -305,11 +305,11 @@ def test_top_shows_usage_of_running_pods(
     finetune: Finetune, job: Job, api: KubeApi, namespace: str, pod_server: tuple[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cluster_module, "PROGRESS_PORT", pod_server[1])
-    created = job(status=RUNNING_STATUS)
-    finished = job("done", status=SUCCEEDED_STATUS)
-    create_pod(api, namespace, created, 1, pod_server[0])
-    create_pod(api, namespace, created, 2, pod_server[0])
-    create_pod(api, namespace, finished, 1, pod_server[0])
+    created_job = job(status=RUNNING_STATUS)
+    finished_job = job("done", status=SUCCEEDED_STATUS)
+    create_pod(api, namespace, created_job, 1, pod_server[0])
+    create_pod(api, namespace, created_job, 2, pod_server[0])
+    create_pod(api, namespace, finished_job, 1, pod_server[0])
     result = finetune("top")
     assert (result.code, result.err) == (0, "")
     head, row = [[cell.strip() for cell in line.split("   ") if cell.strip()] for line in result.out.splitlines()]
@@ -324,8 +324,8 @@ def test_top_shows_usage_of_running_pods(
 
 
 def test_top_names_pods_that_do_not_report_usage(finetune: Finetune, job: Job, api: KubeApi, namespace: str) -> None:
-    created = job(status=RUNNING_STATUS)
-    create_pod(api, namespace, created, 1, "127.0.0.1")
+    created_job = job(status=RUNNING_STATUS)
+    create_pod(api, namespace, created_job, 1, "127.0.0.1")
     result = finetune("top")
     assert (result.code, "note: bot-1-0: " in result.err, "2,731" in result.out) == (0, True, True)
     assert finetune("top", "bot", "-A", default_namespace=False).code == 1
@@ -334,11 +334,11 @@ def test_top_names_pods_that_do_not_report_usage(finetune: Finetune, job: Job, a
 def test_top_names_the_network_policy_setting_if_the_api_server_cannot_reach_a_pod(
     finetune: Finetune, job: Job, api: KubeApi, namespace: str, pod_server: tuple[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cluster_module, "PROGRESS_PORT", free_ports(1)[0])  # no server listens on this port
+    monkeypatch.setattr(cluster_module, "PROGRESS_PORT", find_free_ports(1)[0])  # no server listens on this port
     create_pod(api, namespace, job(status=RUNNING_STATUS), 1, pod_server[0])
     result = finetune("top")
     assert (result.code, result.err.startswith("note: bot-1-0: error trying to reach service: ")) == (0, True), result.err
-    assert result.err.endswith("list the addresses of the API server in isolation.metricsFrom of the chart's values\n")
+    assert result.err.endswith("add the addresses of the API server to isolation.metricsFrom in the chart's values\n")
 
 
 # --- delete ---------------------------------------------------------------------------------------------------------
@@ -348,8 +348,8 @@ def test_delete_lists_what_stays_in_storage(finetune: Finetune, job: Job, api: K
     storage = {"uri": "s3://models/root", "endpoint": "https://s3.example.com"}
     checkpoints = [{"step": 100, "uri": "s3://models/x", "bytes": 2048}, {"step": 200, "uri": "s3://models/y", "bytes": 1024}]
     output = {"uri": "s3://models/z", "kind": "adapter", "hubUri": "https://hub/x"}
-    created = job(storage=storage, status={**SUCCEEDED_STATUS, "checkpoints": checkpoints, "output": output})
-    uid = created["metadata"]["uid"]
+    created_job = job(storage=storage, status={**SUCCEEDED_STATUS, "checkpoints": checkpoints, "output": output})
+    uid = created_job["metadata"]["uid"]
     result = finetune("delete", "bot")
     purge = f"finetune purge bot -n {namespace} --uid {uid} --storage s3://models/root --endpoint https://s3.example.com"
     assert result == Result(

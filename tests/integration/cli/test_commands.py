@@ -192,14 +192,14 @@ def test_wait_for_creation_and_deletion(finetune: Finetune, job: Job, api: KubeA
 
 
 def test_events_of_the_job_are_listed(finetune: Finetune, job: Job, api: KubeApi, namespace: str) -> None:
-    created = job()
+    created_job = job()
     assert "bot has no events" in finetune("events", "bot").err
     regarding = {
         "apiVersion": names.API_VERSION,
         "kind": names.KIND,
         "name": "bot",
         "namespace": namespace,
-        "uid": created["metadata"]["uid"],
+        "uid": created_job["metadata"]["uid"],
     }
     api.create("events", namespace, {
         "metadata": {"name": "e1"}, "eventTime": "2026-01-01T00:00:00.000000Z", "reportingController": "t", "reportingInstance": "t",
@@ -230,17 +230,17 @@ def test_a_finished_job_is_not_changed(finetune: Finetune, job: Job) -> None:
 
 
 def test_rerun_names_the_old_job_in_annotations(finetune: Finetune, job: Job, api: KubeApi, namespace: str) -> None:
-    old = job(status=RUNNING_STATUS, suspend=True)
+    old_job = job(status=RUNNING_STATUS, suspend=True)
     result = finetune(
         "rerun", "bot", "--from-checkpoint", "100", "--set", "training.epochs=2", "--set", "method.lora.rank=4"
     )
     assert result.out == f"bot-2 created from bot in namespace {namespace}\n"
-    new = api.get(names.PLURAL, namespace, "bot-2")
-    assert new["spec"]["checkpoint"] == {"resume": "s3://models/x/checkpoints/step-00000100/a1-1"}
-    assert (new["spec"]["training"], new["spec"]["method"]) == ({"epochs": 2}, {"lora": {"rank": 4}})
-    assert new["spec"]["suspend"] is False
-    assert new["metadata"]["annotations"] == {
-        names.Annotation.RERUN_OF: f"bot/{old['metadata']['uid']}", names.Annotation.FROM_STEP: "100",
+    new_object = api.get(names.PLURAL, namespace, "bot-2")
+    assert new_object["spec"]["checkpoint"] == {"resume": "s3://models/x/checkpoints/step-00000100/a1-1"}
+    assert (new_object["spec"]["training"], new_object["spec"]["method"]) == ({"epochs": 2}, {"lora": {"rank": 4}})
+    assert new_object["spec"]["suspend"] is False
+    assert new_object["metadata"]["annotations"] == {
+        names.Annotation.RERUN_OF: f"bot/{old_job['metadata']['uid']}", names.Annotation.FROM_STEP: "100",
     }  # fmt: skip
     assert finetune("rerun", "bot").out.startswith("bot-3 created")
 

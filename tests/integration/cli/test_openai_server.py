@@ -176,34 +176,35 @@ def test_the_openai_client_works_with_only_another_base_url_and_key(installation
     file = client.files.create(file=("täglich 1.jsonl", ROWS), purpose="fine-tune")
     assert (file.filename, file.bytes, file.purpose, file.status) == ("täglich 1.jsonl", len(ROWS), "fine-tune", "processed")
 
-    created = client.fine_tuning.jobs.create(
+    created_job = client.fine_tuning.jobs.create(
         model="gpt-4o-mini", training_file=file.id, validation_file=file.id, suffix="bot", seed=7, metadata={"team": "support"},
         method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2, "batch_size": 16, "learning_rate_multiplier": 0.5}}},
     )  # fmt: skip
-    assert (created.status, created.object, created.fine_tuned_model, created.seed) == ("validating_files", "fine_tuning.job", None, 7)
-    assert (created.organization_id, created.model, created.training_file, created.metadata) == ("openai-a", "gpt-4o-mini", file.id, {"team": "support"})
+    assert (created_job.status, created_job.object, created_job.fine_tuned_model, created_job.seed) == ("validating_files", "fine_tuning.job", None, 7)
+    assert (created_job.organization_id, created_job.model) == ("openai-a", "gpt-4o-mini")
+    assert (created_job.training_file, created_job.metadata) == (file.id, {"team": "support"})
 
-    running = mark_running(api, installation, created.id)
-    job = client.fine_tuning.jobs.retrieve(created.id)
+    running = mark_running(api, installation, created_job.id)
+    job = client.fine_tuning.jobs.retrieve(created_job.id)
     assert (job.status, job.trained_tokens, job.estimated_finish) == ("running", None, 1767225660)
     assert job.hyperparameters.to_dict() == {"n_epochs": 2, "batch_size": 16, "learning_rate_multiplier": 0.5}
-    assert [job.id for job in client.fine_tuning.jobs.list(limit=1).data] == [created.id]
-    events = client.fine_tuning.jobs.list_events(created.id).data
+    assert [job.id for job in client.fine_tuning.jobs.list(limit=1).data] == [created_job.id]
+    events = client.fine_tuning.jobs.list_events(created_job.id).data
     assert [(event.level, event.type, event.message) for event in events] == [
         ("warn", "message", "no node is free"), ("info", "message", "Created fine-tuning job"), ("info", "metrics", "Step 20/40: training loss=1.25"),
     ]  # fmt: skip
-    checkpoints = client.fine_tuning.jobs.checkpoints.list(created.id).data
+    checkpoints = client.fine_tuning.jobs.checkpoints.list(created_job.id).data
     assert [(point.step_number, point.fine_tuned_model_checkpoint, point.metrics.full_valid_loss) for point in checkpoints] == [
         (20, "s3://openai/b", 1.5), (10, "s3://openai/a", None),
     ]  # fmt: skip
 
-    client.fine_tuning.jobs.pause(created.id)
-    set_status(api, "openai-a", created.id, {"phase": "Suspended"})
-    assert client.fine_tuning.jobs.retrieve(created.id).status == "paused"
-    client.fine_tuning.jobs.resume(created.id)
-    assert api.get(names.PLURAL, "openai-a", created.id)["spec"]["suspend"] is False
-    assert client.fine_tuning.jobs.cancel(created.id).status == "cancelled"
-    assert api.get(names.PLURAL, "openai-a", created.id)["spec"]["cancel"] is True
+    client.fine_tuning.jobs.pause(created_job.id)
+    set_status(api, "openai-a", created_job.id, {"phase": "Suspended"})
+    assert client.fine_tuning.jobs.retrieve(created_job.id).status == "paused"
+    client.fine_tuning.jobs.resume(created_job.id)
+    assert api.get(names.PLURAL, "openai-a", created_job.id)["spec"]["suspend"] is False
+    assert client.fine_tuning.jobs.cancel(created_job.id).status == "cancelled"
+    assert api.get(names.PLURAL, "openai-a", created_job.id)["spec"]["cancel"] is True
     assert running["metadata"]["labels"] == {"finetune-operator.io/created-by": "openai-server"}
 
 
@@ -409,8 +410,8 @@ def test_a_long_list_is_divided_into_pages(installation: Installation) -> None:
     client = installation.client(OTHER_KEY)
     files = [upload(client, name=f"{number}.jsonl") for number in range(3)]
     jobs = [client.fine_tuning.jobs.create(model="gpt-4o-mini", training_file=files[0], metadata={"n": str(n % 2)}).id for n in range(3)]
-    first = client.fine_tuning.jobs.list(limit=2)
-    assert ([job.id for job in first.data], first.has_more) == (jobs[:0:-1], True)
+    first_jobs = client.fine_tuning.jobs.list(limit=2)
+    assert ([job.id for job in first_jobs.data], first_jobs.has_more) == (jobs[:0:-1], True)
     assert [job.id for job in client.fine_tuning.jobs.list(limit=2)] == jobs[::-1]
     assert [job.id for job in client.fine_tuning.jobs.list(metadata={"n": "1"})] == [jobs[1]]
     assert [file.filename for file in client.files.list(limit=1, order="asc")] == ["0.jsonl", "1.jsonl", "2.jsonl"]
@@ -441,10 +442,10 @@ def test_files_are_checked_stored_and_deleted(installation: Installation, s3_ser
     with pytest.raises(openai.BadRequestError) as used:
         client.files.delete(file_id)
     assert (used.value.code, job.id in str(used.value)) == ("file_in_use", True)
-    other = upload(client)
-    assert client.files.delete(other).deleted is True
+    other_file = upload(client)
+    assert client.files.delete(other_file).deleted is True
     with pytest.raises(openai.NotFoundError):
-        client.files.retrieve(other)
+        client.files.retrieve(other_file)
 
 
 def test_a_succeeded_job_names_its_model_and_its_metrics(installation: Installation, api: KubeApi, job_id: str, s3_server: S3Endpoint) -> None:

@@ -51,21 +51,21 @@ def test_an_imported_token_reaches_only_the_pod(
     ]
     output.error_console.cache_clear()
     assert main.run(["import", str(tmp_path / name), *options, "-o", str(manifest)], tool_flags) == output.OK
-    printed = capsys.readouterr()
+    captured_output = capsys.readouterr()
     submitted = finetune("submit", str(manifest))
     assert submitted.code == 0, submitted.err
-    created = api.get(PLURAL, namespace, "bot")
-    job = build_first_job(created)
+    created_object = api.get(PLURAL, namespace, "bot")
+    job = build_first_job(created_object)
     assert read_secret_variables(job, api, namespace) == expected
     archive = tmp_path / "bundle.tar.gz"
     bundled = finetune("support-bundle", "bot", "-o", str(archive))
     visible_texts = [
-        printed.out,
-        printed.err,
+        captured_output.out,
+        captured_output.err,
         submitted.out,
         submitted.err,
         bundled.out,
-        json.dumps(created),
+        json.dumps(created_object),
         json.dumps(job),
     ]
     for secret in expected.values():

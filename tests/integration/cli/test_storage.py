@@ -40,8 +40,8 @@ def job_prefix(bucket: Any, s3_server: S3Endpoint, job: Callable[..., dict[str, 
         "endpoint": s3_server.host_url,
         "credentialsSecretRef": {"name": "s3"},
     }
-    created = job(storage=storage)
-    prefix = f"root/{namespace}/bot/{created['metadata']['uid']}"
+    created_job = job(storage=storage)
+    prefix = f"root/{namespace}/bot/{created_job['metadata']['uid']}"
     data = b"weights" * 1000
     folder = f"{prefix}/checkpoints/step-00000010"
     manifest = json.dumps(

@@ -206,8 +206,8 @@ def test_the_model_of_a_job_is_downloaded_and_verified(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     storage = {"uri": f"{bucket.uri}/root", "endpoint": s3_server.host_url}
-    created = job(storage=storage, status={"latestCheckpointStep": 20})
-    prefix = f"root/{namespace}/bot/{created['metadata']['uid']}"
+    created_job = job(storage=storage, status={"latestCheckpointStep": 20})
+    prefix = f"root/{namespace}/bot/{created_job['metadata']['uid']}"
     write_commit(bucket, f"{prefix}/model", b"weights", step=30, kind="adapter")
     write_commit(bucket, f"{prefix}/checkpoints/step-00000020", b"state", step=20)
     bucket.write(f"{prefix}/metrics/a.jsonl", b"{}")

@@ -123,9 +123,9 @@ def helm(helm_program: Path, control_plane_with_monitoring: KubeApi) -> Iterator
 
 def render(program: Path, values: Object) -> list[Object]:
     command = [program, "template", "rel", CHART, "-n", "ops", "-f", "-"]
-    done = subprocess.run(command, input=json.dumps({"imageRegistry": "r.example.com"} | values), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return [item for item in yaml.load_all(done.stdout, yaml.CSafeLoader) if item]
+    completed_process = subprocess.run(command, input=json.dumps({"imageRegistry": "r.example.com"} | values), capture_output=True, text=True)
+    assert completed_process.returncode == 0, completed_process.stderr
+    return [item for item in yaml.load_all(completed_process.stdout, yaml.CSafeLoader) if item]
 
 
 @pytest.mark.parametrize("case", VALUES)
@@ -161,27 +161,27 @@ def test_helm_3_and_helm_4_render_the_same_objects_and_their_linters_find_no_mis
     for case, values in VALUES.items():
         assert render(tools.HELM.path, values) == render(tools.HELM_3.path, values), case
     for tool in (tools.HELM, tools.HELM_3):
-        done = subprocess.run([tool.path, "lint", "--strict", "--set", "imageRegistry=r", CHART], capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout
+        completed_process = subprocess.run([tool.path, "lint", "--strict", "--set", "imageRegistry=r", CHART], capture_output=True, text=True)
+        assert completed_process.returncode == 0, completed_process.stdout
 
 
 def test_helm_3_and_helm_4_name_the_keys_of_wrong_values(helm_program: Path) -> None:
     values = {"imageRegistry": "r", "replica": 2, "resources": {"limits": {"memory": "512MB"}}, "metrics": {"service": {"port": "http"}}}
-    done = subprocess.run([helm_program, "template", "rel", CHART, "-f", "-"], input=json.dumps(values), capture_output=True, text=True)
-    assert done.returncode != 0
+    completed_process = subprocess.run([helm_program, "template", "rel", CHART, "-f", "-"], input=json.dumps(values), capture_output=True, text=True)
+    assert completed_process.returncode != 0
     for message in ("replica", "/resources/limits/memory", "/metrics/service/port"):
-        assert message in done.stderr
+        assert message in completed_process.stderr
 
 
 def test_releases_that_would_manage_the_same_namespaces_are_refused(helm: Helm) -> None:
     def refused(release: str, namespace: str, **values: Any) -> str:
-        done = helm("install", release, namespace, {"crds": {"enabled": False}, **values})
-        assert done.returncode != 0
-        return done.stderr
+        completed_process = helm("install", release, namespace, {"crds": {"enabled": False}, **values})
+        assert completed_process.returncode != 0
+        return completed_process.stderr
 
     def accepted(action: str, release: str, namespace: str, **values: Any) -> None:
-        done = helm(action, release, namespace, {"crds": {"enabled": False}, **values})
-        assert done.returncode == 0, done.stderr
+        completed_process = helm(action, release, namespace, {"crds": {"enabled": False}, **values})
+        assert completed_process.returncode == 0, completed_process.stderr
 
     accepted("install", "first", "ops", crds={"enabled": True})
     first_has_all = "release first in namespace ops already manages the FineTuneJobs of all namespaces, and two operators would both create Jobs"
@@ -235,8 +235,8 @@ def run_helm_test_script(program: Path, operator: Any) -> subprocess.CompletedPr
 
 def test_running_job_survives_upgrade_rollback_uninstall_and_a_new_installation(helm: Helm, helm_program: Path, rig: Rig) -> None:
     def run(action: str, values: Object | None = None, *arguments: str) -> None:
-        done = helm(action, "rel", "ops", values, *arguments)
-        assert done.returncode == 0, done.stderr
+        completed_process = helm(action, "rel", "ops", values, *arguments)
+        assert completed_process.returncode == 0, completed_process.stderr
 
     run("install", {})
     wait_until("the CRD to be served", lambda: is_served(rig.api), servers=[], timeout=30)
@@ -293,6 +293,6 @@ def test_helm_test_fails_if_no_replica_is_ready(helm_program: Path) -> None:
     class Closed:
         port = 1
 
-    done = run_helm_test_script(helm_program, Closed())
-    assert done.returncode != 0
-    assert "Connection refused" in done.stderr
+    completed_process = run_helm_test_script(helm_program, Closed())
+    assert completed_process.returncode != 0
+    assert "Connection refused" in completed_process.stderr

@@ -126,15 +126,15 @@ def test_top_reaches_a_pod_if_the_addresses_of_the_api_server_are_listed(
 
 
 def test_by_default_prometheus_does_not_reach_a_pod(chart: list[Object], operator_labels: Object) -> None:
-    found = find_reached_ports(make_lab_pods(operator_labels), build_policies(read_isolation(chart)))
-    assert {source for source, ports in found.items() if ports} == {"run-1", "operator"}
+    found_ports = find_reached_ports(make_lab_pods(operator_labels), build_policies(read_isolation(chart)))
+    assert {source for source, ports in found_ports.items() if ports} == {"run-1", "operator"}
 
 
 def test_without_policies_every_pod_reaches_every_port(helm_program: Path, operator_labels: Object) -> None:
     """This test shows that the connections that are refused in the other tests are refused because of the policies."""
     isolation = read_isolation(render(helm_program, {"networkPolicy": False}))
-    found = find_reached_ports(make_lab_pods(operator_labels), build_policies(isolation))
-    assert found == {source: [*PORTS, *PORTS] for source in found} and len(found) == 9
+    found_ports = find_reached_ports(make_lab_pods(operator_labels), build_policies(isolation))
+    assert found_ports == {source: [*PORTS, *PORTS] for source in found_ports} and len(found_ports) == 9
 
 
 @pytest.mark.parametrize(

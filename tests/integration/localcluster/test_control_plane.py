@@ -84,9 +84,9 @@ def test_ctrl_c_during_up_leaves_no_process(state_folder: Path) -> None:
 
 
 def test_node_options_are_refused_for_a_control_plane(tmp_path: Path) -> None:
-    refused = _run_localcluster("up", "--mode", "control-plane", "--gpus", "1", "--state", str(tmp_path / "c"))
-    assert refused.returncode == 2
-    assert "--nodes and --gpus need --mode node" in refused.stderr
+    refused_process = _run_localcluster("up", "--mode", "control-plane", "--gpus", "1", "--state", str(tmp_path / "c"))
+    assert refused_process.returncode == 2
+    assert "--nodes and --gpus need --mode node" in refused_process.stderr
 
 
 def test_second_command_in_the_same_state_folder_is_refused(tmp_path: Path) -> None:

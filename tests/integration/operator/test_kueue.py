@@ -100,9 +100,9 @@ async def test_a_job_is_queued_admitted_evicted_and_admitted_again(world: Rig, q
     await eventually("the quota is free", lambda: queue.read_usage(GPU) == "0")
 
     queue.set_quotas(quotas)
-    again = await world.wait_for_pod("run-1", 0, "Running")
-    assert again["metadata"]["uid"] != pod["metadata"]["uid"]
-    await world.kubelet.succeed(again)
+    repeated_pod = await world.wait_for_pod("run-1", 0, "Running")
+    assert repeated_pod["metadata"]["uid"] != pod["metadata"]["uid"]
+    await world.kubelet.succeed(repeated_pod)
     status = await world.wait_for_phase("Succeeded")
     assert [(a["number"], a["reason"]) for a in status["attempts"]] == [(1, "Succeeded")]
     assert (status["restarts"], status["retriesUsed"]) == (0, 0)
@@ -131,12 +131,12 @@ async def test_a_job_with_higher_priority_preempts_another_which_resumes_afterwa
     await world.kubelet.succeed(running)
     await world.wait_for_phase("Succeeded", "high")
 
-    again = await world.wait_for_pod("low-1", 0, "Running")
-    assert again["metadata"]["uid"] != pod["metadata"]["uid"]
+    repeated_pod = await world.wait_for_pod("low-1", 0, "Running")
+    assert repeated_pod["metadata"]["uid"] != pod["metadata"]["uid"]
     status = world.status("low")
     assert (status["attempt"], status["restarts"], status.get("retriesUsed")) == (1, 0, None)
     assert (status["latestCheckpoint"], status["checkpoints"][0]["step"]) == (uri, 40)
-    await world.kubelet.succeed(again)
+    await world.kubelet.succeed(repeated_pod)
     status = await world.wait_for_phase("Succeeded", "low")
     assert [(a["number"], a["reason"]) for a in status["attempts"]] == [(1, "Succeeded")]
 
@@ -193,11 +193,11 @@ async def test_a_retry_waits_in_the_queue_like_a_new_job(world: Rig, queue: Queu
     await world.create("second", placement=QUEUED, resources=gpus(1, 1))
     await eventually("second waits", lambda: is_inadmissible(queue, "second-1"))
     await world.kubelet.end(pod, int(ExitCode.PEER_FAILED), TerminationMessage(code="RankDied", message="a rank was killed", step=10))
-    other = await world.wait_for_pod("second-1", 0, "Running")
+    other_pod = await world.wait_for_pod("second-1", 0, "Running")
     await world.wait_for_job("first-2")
     await world.wait_for_phase("Queued", "first")
     await eventually("attempt 2 waits", lambda: is_inadmissible(queue, "first-2"))
-    await world.kubelet.succeed(other)
+    await world.kubelet.succeed(other_pod)
     await world.wait_for_phase("Succeeded", "second")
     await world.kubelet.succeed(await world.wait_for_pod("first-2", 0, "Running"))
     status = await world.wait_for_phase("Succeeded", "first")

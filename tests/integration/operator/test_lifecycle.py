@@ -252,9 +252,9 @@ async def test_a_stalled_attempt_is_ended_and_counts_as_a_retry(world: Rig) -> N
 async def test_a_job_with_an_unknown_pool_waits_and_lists_the_pools(world: Rig) -> None:
     await world.create(resources={"nodePool": "a100", "gpusPerNode": 1})
     await world.wait_for_phase("Pending")
-    accepted = world.condition("Accepted")
-    assert (accepted["status"], accepted["reason"]) == ("False", "UnknownNodePool")
-    assert "h100 (8 x nvidia.com/gpu), mig (7 x nvidia.com/mig-1g.10gb)" in accepted["message"]
+    accepted_condition = world.condition("Accepted")
+    assert (accepted_condition["status"], accepted_condition["reason"]) == ("False", "UnknownNodePool")
+    assert "h100 (8 x nvidia.com/gpu), mig (7 x nvidia.com/mig-1g.10gb)" in accepted_condition["message"]
     assert world.condition("Reconciling")["status"] == "True"
     assert world.condition("Stalled") == {}
     assert world.jobs.items == {}
@@ -263,9 +263,9 @@ async def test_a_job_with_an_unknown_pool_waits_and_lists_the_pools(world: Rig) 
 async def test_a_job_with_a_rejected_spec_fails_and_names_the_field(world: Rig) -> None:
     await world.create(method={"type": "spectrum"}, model={"source": "./local"})
     status = await world.wait_for_phase("Failed")
-    accepted = world.condition("Accepted")
-    assert accepted["status"] == "False"
-    assert "spec.model.source" in accepted["message"]
+    accepted_condition = world.condition("Accepted")
+    assert accepted_condition["status"] == "False"
+    assert "spec.model.source" in accepted_condition["message"]
     assert status["failure"]["class"] == "User"
     assert world.condition("Stalled")["status"] == "True"
 
@@ -407,7 +407,7 @@ async def test_a_job_that_an_admission_policy_refuses_waits_and_quotes_the_polic
 
 
 async def test_deleting_the_finetunejob_deletes_its_jobs_and_pods(world: Rig) -> None:
-    created = await world.create()
+    created_object = await world.create()
     await world.wait_for_pod("run-1", 0, "Running")
-    await world.kube.delete(FINETUNEJOB, world.namespace, "run", uid=created["metadata"]["uid"], foreground=False)
+    await world.kube.delete(FINETUNEJOB, world.namespace, "run", uid=created_object["metadata"]["uid"], foreground=False)
     await world.wait_until("nothing left", lambda: not world.jobs.items and not world.pods.items and not world.ftjs.items)

@@ -12,12 +12,12 @@ from tests.integration.operator.rig import Rig
 
 
 async def test_a_job_runs_from_its_creation_to_success(world: Rig) -> None:
-    created = await world.create()
+    created_object = await world.create()
     job = await world.wait_for_job("run-1")
-    assert job["metadata"]["ownerReferences"][0]["uid"] == created["metadata"]["uid"]
+    assert job["metadata"]["ownerReferences"][0]["uid"] == created_object["metadata"]["uid"]
     text = job["spec"]["template"]["metadata"]["annotations"][Annotation.RUN_CONFIG]
     run = RunConfig.model_validate(json.loads(text))
-    assert run.storage.uri == f"s3://models/test/{world.namespace}/run/{created['metadata']['uid']}"
+    assert run.storage.uri == f"s3://models/test/{world.namespace}/run/{created_object['metadata']['uid']}"
     await world.report_training("run-1", step=40)
     await world.wait_until("progress", lambda: (world.status().get("progress") or {}).get("display") == "40/100 (40%)")
     status = await world.wait_for_phase("Running")
@@ -41,16 +41,16 @@ async def test_a_job_that_is_created_again_adopts_the_result_of_its_preparation(
     message.
     """
     policy = {"onExistingResult": "adopt"}
-    first = await world.create(policy=policy)
+    first_object = await world.create(policy=policy)
     await world.kubelet.end(await world.wait_for_pod("run-prepare1", 0, "Running"), 0, TerminationMessage(exit_code=0))
     await world.kubelet.succeed(await world.wait_for_pod("run-1", 0, "Running"))
     trained = await world.wait_for_phase("Succeeded")
-    await world.kube.delete(FINETUNEJOB, world.namespace, "run", uid=first["metadata"]["uid"], foreground=False)
+    await world.kube.delete(FINETUNEJOB, world.namespace, "run", uid=first_object["metadata"]["uid"], foreground=False)
     await world.wait_until("the deletion of all Jobs", lambda: not world.jobs.items and not world.ftjs.items)
     await world.wait_for_no_jobs_and_pods()
 
     second = await world.create(policy=policy)
-    output = trained["output"] | {"adoptedUid": first["metadata"]["uid"]}
+    output = trained["output"] | {"adoptedUid": first_object["metadata"]["uid"]}
     message = TerminationMessage.model_validate({"exitCode": 0, "output": output, "metrics": trained["metrics"], "step": 100})
     await world.kubelet.end(await world.wait_for_pod("run-prepare1", 0, "Running"), 0, message)
     adopted = await world.wait_for_phase("Succeeded")

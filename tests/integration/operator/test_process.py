@@ -53,18 +53,18 @@ def run(tmp_path: Path, text: str, env: dict[str, str]) -> subprocess.CompletedP
 
 
 def test_a_wrong_configuration_is_reported_in_one_line(tmp_path: Path) -> None:
-    done = run(tmp_path, "workers: none\nnodePool: []\n", {})
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
-    assert "workers: Input should be a valid integer" in done.stderr
-    assert "nodePool: Extra inputs are not permitted" in done.stderr
+    completed_process = run(tmp_path, "workers: none\nnodePool: []\n", {})
+    assert completed_process.returncode == 2
+    assert completed_process.stderr.count("\n") == 1
+    assert "workers: Input should be a valid integer" in completed_process.stderr
+    assert "nodePool: Extra inputs are not permitted" in completed_process.stderr
 
 
 def test_a_missing_api_server_is_reported_without_a_traceback(tmp_path: Path) -> None:
-    done = run(tmp_path, "{}", {"KUBECONFIG": str(tmp_path / "none")})
-    assert done.returncode == 2
-    assert "cannot find the address of an API server" in done.stderr
-    assert "Traceback" not in done.stderr
+    completed_process = run(tmp_path, "{}", {"KUBECONFIG": str(tmp_path / "none")})
+    assert completed_process.returncode == 2
+    assert "cannot find the address of an API server" in completed_process.stderr
+    assert "Traceback" not in completed_process.stderr
 
 
 def test_a_missing_crd_is_reported_without_a_traceback(tmp_path: Path, endpoint_with_crd: Endpoint) -> None:
@@ -73,7 +73,7 @@ def test_a_missing_crd_is_reported_without_a_traceback(tmp_path: Path, endpoint_
     path = tmp_path / "kubeconfig"
     kubeconfig["clusters"][0]["cluster"]["server"] += "/not-here"
     path.write_text(yaml.safe_dump(kubeconfig))
-    done = run(tmp_path, yaml.safe_dump(config), {"KUBECONFIG": str(path)})
-    assert done.returncode == 1
-    assert "install the CRD first" in done.stderr
-    assert "Traceback" not in done.stderr
+    completed_process = run(tmp_path, yaml.safe_dump(config), {"KUBECONFIG": str(path)})
+    assert completed_process.returncode == 1
+    assert "install the CRD first" in completed_process.stderr
+    assert "Traceback" not in completed_process.stderr

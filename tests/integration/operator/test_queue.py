@@ -36,9 +36,9 @@ async def test_a_job_is_queued_admitted_evicted_and_admitted_again(world: Rig) -
             await asyncio.sleep(0.05)
 
     await queue.admit("run-1", {"flavour": "on-demand"})
-    again = await world.wait_for_pod("run-1", 0, "Running")
-    assert again["metadata"]["uid"] != pod["metadata"]["uid"]
-    await world.kubelet.succeed(again)
+    repeated_pod = await world.wait_for_pod("run-1", 0, "Running")
+    assert repeated_pod["metadata"]["uid"] != pod["metadata"]["uid"]
+    await world.kubelet.succeed(repeated_pod)
     status = await world.wait_for_phase("Succeeded")
     assert [(a["number"], a["reason"]) for a in status["attempts"]] == [(1, "Succeeded")]
     assert status["restarts"] == 0
@@ -91,11 +91,11 @@ async def test_a_job_with_higher_priority_preempts_another_which_resumes_afterwa
     await world.kubelet.succeed(running)
     await world.wait_for_phase("Succeeded", "high")
     assert await queue.schedule() == "low-1"
-    again = await world.wait_for_pod("low-1", 0, "Running")
-    assert again["metadata"]["uid"] != pod["metadata"]["uid"]
+    repeated_pod = await world.wait_for_pod("low-1", 0, "Running")
+    assert repeated_pod["metadata"]["uid"] != pod["metadata"]["uid"]
     status = world.status("low")
     assert (status["attempt"], status["restarts"], status.get("retriesUsed")) == (1, 0, None)
     assert (status["latestCheckpoint"], status["checkpoints"][0]["step"]) == (uri, 40)
-    await world.kubelet.succeed(again)
+    await world.kubelet.succeed(repeated_pod)
     status = await world.wait_for_phase("Succeeded", "low")
     assert [(a["number"], a["reason"]) for a in status["attempts"]] == [(1, "Succeeded")]

@@ -43,12 +43,12 @@ def test_the_trained_end_token_stops_plain_generation(method: str, model: Path, 
     if method == "full":
         assert json.loads((folder / "config.json").read_text())["eos_token_id"] == end
     base = AutoModelForCausalLM.from_pretrained(model if method == "lora" else folder)
-    trained = PeftModel.from_pretrained(base, folder) if method == "lora" else base
+    trained_model = PeftModel.from_pretrained(base, folder) if method == "lora" else base
     options = {"generation_config": GenerationConfig.from_pretrained(folder)} if method == "lora" else {}
     expected = TEN_ROWS[0]["messages"][1]["content"]
-    assert generate_first_answer(trained, folder, **options)[0] == f"{expected}<|im_end|>"
+    assert generate_first_answer(trained_model, folder, **options)[0] == f"{expected}<|im_end|>"
     # With the generation settings of the base model, the model continues after its answer.
-    text, length = generate_first_answer(trained, folder, generation_config=GenerationConfig.from_pretrained(model))
+    text, length = generate_first_answer(trained_model, folder, generation_config=GenerationConfig.from_pretrained(model))
     assert text.startswith(f"{expected}<|im_end|>") and length == 24
 
 

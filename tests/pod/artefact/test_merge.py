@@ -190,12 +190,12 @@ def test_an_adapter_of_a_quantised_base_is_merged_into_the_base_in_16_bits(model
         if not (half / path.name).exists():
             (half / path.name).write_bytes(path.read_bytes())
     adapter, merged, channel = train_and_merge(tmp_path, half, {"method": {"type": "qlora"}})
-    loaded = AutoModelForCausalLM.from_pretrained(merged)
-    assert loaded.dtype is torch.bfloat16 and getattr(loaded.config, "quantization_config", None) is None
+    loaded_model = AutoModelForCausalLM.from_pretrained(merged)
+    assert loaded_model.dtype is torch.bfloat16 and getattr(loaded_model.config, "quantization_config", None) is None
     layer = load_with_adapter(half, adapter).get_base_model().model.layers[0].self_attn.q_proj
     change = layer.get_delta_weight("default")
     expected = layer.get_base_layer().weight.float() + change.float()
-    merged_weight = loaded.model.layers[0].self_attn.q_proj.weight.float()
+    merged_weight = loaded_model.model.layers[0].self_attn.q_proj.weight.float()
     assert change.abs().max() > 0.01
     assert torch.all((merged_weight - expected).abs() <= expected.abs() * 2**-8)  # the relative rounding error of bfloat16
     notes = [message["text"] for message in channel.sent if message["kind"] == "note"]

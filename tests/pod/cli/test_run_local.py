@@ -69,10 +69,10 @@ def test_a_local_run_commits_its_model_with_the_layout_of_s3(folder: Path) -> No
 
 def test_a_failure_is_reported_with_its_hint(folder: Path) -> None:
     (folder / "bad.jsonl").write_text('{"messages": [{"role": "nobody", "content": "x"}]}\n', encoding="utf-8")
-    failed = run_finetune(folder, "run", "job.yaml", "--local", "-o", "bad", "--set", "dataset.train=file://bad.jsonl")
-    assert failed.returncode == 2
-    assert "error: Data " in failed.stderr
-    assert "Traceback" not in failed.stderr
+    failed_process = run_finetune(folder, "run", "job.yaml", "--local", "-o", "bad", "--set", "dataset.train=file://bad.jsonl")
+    assert failed_process.returncode == 2
+    assert "error: Data " in failed_process.stderr
+    assert "Traceback" not in failed_process.stderr
 
 
 def test_ctrl_c_saves_a_checkpoint_and_the_same_command_resumes(folder: Path) -> None:

@@ -76,19 +76,19 @@ def test_metrics_equal_those_of_scikit_learn(seed: int) -> None:
     random_generator = random.Random(seed)
     correct = [random_generator.choice("ABCD") for _ in range(60)]
     chosen = [letter if letter != "D" and random_generator.random() < 0.5 else random_generator.choice("ABCE") for letter in correct]
-    found = letter_metrics([make_scores(letter) for letter in chosen], correct)
+    found_metrics = letter_metrics([make_scores(letter) for letter in chosen], correct)
     options: Any = {"average": "macro", "zero_division": 0}
-    assert found["accuracy"].value == pytest.approx(sklearn_metrics.accuracy_score(correct, chosen))
-    assert found["precision"].value == pytest.approx(sklearn_metrics.precision_score(correct, chosen, **options))
-    assert found["recall"].value == pytest.approx(sklearn_metrics.recall_score(correct, chosen, **options))
-    assert found["f1"].value == pytest.approx(sklearn_metrics.f1_score(correct, chosen, **options))
-    assert found["accuracy"].rows == [float(one == other) for one, other in zip(chosen, correct, strict=True)]
-    assert found["f1"].rows is None
+    assert found_metrics["accuracy"].value == pytest.approx(sklearn_metrics.accuracy_score(correct, chosen))
+    assert found_metrics["precision"].value == pytest.approx(sklearn_metrics.precision_score(correct, chosen, **options))
+    assert found_metrics["recall"].value == pytest.approx(sklearn_metrics.recall_score(correct, chosen, **options))
+    assert found_metrics["f1"].value == pytest.approx(sklearn_metrics.f1_score(correct, chosen, **options))
+    assert found_metrics["accuracy"].rows == [float(one == other) for one, other in zip(chosen, correct, strict=True)]
+    assert found_metrics["f1"].rows is None
 
 
 def test_metrics_equal_values_computed_by_hand() -> None:
-    found = letter_metrics([make_scores(letter) for letter in "AABC"], list("ABBB"))
-    assert {name: metric.value for name, metric in found.items()} == {
+    found_metrics = letter_metrics([make_scores(letter) for letter in "AABC"], list("ABBB"))
+    assert {name: metric.value for name, metric in found_metrics.items()} == {
         "accuracy": 0.5,
         "precision": pytest.approx((1 / 2 + 1 + 0) / 3),
         "recall": pytest.approx((1 + 1 / 3 + 0) / 3),

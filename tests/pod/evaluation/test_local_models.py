@@ -57,7 +57,7 @@ def token_embeddings(folder: Path, text: str, layer: int) -> torch.Tensor:
 
 @pytest.mark.parametrize(("layer", "batch_size"), [(None, 32), (2, 32), (2, 1)])
 def test_bertscore_is_the_mean_of_greedy_matches(encoder: Path, layer: int | None, batch_size: int) -> None:
-    found = bertscore(PREDICTIONS, encoder, field="x", layer=layer, batch_size=batch_size)
+    found_scores = bertscore(PREDICTIONS, encoder, field="x", layer=layer, batch_size=batch_size)
     expected: list[tuple[float, float, float]] = []
     for answer, reference in ((answer, reference) for answer, reference in PAIRS if answer and reference):
         cosines = token_embeddings(encoder, answer, layer or 3) @ token_embeddings(encoder, reference, layer or 3).T
@@ -66,9 +66,9 @@ def test_bertscore_is_the_mean_of_greedy_matches(encoder: Path, layer: int | Non
     expected.insert(3, (0.0, 0.0, 0.0))
     for place, name in enumerate(("precision", "recall", "f1")):
         column = [scores[place] for scores in expected]
-        assert found[name].scores == pytest.approx(column, abs=1e-4)
-        assert found[name].value == pytest.approx(sum(column) / 5, abs=1e-4)
-        assert found[name].rows is not None and found[name].rows[4] is None and found[name].rows[2] == pytest.approx(1.0, abs=1e-5)
+        assert found_scores[name].scores == pytest.approx(column, abs=1e-4)
+        assert found_scores[name].value == pytest.approx(sum(column) / 5, abs=1e-4)
+        assert found_scores[name].rows is not None and found_scores[name].rows[4] is None and found_scores[name].rows[2] == pytest.approx(1.0, abs=1e-5)
     assert 0 < expected[0][0] < 0.99 and expected[1][0] != pytest.approx(expected[1][1], abs=1e-3)
 
 
@@ -96,8 +96,8 @@ def test_embeddings_that_are_not_finite_leave_no_value(encoder: Path, tmp_path: 
     with torch.no_grad():
         model.embeddings.LayerNorm.weight.fill_(math.nan)
     model.save_pretrained(broken)
-    found = bertscore(PREDICTIONS[:2], broken, field="evaluation.b")
-    assert found["f1"].value is None and "evaluation.b" in str(found["f1"].reason)
+    scores = bertscore(PREDICTIONS[:2], broken, field="evaluation.b")
+    assert scores["f1"].value is None and "evaluation.b" in str(scores["f1"].reason)
 
 
 @pytest.mark.parametrize("pooling", [None, "cls"])

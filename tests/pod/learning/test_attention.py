@@ -637,21 +637,21 @@ def test_a_padding_free_run_has_the_losses_of_a_padded_run(
 ) -> None:
     spec, rows = PADDING_FREE_RUNS[case]
     spec = merge_mappings(THREE_ROWS, spec)
-    padded = run_training(tmp_path / "a", model, spec, rows, validation=rows)
+    padded_outcome = run_training(tmp_path / "a", model, spec, rows, validation=rows)
     kernel = choose_varlen(DocumentKernel())
-    found = run_training(tmp_path / "b", model, spec, rows, validation=rows)
-    assert (padded.resolved["attention"], found.resolved["attention"]) == ("sdpa", VARLEN_ATTENTION) and kernel.windows
-    assert found.losses == pytest.approx(padded.losses, abs=1e-5) and len(found.losses) == 4
-    assert found.grad_norms == pytest.approx(padded.grad_norms, rel=1e-4)
-    assert found.eval_losses == pytest.approx(padded.eval_losses, abs=1e-5) and len(found.eval_losses) == 2
+    found_outcome = run_training(tmp_path / "b", model, spec, rows, validation=rows)
+    assert (padded_outcome.resolved["attention"], found_outcome.resolved["attention"]) == ("sdpa", VARLEN_ATTENTION) and kernel.windows
+    assert found_outcome.losses == pytest.approx(padded_outcome.losses, abs=1e-5) and len(found_outcome.losses) == 4
+    assert found_outcome.grad_norms == pytest.approx(padded_outcome.grad_norms, rel=1e-4)
+    assert found_outcome.eval_losses == pytest.approx(padded_outcome.eval_losses, abs=1e-5) and len(found_outcome.eval_losses) == 2
     shares, padded_shares = (
-        [line["padding_share"] for line in outcome.logs if "loss" in line] for outcome in (found, padded)
+        [line["padding_share"] for line in outcome.logs if "loss" in line] for outcome in (found_outcome, padded_outcome)
     )
     assert set(shares) == {0.0} and max(padded_shares) > 0.2
     for name in ("num_tokens", "eval_mean_token_accuracy", "eval_answer_accuracy"):
-        values, expected = ([line.get(name) for line in outcome.logs] for outcome in (found, padded))
+        values, expected = ([line.get(name) for line in outcome.logs] for outcome in (found_outcome, padded_outcome))
         assert values == pytest.approx(expected)
-    assert found.extra.get("evaluation", {}) == pytest.approx(padded.extra.get("evaluation", {}), abs=1e-5)
+    assert found_outcome.extra.get("evaluation", {}) == pytest.approx(padded_outcome.extra.get("evaluation", {}), abs=1e-5)
 
 
 def test_padding_free_batches_have_the_load_balance_loss_of_padded_batches(
@@ -665,12 +665,12 @@ def test_padding_free_batches_have_the_load_balance_loss_of_padded_batches(
     config = AutoConfig.for_model("mixtral", **sizes, num_local_experts=4, router_aux_loss_coef=0.5)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     spec = merge_mappings(THREE_ROWS, {"method": {"type": "full"}, "training": {"gradientAccumulationSteps": 2}})
-    padded = run_training(tmp_path / "a", folder, spec, make_conversations(*ANSWER_LENGTHS), validation=TEXT_ROWS)
+    padded_outcome = run_training(tmp_path / "a", folder, spec, make_conversations(*ANSWER_LENGTHS), validation=TEXT_ROWS)
     choose_varlen(DocumentKernel())
-    found = run_training(tmp_path / "b", folder, spec, make_conversations(*ANSWER_LENGTHS), validation=TEXT_ROWS)
-    assert found.losses == pytest.approx(padded.losses, abs=1e-5)
-    assert found.grad_norms == pytest.approx(padded.grad_norms, rel=1e-4)
-    assert found.eval_losses == pytest.approx(padded.eval_losses, abs=1e-5)
+    outcome = run_training(tmp_path / "b", folder, spec, make_conversations(*ANSWER_LENGTHS), validation=TEXT_ROWS)
+    assert outcome.losses == pytest.approx(padded_outcome.losses, abs=1e-5)
+    assert outcome.grad_norms == pytest.approx(padded_outcome.grad_norms, rel=1e-4)
+    assert outcome.eval_losses == pytest.approx(padded_outcome.eval_losses, abs=1e-5)
 
 
 def test_a_resumed_padding_free_run_continues_with_the_same_losses(
@@ -681,9 +681,9 @@ def test_a_resumed_padding_free_run_continues_with_the_same_losses(
     spec = merge_mappings(merge_mappings(THREE_ROWS, LORA), {"checkpoint": {"strategy": "steps", "steps": 2}})
     whole = run_training(tmp_path / "a", model, spec, rows, validation=rows)
     checkpoint = RestoredCheckpoint(path=tmp_path / "a" / "out" / "checkpoint-2", step=2, uri="file:///x")
-    resumed = run_training(tmp_path / "b", model, spec, rows, validation=rows, restore=checkpoint)
-    assert resumed.losses == whole.losses[2:] and len(resumed.losses) == 2
-    tokens, expected = ([line["num_tokens"] for line in one.logs if "loss" in line] for one in (resumed, whole))
+    resumed_outcome = run_training(tmp_path / "b", model, spec, rows, validation=rows, restore=checkpoint)
+    assert resumed_outcome.losses == whole.losses[2:] and len(resumed_outcome.losses) == 2
+    tokens, expected = ([line["num_tokens"] for line in one.logs if "loss" in line] for one in (resumed_outcome, whole))
     assert tokens == expected[2:]
 
 
@@ -695,8 +695,8 @@ def test_a_prefix_tuning_run_stays_padded(model: Path, tmp_path: Path, monkeypat
     spec = merge_mappings(THREE_ROWS, {"method": {"type": "prefixTuning", "promptLength": 4}})
     outcome = run_training(tmp_path / "a", model, spec, make_conversations(*ANSWER_LENGTHS), validation=make_conversations(*ANSWER_LENGTHS))
     assert outcome.resolved["attention"] == "sdpa" and not kernel.windows and PADDING_FREE_NOTE not in outcome.notes
-    chosen = run_training(tmp_path / "b", model, merge_mappings(THREE_ROWS, LORA), make_conversations(*ANSWER_LENGTHS), validation=TEXT_ROWS)
-    assert chosen.resolved["attention"] == VARLEN_ATTENTION and kernel.windows and PADDING_FREE_NOTE in chosen.notes
+    chosen_outcome = run_training(tmp_path / "b", model, merge_mappings(THREE_ROWS, LORA), make_conversations(*ANSWER_LENGTHS), validation=TEXT_ROWS)
+    assert chosen_outcome.resolved["attention"] == VARLEN_ATTENTION and kernel.windows and PADDING_FREE_NOTE in chosen_outcome.notes
 
 
 def test_a_kernel_that_mixes_rows_ends_a_padding_free_run(

@@ -38,8 +38,8 @@ def logit_differences(folder: Path, outcome: Any) -> tuple[float, float]:
     ids = torch.randint(5, 400, (2, 20), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         before, trained = base(ids).logits.clone(), outcome.model.eval()(ids).logits
-        loaded = PeftModel.from_pretrained(base, outcome.folder).eval()(ids).logits
-    return (loaded - trained).abs().max().item(), (before - trained).abs().max().item()
+        logits_of_loaded_model = PeftModel.from_pretrained(base, outcome.folder).eval()(ids).logits
+    return (logits_of_loaded_model - trained).abs().max().item(), (before - trained).abs().max().item()
 
 
 @pytest.mark.parametrize("name", mark_slow(FAMILIES))

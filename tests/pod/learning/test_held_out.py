@@ -49,7 +49,7 @@ def compute_loss(folder: Path | None, model: Path, rows: list[Any]) -> float:
 
     assert folder is not None
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    trained = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), folder).eval()
+    trained_model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), folder).eval()
     total, count = 0.0, 0
     for row in rows:
         head = tokenizer.apply_chat_template(row["messages"][:1], add_generation_prompt=True, tokenize=False)
@@ -57,7 +57,7 @@ def compute_loss(folder: Path | None, model: Path, rows: list[Any]) -> float:
         start = len(tokenizer(head, add_special_tokens=False)["input_ids"])
         ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
         with torch.no_grad():
-            scores = trained(ids).logits[0].log_softmax(-1)
+            scores = trained_model(ids).logits[0].log_softmax(-1)
         total -= float(sum(scores[position - 1, ids[0, position]] for position in range(start, ids.shape[1])))
         count += ids.shape[1] - start
     return total / count

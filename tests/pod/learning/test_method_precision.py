@@ -42,10 +42,10 @@ def test_trained_weights_on_a_16_bit_base_have_32_bits(name: str, model: Path, t
 
 def test_packing_in_16_bits_gives_the_losses_of_unpacked_rows(model: Path, tmp_path: Path) -> None:
     spec = merge_mappings(SIXTEEN_BIT_SPEC, {"method": {"lora": {"dropout": 0}}, "training": {"batchSizePerDevice": 10}})
-    unpacked = run_training(tmp_path / "a", model, spec)
-    packed = run_training(tmp_path / "b", model, merge_mappings(spec, {"dataset": {"packing": True}}))
-    assert packed.extra["data"]["tokens"]["train"]["sequences"] == 1
-    assert packed.losses == pytest.approx(unpacked.losses, rel=0.01)
+    unpacked_outcome = run_training(tmp_path / "a", model, spec)
+    packed_outcome = run_training(tmp_path / "b", model, merge_mappings(spec, {"dataset": {"packing": True}}))
+    assert packed_outcome.extra["data"]["tokens"]["train"]["sequences"] == 1
+    assert packed_outcome.losses == pytest.approx(unpacked_outcome.losses, rel=0.01)
 
 
 def test_a_packing_leak_is_found_in_16_bits(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -192,19 +192,19 @@ def test_an_unknown_target_module_is_refused_with_the_known_names(model: Path, t
 
 
 def test_a_continued_adapter_starts_from_its_trained_weights(model: Path, tmp_path: Path) -> None:
-    first = run_training(tmp_path / "a", model, merge_mappings(SIXTY_STEPS, {"method": NO_DROPOUT, "training": {"maxSteps": 20}}))
-    spec = {"method": {"type": "adapter", "adapter": {"source": f"file://{first.folder}"}}}
-    again = run_training(tmp_path / "b", model, merge_mappings(SIXTY_STEPS, spec), adapter=first.folder)
-    assert again.losses[0] == pytest.approx(first.losses[-1], rel=0.5)
-    assert again.losses[0] < 0.5 * first.losses[0]
-    assert again.losses[-1] < again.losses[0]
+    first_outcome = run_training(tmp_path / "a", model, merge_mappings(SIXTY_STEPS, {"method": NO_DROPOUT, "training": {"maxSteps": 20}}))
+    spec = {"method": {"type": "adapter", "adapter": {"source": f"file://{first_outcome.folder}"}}}
+    repeated_outcome = run_training(tmp_path / "b", model, merge_mappings(SIXTY_STEPS, spec), adapter=first_outcome.folder)
+    assert repeated_outcome.losses[0] == pytest.approx(first_outcome.losses[-1], rel=0.5)
+    assert repeated_outcome.losses[0] < 0.5 * first_outcome.losses[0]
+    assert repeated_outcome.losses[-1] < repeated_outcome.losses[0]
 
 
 def test_a_prompt_adapter_cannot_be_continued(model: Path, tmp_path: Path) -> None:
-    first = run_training(tmp_path / "a", model, {"method": {"type": "promptTuning"}})
+    first_outcome = run_training(tmp_path / "a", model, {"method": {"type": "promptTuning"}})
     spec = {"method": {"type": "adapter", "adapter": {"source": "s3://models/a"}}}
     with pytest.raises(ConfigError) as caught:
-        run_training(tmp_path / "b", model, spec, adapter=first.folder)
+        run_training(tmp_path / "b", model, spec, adapter=first_outcome.folder)
     assert caught.value.code == "AdapterNotContinuable"
 
 

@@ -104,15 +104,15 @@ def test_a_spectrum_scan_is_reused_for_the_same_model_revision(
     from finetune_trainer.method import spectrum
 
     spec = merge_mappings(ONE_STEP, {"method": {"type": "spectrum"}})
-    first = run_training(tmp_path, model, spec)
+    first_outcome = run_training(tmp_path, model, spec)
     scanned: list[str] = []
     original = spectrum.signal_to_noise
     monkeypatch.setattr(
         spectrum, "signal_to_noise", lambda weight, metric: scanned.append(metric) or original(weight, metric)
     )
-    again = run_training(tmp_path, model, spec)
+    repeated_outcome = run_training(tmp_path, model, spec)
     assert scanned == []
-    assert first.folder == again.folder and again.losses == first.losses
+    assert first_outcome.folder == repeated_outcome.folder and repeated_outcome.losses == first_outcome.losses
     run, inputs = make_run(tmp_path, model, spec)
     train_here(run, inputs.model_copy(update={"model_revision": "another"}))
     assert len(scanned) == 14
@@ -138,8 +138,8 @@ def test_remote_code_runs_only_if_it_is_trusted(model: Path, tmp_path: Path, mon
     with pytest.raises(NotFoundError) as caught:
         run_training(tmp_path / "a", own, ONE_STEP)
     assert caught.value.hint == "set model.trustRemoteCode: true if you trust the source"
-    trusted = run_training(tmp_path / "b", own, merge_mappings(ONE_STEP, {"model": {"trustRemoteCode": True}}))
-    assert type(trusted.model.get_base_model()).__name__ == "OwnForCausalLM"
+    trusted_outcome = run_training(tmp_path / "b", own, merge_mappings(ONE_STEP, {"model": {"trustRemoteCode": True}}))
+    assert type(trusted_outcome.model.get_base_model()).__name__ == "OwnForCausalLM"
 
 
 # ---- options of objectives and logging

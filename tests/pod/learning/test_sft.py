@@ -20,13 +20,13 @@ def test_a_second_attempt_uses_the_cached_tokens(model: Path, tmp_path: Path) ->
     """An attempt that finds cached tokens on its disk reads no rows and trains on the same sequences, even with another number of workers."""
     from finetune_trainer.data import encode
 
-    first = run_training(tmp_path, model, {"training": {"maxSteps": 2}})
+    first_outcome = run_training(tmp_path, model, {"training": {"maxSteps": 2}})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(encode, "RowReader", None)
-        again = run_training(tmp_path, model, {"training": {"maxSteps": 2}, "dataset": {"numProc": 3}})
-    assert again.losses == first.losses
-    assert [note for note in again.notes if note.startswith("train:")] == [
-        n for n in first.notes if n.startswith("train:")
+        repeated_outcome = run_training(tmp_path, model, {"training": {"maxSteps": 2}, "dataset": {"numProc": 3}})
+    assert repeated_outcome.losses == first_outcome.losses
+    assert [note for note in repeated_outcome.notes if note.startswith("train:")] == [
+        n for n in first_outcome.notes if n.startswith("train:")
     ]
 
 
@@ -94,9 +94,9 @@ def test_gradient_accumulation_equals_one_large_batch(model: Path, tmp_path: Pat
 def test_a_packed_run_reaches_the_loss_of_an_unpacked_run(model: Path, tmp_path: Path) -> None:
     spec = {"method": {"lora": {"dropout": 0}}, "training": {"batchSizePerDevice": 10, "maxSteps": 3}}
     plain = run_training(tmp_path / "a", model, spec)
-    packed = run_training(tmp_path / "b", model, {**spec, "dataset": {"packing": True}})
-    assert packed.losses == pytest.approx(plain.losses, abs=1e-5)
-    assert packed.extra["data"]["tokens"]["train"]["sequences"] == 1
+    packed_outcome = run_training(tmp_path / "b", model, {**spec, "dataset": {"packing": True}})
+    assert packed_outcome.losses == pytest.approx(plain.losses, abs=1e-5)
+    assert packed_outcome.extra["data"]["tokens"]["train"]["sequences"] == 1
 
 
 def test_evaluation_loss_is_the_mean_over_all_tokens(model: Path, tmp_path: Path) -> None:

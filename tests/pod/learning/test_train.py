@@ -133,8 +133,8 @@ CHANGED_OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", CHANGED_OPTIONS)
 def test_each_of_these_options_changes_the_losses(name: str, model: Path, default_full: RunOutcome, tmp_path: Path) -> None:
-    other = run_training(tmp_path, model, {"method": {"type": "full"}, "training": CHANGED_OPTIONS[name]})
-    assert default_full.losses != other.losses
+    other_outcome = run_training(tmp_path, model, {"method": {"type": "full"}, "training": CHANGED_OPTIONS[name]})
+    assert default_full.losses != other_outcome.losses
 
 
 def test_two_equal_runs_have_equal_losses(model: Path, tmp_path: Path) -> None:
@@ -144,10 +144,10 @@ def test_two_equal_runs_have_equal_losses(model: Path, tmp_path: Path) -> None:
 
 def test_gradients_are_clipped_unless_the_norm_is_0(model: Path, tmp_path: Path) -> None:
     spec: dict[str, Any] = {"method": {"type": "full"}, "training": {"optimizer": "sgd", "learningRate": 1e-2}}
-    clipped = run_training(tmp_path / "a", model, merge_mappings(spec, {"training": {"maxGradNorm": 0.001}}))
-    unclipped = run_training(tmp_path / "b", model, merge_mappings(spec, {"training": {"maxGradNorm": 0}}))
-    assert clipped.grad_norms[0] > 0.001
-    assert clipped.losses[1] > unclipped.losses[1]
+    clipped_outcome = run_training(tmp_path / "a", model, merge_mappings(spec, {"training": {"maxGradNorm": 0.001}}))
+    unclipped_outcome = run_training(tmp_path / "b", model, merge_mappings(spec, {"training": {"maxGradNorm": 0}}))
+    assert clipped_outcome.grad_norms[0] > 0.001
+    assert clipped_outcome.losses[1] > unclipped_outcome.losses[1]
 
 
 def test_max_steps_take_precedence_over_epochs(model: Path, tmp_path: Path) -> None:
@@ -159,9 +159,9 @@ def test_max_steps_take_precedence_over_epochs(model: Path, tmp_path: Path) -> N
 def test_mixed_precision_keeps_weights_in_32_bits_and_model_dtype_does_not(
     model: Path, default_full: RunOutcome, tmp_path: Path
 ) -> None:
-    mixed = run_training(tmp_path / "b", model, {"method": {"type": "full"}, "training": {"mixedPrecision": "bf16"}})
-    assert mixed.losses != default_full.losses and mixed.losses == pytest.approx(default_full.losses, rel=0.05)
-    assert next(mixed.model.parameters()).dtype == torch.float32
+    mixed_outcome = run_training(tmp_path / "b", model, {"method": {"type": "full"}, "training": {"mixedPrecision": "bf16"}})
+    assert mixed_outcome.losses != default_full.losses and mixed_outcome.losses == pytest.approx(default_full.losses, rel=0.05)
+    assert next(mixed_outcome.model.parameters()).dtype == torch.float32
     half = run_training(tmp_path / "c", model, {"method": {"type": "full"}, "model": {"dtype": "bfloat16"}})
     assert next(half.model.parameters()).dtype == torch.bfloat16
     assert any("bfloat16" in note for note in half.notes)
@@ -171,8 +171,8 @@ def test_mixed_precision_keeps_weights_in_32_bits_and_model_dtype_does_not(
 def test_gradient_checkpointing_does_not_change_the_losses(method: str, model: Path, tmp_path: Path) -> None:
     spec: dict[str, Any] = {"method": {"type": method, **({"lora": {"dropout": 0}} if method == "lora" else {})}}
     plain = run_training(tmp_path / "a", model, spec)
-    again = run_training(tmp_path / "b", model, merge_mappings(spec, {"training": {"gradientCheckpointing": "enabled"}}))
-    assert again.losses == pytest.approx(plain.losses, abs=1e-6)
+    repeated_outcome = run_training(tmp_path / "b", model, merge_mappings(spec, {"training": {"gradientCheckpointing": "enabled"}}))
+    assert repeated_outcome.losses == pytest.approx(plain.losses, abs=1e-6)
 
 
 @pytest.mark.parametrize(("every_n_layers", "recomputed"), [(1, [True, True]), (2, [True, False])])
@@ -190,9 +190,9 @@ def test_grouping_by_length_reduces_padding(model: Path, tmp_path: Path) -> None
         for i in range(20)
     ]
     spec = {"training": {"maxSteps": 10, "batchSizePerDevice": 2}}
-    mixed = run_training(tmp_path / "a", model, spec, rows)
-    grouped = run_training(tmp_path / "b", model, merge_mappings(spec, {"training": {"groupByLength": True}}), rows)
-    padding = [sum(line["padding_share"] for line in o.logs if "padding_share" in line) for o in (mixed, grouped)]
+    mixed_outcome = run_training(tmp_path / "a", model, spec, rows)
+    grouped_outcome = run_training(tmp_path / "b", model, merge_mappings(spec, {"training": {"groupByLength": True}}), rows)
+    padding = [sum(line["padding_share"] for line in o.logs if "padding_share" in line) for o in (mixed_outcome, grouped_outcome)]
     assert padding[1] < 0.5 * padding[0]
 
 
@@ -238,10 +238,10 @@ def test_the_best_weights_are_published_even_after_a_resume(model: Path, tmp_pat
     shutil.rmtree(tmp_path / "out")
     longer = merge_mappings(merge_mappings(LORA_SPEC, spec), {"training": {"maxSteps": 10}})
     restore = RestoredCheckpoint(path=moved, step=8, uri="file:///x")
-    again = run_training(tmp_path / "again", model, longer, validation=unlearnable_rows, restore=restore)
-    assert len(again.losses) == 2
-    assert again.folder is not None
-    final = load_file(again.folder / "adapter_model.safetensors")
+    repeated_outcome = run_training(tmp_path / "again", model, longer, validation=unlearnable_rows, restore=restore)
+    assert len(repeated_outcome.losses) == 2
+    assert repeated_outcome.folder is not None
+    final = load_file(repeated_outcome.folder / "adapter_model.safetensors")
     assert all(
         torch.equal(final[key], value) for key, value in load_file(moved / "best--adapter_model.safetensors").items()
     )
@@ -255,15 +255,15 @@ def test_a_resumed_run_equals_an_uninterrupted_run(method: str, model: Path, tmp
         "dataset": {"packing": False},
     }
     spec["method"] = {"lora": {"init": "pissa", "dropout": 0.1}} if method == "pissa" else {"type": method}
-    uninterrupted = run_training(tmp_path / "a", model, spec)
+    uninterrupted_outcome = run_training(tmp_path / "a", model, spec)
     restore = RestoredCheckpoint(path=tmp_path / "a" / "out" / "checkpoint-3", step=3, uri="file:///x")
-    resumed = run_training(tmp_path / "b", model, spec, restore=restore)
-    assert [line["step"] for line in resumed.logs if "loss" in line] == [4, 5, 6]
-    assert resumed.losses == uninterrupted.losses[3:] and resumed.grad_norms == uninterrupted.grad_norms[3:]
-    assert resumed.logs[-1]["num_tokens"] == uninterrupted.logs[-1]["num_tokens"]
-    assert resumed.folder is not None and uninterrupted.folder is not None
-    for file in uninterrupted.folder.glob("*.safetensors"):
-        assert (resumed.folder / file.name).read_bytes() == file.read_bytes()
+    resumed_outcome = run_training(tmp_path / "b", model, spec, restore=restore)
+    assert [line["step"] for line in resumed_outcome.logs if "loss" in line] == [4, 5, 6]
+    assert resumed_outcome.losses == uninterrupted_outcome.losses[3:] and resumed_outcome.grad_norms == uninterrupted_outcome.grad_norms[3:]
+    assert resumed_outcome.logs[-1]["num_tokens"] == uninterrupted_outcome.logs[-1]["num_tokens"]
+    assert resumed_outcome.folder is not None and uninterrupted_outcome.folder is not None
+    for file in uninterrupted_outcome.folder.glob("*.safetensors"):
+        assert (resumed_outcome.folder / file.name).read_bytes() == file.read_bytes()
 
 
 def test_spectrum_on_a_4_bit_base_resumes(model: Path, tmp_path: Path) -> None:
@@ -271,10 +271,10 @@ def test_spectrum_on_a_4_bit_base_resumes(model: Path, tmp_path: Path) -> None:
         "method": {"type": "spectrum"}, "model": {"quantization": {"bits": 4}}, "training": {"maxSteps": 4},
         "checkpoint": {"strategy": "steps", "steps": 2},
     }  # fmt: skip
-    uninterrupted = run_training(tmp_path / "a", model, spec)
+    uninterrupted_outcome = run_training(tmp_path / "a", model, spec)
     restore = RestoredCheckpoint(path=tmp_path / "a" / "out" / "checkpoint-2", step=2, uri="file:///x")
-    resumed = run_training(tmp_path / "b", model, spec, restore=restore)
-    assert resumed.losses == pytest.approx(uninterrupted.losses[2:], rel=1e-3)
+    resumed_outcome = run_training(tmp_path / "b", model, spec, restore=restore)
+    assert resumed_outcome.losses == pytest.approx(uninterrupted_outcome.losses[2:], rel=1e-3)
 
 
 def test_a_checkpoint_with_model_and_adapter_weights_is_refused(model: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from finetune_api.errors import ConfigError
+from finetune_api.errors import ConfigError, DataError
 from finetune_api.spec.enums import OutputKind
 from finetune_api.status import VerificationOutcome
 from finetune_trainer.channel import Channel
@@ -66,7 +66,7 @@ def test_every_family_learns_from_images_and_can_be_loaded_again(name: str, meth
     outcome, run, inputs = train(tmp_path, name, {"method": {"type": method}}, validation=make_image_rows(("red", "no")))
     assert len(outcome.losses) == 4 and 5.5 < outcome.losses[0] < 7 and outcome.losses[-1] < outcome.losses[0] - 0.3
     assert len(outcome.eval_losses) == 1 and 0 < outcome.logs[0]["mean_token_accuracy"] + 1 <= 2
-    frozen = [f"model.{part}" for part in dict.fromkeys((family.tower, family.projector)) if not part.startswith(f"{family.tower}.")]
+    frozen = [f"{family.parent}{part}" for part in dict.fromkeys((family.tower, family.projector)) if not part.startswith(f"{family.tower}.")]
     assert f"the vision layers ({', '.join(frozen)}) are frozen; to train them, write `vision: {{visionLayers: true}}` in method" in outcome.notes
     assert "batches are padded, because padding-free batches support only text" in outcome.notes
     assert trained_parameter_names(outcome) and not [one for one in trained_parameter_names(outcome) if any(f"{part}." in one for part in frozen)]
@@ -96,6 +96,7 @@ def reference_loss(folder: Path, name: str, rows: list[dict[str, Any]]) -> float
         turns = json.loads(json.dumps([question, {**answer, "content": [{"type": "text", "text": answer["content"]}]}]))
         text = tokenizer.apply_chat_template(turns, tokenize=False)
         inputs = processor(text=[text], images=[[image]], return_tensors="pt", add_special_tokens=False)
+        inputs["pixel_values"] = inputs["pixel_values"].float()
         wanted = tokenizer(f"{answer['content']}<|im_end|>", add_special_tokens=False)["input_ids"]
         ids = inputs["input_ids"][0].tolist()
         start = max(at for at in range(len(ids)) if ids[at : at + len(wanted)] == wanted)
@@ -165,8 +166,6 @@ def test_only_the_requested_parts_are_trained(name: str, method: dict[str, Any],
     ("overflow", "code"), [("truncate", "ImageCut"), slow_case("fail", "RowTooLong"), slow_case("drop", "NoTrainableToken")]
 )  # fmt: skip
 def test_a_row_is_not_cut_within_an_image(overflow: str, code: str, tmp_path: Path) -> None:
-    from finetune_api.errors import DataError
-
     with pytest.raises(DataError) as caught:
         train(tmp_path, "gemma3", {"dataset": {"maxSequenceLength": 8, "overflow": overflow}})
     assert caught.value.code == code
@@ -174,8 +173,6 @@ def test_a_row_is_not_cut_within_an_image(overflow: str, code: str, tmp_path: Pa
 
 
 def test_an_image_whose_pixels_are_cut_off_is_an_error_of_its_row(tmp_path: Path) -> None:
-    from finetune_api.errors import DataError
-
     rows = make_image_rows(("red", "blue"))
     rows[1]["messages"][0]["content"][0]["image"] = to_data_uri(make_png(COLOURS["blue"])[:50])
     with pytest.raises(DataError) as caught:
@@ -184,8 +181,6 @@ def test_an_image_whose_pixels_are_cut_off_is_an_error_of_its_row(tmp_path: Path
 
 
 def test_a_text_that_contains_the_image_placeholder_is_an_error_of_its_row(tmp_path: Path) -> None:
-    from finetune_api.errors import DataError
-
     rows = make_image_rows(("red", "blue"))
     rows[1]["messages"][1]["content"] = "see <start_of_image>"
     with pytest.raises(DataError) as caught:
@@ -201,15 +196,22 @@ def test_a_model_that_cannot_read_images_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_model_whose_processor_needs_a_missing_package_is_refused_by_name(tmp_path: Path) -> None:
-    import json
-
-    model = make_tiny_model(tmp_path / "model")
-    (model / "config.json").write_text(json.dumps({"model_type": "llama4"}))
-    (model / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": "Llama4ImageProcessor"}))
+    model = make_vision_model(tmp_path / "model", "idefics3")
+    (model / "preprocessor_config.json").write_text('{"image_processor_type": "TimmWrapperImageProcessor"}')
     run, inputs = make_run(tmp_path, model, BASE_SPEC, make_image_rows())
     with pytest.raises(ConfigError) as caught:
         train_here(run, inputs)
-    assert caught.value.code == "ImageProcessorUnavailable" and "torchvision" in str(caught.value)
+    assert caught.value.code == "ImageProcessorUnavailable"
+    assert "needs the packages of TimmWrapperImageProcessor, which this image does not have" in caught.value.message
+
+
+def test_a_template_for_texts_is_an_error_of_the_rows_with_images(tmp_path: Path) -> None:
+    rows, template = make_image_rows(("red",)), "{% for message in messages %}{{ '<image>' + message['content'] }}{% endfor %}"
+    with pytest.raises(DataError) as caught:
+        train(tmp_path, "idefics3", {"dataset": {"chatTemplate": {"text": template}}}, rows)
+    assert caught.value.code == "TemplateRefusedRow"
+    assert 'train.jsonl, row 1: the chat template fails for the conversation: TypeError: can only concatenate str (not "list") to str' in caught.value.message
+    assert "the content of each turn is a list of parts of the types `image` and `text`" in str(caught.value)
 
 
 def test_a_model_without_its_processor_is_refused(tmp_path: Path) -> None:

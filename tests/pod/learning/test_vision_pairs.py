@@ -17,7 +17,7 @@ from finetune_api.spec.enums import OutputKind
 from finetune_api.status import VerificationOutcome
 from finetune_trainer.channel import Channel
 from finetune_trainer.inputs import Inputs
-from finetune_trainer.library_internals import build_processor, image_text_processor_class
+from finetune_trainer.library_internals import build_processor, connect_backbone, image_text_processor_class
 from finetune_trainer.stages.verify import Artefact, Verifier
 from finetune_trainer.verification.reference import FILE_NAME, ReferenceValues
 from PIL import Image
@@ -53,6 +53,12 @@ def train(
     return train_here(run, inputs), run, inputs
 
 
+def convert_pixels(module: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Convert the pixels in the arguments of a forward pass to the type of the weights."""
+    pixels = options.get("pixel_values")
+    return arguments, options if pixels is None else {**options, "pixel_values": pixels.float()}
+
+
 def compute_trl_loss(base: Path, trained: Path, rows: list[dict[str, Any]], folder: Path) -> float:
     """Compute the mean DPO loss with TRL's own trainer, which renders, tokenises and masks the rows itself. The base model is the reference model."""
     tokenizer = AutoTokenizer.from_pretrained(trained)
@@ -61,6 +67,9 @@ def compute_trl_loss(base: Path, trained: Path, rows: list[dict[str, Any]], fold
     processor = build_processor(processor_class, base, tokenizer)
     processor.chat_template = tokenizer.chat_template
     model, reference = (AutoModelForImageTextToText.from_pretrained(path, dtype="float32") for path in (_set_base_model(trained, base), base))
+    for loaded_model in (model, reference):  # TRL cannot train Llama 4 without these two corrections.
+        loaded_model.register_forward_pre_hook(convert_pixels, with_kwargs=True)
+        connect_backbone(loaded_model)
 
     def to_trl_row(row: dict[str, Any]) -> dict[str, Any]:
         """Return the row in TRL's form, in which the images are a separate column."""

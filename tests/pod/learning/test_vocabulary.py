@@ -118,10 +118,10 @@ def test_embedding_rows_of_new_tokens_start_as_the_mean_of_the_old_rows(model: P
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_run_with_new_tokens_resumes_exactly(method: str, model: Path, tmp_path: Path) -> None:
     spec = merge_mappings(TOKENS_SPEC, {"method": {"type": method}, "checkpoint": {"strategy": "steps", "steps": 2}})
-    uninterrupted = run_training(tmp_path / "a", model, spec, ROWS)
+    uninterrupted_outcome = run_training(tmp_path / "a", model, spec, ROWS)
     restore = RestoredCheckpoint(path=tmp_path / "a" / "out" / "checkpoint-2", step=2, uri="file:///x")
-    resumed = run_training(tmp_path / "b", model, spec, ROWS, restore=restore)
-    assert resumed.losses == uninterrupted.losses[2:]
+    resumed_outcome = run_training(tmp_path / "b", model, spec, ROWS, restore=restore)
+    assert resumed_outcome.losses == uninterrupted_outcome.losses[2:]
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
@@ -136,10 +136,10 @@ def test_the_reference_model_has_the_new_tokens(method: str, model: Path, tmp_pa
 
 
 def test_an_adapter_can_be_continued_only_with_its_own_new_tokens(model: Path, tmp_path: Path) -> None:
-    first = run_training(tmp_path / "a", model, merge_mappings(merge_mappings(TOKENS_SPEC, LORA_SPEC), {"training": {"maxSteps": 20}}), ROWS)
+    first_outcome = run_training(tmp_path / "a", model, merge_mappings(merge_mappings(TOKENS_SPEC, LORA_SPEC), {"training": {"maxSteps": 20}}), ROWS)
     spec = {"method": {"type": "adapter", "adapter": {"source": "s3://models/a"}}}
-    again = run_training(tmp_path / "b", model, merge_mappings(TOKENS_SPEC, spec), ROWS, adapter=first.folder)
-    assert again.losses[0] < 0.6 * first.losses[0]
+    repeated_outcome = run_training(tmp_path / "b", model, merge_mappings(TOKENS_SPEC, spec), ROWS, adapter=first_outcome.folder)
+    assert repeated_outcome.losses[0] < 0.6 * first_outcome.losses[0]
     plain = run_training(tmp_path / "c", model, LORA_SPEC)
     with pytest.raises(ConfigError) as caught:
         run_training(tmp_path / "d", model, merge_mappings(TOKENS_SPEC, spec), ROWS, adapter=plain.folder)

@@ -54,8 +54,8 @@ def load_models(outcome: RunOutcome, model: Path) -> tuple[Any, Any, Any]:
 
     assert outcome.folder is not None
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    after = AutoModelForCausalLM.from_pretrained(outcome.folder, dtype=torch.float32)
-    return after.eval(), base.eval(), AutoTokenizer.from_pretrained(outcome.folder)
+    model_after = AutoModelForCausalLM.from_pretrained(outcome.folder, dtype=torch.float32)
+    return model_after.eval(), base.eval(), AutoTokenizer.from_pretrained(outcome.folder)
 
 
 # ---- the intended direction
@@ -160,10 +160,10 @@ def test_a_resumed_run_equals_an_uninterrupted_run(objective: str, model: Path, 
     spec = merge_mappings(spec, {"checkpoint": {"strategy": "steps", "steps": 2}, "method": {"lora": {"dropout": 0.1}}})
     whole = run_training(tmp_path / "a", model, spec, rows)
     restore = RestoredCheckpoint(path=tmp_path / "a" / "out" / "checkpoint-2", step=2, uri="s3://x")
-    resumed = run_training(tmp_path / "b", model, spec, rows, restore=restore)
-    assert (resumed.losses, resumed.grad_norms) == (whole.losses[2:], whole.grad_norms[2:])
-    assert whole.folder is not None and resumed.folder is not None
-    first, second = ((outcome.folder / "adapter_model.safetensors").read_bytes() for outcome in (whole, resumed))
+    resumed_outcome = run_training(tmp_path / "b", model, spec, rows, restore=restore)
+    assert (resumed_outcome.losses, resumed_outcome.grad_norms) == (whole.losses[2:], whole.grad_norms[2:])
+    assert whole.folder is not None and resumed_outcome.folder is not None
+    first, second = ((outcome.folder / "adapter_model.safetensors").read_bytes() for outcome in (whole, resumed_outcome))
     assert first == second
 
 
@@ -408,8 +408,8 @@ def test_an_adapter_for_text_generation_is_refused_for_a_reward_model(model: Pat
         run_training(tmp_path / "b", model, spec, PREFERENCE_PAIRS, adapter=generator.folder)
     assert caught.value.code == "AdapterWithoutHead"
     scorer = run_training(tmp_path / "c", model, objective_spec("reward"), PREFERENCE_PAIRS)
-    again = run_training(tmp_path / "d", model, spec, PREFERENCE_PAIRS, adapter=scorer.folder)
-    assert again.losses[0] < scorer.losses[0]
+    repeated_outcome = run_training(tmp_path / "d", model, spec, PREFERENCE_PAIRS, adapter=scorer.folder)
+    assert repeated_outcome.losses[0] < scorer.losses[0]
 
 
 def test_a_base_model_with_missing_weights_is_refused_for_a_reward_model(model: Path, tmp_path: Path) -> None:

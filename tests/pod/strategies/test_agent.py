@@ -67,5 +67,5 @@ def test_fsdp_trains_with_a_single_rank(model: Path, rows: Path, tmp_path: Path)
     run = run_config(spec, StoreTarget(uri=f"file://{tmp_path}/store/team/job/{UID}"))
     with Pod(run, tmp_path / "pod") as pod:
         assert pod.end() == 0, pod.text[-3000:]
-        resolved = pod.termination_message().resolved
-    assert resolved is not None and resolved.strategy == "fsdp"
+        resolved_config = pod.termination_message().resolved
+    assert resolved_config is not None and resolved_config.strategy == "fsdp"

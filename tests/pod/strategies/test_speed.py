@@ -29,8 +29,8 @@ def count_matrix_weights(folder: Path) -> int:
 
 @pytest.mark.parametrize("method", ["full", "lora", "qlora", "dora"])
 def test_every_method_reports_the_shape_of_the_base_model(method: str, model: Path, tmp_path: Path) -> None:
-    trained = run_training(tmp_path, model, {"method": {"type": method}, "training": {"maxSteps": 1}}).model
-    base = getattr(trained, "get_base_model", lambda: trained)()
+    trained_model = run_training(tmp_path, model, {"method": {"type": method}, "training": {"maxSteps": 1}}).model
+    base = getattr(trained_model, "get_base_model", lambda: trained_model)()
     assert ModelShape.of(base) == ModelShape(count_matrix_weights(model), LAYER_COUNT, HEAD_COUNT, HIDDEN_SIZE // HEAD_COUNT)
 
 
@@ -38,9 +38,9 @@ def test_the_weights_of_a_tied_head_count_once(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     folder = make_tiny_model(tmp_path / "tied", hidden=HIDDEN_SIZE, layers=LAYER_COUNT, tied=True)
-    tied = AutoModelForCausalLM.from_pretrained(folder)
-    assert tied.get_output_embeddings().weight is tied.get_input_embeddings().weight
-    assert ModelShape.of(tied).matrix_parameters == sum(weight.numel() for weight in tied.parameters())
+    tied_model = AutoModelForCausalLM.from_pretrained(folder)
+    assert tied_model.get_output_embeddings().weight is tied_model.get_input_embeddings().weight
+    assert ModelShape.of(tied_model).matrix_parameters == sum(weight.numel() for weight in tied_model.parameters())
 
 
 @pytest.mark.parametrize(("method", "frozen"), [("lora", True), ("full", False)])
@@ -80,15 +80,15 @@ def test_packing_leaves_little_padding_and_reports_it(model: Path, tmp_path: Pat
         {"messages": [TEN_ROWS[i % 10]["messages"][0], {"role": "assistant", "content": "red blue " * (1 + (7 * i) % 23)}]}
         for i in range(200)
     ]
-    packed = run_training(
+    packed_outcome = run_training(
         tmp_path, model, {"dataset": {"packing": True, "maxSequenceLength": 512}, "training": {"maxSteps": 2}}, rows
     )
-    report = read_length_report(packed)
+    report = read_length_report(packed_outcome)
     assert report["rows"] == 200 and report["dropped"] == report["truncated"] == 0
     assert report["padding_share"] == 1 - report["tokens"] / (512 * report["sequences"])
     assert report["padding_share"] <= 0.03
-    assert f"train: packed into {report['sequences']} sequences, {report['padding_share']:.1%} padding" in packed.notes
-    assert [line["padding_share"] for line in packed.logs if "padding_share" in line] == [0.0, 0.0]
+    assert f"train: packed into {report['sequences']} sequences, {report['padding_share']:.1%} padding" in packed_outcome.notes
+    assert [line["padding_share"] for line in packed_outcome.logs if "padding_share" in line] == [0.0, 0.0]
 
 
 def test_padding_is_reported_without_packing(model: Path, tmp_path: Path) -> None:

@@ -376,14 +376,14 @@ def test_artefacts_load_in_plain_libraries(model: Path, results: dict[str, Resul
     from transformers import AutoModelForCausalLM
 
     for name in ("fsdp full", "zero3 full"):
-        loaded = AutoModelForCausalLM.from_pretrained(Path(results[name].folder) / "final", dtype=torch.float32)
-        assert torch.isfinite(loaded(torch.tensor([[5, 6, 7]])).logits).all()
+        loaded_model = AutoModelForCausalLM.from_pretrained(Path(results[name].folder) / "final", dtype=torch.float32)
+        assert torch.isfinite(loaded_model(torch.tensor([[5, 6, 7]])).logits).all()
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     before = base(torch.tensor([[5, 6, 7]])).logits
     for name in ("fsdp lora", "zero3 lora"):
-        tuned = PeftModel.from_pretrained(base, Path(results[name].folder) / "final")
-        assert not torch.equal(tuned(torch.tensor([[5, 6, 7]])).logits, before)
-        base = tuned.unload()
+        tuned_model = PeftModel.from_pretrained(base, Path(results[name].folder) / "final")
+        assert not torch.equal(tuned_model(torch.tensor([[5, 6, 7]])).logits, before)
+        base = tuned_model.unload()
 
 
 def test_the_deepspeed_json_sets_options_that_the_spec_does_not_set(results: dict[str, Result]) -> None:

@@ -28,9 +28,9 @@ MICRO, ACCUMULATION, CHECKPOINTING = "training.batchSizePerDevice", "training.gr
 def resolve(**groups: dict[str, Any]) -> ResolvedSpec:
     """Return the resolved spec of a small job that has these spec groups."""
     spec: dict[str, Any] = {"model": {"source": "org/m"}, "dataset": {"train": "s3://data/t.jsonl"}} | groups
-    parsed = FineTuneJobSpec.model_validate(spec)
-    assert check_spec(parsed) == []
-    return resolve_defaults(parsed)
+    parsed_spec = FineTuneJobSpec.model_validate(spec)
+    assert check_spec(parsed_spec) == []
+    return resolve_defaults(parsed_spec)
 
 
 def pool(gibibytes: float | None, name: str = "a", **fields: Any) -> GpuPool:
@@ -203,14 +203,14 @@ def test_a_kto_micro_batch_has_at_least_two_rows() -> None:
 
 def test_choices_become_defaults_of_the_resolved_spec() -> None:
     spec = FineTuneJobSpec.model_validate({"model": {"source": "org/m"}, "dataset": {"train": "s3://data/t.jsonl"}})
-    resolved = resolve_defaults(spec, choices={GPUS: 2, MICRO: 8, ACCUMULATION: 1, POOL: "b", "training.epochs": 5})
-    training, resources = resolved.spec.training, resolved.spec.resources
+    resolved_spec = resolve_defaults(spec, choices={GPUS: 2, MICRO: 8, ACCUMULATION: 1, POOL: "b", "training.epochs": 5})
+    training, resources = resolved_spec.spec.training, resolved_spec.spec.resources
     assert (training.batch_size_per_device, training.gradient_accumulation_steps, training.epochs, resources.node_pool) == (8, 1, 5, "b")
-    assert (resources.processes_per_node, resolved.spec.distributed.strategy, resolved.defaults[POOL]) == (2, "ddp", "b")
-    assert resolved.spec.evaluation.batch_size_per_device == 4, "the plan does not include the memory of evaluations"
+    assert (resources.processes_per_node, resolved_spec.spec.distributed.strategy, resolved_spec.defaults[POOL]) == (2, "ddp", "b")
+    assert resolved_spec.spec.evaluation.batch_size_per_device == 4, "the plan does not include the memory of evaluations"
     user_spec = spec.with_values({MICRO: 1})
-    kept = resolve_defaults(user_spec, choices={MICRO: 8})
-    assert (kept.spec.training.batch_size_per_device, MICRO in kept.defaults, kept.spec.evaluation.batch_size_per_device) == (1, False, 1)
+    kept_spec = resolve_defaults(user_spec, choices={MICRO: 8})
+    assert (kept_spec.spec.training.batch_size_per_device, MICRO in kept_spec.defaults, kept_spec.spec.evaluation.batch_size_per_device) == (1, False, 1)
 
 
 @pytest.mark.parametrize("name", sorted(GPU_TYPES))

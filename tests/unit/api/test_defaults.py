@@ -8,7 +8,7 @@ import pytest
 from finetune_api.base import find_nested_group
 from finetune_api.defaults import PlatformDefaults, ResolvedSpec, keep_recorded_defaults, resolve_defaults
 from finetune_api.rules import LORA_METHODS, check_spec, effective_batch
-from finetune_api.rules.derived_values import constant_default
+from finetune_api.rules.derived_values import get_constant_default
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.cluster import StorageRoot
 from finetune_api.spec.enums import MethodType
@@ -84,7 +84,7 @@ def test_only_the_options_of_the_jobs_own_method_get_defaults(method: MethodType
     for name in expected_groups:
         group = getattr(options, name)
         for field in type(group).model_fields:
-            default = constant_default(type(group), field)
+            default = get_constant_default(type(group), field)
             assert default is None or getattr(group, field) == default, f"method.{name}.{field}"
 
 
@@ -167,18 +167,18 @@ def test_job_keeps_the_defaults_of_its_first_attempt(
 def test_micro_batch_and_accumulation_are_computed_from_the_effective_batch(
     training: dict[str, Any], resources: dict[str, Any], expected: tuple[int, int]
 ) -> None:
-    resolved = resolve_spec({"training": training, "resources": {"gpusPerNode": 1} | resources})
-    training_group = resolved.spec.training
+    resolved_spec = resolve_spec({"training": training, "resources": {"gpusPerNode": 1} | resources})
+    training_group = resolved_spec.spec.training
     assert (training_group.batch_size_per_device, training_group.gradient_accumulation_steps) == expected
-    assert resolved.spec.evaluation.batch_size_per_device == expected[0]
+    assert resolved_spec.spec.evaluation.batch_size_per_device == expected[0]
 
 
 def test_ranks_that_share_each_sequence_count_as_one_in_the_effective_batch() -> None:
     distributed = {"strategy": "deepspeed", "contextParallelSize": 4}
-    resolved = resolve_spec({"training": {"effectiveBatchSize": 24}, "resources": {"gpusPerNode": 8}, "distributed": distributed})
-    training = resolved.spec.training
+    resolved_spec = resolve_spec({"training": {"effectiveBatchSize": 24}, "resources": {"gpusPerNode": 8}, "distributed": distributed})
+    training = resolved_spec.spec.training
     assert (training.batch_size_per_device, training.gradient_accumulation_steps) == (4, 3), "two groups of four ranks"
-    assert effective_batch(resolved.spec) == 24
+    assert effective_batch(resolved_spec.spec) == 24
 
 
 @pytest.mark.parametrize(

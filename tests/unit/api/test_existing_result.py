@@ -32,8 +32,8 @@ def settings(*changes: dict[str, Any], platform_defaults: PlatformDefaults | Non
     for change in changes:
         for group, fields in change.items():
             raw_spec[group] = {**raw_spec.get(group, {}), **fields} if isinstance(fields, dict) else fields
-    resolved = resolve_defaults(FineTuneJobSpec.model_validate(raw_spec), platform_defaults=platform_defaults)
-    return collect_result_settings(resolved.spec, set(resolved.defaults), user_values)
+    resolved_spec = resolve_defaults(FineTuneJobSpec.model_validate(raw_spec), platform_defaults=platform_defaults)
+    return collect_result_settings(resolved_spec.spec, set(resolved_spec.defaults), user_values)
 
 
 def test_only_values_that_the_user_set_are_compared() -> None:

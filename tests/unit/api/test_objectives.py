@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from finetune_api.defaults import resolve_defaults
-from finetune_api.objectives import OBJECTIVES, objective_for_format, objectives_that_read
+from finetune_api.objectives import OBJECTIVES, choose_objective_for_format, list_objectives_that_read
 from finetune_api.rules import check_spec
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.enums import DatasetFormat, TrainerType
@@ -26,7 +26,7 @@ def test_a_format_is_refused_unless_the_objective_lists_it(trainer: TrainerType,
     refused = [problem for problem in check_spec(spec_of(trainer, dataset_format)) if problem.code == "FormatOfAnotherObjective"]
     assert bool(refused) is (dataset_format not in OBJECTIVES[trainer].dataset_formats)
     if refused:
-        assert f"trainer: {{type: {objective_for_format(dataset_format)}}}" in str(refused[0])
+        assert f"trainer: {{type: {choose_objective_for_format(dataset_format)}}}" in str(refused[0])
 
 
 @pytest.mark.parametrize("trainer", list(TrainerType))
@@ -36,6 +36,6 @@ def test_the_learning_rate_of_the_objective_takes_precedence_over_that_of_the_me
 
 
 def test_the_objectives_that_read_an_option_are_listed_in_the_order_of_the_table() -> None:
-    assert objectives_that_read("dpo")[:3] == (TrainerType.DPO, TrainerType.KTO, TrainerType.ORPO)
-    assert objectives_that_read("rewards") == (TrainerType.GRPO,)
-    assert TrainerType.SFT not in objectives_that_read("maxCompletionLength")
+    assert list_objectives_that_read("dpo")[:3] == (TrainerType.DPO, TrainerType.KTO, TrainerType.ORPO)
+    assert list_objectives_that_read("rewards") == (TrainerType.GRPO,)
+    assert TrainerType.SFT not in list_objectives_that_read("maxCompletionLength")

@@ -37,9 +37,9 @@ def test_a_termination_message_has_at_most_4096_bytes() -> None:
     )  # fmt: skip
     text = message.to_json()
     assert len(text.encode()) <= names.MAX_TERMINATION_BYTES
-    parsed = TerminationMessage.model_validate_json(text)
-    assert (parsed.class_, parsed.code, parsed.checkpoints) == ("Data", "DatasetRowInvalid", [])
-    assert parsed.message and parsed.message.endswith(" ...")
+    parsed_message = TerminationMessage.model_validate_json(text)
+    assert (parsed_message.class_, parsed_message.code, parsed_message.checkpoints) == ("Data", "DatasetRowInvalid", [])
+    assert parsed_message.message and parsed_message.message.endswith(" ...")
 
 
 def large_evaluation(gate_count: int) -> EvaluationResult:
@@ -80,11 +80,11 @@ def test_a_termination_message_with_long_addresses_keeps_the_address_of_the_mode
     })  # fmt: skip
     text = message.to_json()
     assert len(text.encode()) <= names.MAX_TERMINATION_BYTES
-    parsed = TerminationMessage.model_validate_json(text)
-    assert (parsed.class_, parsed.code, parsed.stage) == ("Data", "DatasetEmpty", "evaluating")
-    assert parsed.output is not None and parsed.output.uri == root + "uri" and parsed.output.sha256 == "a" * 64
-    assert parsed.output.lineage_uri is None and parsed.output.evaluation is None
-    assert parsed.output.verification is not None and [a.reason for a in parsed.output.verification.artefacts] == [None] * 3
+    parsed_message = TerminationMessage.model_validate_json(text)
+    assert (parsed_message.class_, parsed_message.code, parsed_message.stage) == ("Data", "DatasetEmpty", "evaluating")
+    assert parsed_message.output is not None and parsed_message.output.uri == root + "uri" and parsed_message.output.sha256 == "a" * 64
+    assert parsed_message.output.lineage_uri is None and parsed_message.output.evaluation is None
+    assert parsed_message.output.verification is not None and [a.reason for a in parsed_message.output.verification.artefacts] == [None] * 3
 
 
 def test_a_termination_message_with_an_incomplete_character_is_valid_utf8() -> None:

@@ -782,7 +782,7 @@ def test_rule_codes_are_unique() -> None:
 def test_a_resolved_spec_without_its_defaults_equals_the_users_spec() -> None:
     from finetune_api.defaults import resolve_defaults
     from finetune_api.errors import ConfigError
-    from finetune_api.rules import enforce_rules, without_defaults
+    from finetune_api.rules import enforce_rules, remove_defaults
 
     for change in (
         {},
@@ -793,13 +793,13 @@ def test_a_resolved_spec_without_its_defaults_equals_the_users_spec() -> None:
     ):
         user_spec = spec(change)
         resolution = resolve_defaults(user_spec)
-        stripped_spec = without_defaults(resolution.spec, resolution.defaults)
+        stripped_spec = remove_defaults(resolution.spec, resolution.defaults)
         user_groups = {key: value for key, value in user_spec.to_wire().items() if value not in ({}, False)}
         assert {key: value for key, value in stripped_spec.to_wire().items() if value not in ({}, False)} == user_groups
         assert check_spec(stripped_spec) == check_spec(user_spec) == []
     broken = resolve_defaults(spec({"trainer": {"type": "kto"}, "training": {"batchSizePerDevice": 1}}))
     with pytest.raises(ConfigError, match="BatchTooSmall: training.batchSizePerDevice: 1, but kto"):
-        enforce_rules(without_defaults(broken.spec, broken.defaults), "BatchTooSmall")
+        enforce_rules(remove_defaults(broken.spec, broken.defaults), "BatchTooSmall")
     enforce_rules(broken.spec, "DpoLosses")
 
 
@@ -899,8 +899,8 @@ def test_an_evaluation_batch_of_all_ranks_must_contain_a_whole_group_of_completi
 
 
 def test_a_local_run_needs_no_secret_for_the_judges_key() -> None:
-    judged = spec(WITH_TEST_DATA | {"evaluation": {"metrics": ["answerAccuracy"], "judge": {"model": "m"}}})
-    assert check_spec(judged, target=ExecutionTarget.LOCAL) == []
+    judged_spec = spec(WITH_TEST_DATA | {"evaluation": {"metrics": ["answerAccuracy"], "judge": {"model": "m"}}})
+    assert check_spec(judged_spec, target=ExecutionTarget.LOCAL) == []
 
 
 def test_the_hint_for_a_gate_contains_a_value_that_fits_the_metric() -> None:
@@ -913,8 +913,8 @@ def test_gates_can_use_every_metric_and_the_loss() -> None:
 
 
 def test_a_local_run_needs_no_secret_for_the_hub_token() -> None:
-    pushed = spec({"output": {"hub": {"push": True, "repository": "org/bot"}}})
-    assert check_spec(pushed, target=ExecutionTarget.LOCAL) == []
+    pushed_spec = spec({"output": {"hub": {"push": True, "repository": "org/bot"}}})
+    assert check_spec(pushed_spec, target=ExecutionTarget.LOCAL) == []
 
 
 def test_a_local_run_may_use_an_apple_gpu() -> None:
@@ -932,11 +932,11 @@ def test_all_problems_are_reported_at_once() -> None:
 
 
 def test_new_problems_are_only_those_that_a_change_causes() -> None:
-    before = spec({"method": {"type": "full", "promptLength": 4}})
-    after = before.with_values({"method.lora": {"rank": 4}})
-    assert [problem.path for problem in check_spec(before)] == ["method.promptLength"]
-    assert [problem.path for problem in new_problems(before, after)] == ["method.lora"]
-    assert new_problems(after, before) == []
+    spec_before = spec({"method": {"type": "full", "promptLength": 4}})
+    after = spec_before.with_values({"method.lora": {"rank": 4}})
+    assert [problem.path for problem in check_spec(spec_before)] == ["method.promptLength"]
+    assert [problem.path for problem in new_problems(spec_before, after)] == ["method.lora"]
+    assert new_problems(after, spec_before) == []
 
 
 @pytest.mark.parametrize(

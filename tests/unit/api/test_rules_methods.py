@@ -41,9 +41,9 @@ def problems(lora: dict[str, Any], **groups: Any) -> list[Problem]:
 def test_an_initialisation_that_changes_the_base_model_is_refused_with_conflicting_options(
     init: str, lora: dict[str, Any], groups: dict[str, Any], expected_text: str
 ) -> None:
-    found = problems({"init": init, **lora}, **groups)
-    assert [(problem.code, problem.path) for problem in found] == [("LoraInitialisation", "method.lora.init")]
-    assert f"{init} moves a part of the base" in found[0].message and expected_text in found[0].message
+    found_problems = problems({"init": init, **lora}, **groups)
+    assert [(problem.code, problem.path) for problem in found_problems] == [("LoraInitialisation", "method.lora.init")]
+    assert f"{init} moves a part of the base" in found_problems[0].message and expected_text in found_problems[0].message
 
 
 @pytest.mark.parametrize(

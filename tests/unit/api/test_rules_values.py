@@ -274,8 +274,8 @@ def test_a_problem_says_what_is_wrong_and_what_to_write(fields: dict[str, Any], 
 def test_only_valid_values_of_reward_parameters_are_accepted(builtin: str, name: str, valid: list[str], invalid: list[str], hint: str) -> None:
     def parameter_problems(value: str) -> list[Problem]:
         parameters = ({"minimum": "1"} if name == "unit" else {}) | {name: value}
-        found = problems(GRPO | {"trainer.rewards": [{"builtin": builtin, "parameters": parameters}]})
-        return [problem for problem in found if problem.code == "RewardIncomplete"]
+        found_problems = problems(GRPO | {"trainer.rewards": [{"builtin": builtin, "parameters": parameters}]})
+        return [problem for problem in found_problems if problem.code == "RewardIncomplete"]
 
     assert {value: parameter_problems(value) for value in valid} == {value: [] for value in valid}
     for value in invalid:

@@ -22,7 +22,7 @@ REMEDIES = [remedy for remedies in FAILURE_REMEDIES.values() for remedy in remed
 RULE_CODES = {rule.code for rule in RULES}
 COMPUTED_CODES: dict[tuple[str, str], set[str]] = {
     ("base.py", "code"): set(),  # codes of rules
-    ("base.py", "entry.code"): set(),  # codes of rules
+    ("base.py", "registered_rule.code"): set(),  # codes of rules
     ("user_config.py", "problem.code"): set(),  # codes of rules
     ("detect.py", "error.code"): set(),  # only codes of RowError, which the scan finds as literals
     ("read.py", "error.code"): set(),

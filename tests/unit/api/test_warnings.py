@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from finetune_api.defaults import LEARNING_RATE_ADAPTER, LEARNING_RATE_FULL, resolve_defaults
 from finetune_api.objectives import OBJECTIVES
-from finetune_api.rules import Problem, check_spec, find_warnings, max_lora_rank
+from finetune_api.rules import Problem, check_spec, choose_max_lora_rank, find_warnings
 from finetune_api.rules.warnings import LEARNING_RATE_RANGES
 from finetune_api.spec import FineTuneJobSpec
 
@@ -93,17 +93,17 @@ def test_a_feature_that_a_server_cannot_load_is_refused_only_if_the_job_names_th
         ("method.type", "NotServable", "vllm and kserve cannot load DoRA adapters")
     ]
     assert check_spec(dora) == []
-    named = spec(method={"type": "dora"}, output={"serving": ["kserve"]})
-    assert [warning.message for warning in find_warnings(named)] == ["vllm cannot load DoRA adapters"]
-    (problem,) = check_spec(named)
+    named_spec = spec(method={"type": "dora"}, output={"serving": ["kserve"]})
+    assert [warning.message for warning in find_warnings(named_spec)] == ["vllm cannot load DoRA adapters"]
+    (problem,) = check_spec(named_spec)
     assert (problem.path, problem.message) == ("method.type", "output.serving contains kserve, but kserve cannot load DoRA adapters")
-    merged = spec(method={"type": "dora"}, output={"serving": ["vllm", "kserve"], "mergeAdapter": True})
-    assert check_spec(merged) == [] and find_warnings(merged) == []
+    merged_spec = spec(method={"type": "dora"}, output={"serving": ["vllm", "kserve"], "mergeAdapter": True})
+    assert check_spec(merged_spec) == [] and find_warnings(merged_spec) == []
 
 
 @pytest.mark.parametrize(("rank", "option"), [(1, 8), (8, 8), (9, 16), (200, 256), (512, 512)])
 def test_vllms_rank_option_is_the_next_allowed_value(rank: int, option: int) -> None:
-    assert max_lora_rank(rank) == option
+    assert choose_max_lora_rank(rank) == option
 
 
 @pytest.mark.parametrize(

@@ -125,11 +125,11 @@ def run_import_case(name: str) -> dict[str, Any]:
     from tests.unit.cli.import_command import import_files
 
     files, source, words = list_import_cases()[name]
-    imported = import_files(*files, source=source, words=words)
-    result: dict[str, Any] = {"refused": imported.mistakes} if imported.mistakes else {"spec": imported.spec}
+    import_outcome = import_files(*files, source=source, words=words)
+    result: dict[str, Any] = {"refused": import_outcome.mistakes} if import_outcome.mistakes else {"spec": import_outcome.spec}
     return result | {
         key: value
-        for key, value in (("warnings", imported.warnings), ("notes", imported.notes), ("secrets", imported.secrets))
+        for key, value in (("warnings", import_outcome.warnings), ("notes", import_outcome.notes), ("secrets", import_outcome.secrets))
         if value
     }
 

@@ -46,8 +46,8 @@ def run_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
         output.error_console.cache_clear()
         capsys.readouterr()
         code = main.run([str(word) for word in words], list(tool_arguments))
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
+        captured_output = capsys.readouterr()
+        return code, captured_output.out, captured_output.err
 
     return run
 

@@ -59,14 +59,14 @@ def import_files(
         **request_fields,
     )
     try:
-        imported = run_import(request, IMPORTERS)
+        import_outcome = run_import(request, IMPORTERS)
     except InvalidInput as invalid:
         return ImportOutcome(mistakes=[str(mistake) for mistake in invalid.mistakes])
     return ImportOutcome(
-        spec=imported.spec,
-        warnings=[warning for warning in imported.warnings if UNIMPLEMENTED_TEXT not in warning],
-        notes=imported.notes,
-        secrets=imported.secrets,
-        documents=list(build_documents(imported)),
-        text=render_manifest(imported, with_origins=True),
+        spec=import_outcome.spec,
+        warnings=[warning for warning in import_outcome.warnings if UNIMPLEMENTED_TEXT not in warning],
+        notes=import_outcome.notes,
+        secrets=import_outcome.secrets,
+        documents=list(build_documents(import_outcome)),
+        text=render_manifest(import_outcome, with_origins=True),
     )

@@ -58,10 +58,10 @@ def test_example_importer_of_the_guide_works(write_file: WriteFile) -> None:
     scope: dict[str, Importer] = {}
     exec(code, scope)
     registry = {**IMPORTERS, "sixth": scope["IMPORTER"]}
-    imported = run_import(
+    import_outcome = run_import(
         Request((write_file("a.json", '{"base": "org/m", "rows": "s3://data/t.jsonl", "passes": 4}'),)), registry
     )
-    assert imported.spec == {
+    assert import_outcome.spec == {
         "model": {"source": "org/m"},
         "dataset": {"train": "s3://data/t.jsonl"},
         "training": {"epochs": 4},
@@ -92,9 +92,9 @@ def test_table_of_secrets_lists_every_secret(write_file: WriteFile) -> None:
     )
     fields_by_key: dict[str, str] = {}
     for name, text, words in (("a.env", env, ()), ("a.toml", toml, flags)):
-        imported = run_import(Request((write_file(name, text),), words), IMPORTERS)
-        assert set(imported.secrets) == set(secret_references(imported.spec))
-        fields_by_key |= secret_references(imported.spec)
+        import_outcome = run_import(Request((write_file(name, text),), words), IMPORTERS)
+        assert set(import_outcome.secrets) == set(secret_references(import_outcome.spec))
+        fields_by_key |= secret_references(import_outcome.spec)
     text = (GUIDES_FOLDER / "import.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| [^|]* \| ([^|]*) \| `([^|`]*)` \| ([^|]*) \|$", text, re.MULTILINE)
     documented_fields = {key: path for keys, path, _ in rows for key in re.findall("`([^`]*)`", keys)}

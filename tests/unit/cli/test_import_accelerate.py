@@ -24,8 +24,8 @@ training_config: {model: org/m, trainer: SFT, distributed_training: FSDP, max_se
     ],
 )  # fmt: skip
 def test_the_sharding_of_an_accelerate_file_is_read(write_file: WriteFile, text: str, path: str, value: Any) -> None:
-    imported = import_files(write_file("job.yaml", HYDRA_CONFIG), write_file("acc.yaml", text), source="hydra")
-    assert (imported.mistakes, imported.at(path)) == ([], value)
+    import_outcome = import_files(write_file("job.yaml", HYDRA_CONFIG), write_file("acc.yaml", text), source="hydra")
+    assert (import_outcome.mistakes, import_outcome.at(path)) == ([], value)
 
 
 def test_accelerate_options_without_effect_give_a_warning(write_file: WriteFile) -> None:

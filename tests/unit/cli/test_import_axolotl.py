@@ -33,17 +33,17 @@ def import_settings(write_file: WriteFile) -> Any:
 
 
 def test_a_file_is_recognised_and_becomes_a_job(import_settings: Any) -> None:
-    imported = import_settings()
-    assert imported.mistakes == []
-    assert imported.at("method") == {
+    import_outcome = import_settings()
+    assert import_outcome.mistakes == []
+    assert import_outcome.at("method") == {
         "type": "lora",
         "lora": {"rank": 8, "alpha": 16, "dropout": 0, "targetModules": ["all-linear"]},
     }
-    assert imported.at("dataset") == {
+    assert import_outcome.at("dataset") == {
         "train": "org/data", "format": "messages", "maxSequenceLength": 1024, "overflow": "drop", "packing": False, "responseOnly": {"enabled": True},
     }  # fmt: skip
-    assert imported.at("training.learningRate") == 2e-4
-    assert imported.at("checkpoint") == {"strategy": "epoch"}
+    assert import_outcome.at("training.learningRate") == 2e-4
+    assert import_outcome.at("checkpoint") == {"strategy": "epoch"}
 
 
 @pytest.mark.parametrize(
@@ -109,9 +109,9 @@ def test_a_file_is_recognised_and_becomes_a_job(import_settings: Any) -> None:
     ],
 )  # fmt: skip
 def test_options_set_fields_of_the_spec(import_settings: Any, changes: dict[str, Any], path: str, expected: Any) -> None:
-    imported = import_settings(changes)
-    assert imported.mistakes == []
-    assert imported.at(path) == expected
+    import_outcome = import_settings(changes)
+    assert import_outcome.mistakes == []
+    assert import_outcome.at(path) == expected
 
 
 @pytest.mark.parametrize(
@@ -148,19 +148,19 @@ def test_a_refused_option_names_the_missing_feature(import_settings: Any, change
 
 
 def test_drop_unsupported_leaves_refused_options_out(import_settings: Any) -> None:
-    imported = import_settings({"tensor_parallel_size": 2, "relora": True}, drop_unsupported=True)
-    assert imported.mistakes == []
-    assert [warning.partition(": ")[2] for warning in imported.warnings] == [
+    import_outcome = import_settings({"tensor_parallel_size": 2, "relora": True}, drop_unsupported=True)
+    assert import_outcome.mistakes == []
+    assert [warning.partition(": ")[2] for warning in import_outcome.warnings] == [
         "tensor_parallel_size is left out: a FineTuneJob does not support tensor parallelism",
         "relora is left out: a FineTuneJob does not support ReLoRA",
     ]
 
 
 def test_every_key_without_a_field_is_listed(import_settings: Any) -> None:
-    imported = import_settings({"tf32": True, "strict": False, "wandb_entity": ""})
-    assert "wandb_entity: has no value, so it is not set" in imported.notes
-    assert any(note.startswith("tf32: no effect: the trainer chooses its kernels") for note in imported.notes)
-    assert any(note.startswith("strict: no effect") for note in imported.notes)
+    import_outcome = import_settings({"tf32": True, "strict": False, "wandb_entity": ""})
+    assert "wandb_entity: has no value, so it is not set" in import_outcome.notes
+    assert any(note.startswith("tf32: no effect: the trainer chooses its kernels") for note in import_outcome.notes)
+    assert any(note.startswith("strict: no effect") for note in import_outcome.notes)
 
 
 def test_unknown_keys_give_a_warning_unless_they_resemble_a_known_key(import_settings: Any) -> None:
@@ -192,10 +192,10 @@ def test_a_prompt_format_of_the_user_becomes_a_chat_template(import_settings: An
         "format": "[INST] {instruction} [/INST]",
         "system_prompt": "Be brief.",
     }
-    imported = import_settings({"datasets": [{"path": "org/d", "type": prompt_options}]})
-    assert imported.at("dataset.columns") == {"question": "q", "answer": "a"}
-    assert imported.at("dataset.systemPrompt") == "Be brief."
-    assert '"[INST] " + message[\'content\'] + " [/INST]"' in imported.at("dataset.chatTemplate.text")
+    import_outcome = import_settings({"datasets": [{"path": "org/d", "type": prompt_options}]})
+    assert import_outcome.at("dataset.columns") == {"question": "q", "answer": "a"}
+    assert import_outcome.at("dataset.systemPrompt") == "Be brief."
+    assert '"[INST] " + message[\'content\'] + " [/INST]"' in import_outcome.at("dataset.chatTemplate.text")
 
 
 @pytest.mark.parametrize(
@@ -210,21 +210,21 @@ def test_a_prompt_format_of_the_user_becomes_a_chat_template(import_settings: An
 def test_the_chat_template_comes_from_the_tokenizer_of_the_family(
     import_settings: Any, model: str, name: str, uses_tokenizer: bool
 ) -> None:
-    imported = import_settings({"base_model": model, "chat_template": name})
-    assert imported.mistakes == []
-    assert (imported.at("dataset.chatTemplate") is None) is uses_tokenizer
+    import_outcome = import_settings({"base_model": model, "chat_template": name})
+    assert import_outcome.mistakes == []
+    assert (import_outcome.at("dataset.chatTemplate") is None) is uses_tokenizer
 
 
 def test_several_sources_become_a_mixture(import_settings: Any) -> None:
-    imported = import_settings({"datasets": [{"path": "org/a", "type": "alpaca"}, {"path": "org/b", "type": "alpaca"}]})
-    assert imported.at("dataset.mixture") == [{"source": "org/a"}, {"source": "org/b"}]
-    assert "set dataset.mixture[].weight" in imported.warnings[0]
+    import_outcome = import_settings({"datasets": [{"path": "org/a", "type": "alpaca"}, {"path": "org/b", "type": "alpaca"}]})
+    assert import_outcome.at("dataset.mixture") == [{"source": "org/a"}, {"source": "org/b"}]
+    assert "set dataset.mixture[].weight" in import_outcome.warnings[0]
 
 
 def test_a_given_deepspeed_json_is_read(import_settings: Any, write_file: WriteFile) -> None:
     file = write_file("ds.json", '{"zero_optimization": {"stage": 2}}')
-    imported = import_settings({"deepspeed": "my/ds.json"}, file)
-    assert imported.at("distributed.deepspeed.zeroStage") == 2
+    import_outcome = import_settings({"deepspeed": "my/ds.json"}, file)
+    assert import_outcome.at("distributed.deepspeed.zeroStage") == 2
     (mistake,) = import_settings({"deepspeed": "my/ds.json"}).mistakes
     assert "give the JSON as a further file, or --deepspeed NAME/KEY" in mistake
 
@@ -265,15 +265,17 @@ GRPO_OPTIONS = {"rl": "grpo", "datasets": [{"path": "org/d", "type": "prompt"}]}
         ({"trl": {"chat_template_kwargs": {"enable_thinking": False}}}, {"enable_thinking": "false"}),
         ({"chat_template_kwargs": {"effort": "low"}, "trl": {"chat_template_kwargs": {}}}, {"effort": "low"}),
         ({"trl": {"chat_template_kwargs": {}}}, None),
+        ({"chat_template_kwargs": {}}, None),
+        ({"chat_template_kwargs": {}, "trl": {"chat_template_kwargs": {"effort": "low"}}}, {"effort": "low"}),
     ],
-    ids=["only for grpo", "empty for grpo", "empty"],
+    ids=["only for grpo", "empty for grpo", "empty", "empty for all objectives", "empty for all objectives, given for grpo"],
 )
 def test_arguments_of_the_chat_template_for_grpo_become_template_variables(
     import_settings: Any, options: dict[str, Any], variables: dict[str, str] | None
 ) -> None:
-    imported = import_settings({**GRPO_OPTIONS, **options}, overrides={"trainer.rewards": [{"builtin": "exactMatch"}]})
-    assert imported.mistakes == []
-    assert imported.at("dataset").get("templateVariables") == variables
+    import_outcome = import_settings({**GRPO_OPTIONS, **options}, overrides={"trainer.rewards": [{"builtin": "exactMatch"}]})
+    assert import_outcome.mistakes == []
+    assert import_outcome.at("dataset").get("templateVariables") == variables
 
 
 def test_two_sources_of_template_variables_are_refused(import_settings: Any) -> None:

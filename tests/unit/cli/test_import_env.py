@@ -23,26 +23,26 @@ def import_env(write_file: WriteFile) -> Any:
 
 
 def test_a_minimal_file_gets_the_defaults_of_the_tool(import_env: Any) -> None:
-    imported = import_env()
-    assert imported.spec["training"] == {
+    import_outcome = import_env()
+    assert import_outcome.spec["training"] == {
         "epochs": 3, "batchSizePerDevice": 4, "gradientAccumulationSteps": 4, "learningRate": 3e-4, "scheduler": "linear", "warmupRatio": 0,
         "optimizer": "adamw_torch", "weightDecay": 0, "maxGradNorm": 1,
     }  # fmt: skip
-    assert imported.spec["method"] == {"type": "lora", "lora": {"rank": 8, "alpha": 16, "dropout": 0.1}}
-    assert imported.at("dataset.maxSequenceLength") == 512
-    assert imported.at("dataset.responseOnly.enabled") is False
-    assert imported.spec["checkpoint"] == {"keep": 0, "loadBestAtEnd": True, "steps": 100, "strategy": "steps"}
-    assert imported.at("output.dir") == "results"
+    assert import_outcome.spec["method"] == {"type": "lora", "lora": {"rank": 8, "alpha": 16, "dropout": 0.1}}
+    assert import_outcome.at("dataset.maxSequenceLength") == 512
+    assert import_outcome.at("dataset.responseOnly.enabled") is False
+    assert import_outcome.spec["checkpoint"] == {"keep": 0, "loadBestAtEnd": True, "steps": 100, "strategy": "steps"}
+    assert import_outcome.at("output.dir") == "results"
 
 
 def test_dotenv_syntax_is_read(import_env: Any) -> None:
     text = 'export PROJECT_NAME = "a.b"\nDEVICE=cpu  \nTOKENIZER=${MODEL_NAME}\nLORA_R=8 # small\nLORA_R=16\nPAD_TOKEN=a#b\n'
-    imported = import_env(text)
-    assert imported.at("output.project") == "a.b"
-    assert imported.at("training.device") == "cpu"
-    assert imported.at("model.tokenizer") == "org/m"
-    assert imported.at("method.lora.rank") == 16
-    assert imported.at("model.padToken") == "a#b"
+    import_outcome = import_env(text)
+    assert import_outcome.at("output.project") == "a.b"
+    assert import_outcome.at("training.device") == "cpu"
+    assert import_outcome.at("model.tokenizer") == "org/m"
+    assert import_outcome.at("method.lora.rank") == 16
+    assert import_outcome.at("model.padToken") == "a#b"
 
 
 def test_dollar_without_braces_is_literal(import_env: Any) -> None:
@@ -84,8 +84,8 @@ def test_empty_required_option_is_refused(import_env: Any) -> None:
     ],
 )
 def test_split_ratios_are_completed(import_env: Any, ratios: str, split: tuple[float, float, float]) -> None:
-    imported = import_env(ratios).spec["dataset"]["split"]
-    assert (imported["train"], imported["validation"], imported["test"], imported["seed"]) == (*split, 42)
+    imported_split = import_env(ratios).spec["dataset"]["split"]
+    assert (imported_split["train"], imported_split["validation"], imported_split["test"], imported_split["seed"]) == (*split, 42)
 
 
 def test_ratios_above_one_are_refused(import_env: Any) -> None:
@@ -106,10 +106,10 @@ def test_a_line_that_may_be_a_secret_is_shortened(import_env: Any) -> None:
 
 
 def test_validation_file_replaces_the_split(import_env: Any) -> None:
-    imported = import_env("VAL_DATA_PATH=s3://data/v.jsonl\nTRAIN_RATIO=0.9\n")
-    assert imported.at("dataset.split") is None
-    assert imported.at("dataset.validation") == "s3://data/v.jsonl"
-    assert "job.env:5: TRAIN_RATIO has no effect" in imported.warnings[0]
+    import_outcome = import_env("VAL_DATA_PATH=s3://data/v.jsonl\nTRAIN_RATIO=0.9\n")
+    assert import_outcome.at("dataset.split") is None
+    assert import_outcome.at("dataset.validation") == "s3://data/v.jsonl"
+    assert "job.env:5: TRAIN_RATIO has no effect" in import_outcome.warnings[0]
 
 
 def test_zero_on_the_command_line_is_kept(import_env: Any) -> None:
@@ -117,8 +117,8 @@ def test_zero_on_the_command_line_is_kept(import_env: Any) -> None:
 
 
 def test_flags_override_the_file_and_may_be_abbreviated(import_env: Any) -> None:
-    imported = import_env("EPOCHS=2\nLEARNING_RATE=1e-4\n", words="python main.py --epochs=5 --learning_rat 2e-4 -lora_r 64")
-    assert (imported.at("training.epochs"), imported.at("training.learningRate"), imported.at("method.lora.rank")) == (
+    import_outcome = import_env("EPOCHS=2\nLEARNING_RATE=1e-4\n", words="python main.py --epochs=5 --learning_rat 2e-4 -lora_r 64")
+    assert (import_outcome.at("training.epochs"), import_outcome.at("training.learningRate"), import_outcome.at("method.lora.rank")) == (
         5,
         2e-4,
         64,
@@ -127,15 +127,15 @@ def test_flags_override_the_file_and_may_be_abbreviated(import_env: Any) -> None
 
 def test_later_files_override_earlier_ones_per_key(write_file: WriteFile) -> None:
     first, second = write_file("a.env", REQUIRED_KEYS + "EPOCHS=2\nBATCH_SIZE=8\n"), write_file("b.env", "EPOCHS=7\n")
-    imported = import_files(first, second, source="env")
-    assert (imported.at("training.epochs"), imported.at("training.batchSizePerDevice")) == (7, 8)
+    import_outcome = import_files(first, second, source="env")
+    assert (import_outcome.at("training.epochs"), import_outcome.at("training.batchSizePerDevice")) == (7, 8)
 
 
 def test_config_flag_of_the_tool_reads_a_file(write_file: WriteFile) -> None:
-    imported = import_files(
+    import_outcome = import_files(
         words=["python", "main.py", "--config", str(write_file("x.env", REQUIRED_KEYS)), "--epochs", "1"], source="env"
     )
-    assert (imported.at("model.source"), imported.at("training.epochs")) == ("org/m", 1)
+    assert (import_outcome.at("model.source"), import_outcome.at("training.epochs")) == ("org/m", 1)
 
 
 @pytest.mark.parametrize(
@@ -148,8 +148,8 @@ def test_config_flag_of_the_tool_reads_a_file(write_file: WriteFile) -> None:
     ],
 )
 def test_technique_and_bits_select_the_method(import_env: Any, text: str, method: str, bits: int | None) -> None:
-    imported = import_env(text)
-    assert (imported.at("method.type"), imported.at("model.quantization.bits")) == (method, bits)
+    import_outcome = import_env(text)
+    assert (import_outcome.at("method.type"), import_outcome.at("model.quantization.bits")) == (method, bits)
 
 
 def test_qlora_without_4_bit_loading_is_refused(import_env: Any) -> None:
@@ -158,57 +158,57 @@ def test_qlora_without_4_bit_loading_is_refused(import_env: Any) -> None:
 
 
 def test_an_override_names_the_adapter(import_env: Any) -> None:
-    imported = import_env("TECHNIQUE=adapter\n", overrides={"method.adapter.source": "s3://models/a"})
-    assert imported.spec["method"] == {"type": "adapter", "adapter": {"source": "s3://models/a"}}
+    import_outcome = import_env("TECHNIQUE=adapter\n", overrides={"method.adapter.source": "s3://models/a"})
+    assert import_outcome.spec["method"] == {"type": "adapter", "adapter": {"source": "s3://models/a"}}
 
 
 @pytest.mark.parametrize(
     ("device", "gpus", "precision"), [("cpu", 0, "no"), ("cuda", 1, "fp16"), ("auto", None, None), ("mps", None, "no")]
 )
 def test_device_sets_gpus_and_precision(import_env: Any, device: str, gpus: int | None, precision: str | None) -> None:
-    imported = import_env(f"DEVICE={device}\n")
-    assert (imported.at("resources.gpusPerNode"), imported.at("training.mixedPrecision")) == (gpus, precision)
-    assert imported.at("training.device") == (None if device == "auto" else device)
-    assert any("cluster nodes have no MPS devices" in warning for warning in imported.warnings) == (device == "mps")
+    import_outcome = import_env(f"DEVICE={device}\n")
+    assert (import_outcome.at("resources.gpusPerNode"), import_outcome.at("training.mixedPrecision")) == (gpus, precision)
+    assert import_outcome.at("training.device") == (None if device == "auto" else device)
+    assert any("cluster nodes have no MPS devices" in warning for warning in import_outcome.warnings) == (device == "mps")
 
 
 def test_token_is_written_only_to_the_secret(import_env: Any) -> None:
-    imported = import_env("HUGGINGFACE_TOKEN=hf_verysecret\nUSE_AUTH_TOKEN=True\n")
-    assert imported.secrets == {"hf-token": "hf_verysecret"}
-    assert imported.at("model.tokenSecretRef") == {"name": "job-import", "key": "hf-token"}
-    secret, job = imported.documents
+    import_outcome = import_env("HUGGINGFACE_TOKEN=hf_verysecret\nUSE_AUTH_TOKEN=True\n")
+    assert import_outcome.secrets == {"hf-token": "hf_verysecret"}
+    assert import_outcome.at("model.tokenSecretRef") == {"name": "job-import", "key": "hf-token"}
+    secret, job = import_outcome.documents
     assert secret["stringData"] == {"hf-token": "hf_verysecret"}
-    assert "hf_verysecret" not in str(job) + str(imported.warnings) + str(imported.notes)
+    assert "hf_verysecret" not in str(job) + str(import_outcome.warnings) + str(import_outcome.notes)
 
 
 def test_refused_file_does_not_print_its_secrets(import_env: Any) -> None:
-    imported = import_env(
+    import_outcome = import_env(
         "HUGGINGFACE_TOKEN=verysecret\nMODEL_TOKEN=othersecret\nPAD_TOKEN=verysecret\nEPOCHS=verysecret\nverysecret\n"
     )
-    assert len(imported.mistakes) == 3
-    assert "verysecret" not in str(imported.mistakes)
-    assert "othersecret" not in str(imported.mistakes)
+    assert len(import_outcome.mistakes) == 3
+    assert "verysecret" not in str(import_outcome.mistakes)
+    assert "othersecret" not in str(import_outcome.mistakes)
 
 
 def test_mongodb_uri_is_written_to_the_secret(import_env: Any) -> None:
-    imported = import_env("MONGODB_URI=mongodb://u:p@host/db\nMONGODB_DB_NAME=runs\n")
-    assert imported.spec["tracking"]["mongodb"] == {
+    import_outcome = import_env("MONGODB_URI=mongodb://u:p@host/db\nMONGODB_DB_NAME=runs\n")
+    assert import_outcome.spec["tracking"]["mongodb"] == {
         "database": "runs",
         "uriSecretRef": {"name": "job-import", "key": "mongodb-uri"},
     }
-    assert imported.at("tracking.reportTo") == ["mongodb"]
+    assert import_outcome.at("tracking.reportTo") == ["mongodb"]
 
 
 def test_local_paths_become_file_sources_with_a_warning(import_env: Any) -> None:
-    imported = import_env(base_text="MODEL_NAME=/models/tiny\nTRAIN_DATA_PATH=data/x.jsonl\nDATASET_TYPE=qa\n")
-    assert (imported.at("model.source"), imported.at("dataset.train")) == ("file:///models/tiny", "file://data/x.jsonl")
-    assert ["--model URI" in imported.warnings[0], "--data URI" in imported.warnings[1]] == [True, True]
+    import_outcome = import_env(base_text="MODEL_NAME=/models/tiny\nTRAIN_DATA_PATH=data/x.jsonl\nDATASET_TYPE=qa\n")
+    assert (import_outcome.at("model.source"), import_outcome.at("dataset.train")) == ("file:///models/tiny", "file://data/x.jsonl")
+    assert ["--model URI" in import_outcome.warnings[0], "--data URI" in import_outcome.warnings[1]] == [True, True]
 
 
 def test_a_prompts_file_becomes_a_config_map_reference(import_env: Any) -> None:
-    imported = import_env("PROMPTS_FILE=./my prompts.txt\n")
-    assert imported.at("evaluation.comparison.promptsRef") == {"name": "job-prompts", "key": "my_prompts.txt"}
-    assert "kubectl create configmap job-prompts" in imported.warnings[0]
+    import_outcome = import_env("PROMPTS_FILE=./my prompts.txt\n")
+    assert import_outcome.at("evaluation.comparison.promptsRef") == {"name": "job-prompts", "key": "my_prompts.txt"}
+    assert "kubectl create configmap job-prompts" in import_outcome.warnings[0]
 
 
 @pytest.mark.parametrize(
@@ -225,32 +225,32 @@ def test_dataset_types_of_later_versions_are_read(import_env: Any, dataset_type:
 
 
 def test_evaluation_options_without_validation_data_have_no_effect(import_env: Any) -> None:
-    imported = import_env("TRAIN_RATIO=1\nVAL_RATIO=0\nEVAL_STEPS=10\n")
-    assert imported.at("checkpoint") == {"strategy": "epoch", "keep": 0}
-    assert imported.at("evaluation") is None
-    assert imported.warnings == ["job.env:6: EVAL_STEPS has no effect: there is no validation data"]
+    import_outcome = import_env("TRAIN_RATIO=1\nVAL_RATIO=0\nEVAL_STEPS=10\n")
+    assert import_outcome.at("checkpoint") == {"strategy": "epoch", "keep": 0}
+    assert import_outcome.at("evaluation") is None
+    assert import_outcome.warnings == ["job.env:6: EVAL_STEPS has no effect: there is no validation data"]
 
 
 def test_adapter_options_have_no_effect_on_an_existing_adapter(import_env: Any) -> None:
-    imported = import_env(
+    import_outcome = import_env(
         "TECHNIQUE=adapter\nLORA_R=8\nLORA_DROPOUT=0.2\n", overrides={"method.adapter.source": "s3://models/adapter"}
     )
-    assert (imported.mistakes, imported.spec["method"]) == (
+    assert (import_outcome.mistakes, import_outcome.spec["method"]) == (
         [],
         {"type": "adapter", "adapter": {"source": "s3://models/adapter"}},
     )
     no_effect_warnings = [
-        warning for warning in imported.warnings if "has no effect: the existing adapter defines this value" in warning
+        warning for warning in import_outcome.warnings if "has no effect: the existing adapter defines this value" in warning
     ]
     assert [warning.split(": ")[1].split(" ")[0] for warning in no_effect_warnings] == ["LORA_R", "LORA_DROPOUT"]
 
 
 def test_4_bit_quantisation_has_the_defaults_of_the_tool(write_file: WriteFile) -> None:
     text = "MODEL_NAME=org/m\nTRAIN_DATA_PATH=s3://data/d.jsonl\nDATASET_TYPE=qa\nTECHNIQUE=qlora\n"
-    imported = import_files(write_file("a.env", text))
-    assert imported.at("model.quantization") == {"bits": 4, "type": "nf4", "doubleQuant": False}
-    imported = import_files(write_file("a.env", text + "DEVICE=cuda\nBNB_4BIT_USE_DOUBLE_QUANT=true\n"))
-    assert imported.at("model.quantization") == {
+    import_outcome = import_files(write_file("a.env", text))
+    assert import_outcome.at("model.quantization") == {"bits": 4, "type": "nf4", "doubleQuant": False}
+    import_outcome = import_files(write_file("a.env", text + "DEVICE=cuda\nBNB_4BIT_USE_DOUBLE_QUANT=true\n"))
+    assert import_outcome.at("model.quantization") == {
         "bits": 4,
         "type": "nf4",
         "doubleQuant": True,
@@ -259,6 +259,6 @@ def test_4_bit_quantisation_has_the_defaults_of_the_tool(write_file: WriteFile) 
 
 
 def test_token_is_ignored_when_use_auth_token_is_false(import_env: Any) -> None:
-    imported = import_env("HUGGINGFACE_TOKEN=hf_verysecret\nUSE_AUTH_TOKEN=false\n")
-    assert (imported.secrets, imported.at("model.tokenSecretRef")) == ({}, None)
-    assert imported.warnings == ["job.env:4: HUGGINGFACE_TOKEN has no effect: USE_AUTH_TOKEN is false"]
+    import_outcome = import_env("HUGGINGFACE_TOKEN=hf_verysecret\nUSE_AUTH_TOKEN=false\n")
+    assert (import_outcome.secrets, import_outcome.at("model.tokenSecretRef")) == ({}, None)
+    assert import_outcome.warnings == ["job.env:4: HUGGINGFACE_TOKEN has no effect: USE_AUTH_TOKEN is false"]

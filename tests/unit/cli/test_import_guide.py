@@ -24,18 +24,18 @@ def import_guide(write_file: WriteFile) -> Any:
 
 @pytest.mark.parametrize("text", ["model: org/m\nlora_r: 8\n", NESTED_CONFIG])
 def test_both_forms_have_the_same_defaults(import_guide: Any, text: str) -> None:
-    imported = import_guide(text)
-    assert imported.spec["training"] == {
+    import_outcome = import_guide(text)
+    assert import_outcome.spec["training"] == {
         "epochs": 3, "batchSizePerDevice": 4, "gradientAccumulationSteps": 4, "learningRate": 2e-4, "scheduler": "linear", "warmupRatio": 0.03,
         "optimizer": "adamw_torch", "weightDecay": 0, "maxGradNorm": 1, "mixedPrecision": "bf16",
     }  # fmt: skip
-    assert imported.spec["method"]["lora"]["rank"] == 8
-    assert (imported.at("dataset.maxSequenceLength"), imported.at("checkpoint.keep"), imported.at("dataset.train")) == (
+    assert import_outcome.spec["method"]["lora"]["rank"] == 8
+    assert (import_outcome.at("dataset.maxSequenceLength"), import_outcome.at("checkpoint.keep"), import_outcome.at("dataset.train")) == (
         512,
         3,
         None,
     )
-    assert any("names no training data" in warning for warning in imported.warnings)
+    assert any("names no training data" in warning for warning in import_outcome.warnings)
 
 
 @pytest.mark.parametrize(
@@ -64,9 +64,9 @@ def test_target_modules_are_chosen_by_model_family(import_guide: Any) -> None:
 
 
 def test_bf16_training_overrides_float16_weights(import_guide: Any) -> None:
-    imported = import_guide("base_model: {name: m/m, dtype: float16}\nlora: {r: 8}\ntraining: {bf16: true}\n")
-    assert (imported.at("model.dtype"), imported.at("training.mixedPrecision")) == ("bfloat16", "bf16")
-    assert "the job uses bfloat16" in imported.warnings[0]
+    import_outcome = import_guide("base_model: {name: m/m, dtype: float16}\nlora: {r: 8}\ntraining: {bf16: true}\n")
+    assert (import_outcome.at("model.dtype"), import_outcome.at("training.mixedPrecision")) == ("bfloat16", "bf16")
+    assert "the job uses bfloat16" in import_outcome.warnings[0]
 
 
 def test_callbacks_set_early_stopping_and_trackers(import_guide: Any) -> None:
@@ -74,12 +74,12 @@ def test_callbacks_set_early_stopping_and_trackers(import_guide: Any) -> None:
         NESTED_CONFIG
         + "dataset: {eval_size: 0.1}\ncallbacks: {early_stopping: {enabled: true}, wandb: {enabled: true, project: p}}\n"
     )
-    imported = import_guide(text)
-    assert imported.at("training.earlyStopping") == {"patience": 3, "threshold": 0.01}
-    assert (imported.at("tracking.reportTo"), imported.at("tracking.wandb")) == (
+    import_outcome = import_guide(text)
+    assert import_outcome.at("training.earlyStopping") == {"patience": 3, "threshold": 0.01}
+    assert (import_outcome.at("tracking.reportTo"), import_outcome.at("tracking.wandb")) == (
         ["wandb"], {"project": "p", "apiKeySecretRef": {"name": "job-wandb", "key": "token"}},
     )
-    assert imported.at("evaluation") == {"steps": 100, "strategy": "steps"}
+    assert import_outcome.at("evaluation") == {"steps": 100, "strategy": "steps"}
 
 
 def test_evaluation_without_data_is_refused(import_guide: Any) -> None:
@@ -88,16 +88,16 @@ def test_evaluation_without_data_is_refused(import_guide: Any) -> None:
 
 
 def test_flags_of_the_guides_script_are_read(import_guide: Any) -> None:
-    imported = import_guide(
+    import_outcome = import_guide(
         "model: org/m\nlora_r: 8\n",
         words="python finetune_lora.py --data s3://data/x.json --epochs 1 --batch-size 2 --lora-r 4 --merge",
     )
-    assert (imported.at("dataset.train"), imported.at("training.epochs"), imported.at("method.lora.rank")) == (
+    assert (import_outcome.at("dataset.train"), import_outcome.at("training.epochs"), import_outcome.at("method.lora.rank")) == (
         "s3://data/x.json",
         1,
         4,
     )
-    assert imported.at("output.mergeAdapter") is True
+    assert import_outcome.at("output.mergeAdapter") is True
 
 
 def test_a_conflict_names_both_keys_with_their_values(import_guide: Any) -> None:
@@ -110,7 +110,7 @@ def test_a_conflict_names_both_keys_with_their_values(import_guide: Any) -> None
 
 def test_fields_without_implementation_are_left_out_on_request(import_guide: Any) -> None:
     export = {"output.export": ["safetensors", "gguf"]}
-    imported = import_guide(NESTED_CONFIG, overrides=export, drop_unsupported=True)
-    assert imported.at("output.export") == ["safetensors"]
-    assert "gguf is left out: contains gguf, but no library can convert a complete model" in imported.warnings[-1]
+    import_outcome = import_guide(NESTED_CONFIG, overrides=export, drop_unsupported=True)
+    assert import_outcome.at("output.export") == ["safetensors"]
+    assert "gguf is left out: contains gguf, but no library can convert a complete model" in import_outcome.warnings[-1]
     assert import_guide(NESTED_CONFIG, overrides=export).at("output.export") == ["safetensors", "gguf"]

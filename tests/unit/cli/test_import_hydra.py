@@ -50,40 +50,40 @@ def folder(write_file: WriteFile, tmp_path: Path) -> Path:
 
 
 def test_values_that_are_hard_coded_in_the_tool_are_written(import_hydra: Any) -> None:
-    imported = import_hydra()
-    assert imported.spec["method"]["lora"] == {
+    import_outcome = import_hydra()
+    assert import_outcome.spec["method"]["lora"] == {
         "rank": 128, "alpha": 64, "dropout": 0.05, "bias": "none",
         "targetModules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
     }  # fmt: skip
     assert (
-        imported.at("training.warmupRatio"),
-        imported.at("training.mixedPrecision"),
-        imported.at("tracking.loggingSteps"),
+        import_outcome.at("training.warmupRatio"),
+        import_outcome.at("training.mixedPrecision"),
+        import_outcome.at("tracking.loggingSteps"),
     ) == (0.1, "bf16", 50)
-    assert (imported.at("checkpoint.keep"), imported.at("model.attention"), imported.at("training.learningRate")) == (
+    assert (import_outcome.at("checkpoint.keep"), import_outcome.at("model.attention"), import_outcome.at("training.learningRate")) == (
         0,
         "flashAttention2",
         5e-5,
     )
-    assert imported.at("dataset.systemPrompt") == "You are a personal assistant."
-    assert imported.at("tracking.reportTo") == []
+    assert import_outcome.at("dataset.systemPrompt") == "You are a personal assistant."
+    assert import_outcome.at("tracking.reportTo") == []
 
 
 def test_unsloth_sets_dropout_and_gradient_checkpointing(import_hydra: Any) -> None:
-    imported = import_hydra(base_text=BASE_CONFIG.replace("DDP", "unsloth"))
-    assert (imported.at("method.lora.dropout"), imported.at("training.gradientCheckpointing")) == (0, "unsloth")
-    assert (imported.at("trainer.backend"), imported.at("distributed.strategy")) == ("unsloth", "none")
+    import_outcome = import_hydra(base_text=BASE_CONFIG.replace("DDP", "unsloth"))
+    assert (import_outcome.at("method.lora.dropout"), import_outcome.at("training.gradientCheckpointing")) == (0, "unsloth")
+    assert (import_outcome.at("trainer.backend"), import_outcome.at("distributed.strategy")) == ("unsloth", "none")
 
 
 @pytest.mark.parametrize("group", ["training_config", "training_configs", "training"])
 def test_every_name_of_the_training_group_is_read(import_hydra: Any, group: str) -> None:
-    imported = import_hydra(words=f"{group}.learning_rate=1e-5", base_text=BASE_CONFIG.replace("training_config:", f"{group}:"))
-    assert imported.at("training.learningRate") == 1e-5
+    import_outcome = import_hydra(words=f"{group}.learning_rate=1e-5", base_text=BASE_CONFIG.replace("training_config:", f"{group}:"))
+    assert import_outcome.at("training.learningRate") == 1e-5
 
 
 def test_a_folder_of_groups_is_composed(folder: Path) -> None:
-    imported = import_files(folder)
-    assert (imported.at("dataset.train"), imported.at("dataset.format"), imported.at("trainer.type")) == (
+    import_outcome = import_files(folder)
+    assert (import_outcome.at("dataset.train"), import_outcome.at("dataset.format"), import_outcome.at("trainer.type")) == (
         "org/data",
         "promptCompletion",
         "sft",
@@ -91,17 +91,17 @@ def test_a_folder_of_groups_is_composed(folder: Path) -> None:
 
 
 def test_group_options_and_overrides_are_applied(folder: Path) -> None:
-    imported = import_files(
+    import_outcome = import_files(
         folder,
         words="python train.py dataset=pairs training=dpo training.learning_rate=1e-6 +training.warmup_ratio=0.2",
     )
-    assert imported.mistakes == []
-    assert (imported.at("dataset.train"), imported.at("trainer.type"), imported.at("training.learningRate")) == (
+    assert import_outcome.mistakes == []
+    assert (import_outcome.at("dataset.train"), import_outcome.at("trainer.type"), import_outcome.at("training.learningRate")) == (
         "org/pairs",
         "dpo",
         1e-6,
     )
-    assert (imported.at("training.warmupRatio"), imported.at("dataset.maxSequenceLength")) == (0.2, 256)
+    assert (import_outcome.at("training.warmupRatio"), import_outcome.at("dataset.maxSequenceLength")) == (0.2, 256)
 
 
 def test_missing_group_option_is_refused(folder: Path) -> None:
@@ -144,15 +144,15 @@ def test_invalid_override_is_refused(import_hydra: Any, words: str, mistake: str
 
 
 def test_overrides_add_force_and_delete_keys(import_hydra: Any) -> None:
-    imported = import_hydra(
+    import_outcome = import_hydra(
         words="++training_config.seed=3 ~training_config.learning_rate +training_config.save_total_limit=2 'dataset.path=\"a,b.json\"'"
     )
-    assert (imported.at("training.seed"), imported.at("training.learningRate"), imported.at("checkpoint.keep")) == (
+    assert (import_outcome.at("training.seed"), import_outcome.at("training.learningRate"), import_outcome.at("checkpoint.keep")) == (
         3,
         5e-5,
         2,
     )
-    assert imported.at("dataset.train") == "file://a,b.json"
+    assert import_outcome.at("dataset.train") == "file://a,b.json"
 
 
 def test_interpolation_within_the_file_is_resolved(import_hydra: Any) -> None:
@@ -166,31 +166,31 @@ def test_only_allowed_environment_variables_are_read(import_hydra: Any, monkeypa
         "job.yaml:3: training_config.model: the value reads the environment variable BASE_MODEL, which is not allowed; allow it with --allow-env BASE_MODEL",
         "job.yaml: training_config.model: this required option is missing; add it, or give --model URI",
     ]
-    imported = import_hydra(base_text=base, environment={"BASE_MODEL": "org/other"}, allowed_variables=frozenset({"BASE_MODEL"}))
-    assert imported.at("model.source") == "org/other"
+    import_outcome = import_hydra(base_text=base, environment={"BASE_MODEL": "org/other"}, allowed_variables=frozenset({"BASE_MODEL"}))
+    assert import_outcome.at("model.source") == "org/other"
 
 
 def test_flags_accept_booleans_and_any_letter_case(write_file: WriteFile) -> None:
-    imported = import_files(
+    import_outcome = import_files(
         words="--model m/m --dataset d/d --trainer sft --distributed-training ddp --gradient-checkpointing False ---max-seq-length 99 --format standard"
     )
-    assert (imported.at("training.gradientCheckpointing"), imported.at("dataset.maxSequenceLength")) == ("disabled", 99)
+    assert (import_outcome.at("training.gradientCheckpointing"), import_outcome.at("dataset.maxSequenceLength")) == ("disabled", 99)
     assert (
         "no learning rate is given; the job uses 2e-4, which the tool's documentation advises for its dashed flags"
-        in imported.notes
+        in import_outcome.notes
     )
 
 
 def test_unknown_flag_is_refused(write_file: WriteFile) -> None:
-    imported = import_files(words="--model m/m --dataset d/d --trainr SFT --distributed-training DDP", source="hydra")
-    assert imported.mistakes == ["command line: --trainr: unknown option; did you mean --trainer?"]
+    import_outcome = import_files(words="--model m/m --dataset d/d --trainr SFT --distributed-training DDP", source="hydra")
+    assert import_outcome.mistakes == ["command line: --trainr: unknown option; did you mean --trainer?"]
 
 
 def test_grpo_gets_the_hard_coded_reward(import_hydra: Any) -> None:
-    imported = import_hydra(base_text=BASE_CONFIG.replace("SFT", "grpo") + "  per_device_train_batch_size: 1\n  gradient_acc_steps: 4\n")
-    assert imported.mistakes == []
-    assert imported.at("trainer.rewards") == [{"builtin": "citationFormat"}]
-    assert imported.at("trainer.grpo.numGenerations") == 4
+    import_outcome = import_hydra(base_text=BASE_CONFIG.replace("SFT", "grpo") + "  per_device_train_batch_size: 1\n  gradient_acc_steps: 4\n")
+    assert import_outcome.mistakes == []
+    assert import_outcome.at("trainer.rewards") == [{"builtin": "citationFormat"}]
+    assert import_outcome.at("trainer.grpo.numGenerations") == 4
 
 
 def test_the_names_of_dataset_formats_become_those_of_the_spec(import_hydra: Any) -> None:
@@ -206,10 +206,10 @@ ACCELERATE_CONFIG = "distributed_type: FSDP\nnum_machines: 2\nnum_processes: 8\n
 
 
 def test_accelerate_file_sets_nodes_and_sharding(write_file: WriteFile) -> None:
-    imported = import_files(write_file("job.yaml", BASE_CONFIG.replace("DDP", "FSDP")), write_file("acc.yaml", ACCELERATE_CONFIG))
-    assert imported.mistakes == []
-    assert imported.spec["resources"] == {"nodes": 2, "gpusPerNode": 4}
-    assert imported.spec["distributed"] == {"strategy": "fsdp", "fsdp": {"sharding": "fullShard"}}
+    import_outcome = import_files(write_file("job.yaml", BASE_CONFIG.replace("DDP", "FSDP")), write_file("acc.yaml", ACCELERATE_CONFIG))
+    assert import_outcome.mistakes == []
+    assert import_outcome.spec["resources"] == {"nodes": 2, "gpusPerNode": 4}
+    assert import_outcome.spec["distributed"] == {"strategy": "fsdp", "fsdp": {"sharding": "fullShard"}}
 
 
 def test_contradicting_accelerate_file_is_refused(write_file: WriteFile) -> None:
@@ -235,8 +235,8 @@ def test_config_name_selects_the_primary_file(write_file: WriteFile, folder: Pat
         "configs/other.yaml",
         "defaults:\n  - dataset: default\n  - training: dpo\n  - _self_\ndataset: {format: preference}\n",
     )
-    imported = import_files(folder, words=["train.py", "-cn", "other", "training.learning_rate=1e-6"], source="hydra")
-    assert (imported.mistakes, imported.at("trainer.type"), imported.at("training.learningRate")) == ([], "dpo", 1e-6)
+    import_outcome = import_files(folder, words=["train.py", "-cn", "other", "training.learning_rate=1e-6"], source="hydra")
+    assert (import_outcome.mistakes, import_outcome.at("trainer.type"), import_outcome.at("training.learningRate")) == ([], "dpo", 1e-6)
     assert (
         "configs: --config-name: the folder has no nobody.yaml; give another name"
         in import_files(folder, words="--config-name nobody").mistakes
@@ -265,8 +265,8 @@ def test_invalid_primary_file_is_refused(write_file: WriteFile, folder: Path, te
 
 def test_value_in_place_of_a_group_is_refused(write_file: WriteFile, folder: Path) -> None:
     accelerate = write_file("acc.yaml", "distributed_type: FSDP\nnum_processes: x\nfsdp_config: hello\n")
-    imported = import_files(folder, accelerate, source="hydra", words="training.distributed_training=FSDP").mistakes
-    assert imported == [
+    mistakes = import_files(folder, accelerate, source="hydra", words="training.distributed_training=FSDP").mistakes
+    assert mistakes == [
         "acc.yaml:2: num_processes: x is not an integer of at least 1",
         "acc.yaml:3: fsdp_config: the value is hello, but a group of options is needed; write names and values",
     ]
@@ -297,9 +297,9 @@ def test_folder_without_a_primary_file_names_lines(write_file: WriteFile, tmp_pa
 )
 def test_the_completion_leaves_tokens_for_the_prompt(import_hydra: Any, lengths: str, completion_length: int, has_warning: bool) -> None:
     base = BASE_CONFIG.replace("max_seq_length: 512", lengths).replace("SFT", "DPO").replace("conversational", "preference")
-    imported = import_hydra(base_text=base)
-    assert (imported.mistakes, imported.at("trainer.maxCompletionLength")) == ([], completion_length)
-    assert any("leaves no room" in warning for warning in imported.warnings) is has_warning
+    import_outcome = import_hydra(base_text=base)
+    assert (import_outcome.mistakes, import_outcome.at("trainer.maxCompletionLength")) == ([], completion_length)
+    assert any("leaves no room" in warning for warning in import_outcome.warnings) is has_warning
 
 
 @pytest.mark.parametrize("word", ["None", "NONE", "null"])
@@ -322,11 +322,11 @@ def test_a_warm_up_given_twice_names_both_overrides(import_hydra: Any) -> None:
 @pytest.mark.parametrize(("gpus", "backend"), [(1, "unsloth"), (0, "transformers")])
 def test_the_default_back_end_needs_a_gpu(gpus: int, backend: str, import_hydra: Any) -> None:
     text = BASE_CONFIG.replace("  distributed_training: DDP\n", "")
-    imported = import_hydra(base_text=text, overrides={"resources.gpusPerNode": gpus})
-    assert (imported.mistakes, imported.at("trainer.backend"), imported.at("distributed.strategy")) == ([], backend, "none")
+    import_outcome = import_hydra(base_text=text, overrides={"resources.gpusPerNode": gpus})
+    assert (import_outcome.mistakes, import_outcome.at("trainer.backend"), import_outcome.at("distributed.strategy")) == ([], backend, "none")
 
 
 def test_unsloth_in_the_file_is_refused_without_a_gpu(import_hydra: Any) -> None:
-    imported = import_hydra("training_config.distributed_training=Unsloth", overrides={"resources.gpusPerNode": 0})
-    assert len(imported.mistakes) == 1 and "training_config.distributed_training" in imported.mistakes[0]
-    assert "unsloth needs a GPU, but the job runs on CPU" in imported.mistakes[0]
+    import_outcome = import_hydra("training_config.distributed_training=Unsloth", overrides={"resources.gpusPerNode": 0})
+    assert len(import_outcome.mistakes) == 1 and "training_config.distributed_training" in import_outcome.mistakes[0]
+    assert "unsloth needs a GPU, but the job runs on CPU" in import_outcome.mistakes[0]

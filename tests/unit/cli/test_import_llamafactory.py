@@ -35,14 +35,14 @@ def import_settings(write_file: WriteFile) -> Any:
 
 
 def test_a_file_is_recognised_and_becomes_a_job(import_settings: Any) -> None:
-    imported = import_settings()
-    assert imported.mistakes == []
-    assert imported.at("method") == {"type": "lora", "lora": {"rank": 8, "alpha": 16, "targetModules": ["all-linear"]}}
-    assert imported.at("dataset") == {
+    import_outcome = import_settings()
+    assert import_outcome.mistakes == []
+    assert import_outcome.at("method") == {"type": "lora", "lora": {"rank": 8, "alpha": 16, "targetModules": ["all-linear"]}}
+    assert import_outcome.at("dataset") == {
         "train": f"{PUBLISHED_FILES_URL}alpaca_en_demo.json", "format": "alpaca", "maxSequenceLength": 1024, "responseOnly": {"enabled": True},
     }  # fmt: skip
-    assert imported.at("training.scheduler") == "linear"
-    assert imported.at("checkpoint") == {"strategy": "steps", "steps": 500, "keep": 0}
+    assert import_outcome.at("training.scheduler") == "linear"
+    assert import_outcome.at("checkpoint") == {"strategy": "steps", "steps": 500, "keep": 0}
 
 
 @pytest.mark.parametrize(
@@ -78,6 +78,8 @@ def test_a_file_is_recognised_and_becomes_a_job(import_settings: Any) -> None:
         ({"warmup_ratio": 0.1}, "training.warmupRatio", 0.1),
         ({"save_steps": 0.1, "max_steps": 1000}, "checkpoint.steps", 100),
         ({"report_to": "none"}, "tracking.reportTo", []),
+        ({"template": "qwen3", "enable_thinking": False}, "dataset.templateVariables", {"enable_thinking": "false"}),
+        ({"template": None, "enable_thinking": False}, "dataset.templateVariables", {"enable_thinking": "false"}),
         ({"push_to_hub": True, "hub_model_id": "org/out"}, "output.hub.repository", "org/out"),
         ({"train_on_prompt": True}, "dataset.responseOnly.enabled", False),
         ({"ray_num_workers": 4}, "resources.gpusPerNode", 4),
@@ -85,9 +87,9 @@ def test_a_file_is_recognised_and_becomes_a_job(import_settings: Any) -> None:
     ],
 )  # fmt: skip
 def test_options_set_fields_of_the_spec(import_settings: Any, changes: dict[str, Any], path: str, expected: Any) -> None:
-    imported = import_settings(changes)
-    assert imported.mistakes == []
-    assert imported.at(path) == expected
+    import_outcome = import_settings(changes)
+    assert import_outcome.mistakes == []
+    assert import_outcome.at(path) == expected
 
 
 @pytest.mark.parametrize(
@@ -103,6 +105,8 @@ def test_options_set_fields_of_the_spec(import_settings: Any, changes: dict[str,
         ({"quantization_method": "hqq"}, "the quantisation hqq"),
         ({"tensor_model_parallel_size": 2}, "tensor parallelism"),
         ({"template": "qwen2_vl"}, "training on images, video or audio"),
+        ({"template": "deepseekr1", "model_name_or_path": "deepseek-ai/DeepSeek-R1-Distill-Llama-8B", "enable_thinking": False},
+         "answers without reasoning in the chat template deepseekr1"),
         ({"dataset": "mllm_demo"}, "training on images, video or audio"),
         ({"dataset": "alpaca_en", "max_samples": 1000}, "a limit of 1000 rows for each data set"),
         ({"dataset": "dpo_mix_en", "stage": "dpo"}, "the configuration en of the data set dpo_mix_en on the hub"),
@@ -118,6 +122,12 @@ def test_a_refused_option_names_the_missing_feature(import_settings: Any, change
     assert any(
         f"a FineTuneJob does not support {feature}" in mistake for mistake in import_settings(changes).mistakes
     )
+
+
+def test_the_switch_for_reasoning_has_no_effect_without_reasoning(import_settings: Any) -> None:
+    import_outcome = import_settings({"enable_thinking": False})
+    assert import_outcome.mistakes == [] and import_outcome.at("dataset.templateVariables") is None
+    assert "enable_thinking: no effect: the chat template qwen3_nothink has no reasoning" in import_outcome.notes
 
 
 def test_an_unknown_word_of_fsdp_is_refused(import_settings: Any) -> None:
@@ -144,8 +154,8 @@ def test_data_sets_are_found_in_the_users_dataset_info(import_settings: Any, wri
 
 
 def test_overrides_on_the_command_line_replace_values_of_the_file(import_settings: Any) -> None:
-    imported = import_settings(words="llamafactory-cli train run.yaml learning_rate=1e-5 lora_rank=4")
-    assert (imported.at("training.learningRate"), imported.at("method.lora.rank")) == (1e-5, 4)
+    import_outcome = import_settings(words="llamafactory-cli train run.yaml learning_rate=1e-5 lora_rank=4")
+    assert (import_outcome.at("training.learningRate"), import_outcome.at("method.lora.rank")) == (1e-5, 4)
 
 
 def test_push_without_repository_is_refused(import_settings: Any) -> None:
@@ -157,9 +167,9 @@ def test_push_without_repository_is_refused(import_settings: Any) -> None:
 
 
 def test_tokens_are_stored_in_a_secret(import_settings: Any) -> None:
-    imported = import_settings({"hf_hub_token": "hf_abc123secret"})
-    assert imported.secrets == {"hf-token": "hf_abc123secret"}
-    assert imported.at("model.tokenSecretRef") == {"name": "run-import", "key": "hf-token"}
+    import_outcome = import_settings({"hf_hub_token": "hf_abc123secret"})
+    assert import_outcome.secrets == {"hf-token": "hf_abc123secret"}
+    assert import_outcome.at("model.tokenSecretRef") == {"name": "run-import", "key": "hf-token"}
 
 
 def test_unknown_keys_are_refused(import_settings: Any) -> None:

@@ -28,7 +28,7 @@ LOCAL_JOB = {"model": "org/m", "training_file": "s3://data/t.jsonl"}
 
 
 def test_hyperparameters_are_read(import_job: Any) -> None:
-    imported = import_job(
+    import_outcome = import_job(
         API_JOB
         | {
             "hyperparameters": {"n_epochs": 2, "batch_size": 6, "learning_rate_multiplier": 0.5},
@@ -36,26 +36,26 @@ def test_hyperparameters_are_read(import_job: Any) -> None:
             "suffix": "bot",
         }
     )
-    assert imported.at("model.source") == "org/small"
-    assert imported.at("training") == {
+    assert import_outcome.at("model.source") == "org/small"
+    assert import_outcome.at("training") == {
         "epochs": 2, "batchSizePerDevice": 3, "gradientAccumulationSteps": 2, "learningRate": 1e-4, "seed": 7,
     }  # fmt: skip
-    assert imported.at("dataset") == {"format": "messages", "fileFormat": "jsonl", "responseOnly": {"enabled": True}}
-    assert imported.at("output.runName") == {"suffix": "bot"}
-    assert "file-abc123 is a file of the API" in imported.warnings[0]
+    assert import_outcome.at("dataset") == {"format": "messages", "fileFormat": "jsonl", "responseOnly": {"enabled": True}}
+    assert import_outcome.at("output.runName") == {"suffix": "bot"}
+    assert "file-abc123 is a file of the API" in import_outcome.warnings[0]
 
 
 def test_the_value_auto_becomes_the_default(import_job: Any) -> None:
-    imported = import_job(
+    import_outcome = import_job(
         API_JOB | {"hyperparameters": {"n_epochs": "auto", "batch_size": "auto", "learning_rate_multiplier": "auto"}}
     )
-    assert imported.at("training") == {"epochs": 3}
+    assert import_outcome.at("training") == {"epochs": 3}
 
 
 def test_dpo_job_is_read(import_job: Any) -> None:
-    imported = import_job(API_JOB | {"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.2, "n_epochs": 1}}}})
-    assert (imported.at("trainer"), imported.at("training.epochs")) == ({"type": "dpo", "dpo": {"beta": 0.2}}, 1)
-    assert imported.at("dataset.columns") == {
+    import_outcome = import_job(API_JOB | {"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.2, "n_epochs": 1}}}})
+    assert (import_outcome.at("trainer"), import_outcome.at("training.epochs")) == ({"type": "dpo", "dpo": {"beta": 0.2}}, 1)
+    assert import_outcome.at("dataset.columns") == {
         "question": "input",
         "chosen": "preferred_output",
         "rejected": "non_preferred_output",
@@ -95,8 +95,8 @@ def test_metadata_becomes_annotations(import_job: Any) -> None:
 
 def test_a_number_takes_precedence_over_auto_for_the_same_hyperparameter(write_file: WriteFile) -> None:
     inner = {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": "auto"}}}
-    imported = import_files(write_file("a.json", json.dumps(LOCAL_JOB | {"hyperparameters": {"n_epochs": 5}, "method": inner})))
-    assert imported.at("training.epochs") == 5
+    import_outcome = import_files(write_file("a.json", json.dumps(LOCAL_JOB | {"hyperparameters": {"n_epochs": 5}, "method": inner})))
+    assert import_outcome.at("training.epochs") == 5
     inner["supervised"] = {"hyperparameters": {"n_epochs": 7}}
     (mistake,) = import_files(
         write_file("a.json", json.dumps(LOCAL_JOB | {"hyperparameters": {"n_epochs": 5}, "method": inner}))
@@ -106,8 +106,8 @@ def test_a_number_takes_precedence_over_auto_for_the_same_hyperparameter(write_f
 
 def test_batch_size_counts_the_rows_of_all_ranks(write_file: WriteFile) -> None:
     file = write_file("a.json", json.dumps(LOCAL_JOB | {"hyperparameters": {"batch_size": 16}}))
-    imported = import_files(file, overrides={"resources.gpusPerNode": 2, "resources.nodes": 2})
-    assert (imported.at("training.batchSizePerDevice"), imported.at("training.gradientAccumulationSteps")) == (4, 1)
+    import_outcome = import_files(file, overrides={"resources.gpusPerNode": 2, "resources.nodes": 2})
+    assert (import_outcome.at("training.batchSizePerDevice"), import_outcome.at("training.gradientAccumulationSteps")) == (4, 1)
     assert import_files(file, overrides={"resources.gpusPerNode": 3}).mistakes == [
         "a.json:1: hyperparameters.batch_size: 16 rows per step cannot be divided equally among 3 ranks; write 15 or 18, or change --gpus and --nodes"
     ]

@@ -125,9 +125,9 @@ def test_a_file_is_recognised_by_its_content(import_settings: Any, tool: str) ->
     ],
 )  # fmt: skip
 def test_options_set_fields_of_the_spec(import_settings: Any, tool: str, changes: dict[str, Any], path: str, expected: Any) -> None:
-    imported = import_settings(tool, changes)
-    assert imported.mistakes == []
-    assert imported.at(path) == expected
+    import_outcome = import_settings(tool, changes)
+    assert import_outcome.mistakes == []
+    assert import_outcome.at(path) == expected
 
 
 @pytest.mark.parametrize(
@@ -163,32 +163,32 @@ def test_a_refused_option_names_the_missing_feature(import_settings: Any, tool: 
 
 
 def test_trl_flags_override_the_file(import_settings: Any) -> None:
-    imported = import_settings("trl", words="trl sft --lora_r 16 --lora_target_modules q_proj v_proj --no_packing")
-    assert (imported.at("method.lora.rank"), imported.at("method.lora.targetModules")) == (16, ["q_proj", "v_proj"])
+    import_outcome = import_settings("trl", words="trl sft --lora_r 16 --lora_target_modules q_proj v_proj --no_packing")
+    assert (import_outcome.at("method.lora.rank"), import_outcome.at("method.lora.targetModules")) == (16, ["q_proj", "v_proj"])
 
 
 def test_trl_flags_need_no_file() -> None:
-    imported = import_files(words="trl reward --model_name_or_path org/m --dataset_name org/d --use_peft")
-    assert (imported.at("trainer.type"), imported.at("training.learningRate")) == ("reward", 1e-4)
+    import_outcome = import_files(words="trl reward --model_name_or_path org/m --dataset_name org/d --use_peft")
+    assert (import_outcome.at("trainer.type"), import_outcome.at("training.learningRate")) == ("reward", 1e-4)
     (mistake,) = import_files(words="trl rloo --model_name_or_path org/m --dataset_name org/d").mistakes
     assert mistake == "command line: rloo: a FineTuneJob does not support RLOO; use dpo, kto, orpo or grpo"
 
 
 def test_torchtune_overrides_change_the_data_set_of_the_file(import_settings: Any) -> None:
     words = "tune run --nproc_per_node 2 lora_finetune_distributed --config run.yaml dataset.packed=True batch_size=8"
-    imported = import_settings("torchtune", words=words)
-    assert (imported.at("dataset.train"), imported.at("dataset.packing")) == ("yahma/alpaca-cleaned", True)
+    import_outcome = import_settings("torchtune", words=words)
+    assert (import_outcome.at("dataset.train"), import_outcome.at("dataset.packing")) == ("yahma/alpaca-cleaned", True)
     assert (
-        imported.at("training.batchSizePerDevice"),
-        imported.at("distributed.strategy"),
-        imported.at("resources.gpusPerNode"),
+        import_outcome.at("training.batchSizePerDevice"),
+        import_outcome.at("distributed.strategy"),
+        import_outcome.at("resources.gpusPerNode"),
     ) == (8, "fsdp", 2)
 
 
 def test_an_api_key_is_stored_in_a_secret(import_settings: Any) -> None:
-    imported = import_settings("together", {"wandb_api_key": "wsecret", "wandb_project_name": "bot"})
-    assert imported.secrets == {"wandb-api-key": "wsecret"}
-    assert imported.at("tracking") == {
+    import_outcome = import_settings("together", {"wandb_api_key": "wsecret", "wandb_project_name": "bot"})
+    assert import_outcome.secrets == {"wandb-api-key": "wsecret"}
+    assert import_outcome.at("tracking") == {
         "reportTo": ["wandb"], "wandb": {"project": "bot", "apiKeySecretRef": {"name": "run-import", "key": "wandb-api-key"}}
     }  # fmt: skip
 

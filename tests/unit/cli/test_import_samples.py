@@ -73,20 +73,20 @@ def test_mistakes_in_refused_samples_name_their_file(name: str) -> None:
 
 @pytest.mark.parametrize("path", TOML_BLOCKS, ids=lambda path: path.stem)
 def test_a_toml_block_with_model_and_data_is_imported(path: Path) -> None:
-    imported = import_files(path, source="toml", overrides={"model.source": "org/m", "dataset.train": "org/d"})
-    assert imported.mistakes == []
-    assert imported.at("model.source") == "org/m"
+    import_outcome = import_files(path, source="toml", overrides={"model.source": "org/m", "dataset.train": "org/d"})
+    assert import_outcome.mistakes == []
+    assert import_outcome.at("model.source") == "org/m"
 
 
 def test_all_toml_blocks_combine_to_one_configuration() -> None:
-    imported = import_files(
+    import_outcome = import_files(
         *TOML_BLOCKS, source="toml", overrides={"output.hub.tokenSecretRef": {"name": "hub", "key": "token"}}
     )
-    assert imported.mistakes == []
-    assert imported.at("training.epochs") == 30
-    assert imported.at("training.gradientAccumulationSteps") == 32
-    assert imported.at("method.lora.rank") == 64
-    assert imported.at("output.hub.push") is True
+    assert import_outcome.mistakes == []
+    assert import_outcome.at("training.epochs") == 30
+    assert import_outcome.at("training.gradientAccumulationSteps") == 32
+    assert import_outcome.at("method.lora.rank") == 64
+    assert import_outcome.at("output.hub.push") is True
 
 
 @pytest.mark.parametrize("name", list_import_cases())
@@ -109,13 +109,13 @@ def test_annotated_manifest_names_the_origin_of_values() -> None:
 def test_cpu_job_gets_no_gpu_only_defaults(source: str, write_file: WriteFile) -> None:
     overrides = {"model.source": "org/m", "dataset.train": "org/d", "output": None, "tracking.reportTo": None}
     file = write_file(SOURCES[source].file, SOURCES[source].text)
-    imported = import_files(file, source=source, overrides={**overrides, "resources.gpusPerNode": 0})
-    assert imported.mistakes == []
-    assert "bf16" not in str(imported.spec)
+    import_outcome = import_files(file, source=source, overrides={**overrides, "resources.gpusPerNode": 0})
+    assert import_outcome.mistakes == []
+    assert "bf16" not in str(import_outcome.spec)
     on_gpu = import_files(file, source=source, overrides=overrides)
     replacement_notes = [
         note
-        for note in imported.notes
+        for note in import_outcome.notes
         if note.startswith("the job uses no GPU, so the defaults of FineTuneJob replace those of the tool: ")
     ]
     assert bool(replacement_notes) is (source in ("toml", "yaml", "hydra", "guide"))

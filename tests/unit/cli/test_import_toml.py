@@ -23,17 +23,17 @@ def import_toml(write_file: WriteFile) -> Any:
 
 
 def test_a_minimal_file_gets_the_values_of_the_tools_example(import_toml: Any) -> None:
-    imported = import_toml()
-    assert imported.spec["training"] == {
+    import_outcome = import_toml()
+    assert import_outcome.spec["training"] == {
         "epochs": 30, "learningRate": 2e-4, "batchSizePerDevice": 4, "gradientAccumulationSteps": 4, "warmupSteps": 5, "scheduler": "linear",
         "optimizer": "paged_adamw_8bit", "weightDecay": 0.01, "maxGradNorm": 1, "seed": 42, "gradientCheckpointing": "unsloth",
     }  # fmt: skip
-    assert imported.spec["model"] == {
+    assert import_outcome.spec["model"] == {
         "source": "org/m", "quantization": {"bits": 4, "type": "nf4"}, "dtype": "auto", "attention": "flashAttention2",
     }  # fmt: skip
-    assert imported.at("method.type") == "qlora"
-    assert imported.at("dataset.responseOnly") == {"enabled": True}
-    assert imported.at("output.hub") is None
+    assert import_outcome.at("method.type") == "qlora"
+    assert import_outcome.at("dataset.responseOnly") == {"enabled": True}
+    assert import_outcome.at("output.hub") is None
 
 
 @pytest.mark.parametrize(
@@ -59,8 +59,8 @@ def test_invalid_file_is_refused_with_its_line(import_toml: Any, text: str, mist
 
 
 def test_numbers_and_quoted_numbers_are_read(import_toml: Any) -> None:
-    imported = import_toml('max_sequence_length = 1_024\nlearning_rate = "1e-4"\n')
-    assert (imported.at("dataset.maxSequenceLength"), imported.at("training.learningRate")) == (1024, 1e-4)
+    import_outcome = import_toml('max_sequence_length = 1_024\nlearning_rate = "1e-4"\n')
+    assert (import_outcome.at("dataset.maxSequenceLength"), import_outcome.at("training.learningRate")) == (1024, 1e-4)
     assert "is not a number" in import_toml('learning_rate = "1_000"\n').mistakes[0]
 
 
@@ -83,9 +83,9 @@ def test_multi_line_string_keeps_later_line_numbers(import_toml: Any) -> None:
     ],
 )
 def test_options_select_method_and_bits(import_toml: Any, text: str, method: str, bits: int | None) -> None:
-    imported = import_toml(text)
-    assert imported.mistakes == []
-    assert (imported.at("method.type"), imported.at("model.quantization.bits")) == (method, bits)
+    import_outcome = import_toml(text)
+    assert import_outcome.mistakes == []
+    assert (import_outcome.at("method.type"), import_outcome.at("model.quantization.bits")) == (method, bits)
 
 
 def test_full_fine_tuning_of_4_bit_weights_is_refused(import_toml: Any) -> None:
@@ -97,9 +97,9 @@ def test_full_fine_tuning_of_4_bit_weights_is_refused(import_toml: Any) -> None:
 
 def test_quantized_base_model_stays_quantized(write_file: WriteFile) -> None:
     text = REQUIRED_KEYS.replace("org/m", "org/m-bnb-4bit") + "load_in_4bit = false\n"
-    imported = import_files(write_file("job.toml", text))
-    assert (imported.at("method.type"), imported.at("model.quantization.bits")) == ("qlora", 4)
-    assert "holds 4-bit weights" in imported.warnings[0]
+    import_outcome = import_files(write_file("job.toml", text))
+    assert (import_outcome.at("method.type"), import_outcome.at("model.quantization.bits")) == ("qlora", 4)
+    assert "holds 4-bit weights" in import_outcome.warnings[0]
 
 
 @pytest.mark.parametrize(
@@ -110,28 +110,28 @@ def test_quantized_base_model_stays_quantized(write_file: WriteFile) -> None:
     ],
 )
 def test_vision_layers_of_a_vision_model_are_trained_unless_they_are_turned_off(import_toml: Any, text: str, vision: dict[str, bool]) -> None:
-    imported = import_toml(text)
-    assert imported.mistakes == []
-    assert (imported.at("model.modality"), imported.at("method.vision")) == ("visionLanguage", vision)
+    import_outcome = import_toml(text)
+    assert import_outcome.mistakes == []
+    assert (import_outcome.at("model.modality"), import_outcome.at("method.vision")) == ("visionLanguage", vision)
 
 
 def test_vision_options_of_a_text_model_have_no_effect(import_toml: Any) -> None:
-    imported = import_toml("finetune_vision_layers = true\n")
-    assert imported.at("method.vision") is None and imported.at("model.modality") is None
-    assert any("the model is not multimodal" in warning for warning in imported.warnings)
+    import_outcome = import_toml("finetune_vision_layers = true\n")
+    assert import_outcome.at("method.vision") is None and import_outcome.at("model.modality") is None
+    assert any("the model is not multimodal" in warning for warning in import_outcome.warnings)
 
 
 def test_loftq_options_are_read_and_explained(import_toml: Any) -> None:
-    imported = import_toml("loftq_config = { loftq_bits = 4, loftq_iter = 2 }\n")
-    assert imported.at("method.lora.loftq") == {"bits": 4, "iterations": 1}
-    assert (imported.at("method.lora.init"), imported.at("method.type"), imported.at("model.quantization")) == (
+    import_outcome = import_toml("loftq_config = { loftq_bits = 4, loftq_iter = 2 }\n")
+    assert import_outcome.at("method.lora.loftq") == {"bits": 4, "iterations": 1}
+    assert (import_outcome.at("method.lora.init"), import_outcome.at("method.type"), import_outcome.at("model.quantization")) == (
         "loftq",
         "lora",
         None,
     )
-    assert imported.notes[0].startswith("loftq_iter 2 becomes 1: each further iteration changes the quantised base model")
+    assert import_outcome.notes[0].startswith("loftq_iter 2 becomes 1: each further iteration changes the quantised base model")
     assert (
-        imported.notes[1]
+        import_outcome.notes[1]
         == "LoftQ with load_in_4bit: the trainer loads the base model in full precision, initialises the adapter, and then quantises the model"
     )
 
@@ -142,8 +142,8 @@ def test_loftq_with_a_quantized_base_model_is_refused(import_toml: Any) -> None:
 
 
 def test_validation_data_enables_evaluation(import_toml: Any) -> None:
-    imported = import_toml('validation_data_id = "org/v"\n')
-    assert imported.spec["evaluation"] == {"strategy": "epoch", "batchSizePerDevice": 4}
+    import_outcome = import_toml('validation_data_id = "org/v"\n')
+    assert import_outcome.spec["evaluation"] == {"strategy": "epoch", "batchSizePerDevice": 4}
 
 
 def test_run_name_parts_are_read(import_toml: Any) -> None:
@@ -155,42 +155,42 @@ def test_run_name_parts_are_read(import_toml: Any) -> None:
 
 def test_repository_is_named_after_the_run(import_toml: Any) -> None:
     text = 'push_to_hub = true\n[mlflow]\nrun_name = "bot"\n[inferencer]\nhf_user_id = "me"\n'
-    imported = import_toml(text)
+    import_outcome = import_toml(text)
     reference = {"name": "job-hub", "key": "token"}
-    assert imported.spec["output"]["hub"] == {"push": True, "repository": "me/bot", "private": False, "tokenSecretRef": reference}
-    assert any("kubectl create secret generic job-hub" in warning for warning in imported.warnings)
+    assert import_outcome.spec["output"]["hub"] == {"push": True, "repository": "me/bot", "private": False, "tokenSecretRef": reference}
+    assert any("kubectl create secret generic job-hub" in warning for warning in import_outcome.warnings)
 
 
 def test_keys_on_the_command_line_are_written_to_the_secret(import_toml: Any) -> None:
-    imported = import_toml(
+    import_outcome = import_toml(
         'report_to = "wandb"\n', words="--hf-key hf_a1b2c3 --wandb-key wsecret --openai-key osecret --skip-evaluation"
     )
-    assert imported.secrets == {"hf-token": "hf_a1b2c3", "wandb-api-key": "wsecret", "openai-api-key": "osecret"}
-    assert imported.at("placement.env") == [
+    assert import_outcome.secrets == {"hf-token": "hf_a1b2c3", "wandb-api-key": "wsecret", "openai-api-key": "osecret"}
+    assert import_outcome.at("placement.env") == [
         {"name": "OPENAI_API_KEY", "secretKeyRef": {"name": "job-import", "key": "openai-api-key"}}
     ]
-    assert imported.at("phases.evaluate") is False
+    assert import_outcome.at("phases.evaluate") is False
 
 
 def test_password_in_a_uri_is_moved_to_the_secret(import_toml: Any) -> None:
-    imported = import_toml('[mlflow]\ntracking_uri = "https://bob:pa55word@host/x"\n')
-    assert imported.at("tracking.mlflow.trackingUri") == "https://host/x"
-    assert imported.secrets == {"mlflow-tracking-username": "bob", "mlflow-tracking-password": "pa55word"}
-    assert "pa55word" not in str(imported.documents[1:]) + str(imported.warnings)
+    import_outcome = import_toml('[mlflow]\ntracking_uri = "https://bob:pa55word@host/x"\n')
+    assert import_outcome.at("tracking.mlflow.trackingUri") == "https://host/x"
+    assert import_outcome.secrets == {"mlflow-tracking-username": "bob", "mlflow-tracking-password": "pa55word"}
+    assert "pa55word" not in str(import_outcome.documents[1:]) + str(import_outcome.warnings)
 
 
 def test_evaluation_and_phases_are_read(import_toml: Any) -> None:
     text = '[evaluator]\nmetrics = ["rouge_score", "answer_accuracy"]\nllm = "j"\nembedding = "text-embeddings-3-small"\ncost_per_million_input_tokens = 0.15\n'
-    imported = import_toml(text + "[pipeline]\nenable_inference = true\nstop_after_finetuning = true\n")
-    assert imported.at("evaluation.metrics") == ["rouge", "answerAccuracy"]
-    assert imported.at("evaluation.judge") == {"model": "j", "embedding": "text-embedding-3-small", "inputPrice": 0.15}
-    assert imported.at("phases") == {"infer": False, "evaluate": False}
+    import_outcome = import_toml(text + "[pipeline]\nenable_inference = true\nstop_after_finetuning = true\n")
+    assert import_outcome.at("evaluation.metrics") == ["rouge", "answerAccuracy"]
+    assert import_outcome.at("evaluation.judge") == {"model": "j", "embedding": "text-embedding-3-small", "inputPrice": 0.15}
+    assert import_outcome.at("phases") == {"infer": False, "evaluate": False}
 
 
 TOML_CONFIG = '[fine_tuner]\nbase_model_id = "org/m"\ntraining_data_id = "org/d"\nreport_to = "none"\n'
 
 
 def test_null_system_column_gives_a_note(write_file: WriteFile) -> None:
-    imported = import_files(write_file("a.toml", TOML_CONFIG + 'system_prompt_column = "null"\n'))
-    assert imported.at("dataset.columns") == {"question": "question", "answer": "answer"}
-    assert any(note.startswith("system_prompt_column is null") for note in imported.notes)
+    import_outcome = import_files(write_file("a.toml", TOML_CONFIG + 'system_prompt_column = "null"\n'))
+    assert import_outcome.at("dataset.columns") == {"question": "question", "answer": "answer"}
+    assert any(note.startswith("system_prompt_column is null") for note in import_outcome.notes)

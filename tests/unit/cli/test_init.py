@@ -61,11 +61,12 @@ def answer_on_terminal(folder: Path, words: list[str], answers: list[str]) -> tu
     try:
         os.write(ours, "".join(f"{answer}\n" for answer in answers).encode())
         command = [sys.executable, "-m", "finetune_cli", "init", *words]
-        done = subprocess.run(command, stdin=theirs, capture_output=True, text=True, cwd=folder, env={**os.environ, "NO_COLOR": "1"}, timeout=30, check=False)
+        env = {**os.environ, "NO_COLOR": "1"}
+        completed_process = subprocess.run(command, stdin=theirs, capture_output=True, text=True, cwd=folder, env=env, timeout=30, check=False)
     finally:
         os.close(ours)
         os.close(theirs)
-    return done.returncode, done.stdout, done.stderr
+    return completed_process.returncode, completed_process.stdout, completed_process.stderr
 
 
 def test_terminal_asks_again_for_every_wrong_value(tmp_path: Path, run_command: RunCommand) -> None:

@@ -86,8 +86,8 @@ def test_shell_completion_lists_candidates(typed: str, candidates: set[str]) -> 
     code = "from finetune_cli.main import app; app(prog_name='finetune')"
     if not words[-1]:
         environment["COMP_WORDS"] += "''"
-    completed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert set(completed.stdout.split()) == candidates
+    completed_process = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert set(completed_process.stdout.split()) == candidates
 
 
 def test_kubectl_completion_lists_candidates(
@@ -140,29 +140,29 @@ def test_colours_follow_no_color(tmp_path: Path) -> None:
 
 def test_output_is_utf8_in_any_locale(write_file: WriteFile, tmp_path: Path) -> None:
     other = write_file("b.yaml", JOB.replace('t.jsonl"', 't.jsonl", systemPrompt: ü'))
-    done = subprocess.run(
+    completed_process = subprocess.run(
         [sys.executable, "-m", "finetune_cli", "diff", str(write_file("a.yaml", JOB)), str(other)],
         env={"PATH": "/usr/bin:/bin", "PYTHONIOENCODING": "ascii", "HOME": str(tmp_path)}, capture_output=True, check=False,
     )  # fmt: skip
-    assert (done.returncode, '"ü"' in done.stdout.decode()) == (0, True)
+    assert (completed_process.returncode, '"ü"' in completed_process.stdout.decode()) == (0, True)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is Linux")
 def test_full_disk_is_reported() -> None:
     with Path("/dev/full").open("w") as full:
-        done = subprocess.run(
+        completed_process = subprocess.run(
             [sys.executable, "-m", "finetune_cli", "explain", "training"],
             stdout=full,
             stderr=subprocess.PIPE,
             text=True,
             check=False,
         )
-    assert (done.returncode, done.stderr) == (1, "error: standard output cannot be written: No space left on device\n")
+    assert (completed_process.returncode, completed_process.stderr) == (1, "error: standard output cannot be written: No space left on device\n")
 
 
 def test_interrupt_during_imports_prints_no_traceback(tmp_path: Path) -> None:
     (tmp_path / "typer.py").write_text("raise KeyboardInterrupt\n")
     command = [sys.executable, "-m", "finetune_cli", "--help"]
     path = os.pathsep.join([str(tmp_path), *(folder for folder in sys.path if folder)])
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+    completed_process = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    assert (completed_process.returncode, completed_process.stdout, completed_process.stderr) == (130, "", "")

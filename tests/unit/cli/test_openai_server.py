@@ -95,18 +95,18 @@ def test_request_becomes_a_job() -> None:
 
 
 def test_the_message_contains_all_mistakes_of_a_request() -> None:
-    refused = find_refusal(build_supervised_request(n_epochs=99, batch_size=0))
-    assert refused.param == "method.supervised.hyperparameters.n_epochs"
-    assert [line.partition(": ")[0].rpartition(".")[2] for line in refused.message.splitlines()] == ["n_epochs", "batch_size"]
+    refusal = find_refusal(build_supervised_request(n_epochs=99, batch_size=0))
+    assert refusal.param == "method.supervised.hyperparameters.n_epochs"
+    assert [line.partition(": ")[0].rpartition(".")[2] for line in refusal.message.splitlines()] == ["n_epochs", "batch_size"]
 
 
 def test_a_request_and_an_imported_file_become_the_same_job(write_file: WriteFile) -> None:
     request = {**build_supervised_request(n_epochs=2, batch_size=6, learning_rate_multiplier=0.5), "seed": 7}
     file = write_file("job.json", json.dumps({**request, "training_file": f"s3://models/jobs/{FILE.key}"}))
-    imported = import_files(file, model_map={"gpt-4o-mini": "org/small"})
+    import_outcome = import_files(file, model_map={"gpt-4o-mini": "org/small"})
     spec = build_finetunejob(request)["spec"]
     del spec["storage"]
-    assert spec == imported.documents[0]["spec"]
+    assert spec == import_outcome.documents[0]["spec"]
 
 
 def test_values_of_the_client_replace_those_of_the_server() -> None:
@@ -142,8 +142,8 @@ def test_a_tracker_needs_a_wandb_key_in_the_configuration() -> None:
     named = {**REQUEST, "integrations": [{"type": "wandb", "wandb": {"project": "p", "name": SECRET}}]}
     assert (find_refusal(named, tracking=tracking).param, SECRET in find_refusal(named, tracking=tracking).message) == ("integrations", False)
     tagged = {**REQUEST, "integrations": [{"type": "wandb", "wandb": {"project": "p", "tags": ["a"]}}]}
-    refused = find_refusal(tagged, tracking=tracking)
-    assert (refused.param, refused.message) == (
+    refusal = find_refusal(tagged, tracking=tracking)
+    assert (refusal.param, refusal.message) == (
         "integrations", "integrations: tags of wandb has no effect: a FineTuneJob has no such field: remove it",
     )  # fmt: skip
 
@@ -191,9 +191,9 @@ METHODS: dict[str, dict[str, Any]] = {
     ],
 )
 def test_a_wrong_request_is_refused_with_the_name_of_the_parameter(request_body: Any, param: str | None, message: str) -> None:
-    refused = find_refusal(request_body)
-    assert (refused.status, refused.param, message in refused.message) == (HTTPStatus.BAD_REQUEST, param, True), refused.message
-    assert "--" not in refused.message
+    refusal = find_refusal(request_body)
+    assert (refusal.status, refusal.param, message in refusal.message) == (HTTPStatus.BAD_REQUEST, param, True), refusal.message
+    assert "--" not in refusal.message
 
 
 # --- configuration and keys -----------------------------------------------------------------------------------------
@@ -252,8 +252,8 @@ def test_the_table_of_keys_finds_the_account_of_a_key(write_file: WriteFile) -> 
 
 def test_files_of_the_guide_are_valid(write_file: WriteFile) -> None:
     texts = dict(re.findall(r"```yaml title=\"(.*?)\"\n(.*?)```", GUIDE_FILE.read_text(encoding="utf-8"), re.DOTALL))
-    loaded = load_config(write_file("server.yaml", texts["server.yaml"]))
-    assert (list(loaded.models), check_models(loaded)) == (["gpt-4o-mini", "small"], [])
+    loaded_config = load_config(write_file("server.yaml", texts["server.yaml"]))
+    assert (list(loaded_config.models), check_models(loaded_config)) == (["gpt-4o-mini", "small"], [])
     KeyTable(write_file("keys.yaml", texts["keys.yaml"]))
 
 

@@ -127,8 +127,8 @@ def test_unrecognised_file_is_refused(write_file: WriteFile) -> None:
 
 
 def test_missing_files_are_all_named(tmp_path: Any) -> None:
-    imported = import_files(tmp_path / "a", tmp_path / "b")
-    assert [mistake.rpartition("/")[2] for mistake in imported.mistakes] == [
+    import_outcome = import_files(tmp_path / "a", tmp_path / "b")
+    assert [mistake.rpartition("/")[2] for mistake in import_outcome.mistakes] == [
         "a: there is no such file",
         "b: there is no such file",
     ]
@@ -140,15 +140,15 @@ def test_invalid_job_name_is_refused(write_file: WriteFile) -> None:
 
 
 def test_two_spellings_of_an_option_with_different_values_are_refused(write_file: WriteFile) -> None:
-    imported = import_files(write_file("a.toml", TOML_CONFIG + "device_train_batch_size = 4\ndevice_batch_size = 8\n"))
-    assert imported.mistakes == [
+    import_outcome = import_files(write_file("a.toml", TOML_CONFIG + "device_train_batch_size = 4\ndevice_batch_size = 8\n"))
+    assert import_outcome.mistakes == [
         "a.toml:5, a.toml:6: fine_tuner.device_train_batch_size, fine_tuner.device_batch_size: 4 and 8 are given for the same option; keep one of them"
     ]
 
 
 def test_two_spellings_of_an_option_with_the_same_value_are_accepted(write_file: WriteFile) -> None:
-    imported = import_files(write_file("a.toml", TOML_CONFIG + "device_train_batch_size = 4\ndevice_batch_size = 4\n"))
-    assert (imported.mistakes, imported.at("training.batchSizePerDevice")) == ([], 4)
+    import_outcome = import_files(write_file("a.toml", TOML_CONFIG + "device_train_batch_size = 4\ndevice_batch_size = 4\n"))
+    assert (import_outcome.mistakes, import_outcome.at("training.batchSizePerDevice")) == ([], 4)
 
 
 def test_finetunejob_is_not_imported(write_file: WriteFile, run_command: RunCommand) -> None:

@@ -64,7 +64,7 @@ def test_any_string_is_preserved(value: str) -> None:
 @pytest.mark.parametrize("name", list_accepted_cases())
 def test_imports_are_read_alike_by_both_versions(name: str) -> None:
     files, source, words = list_import_cases()[name]
-    imported = import_files(*files, source=source, words=words)
-    old, new = parse_with_yaml_1_1_and_1_2(imported.text)
+    import_outcome = import_files(*files, source=source, words=words)
+    old, new = parse_with_yaml_1_1_and_1_2(import_outcome.text)
     assert old == new
-    assert old[-1]["spec"] == json.loads(json.dumps(imported.spec))
+    assert old[-1]["spec"] == json.loads(json.dumps(import_outcome.spec))

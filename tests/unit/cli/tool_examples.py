@@ -70,13 +70,13 @@ def import_example(example: dict[str, Any], folder: Path) -> ExampleOutcome:
     """Import one example and check the manifest as `finetune validate` does."""
     outcome = ExampleOutcome(example["example"], example["kind"])
     try:
-        imported = import_settings(example["config"], folder)
+        import_outcome = import_settings(example["config"], folder)
     except InvalidInput as invalid:
         outcome.mistakes = invalid.mistakes
         return outcome
-    spec = load_spec(imported.spec)
+    spec = load_spec(import_outcome.spec)
     outcome.problems = [f"{problem.path}: {problem.message}" for problem in [*check_spec(spec), *find_unsupported_fields(spec)]]
-    outcome.unmentioned_keys = list(unmentioned_keys(example["config"], imported))
+    outcome.unmentioned_keys = list(unmentioned_keys(example["config"], import_outcome))
     return outcome
 
 

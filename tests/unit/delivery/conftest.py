@@ -33,5 +33,5 @@ def root() -> Path:
 @pytest.fixture(scope="session")
 def helm(root: Path) -> Path:
     """Build Helm unless the cache already contains the program. Returns the path of the program."""
-    out = subprocess.run([sys.executable, root / "scripts/tools.py"], check=True, capture_output=True, text=True)
-    return Path(out.stdout.strip())
+    completed_process = subprocess.run([sys.executable, root / "scripts/tools.py"], check=True, capture_output=True, text=True)
+    return Path(completed_process.stdout.strip())

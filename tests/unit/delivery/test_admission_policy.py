@@ -22,8 +22,9 @@ VALUES_WITHOUT_NAMESPACES = {"storage": {"uri": "pvc://claim/jobs"}, "policy": {
 def helm_template(helm: Path, root: Path) -> Any:
     def run(values: dict[str, Any]) -> list[dict[str, Any]]:
         command = [helm, "template", "rel", root / "helm/finetune-operator", "-f", "-"]
-        done = subprocess.run(command, input=json.dumps({"imageRegistry": "registry.example.com", **values}), capture_output=True, text=True, check=True)
-        return [item for item in yaml.safe_load_all(done.stdout) if item and item["kind"].startswith("ValidatingAdmissionPolicy")]
+        values_json = json.dumps({"imageRegistry": "registry.example.com", **values})
+        completed_process = subprocess.run(command, input=values_json, capture_output=True, text=True, check=True)
+        return [item for item in yaml.safe_load_all(completed_process.stdout) if item and item["kind"].startswith("ValidatingAdmissionPolicy")]
 
     return run
 

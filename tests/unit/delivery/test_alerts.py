@@ -189,8 +189,8 @@ def test_promtool_sees_each_alert_fire_only_in_its_situation(helm: Path, chart: 
     (tmp_path / "tests.yaml").write_text(yaml.safe_dump({"rule_files": ["rules.yaml"], "evaluation_interval": "1m", "tests": tests}))
     assert {name for *_, firing in CASES for name in firing} == set(texts), "each alert fires in one situation"
     for command in (["check", "rules", "rules.yaml"], ["test", "rules", "tests.yaml"]):
-        done = subprocess.run([promtool, *command], cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
+        completed_process = subprocess.run([promtool, *command], cwd=tmp_path, capture_output=True, text=True)
+        assert completed_process.returncode == 0, completed_process.stdout + completed_process.stderr
 
 
 @pytest.mark.slow
@@ -205,5 +205,5 @@ def test_promtool_parses_the_queries_of_the_dashboard(dashboard: dict[str, Any],
     assert not [query for query in queries if "$" in query]
     rules = [{"record": f"panel:query{number}", "expr": query} for number, query in enumerate(queries)]
     (tmp_path / "rules.yaml").write_text(yaml.safe_dump({"groups": [{"name": "dashboard", "rules": rules}]}))
-    done = subprocess.run([promtool, "check", "rules", "rules.yaml"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    completed_process = subprocess.run([promtool, "check", "rules", "rules.yaml"], cwd=tmp_path, capture_output=True, text=True)
+    assert completed_process.returncode == 0, completed_process.stdout + completed_process.stderr

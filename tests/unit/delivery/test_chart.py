@@ -45,9 +45,9 @@ def template(helm: Path, root: Path) -> Callable[..., subprocess.CompletedProces
 @pytest.fixture(scope="module")
 def render(template: Callable[..., subprocess.CompletedProcess[str]]) -> Render:
     def run(**values: Any) -> Objects:
-        done = template(values)
-        assert done.returncode == 0, done.stderr
-        return [item for item in yaml.load_all(done.stdout, yaml.CSafeLoader) if item]
+        completed_process = template(values)
+        assert completed_process.returncode == 0, completed_process.stderr
+        return [item for item in yaml.load_all(completed_process.stdout, yaml.CSafeLoader) if item]
 
     return run
 
@@ -206,8 +206,8 @@ def test_isolation_values_reach_the_configuration_and_the_permissions(render: Re
         {"rel-finetune-operator-lease", "rel-finetune-operator-attempt-key"}, {"core/secrets": ["get"]},
     )  # fmt: skip
 
-    refused = template({"isolation": {"networkPolicy": False, "blockMetadata": True}})
-    assert "isolation.networkPolicy is false, so isolation.blockMetadata" in refused.stderr
+    refused_process = template({"isolation": {"networkPolicy": False, "blockMetadata": True}})
+    assert "isolation.networkPolicy is false, so isolation.blockMetadata" in refused_process.stderr
     wrong = template({"isolation": {"secret": "yes", "blockedCidrs": ["10.0.0.1"], "keySecretName": "own"}})
     for error in [
         "'/isolation/secret': got string", "'/isolation/blockedCidrs/0': '10.0.0.1' does not match",
@@ -272,9 +272,9 @@ def test_changed_configuration_restarts_the_operator(render: Render) -> None:
     ],
 )
 def test_wrong_value_is_refused_by_helm_with_its_key(template: Any, values: dict[str, Any], message: str) -> None:
-    done = template(values)
-    assert done.returncode != 0
-    assert message in done.stderr
+    completed_process = template(values)
+    assert completed_process.returncode != 0
+    assert message in completed_process.stderr
 
 
 @pytest.mark.parametrize(
@@ -314,9 +314,9 @@ def test_wrong_value_is_refused_by_helm_with_its_key(template: Any, values: dict
     ],
 )  # fmt: skip
 def test_contradictory_values_are_refused_with_the_value_to_write(template: Any, values: dict[str, Any], message: str) -> None:
-    done = template(values)
-    assert done.returncode != 0
-    assert message in done.stderr
+    completed_process = template(values)
+    assert completed_process.returncode != 0
+    assert message in completed_process.stderr
 
 
 WRONG_PLATFORM_VALUES = {
@@ -343,8 +343,8 @@ def test_wrong_platform_values_are_refused_by_helm_with_their_keys(template: Any
     """The chart's schema repeats the rules of Kubernetes for these values. tests/unit/operator/test_settings.py tests that the operator applies these rules
     too.
     """
-    done = template(WRONG_PLATFORM_VALUES)
-    assert done.returncode != 0
+    completed_process = template(WRONG_PLATFORM_VALUES)
+    assert completed_process.returncode != 0
     for error in [
         "'/trainer/resources/memory': '4GB'", "'/trainer/resources/cpu': minimum", "'/trainer/resources/sharedMemory': got number",
         "'/trainer/labels': additional properties 'team!'", "'/trainer/labels/team': 'a b'",
@@ -357,7 +357,7 @@ def test_wrong_platform_values_are_refused_by_helm_with_their_keys(template: Any
         "'/resources/limits/memory': '512MB'", "'/podLabels/team': 'a b'", "'/nodeSelector': additional properties 'a b'",
         "'/tolerations/0'",
     ]:  # fmt: skip
-        assert error in done.stderr
+        assert error in completed_process.stderr
 
 
 WRONG_CHART_VALUES = {
@@ -371,8 +371,8 @@ WRONG_CHART_VALUES = {
 
 
 def test_wrong_chart_values_are_refused_by_helm_with_their_keys(template: Any) -> None:
-    done = template(WRONG_CHART_VALUES)
-    assert done.returncode != 0
+    completed_process = template(WRONG_CHART_VALUES)
+    assert completed_process.returncode != 0
     for error in [
         "'/imageRegistry': 'https://r.example.com' does not match", "'/image/repository': 'r:1.0' does not match",
         "'/watchNamespaces': items at 0 and 1 are equal", "'/openshift': got string, want boolean",
@@ -383,7 +383,7 @@ def test_wrong_chart_values_are_refused_by_helm_with_their_keys(template: Any) -
         "'/metrics/serviceMonitor/interval': '30' does not match", "'/metrics': additional properties 'prometheusRules' not allowed",
         "'/trainer/resources/perGpu/memory': '8GB'", "'/trainer': additional properties 'fixedUser' not allowed",
     ]:  # fmt: skip
-        assert error in done.stderr
+        assert error in completed_process.stderr
 
 
 def test_correct_platform_values_are_accepted(render: Render) -> None:
@@ -619,9 +619,9 @@ def test_openai_server_may_only_impersonate_the_listed_service_accounts(openai_o
 def test_openai_server_reads_its_configuration_and_secrets(openai_objects: Objects, tmp_path: Path) -> None:
     file = tmp_path / "server.yaml"
     file.write_text(select_only_object(openai_objects, "ConfigMap")["data"]["server.yaml"], "utf-8")
-    loaded = load_config(file)
-    assert (loaded.storage.uri, loaded.max_file_bytes, list(loaded.models)) == ("s3://models/jobs", 512 << 20, ["gpt-4o-mini"])
-    assert check_models(loaded) == []
+    loaded_config = load_config(file)
+    assert (loaded_config.storage.uri, loaded_config.max_file_bytes, list(loaded_config.models)) == ("s3://models/jobs", 512 << 20, ["gpt-4o-mini"])
+    assert check_models(loaded_config) == []
     spec = get_pod_spec(openai_objects)
     (container,) = spec["containers"]
     root: Any = typer.main.get_command(app)

@@ -58,8 +58,8 @@ def run_checkov(file: Path) -> set[tuple[str, str]]:
     program = ensure_environment("checkov").parent / "checkov"
     command = [program, "--file", file, "--framework", "kubernetes", "--skip-download", "--output", "json", "--compact", "--quiet"]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=file.parent)
-    report: dict[str, Any] = json.loads(done.stdout)
+    completed_process = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=file.parent)
+    report: dict[str, Any] = json.loads(completed_process.stdout)
     assert report["summary"]["parsing_errors"] == 0
     assert report["summary"]["passed"] > 50
     return {(check["check_id"], check["resource"].partition(".app.kubernetes.io")[0]) for check in report["results"]["failed_checks"]}

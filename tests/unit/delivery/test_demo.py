@@ -123,12 +123,12 @@ EVENT = Event(datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC), "TrainingStarted", "fir
 
 
 def test_each_change_is_one_line_without_a_terminal() -> None:
-    out = io.StringIO()
-    done = FineTuneJobStatus(observed_generation=1, phase=Phase.SUCCEEDED)
-    snapshots = [Snapshot(None, ()), Snapshot(make_running_status(10), (EVENT,)), Snapshot(make_running_status(11), (EVENT,)), Snapshot(done, (EVENT,))]
-    last = follow_job(FakeJob(snapshots), Console(file=out), timeout_seconds=60)
-    assert last.status == done
-    lines = [line.strip() for line in out.getvalue().splitlines()]
+    captured_stream = io.StringIO()
+    done_status = FineTuneJobStatus(observed_generation=1, phase=Phase.SUCCEEDED)
+    snapshots = [Snapshot(None, ()), Snapshot(make_running_status(10), (EVENT,)), Snapshot(make_running_status(11), (EVENT,)), Snapshot(done_status, (EVENT,))]
+    last = follow_job(FakeJob(snapshots), Console(file=captured_stream), timeout_seconds=60)
+    assert last.status == done_status
+    lines = [line.strip() for line in captured_stream.getvalue().splitlines()]
     assert lines == [
         "phase Waiting for the operator",
         "phase Running",
@@ -144,10 +144,10 @@ def test_view_times_out_if_the_job_does_not_finish() -> None:
 
 
 def test_live_view_shows_phase_progress_loss_and_events() -> None:
-    out = io.StringIO()
-    Console(file=out, width=100).print(render_panel(Snapshot(make_running_status(10), (EVENT,)), 3.0))
+    captured_stream = io.StringIO()
+    Console(file=captured_stream, width=100).print(render_panel(Snapshot(make_running_status(10), (EVENT,)), 3.0))
     for text in ("Running", "attempt 1", "1/1 pods ready", "10/40", "loss 1.234", "ready in 12s", "TrainingStarted"):
-        assert text in out.getvalue()
+        assert text in captured_stream.getvalue()
 
 
 def test_failed_job_ends_the_demo_with_its_failure() -> None:

@@ -60,8 +60,8 @@ def test_python_is_valid(block: Block) -> None:
 
 def test_shell_is_valid() -> None:
     for block in list_blocks_with_language("sh"):
-        done = subprocess.run(["bash", "-n"], input=block.text, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"{block.name}: {done.stderr}"
+        completed_process = subprocess.run(["bash", "-n"], input=block.text, capture_output=True, text=True, check=False)
+        assert completed_process.returncode == 0, f"{block.name}: {completed_process.stderr}"
 
 
 @pytest.mark.parametrize("block", [block for block in list_blocks_with_language("sh") if block.is_run], ids=make_block_name)

@@ -45,5 +45,5 @@ def test_documented_job_passes_all_checks(body: dict[str, Any]) -> None:
 @pytest.mark.parametrize("body", VALUES, ids=lambda _: "values")
 def test_documented_values_are_valid_for_the_chart(helm: Path, body: dict[str, Any]) -> None:
     command = [helm, "template", "x", ROOT / "helm/finetune-operator", "-f", "-"]
-    done = subprocess.run(command, input=json.dumps(body), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    completed_process = subprocess.run(command, input=json.dumps(body), capture_output=True, text=True)
+    assert completed_process.returncode == 0, completed_process.stderr

@@ -16,8 +16,8 @@ CSS_URL = re.compile(r"url\([\"']?((?:https?:)?//[^)\"']+)")
 def test_site_has_no_dead_links_and_loads_nothing_from_other_servers(tmp_path: Path) -> None:
     import docs_site
 
-    done = docs_site.build_site(tmp_path / "site")
-    assert done.returncode == 0, done.stdout + done.stderr
+    completed_process = docs_site.build_site(tmp_path / "site")
+    assert completed_process.returncode == 0, completed_process.stdout + completed_process.stderr
     pages = list((tmp_path / "site").rglob("*.html"))
     assert len(pages) > 60
     loaded = {address for page in pages for address in LOADED.findall(page.read_text("utf-8"))}

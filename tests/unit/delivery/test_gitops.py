@@ -14,7 +14,7 @@ import yaml
 from finetune_api import rules
 from finetune_api.names import API_VERSION, KIND, FailureClass, Phase, Reason
 from finetune_api.pod import TerminationMessage
-from finetune_api.schema import crd_yaml
+from finetune_api.schema import build_crd_yaml
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import Output
 from finetune_operator.decide import decide
@@ -47,8 +47,8 @@ ADOPTING = facts(
 
 
 def make_facts_in_stage(stage: str, step: int) -> Facts:
-    reported = report(stage=stage, progress={"step": step, "totalSteps": 10})
-    return facts(status=status(**RUNNING), jobs=[job()], pods=[pod()], last_report=reported)
+    received_report = report(stage=stage, progress={"step": step, "totalSteps": 10})
+    return facts(status=status(**RUNNING), jobs=[job()], pods=[pod()], last_report=received_report)
 
 
 @dataclass(frozen=True)
@@ -95,10 +95,10 @@ SITUATIONS = {
 
 def make_job_in_situation(situation: Situation) -> dict[str, Any]:
     """Return a FineTuneJob with the status that the operator writes in this situation."""
-    observed = situation.facts
-    new_status = compute_status(observed, decide(observed), situation.result)
-    body = {"apiVersion": API_VERSION, "kind": KIND, "metadata": {"name": "run", "namespace": "team", "generation": observed.job.generation}}
-    return body | {"spec": observed.job.spec, "status": new_status.to_wire()}
+    job_facts = situation.facts
+    new_status = compute_status(job_facts, decide(job_facts), situation.result)
+    body = {"apiVersion": API_VERSION, "kind": KIND, "metadata": {"name": "run", "namespace": "team", "generation": job_facts.job.generation}}
+    return body | {"spec": job_facts.job.spec, "status": new_status.to_wire()}
 
 
 def judge(*objects: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -106,9 +106,9 @@ def judge(*objects: dict[str, Any]) -> list[tuple[str, str, str]]:
     if shutil.which("go") is None:
         pytest.skip("needs Go")
     lines = "".join(json.dumps(item) + "\n" for item in objects)
-    done = subprocess.run([ensure_built("verdicts"), GITOPS / "argocd/health.lua"], input=lines, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return [(line["kstatus"], line["argo"], line["message"]) for line in map(json.loads, done.stdout.splitlines())]
+    completed_process = subprocess.run([ensure_built("verdicts"), GITOPS / "argocd/health.lua"], input=lines, capture_output=True, text=True)
+    assert completed_process.returncode == 0, completed_process.stderr
+    return [(line["kstatus"], line["argo"], line["message"]) for line in map(json.loads, completed_process.stdout.splitlines())]
 
 
 def test_there_is_a_situation_for_each_phase() -> None:
@@ -151,7 +151,7 @@ def test_kstatus_and_argo_cd_agree_in_each_phase() -> None:
 def test_status_that_the_operator_has_not_written_is_in_progress() -> None:
     succeeded = make_job_in_situation(SITUATIONS["succeeded"])
     new = {key: value for key, value in succeeded.items() if key != "status"}
-    crd = yaml.load(crd_yaml(), yaml.CSafeLoader)
+    crd = yaml.load(build_crd_yaml(), yaml.CSafeLoader)
     default_status = crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["status"]["default"]
     changed = succeeded | {"metadata": succeeded["metadata"] | {"generation": 2}}
     deleted = succeeded | {"metadata": succeeded["metadata"] | {"deletionTimestamp": "2026-11-21T12:00:00Z"}}
@@ -166,7 +166,7 @@ def test_the_config_map_of_argo_cd_contains_the_script() -> None:
     data = yaml.safe_load((GITOPS / "argocd/argocd-cm.yaml").read_text("utf-8"))["data"]
     assert data["resource.customizations.health.finetune-operator.io_FineTuneJob"] == (GITOPS / "argocd/health.lua").read_text("utf-8")
     pointers = yaml.safe_load(data["resource.customizations.ignoreResourceUpdates.finetune-operator.io_FineTuneJob"])["jsonPointers"]
-    crd = yaml.load(crd_yaml(), yaml.CSafeLoader)
+    crd = yaml.load(build_crd_yaml(), yaml.CSafeLoader)
     properties = crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["status"]["properties"]
     assert {pointer.removeprefix("/status/") for pointer in pointers} <= set(properties)
 
@@ -180,8 +180,8 @@ def test_chart_values_of_the_examples_are_accepted(helm: Path, root: Path) -> No
     operator, _ = read_documents("argocd/applications.yaml")
     for values in (release["spec"]["values"], operator["spec"]["source"]["helm"]["valuesObject"]):
         command = [helm, "template", "rel", root / "helm/finetune-operator", "-f", "-"]
-        done = subprocess.run(command, input=json.dumps(values), capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        completed_process = subprocess.run(command, input=json.dumps(values), capture_output=True, text=True)
+        assert completed_process.returncode == 0, completed_process.stderr
 
 
 def test_gitops_tools_create_jobs_after_the_operator() -> None:

@@ -31,14 +31,14 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if shutil.which("git") is None or not (ROOT / ".git").exists():
         pytest.skip("needs a clone of the repository")
     folder = tmp_path_factory.mktemp("release") / "first"
-    done = run_release(str(folder), "--url", URL, "--image", IMAGE, SOURCE_DATE_EPOCH="1800000000")
-    assert done.returncode == 0, done.stderr
+    completed_process = run_release(str(folder), "--url", URL, "--image", IMAGE, SOURCE_DATE_EPOCH="1800000000")
+    assert completed_process.returncode == 0, completed_process.stderr
     return folder
 
 
 def test_two_builds_have_equal_digests(release: Path, tmp_path: Path) -> None:
-    done = run_release(str(tmp_path / "second"), "--url", URL, "--image", IMAGE, SOURCE_DATE_EPOCH="1800000000", UMASK="77", TZ="Asia/Tokyo")
-    assert done.returncode == 0, done.stderr
+    completed_process = run_release(str(tmp_path / "second"), "--url", URL, "--image", IMAGE, SOURCE_DATE_EPOCH="1800000000", UMASK="77", TZ="Asia/Tokyo")
+    assert completed_process.returncode == 0, completed_process.stderr
     first, second = ((folder / "SHA256SUMS").read_text() for folder in (release, tmp_path / "second"))
     assert first == second
     digests = dict(reversed(line.split("  ")) for line in first.splitlines())
@@ -63,9 +63,9 @@ def test_the_archives_have_the_time_of_the_release_and_fixed_owners(release: Pat
 
 def test_helm_reads_the_chart(release: Path, helm: Path) -> None:
     command = [helm, "template", "rel", release / "finetune-operator-0.2.0.tgz", "--set", "imageRegistry=r.example.com"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "kind: CustomResourceDefinition" in done.stdout
+    completed_process = subprocess.run(command, capture_output=True, text=True)
+    assert completed_process.returncode == 0, completed_process.stderr
+    assert "kind: CustomResourceDefinition" in completed_process.stdout
     with tarfile.open(release / "finetune-operator-0.2.0.tgz") as archive:
         names = archive.getnames()
     assert names[0] == "finetune-operator/Chart.yaml" and not [name for name in names if name.endswith((".gotmpl", ".helmignore"))]
@@ -121,14 +121,14 @@ def test_the_plugin_installs_its_packages_once(release: Path, tmp_path: Path) ->
     ],
 )
 def test_wrong_options_are_refused(tmp_path: Path, arguments: list[str], message: str) -> None:
-    done = run_release(str(tmp_path / "out"), *arguments)
-    assert (done.returncode, done.stderr) == (2, f"{message}\n")
+    completed_process = run_release(str(tmp_path / "out"), *arguments)
+    assert (completed_process.returncode, completed_process.stderr) == (2, f"{message}\n")
 
 
 def test_a_folder_with_other_files_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("x")
-    done = run_release(str(tmp_path))
-    assert (done.returncode, done.stderr) == (2, f"release: {tmp_path} is not empty and contains no release: give a new folder\n")
+    completed_process = run_release(str(tmp_path))
+    assert (completed_process.returncode, completed_process.stderr) == (2, f"release: {tmp_path} is not empty and contains no release: give a new folder\n")
     assert (tmp_path / "thesis.txt").exists()
 
 

@@ -60,15 +60,15 @@ def test_findings_name_package_programs_and_the_fixed_version(tmp_path: Path) ->
         tmp_path, report({"introduced": "0"}, {"fixed": "9999"}, name="PyYAML", summary="runs code"), report({"introduced": "0"}, name="kopf", id="PYSEC-2"),
         report({"introduced": "0"}, name="torch", withdrawn="2026-01-01T00:00:00Z"), report({"introduced": "0"}, name="not-in-an-image"),
     )  # fmt: skip
-    done = run_scan(str(database))
+    completed_process = run_scan(str(database))
     pyyaml = packages.read_locked_versions(ROOT / "requirements/operator.lock")["pyyaml"]
     kopf = packages.read_locked_versions(ROOT / "requirements/operator.lock")["kopf"]
-    assert done.stdout.splitlines() == [
+    assert completed_process.stdout.splitlines() == [
         f"kopf {kopf} (operator): PYSEC-2: no summary; no fixed version is known",
         f"pyyaml {pyyaml} (operator, trainer, cli): PYSEC-1: runs code; fixed in 9999",
         "2 findings in 3 reports",
     ]
-    assert done.returncode == 1
+    assert completed_process.returncode == 1
 
 
 def run_scan(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -76,8 +76,8 @@ def run_scan(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_scan_without_findings_succeeds(tmp_path: Path) -> None:
-    done = run_scan(str(write_database(tmp_path, report({"introduced": "0"}, {"fixed": "0.1"}))))
-    assert (done.returncode, done.stdout) == (0, "0 findings in 1 reports\n")
+    completed_process = run_scan(str(write_database(tmp_path, report({"introduced": "0"}, {"fixed": "0.1"}))))
+    assert (completed_process.returncode, completed_process.stdout) == (0, "0 findings in 1 reports\n")
 
 
 def test_a_folder_that_is_no_database_is_refused(tmp_path: Path) -> None:

@@ -50,8 +50,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
     subprocess.run([sys.executable, "-m", "venv", folder / "env"], check=True, capture_output=True)
     link_locked_packages(next((folder / "env/lib").glob("python*/site-packages")))
     found = Installed(folder / "env", home)
-    done = found.run("pip", "install", "--no-index", "--disable-pip-version-check", str(wheel))
-    assert done.returncode == 0, done.stdout + done.stderr
+    completed_process = found.run("pip", "install", "--no-index", "--disable-pip-version-check", str(wheel))
+    assert completed_process.returncode == 0, completed_process.stdout + completed_process.stderr
     return found
 
 
@@ -75,8 +75,8 @@ def read_locked_names() -> Iterator[str]:
 
 
 def test_dependencies_of_the_wheel_are_complete(installed: Installed) -> None:
-    done = installed.run("pip", "check", "--disable-pip-version-check")
-    assert (done.returncode, done.stdout) == (0, "No broken requirements found.\n")
+    completed_process = installed.run("pip", "check", "--disable-pip-version-check")
+    assert (completed_process.returncode, completed_process.stdout) == (0, "No broken requirements found.\n")
 
 
 def test_programs_of_the_wheel_work(installed: Installed) -> None:
@@ -100,18 +100,18 @@ def test_openai_server_has_all_its_packages(installed: Installed) -> None:
     text = (ROOT / "docs/guides/openai.md").read_text("utf-8")
     for name, content in re.findall(r"```yaml title=\"(.*?)\"\n(.*?)```", text, re.DOTALL):
         (installed.folder / name).write_text(content, "utf-8")
-    done = installed.run("finetune", "serve-openai", "--config", "server.yaml", "--keys", "keys.yaml", "--kubeconfig", "none")
-    assert (done.returncode, done.stderr) == (1, "error: no cluster: --kubeconfig none: there is no such file\n")
+    completed_process = installed.run("finetune", "serve-openai", "--config", "server.yaml", "--keys", "keys.yaml", "--kubeconfig", "none")
+    assert (completed_process.returncode, completed_process.stderr) == (1, "error: no cluster: --kubeconfig none: there is no such file\n")
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_shell_completion_is_printed(installed: Installed, shell: str) -> None:
-    done = installed.run("finetune", "--show-completion", shell, _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1")
-    assert (done.returncode, "_FINETUNE_COMPLETE=complete_" in done.stdout) == (0, True), done.stderr
+    completed_process = installed.run("finetune", "--show-completion", shell, _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1")
+    assert (completed_process.returncode, "_FINETUNE_COMPLETE=complete_" in completed_process.stdout) == (0, True), completed_process.stderr
     completed = installed.run("finetune", _FINETUNE_COMPLETE="complete_bash", COMP_WORDS="finetune down", COMP_CWORD="1")
     assert completed.stdout.split() == ["download"]
 
 
 def test_environment_of_the_wheel_lacks_the_heavy_packages(installed: Installed) -> None:
-    done = installed.run("python", "-c", f"import importlib.util as u; print([n for n in {HEAVY_PACKAGES} if u.find_spec(n)])")
-    assert done.stdout == "[]\n"
+    completed_process = installed.run("python", "-c", f"import importlib.util as u; print([n for n in {HEAVY_PACKAGES} if u.find_spec(n)])")
+    assert completed_process.stdout == "[]\n"

@@ -216,7 +216,7 @@ def test_nodes_need_root_and_linux(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_free_ports_are_different_and_free() -> None:
-    free = ports.free_ports(20)
+    free = ports.find_free_ports(20)
     assert len(set(free)) == 20
     with socket.socket() as server:
         server.bind(("127.0.0.1", free[0]))

@@ -44,7 +44,7 @@ def test_a_process_in_execve_is_searched_again(tmp_path: Path, monkeypatch: pyte
     results = iter([processes.FoundProcesses([], [started.process.pid])])
     monkeypatch.setattr(processes, "find_processes", lambda owner: next(results, None) or search(owner))
     assert processes.end_owned_processes(tmp_path) == 1
-    assert processes.start_time(started.process.pid) is None
+    assert processes.read_start_time(started.process.pid) is None
 
 
 @pytest.mark.parametrize(("stack_start", "expected"), [("140000000000000", []), ("0", None)], ids=["program without environment", "inside execve"])
@@ -74,8 +74,8 @@ def test_a_process_that_replaces_its_program_all_the_time_is_found(tmp_path: Pat
     script.write_text("exec sh \"$0\"\n")
     started = processes.spawn("x", ["sh", script], owner=tmp_path, log=tmp_path / "log", lifetime=Lifetime.UNTIL_STOPPED)
     for _ in range(200):
-        found = processes.find_processes(tmp_path)
-        assert [started.process.pid] in (found.owned_pids, [pid for pid in found.pids_in_exec if pid == started.process.pid])
+        found_processes = processes.find_processes(tmp_path)
+        assert [started.process.pid] in (found_processes.owned_pids, [pid for pid in found_processes.pids_in_exec if pid == started.process.pid])
     assert processes.end_owned_processes(tmp_path) == 1
 
 
@@ -85,8 +85,8 @@ def test_processes_of_others_may_have_no_environment_and_any_name(tmp_path: Path
     with subprocess.Popen([program, "600"], env={}) as child:
         _wait_until(lambda: Path(f"/proc/{child.pid}/cmdline").read_bytes())
         assert Path(f"/proc/{child.pid}/environ").read_bytes() == b""
-        found = processes.find_processes(tmp_path)
-        assert child.pid not in found.owned_pids + found.pids_in_exec
+        found_processes = processes.find_processes(tmp_path)
+        assert child.pid not in found_processes.owned_pids + found_processes.pids_in_exec
         child.kill()
 
 
@@ -133,9 +133,9 @@ def test_waiting_fails_after_the_timeout_with_the_log(tmp_path: Path) -> None:
 
 def test_zombie_has_no_start_time() -> None:
     child = subprocess.Popen(["true"])
-    _wait_until(lambda: processes.start_time(child.pid) is None)  # the child is a zombie until child.wait()
+    _wait_until(lambda: processes.read_start_time(child.pid) is None)  # the child is a zombie until child.wait()
     child.wait()
-    assert processes.start_time(os.getpid()) is not None
+    assert processes.read_start_time(os.getpid()) is not None
 
 
 def test_lock_waits_while_the_cluster_of_the_same_folder_is_ending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

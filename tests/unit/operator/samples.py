@@ -116,8 +116,8 @@ def facts(
 ) -> Facts:  # fmt: skip
     """Return facts about a FineTuneJob named `run`."""
     finetune_job = finetunejob(spec, status, **fields)
-    received = ReceivedReport(last_report, reported_at or now, "pod-1-0") if last_report else None
-    return Facts(finetune_job, accept(finetune_job.spec, config), now, config, tuple(jobs), tuple(pods), received, blocking_condition)
+    received_report = ReceivedReport(last_report, reported_at or now, "pod-1-0") if last_report else None
+    return Facts(finetune_job, accept(finetune_job.spec, config), now, config, tuple(jobs), tuple(pods), received_report, blocking_condition)
 
 
 def report(**fields: Any) -> ProgressReport:

@@ -72,22 +72,22 @@ def test_refusal_has_its_reason_and_message_and_is_final_only_if_another_spec_he
 
 @pytest.mark.parametrize("new_storage", [{}, {"uri": "s3://two/models"}, {**STORE, "endpoint": "https://b.example.com"}])
 def test_default_store_of_the_first_attempt_is_kept_with_its_connection(new_storage: dict[str, Any]) -> None:
-    first = accept_with_storage(WITHOUT_STORAGE, STORE)
-    acceptance = accept_with_storage(WITHOUT_STORAGE, new_storage, first.defaults)
-    assert (acceptance.spec.storage, acceptance.defaults) == (first.spec.storage, first.defaults)
+    first_acceptance = accept_with_storage(WITHOUT_STORAGE, STORE)
+    acceptance = accept_with_storage(WITHOUT_STORAGE, new_storage, first_acceptance.defaults)
+    assert (acceptance.spec.storage, acceptance.defaults) == (first_acceptance.spec.storage, first_acceptance.defaults)
 
 
 def test_connection_to_the_same_store_follows_the_configuration() -> None:
-    first = accept_with_storage(WITHOUT_STORAGE, STORE)
+    first_acceptance = accept_with_storage(WITHOUT_STORAGE, STORE)
     new_storage = {**STORE, "credentialsSecretRef": {"name": "two"}, "caBundleRef": {"name": "ca", "key": "ca.crt"}}
-    acceptance = accept_with_storage(WITHOUT_STORAGE, new_storage, first.defaults)
+    acceptance = accept_with_storage(WITHOUT_STORAGE, new_storage, first_acceptance.defaults)
     assert acceptance.spec.storage == accept_with_storage(WITHOUT_STORAGE, new_storage).spec.storage
 
 
 def test_store_in_the_spec_takes_precedence_over_the_first_attempts_defaults() -> None:
     raw_spec = {**WITHOUT_STORAGE, "storage": {"uri": "s3://mine/x", "endpoint": "https://mine.example.com"}}
-    first = accept_with_storage(raw_spec, STORE)
-    assert accept_with_storage(raw_spec, {"uri": "s3://two/models"}, first.defaults).spec == first.spec
+    first_acceptance = accept_with_storage(raw_spec, STORE)
+    assert accept_with_storage(raw_spec, {"uri": "s3://two/models"}, first_acceptance.defaults).spec == first_acceptance.spec
 
 
 @pytest.mark.parametrize("kept", [{"storage.uri": "no uri"}, {"training.learningRate": "fast"}, {"gone.option": 1}])

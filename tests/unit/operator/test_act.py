@@ -44,14 +44,14 @@ def server() -> FakeApiServer:
 
 
 def make_second_attempt(**fields: Any) -> tuple[Facts, Plan]:
-    observed = facts(status=SECOND_ATTEMPT_STATUS, jobs=[job(1, failed_at=T0)], now=at(100), **fields)
-    plan = decide(observed)
+    job_facts = facts(status=SECOND_ATTEMPT_STATUS, jobs=[job(1, failed_at=T0)], now=at(100), **fields)
+    plan = decide(job_facts)
     assert plan.attempt_to_create == 2
-    return observed, plan
+    return job_facts, plan
 
 
-async def carry_out(server: FakeApiServer, observed: Facts, plan: Plan) -> ActionResult:
-    return await PlanExecutor(cast("KubeClient", server), CONFIG).act(observed, plan)
+async def carry_out(server: FakeApiServer, job_facts: Facts, plan: Plan) -> ActionResult:
+    return await PlanExecutor(cast("KubeClient", server), CONFIG).act(job_facts, plan)
 
 
 # Deletions
@@ -156,8 +156,8 @@ async def test_warnings_of_the_api_server_about_a_new_job_are_returned(server: F
 
 
 def make_first_attempt(raw_spec: Object | None = None) -> tuple[Facts, Plan]:
-    observed = facts(spec=raw_spec)
-    return observed, decide(observed)
+    job_facts = facts(spec=raw_spec)
+    return job_facts, decide(job_facts)
 
 
 async def put_existing_job(server: FakeApiServer, uid: str) -> None:
@@ -213,8 +213,8 @@ GANG = spec(resources={"nodes": 2, "gpusPerNode": 0})
     ids=["one pod", "two pods", "failed", "completed", "being deleted", "no Job"],
 )
 async def test_only_a_running_job_with_several_pods_gets_a_service(server: FakeApiServer, current_job: JobView | None, service_count: int) -> None:
-    observed = facts(spec=GANG, jobs=[current_job] if current_job else [])
-    assert await carry_out(server, observed, Plan(Situation.ACTIVE)) == ActionResult()
+    job_facts = facts(spec=GANG, jobs=[current_job] if current_job else [])
+    assert await carry_out(server, job_facts, Plan(Situation.ACTIVE)) == ActionResult()
     assert server.requests == [("create", SERVICE.plural)] * service_count
 
 
@@ -233,9 +233,9 @@ def test_service_is_checked_again_after_the_resync_interval() -> None:
         executor = PlanExecutor(cast("KubeClient", server), CONFIG)
         for wait, uid in ((0, "a"), (1, "b"), (0, "a"), (298, "a"), (1, "b"), (0, "a"), (1, "b"), (299, "b"), (0, "a"), (1, "b"), (0, "a")):
             await asyncio.sleep(wait)
-            observed = facts(spec=GANG, jobs=[job(pod_count=2, uid=uid, name="run-1")])
+            job_facts = facts(spec=GANG, jobs=[job(pod_count=2, uid=uid, name="run-1")])
             server.objects.pop((SERVICE.plural, "run-1"), None)
-            await executor.act(observed, Plan(Situation.ACTIVE))
+            await executor.act(job_facts, Plan(Situation.ACTIVE))
             counts.append(server.count("create", SERVICE))
         assert counts == [1, 2, 2, 2, 2, 3, 4, 4, 5, 6, 6]
 
@@ -248,8 +248,8 @@ async def test_refused_service_is_a_blocking_condition_and_is_created_later(serv
     executor, observed = PlanExecutor(cast("KubeClient", server), CONFIG), facts(spec=GANG, jobs=[job(pod_count=2)])
     server.before_request = refuse("create", SERVICE, error, "exceeded quota: services")
     message = "the API server refused to create Service run-1: exceeded quota: services"
-    refused = ActionResult(blocking_condition=BlockingCondition(Reason.QUOTA_EXCEEDED, message))
-    assert [await executor.act(observed, Plan(Situation.ACTIVE)) for _ in range(2)] == [refused, refused]
+    refused_result = ActionResult(blocking_condition=BlockingCondition(Reason.QUOTA_EXCEEDED, message))
+    assert [await executor.act(observed, Plan(Situation.ACTIVE)) for _ in range(2)] == [refused_result, refused_result]
     server.before_request = lambda verb, kind: None
     assert await executor.act(observed, Plan(Situation.ACTIVE)) == ActionResult()
     assert (SERVICE.plural, "run-1") in server.objects
@@ -298,9 +298,9 @@ USER_ERROR = 'Job.batch "run-1" is invalid: spec.template.labels: Invalid value:
 SPEC_WITH_INVALID_LABEL = spec(placement={"labels": {"color": "red green"}})
 
 
-def accept_earlier(raw_spec: Object, observed: Facts) -> Facts:
+def accept_earlier(raw_spec: Object, job_facts: Facts) -> Facts:
     """Return the facts with this spec as an already accepted spec, although the operator would refuse a new job with this spec."""
-    return replace(observed, job=finetunejob(raw_spec, observed.job.status))
+    return replace(job_facts, job=finetunejob(raw_spec, job_facts.job.status))
 
 
 @pytest.mark.parametrize("code", [400, 422])

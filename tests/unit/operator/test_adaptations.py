@@ -229,8 +229,8 @@ def test_advice_reaches_the_next_attempt_from_the_termination_message() -> None:
     advice = MemoryAdvice(**NEEDED | {"batch_size_per_device": 1, "fits": True})
     message = TerminationMessage(code="GpuOutOfMemory", plan=RunPlan(out_of_memory=advice))
     old_status = status(attempt=1, attempts=[STARTED_ATTEMPT])
-    observed = facts(status=old_status, jobs=[job(failed_at=at(60))], pods=[end_pod(pod(), ExitCode.OUT_OF_MEMORY, message)], now=at(61))
-    new_status = compute_status(observed, decide(observed), ActionResult())
+    job_facts = facts(status=old_status, jobs=[job(failed_at=at(60))], pods=[end_pod(pod(), ExitCode.OUT_OF_MEMORY, message)], now=at(61))
+    new_status = compute_status(job_facts, decide(job_facts), ActionResult())
     assert [one.change for one in new_status.adaptations] == ["batchSizePerDevice 4 -> 1, gradientAccumulationSteps 4 -> 16"]
     assert new_status.adaptations[0].explanation is not None
     assert new_status.plan is not None and new_status.plan.out_of_memory == advice
@@ -252,9 +252,9 @@ def test_evaluation_batch_shrinks_with_the_training_batch() -> None:
 def test_second_rollback_uses_a_checkpoint_that_was_not_removed() -> None:
     raw_spec = spec(checkpoint={"keep": 2})
     old_status = status(attempt=1, attempts=[STARTED_ATTEMPT], checkpoints=CHECKPOINTS)
-    received = report(checkpoints=CHECKPOINTS[-2:], progress={"step": 510})
-    observed = facts(spec=raw_spec, status=old_status, jobs=[job()], pods=[pod()], last_report=received)
-    kept_checkpoints = compute_status(observed, decide(observed), ActionResult()).checkpoints
+    received_report = report(checkpoints=CHECKPOINTS[-2:], progress={"step": 510})
+    job_facts = facts(spec=raw_spec, status=old_status, jobs=[job()], pods=[pod()], last_report=received_report)
+    kept_checkpoints = compute_status(job_facts, decide(job_facts), ActionResult()).checkpoints
     adaptations: list[Adaptation] = []
     for attempt in (1, 2, 3):
         change = adapt_to_divergence(accept_spec(raw_spec).spec, adaptations, kept_checkpoints, T0, attempt)
@@ -328,11 +328,11 @@ def test_adapted_field_has_its_newest_value_and_its_original_value_is_known() ->
         {"training.batchSizePerDevice": 2, "resume.maxStep": 20, "resume.firstAttempt": 3}, None, {"training.batchSizePerDevice": 1}
     ]  # fmt: skip
     adaptations = [Adaptation(time=T0, reason=Reason.OUT_OF_MEMORY, change="", set=value) for value in values]
-    resolved = accept_spec().spec
-    assert apply_adaptations(resolved, adaptations) == resolved.with_values({"training.batchSizePerDevice": 1})
-    assert get_original_values(resolved, adaptations) == {"training.batchSizePerDevice": 4}
+    resolved_spec = accept_spec().spec
+    assert apply_adaptations(resolved_spec, adaptations) == resolved_spec.with_values({"training.batchSizePerDevice": 1})
+    assert get_original_values(resolved_spec, adaptations) == {"training.batchSizePerDevice": 4}
     unusable = Adaptation(time=T0, reason=Reason.OUT_OF_MEMORY, change="", set={"training.batchSizePerDevice": "many"})
-    assert apply_adaptations(resolved, [unusable]) == resolved
+    assert apply_adaptations(resolved_spec, [unusable]) == resolved_spec
 
 
 @pytest.mark.parametrize(

@@ -54,11 +54,11 @@ FULL_SPEC = spec(
 
 
 def build_config_and_job(raw_spec: Object, attempt: int = 1, **options: Any) -> tuple[RunConfig, Object]:
-    found = accept_spec(raw_spec)
+    acceptance = accept_spec(raw_spec)
     finetune_job = finetunejob(raw_spec)
-    values: dict[str, Any] = {"defaults": found.defaults, "committed_step": 0, "max_step": None, **options}
-    run = build_run_config(finetune_job, found.spec, attempt, **values)
-    return run, build_job(finetune_job, run, found.pool, CONFIG)
+    values: dict[str, Any] = {"defaults": acceptance.defaults, "committed_step": 0, "max_step": None, **options}
+    run = build_run_config(finetune_job, acceptance.spec, attempt, **values)
+    return run, build_job(finetune_job, run, acceptance.pool, CONFIG)
 
 
 def assert_matches_golden_file(name: str, value: Object) -> None:
@@ -100,9 +100,9 @@ def test_run_config_lists_the_checkpoint_manifests_of_the_status_as_marks() -> N
         Checkpoint(step=10, uri=f"{root}/step-00000010/a1-0123abcd", sha256=sha256), Checkpoint(step=20, uri=f"{root}/step-00000020/a1-0123abcd"),
         Checkpoint(step=30, uri=f"{root}/step-00000030", sha256=sha256), Checkpoint(step=40, uri=f"{root}/step-00000040/a2-0123abcd/", sha256="x y"),
     ]  # fmt: skip
-    found = accept_spec(spec())
-    values: dict[str, Any] = {"defaults": found.defaults, "committed_step": 40, "max_step": None}
-    run = build_run_config(finetunejob(spec(), status(checkpoints=[one.to_wire() for one in checkpoints])), found.spec, 2, **values)
+    acceptance = accept_spec(spec())
+    values: dict[str, Any] = {"defaults": acceptance.defaults, "committed_step": 40, "max_step": None}
+    run = build_run_config(finetunejob(spec(), status(checkpoints=[one.to_wire() for one in checkpoints])), acceptance.spec, 2, **values)
     assert run.resume.known_checkpoints == {"step-00000010/a1-0123abcd": sha256}
     wire = run.to_wire()
     assert "knownCheckpoints" not in wire["resume"] and f"#checkpoint step-00000010/a1-0123abcd {sha256}" in wire["defaults"]
@@ -126,8 +126,8 @@ def test_job_contains_its_run_configuration_and_its_hash() -> None:
 
 def test_platform_chooses_the_user_if_fixed_user_is_false() -> None:
     """OpenShift's security context constraint `restricted-v2` rejects pods whose user id or group id is outside the range of the namespace."""
-    found = accept_spec(spec())
-    run = build_run_config(finetunejob(spec()), found.spec, 1, defaults=found.defaults, committed_step=0, max_step=None)
+    acceptance = accept_spec(spec())
+    run = build_run_config(finetunejob(spec()), acceptance.spec, 1, defaults=acceptance.defaults, committed_step=0, max_step=None)
     config = CONFIG.model_copy(update={"trainer": CONFIG.trainer.model_copy(update={"fixed_user": False})})
     body = build_job(finetunejob(spec()), run, None, config)
     assert body["spec"]["template"]["spec"]["securityContext"] == {

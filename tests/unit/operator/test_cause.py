@@ -324,5 +324,5 @@ def test_job_without_a_failed_pod_or_a_reason_lost_its_pods() -> None:
     )
     expected = FailureCause(Reason.PEER_FAILED, lost, RetryPolicy.COUNTED, FailurePrecedence.REMOVED_BY_CLUSTER)
     assert find_cause(None, [pod(), end_pod(pod(), 0)]) == find_cause(job(failed_at=T0), []) == expected
-    failed = job(failed_at=T0, failed_reason="DeadlineExceeded", failed_message="too long")
-    assert find_cause(failed, []).failure == lost.model_copy(update={"code": "DeadlineExceeded", "message": "too long"})
+    failed_job = job(failed_at=T0, failed_reason="DeadlineExceeded", failed_message="too long")
+    assert find_cause(failed_job, []).failure == lost.model_copy(update={"code": "DeadlineExceeded", "message": "too long"})

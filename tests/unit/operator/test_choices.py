@@ -153,9 +153,9 @@ def end_preparation_with_plan(plan: RunPlan | None, raw_spec: Object | None = No
     """End a preparation that has reported this plan. Return the facts at its end, and the status that the operator then writes."""
     job = samples.job(0, name="run-prepare1", uid="prepare-1", completed_at=at(50))
     reporting = end_pod(pod(0, name="run-prepare1-0-x", uid="p", job_uid="prepare-1"), 0, TerminationMessage(exit_code=0, plan=plan))
-    old = status(preparation={"number": 1, "startTime": iso_time(0)}, **status_fields)
-    observed = samples.facts(spec=raw_spec or make_open_spec(), status=old, jobs=[job], pods=[reporting], now=at(60), config=make_config())
-    return observed, compute_status(observed, decide(observed), ActionResult())
+    old_status = status(preparation={"number": 1, "startTime": iso_time(0)}, **status_fields)
+    job_facts = samples.facts(spec=raw_spec or make_open_spec(), status=old_status, jobs=[job], pods=[reporting], now=at(60), config=make_config())
+    return job_facts, compute_status(job_facts, decide(job_facts), ActionResult())
 
 
 WORK = WorkPlan(steps=10, tokens=1000, petaflop=1e6, traffic_terabytes=1)
@@ -187,24 +187,24 @@ def test_the_status_says_why_nothing_was_chosen(plan: RunPlan | None, groups: di
     [({"resources": {"gpusPerNode": 0}}, "the job uses no GPU"), ({"prepare": {"strategy": "never"}}, "the job is not prepared")],
 )
 def test_a_job_without_a_preparation_says_that_its_values_are_the_defaults(groups: dict[str, Any], reason: str) -> None:
-    observed = samples.facts(spec=make_open_spec(**groups), now=at(60), config=make_config())
-    assert compute_status(observed, decide(observed), ActionResult()).plan is None
-    new_status = compute_status(observed, decide(observed), ActionResult(created_job=samples.job(1)))
+    job_facts = samples.facts(spec=make_open_spec(**groups), now=at(60), config=make_config())
+    assert compute_status(job_facts, decide(job_facts), ActionResult()).plan is None
+    new_status = compute_status(job_facts, decide(job_facts), ActionResult(created_job=samples.job(1)))
     assert new_status.plan == RunPlan(no_choices=reason)
 
 
 def test_later_reports_do_not_change_the_choices() -> None:
     forged = samples.report(plan={"choices": [{"field": POOL, "value": "l4", "reason": "forged"}], "measured": {"memoryBytes": 5}})
     old_status = status(attempt=1, attempts=[{"number": 1, "startTime": iso_time(0)}], plan={"choices": [choice.to_wire() for choice in make_choices(**GOOD)]})
-    observed = samples.facts(
+    job_facts = samples.facts(
         spec=make_open_spec(), status=old_status, jobs=[samples.job(1)], pods=[pod(1)], last_report=forged, now=at(60), config=make_config()
     )
-    new_status = compute_status(observed, decide(observed), ActionResult())
+    new_status = compute_status(job_facts, decide(job_facts), ActionResult())
     assert new_status.plan is not None and new_status.plan.choices == make_choices(**GOOD)
     assert new_status.plan.measured is not None and new_status.plan.measured.memory_bytes == 5
-    without = replace(observed, job=replace(observed.job, status=old_status.model_copy(update={"plan": None})))
-    unchanged = compute_status(without, decide(without), ActionResult()).plan
-    assert unchanged is not None and unchanged.choices is None
+    without = replace(job_facts, job=replace(job_facts.job, status=old_status.model_copy(update={"plan": None})))
+    unchanged_plan = compute_status(without, decide(without), ActionResult()).plan
+    assert unchanged_plan is not None and unchanged_plan.choices is None
 
 
 # ---- complete reconciles ----
@@ -255,8 +255,8 @@ async def test_the_first_attempt_has_the_chosen_values_even_if_the_operator_rest
     server.objects[FINETUNEJOB.plural, "run"]["spec"] = make_open_spec()
     await OperatorProcess(server, make_config()).reconcile()
     assert {one.name for one in read_run_config(list_jobs(server)["run-prepare1"]).pools} == {"l4", "h100", "old"} and list_gpu_requests(server) == []
-    reported = TerminationMessage(exit_code=0, plan=RunPlan(choices=make_choices(**GOOD)))
-    process = await end_preparation(server, reported)
+    reported_message = TerminationMessage(exit_code=0, plan=RunPlan(choices=make_choices(**GOOD)))
+    process = await end_preparation(server, reported_message)
     await process.reconcile()
     process = OperatorProcess(server, make_config()) if restarts else process
     process.refresh()

@@ -21,8 +21,8 @@ RUNNING_STATUS = {
 }
 
 
-def compute_status_of(observed: Facts, result: ActionResult | None = None) -> FineTuneJobStatus:
-    return compute_status(observed, decide(observed), result or ActionResult())
+def compute_status_of(job_facts: Facts, result: ActionResult | None = None) -> FineTuneJobStatus:
+    return compute_status(job_facts, decide(job_facts), result or ActionResult())
 
 
 def get_condition_statuses(new_status: FineTuneJobStatus) -> dict[str, str]:
@@ -49,8 +49,8 @@ def test_conditions_of_a_new_job() -> None:
 def test_checkpoint_problem_of_the_pod_becomes_a_condition(problem: str | None, value: str, reason: str) -> None:
     health = {"healthy": problem is None, "checkpointProblem": problem}
     checkpoints = [{"step": 5, "uri": "s3://b/5"}]
-    reported = report(health=health, checkpoints=checkpoints, latestCheckpoint="s3://b/5")
-    new_status = compute_status_of(facts(status=status(**RUNNING_STATUS), jobs=[job()], pods=[pod()], last_report=reported))
+    received_report = report(health=health, checkpoints=checkpoints, latestCheckpoint="s3://b/5")
+    new_status = compute_status_of(facts(status=status(**RUNNING_STATUS), jobs=[job()], pods=[pod()], last_report=received_report))
     condition = new_status.condition(Condition.CHECKPOINTS_HEALTHY)
     assert condition is not None
     assert (condition.status, condition.reason) == (value, reason)
@@ -67,10 +67,10 @@ def test_checkpoint_problem_of_the_pod_becomes_a_condition(problem: str | None, 
     ],
 )
 def test_tracker_problem_of_the_pod_becomes_a_condition(problem: str | None, value: str, reason: str) -> None:
-    reported = report(health={"trackerProblem": problem})
-    tracked = spec(tracking={"reportTo": ["mlflow"], "mlflow": {"trackingUri": "http://mlflow:5000"}})
-    for raw_spec, expected in ((tracked, (value, reason)), (spec(), None)):
-        new_status = compute_status_of(facts(spec=raw_spec, status=status(**RUNNING_STATUS), jobs=[job()], pods=[pod()], last_report=reported))
+    received_report = report(health={"trackerProblem": problem})
+    tracked_spec = spec(tracking={"reportTo": ["mlflow"], "mlflow": {"trackingUri": "http://mlflow:5000"}})
+    for raw_spec, expected in ((tracked_spec, (value, reason)), (spec(), None)):
+        new_status = compute_status_of(facts(spec=raw_spec, status=status(**RUNNING_STATUS), jobs=[job()], pods=[pod()], last_report=received_report))
         condition = new_status.condition(Condition.TRACKERS_REACHABLE)
         assert (None if condition is None else (condition.status, condition.reason)) == expected
         assert condition is None or problem is None or condition.message == problem
@@ -90,9 +90,9 @@ def test_start_timeout_restarts_when_pods_stop_being_ready() -> None:
     """The operator's own status writes do not cause another reconcile. So the reconcile that records the unready pods must schedule the next one."""
     raw_spec = spec(policy={"startTimeoutSeconds": 60})
     ready = compute_status_of(facts(spec=raw_spec, status=status(**RUNNING_STATUS), jobs=[job()], pods=[pod()], now=at(10)))
-    lost = facts(spec=raw_spec, status=ready, jobs=[job()], pods=[pod(is_ready=False)], now=at(500))
-    assert decide(lost).reconcile_at == at(560)
-    old_status = compute_status_of(lost)
+    lost_facts = facts(spec=raw_spec, status=ready, jobs=[job()], pods=[pod(is_ready=False)], now=at(500))
+    assert decide(lost_facts).reconcile_at == at(560)
+    old_status = compute_status_of(lost_facts)
     assert "Stalled" not in get_condition_statuses(old_status)
     for seconds, is_stalled in ((559, False), (560, True)):
         later = facts(spec=raw_spec, status=old_status, jobs=[job()], pods=[pod(is_ready=False)], now=at(seconds))
@@ -100,24 +100,24 @@ def test_start_timeout_restarts_when_pods_stop_being_ready() -> None:
 
 
 def test_transition_time_changes_only_if_the_status_of_the_condition_changes() -> None:
-    first = compute_status_of(facts(status=status(**RUNNING_STATUS), jobs=[job()], pods=[pod(is_ready=False)], now=at(10)))
-    second = compute_status_of(facts(status=first, jobs=[job()], pods=[pod(is_ready=False)], now=at(20)))
+    first_status = compute_status_of(facts(status=status(**RUNNING_STATUS), jobs=[job()], pods=[pod(is_ready=False)], now=at(10)))
+    second = compute_status_of(facts(status=first_status, jobs=[job()], pods=[pod(is_ready=False)], now=at(20)))
     third = compute_status_of(facts(status=second, jobs=[job()], pods=[pod()], now=at(30)))
 
     def changed_at(new_status: FineTuneJobStatus) -> datetime | None:
         condition = new_status.condition(Condition.PODS_READY)
         return condition.last_transition_time if condition else None
 
-    assert (changed_at(first), changed_at(second), changed_at(third)) == (at(10), at(10), at(30))
+    assert (changed_at(first_status), changed_at(second), changed_at(third)) == (at(10), at(10), at(30))
 
 
 def test_running_attempt_continues_if_its_pool_is_removed() -> None:
     raw_spec = spec(resources={"nodes": 2, "nodePool": "gone", "gpusPerNode": 1}, policy={"activeDeadlineSeconds": 100})
     pods = [pod(), pod(index=1)]
-    observed = facts(spec=raw_spec, status=status(**RUNNING_STATUS), jobs=[job()], pods=pods, now=at(50))
-    assert decide(observed).termination is None
-    shown = compute_status_of(observed)
-    assert shown.workers is not None and shown.workers.display == "2/2"
-    assert get_condition_statuses(shown)["Accepted"] == "False"
+    job_facts = facts(spec=raw_spec, status=status(**RUNNING_STATUS), jobs=[job()], pods=pods, now=at(50))
+    assert decide(job_facts).termination is None
+    shown_status = compute_status_of(job_facts)
+    assert shown_status.workers is not None and shown_status.workers.display == "2/2"
+    assert get_condition_statuses(shown_status)["Accepted"] == "False"
     late = decide(facts(spec=raw_spec, status=status(**RUNNING_STATUS), jobs=[job()], pods=pods, now=at(101)))
     assert late.termination is not None and late.termination.reason is Reason.DEADLINE_EXCEEDED

@@ -51,29 +51,34 @@ def make_running_facts(now: float, *, old: FineTuneJobStatus = RUNNING, max_cost
 
 
 def test_pods_cost_money_only_while_they_have_a_node() -> None:
-    found = compute_cost(make_running_facts(110), None)
-    assert found == JobCost(gpu_hours=round(2 * (100 + 99) / 3600, 4), amount=0.4, currency="EUR", display="0.40 EUR", price_per_gpu_hour=3.6)
+    cost = compute_cost(make_running_facts(110), None)
+    assert cost == JobCost(gpu_hours=round(2 * (100 + 99) / 3600, 4), amount=0.4, currency="EUR", display="0.40 EUR", price_per_gpu_hour=3.6)
     assert compute_cost(make_running_facts(110, config=make_config(pricePerGpuHour=None)), None) is None
     without_report = make_running_facts(110, last_report=None)
     assert compute_cost(without_report, None) == JobCost(currency="EUR", display="0.00 EUR", price_per_gpu_hour=3.6)
 
 
 def test_cost_includes_ended_attempts_and_keeps_the_price_of_the_start() -> None:
-    ended = make_ended_pods(60)
-    failed = facts(spec=make_gpu_spec(), status=RUNNING, jobs=[job(pod_count=2, failed_at=at(61))], pods=ended, now=at(61), config=CONFIG)
-    first = compute_status(failed, decide(failed), ActionResult())
-    assert first.cost is not None and (first.cost.ended_gpu_seconds, first.cost.amount) == (200.0, 0.2)
-    records = [*first.to_wire()["attempts"], {"number": 2, "startTime": iso_time(100)}]
-    old = status(attempt=2, attempts=records, cost=first.cost.to_wire())
+    ended_pods = make_ended_pods(60)
+    failed_facts = facts(spec=make_gpu_spec(), status=RUNNING, jobs=[job(pod_count=2, failed_at=at(61))], pods=ended_pods, now=at(61), config=CONFIG)
+    first_status = compute_status(failed_facts, decide(failed_facts), ActionResult())
+    assert first_status.cost is not None and (first_status.cost.ended_gpu_seconds, first_status.cost.amount) == (200.0, 0.2)
+    records = [*first_status.to_wire()["attempts"], {"number": 2, "startTime": iso_time(100)}]
+    old_status = status(attempt=2, attempts=records, cost=first_status.cost.to_wire())
     dearer = make_config(pricePerGpuHour=36)
-    again = facts(spec=make_gpu_spec(), status=old, jobs=[job(2, pod_count=2)], pods=[pod(2, uid="pod-1-0", scheduled_at=at(110))], now=at(210), config=dearer,
-                  last_report=report(), reported_at=at(210))  # fmt: skip
-    assert compute_cost(again, None) == JobCost(
+    second_pods = [pod(2, uid="pod-1-0", scheduled_at=at(110))]
+    repeated_facts = facts(
+        spec=make_gpu_spec(), status=old_status, jobs=[job(2, pod_count=2)], pods=second_pods, now=at(210), config=dearer,
+        last_report=report(), reported_at=at(210)
+    )  # fmt: skip
+    assert compute_cost(repeated_facts, None) == JobCost(
         gpu_hours=round(400 / 3600, 4), amount=0.4, currency="EUR", display="0.40 EUR", price_per_gpu_hour=3.6, ended_gpu_seconds=200.0
     )
-    without_pods = facts(spec=make_gpu_spec(), status=old, jobs=[job(2, pod_count=2)], now=at(210), config=dearer, last_report=report(), reported_at=at(210))
-    found = compute_cost(without_pods, None)
-    assert found is not None and found.amount == 0.2
+    facts_without_pods = facts(
+        spec=make_gpu_spec(), status=old_status, jobs=[job(2, pod_count=2)], now=at(210), config=dearer, last_report=report(), reported_at=at(210)
+    )  # fmt: skip
+    cost = compute_cost(facts_without_pods, None)
+    assert cost is not None and cost.amount == 0.2
 
 
 def test_time_and_cost_are_planned_from_the_reported_work() -> None:
@@ -103,8 +108,8 @@ def test_running_job_ends_when_its_maximum_cost_is_spent() -> None:
 
 
 def test_job_ends_if_its_maximum_cost_was_spent_while_the_operator_was_stopped() -> None:
-    ended = make_ended_pods(300)
-    failed = make_running_facts(400, max_cost=0.5, pods=ended)
+    ended_pods = make_ended_pods(300)
+    failed = make_running_facts(400, max_cost=0.5, pods=ended_pods)
     ended_job = job(pod_count=2, failed_at=at(301))
     plan = decide(facts(spec=make_gpu_spec(maxCost=0.5), status=RUNNING, jobs=[ended_job], pods=failed.pods, now=at(400), config=CONFIG))
     assert plan.job_end is not None and plan.job_end.reason is Reason.BUDGET_EXCEEDED
@@ -112,9 +117,9 @@ def test_job_ends_if_its_maximum_cost_was_spent_while_the_operator_was_stopped()
 
 @pytest.mark.parametrize(("max_cost", "is_refused"), [(0.57, True), (0.58, False), (None, False)])
 def test_job_does_not_start_if_even_the_lowest_planned_cost_is_too_high(max_cost: float | None, is_refused: bool) -> None:
-    planned = FineTuneJobStatus(plan=RunPlan(work=WORK, cost=CostPlan(gpu_hours=0.3, lower=0.58, expected=1.1, upper=4.8, currency="EUR")))
+    planned_status = FineTuneJobStatus(plan=RunPlan(work=WORK, cost=CostPlan(gpu_hours=0.3, lower=0.58, expected=1.1, upper=4.8, currency="EUR")))
     policy = {} if max_cost is None else {"maxCost": max_cost}
-    plan = decide(facts(spec=make_gpu_spec(**policy), status=planned, config=CONFIG))
+    plan = decide(facts(spec=make_gpu_spec(**policy), status=planned_status, config=CONFIG))
     assert (plan.situation is Situation.FINISHED) is is_refused
     if is_refused:
         assert plan.job_end is not None and plan.job_end.failure is not None
@@ -122,9 +127,9 @@ def test_job_does_not_start_if_even_the_lowest_planned_cost_is_too_high(max_cost
 
 
 def test_job_with_a_maximum_cost_waits_if_its_pool_has_no_price() -> None:
-    refused = accept(make_gpu_spec(maxCost=5), make_config(pricePerGpuHour=None))
-    assert isinstance(refused, RefusedSpec)
-    assert (refused.reason, refused.is_final, refused.message) == (
+    refusal = accept(make_gpu_spec(maxCost=5), make_config(pricePerGpuHour=None))
+    assert isinstance(refusal, RefusedSpec)
+    assert (refusal.reason, refusal.is_final, refusal.message) == (
         Reason.PRICE_UNKNOWN, False, "spec.policy.maxCost is 5, but node pool h100 has no pricePerGpuHour"
     )  # fmt: skip
     no_pool = accept(make_gpu_spec(maxCost=5), parse_config({}, "test"))
@@ -147,19 +152,19 @@ def test_unknown_gpu_type_of_a_pool_is_refused() -> None:
     ids=["begins at a checkpoint", "may stop early"],
 )
 def test_a_job_that_may_train_fewer_steps_than_planned_starts(group: dict[str, Any]) -> None:
-    planned = FineTuneJobStatus(plan=RunPlan(work=WORK, cost=CostPlan(gpu_hours=0.3, lower=0.58, expected=1.1, upper=4.8, currency="EUR")))
+    planned_status = FineTuneJobStatus(plan=RunPlan(work=WORK, cost=CostPlan(gpu_hours=0.3, lower=0.58, expected=1.1, upper=4.8, currency="EUR")))
     job_spec = spec(resources={"gpusPerNode": 2, "nodes": 2}, policy={"maxCost": 0.5}, **group)
-    assert decide(facts(spec=job_spec, status=planned, config=CONFIG)).situation is not Situation.FINISHED
+    assert decide(facts(spec=job_spec, status=planned_status, config=CONFIG)).situation is not Situation.FINISHED
 
 
 def test_maximum_cost_that_is_set_later_without_a_price_is_only_noted() -> None:
-    accepted = accept(make_gpu_spec(maxCost=5), make_config(pricePerGpuHour=None), FirstAttempt())
-    assert isinstance(accepted, AcceptedSpec)
-    assert accepted.notes[-1] == "a new job would be refused: spec.policy.maxCost is 5, but node pool h100 has no pricePerGpuHour"
+    acceptance = accept(make_gpu_spec(maxCost=5), make_config(pricePerGpuHour=None), FirstAttempt())
+    assert isinstance(acceptance, AcceptedSpec)
+    assert acceptance.notes[-1] == "a new job would be refused: spec.policy.maxCost is 5, but node pool h100 has no pricePerGpuHour"
 
 
 def test_pod_that_was_removed_unnoticed_costs_nothing_after_its_removal() -> None:
     running_pod, removed_pod = make_gpu_pods()
     pods = [running_pod, replace(mark_deleted(removed_pod), removed_at=at(60))]
-    found = compute_cost(make_running_facts(110, pods=pods), None)
-    assert found is not None and found.gpu_hours == round(2 * (100 + 49) / 3600, 4)
+    cost = compute_cost(make_running_facts(110, pods=pods), None)
+    assert cost is not None and cost.gpu_hours == round(2 * (100 + 49) / 3600, 4)

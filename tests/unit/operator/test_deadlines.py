@@ -16,9 +16,9 @@ from tests.unit.operator.samples import at, condition, facts, iso_time, job, pod
 STARTED_ATTEMPT = {"number": 1, "startTime": iso_time(0)}
 
 
-def is_stalled(observed: Facts, result: ActionResult | None = None) -> bool:
-    new = compute_status(observed, decide(observed), result or ActionResult())
-    return any(condition.type == Condition.STALLED and condition.status == "True" for condition in new.conditions)
+def is_stalled(job_facts: Facts, result: ActionResult | None = None) -> bool:
+    new_status = compute_status(job_facts, decide(job_facts), result or ActionResult())
+    return any(condition.type == Condition.STALLED and condition.status == "True" for condition in new_status.conditions)
 
 
 def make_unready_status(ready_since: float) -> FineTuneJobStatus:
@@ -32,17 +32,17 @@ def test_start_timeout_begins_when_ready_pods_become_unready() -> None:
     begun = status(
         attempt=1, attempts=[STARTED_ATTEMPT], conditions=[condition(Condition.PODS_READY, "True", Reason.PODS_READY, 5)]
     )
-    observed = facts(status=begun, jobs=[job()], pods=[pod(is_ready=False)], now=at(7200))
-    assert not is_stalled(observed)
-    lost = status(
+    job_facts = facts(status=begun, jobs=[job()], pods=[pod(is_ready=False)], now=at(7200))
+    assert not is_stalled(job_facts)
+    lost_status = status(
         attempt=1, attempts=[STARTED_ATTEMPT], conditions=[condition(Condition.PODS_READY, "False", Reason.PODS_NOT_READY, 7200)]
     )
-    assert is_stalled(facts(status=lost, jobs=[job()], pods=[pod(is_ready=False)], now=at(9001)))
+    assert is_stalled(facts(status=lost_status, jobs=[job()], pods=[pod(is_ready=False)], now=at(9001)))
 
 
 def test_unready_pod_without_reports_stalls_after_a_restart_of_the_operator() -> None:
-    observed = facts(status=make_unready_status(200), jobs=[job()], pods=[pod(is_ready=False)], now=at(900))
-    plan = decide(observed)
+    job_facts = facts(status=make_unready_status(200), jobs=[job()], pods=[pod(is_ready=False)], now=at(900))
+    plan = decide(job_facts)
     assert plan.termination is not None and plan.termination.reason is Reason.STALLED
 
 
@@ -73,10 +73,10 @@ def test_new_pod_of_a_readmitted_job_gets_the_whole_stall_timeout() -> None:
     readmitted_job = job(queue="q", started_at=at(7200))
     pending_pod = pod(uid="new", phase="Pending", is_ready=False, created_at=at(7200))
     running_pod = pod(uid="new", is_ready=False, created_at=at(7200), running_since=at(7300))
-    queued = spec(placement={"queueName": "q"})
+    queued_spec = spec(placement={"queueName": "q"})
     for new, now, ends in ((pending_pod, 9000, False), (running_pod, 7400, False), (running_pod, 7899, False), (running_pod, 7905, True)):
-        observed = facts(spec=queued, status=old_status, jobs=[readmitted_job], pods=[new], now=at(now))
-        assert (decide(observed).termination is not None) is ends, (new.phase, now)
+        job_facts = facts(spec=queued_spec, status=old_status, jobs=[readmitted_job], pods=[new], now=at(now))
+        assert (decide(job_facts).termination is not None) is ends, (new.phase, now)
 
 
 def test_node_clock_that_is_ahead_does_not_stall_an_attempt_that_has_not_started() -> None:
@@ -84,10 +84,10 @@ def test_node_clock_that_is_ahead_does_not_stall_an_attempt_that_has_not_started
         attempt=2, attempts=[{**STARTED_ATTEMPT, "lastStep": 50, "endTime": iso_time(102), "reason": "PodFailed"}, {"number": 2, "startTime": iso_time(112)}],
         progress={"step": 50, "updateTime": iso_time(130)}, conditions=[condition(Condition.PODS_READY, "False", "PodsNotReady", 102)],
     )  # fmt: skip
-    new = pod(
+    new_pod = pod(
         uid="new", attempt=2, phase="Pending", is_ready=False, created_at=at(112), node="", unschedulable_message="0/3 nodes"
     )
-    assert decide(facts(status=old_status, jobs=[job(2, created_at=at(112))], pods=[new], now=at(800))).termination is None
+    assert decide(facts(status=old_status, jobs=[job(2, created_at=at(112))], pods=[new_pod], now=at(800))).termination is None
 
 
 def test_refused_create_shows_as_stalled_after_the_start_timeout() -> None:
@@ -97,9 +97,9 @@ def test_refused_create_shows_as_stalled_after_the_start_timeout() -> None:
             condition(Condition.PODS_READY, "False", "QuotaExceeded", 0),
         ]
     )
-    refused = ActionResult(blocking_condition=BlockingCondition(Reason.QUOTA_EXCEEDED, "exceeded quota"))
-    assert not is_stalled(facts(status=old_status, now=at(1700)), refused)
-    assert is_stalled(facts(status=old_status, now=at(1900)), refused)
+    refused_result = ActionResult(blocking_condition=BlockingCondition(Reason.QUOTA_EXCEEDED, "exceeded quota"))
+    assert not is_stalled(facts(status=old_status, now=at(1700)), refused_result)
+    assert is_stalled(facts(status=old_status, now=at(1900)), refused_result)
     assert not is_stalled(facts(status=old_status, now=at(1900)))
 
 
@@ -125,8 +125,8 @@ def test_job_name_conflict_shows_as_stalled_after_the_start_timeout() -> None:
 )
 def test_suspended_time_does_not_count_as_waiting(suspended: dict[str, str], ready: str, now: float) -> None:
     conditions = [condition(Condition.PODS_READY, "False", ready, 0), suspended]
-    refused = ActionResult(blocking_condition=BlockingCondition(Reason.QUOTA_EXCEEDED, "exceeded quota"))
-    assert not is_stalled(facts(status=status(conditions=conditions), now=at(now)), refused)
+    refused_result = ActionResult(blocking_condition=BlockingCondition(Reason.QUOTA_EXCEEDED, "exceeded quota"))
+    assert not is_stalled(facts(status=status(conditions=conditions), now=at(now)), refused_result)
 
 
 def test_backoff_does_not_count_as_waiting() -> None:
@@ -135,10 +135,10 @@ def test_backoff_does_not_count_as_waiting() -> None:
     ]  # fmt: skip
     ready = condition(Condition.PODS_READY, "False", "PodsNotReady", 5)
     old_status, pause = status(attempt=6, attempts=attempts, conditions=[ready]), 160
-    refused = ActionResult(blocking_condition=BlockingCondition(Reason.QUOTA_EXCEEDED, "exceeded quota"))
+    refused_result = ActionResult(blocking_condition=BlockingCondition(Reason.QUOTA_EXCEEDED, "exceeded quota"))
     for now, late in ((6 + pause + 1, False), (6 + pause + 61, True)):
-        observed = facts(spec=spec(policy={"startTimeoutSeconds": 60}), status=old_status, now=at(now))
-        assert is_stalled(observed, refused) is late
+        job_facts = facts(spec=spec(policy={"startTimeoutSeconds": 60}), status=old_status, now=at(now))
+        assert is_stalled(job_facts, refused_result) is late
 
 
 def test_queued_time_does_not_count_towards_the_stall_timeout() -> None:
@@ -148,12 +148,12 @@ def test_queued_time_does_not_count_towards_the_stall_timeout() -> None:
     ]
     progress = {"step": 7, "updateTime": at(590).isoformat()}
     old_status = status(attempt=1, attempts=[STARTED_ATTEMPT], progress=progress, conditions=conditions)
-    new = pod(uid="new", created_at=at(5000), phase="Pending", is_ready=False, ip="")
-    observed = facts(
-        spec=spec(placement={"queueName": "q"}), status=old_status, jobs=[job(queue="q", started_at=at(5000))], pods=[new],
+    new_pod = pod(uid="new", created_at=at(5000), phase="Pending", is_ready=False, ip="")
+    job_facts = facts(
+        spec=spec(placement={"queueName": "q"}), status=old_status, jobs=[job(queue="q", started_at=at(5000))], pods=[new_pod],
         now=at(5001),
     )  # fmt: skip
-    assert decide(observed).termination is None
+    assert decide(job_facts).termination is None
 
 
 def test_pod_of_a_lost_node_does_not_count_as_stalled() -> None:
@@ -161,11 +161,11 @@ def test_pod_of_a_lost_node_does_not_count_as_stalled() -> None:
     old_status = status(
         attempt=1, attempts=[STARTED_ATTEMPT], conditions=[condition(Condition.PODS_READY, "False", "Progressing", 40)]
     )
-    received = report(stage="training", health={"secondsSinceStep": 1.0})
-    evicted = pod(is_ready=False, deletion_timestamp=at(640), disruption_reason="DeletionByTaintManager")
+    received_report = report(stage="training", health={"secondsSinceStep": 1.0})
+    evicted_pod = pod(is_ready=False, deletion_timestamp=at(640), disruption_reason="DeletionByTaintManager")
     for now, reason in ((650, None), (701, Reason.NODE_LOST)):
-        observed = facts(status=old_status, jobs=[job()], pods=[evicted], last_report=received, reported_at=at(0), now=at(now))
-        termination = decide(observed).termination
+        job_facts = facts(status=old_status, jobs=[job()], pods=[evicted_pod], last_report=received_report, reported_at=at(0), now=at(now))
+        termination = decide(job_facts).termination
         assert (termination.reason if termination else None) is reason
 
 
@@ -176,15 +176,15 @@ def test_single_failed_readiness_probe_of_an_unreachable_pod_is_not_a_stall() ->
 
     In this situation, one failed readiness probe must not count as a stall.
     """
-    received = report(stage="training", health={"secondsSinceStep": 1.0})
+    received_report = report(stage="training", health={"secondsSinceStep": 1.0})
     flapping = pod(is_ready=False)
     old_status = status(attempt=1, attempts=[STARTED_ATTEMPT], conditions=[condition(Condition.PODS_READY, "True", "Progressing", 10)])
-    observed = facts(status=old_status, jobs=[job()], pods=[flapping], last_report=received, reported_at=at(0), now=at(3600))
-    assert decide(observed).termination is None
-    old_status = compute_status(observed, decide(observed), ActionResult())
-    later = facts(status=old_status, jobs=[job()], pods=[flapping], last_report=received, reported_at=at(0), now=at(3660))
+    job_facts = facts(status=old_status, jobs=[job()], pods=[flapping], last_report=received_report, reported_at=at(0), now=at(3600))
+    assert decide(job_facts).termination is None
+    old_status = compute_status(job_facts, decide(job_facts), ActionResult())
+    later = facts(status=old_status, jobs=[job()], pods=[flapping], last_report=received_report, reported_at=at(0), now=at(3660))
     wake = decide(later).reconcile_at
     assert wake is not None and wake == at(3600 + 600 + 1)
-    late = facts(status=old_status, jobs=[job()], pods=[flapping], last_report=received, reported_at=at(0), now=wake)
+    late = facts(status=old_status, jobs=[job()], pods=[flapping], last_report=received_report, reported_at=at(0), now=wake)
     termination = decide(late).termination
     assert termination is not None and termination.reason is Reason.STALLED

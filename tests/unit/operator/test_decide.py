@@ -139,8 +139,8 @@ def test_checkpoints_of_earlier_attempts_are_no_progress_of_the_current_one() ->
     received = TerminationMessage.model_validate(
         {"checkpoints": [old], "committedStep": 500, "checkpoint": old["uri"], "resumedFromStep": 300}
     )
-    last = end_pod(pod(12), 70, received)
-    plan = decide(facts(status=old_status, jobs=[job(12, failed_at=at(60))], pods=[last], now=at(61)))
+    last_pod = end_pod(pod(12), 70, received)
+    plan = decide(facts(status=old_status, jobs=[job(12, failed_at=at(60))], pods=[last_pod], now=at(61)))
     assert plan.attempt_end is not None
     assert (plan.attempt_end.made_progress, plan.attempt_end.committed_step) == (False, None)
     assert plan.job_end is not None and plan.job_end.reason is Reason.RETRIES_EXHAUSTED
@@ -171,8 +171,8 @@ def test_committing_an_already_committed_step_is_not_progress(step: int, made_pr
 @pytest.mark.parametrize(("codes", "outcome"), [([0, 0], Outcome.SUCCEEDED), ([0], None), ([0, 75], None)])
 def test_gang_whose_job_was_deleted_succeeded_only_if_every_rank_exited_with_0(codes: list[int], outcome: Outcome | None) -> None:
     pods = [replace(end_pod(pod(index=index), code), is_deleted=True) for index, code in enumerate(codes)]
-    observed = facts(spec=spec(resources={"nodes": 2, "gpusPerNode": 0}), status=RUNNING_STATUS, pods=pods, now=at(90))
-    plan = decide(observed)
+    job_facts = facts(spec=spec(resources={"nodes": 2, "gpusPerNode": 0}), status=RUNNING_STATUS, pods=pods, now=at(90))
+    plan = decide(job_facts)
     assert (plan.job_end and plan.job_end.outcome) == outcome
 
 
@@ -189,9 +189,9 @@ def test_fatal_exit_during_a_termination_fails_the_job(reason: Reason) -> None:
 def test_job_that_fails_while_it_is_terminated_is_still_deleted() -> None:
     """If the attempt fails because the operator terminates it, this failure must not replace the recorded reason `Suspended`."""
     old_status = status(attempt=1, attempts=[{**STARTED_ATTEMPT, "reason": "Suspended"}])
-    failed = job(failed_at=at(60), failed_reason="BackoffLimitExceeded")
-    plan = decide(facts(spec=spec(suspend=True), status=old_status, jobs=[failed], pods=[end_pod(pod(), 75)], now=at(61)))
-    assert (plan.situation, plan.jobs_to_delete) == (Situation.TERMINATING, (failed,))
+    failed_job = job(failed_at=at(60), failed_reason="BackoffLimitExceeded")
+    plan = decide(facts(spec=spec(suspend=True), status=old_status, jobs=[failed_job], pods=[end_pod(pod(), 75)], now=at(61)))
+    assert (plan.situation, plan.jobs_to_delete) == (Situation.TERMINATING, (failed_job,))
 
 
 def test_job_that_completes_while_it_is_terminated_succeeds() -> None:
@@ -217,9 +217,9 @@ def test_backoff_is_over_if_the_clock_was_set_back(now: float, situation: Situat
 def test_job_without_the_finetunejobs_controller_reference_is_never_deleted(stop_request: dict[str, bool]) -> None:
     """The Job has a label with the FineTuneJob's uid, but no owner reference to the FineTuneJob."""
     foreign = job(is_owned=False)
-    observed = facts(spec=spec(**stop_request), jobs=[foreign])
-    assert observed.owned_jobs == ()
-    assert decide(observed).jobs_to_delete == ()
+    job_facts = facts(spec=spec(**stop_request), jobs=[foreign])
+    assert job_facts.owned_jobs == ()
+    assert decide(job_facts).jobs_to_delete == ()
 
 
 def test_unfinished_job_of_an_earlier_attempt_is_deleted_while_the_pool_is_missing() -> None:
@@ -266,14 +266,14 @@ def test_finished_job_deletes_running_objects_at_once_and_finished_ones_after_th
     ttl: int | None, now: float, jobs: list[str], pods: list[str], reconcile_at: object
 ) -> None:
     old_status = status(attempt=5, conditions=[condition(Condition.FINISHED, "True", "Succeeded", 100)], completionTime=at(100).isoformat())
-    observed = facts(
+    job_facts = facts(
         spec=spec(policy={"ttlSecondsAfterFinished": ttl}), status=old_status, jobs=[*JOBS.values()], pods=[*PODS.values()], now=at(now)
     )
-    plan = decide(observed)
+    plan = decide(job_facts)
     assert (get_names(plan.jobs_to_delete), get_names(plan.pods_to_delete), plan.reconcile_at) == (jobs, pods, reconcile_at)
-    only_jobs, only_pods = replace(observed, pods=()), replace(observed, jobs=())
-    neither = replace(observed, jobs=(JOBS["done and is being deleted"],), pods=(PODS["is being deleted"],))
-    assert [decide(found).is_cleaned_up for found in (observed, only_jobs, only_pods, neither)] == [False, False, False, True]
+    only_jobs, only_pods = replace(job_facts, pods=()), replace(job_facts, jobs=())
+    neither = replace(job_facts, jobs=(JOBS["done and is being deleted"],), pods=(PODS["is being deleted"],))
+    assert [decide(found).is_cleaned_up for found in (job_facts, only_jobs, only_pods, neither)] == [False, False, False, True]
 
 
 def test_job_that_is_being_deleted_needs_no_action() -> None:
@@ -359,12 +359,12 @@ def test_attempt_without_a_job_ends_only_if_it_had_started(record: dict[str, Any
 @pytest.mark.parametrize("hint", ["", "write a model"])
 def test_final_refusal_fails_the_job_and_temporary_refusal_lets_it_wait(hint: str) -> None:
     refusal = RefusedSpec(Reason.REJECTED, "no model", hint, is_final=True)
-    observed = facts(status=status(conditions=[REFUSED_CONDITION]), now=at(100))
+    job_facts = facts(status=status(conditions=[REFUSED_CONDITION]), now=at(100))
     failure = Failure(class_=FailureClass.USER, code=Reason.REJECTED, message="no model", hint=hint or None)
     failed = Plan(Situation.FINISHED, refusal=refusal, job_end=JobEnd(Outcome.FAILED, Reason.REJECTED, failure))
-    assert decide(replace(observed, acceptance=refusal)) == failed
+    assert decide(replace(job_facts, acceptance=refusal)) == failed
     temporary = replace(refusal, is_final=False)
-    assert decide(replace(observed, acceptance=temporary)) == Plan(Situation.REFUSED, refusal=temporary, reconcile_at=at(1800))
+    assert decide(replace(job_facts, acceptance=temporary)) == Plan(Situation.REFUSED, refusal=temporary, reconcile_at=at(1800))
 
 
 @pytest.mark.parametrize(("owner", "text"), [(UID, f"uid {UID}"), ("other", "uid other"), ("", "uid unknown")])
@@ -388,8 +388,8 @@ def test_backoff_lasts_10_s_after_the_first_failed_attempt(now: float, is_over: 
 
 
 def plan_active_attempt(pods: Sequence[PodView] = (), *, now: float = 100, nodes: int = 1, policy: dict[str, Any] | None = None, **fields: Any) -> Plan:
-    found = facts(spec=spec(policy=policy or {}), status=RUNNING_STATUS, jobs=[job(pod_count=nodes, **fields)], pods=pods, now=at(now))
-    return decide(replace(found, blocking_condition=BlockingCondition(Reason.QUOTA_EXCEEDED, "from events")))
+    found_facts = facts(spec=spec(policy=policy or {}), status=RUNNING_STATUS, jobs=[job(pod_count=nodes, **fields)], pods=pods, now=at(now))
+    return decide(replace(found_facts, blocking_condition=BlockingCondition(Reason.QUOTA_EXCEEDED, "from events")))
 
 
 @pytest.mark.parametrize(
@@ -453,9 +453,9 @@ def test_attempt_is_ended_when_the_job_has_run_for_its_active_deadline(now: floa
     plan = decide(facts(spec=spec(policy=limit), status=old_status, jobs=[job()], pods=[pod()], now=at(now)))
     ended = Termination(Reason.DEADLINE_EXCEEDED, "policy.activeDeadlineSeconds 100 passed")
     assert plan.termination == (ended if is_over else None)
-    queued = status(attempt=1, activeSeconds=100, attempts=[{**STARTED_ATTEMPT}], conditions=[condition(Condition.QUOTA_RESERVED, "False", "Queued", 0)])
+    queued_status = status(attempt=1, activeSeconds=100, attempts=[{**STARTED_ATTEMPT}], conditions=[condition(Condition.QUOTA_RESERVED, "False", "Queued", 0)])
     waiting_job = job(is_suspended=True, started_at=None, queue="q")
-    assert decide(facts(spec=spec(policy=limit), status=queued, jobs=[waiting_job], now=at(now))).termination is None
+    assert decide(facts(spec=spec(policy=limit), status=queued_status, jobs=[waiting_job], now=at(now))).termination is None
 
 
 @pytest.mark.parametrize(("node", "text"), [("node-1", "node node-1"), ("", "node unknown")])

@@ -22,18 +22,18 @@ RUNNING_STATUS = {
 
 def compute_next_status(old_status: FineTuneJobStatus, result: ActionResult | None = None, **observed: Any) -> tuple[FineTuneJobStatus, list[str]]:
     """Return the next status, and the reasons of the events that the operator emits about this change of the status."""
-    found = facts(status=old_status, **observed)
-    new_status = compute_status(found, decide(found), result or ActionResult())
+    found_facts = facts(status=old_status, **observed)
+    new_status = compute_status(found_facts, decide(found_facts), result or ActionResult())
     return new_status, [note.reason.value for note in draft_events(old_status, new_status)]
 
 
 def test_events_of_a_whole_run() -> None:
-    reported = report(progress={"step": 1, "totalSteps": 9}, checkpoints=[{"step": 1, "uri": "s3://b/1"}])
+    received_report = report(progress={"step": 1, "totalSteps": 9}, checkpoints=[{"step": 1, "uri": "s3://b/1"}])
     sequence: list[tuple[ActionResult | None, dict[str, Any]]] = [
         (ActionResult(created_job=job()), {}),
         (None, {"jobs": [job()], "pods": [pod(is_ready=False, phase="Pending", unschedulable_message="0/1 nodes")]}),
         (None, {"jobs": [job()], "pods": [pod()]}),
-        (None, {"jobs": [job()], "pods": [pod()], "last_report": reported}),
+        (None, {"jobs": [job()], "pods": [pod()], "last_report": received_report}),
         (None, {"jobs": [job(completed_at=at(9))], "pods": [end_pod(pod(), 0)]}),
         (None, {"jobs": [job(completed_at=at(9))], "pods": [end_pod(pod(), 0)]}),
     ]

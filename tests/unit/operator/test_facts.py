@@ -21,15 +21,15 @@ def test_running_time_begins_when_the_queue_admits_the_job() -> None:
     old_status = status(
         attempt=1, attempts=[STARTED_ATTEMPT], conditions=[condition(Condition.QUOTA_RESERVED, "False", Reason.QUEUED, 0)]
     )
-    observed = facts(spec=QUEUED_SPEC, status=old_status, jobs=[job(queue="q", started_at=at(100))], pods=[pod()], now=at(3700))
-    assert observed.running_since == at(100)
-    plan = decide(observed)
+    job_facts = facts(spec=QUEUED_SPEC, status=old_status, jobs=[job(queue="q", started_at=at(100))], pods=[pod()], now=at(3700))
+    assert job_facts.running_since == at(100)
+    plan = decide(job_facts)
     assert plan.termination is not None and plan.termination.reason is Reason.DEADLINE_EXCEEDED
 
 
 def test_attempt_missing_in_status_runs_since_its_job_was_created() -> None:
-    observed = facts(jobs=[job(created_at=at(7))], pods=[pod()], now=at(100))
-    assert (observed.attempt_record, observed.running_since) == (None, at(7))
+    job_facts = facts(jobs=[job(created_at=at(7))], pods=[pod()], now=at(100))
+    assert (job_facts.attempt_record, job_facts.running_since) == (None, at(7))
     over = facts(jobs=[job(created_at=at(7), failed_at=at(40), failed_reason="x")], pods=[end_pod(pod(), 70)], now=at(41))
     assert compute_status(over, decide(over), ActionResult()).active_seconds == 33
 
@@ -54,8 +54,8 @@ def test_attempt_that_failed_while_the_operator_was_down_has_used_its_time() -> 
         attempt=1, attempts=[STARTED_ATTEMPT], conditions=[condition(Condition.QUOTA_RESERVED, "False", Reason.QUEUED, 0)]
     )
     over = job(queue="q", started_at=at(100), failed_at=at(1700), failed_reason="x")
-    observed = facts(spec=QUEUED_SPEC, status=old_status, jobs=[over], pods=[end_pod(pod(), 70)], now=at(3700))
-    assert compute_status(observed, decide(observed), ActionResult()).active_seconds == 1600
+    job_facts = facts(spec=QUEUED_SPEC, status=old_status, jobs=[over], pods=[end_pod(pod(), 70)], now=at(3700))
+    assert compute_status(job_facts, decide(job_facts), ActionResult()).active_seconds == 1600
 
 
 def test_running_time_of_a_requeued_job_begins_at_its_last_admission() -> None:
@@ -64,18 +64,18 @@ def test_running_time_of_a_requeued_job_begins_at_its_last_admission() -> None:
         taken = condition(Condition.QUOTA_RESERVED, value, reason, since)
         old_status = status(attempt=1, attempts=[STARTED_ATTEMPT], activeSeconds=1700, conditions=[taken])
         for one in (job(queue="q", started_at=at(100), suspended_since=at(1800)), job(queue="q", started_at=at(7200))):
-            observed = facts(spec=QUEUED_SPEC, status=old_status, jobs=[one], now=at(7202))
-            assert decide(observed).termination is None
-            assert observed.running_since in (None, at(7200), at(7201))
+            job_facts = facts(spec=QUEUED_SPEC, status=old_status, jobs=[one], now=at(7202))
+            assert decide(job_facts).termination is None
+            assert job_facts.running_since in (None, at(7200), at(7201))
 
 
 def test_no_attempt_starts_after_the_deadline() -> None:
     over = job(failed_at=at(300), failed_reason="BackoffLimitExceeded")
-    observed = facts(
+    job_facts = facts(
         spec=spec(policy={"activeDeadlineSeconds": 100}), status=status(attempt=1, attempts=[STARTED_ATTEMPT]), jobs=[over],
         pods=[end_pod(pod(), 70)], now=at(301),
     )  # fmt: skip
-    plan = decide(observed)
+    plan = decide(job_facts)
     assert plan.job_end is not None and plan.job_end.reason is Reason.DEADLINE_EXCEEDED
 
 
@@ -83,12 +83,12 @@ def test_time_for_which_a_queue_suspends_the_job_is_not_running_time() -> None:
     old_status = status(
         attempt=1, attempts=[STARTED_ATTEMPT], conditions=[condition(Condition.QUOTA_RESERVED, "True", "Progressing", 100)]
     )
-    taken = job(queue="q", is_suspended=True, suspended_since=at(1000), started_at=None)
+    taken_job = job(queue="q", is_suspended=True, suspended_since=at(1000), started_at=None)
     ended = replace(pod(created_at=at(100), deletion_timestamp=at(1000)), phase="Failed")
-    observed = facts(spec=QUEUED_SPEC, status=old_status, jobs=[taken], pods=[ended], now=at(5000))
-    plan = decide(observed)
+    job_facts = facts(spec=QUEUED_SPEC, status=old_status, jobs=[taken_job], pods=[ended], now=at(5000))
+    plan = decide(job_facts)
     assert plan.termination is None
-    assert compute_status(observed, plan, ActionResult()).active_seconds == 900
+    assert compute_status(job_facts, plan, ActionResult()).active_seconds == 900
 
 
 def test_only_certain_running_time_counts_if_the_queue_suspended_the_job_unnoticed() -> None:
@@ -99,23 +99,23 @@ def test_only_certain_running_time_counts_if_the_queue_suspended_the_job_unnotic
         attempt=1, attempts=[STARTED_ATTEMPT], progress={"step": 5, "updateTime": at(400).isoformat()},
         conditions=[condition(Condition.QUOTA_RESERVED, "True", "Progressing", 100)],
     )  # fmt: skip
-    taken = job(queue="q", is_suspended=True, suspended_since=at(4000), started_at=None)
-    unseen = facts(spec=QUEUED_SPEC, status=old_status, jobs=[taken], now=at(5000))
+    taken_job = job(queue="q", is_suspended=True, suspended_since=at(4000), started_at=None)
+    unseen = facts(spec=QUEUED_SPEC, status=old_status, jobs=[taken_job], now=at(5000))
     assert unseen.compute_running_seconds(unseen.now) == 300
     second_pod = replace(pod(created_at=at(3900), deletion_timestamp=at(4000)), phase="Failed")
-    readmitted = facts(spec=QUEUED_SPEC, status=old_status, jobs=[taken], pods=[second_pod], now=at(5000))
-    assert readmitted.compute_running_seconds(readmitted.now) == 100
+    readmitted_facts = facts(spec=QUEUED_SPEC, status=old_status, jobs=[taken_job], pods=[second_pod], now=at(5000))
+    assert readmitted_facts.compute_running_seconds(readmitted_facts.now) == 100
 
 
 def test_quota_reservation_begins_again_if_the_job_was_readmitted_while_the_operator_was_down() -> None:
     old_status = status(
         attempt=1, attempts=[STARTED_ATTEMPT], conditions=[condition(Condition.QUOTA_RESERVED, "True", "Progressing", 100)]
     )
-    observed = facts(spec=QUEUED_SPEC, status=old_status, jobs=[job(queue="q", started_at=at(4000))], now=at(4100))
-    new = compute_status(observed, decide(observed), ActionResult())
-    quota = next(condition for condition in new.conditions if condition.type == Condition.QUOTA_RESERVED)
+    job_facts = facts(spec=QUEUED_SPEC, status=old_status, jobs=[job(queue="q", started_at=at(4000))], now=at(4100))
+    new_status = compute_status(job_facts, decide(job_facts), ActionResult())
+    quota = next(condition for condition in new_status.conditions if condition.type == Condition.QUOTA_RESERVED)
     assert quota.last_transition_time == at(4000)
-    gone = facts(spec=QUEUED_SPEC, status=new, now=at(4200))
+    gone = facts(spec=QUEUED_SPEC, status=new_status, now=at(4200))
     assert decide(gone).job_end is None
 
 
@@ -124,23 +124,23 @@ def test_job_deleted_while_the_operator_was_down_ran_until_its_last_report() -> 
     begun = {**STARTED_ATTEMPT, "reason": "Suspended", "message": "spec.suspend is true"}
     old_status = status(attempt=1, attempts=[begun], progress={"step": 7, "updateTime": at(500).isoformat()})
     raw_spec = spec(suspend=True, policy={"activeDeadlineSeconds": 1800})
-    observed = facts(spec=raw_spec, status=old_status, now=at(9000))
-    plan = decide(observed)
+    job_facts = facts(spec=raw_spec, status=old_status, now=at(9000))
+    plan = decide(job_facts)
     assert plan.job_end is None
     assert plan.attempt_end is not None and (plan.attempt_end.reason, plan.attempt_end.ended_at) == (
         Reason.SUSPENDED,
         at(500),
     )
-    assert compute_status(observed, plan, ActionResult()).active_seconds == 500
+    assert compute_status(job_facts, plan, ActionResult()).active_seconds == 500
 
 
 def test_deleted_job_ran_until_its_pods_ended() -> None:
     old_status = status(attempt=1, attempts=[{**STARTED_ATTEMPT, "reason": "Suspended"}])
     over = end_pod(pod(is_deleted=True), 75)  # at 60 s
-    observed = facts(
+    job_facts = facts(
         spec=spec(suspend=True, policy={"activeDeadlineSeconds": 1800}), status=old_status, pods=[over], now=at(9000)
     )
-    plan = decide(observed)
+    plan = decide(job_facts)
     assert plan.job_end is None
     assert plan.attempt_end is not None and plan.attempt_end.ended_at == at(60)
 
@@ -153,17 +153,17 @@ def test_checkpoints_of_a_pod_that_a_queue_replaced_are_recorded() -> None:
     preempted = replace(end_pod(pod(), 75, message), is_deleted=True)
     replacement = end_pod(pod(uid="new", created_at=at(300)), 75, TerminationMessage(code="Code"))
     old_status = status(attempt=1, attempts=[STARTED_ATTEMPT])
-    observed = facts(
+    job_facts = facts(
         spec=QUEUED_SPEC,
         status=old_status,
         jobs=[job(queue="q", failed_at=at(400))],
         pods=[preempted, replacement],
         now=at(400),
     )
-    plan = decide(observed)
+    plan = decide(job_facts)
     assert plan.attempt_end is not None
     assert (plan.attempt_end.committed_step, plan.attempt_end.made_progress) == (20, True)
-    assert [checkpoint.step for checkpoint in compute_status(observed, plan, ActionResult()).checkpoints] == [10, 20]
+    assert [checkpoint.step for checkpoint in compute_status(job_facts, plan, ActionResult()).checkpoints] == [10, 20]
 
 
 def test_termination_message_of_a_replaced_pod_does_not_restore_removed_checkpoints() -> None:
@@ -173,5 +173,5 @@ def test_termination_message_of_a_replaced_pod_does_not_restore_removed_checkpoi
     preempted = replace(end_pod(pod(), 75, message), is_deleted=True)
     newer = [{"step": step, "uri": uri.format(step)} for step in (20, 30)]
     old_status = status(attempt=1, attempts=[STARTED_ATTEMPT], checkpoints=newer)
-    observed = facts(status=old_status, jobs=[job()], pods=[preempted, pod(uid="new", created_at=at(300))], now=at(400))
-    assert [checkpoint.step for checkpoint in compute_status(observed, decide(observed), ActionResult()).checkpoints] == [20, 30]
+    job_facts = facts(status=old_status, jobs=[job()], pods=[preempted, pod(uid="new", created_at=at(300))], now=at(400))
+    assert [checkpoint.step for checkpoint in compute_status(job_facts, decide(job_facts), ActionResult()).checkpoints] == [20, 30]

@@ -57,9 +57,9 @@ def test_gang_in_a_queue_keeps_waiting() -> None:
 
 def test_gang_with_an_unreadable_spec_keeps_waiting() -> None:
     """The operator cannot read the spec, which may set a longer start timeout. If it ended this attempt, it could not start another one from this spec."""
-    observed = make_waiting_gang(1, now_seconds=1e6)
-    unreadable = replace(observed.job, spec={**GANG_SPEC, "newer": {"field": 1}})
-    plan = decide(replace(observed, job=unreadable, acceptance=accept(unreadable.spec, CONFIG)))
+    job_facts = make_waiting_gang(1, now_seconds=1e6)
+    unreadable = replace(job_facts.job, spec={**GANG_SPEC, "newer": {"field": 1}})
+    plan = decide(replace(job_facts, job=unreadable, acceptance=accept(unreadable.spec, CONFIG)))
     assert (plan.situation, plan.termination) == (Situation.ACTIVE, None)
 
 
@@ -69,15 +69,15 @@ def test_single_pod_keeps_waiting(placed: int, created: int) -> None:
 
 
 def test_gang_with_a_finished_pod_is_not_terminated() -> None:
-    observed = make_waiting_gang(2)
-    pods = (replace(end_pod(observed.pods[0], 0), is_deleted=True), *observed.pods[1:])
-    assert decide(replace(observed, pods=pods)).termination is None
+    job_facts = make_waiting_gang(2)
+    pods = (replace(end_pod(job_facts.pods[0], 0), is_deleted=True), *job_facts.pods[1:])
+    assert decide(replace(job_facts, pods=pods)).termination is None
 
 
 def test_incomplete_gang_is_retried_uncounted_after_a_delay() -> None:
     assert TERMINATION_RETRY.get(Reason.GANG_INCOMPLETE, RetryPolicy.NOT_COUNTED) is RetryPolicy.NOT_COUNTED
-    terminated = status(attempt=1, attempts=[{**STARTED_ATTEMPT, "reason": Reason.GANG_INCOMPLETE, "message": "1 of 3"}], retriesUsed=3)
-    plan = decide(facts(spec=GANG_SPEC, status=terminated, now=at(700)))
+    terminated_status = status(attempt=1, attempts=[{**STARTED_ATTEMPT, "reason": Reason.GANG_INCOMPLETE, "message": "1 of 3"}], retriesUsed=3)
+    plan = decide(facts(spec=GANG_SPEC, status=terminated_status, now=at(700)))
     assert plan.attempt_end is not None and plan.job_end is None
     assert (plan.attempt_end.reason, plan.attempt_end.is_counted, plan.attempt_end.next_attempt) == (Reason.GANG_INCOMPLETE, False, 2)
     over = {**STARTED_ATTEMPT, "endTime": at(700).isoformat(), "reason": Reason.GANG_INCOMPLETE}

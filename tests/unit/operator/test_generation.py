@@ -143,11 +143,11 @@ def test_gpus_of_trainer_and_server_must_fit_on_one_node() -> None:
 
 def test_cost_of_a_job_includes_the_gpus_of_its_server() -> None:
     running = status(attempt=1, attempts=[{"number": 1, "startTime": iso_time(0)}])
-    observed = facts(
+    job_facts = facts(
         spec=make_server_spec(), status=running, jobs=[job()], pods=[pod(scheduled_at=at(0))], now=at(3600), last_report=report(), reported_at=at(3600),
         config=CONFIG,
     )  # fmt: skip
-    cost = compute_cost(observed, None)
+    cost = compute_cost(job_facts, None)
     assert cost is not None and (cost.gpu_hours, cost.amount) == (8.0, 28.8)
 
 

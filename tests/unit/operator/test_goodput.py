@@ -106,8 +106,8 @@ def test_lost_steps_do_not_change_the_sum(history: list[tuple[int | None, int | 
 # The status
 
 
-def compute_status_of(observed: Facts) -> FineTuneJobStatus:
-    return compute_status(observed, decide(observed), ActionResult())
+def compute_status_of(job_facts: Facts) -> FineTuneJobStatus:
+    return compute_status(job_facts, decide(job_facts), ActionResult())
 
 
 def make_ended_pod(attempt: int, created: float, ended: float, message: TerminationMessage | None, code: int = 137) -> Any:
@@ -125,19 +125,20 @@ def test_goodput_of_a_killed_attempt_and_of_the_next_attempt() -> None:
     first_report = report(progress={"step": 40}, timeUse={"starting": 3, "firstStep": 7, "steps": 80})
     running = facts(jobs=[job(created_at=at(4))], pods=[pod(created_at=at(5), scheduled_at=at(6), running_since=at(10))], now=at(103),
                     last_report=first_report, reported_at=at(101))  # fmt: skip
-    first = compute_status_of(running)
-    assert get_goodput(first).parts.seconds() == {"waiting": 4, "scheduling": 2, "podStart": 4, "starting": 3, "firstStep": 7, "steps": 80, "other": 1}
-    assert (get_goodput(first).wall_seconds, get_goodput(first).percent) == (101, 91.6)
+    first_status = compute_status_of(running)
+    assert get_goodput(first_status).parts.seconds() == {"waiting": 4, "scheduling": 2, "podStart": 4, "starting": 3, "firstStep": 7, "steps": 80, "other": 1}
+    assert (get_goodput(first_status).wall_seconds, get_goodput(first_status).percent) == (101, 91.6)
 
-    failed = facts(status=first, jobs=[job(created_at=at(4), failed_at=at(112))], pods=[make_ended_pod(1, 5, 110, None)], now=at(112),
+    failed_facts = facts(status=first_status, jobs=[job(created_at=at(4), failed_at=at(112))], pods=[make_ended_pod(1, 5, 110, None)], now=at(112),
                    last_report=first_report, reported_at=at(101))  # fmt: skip
-    ended = compute_status_of(failed)
-    assert get_goodput(ended).parts.seconds() == {"waiting": 4, "scheduling": 3, "podStart": 8, "starting": 3, "firstStep": 7, "steps": 85, "other": 2}
+    ended_status = compute_status_of(failed_facts)
+    assert get_goodput(ended_status).parts.seconds() == {"waiting": 4, "scheduling": 3, "podStart": 8, "starting": 3, "firstStep": 7, "steps": 85, "other": 2}
 
     second_report = report(attempt=2, progress={"step": 31}, resumedFromStep=30, timeUse={"starting": 3, "steps": 12.5}).model_copy(update={"attempt": 2})
     second_pod = pod(2, uid="pod-1-0", created_at=at(122), scheduled_at=at(122), running_since=at(124))
-    resumed = facts(status=ended, jobs=[job(2, created_at=at(122))], pods=[second_pod], now=at(140), last_report=second_report, reported_at=at(139.5))
-    second = compute_status_of(resumed)
+    second_job = job(2, created_at=at(122))
+    resumed_facts = facts(status=ended_status, jobs=[second_job], pods=[second_pod], now=at(140), last_report=second_report, reported_at=at(139.5))
+    second = compute_status_of(resumed_facts)
     assert get_goodput(second).parts.seconds() == {
         "waiting": 14, "scheduling": 3, "podStart": 10, "starting": 6, "firstStep": 7, "steps": 76.25, "lostSteps": 21.25, "other": 2,
     }  # fmt: skip
@@ -145,8 +146,8 @@ def test_goodput_of_a_killed_attempt_and_of_the_next_attempt() -> None:
     assert [one.number for one in get_goodput(second).attempts] == [1, 2]
 
     metrics = Metrics()
-    metrics.record_attempt_time(first.goodput, ended.goodput, 1)
-    metrics.record_attempt_time(ended.goodput, second.goodput, None)
+    metrics.record_attempt_time(first_status.goodput, ended_status.goodput, 1)
+    metrics.record_attempt_time(ended_status.goodput, second.goodput, None)
     name, expected = "finetune_operator_attempt_seconds_total", {"steps": 85, "lostSteps": 21.25, "podStart": 8}
     assert {part: metrics.registry.get_sample_value(name, {"part": part}) for part in expected} == expected
 
@@ -154,25 +155,25 @@ def test_goodput_of_a_killed_attempt_and_of_the_next_attempt() -> None:
 def test_time_of_a_suspension_belongs_to_the_next_attempt() -> None:
     old_goodput = Goodput(wall_seconds=100, attempts=[make_entry(1, steps=100)])
     records = [{"number": 1, "startTime": iso_time(0), "endTime": iso_time(100), "reason": Reason.SUSPENDED}, {"number": 2, "startTime": iso_time(400)}]
-    old = status(attempt=2, attempts=records).model_copy(update={"goodput": old_goodput})
+    old_status = status(attempt=2, attempts=records).model_copy(update={"goodput": old_goodput})
     new_pod = pod(2, uid="pod-1-0", created_at=at(400), scheduled_at=at(400), running_since=at(400))
-    observed = facts(status=old, jobs=[job(2, created_at=at(400))], pods=[new_pod], now=at(410), last_report=report(timeUse={"steps": 10}))
-    assert get_goodput(compute_status_of(observed)).parts.seconds() == {"suspended": 300, "steps": 110}
+    job_facts = facts(status=old_status, jobs=[job(2, created_at=at(400))], pods=[new_pod], now=at(410), last_report=report(timeUse={"steps": 10}))
+    assert get_goodput(compute_status_of(job_facts)).parts.seconds() == {"suspended": 300, "steps": 110}
 
 
 def test_without_a_new_report_the_goodput_does_not_change() -> None:
     old_goodput = Goodput(wall_seconds=100, attempts=[make_entry(1, steps=100)])
-    old = status(attempt=1, attempts=[{"number": 1, "startTime": iso_time(0)}]).model_copy(update={"goodput": old_goodput})
-    assert compute_status_of(facts(status=old, jobs=[job()], pods=[pod()], now=at(500))).goodput == old_goodput
-    queued = facts(spec=spec(placement={"queueName": "q"}), jobs=[job(is_suspended=True, queue="q")], now=at(500))
-    assert compute_status_of(queued).goodput is None
+    old_status = status(attempt=1, attempts=[{"number": 1, "startTime": iso_time(0)}]).model_copy(update={"goodput": old_goodput})
+    assert compute_status_of(facts(status=old_status, jobs=[job()], pods=[pod()], now=at(500))).goodput == old_goodput
+    queued_facts = facts(spec=spec(placement={"queueName": "q"}), jobs=[job(is_suspended=True, queue="q")], now=at(500))
+    assert compute_status_of(queued_facts).goodput is None
 
 
 def test_known_parts_are_kept_if_pods_were_removed_while_the_operator_was_stopped() -> None:
     old_goodput = Goodput(wall_seconds=100, attempts=[make_entry(1, steps=90, loading=10)])
-    old = status(attempt=1, attempts=[{"number": 1, "startTime": iso_time(0)}]).model_copy(update={"goodput": old_goodput})
-    ended = compute_status_of(facts(status=old, jobs=[job(failed_at=at(130))], now=at(200)))
-    assert get_goodput(ended).parts.seconds() == {"steps": 90, "loading": 10, "other": 30}
+    old_status = status(attempt=1, attempts=[{"number": 1, "startTime": iso_time(0)}]).model_copy(update={"goodput": old_goodput})
+    ended_status = compute_status_of(facts(status=old_status, jobs=[job(failed_at=at(130))], now=at(200)))
+    assert get_goodput(ended_status).parts.seconds() == {"steps": 90, "loading": 10, "other": 30}
 
 
 def test_sum_includes_attempts_that_are_no_longer_listed() -> None:
@@ -181,8 +182,8 @@ def test_sum_includes_attempts_that_are_no_longer_listed() -> None:
     assert goodput.earlier == {"steps": 7.5, "waiting": 2}
     begin: datetime = at(0)
     old_goodput = Goodput(wall_seconds=100, attempts=[make_entry(number, steps=10) for number in range(1, KEPT_ATTEMPT_COUNT + 1)])
-    old = status(attempt=11, attempts=[{"number": 11, "startTime": iso_time(100)}]).model_copy(update={"goodput": old_goodput})
-    observed = facts(status=old, jobs=[job(11, created_at=at(100))], now=at(110), created_at=begin, last_report=report(timeUse={"steps": 10}),
+    old_status = status(attempt=11, attempts=[{"number": 11, "startTime": iso_time(100)}]).model_copy(update={"goodput": old_goodput})
+    job_facts = facts(status=old_status, jobs=[job(11, created_at=at(100))], now=at(110), created_at=begin, last_report=report(timeUse={"steps": 10}),
                      pods=[pod(11, uid="pod-1-0", created_at=at(100), scheduled_at=at(100), running_since=at(100))])  # fmt: skip
-    found = get_goodput(compute_status_of(observed))
+    found = get_goodput(compute_status_of(job_facts))
     assert (found.wall_seconds, found.earlier, [one.number for one in found.attempts]) == (110, {"steps": 10}, list(range(2, 12)))

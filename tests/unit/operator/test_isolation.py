@@ -41,8 +41,8 @@ def make_executor(server: FakeApiServer, config: OperatorConfig) -> PlanExecutor
 
 
 async def create_first_attempt(server: FakeApiServer, config: OperatorConfig, nodes: int = 1) -> ActionResult:
-    observed = facts(spec=spec(resources={"nodes": nodes, "gpusPerNode": 0}), config=config)
-    return await make_executor(server, config).act(observed, Plan(Situation.STARTING, attempt_to_create=1))
+    job_facts = facts(spec=spec(resources={"nodes": nodes, "gpusPerNode": 0}), config=config)
+    return await make_executor(server, config).act(job_facts, Plan(Situation.STARTING, attempt_to_create=1))
 
 
 # The NetworkPolicy
@@ -125,8 +125,8 @@ async def test_only_the_secret_object_contains_the_secret() -> None:
 async def test_a_preparation_gets_a_secret_with_the_key_for_prepared_rows_of_its_namespace() -> None:
     server = new_server()
     config = make_isolated_config(network_policy=False)
-    observed = facts(spec=spec(resources={"gpusPerNode": 1}, prepare={"strategy": "always"}), config=config)
-    result = await make_executor(server, config).act(observed, Plan(Situation.PREPARING, preparation_to_create=2))
+    job_facts = facts(spec=spec(resources={"gpusPerNode": 1}, prepare={"strategy": "always"}), config=config)
+    result = await make_executor(server, config).act(job_facts, Plan(Situation.PREPARING, preparation_to_create=2))
     name = AttemptSecrets(ISOLATION, KEY).derive_secret_name("run-prepare2", UID, 0)
     assert result.created_preparation is not None and result.created_preparation.attempt_secret_name == name
     data = server.objects[SECRET.plural, name]["data"]
@@ -152,8 +152,8 @@ async def test_a_preparation_gets_a_secret_with_the_key_for_prepared_rows_of_its
 )
 async def test_only_a_preparation_without_user_code_gets_the_key_for_prepared_rows(groups: dict[str, Any], has_key: bool) -> None:
     server, config = new_server(), make_isolated_config(network_policy=False)
-    observed = facts(spec=spec(resources={"gpusPerNode": 1}, prepare={"strategy": "always"}, **groups), config=config)
-    await make_executor(server, config).act(observed, Plan(Situation.PREPARING, preparation_to_create=1))
+    job_facts = facts(spec=spec(resources={"gpusPerNode": 1}, prepare={"strategy": "always"}, **groups), config=config)
+    await make_executor(server, config).act(job_facts, Plan(Situation.PREPARING, preparation_to_create=1))
     volumes = server.objects[JOB.plural, "run-prepare1"]["spec"]["template"]["spec"]["volumes"]
     sources = [source for volume in volumes if volume["name"] == "run" for source in volume["projected"]["sources"]]
     mounted = [item["key"] for source in sources if "secret" in source for item in source["secret"]["items"]]
@@ -172,8 +172,8 @@ async def test_by_default_an_attempt_gets_neither_secret_nor_policy() -> None:
 
 async def test_a_running_job_of_an_older_operator_is_not_changed() -> None:
     server = new_server()
-    observed = facts(jobs=[job(pod_count=1)], config=make_isolated_config())
-    assert await make_executor(server, make_isolated_config()).act(observed, Plan(Situation.ACTIVE)) == ActionResult()
+    job_facts = facts(jobs=[job(pod_count=1)], config=make_isolated_config())
+    assert await make_executor(server, make_isolated_config()).act(job_facts, Plan(Situation.ACTIVE)) == ActionResult()
     assert server.requests == []
 
 

@@ -29,8 +29,8 @@ from tests.unit.operator.samples import CONFIG
 
 
 def make_session(token: str) -> TracedSession:
-    info = kopf.ConnectionInfo(server="https://api", token=token, insecure=True)
-    return TracedSession(info, WatchMonitor([], lambda *_: None), {})
+    connection_info = kopf.ConnectionInfo(server="https://api", token=token, insecure=True)
+    return TracedSession(connection_info, WatchMonitor([], lambda *_: None), {})
 
 
 def test_backoff_never_ends_and_restarts_for_each_request() -> None:

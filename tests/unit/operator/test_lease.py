@@ -129,11 +129,11 @@ def test_replica_ignores_the_times_in_the_lease() -> None:
 def test_leader_that_cannot_renew_stops_before_another_replica_leads() -> None:
     async def scenario() -> float:
         server = FakeLeaseServer()
-        first = make_elector(server, "first")
-        await first.acquire()
+        first_elector = make_elector(server, "first")
+        await first_elector.acquire()
         server.is_down = True
         with pytest.raises(LeaseLost):
-            await first.renew_until_lost()
+            await first_elector.renew_until_lost()
         return loop_seconds()
 
     assert 10 < run(scenario()) < 15
@@ -150,12 +150,12 @@ def test_replica_that_never_led_must_not_write() -> None:
 def test_lease_taken_by_another_holder_ends_the_leader() -> None:
     async def scenario() -> None:
         server = FakeLeaseServer()
-        first = make_elector(server, "first")
-        await first.acquire()
+        first_elector = make_elector(server, "first")
+        await first_elector.acquire()
         assert server.lease is not None
         server.lease["spec"]["holderIdentity"] = "another"
         with pytest.raises(LeaseLost, match="another is the leader now"):
-            await first.renew_until_lost()
+            await first_elector.renew_until_lost()
 
     run(scenario())
 
@@ -163,12 +163,12 @@ def test_lease_taken_by_another_holder_ends_the_leader() -> None:
 def test_deleted_lease_is_created_again() -> None:
     async def scenario() -> None:
         server = FakeLeaseServer()
-        first = make_elector(server, "first")
-        await first.acquire()
+        first_elector = make_elector(server, "first")
+        await first_elector.acquire()
         server.lease = None
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(30):
-                await first.renew_until_lost()
+                await first_elector.renew_until_lost()
         assert server.holder == "first"
 
     run(scenario())
@@ -177,10 +177,10 @@ def test_deleted_lease_is_created_again() -> None:
 def test_released_lease_can_be_acquired_at_once() -> None:
     async def scenario() -> float:
         server = FakeLeaseServer()
-        first = make_elector(server, "first")
-        await first.acquire()
-        await first.release()
-        assert not first.is_leader
+        first_elector = make_elector(server, "first")
+        await first_elector.acquire()
+        await first_elector.release()
+        assert not first_elector.is_leader
         await make_elector(server, "second").acquire()
         return loop_seconds()
 
@@ -193,14 +193,14 @@ def test_renewal_time_is_the_start_of_the_request() -> None:
     async def scenario() -> None:
         server = FakeLeaseServer()
         server.answer_delay_seconds = 6
-        first = make_elector(server, "first")
-        await first.acquire()
+        first_elector = make_elector(server, "first")
+        await first_elector.acquire()
         assert loop_seconds() == 6
         await asyncio.sleep(3.5)
-        first.ensure_leading()
+        first_elector.ensure_leading()
         await asyncio.sleep(1)  # 10.5 s after the start of the request and 4.5 s after its response
         with pytest.raises(LeaseLost):
-            first.ensure_leading()
+            first_elector.ensure_leading()
 
     run(scenario())
 
@@ -223,13 +223,13 @@ def test_replica_does_not_lead_while_the_server_is_down() -> None:
     async def scenario() -> float:
         server = FakeLeaseServer()
         server.is_down = True
-        first = make_elector(server, "first")
-        acquiring = asyncio.create_task(first.acquire())
+        first_elector = make_elector(server, "first")
+        acquiring = asyncio.create_task(first_elector.acquire())
         await asyncio.sleep(31)
         assert not acquiring.done()
         server.is_down = False
         await acquiring
-        first.ensure_leading()
+        first_elector.ensure_leading()
         return loop_seconds()
 
     assert 31 < run(scenario()) <= 31 + 2
@@ -238,14 +238,14 @@ def test_replica_does_not_lead_while_the_server_is_down() -> None:
 def test_conflicting_renewal_is_retried() -> None:
     async def scenario() -> None:
         server = FakeLeaseServer()
-        first = make_elector(server, "first")
-        await first.acquire()
+        first_elector = make_elector(server, "first")
+        await first_elector.acquire()
         server.conflicts = 2
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(30):
-                await first.renew_until_lost()
+                await first_elector.renew_until_lost()
         assert server.conflicts == 0
-        first.ensure_leading()
+        first_elector.ensure_leading()
 
     run(scenario())
 
@@ -255,19 +255,19 @@ def test_lease_is_renewed_during_a_long_first_resync() -> None:
 
     async def scenario() -> list[str]:
         server = FakeLeaseServer()
-        first = make_elector(server, "first")
+        first_elector = make_elector(server, "first")
         events: list[str] = []
 
         async def resync() -> None:
-            first.ensure_leading()
+            first_elector.ensure_leading()
             events.append(f"resync from {loop_seconds():.0f} s")
             await asyncio.sleep(11)
 
         def start_work() -> None:
-            first.ensure_leading()
+            first_elector.ensure_leading()
             events.append(f"work from {loop_seconds():.0f} s")
 
-        coroutines = [asyncio.create_task(coroutine) for coroutine in LeaderTasks(first, resync, start_work).create_coroutines().values()]
+        coroutines = [asyncio.create_task(coroutine) for coroutine in LeaderTasks(first_elector, resync, start_work).create_coroutines().values()]
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(60):
                 await asyncio.gather(*coroutines)
@@ -279,8 +279,8 @@ def test_lease_is_renewed_during_a_long_first_resync() -> None:
 def test_resync_ends_when_the_lease_is_lost() -> None:
     async def scenario() -> float:
         server = FakeLeaseServer()
-        first = make_elector(server, "first")
-        coroutines = LeaderTasks(first, lambda: asyncio.sleep(1000), lambda: None).create_coroutines()
+        first_elector = make_elector(server, "first")
+        coroutines = LeaderTasks(first_elector, lambda: asyncio.sleep(1000), lambda: None).create_coroutines()
         tasks = [asyncio.create_task(coroutine) for coroutine in coroutines.values()]
         await asyncio.sleep(1)
         server.is_down = True
@@ -387,13 +387,13 @@ def test_lease_expires_when_it_has_been_unchanged_for_longer_than_its_duration()
 
 def test_leader_may_write_until_the_renew_deadline() -> None:
     async def scenario() -> None:
-        first = make_elector(FakeLeaseServer(), "first")
-        await first.acquire()
+        first_elector = make_elector(FakeLeaseServer(), "first")
+        await first_elector.acquire()
         await asyncio.sleep(10)
-        first.ensure_leading()
+        first_elector.ensure_leading()
         await asyncio.sleep(0.125)
         with pytest.raises(LeaseLost, match="the Lease was not renewed in time"):
-            first.ensure_leading()
+            first_elector.ensure_leading()
 
     run(scenario())
 
@@ -442,15 +442,15 @@ def test_conflict_does_not_make_a_replica_the_leader() -> None:
 def test_release_leaves_a_lease_without_holder_if_the_server_can_be_reached(is_down: bool) -> None:
     async def scenario() -> None:
         server = FakeLeaseServer()
-        first = make_elector(server, "first")
-        await first.acquire()
+        first_elector = make_elector(server, "first")
+        await first_elector.acquire()
         server.is_down = is_down
-        await first.release()
-        assert server.lease is not None and not first.is_leader
+        await first_elector.release()
+        assert server.lease is not None and not first_elector.is_leader
         fields = server.lease["spec"]
         assert (fields["holderIdentity"], fields["leaseDurationSeconds"]) == (("first", 15) if is_down else ("", 1))
         with pytest.raises(LeaseLost):
-            first.ensure_leading()
+            first_elector.ensure_leading()
 
     run(scenario())
 

@@ -33,12 +33,12 @@ CONFIG = make_config({"node": NODE})
 
 
 def build_job_body(raw_spec: Object, config: OperatorConfig = CONFIG, namespace: str = "team") -> tuple[AcceptedSpec, Object]:
-    accepted = accept(raw_spec, config, namespace=namespace)
-    assert isinstance(accepted, AcceptedSpec), accepted
+    acceptance = accept(raw_spec, config, namespace=namespace)
+    assert isinstance(acceptance, AcceptedSpec), acceptance
     job = finetunejob(raw_spec)
-    run = build_run_config(job, accepted.spec, 1, defaults=accepted.defaults, committed_step=0, max_step=None)
-    body = build_job(job, run, accepted.pool, config, model_cache=accepted.spec.model.cache)
-    return accepted, body
+    run = build_run_config(job, acceptance.spec, 1, defaults=acceptance.defaults, committed_step=0, max_step=None)
+    body = build_job(job, run, acceptance.pool, config, model_cache=acceptance.spec.model.cache)
+    return acceptance, body
 
 
 def get_pod(body: Object) -> Object:
@@ -208,9 +208,9 @@ def test_job_can_turn_off_the_default_cache() -> None:
     ],
 )  # fmt: skip
 def test_cache_on_the_nodes_must_be_configured_for_the_namespace(config: OperatorConfig, namespace: str, message: str) -> None:
-    refused = accept(spec(model={"cache": "node"}), config, namespace=namespace)
-    assert isinstance(refused, RefusedSpec)
-    assert (refused.reason, refused.message, refused.is_final) == (Reason.REJECTED, message, True)
+    refusal = accept(spec(model={"cache": "node"}), config, namespace=namespace)
+    assert isinstance(refusal, RefusedSpec)
+    assert (refusal.reason, refusal.message, refusal.is_final) == (Reason.REJECTED, message, True)
 
 
 @pytest.mark.parametrize(

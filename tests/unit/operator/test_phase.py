@@ -22,8 +22,8 @@ RUNNING_STATUS = {"attempt": 1, "startTime": "2026-11-21T12:00:00Z", "attempts":
 PREEMPTED_ATTEMPT = {**STARTED_ATTEMPT, "endTime": "2026-11-21T12:01:00Z", "reason": "Preempted"}
 
 
-def compute_status_of(observed: Facts, result: ActionResult | None = None) -> FineTuneJobStatus:
-    return compute_status(observed, decide(observed), result or ActionResult())
+def compute_status_of(job_facts: Facts, result: ActionResult | None = None) -> FineTuneJobStatus:
+    return compute_status(job_facts, decide(job_facts), result or ActionResult())
 
 
 @pytest.mark.parametrize(
@@ -50,16 +50,16 @@ def test_phase_follows_the_stage_that_the_pod_reports(stage: str, step: int, att
     status_fields: dict[str, Any] = {**RUNNING_STATUS, "attempt": attempt}
     if attempt == 2:
         status_fields["attempts"] = [PREEMPTED_ATTEMPT, {"number": 2, "startTime": "2026-11-21T12:02:00Z"}]
-    reported = report(stage=stage, attempt=attempt, progress={"step": step, "totalSteps": 10})
+    received_report = report(stage=stage, attempt=attempt, progress={"step": step, "totalSteps": 10})
     pods = [pod(attempt, uid="pod-1-0")]
-    new_status = compute_status_of(facts(status=status(**status_fields), jobs=[job(attempt)], pods=pods, last_report=reported))
+    new_status = compute_status_of(facts(status=status(**status_fields), jobs=[job(attempt)], pods=pods, last_report=received_report))
     assert new_status.phase == phase
 
 
 @pytest.mark.parametrize("stage", ["evaluating", "comparing"])
 def test_job_without_training_is_evaluating(stage: str) -> None:
-    observed = facts(status=status(**RUNNING_STATUS), jobs=[job()], pods=[pod()], last_report=report(stage=stage, progress={}))
-    assert compute_status_of(observed).phase is Phase.EVALUATING
+    job_facts = facts(status=status(**RUNNING_STATUS), jobs=[job()], pods=[pod()], last_report=report(stage=stage, progress={}))
+    assert compute_status_of(job_facts).phase is Phase.EVALUATING
 
 
 def test_phase_stays_running_after_a_restart_of_the_operator() -> None:

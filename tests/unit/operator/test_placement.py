@@ -86,9 +86,9 @@ def test_wrong_quantity_is_refused_with_its_field(name: str, value: str) -> None
 
 
 def test_storage_with_dots_in_its_path_is_refused() -> None:
-    found = accept(spec(storage={"uri": "pvc://claim/../x"}), CONFIG)
-    assert isinstance(found, RefusedSpec) and found.is_final
-    assert "spec.storage.uri" in found.message and ".." in found.message
+    found_acceptance = accept(spec(storage={"uri": "pvc://claim/../x"}), CONFIG)
+    assert isinstance(found_acceptance, RefusedSpec) and found_acceptance.is_final
+    assert "spec.storage.uri" in found_acceptance.message and ".." in found_acceptance.message
 
 
 def test_accepted_spec_names_its_pool() -> None:

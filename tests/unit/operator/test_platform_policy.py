@@ -80,10 +80,10 @@ async def test_job_that_waits_while_suspended_may_start_after_a_new_rule() -> No
     server.put(FINETUNEJOB, {**server.finetunejob, "spec": {**spec(**IMAGE), "suspend": True}})
     await OperatorProcess(server).reconcile()
     assert server.condition(Condition.ACCEPTED)["status"] == "True"
-    restarted = OperatorProcess(server, make_config())
+    restarted_operator = OperatorProcess(server, make_config())
     server.write_spec(spec(**IMAGE))
-    restarted.refresh()
-    await restarted.reconcile()
+    restarted_operator.refresh()
+    await restarted_operator.reconcile()
     assert server.count("create", JOB) == 1
 
 
@@ -91,10 +91,10 @@ async def test_next_attempt_of_a_started_job_starts_after_a_new_rule() -> None:
     server = new_server()
     write_image(server)
     process, first_job = await start_attempt(server)
-    restarted = OperatorProcess(server, make_config())
-    restarted.cache.put_job(first_job)
-    await restarted.reconcile()
-    acceptance = restarted.reconciler._observer.states[KEY].acceptance
+    restarted_operator = OperatorProcess(server, make_config())
+    restarted_operator.cache.put_job(first_job)
+    await restarted_operator.reconcile()
+    acceptance = restarted_operator.reconciler._observer.states[KEY].acceptance
     assert isinstance(acceptance, AcceptedSpec) and acceptance.spec.placement.image == "docker.io/own:1"
     assert server.finetunejob["status"]["phase"] != "Failed"
 
@@ -111,9 +111,9 @@ def make_started_status(limit: int | None) -> Any:
 
 
 def test_limit_is_recorded_when_the_job_is_accepted() -> None:
-    observed = facts(spec=spec(), config=make_config(maxDurationSeconds=60))
-    new = compute_status(observed, decide(observed), ActionResult())
-    assert new.resolved is not None and new.resolved.max_duration_seconds == 60
+    job_facts = facts(spec=spec(), config=make_config(maxDurationSeconds=60))
+    new_status = compute_status(job_facts, decide(job_facts), ActionResult())
+    assert new_status.resolved is not None and new_status.resolved.max_duration_seconds == 60
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_job_ends_at_the_lower_of_its_deadline_and_the_recorded_limit(limit: int
 
 
 def test_new_limit_does_not_end_a_running_job() -> None:
-    observed = facts(spec=spec(), status=make_started_status(None), jobs=[job()], pods=[pod()], now=at(100), config=make_config(maxDurationSeconds=60))
-    assert decide(observed).termination is None
-    new = compute_status(observed, decide(observed), ActionResult())
-    assert new.resolved is None or new.resolved.max_duration_seconds is None
+    job_facts = facts(spec=spec(), status=make_started_status(None), jobs=[job()], pods=[pod()], now=at(100), config=make_config(maxDurationSeconds=60))
+    assert decide(job_facts).termination is None
+    new_status = compute_status(job_facts, decide(job_facts), ActionResult())
+    assert new_status.resolved is None or new_status.resolved.max_duration_seconds is None

@@ -99,20 +99,20 @@ def test_good_report_is_unchanged() -> None:
     ids=lambda value: repr(value)[:40],
 )
 def test_value_out_of_bounds_is_dropped_or_cleaned(path: str, value: Any, kept: Any) -> None:
-    parsed = read_report(change_report(path, value))
-    assert parsed is not None
-    assert get_value_at_path(parsed, path) == kept
-    assert parsed.attempt == 1 and parsed.uid == UID
-    missing = [other for other in ("progress.totalSteps", "health.healthy") if get_value_at_path(parsed, other) is None]
+    parsed_report = read_report(change_report(path, value))
+    assert parsed_report is not None
+    assert get_value_at_path(parsed_report, path) == kept
+    assert parsed_report.attempt == 1 and parsed_report.uid == UID
+    missing = [other for other in ("progress.totalSteps", "health.healthy") if get_value_at_path(parsed_report, other) is None]
     assert missing == []
 
 
 @pytest.mark.parametrize("key", ["\x00updateTime", "updateTime ", "update_time", "\u202eupdate_time"], ids=ascii)
 def test_time_is_bounded_in_camel_case_and_snake_case_fields(key: str) -> None:
     """The API server would reject a status with a time in the year 1, so the operator drops such times."""
-    parsed = read_report(GOOD_REPORT | {"progress": {"step": 3, key: "0001-01-01T00:00:00Z"}})
-    assert parsed is not None
-    assert (parsed.progress.step, parsed.progress.update_time) == (3, None)
+    parsed_report = read_report(GOOD_REPORT | {"progress": {"step": 3, key: "0001-01-01T00:00:00Z"}})
+    assert parsed_report is not None
+    assert (parsed_report.progress.step, parsed_report.progress.update_time) == (3, None)
 
 
 @pytest.mark.parametrize("key", ["specSha256", "\x00specSha256", "spec_sha256", "spec_sha256\x1b"], ids=ascii)
@@ -120,9 +120,9 @@ def test_time_is_bounded_in_camel_case_and_snake_case_fields(key: str) -> None:
 def test_fields_of_the_operator_are_dropped_in_camel_case_and_snake_case(group: str, key: str) -> None:
     """A wrong hash of the spec in the status would block the next attempt forever with reason SpecChanged."""
     without = {name: one for name, one in GOOD_REPORT.items() if name != "resolved"}
-    parsed = read_report(without | {group: {"strategy": "ddp", key: "0" * 64}})
-    assert parsed is not None
-    assert (parsed.resolved.strategy, parsed.resolved.spec_sha256) == ("ddp", None)
+    parsed_report = read_report(without | {group: {"strategy": "ddp", key: "0" * 64}})
+    assert parsed_report is not None
+    assert (parsed_report.resolved.strategy, parsed_report.resolved.spec_sha256) == ("ddp", None)
 
 
 @pytest.mark.parametrize(
@@ -131,21 +131,21 @@ def test_fields_of_the_operator_are_dropped_in_camel_case_and_snake_case(group: 
     ids=["step too large", "negative step", "control character", "no step", "no object"],
 )
 def test_checkpoint_without_a_usable_step_and_uri_is_dropped(checkpoint: Any) -> None:
-    parsed = read_report(GOOD_REPORT | {"checkpoints": [checkpoint, *GOOD_REPORT["checkpoints"], checkpoint]})
-    assert parsed is not None
-    assert [(checkpoint.step, checkpoint.uri) for checkpoint in parsed.checkpoints] == [(2, "s3://b/2")]
+    parsed_report = read_report(GOOD_REPORT | {"checkpoints": [checkpoint, *GOOD_REPORT["checkpoints"], checkpoint]})
+    assert parsed_report is not None
+    assert [(checkpoint.step, checkpoint.uri) for checkpoint in parsed_report.checkpoints] == [(2, "s3://b/2")]
 
 
 def test_only_the_newest_of_many_checkpoints_are_kept() -> None:
-    parsed = read_report(GOOD_REPORT | {"checkpoints": [{"step": step, "uri": f"s3://b/{step}"} for step in range(500)]})
-    assert parsed is not None
-    assert [checkpoint.step for checkpoint in parsed.checkpoints] == list(range(400, 500))
+    parsed_report = read_report(GOOD_REPORT | {"checkpoints": [{"step": step, "uri": f"s3://b/{step}"} for step in range(500)]})
+    assert parsed_report is not None
+    assert [checkpoint.step for checkpoint in parsed_report.checkpoints] == list(range(400, 500))
 
 
 def test_unknown_stage_does_not_discard_the_report() -> None:
-    parsed = read_report(change_report("stage", "distilling"))
-    assert parsed is not None
-    assert (parsed.stage, parsed.progress.step) == ("starting", 3)
+    parsed_report = read_report(change_report("stage", "distilling"))
+    assert parsed_report is not None
+    assert (parsed_report.stage, parsed_report.progress.step) == ("starting", 3)
 
 
 @pytest.mark.parametrize(
@@ -166,9 +166,9 @@ JSON_VALUES = st.recursive(
 
 @given(st.dictionaries(st.sampled_from([*GOOD_REPORT, "timings", "resumedFromStep"]), JSON_VALUES))
 def test_any_json_is_read_without_an_error(changes: dict[str, Any]) -> None:
-    parsed = read_report({**GOOD_REPORT, **changes, "uid": UID, "attempt": 1})
-    assert parsed is not None
-    assert json.dumps(parsed.to_wire(), allow_nan=False)
+    parsed_report = read_report({**GOOD_REPORT, **changes, "uid": UID, "attempt": 1})
+    assert parsed_report is not None
+    assert json.dumps(parsed_report.to_wire(), allow_nan=False)
 
 
 # Termination messages

@@ -79,19 +79,19 @@ def make_facts(
 
 
 def make_failed_preparation(report: TerminationMessage | None, code: int, **fields: Any) -> tuple[JobView, tuple[PodView, ...]]:
-    ended = end_pod(make_preparation_pod(), code, report, **fields)
-    return make_preparation_job( failed_at=at(50), failed_reason="BackoffLimitExceeded"), (ended,)
+    ended_pod = end_pod(make_preparation_pod(), code, report, **fields)
+    return make_preparation_job( failed_at=at(50), failed_reason="BackoffLimitExceeded"), (ended_pod,)
 
 
-def compute_status_of(observed: Facts, plan: Plan, result: ActionResult | None = None) -> FineTuneJobStatus:
-    return compute_status(observed, plan, result or ActionResult())
+def compute_status_of(job_facts: Facts, plan: Plan, result: ActionResult | None = None) -> FineTuneJobStatus:
+    return compute_status(job_facts, plan, result or ActionResult())
 
 
 # ---- which jobs are prepared ----
 
 
 @pytest.mark.parametrize(
-    ("groups", "is_prepared"),
+    ("groups", "needs_preparation"),
     [
         ({}, True),
         ({"prepare": {"strategy": "always"}, "resources": {"gpusPerNode": 0}}, True),
@@ -101,20 +101,20 @@ def compute_status_of(observed: Facts, plan: Plan, result: ActionResult | None =
         ({"suspend": True}, False),
     ],
 )  # fmt: skip
-def test_strategy_and_spec_decide_whether_a_job_is_prepared(groups: dict[str, Any], is_prepared: bool) -> None:
-    observed = make_facts(**groups)
-    assert not isinstance(observed.acceptance, RefusedSpec), observed.acceptance
-    plan = decide(observed)
-    assert (plan.situation is Situation.PREPARING, plan.preparation_to_create) == (is_prepared, 1 if is_prepared else None)
-    assert plan.attempt_to_create == (None if is_prepared or groups.get("suspend") else 1)
+def test_strategy_and_spec_decide_whether_a_job_is_prepared(groups: dict[str, Any], needs_preparation: bool) -> None:
+    job_facts = make_facts(**groups)
+    assert not isinstance(job_facts.acceptance, RefusedSpec), job_facts.acceptance
+    plan = decide(job_facts)
+    assert (plan.situation is Situation.PREPARING, plan.preparation_to_create) == (needs_preparation, 1 if needs_preparation else None)
+    assert plan.attempt_to_create == (None if needs_preparation or groups.get("suspend") else 1)
 
 
 def test_the_operators_configuration_chooses_the_strategy_of_jobs_that_leave_it_out() -> None:
     raw_spec = spec(resources={"gpusPerNode": 1})
     assert accept_spec(raw_spec).spec.prepare.strategy == "never"
-    accepted = accept_spec(raw_spec, CONFIG_WITH_PREPARATION)
-    assert accepted.spec.prepare.strategy == "auto"
-    assert accepted.defaults["prepare.resources.memory"] == "4Gi"
+    acceptance = accept_spec(raw_spec, CONFIG_WITH_PREPARATION)
+    assert acceptance.spec.prepare.strategy == "auto"
+    assert acceptance.defaults["prepare.resources.memory"] == "4Gi"
 
 
 def test_a_job_with_an_attempt_is_never_prepared() -> None:
@@ -132,10 +132,10 @@ def test_the_job_of_a_preparation_has_no_gpu_and_no_placement_of_the_training_po
         resources={"gpusPerNode": 8, "nodes": 2}, prepare={"strategy": "auto", "resources": {"cpu": "6", "memory": "12Gi"}},
         placement={"nodeSelector": {"zone": "a"}, "queueName": "team-a", "env": [{"name": "A", "value": "b"}], "labels": {"cost": "x"}},
     )  # fmt: skip
-    accepted = accept_spec(raw_spec, CONFIG_WITH_PREPARATION)
+    acceptance = accept_spec(raw_spec, CONFIG_WITH_PREPARATION)
     job = finetunejob(raw_spec)
-    run = build_run_config(job, accepted.spec, 1, defaults=accepted.defaults, committed_step=0, max_step=None)
-    body = build_preparation_job(job, run, 2, accepted.spec.prepare.resources, accepted.pool, CONFIG_WITH_PREPARATION)
+    run = build_run_config(job, acceptance.spec, 1, defaults=acceptance.defaults, committed_step=0, max_step=None)
+    body = build_preparation_job(job, run, 2, acceptance.spec.prepare.resources, acceptance.pool, CONFIG_WITH_PREPARATION)
     pod_spec = body["spec"]["template"]["spec"]
     container = pod_spec["containers"][0]
     assert (body["metadata"]["name"], body["spec"]["completions"], container["args"]) == ("run-prepare2", 1, ["prepare"])
@@ -154,9 +154,9 @@ def test_the_job_of_a_preparation_has_no_gpu_and_no_placement_of_the_training_po
 def test_a_preparation_with_a_claim_runs_where_the_training_pods_run() -> None:
     """The first pod that mounts a new claim decides in which zone or on which node the volume is created."""
     raw_spec = make_gpu_spec(dataset={"train": "pvc://data/train.jsonl"}, placement={"nodeSelector": {"zone": "a"}})
-    accepted = accept_spec(raw_spec, CONFIG_WITH_PREPARATION)
-    run = build_run_config(finetunejob(raw_spec), accepted.spec, 1, defaults=accepted.defaults, committed_step=0, max_step=None)
-    body = build_preparation_job(finetunejob(raw_spec), run, 1, accepted.spec.prepare.resources, accepted.pool, CONFIG_WITH_PREPARATION)
+    acceptance = accept_spec(raw_spec, CONFIG_WITH_PREPARATION)
+    run = build_run_config(finetunejob(raw_spec), acceptance.spec, 1, defaults=acceptance.defaults, committed_step=0, max_step=None)
+    body = build_preparation_job(finetunejob(raw_spec), run, 1, acceptance.spec.prepare.resources, acceptance.pool, CONFIG_WITH_PREPARATION)
     pod_spec = body["spec"]["template"]["spec"]
     assert pod_spec["nodeSelector"] == {"gpu": "h100", "zone": "a"}
     assert "nvidia.com/gpu" not in pod_spec["containers"][0]["resources"]["limits"]
@@ -171,7 +171,7 @@ def test_a_preparation_job_that_lost_its_labels_is_found_by_its_owner() -> None:
 
 @given(name=st.from_regex(names.NAME_PATTERN, fullmatch=True), suffix=st.sampled_from(["", "-prepare", "-1", "-prepare1"]), number=st.integers(1, 99))
 def test_no_preparation_has_the_name_of_an_attempt_or_of_another_preparation(name: str, suffix: str, number: int) -> None:
-    job_name = names.preparation_job_name(name, number)
+    job_name = names.make_preparation_job_name(name, number)
     assert re.fullmatch(r".*-\d+", job_name) is None, "only the Jobs of attempts have names that end with a hyphen and a number"
     assert names.parse_preparation_number(job_name, name) == number
     assert (names.parse_preparation_number(job_name, name + suffix) is None) is bool(suffix)
@@ -196,9 +196,9 @@ STORED = {"digest": "a" * 64, "preparedUri": "s3://b/team/_prepared/" + "a" * 64
 )
 @pytest.mark.parametrize("attempt", [1, 2])
 def test_every_attempt_gets_the_prepared_rows_of_the_status(prepare: dict[str, Any], data: dict[str, Any], marks: list[str], attempt: int) -> None:
-    accepted = accept_spec(make_gpu_spec(prepare=prepare), CONFIG_WITH_PREPARATION)
+    acceptance = accept_spec(make_gpu_spec(prepare=prepare), CONFIG_WITH_PREPARATION)
     job = finetunejob(make_gpu_spec(prepare=prepare), status=status(**data))
-    run = build_run_config(job, accepted.spec, attempt, defaults=accepted.defaults, committed_step=0, max_step=None)
+    run = build_run_config(job, acceptance.spec, attempt, defaults=acceptance.defaults, committed_step=0, max_step=None)
     wire = run.to_wire()
     assert [mark for mark in wire["defaults"] if mark.startswith("#prepared")] == marks
     assert "prepared" not in wire and "prepare" not in wire["spec"], "trainer 0.1.0 refuses unknown fields, but ignores marks"
@@ -225,12 +225,12 @@ def test_progress_of_a_preparation_is_shown_without_an_urgent_status_write() -> 
     other_pod = replace(observed, preparation_report=make_running_report("checking", 1000, "pod-prepare-0"))
     assert compute_status_of(other_pod, decide(other_pod)).preparation == Preparation.model_validate(RECORD)
     message = TerminationMessage(exit_code=0, data=DataReport.model_validate({**STORED, "tokenisedRows": 2500}))
-    ended = samples.facts(
+    ended_facts = samples.facts(
         spec=make_gpu_spec(), status=second, jobs=[make_preparation_job(completed_at=at(50))], pods=(end_pod(make_preparation_pod(), 0, message),), now=at(70)
     )
-    last = compute_status_of(replace(ended, preparation_report=make_running_report("uploading", 2500)), decide(ended))
-    assert last.preparation is not None and (last.preparation.stage, last.preparation.tokenised_rows) == (None, 2500)
-    assert last.data is not None and (last.data.digest, last.data.prepared_sha256) == ("a" * 64, "b" * 64)
+    last_status = compute_status_of(replace(ended_facts, preparation_report=make_running_report("uploading", 2500)), decide(ended_facts))
+    assert last_status.preparation is not None and (last_status.preparation.stage, last_status.preparation.tokenised_rows) == (None, 2500)
+    assert last_status.data is not None and (last_status.data.digest, last_status.data.prepared_sha256) == ("a" * 64, "b" * 64)
 
 
 # ---- success ----
@@ -239,40 +239,40 @@ def test_progress_of_a_preparation_is_shown_without_an_urgent_status_write() -> 
 def test_a_prepared_job_starts_its_first_attempt() -> None:
     plan_of_run = RunPlan.model_validate({"memory": {"expectedBytes": 5, "upperBytes": 6, "parts": {"weights": 5}}})
     message = TerminationMessage(exit_code=0, data=DataReport(tokens=12), resolved=ResolvedConfig(dataset_rows=3), plan=plan_of_run)
-    ended = end_pod(make_preparation_pod(), 0, message)
-    observed = make_facts(RECORD, make_preparation_job(completed_at=at(50)), (ended,))
-    plan = decide(observed)
-    new_status = compute_status_of(observed, plan)
+    ended_pod = end_pod(make_preparation_pod(), 0, message)
+    job_facts = make_facts(RECORD, make_preparation_job(completed_at=at(50)), (ended_pod,))
+    plan = decide(job_facts)
+    new_status = compute_status_of(job_facts, plan)
     assert plan.writes_decision and plan.attempt_to_create is None
     assert new_status.preparation is not None and new_status.preparation.reason == Reason.PREPARED
     assert (new_status.data, new_status.resolved and new_status.resolved.dataset_rows) == (DataReport(tokens=12), 3)
     assert new_status.plan == plan_of_run.model_copy(update={"no_choices": "the preparation reported no usable choices"})
     prepared = new_status.condition(Condition.PREPARED)
     assert prepared is not None and (prepared.status, prepared.reason) == ("True", "Prepared")
-    assert [draft.reason for draft in draft_events(observed.job.status, new_status)] == [Reason.ACCEPTED, Reason.PREPARED]
-    following = samples.facts(spec=make_gpu_spec(), status=new_status, jobs=observed.jobs, pods=observed.pods, now=at(61))
+    assert [draft.reason for draft in draft_events(job_facts.job.status, new_status)] == [Reason.ACCEPTED, Reason.PREPARED]
+    following = samples.facts(spec=make_gpu_spec(), status=new_status, jobs=job_facts.jobs, pods=job_facts.pods, now=at(61))
     assert decide(following).attempt_to_create == 1
 
 
 def test_reduced_status_keeps_the_record_of_the_preparation() -> None:
-    prepared = status(preparation=RECORD | {"reason": "Prepared"})
-    assert reduce_status(prepared, status()).preparation == prepared.preparation
+    prepared_status = status(preparation=RECORD | {"reason": "Prepared"})
+    assert reduce_status(prepared_status, status()).preparation == prepared_status.preparation
 
 
 # ---- failures ----
 
 
 def test_a_mistake_of_the_user_ends_the_job_before_any_attempt() -> None:
-    observed = make_facts(RECORD, *make_failed_preparation(USER_MISTAKE, 65))
-    plan = decide(observed)
+    job_facts = make_facts(RECORD, *make_failed_preparation(USER_MISTAKE, 65))
+    plan = decide(job_facts)
     assert plan.job_end is not None and plan.job_end.outcome is Outcome.FAILED
-    new_status = compute_status_of(observed, plan)
+    new_status = compute_status_of(job_facts, plan)
     assert (new_status.phase, new_status.reason, new_status.attempts, new_status.attempt) == (Phase.FAILED, "DatasetEmpty", [], None)
     assert new_status.failure is not None and (new_status.failure.code, new_status.failure.hint) == ("DatasetEmpty", "add rows")
     condition = new_status.condition(Condition.PREPARED)
     assert condition is not None and (condition.status, condition.reason, condition.message) == ("False", "DataError", "no rows")
-    finished = samples.facts(spec=make_gpu_spec(), status=new_status, jobs=observed.jobs, pods=observed.pods, now=at(70))
-    assert decide(finished).situation is Situation.FINISHED
+    finished_facts = samples.facts(spec=make_gpu_spec(), status=new_status, jobs=job_facts.jobs, pods=job_facts.pods, now=at(70))
+    assert decide(finished_facts).situation is Situation.FINISHED
 
 
 @pytest.mark.parametrize(
@@ -285,16 +285,16 @@ def test_a_mistake_of_the_user_ends_the_job_before_any_attempt() -> None:
     ids=["store unreachable", "killed without a message", "stopped"],
 )  # fmt: skip
 def test_preparation_is_repeated_after_a_temporary_failure(message: TerminationMessage | None, code: int, fields: Any, failures: int) -> None:
-    observed = make_facts(RECORD, *make_failed_preparation(message, code, **fields), now=at(50))
-    new_status = compute_status_of(observed, decide(observed))
+    job_facts = make_facts(RECORD, *make_failed_preparation(message, code, **fields), now=at(50))
+    new_status = compute_status_of(job_facts, decide(job_facts))
     record = new_status.preparation
     assert record is not None
     assert (record.number, record.failures, record.reason, record.end_time) == (2, failures, None, at(50))
-    following = samples.facts(spec=make_gpu_spec(), status=new_status, jobs=observed.jobs, pods=observed.pods, now=at(59))
+    following = samples.facts(spec=make_gpu_spec(), status=new_status, jobs=job_facts.jobs, pods=job_facts.pods, now=at(59))
     assert decide(following).preparation_to_create is None
     later = replace(following, now=at(60))
     assert decide(later).preparation_to_create == 2
-    assert [draft.reason for draft in draft_events(observed.job.status, new_status)] == [Reason.ACCEPTED, Reason.RETRYING]
+    assert [draft.reason for draft in draft_events(job_facts.job.status, new_status)] == [Reason.ACCEPTED, Reason.RETRYING]
 
 
 @pytest.mark.parametrize(
@@ -317,16 +317,16 @@ def test_other_failures_skip_an_automatic_preparation_and_end_a_required_one(
     if fields.get("deadline"):
         job = replace(job, failed_reason="DeadlineExceeded", failed_message="DeadlineExceeded: the Job was active too long")
         pods = pods if fields.get("keepsPod") else ()
-    observed = make_facts(RECORD | fields.get("record", {}), job, pods, strategy=strategy)
-    plan = decide(observed)
-    new_status = compute_status_of(observed, plan)
+    job_facts = make_facts(RECORD | fields.get("record", {}), job, pods, strategy=strategy)
+    plan = decide(job_facts)
+    new_status = compute_status_of(job_facts, plan)
     assert new_status.preparation is not None
     if strategy == "auto":
         assert (plan.job_end, new_status.preparation.reason) == (None, Reason.PREPARATION_SKIPPED)
         assert cause in (new_status.preparation.message or "")
-        following = samples.facts(spec=make_gpu_spec(), status=new_status, jobs=observed.jobs, pods=observed.pods, now=at(61))
+        following = samples.facts(spec=make_gpu_spec(), status=new_status, jobs=job_facts.jobs, pods=job_facts.pods, now=at(61))
         assert decide(following).attempt_to_create == 1
-        assert draft_events(observed.job.status, new_status)[-1].reason is Reason.PREPARATION_SKIPPED
+        assert draft_events(job_facts.job.status, new_status)[-1].reason is Reason.PREPARATION_SKIPPED
     else:
         assert plan.job_end is not None and plan.job_end.failure is not None and new_status.phase is Phase.FAILED
         assert cause in plan.job_end.failure.message
@@ -349,8 +349,8 @@ CREDENTIALS = {"storage": {"credentialsSecretRef": {"name": "keys"}}}
 )
 def test_only_a_failure_that_training_pods_would_share_ends_the_job(code: str, exit_code: int, groups: dict[str, Any], is_final: bool) -> None:
     """Failures for other reasons do not end the job: training pods may have another node's role, more disk, or a GPU for the user's reward code."""
-    reported = TerminationMessage(class_=FailureClass.USER, code=code, message="no", exit_code=exit_code)
-    plan = decide(make_facts(RECORD, *make_failed_preparation(reported, exit_code), **groups))
+    reported_message = TerminationMessage(class_=FailureClass.USER, code=code, message="no", exit_code=exit_code)
+    plan = decide(make_facts(RECORD, *make_failed_preparation(reported_message, exit_code), **groups))
     assert (plan.job_end is not None) is is_final
     assert plan.preparation is not None and (plan.preparation.reason == Reason.PREPARATION_SKIPPED) is not is_final
 
@@ -362,8 +362,8 @@ def test_required_preparation_is_repeated_if_its_image_is_too_old() -> None:
 
 
 def test_an_automatic_preparation_is_not_repeated_without_end() -> None:
-    stopped = TerminationMessage(class_=FailureClass.PREEMPTED, code="StoppedSaved", exit_code=75)
-    job, pods = make_failed_preparation(stopped, 75)
+    stopped_message = TerminationMessage(class_=FailureClass.PREEMPTED, code="StoppedSaved", exit_code=75)
+    job, pods = make_failed_preparation(stopped_message, 75)
     sixth = replace(job, name="run-prepare6")
     plan = decide(make_facts(RECORD | {"number": 6}, sixth, pods))
     assert plan.preparation is not None and plan.preparation.reason == Reason.PREPARATION_SKIPPED
@@ -373,8 +373,8 @@ def test_an_automatic_preparation_is_not_repeated_without_end() -> None:
 
 def test_only_the_newest_ended_preparation_is_kept() -> None:
     ended = [make_preparation_job(number, failed_at=at(number)) for number in (1, 2)]
-    observed = samples.facts(spec=make_gpu_spec(), status=status(preparation=RECORD | {"number": 3, "endTime": iso_time(2)}), jobs=ended, now=at(60))
-    plan = decide(observed)
+    job_facts = samples.facts(spec=make_gpu_spec(), status=status(preparation=RECORD | {"number": 3, "endTime": iso_time(2)}), jobs=ended, now=at(60))
+    plan = decide(job_facts)
     assert (plan.preparation_to_create, [job.name for job in plan.jobs_to_delete]) == (3, ["run-prepare1"])
 
 
@@ -387,15 +387,15 @@ def test_a_job_is_not_prepared_if_the_crd_does_not_keep_the_record() -> None:
 
 def test_an_automatic_preparation_without_a_node_is_skipped_after_five_minutes() -> None:
     waiting = make_preparation_pod(phase="Pending", is_ready=False, node="", unschedulable_message="0/3 nodes are available")
-    observed = make_facts(RECORD, make_preparation_job(), (waiting,), now=at(299))
-    plan = decide(observed)
-    new_status = compute_status_of(observed, plan)
+    job_facts = make_facts(RECORD, make_preparation_job(), (waiting,), now=at(299))
+    plan = decide(job_facts)
+    new_status = compute_status_of(job_facts, plan)
     assert (new_status.phase, new_status.reason, plan.reconcile_at) == (Phase.PREPARING, "Unschedulable", at(300))
     reconciling = new_status.condition(Condition.RECONCILING)
     assert reconciling is not None and "0/3 nodes" in reconciling.message
-    skipped = decide(replace(observed, now=at(300)))
+    skipped = decide(replace(job_facts, now=at(300)))
     assert skipped.preparation is not None and skipped.preparation.reason == Reason.PREPARATION_SKIPPED
-    following = samples.facts(spec=make_gpu_spec(), status=compute_status_of(observed, skipped), jobs=observed.jobs, pods=observed.pods, now=at(301))
+    following = samples.facts(spec=make_gpu_spec(), status=compute_status_of(job_facts, skipped), jobs=job_facts.jobs, pods=job_facts.pods, now=at(301))
     ending = decide(following)
     assert (ending.situation, [job.name for job in ending.jobs_to_delete]) == (Situation.BLOCKED, ["run-prepare1"])
     required = decide(make_facts(RECORD, make_preparation_job(), (waiting,), now=at(9999), strategy="always"))
@@ -518,29 +518,30 @@ def make_adopting_facts(message: TerminationMessage = ADOPTED, **fields: Any) ->
 
 
 def test_a_job_with_an_earlier_result_succeeds_without_an_attempt() -> None:
-    observed = make_adopting_facts()
-    plan = decide(observed)
+    job_facts = make_adopting_facts()
+    plan = decide(job_facts)
     assert (plan.attempt_to_create, plan.job_end) == (None, JobEnd(Outcome.SUCCEEDED, Reason.EXISTING_RESULT_ADOPTED))
-    found = compute_status_of(observed, plan)
-    assert (found.phase, found.reason, found.attempt, found.attempts, found.restarts) == (Phase.SUCCEEDED, "ExistingResultAdopted", None, [], 0)
-    assert (found.output, found.metrics, found.data) == (ADOPTED.output, ADOPTED.metrics, ADOPTED.data)
-    assert found.progress is not None and found.progress.display == "40/40 (100%)"
-    assert found.evaluation is not None and (found.evaluation.rows, found.evaluation.headline) == (7, "training loss 0.5")
-    assert found.resolved is not None and found.resolved.device == "NVIDIA H100"
-    assert (found.failure, found.duration, found.workers) == (None, "-", Workers(ready=0, total=2, display="0/2"))
-    reasons = {one.type: (one.status, one.reason) for one in found.conditions}
+    computed_status = compute_status_of(job_facts, plan)
+    assert (computed_status.phase, computed_status.reason) == (Phase.SUCCEEDED, "ExistingResultAdopted")
+    assert (computed_status.attempt, computed_status.attempts, computed_status.restarts) == (None, [], 0)
+    assert (computed_status.output, computed_status.metrics, computed_status.data) == (ADOPTED.output, ADOPTED.metrics, ADOPTED.data)
+    assert computed_status.progress is not None and computed_status.progress.display == "40/40 (100%)"
+    assert computed_status.evaluation is not None and (computed_status.evaluation.rows, computed_status.evaluation.headline) == (7, "training loss 0.5")
+    assert computed_status.resolved is not None and computed_status.resolved.device == "NVIDIA H100"
+    assert (computed_status.failure, computed_status.duration, computed_status.workers) == (None, "-", Workers(ready=0, total=2, display="0/2"))
+    reasons = {one.type: (one.status, one.reason) for one in computed_status.conditions}
     assert reasons[Condition.SUCCEEDED] == reasons[Condition.PREPARED] == ("True", "ExistingResultAdopted")
     assert reasons[Condition.FINISHED] == ("True", "Succeeded")
     assert not {Condition.RECONCILING, Condition.STALLED} & set(reasons)
     message = f"nothing was trained: the FineTuneJob of the same name with uid old had the same spec and inputs, and its result is {ADOPTED_URI}"
-    assert [(draft.reason, draft.note) for draft in draft_events(observed.job.status, found)][1:] == [(Reason.EXISTING_RESULT_ADOPTED, message)]
-    finished = samples.facts(spec=make_gpu_spec(), status=found, jobs=observed.jobs, pods=observed.pods, now=at(61))
-    assert (decide(finished).situation, decide(finished).attempt_to_create) == (Situation.FINISHED, None)
+    assert [(draft.reason, draft.note) for draft in draft_events(job_facts.job.status, computed_status)][1:] == [(Reason.EXISTING_RESULT_ADOPTED, message)]
+    finished_facts = samples.facts(spec=make_gpu_spec(), status=computed_status, jobs=job_facts.jobs, pods=job_facts.pods, now=at(61))
+    assert (decide(finished_facts).situation, decide(finished_facts).attempt_to_create) == (Situation.FINISHED, None)
 
 
 def test_a_result_is_adopted_only_if_the_spec_permits_it() -> None:
-    observed = make_adopting_facts(policy={"onExistingResult": "train"})
-    assert (decide(observed).job_end, compute_status_of(observed, decide(observed)).phase) == (None, Phase.PREPARING)
+    job_facts = make_adopting_facts(policy={"onExistingResult": "train"})
+    assert (decide(job_facts).job_end, compute_status_of(job_facts, decide(job_facts)).phase) == (None, Phase.PREPARING)
     without_result = decide(make_adopting_facts(ADOPTED.model_copy(update={"output": None})))
     assert without_result.job_end is None and without_result.preparation is not None and without_result.preparation.reason == Reason.PREPARED
 
@@ -552,9 +553,9 @@ def test_job_with_attempts_never_adopts_a_result() -> None:
 
 
 def test_existing_result_fails_a_job_with_on_existing_result_fail() -> None:
-    found = TerminationMessage(class_=FailureClass.USER, code="ExistingResultFound", message="stored", hint="choose another name", exit_code=64)
-    observed = make_facts(RECORD, *make_failed_preparation(found, 64), policy={"onExistingResult": "fail"})
-    new_status = compute_status_of(observed, decide(observed))
+    found_message = TerminationMessage(class_=FailureClass.USER, code="ExistingResultFound", message="stored", hint="choose another name", exit_code=64)
+    job_facts = make_facts(RECORD, *make_failed_preparation(found_message, 64), policy={"onExistingResult": "fail"})
+    new_status = compute_status_of(job_facts, decide(job_facts))
     assert (new_status.phase, new_status.reason) == (Phase.FAILED, "ExistingResultFound")
     assert new_status.failure is not None and (new_status.failure.code, new_status.failure.hint) == ("ExistingResultFound", "choose another name")
 
@@ -571,16 +572,16 @@ def test_existing_result_fails_a_job_with_on_existing_result_fail() -> None:
     ],
 )  # fmt: skip
 def test_results_are_adopted_by_default_only_in_prepared_jobs(groups: dict[str, Any], config: OperatorConfig, default: str) -> None:
-    accepted = accept_spec(spec(**{"resources": {"gpusPerNode": 8}, **groups}), config)
-    assert (accepted.spec.policy.on_existing_result, accepted.defaults["policy.onExistingResult"]) == (default, default)
-    run = build_run_config(finetunejob(spec()), accepted.spec, 1, defaults=accepted.defaults, committed_step=0, max_step=None)
+    acceptance = accept_spec(spec(**{"resources": {"gpusPerNode": 8}, **groups}), config)
+    assert (acceptance.spec.policy.on_existing_result, acceptance.defaults["policy.onExistingResult"]) == (default, default)
+    run = build_run_config(finetunejob(spec()), acceptance.spec, 1, defaults=acceptance.defaults, committed_step=0, max_step=None)
     assert "onExistingResult" not in run.to_wire()["spec"].get("policy", {}), "trainer 0.1.0 does not know the field"
 
 
 def test_run_json_omits_fields_that_attempts_do_not_read() -> None:
-    accepted = accept_spec(spec(resources={"gpusPerNode": 8}, policy={"onExistingResult": "train", "retries": 1}), CONFIG_WITH_PREPARATION)
-    limited = accepted.spec.model_copy(update={"policy": accepted.spec.policy.model_copy(update={"max_cost": 5.0})})
-    run = build_run_config(finetunejob(spec()), limited, 2, defaults=accepted.defaults, committed_step=0, max_step=None)
+    acceptance = accept_spec(spec(resources={"gpusPerNode": 8}, policy={"onExistingResult": "train", "retries": 1}), CONFIG_WITH_PREPARATION)
+    limited = acceptance.spec.model_copy(update={"policy": acceptance.spec.policy.model_copy(update={"max_cost": 5.0})})
+    run = build_run_config(finetunejob(spec()), limited, 2, defaults=acceptance.defaults, committed_step=0, max_step=None)
     assert run.to_wire()["spec"]["policy"] == run.to_wire()["spec"]["policy"] | {"retries": 1}
     assert not {"maxCost", "onExistingResult"} & run.to_wire()["spec"]["policy"].keys()
     assert "#minTrainerVersion 0.1.0" in run.to_wire()["defaults"]
@@ -588,8 +589,8 @@ def test_run_json_omits_fields_that_attempts_do_not_read() -> None:
 
 
 def test_reduced_status_keeps_the_uid_of_an_adopted_result() -> None:
-    adopted = status(output={"uri": "s3://b/old/model", "adoptedUid": "old"})
-    reduced = reduce_status(adopted, status()).output
+    adopted_status = status(output={"uri": "s3://b/old/model", "adoptedUid": "old"})
+    reduced = reduce_status(adopted_status, status()).output
     assert reduced is not None and reduced.to_wire() == {"uri": "s3://b/old/model", "adoptedUid": "old"}
 
 

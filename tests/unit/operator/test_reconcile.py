@@ -163,20 +163,20 @@ async def test_later_attempts_keep_the_store_and_the_defaults_of_the_first_attem
     """
     server.finetunejob["spec"] = {name: group for name, group in SPEC.items() if name != "storage"}
     secret = {"credentialsSecretRef": {"name": "old"}}
-    first = OperatorProcess(server, make_config("trainer:1", uri="s3://one/models", endpoint="https://a.example.com", **secret))
+    first_operator = OperatorProcess(server, make_config("trainer:1", uri="s3://one/models", endpoint="https://a.example.com", **secret))
     for _ in range(2):
-        await first.reconcile()
-    (job,) = first.cache.get(KEY).jobs.values()
+        await first_operator.reconcile()
+    (job,) = first_operator.cache.get(KEY).jobs.values()
     server.finetunejob["status"]["resolved"]["defaults"]["training.learningRate"] = 0.125
-    other = OperatorProcess(server, make_config("trainer:2", uri="s3://two/models", endpoint="https://b.example.com"))
-    other.cache.put_job(job)
-    await other.reconcile()
+    other_operator = OperatorProcess(server, make_config("trainer:2", uri="s3://two/models", endpoint="https://b.example.com"))
+    other_operator.cache.put_job(job)
+    await other_operator.reconcile()
     resolved = server.finetunejob["status"]["resolved"]
     assert resolved["image"] == "trainer:1"
     assert resolved["defaults"]["storage.uri"] == "s3://one/models"
-    other.cache.put_job(replace(job, version=10**6, failed_at=job.created_at))
+    other_operator.cache.put_job(replace(job, version=10**6, failed_at=job.created_at))
     for _ in range(3):
-        await other.reconcile()
+        await other_operator.reconcile()
     second = server.objects[JOB.plural, "run-2"]["spec"]["template"]
     run = RunConfig.model_validate_json(second["metadata"]["annotations"][Annotation.RUN_CONFIG])
     assert run.storage.uri.startswith("s3://one/models/team/run/")

@@ -25,14 +25,14 @@ RUNNING_STATUS = {
 }
 
 
-def compute_status_of(observed: Facts, result: ActionResult | None = None) -> FineTuneJobStatus:
-    return compute_status(observed, decide(observed), result or ActionResult())
+def compute_status_of(job_facts: Facts, result: ActionResult | None = None) -> FineTuneJobStatus:
+    return compute_status(job_facts, decide(job_facts), result or ActionResult())
 
 
 def compute_running_status(old_status: FineTuneJobStatus | None = None, **reported: Any) -> FineTuneJobStatus:
     """Return the status of a running job whose pod reports these values."""
-    observed = facts(status=old_status or status(**RUNNING_STATUS), jobs=[job()], pods=[pod()], last_report=report(**reported))
-    return compute_status_of(observed)
+    job_facts = facts(status=old_status or status(**RUNNING_STATUS), jobs=[job()], pods=[pod()], last_report=report(**reported))
+    return compute_status_of(job_facts)
 
 
 def test_first_status_of_a_new_job() -> None:
@@ -46,22 +46,22 @@ def test_first_status_of_a_new_job() -> None:
 
 
 def test_text_from_the_spec_is_shown_without_control_characters() -> None:
-    found = compute_status_of(facts(spec=spec(model={"source": "s3://models/a\x1b]0;x\nb"})))
-    assert found.resolved is not None and found.resolved.model_name == "a ]0;x b"
+    computed_status = compute_status_of(facts(spec=spec(model={"source": "s3://models/a\x1b]0;x\nb"})))
+    assert computed_status.resolved is not None and computed_status.resolved.model_name == "a ]0;x b"
 
 
 def test_equal_facts_give_equal_statuses() -> None:
-    first = compute_status_of(facts(status=status(**RUNNING_STATUS), jobs=[job()], pods=[pod()], now=at(10)))
-    assert compute_status_of(facts(status=first, jobs=[job()], pods=[pod()], now=at(20))).to_wire() == first.to_wire()
+    first_status = compute_status_of(facts(status=status(**RUNNING_STATUS), jobs=[job()], pods=[pod()], now=at(10)))
+    assert compute_status_of(facts(status=first_status, jobs=[job()], pods=[pod()], now=at(20))).to_wire() == first_status.to_wire()
 
 
 def test_edited_spec_of_a_finished_job_changes_the_generation_only() -> None:
     over = {"status": status(**RUNNING_STATUS), "jobs": [job(completed_at=at(90))], "pods": [end_pod(pod(), 0)]}
-    done = compute_status_of(facts(**over, now=at(95)))
-    edited = compute_status_of(facts(**(over | {"status": done}), now=at(99), generation=2))
-    assert (edited.observed_generation, {condition.observed_generation for condition in edited.conditions}) == (2, {2})
-    expected = done.to_wire() | {"observedGeneration": 2, "conditions": edited.to_wire()["conditions"]}
-    assert edited.to_wire() == expected
+    done_status = compute_status_of(facts(**over, now=at(95)))
+    edited_status = compute_status_of(facts(**(over | {"status": done_status}), now=at(99), generation=2))
+    assert (edited_status.observed_generation, {condition.observed_generation for condition in edited_status.conditions}) == (2, {2})
+    expected = done_status.to_wire() | {"observedGeneration": 2, "conditions": edited_status.to_wire()["conditions"]}
+    assert edited_status.to_wire() == expected
 
 
 # Progress
@@ -116,35 +116,35 @@ def compute_first_attempt_after_resume(
     attempts = [first, {"number": 2, "startTime": "2026-11-21T12:06:00Z", **(second or {})}]
     uri = f"s3://b/checkpoints/step-{resumed_from:08d}/a{committed_by}-1f3c9a2b" if committed_by else "s3://b/x"
     listed = [{"step": resumed_from, "uri": uri}] if committed_by else []
-    reported = report(attempt=2, resumedFromStep=resumed_from, progress={"step": resumed_from + 1}, checkpoints=listed)
+    received_report = report(attempt=2, resumedFromStep=resumed_from, progress={"step": resumed_from + 1}, checkpoints=listed)
     pods = [pod(2, uid="pod-1-0")]
-    observed = facts(status=status(attempt=2, attempts=attempts), jobs=[job(2)], pods=pods, last_report=reported)
-    return compute_status_of(observed).attempts[0]
+    job_facts = facts(status=status(attempt=2, attempts=attempts), jobs=[job(2)], pods=pods, last_report=received_report)
+    return compute_status_of(job_facts).attempts[0]
 
 
 @pytest.mark.parametrize("committed_by", [None, 1], ids=["unknown attempt", "attempt 1"])
 def test_last_step_of_an_unobserved_attempt_is_the_step_from_which_the_next_attempt_resumed(committed_by: int | None) -> None:
     """While the operator was stopped, attempt 1 trained from step 80 to step 190 and ended."""
-    first = compute_first_attempt_after_resume(80, 190, committed_by=committed_by)
-    assert (first.last_step, first.committed_step, first.steps_lost) == (190, 190, 0)
+    first_attempt = compute_first_attempt_after_resume(80, 190, committed_by=committed_by)
+    assert (first_attempt.last_step, first_attempt.committed_step, first_attempt.steps_lost) == (190, 190, 0)
 
 
 def test_last_step_of_an_attempt_that_was_never_observed_is_corrected() -> None:
-    first = compute_first_attempt_after_resume(None, 190)
-    assert (first.last_step, first.committed_step, first.steps_lost) == (190, 190, 0)
+    first_attempt = compute_first_attempt_after_resume(None, 190)
+    assert (first_attempt.last_step, first_attempt.committed_step, first_attempt.steps_lost) == (190, 190, 0)
 
 
 def test_corrected_last_step_is_kept_while_the_next_attempt_trains() -> None:
     first = {"number": 1, "lastStep": 190, "committedStep": 190, "stepsLost": 0, "endTime": "2026-11-21T12:05:00Z", "reason": "Preempted"}
     old_status = status(attempt=2, attempts=[first, {"number": 2, "startTime": "2026-11-21T12:06:00Z", "lastStep": 191, "resumedFromStep": 190}])
-    reported = report(attempt=2, resumedFromStep=190, progress={"step": 250})
-    new_status = compute_status_of(facts(status=old_status, jobs=[job(2)], pods=[pod(2, uid="pod-1-0")], last_report=reported)).attempts[0]
+    received_report = report(attempt=2, resumedFromStep=190, progress={"step": 250})
+    new_status = compute_status_of(facts(status=old_status, jobs=[job(2)], pods=[pod(2, uid="pod-1-0")], last_report=received_report)).attempts[0]
     assert (new_status.last_step, new_status.committed_step, new_status.steps_lost) == (190, 190, 0)
 
 
 def test_steps_after_the_last_checkpoint_are_counted_as_lost() -> None:
-    first = compute_first_attempt_after_resume(80, 60)
-    assert (first.last_step, first.steps_lost) == (80, 20)
+    first_attempt = compute_first_attempt_after_resume(80, 60)
+    assert (first_attempt.last_step, first_attempt.steps_lost) == (80, 20)
 
 
 @pytest.mark.parametrize(
@@ -156,8 +156,8 @@ def test_resume_from_an_own_checkpoint_does_not_change_the_previous_attempt(
     committed_by: int | None, second: dict[str, Any]
 ) -> None:
     """A queue may replace the pods of attempt 2. The new pods resume from a checkpoint of attempt 2, which says nothing about attempt 1."""
-    first = compute_first_attempt_after_resume(80, 290, committed_by=committed_by, second=second)
-    assert (first.last_step, first.committed_step) == (80, None)
+    first_attempt = compute_first_attempt_after_resume(80, 290, committed_by=committed_by, second=second)
+    assert (first_attempt.last_step, first_attempt.committed_step) == (80, None)
 
 
 def test_termination_message_is_sufficient_to_report_success() -> None:
@@ -175,8 +175,8 @@ def test_results_of_the_evaluation_stay_in_the_status() -> None:
     metrics = {"semanticSimilarity": {"value": -0.25, "difference": -0.5}}
     evaluation = {"rows": 20, "metrics": metrics, "gates": [{"metric": "semanticSimilarity", "passed": False}]}
     message = TerminationMessage.model_validate({"step": 500, "output": {"uri": "s3://b/model"}, "evaluation": evaluation})
-    observed = facts(status=status(**RUNNING_STATUS), jobs=[job(completed_at=at(90))], pods=[end_pod(pod(), 0, message)], now=at(95))
-    new_status = compute_status_of(observed)
+    job_facts = facts(status=status(**RUNNING_STATUS), jobs=[job(completed_at=at(90))], pods=[end_pod(pod(), 0, message)], now=at(95))
+    new_status = compute_status_of(job_facts)
     assert new_status.to_wire()["evaluation"] == evaluation | {"headline": "semanticSimilarity -0.25 (gate failed)"}
     later = compute_status_of(facts(status=new_status, jobs=[job(completed_at=at(90))], now=at(200)))
     assert later.evaluation == new_status.evaluation
@@ -187,8 +187,8 @@ def test_a_termination_message_without_metrics_keeps_those_of_the_last_report() 
     old_status = status(**RUNNING_STATUS, evaluation={"rows": 20, "metrics": metrics})
     gates = [{"metric": "loss", "passed": True}]
     message = TerminationMessage.model_validate({"step": 500, "output": {"uri": "s3://b/model"}, "evaluation": {"gates": gates}})
-    observed = facts(status=old_status, jobs=[job(completed_at=at(90))], pods=[end_pod(pod(), 0, message)], now=at(95))
-    assert compute_status_of(observed).to_wire()["evaluation"] == {"rows": 20, "metrics": metrics, "gates": gates}
+    job_facts = facts(status=old_status, jobs=[job(completed_at=at(90))], pods=[end_pod(pod(), 0, message)], now=at(95))
+    assert compute_status_of(job_facts).to_wire()["evaluation"] == {"rows": 20, "metrics": metrics, "gates": gates}
 
 
 @pytest.mark.parametrize(
@@ -205,12 +205,12 @@ def test_headline_is_the_metric_of_the_first_gate_or_else_the_first_metric(
 ) -> None:
     metrics = {name: {"value": value} for name, value in measured.items()}
     message = TerminationMessage.model_validate({"step": 500, "output": {"uri": "s3://b/model"}, "evaluation": {"metrics": metrics}})
-    observed = facts(
+    job_facts = facts(
         spec=spec(evaluation=evaluation, dataset={"train": "s3://d/a.jsonl", "test": "s3://d/b.jsonl"}), status=status(**RUNNING_STATUS),
         jobs=[job(completed_at=at(90))], pods=[end_pod(pod(), 0, message)], now=at(95),
     )  # fmt: skip
-    found = compute_status_of(observed).evaluation
-    assert found is not None and found.headline == expected
+    computed_evaluation = compute_status_of(job_facts).evaluation
+    assert computed_evaluation is not None and computed_evaluation.headline == expected
 
 
 @pytest.mark.parametrize(
@@ -233,8 +233,9 @@ def test_the_headline_names_a_failed_gate() -> None:
     gates = [{"metric": "bleu", "passed": True}, {"metric": "accuracy", "passed": False}]
     metrics = {"bleu": {"value": 12.0}, "accuracy": {"value": 0.5}}
     message = TerminationMessage.model_validate({"output": {"uri": "s3://b/model"}, "evaluation": {"metrics": metrics, "gates": gates}})
-    found = compute_status_of(facts(status=status(**RUNNING_STATUS), jobs=[job(failed_at=at(90))], pods=[end_pod(pod(), 80, message)], now=at(95))).evaluation
-    assert found is not None and found.headline == "accuracy 0.5 (gate failed)"
+    ended_pod = end_pod(pod(), 80, message)
+    evaluation = compute_status_of(facts(status=status(**RUNNING_STATUS), jobs=[job(failed_at=at(90))], pods=[ended_pod], now=at(95))).evaluation
+    assert evaluation is not None and evaluation.headline == "accuracy 0.5 (gate failed)"
 
 
 def test_failed_gate_ends_the_job_with_its_message_and_keeps_the_model() -> None:
@@ -262,11 +263,11 @@ def test_a_job_without_training_shows_its_stage_and_no_steps() -> None:
 
 def test_long_texts_of_pods_do_not_make_the_status_large() -> None:
     message = TerminationMessage(code="X" * 5000, message="y" * 100_000, hint="z" * 100_000)
-    failed = end_pod(pod(), 65, message)
-    assert failed.terminated is not None
-    failed = replace(failed, terminated=replace(failed.terminated, message=message.model_dump_json(by_alias=True)))
+    failed_pod = end_pod(pod(), 65, message)
+    assert failed_pod.terminated is not None
+    failed_pod = replace(failed_pod, terminated=replace(failed_pod.terminated, message=message.model_dump_json(by_alias=True)))
     blocking = BlockingCondition(Reason.QUEUED, "q" * 9999)
-    new_status = compute_status_of(facts(status=status(**RUNNING_STATUS), jobs=[job(failed_at=at(60))], pods=[failed], blocking_condition=blocking))
+    new_status = compute_status_of(facts(status=status(**RUNNING_STATUS), jobs=[job(failed_at=at(60))], pods=[failed_pod], blocking_condition=blocking))
     assert len(str(new_status.to_wire())) < 20_000
 
 
@@ -303,9 +304,10 @@ def test_the_time_of_the_steps_is_recorded_after_a_successful_training(
     code: int, plan: dict[str, Any], time_use: dict[str, float], measured: dict[str, float] | None
 ) -> None:
     message = TerminationMessage.model_validate({"plan": plan, "timeUse": time_use, "progress": {"step": 40}})
-    ended = end_pod(pod(scheduled_at=at(0), running_since=at(1)), code, message)
+    ended_pod = end_pod(pod(scheduled_at=at(0), running_since=at(1)), code, message)
     finished = {"completed_at": at(61)} if code == 0 else {"failed_at": at(61)}
-    new_status = compute_status_of(facts(spec=spec(policy={"retries": 0}), status=status(**RUNNING_STATUS), jobs=[job(**finished)], pods=[ended], now=at(62)))
+    observed_facts = facts(spec=spec(policy={"retries": 0}), status=status(**RUNNING_STATUS), jobs=[job(**finished)], pods=[ended_pod], now=at(62))
+    new_status = compute_status_of(observed_facts)
     assert new_status.plan is not None
     assert (new_status.plan.measured.to_wire() if new_status.plan.measured else None) == measured
 
@@ -315,9 +317,9 @@ def test_steps_of_another_job_do_not_count_as_measured_steps() -> None:
     message = TerminationMessage.model_validate(
         {"plan": {"work": WORK}, "timeUse": {"firstStep": 5, "steps": 30.5}, "progress": {"step": 40}, "resumedFromStep": 30}
     )
-    ended = end_pod(pod(scheduled_at=at(0), running_since=at(1)), 0, message)
-    resumed = spec(checkpoint={"resume": "s3://b/ns/old/uid/checkpoints/step-00000030/a1-1f3c9a2b"})
-    new_status = compute_status_of(facts(spec=resumed, status=status(**RUNNING_STATUS), jobs=[job(completed_at=at(61))], pods=[ended], now=at(62)))
+    ended_pod = end_pod(pod(scheduled_at=at(0), running_since=at(1)), 0, message)
+    resumed_spec = spec(checkpoint={"resume": "s3://b/ns/old/uid/checkpoints/step-00000030/a1-1f3c9a2b"})
+    new_status = compute_status_of(facts(spec=resumed_spec, status=status(**RUNNING_STATUS), jobs=[job(completed_at=at(61))], pods=[ended_pod], now=at(62)))
     assert new_status.plan is not None and new_status.plan.measured is not None
     assert new_status.plan.measured.to_wire() == {"seconds": 35.5, "steps": 10}
 
@@ -344,8 +346,8 @@ def test_no_time_in_the_status_is_later_than_the_completion(exit_code: int) -> N
         {"step": 500, "output": {"uri": "s3://b/model"}, "checkpoints": checkpoints, "progress": {"step": 500, "updateTime": at(3000).isoformat()}}
     )
     ended_job = job(completed_at=at(90)) if exit_code == 0 else job(failed_at=at(90))
-    observed = facts(status=old_status, jobs=[ended_job], pods=[end_pod(pod(), exit_code, message)], now=at(95))
-    new_status = compute_status_of(observed)
+    job_facts = facts(status=old_status, jobs=[ended_job], pods=[end_pod(pod(), exit_code, message)], now=at(95))
+    new_status = compute_status_of(job_facts)
     wire = new_status.to_wire()
     assert (new_status.phase, wire["completionTime"]) == (Phase.FAILED if exit_code else Phase.SUCCEEDED, format_rfc3339(at(95)))
     assert max(list_times(wire)) == wire["completionTime"]
@@ -354,8 +356,8 @@ def test_no_time_in_the_status_is_later_than_the_completion(exit_code: int) -> N
 
 def test_the_completion_is_the_end_of_the_last_container_if_nothing_is_later() -> None:
     old_status = status(**RUNNING_STATUS, conditions=[condition(Condition.PODS_READY, "True", "PodsReady", 10)])
-    observed = facts(status=old_status, jobs=[job(completed_at=at(90))], pods=[end_pod(pod(), 0)], now=at(5000))
-    wire = compute_status_of(observed).to_wire()
+    job_facts = facts(status=old_status, jobs=[job(completed_at=at(90))], pods=[end_pod(pod(), 0)], now=at(5000))
+    wire = compute_status_of(job_facts).to_wire()
     assert wire["completionTime"] == format_rfc3339(at(90)) == max(list_times(wire))
 
 

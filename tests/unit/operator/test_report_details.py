@@ -28,21 +28,21 @@ def compute_steps_in_status(reported_steps: list[int], known_steps: list[int]) -
     `reported_steps`.
     """
     old_status = status(attempt=1, attempts=[STARTED_ATTEMPT], checkpoints=[checkpoint for checkpoint in CHECKPOINTS if checkpoint["step"] in known_steps])
-    received = report(checkpoints=[checkpoint for checkpoint in CHECKPOINTS if checkpoint["step"] in reported_steps], progress={"step": 510})
-    observed = facts(status=old_status, jobs=[job()], pods=[pod()], last_report=received)
-    return [checkpoint.step for checkpoint in compute_status(observed, decide(observed), ActionResult()).checkpoints]
+    received_report = report(checkpoints=[checkpoint for checkpoint in CHECKPOINTS if checkpoint["step"] in reported_steps], progress={"step": 510})
+    job_facts = facts(status=old_status, jobs=[job()], pods=[pod()], last_report=received_report)
+    return [checkpoint.step for checkpoint in compute_status(job_facts, decide(job_facts), ActionResult()).checkpoints]
 
 
 def test_quota_reserved_has_the_time_of_admission() -> None:
     old_status = status(
         attempt=1, attempts=[STARTED_ATTEMPT], conditions=[condition(Condition.QUOTA_RESERVED, "False", Reason.QUEUED, 0)]
     )
-    queued = spec(placement={"queueName": "q"}, policy={"activeDeadlineSeconds": 7200})
-    observed = facts(spec=queued, status=old_status, jobs=[job(queue="q", started_at=at(100))], pods=[pod()], now=at(3700))
-    new = compute_status(observed, decide(observed), ActionResult())
-    assert [condition.last_transition_time for condition in new.conditions if condition.type is Condition.QUOTA_RESERVED] == [at(100)]
-    lost = facts(spec=queued, status=new, jobs=[job(queue="q", is_suspended=True, started_at=at(100))], now=at(3800))
-    assert compute_status(lost, decide(lost), ActionResult()).active_seconds == 3700
+    queued_spec = spec(placement={"queueName": "q"}, policy={"activeDeadlineSeconds": 7200})
+    job_facts = facts(spec=queued_spec, status=old_status, jobs=[job(queue="q", started_at=at(100))], pods=[pod()], now=at(3700))
+    new_status = compute_status(job_facts, decide(job_facts), ActionResult())
+    assert [condition.last_transition_time for condition in new_status.conditions if condition.type is Condition.QUOTA_RESERVED] == [at(100)]
+    lost_facts = facts(spec=queued_spec, status=new_status, jobs=[job(queue="q", is_suspended=True, started_at=at(100))], now=at(3800))
+    assert compute_status(lost_facts, decide(lost_facts), ActionResult()).active_seconds == 3700
 
 
 def test_checkpoints_that_retention_removed_are_removed_from_the_status() -> None:
@@ -51,8 +51,8 @@ def test_checkpoints_that_retention_removed_are_removed_from_the_status() -> Non
 
 def test_save_time_of_a_checkpoint_is_kept_when_a_later_report_lacks_it() -> None:
     old_status = status(attempt=1, attempts=[STARTED_ATTEMPT], checkpoints=[CHECKPOINTS[3] | {"saveSeconds": 400.0}])
-    observed = facts(status=old_status, jobs=[job()], pods=[pod()], last_report=report(checkpoints=[CHECKPOINTS[3]]))
-    assert compute_status(observed, decide(observed), ActionResult()).checkpoints[0].save_seconds == 400.0
+    job_facts = facts(status=old_status, jobs=[job()], pods=[pod()], last_report=report(checkpoints=[CHECKPOINTS[3]]))
+    assert compute_status(job_facts, decide(job_facts), ActionResult()).checkpoints[0].save_seconds == 400.0
 
 
 def test_checkpoints_newer_than_the_reported_ones_stay_in_status() -> None:
@@ -65,38 +65,38 @@ def test_termination_message_replaces_the_checkpoints_of_the_last_report() -> No
     message = TerminationMessage.model_validate(
         {"step": 500, "checkpoints": CHECKPOINTS[-1:], "output": {"uri": "s3://m/final"}}
     )
-    received = report(checkpoints=CHECKPOINTS[-2:], progress={"step": 500})
-    observed = facts(
-        status=old_status, jobs=[job(completed_at=at(60))], pods=[end_pod(pod(), 0, message)], last_report=received, now=at(61)
+    received_report = report(checkpoints=CHECKPOINTS[-2:], progress={"step": 500})
+    job_facts = facts(
+        status=old_status, jobs=[job(completed_at=at(60))], pods=[end_pod(pod(), 0, message)], last_report=received_report, now=at(61)
     )
-    assert [checkpoint.step for checkpoint in compute_status(observed, decide(observed), ActionResult()).checkpoints] == [500]
+    assert [checkpoint.step for checkpoint in compute_status(job_facts, decide(job_facts), ActionResult()).checkpoints] == [500]
 
 
 def test_committed_model_stays_in_the_status_while_later_stages_run_and_fail() -> None:
     old_status = status(attempt=1, attempts=[STARTED_ATTEMPT])
-    received = report(stage="evaluating", output={"uri": "s3://m/final"}, progress={"step": 500})
-    running = facts(status=old_status, jobs=[job()], pods=[pod()], last_report=received)
-    new = compute_status(running, decide(running), ActionResult())
-    assert new.phase is Phase.EVALUATING and new.output is not None and new.output.uri == "s3://m/final"
+    received_report = report(stage="evaluating", output={"uri": "s3://m/final"}, progress={"step": 500})
+    running = facts(status=old_status, jobs=[job()], pods=[pod()], last_report=received_report)
+    new_status = compute_status(running, decide(running), ActionResult())
+    assert new_status.phase is Phase.EVALUATING and new_status.output is not None and new_status.output.uri == "s3://m/final"
     message = TerminationMessage.model_validate(
         {"step": 500, "stage": "evaluating", "code": "DatasetEmpty", "message": "m", "output": {"uri": "s3://m/final"}, "class": "Data"}
     )
-    failed = facts(status=new, jobs=[job(failed_at=at(60))], pods=[end_pod(pod(), 65, message)], now=at(61))
-    ended = compute_status(failed, decide(failed), ActionResult())
-    succeeded = ended.condition(Condition.SUCCEEDED)
+    failed_facts = facts(status=new_status, jobs=[job(failed_at=at(60))], pods=[end_pod(pod(), 65, message)], now=at(61))
+    ended_status = compute_status(failed_facts, decide(failed_facts), ActionResult())
+    succeeded = ended_status.condition(Condition.SUCCEEDED)
     assert succeeded is not None and (succeeded.status, succeeded.reason) == ("False", "EvaluationFailed")
-    assert (ended.phase, ended.reason) == (Phase.FAILED, "DatasetEmpty")
-    assert ended.output is not None and ended.output.uri == "s3://m/final"
+    assert (ended_status.phase, ended_status.reason) == (Phase.FAILED, "DatasetEmpty")
+    assert ended_status.output is not None and ended_status.output.uri == "s3://m/final"
 
 
 def test_output_addresses_that_the_termination_message_lacks_are_kept() -> None:
     old_status = status(attempt=1, attempts=[STARTED_ATTEMPT], output={"uri": "s3://m/final", "mergedUri": "s3://m/merged"})
-    received = report(stage="reporting", output={"uri": "s3://m/final", "reportUri": "s3://m/report"}, progress={"step": 500})
-    running = facts(status=old_status, jobs=[job()], pods=[pod()], last_report=received)
+    received_report = report(stage="reporting", output={"uri": "s3://m/final", "reportUri": "s3://m/report"}, progress={"step": 500})
+    running = facts(status=old_status, jobs=[job()], pods=[pod()], last_report=received_report)
     message = TerminationMessage.model_validate({"step": 500, "output": {"uri": "s3://m/final", "promoted": True}})
-    reported = compute_status(running, decide(running), ActionResult())
-    ended = facts(status=reported, jobs=[job(completed_at=at(60))], pods=[end_pod(pod(), 0, message)], now=at(61))
-    output = compute_status(ended, decide(ended), ActionResult()).output
+    reported_status = compute_status(running, decide(running), ActionResult())
+    ended_facts = facts(status=reported_status, jobs=[job(completed_at=at(60))], pods=[end_pod(pod(), 0, message)], now=at(61))
+    output = compute_status(ended_facts, decide(ended_facts), ActionResult()).output
     assert output is not None
     assert output.to_wire() == {"uri": "s3://m/final", "mergedUri": "s3://m/merged", "reportUri": "s3://m/report", "promoted": True}
 
@@ -111,24 +111,24 @@ def test_suspending_a_queued_job_is_not_reported_as_preemption() -> None:
     old_status = status(attempt=1, attempts=[{**STARTED_ATTEMPT, "reason": "Suspended"}], conditions=[admitted])
     raw_spec = spec(placement={"queueName": "team"}, suspend=True)
     gone = facts(spec=raw_spec, status=old_status, pods=[replace(end_pod(pod(), 75), is_deleted=True)], now=at(60))
-    new = compute_status(gone, decide(gone), ActionResult())
-    reasons = [note.reason for note in draft_events(old_status, new)]
+    new_status = compute_status(gone, decide(gone), ActionResult())
+    reasons = [note.reason for note in draft_events(old_status, new_status)]
     assert Reason.PREEMPTED not in reasons
     assert Reason.QUEUED not in reasons
     assert Reason.SUSPENDED in reasons
-    quota = next(condition for condition in new.conditions if condition.type == Condition.QUOTA_RESERVED)
+    quota = next(condition for condition in new_status.conditions if condition.type == Condition.QUOTA_RESERVED)
     assert (quota.status, quota.message) == ("False", "no Job exists, so no quota is requested")
-    again = facts(spec=spec(placement={"queueName": "team"}), status=new, now=at(90))
-    plan = decide(again)
-    waits = compute_status(again, plan, ActionResult(created_job=job(2, is_suspended=True, started_at=None, queue="team")))
-    assert Reason.QUEUED in [note.reason for note in draft_events(new, waits)]
+    repeated_facts = facts(spec=spec(placement={"queueName": "team"}), status=new_status, now=at(90))
+    plan = decide(repeated_facts)
+    waits = compute_status(repeated_facts, plan, ActionResult(created_job=job(2, is_suspended=True, started_at=None, queue="team")))
+    assert Reason.QUEUED in [note.reason for note in draft_events(new_status, waits)]
 
 
 def test_job_suspended_while_it_waits_for_a_pool_is_suspended_at_once() -> None:
-    observed = facts(spec=spec(resources={"nodePool": "gone", "gpusPerNode": 1}, suspend=True))
-    plan = decide(observed)
+    job_facts = facts(spec=spec(resources={"nodePool": "gone", "gpusPerNode": 1}, suspend=True))
+    plan = decide(job_facts)
     assert plan.situation is Situation.SUSPENDED
-    new = compute_status(observed, plan, ActionResult())
-    assert new.phase is Phase.SUSPENDED
-    statuses = {condition.type: condition.status for condition in new.conditions}
+    new_status = compute_status(job_facts, plan, ActionResult())
+    assert new_status.phase is Phase.SUSPENDED
+    statuses = {condition.type: condition.status for condition in new_status.conditions}
     assert (statuses[Condition.SUSPENDED], statuses[Condition.ACCEPTED]) == ("True", "False")

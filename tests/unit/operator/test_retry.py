@@ -91,8 +91,8 @@ def test_backoff_stops_doubling_after_21_attempts() -> None:
 def test_backoff_ends_when_an_attempt_commits_a_newer_step_than_it_resumed_from(
     committed_step: int | None, resumed_from_step: int | None, seconds: float
 ) -> None:
-    failed = Attempt(number=1, reason="InternalError", counted=True, committed_step=committed_step, resumed_from_step=resumed_from_step)
-    assert compute_backoff_seconds([failed], RetrySettings(base_seconds=10, max_seconds=600)) == seconds
+    failed_attempt = Attempt(number=1, reason="InternalError", counted=True, committed_step=committed_step, resumed_from_step=resumed_from_step)
+    assert compute_backoff_seconds([failed_attempt], RetrySettings(base_seconds=10, max_seconds=600)) == seconds
 
 
 def test_backoff_after_an_incomplete_gang_is_random_for_each_job_and_attempt() -> None:
@@ -119,9 +119,9 @@ def make_cause(policy: RetryPolicy, message: str = "it failed") -> FailureCause:
 
 @pytest.mark.parametrize(("retries_used", "retries", "gives_up"), [(None, 0, True), (None, 1, False), (2, None, False), (3, None, True)])
 def test_three_retries_are_allowed_by_default(retries_used: int | None, retries: int | None, gives_up: bool) -> None:
-    unresolved = FineTuneJobSpec.model_validate(spec(policy={"retries": retries}))
+    unresolved_spec = FineTuneJobSpec.model_validate(spec(policy={"retries": retries}))
     decision = retry_or_give_up(
-        make_cause(RetryPolicy.COUNTED), unresolved, FineTuneJobStatus(retries_used=retries_used), made_progress=False, now=T0
+        make_cause(RetryPolicy.COUNTED), unresolved_spec, FineTuneJobStatus(retries_used=retries_used), made_progress=False, now=T0
     )
     if not gives_up:
         assert decision == RetryDecision(is_counted=True)
@@ -134,8 +134,8 @@ def test_three_retries_are_allowed_by_default(retries_used: int | None, retries:
 
 def test_stage_that_fails_in_every_attempt_is_the_reason_of_the_jobs_failure() -> None:
     cause = replace(make_cause(RetryPolicy.COUNTED), reason=Reason.EVALUATION_FAILED)
-    unresolved = FineTuneJobSpec.model_validate(spec(policy={"retries": 0}))
-    decision = retry_or_give_up(cause, unresolved, FineTuneJobStatus(), made_progress=False, now=T0)
+    unresolved_spec = FineTuneJobSpec.model_validate(spec(policy={"retries": 0}))
+    decision = retry_or_give_up(cause, unresolved_spec, FineTuneJobStatus(), made_progress=False, now=T0)
     assert isinstance(decision, GiveUp) and decision.reason is Reason.EVALUATION_FAILED
 
 

@@ -82,9 +82,9 @@ class JobEvents(RuleBasedStateMachine):
                 result = ActionResult(created_job=world.create_job(plan.attempt_to_create, facts.max_start_step, facts.rolled_back_attempt))
         if crash == "before write":
             return plan
-        new = compute_status(facts, plan, result)
-        stored_status = read_status(new.to_wire())
-        assert stored_status.to_wire() == new.to_wire()
+        new_status = compute_status(facts, plan, result)
+        stored_status = read_status(new_status.to_wire())
+        assert stored_status.to_wire() == new_status.to_wire()
         world.status = stored_status
         return plan
 

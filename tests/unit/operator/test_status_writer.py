@@ -44,11 +44,11 @@ async def test_event_is_emitted_once_if_the_process_dies_before_the_status_write
         await OperatorProcess(server).reconcile()
     assert server.event_counts() == {Reason.ATTEMPT_STARTED: 1}
     server.before_request = lambda verb, kind: None
-    restarted = OperatorProcess(server)
-    await restarted.reconcile()
+    restarted_operator = OperatorProcess(server)
+    await restarted_operator.reconcile()
     assert server.event_counts() == {Reason.ATTEMPT_STARTED: 1}
     assert server.count("patch", EVENT) == 0
-    await restarted.reconcile()
+    await restarted_operator.reconcile()
     assert server.count("create", EVENT) == 2
 
 
@@ -276,8 +276,8 @@ async def test_progress_interval_starts_when_the_report_was_received(
     """The interval between writes of progress starts when the report arrived. If it started at the write, one late write would delay all later writes."""
     process, job = await start_attempt(server)
     process.cache.put_pod(pod(version=5, created_at=job.created_at))
-    received = ReceivedReport(report(progress={"step": 7, "totalSteps": 9}), server.clock.now() - timedelta(seconds=4), "pod-1-0")
-    monkeypatch.setattr(process.scraper, "last_report", lambda *_: received)
+    received_report = ReceivedReport(report(progress={"step": 7, "totalSteps": 9}), server.clock.now() - timedelta(seconds=4), "pod-1-0")
+    monkeypatch.setattr(process.scraper, "last_report", lambda *_: received_report)
     await process.reconcile()
     assert server.finetunejob["status"]["progress"]["step"] == 7
     passed = asyncio.get_running_loop().time() - process.reconciler._observer.states[KEY].pending_changes.progress_at
@@ -294,8 +294,8 @@ def has_progress(status: Object) -> bool:
 def report_step(process: OperatorProcess, job: JobView, monkeypatch: pytest.MonkeyPatch, **reported: Any) -> None:
     """Put a running pod into the cache, and let the scraper return the pod's report of step 7."""
     process.cache.put_pod(pod(version=5, created_at=job.created_at))
-    received = ReceivedReport(report(progress={"step": 7}, **reported), process.server.clock.now(), "pod-1-0")
-    monkeypatch.setattr(process.scraper, "last_report", lambda key, uid, attempt: received if attempt == 1 else None)
+    received_report = ReceivedReport(report(progress={"step": 7}, **reported), process.server.clock.now(), "pod-1-0")
+    monkeypatch.setattr(process.scraper, "last_report", lambda key, uid, attempt: received_report if attempt == 1 else None)
 
 
 async def finish_deletion(process: OperatorProcess, job: JobView) -> None:

@@ -47,8 +47,8 @@ def test_deadline_counts_earlier_running_time(
 def test_attempt_stalls_without_steps_or_without_reports_while_its_pod_is_not_ready(
     stage: str, since_step: float, report_age: int, is_ready: bool, is_stalled: bool
 ) -> None:
-    received = report(stage=stage, health={"secondsSinceStep": since_step, "medianStepSeconds": 1.0})
-    message = timeouts.describe_stall(accept_spec().spec, received, T0, [replace(pod(), is_ready=is_ready)], at(report_age))
+    received_report = report(stage=stage, health={"secondsSinceStep": since_step, "medianStepSeconds": 1.0})
+    message = timeouts.describe_stall(accept_spec().spec, received_report, T0, [replace(pod(), is_ready=is_ready)], at(report_age))
     assert bool(message) == is_stalled
 
 
@@ -63,8 +63,8 @@ def test_next_reconcile_is_within_an_hour() -> None:
 
 @pytest.mark.parametrize(("heartbeat_age", "is_late"), [(3.0, False), (690.0, True), (None, True)])
 def test_heartbeat_of_an_evaluation_batch_prevents_a_stall(heartbeat_age: float | None, is_late: bool) -> None:
-    received = report(health={"secondsSinceStep": 700.0, "secondsSinceHeartbeat": heartbeat_age, "medianStepSeconds": 1.0})
-    assert bool(timeouts.describe_stall(accept_spec().spec, received, T0, [pod()], at(5))) is (
+    received_report = report(health={"secondsSinceStep": 700.0, "secondsSinceHeartbeat": heartbeat_age, "medianStepSeconds": 1.0})
+    assert bool(timeouts.describe_stall(accept_spec().spec, received_report, T0, [pod()], at(5))) is (
         is_late and (heartbeat_age is None or heartbeat_age + 5 > 600)
     )
 
@@ -101,14 +101,14 @@ def test_default_stall_limit_is_20_steps_but_at_least_ten_minutes(median: float 
     ],
 )
 def test_run_without_steps_stalls_only_while_its_report_is_new(since_step: float | None, report_age: float, message: str) -> None:
-    received = report(health={"secondsSinceStep": since_step})
-    assert timeouts.describe_stall(accept_spec().spec, received, T0, [pod()], at(report_age)) == message
+    received_report = report(health={"secondsSinceStep": since_step})
+    assert timeouts.describe_stall(accept_spec().spec, received_report, T0, [pod()], at(report_age)) == message
 
 
 def test_report_older_than_a_short_stall_timeout_is_ignored() -> None:
-    received = report(health={"secondsSinceStep": 30.0})
-    assert timeouts.describe_stall(SHORT_STALL_TIMEOUT, received, T0, [pod()], at(31)).startswith("no step for 61 s")
-    assert timeouts.describe_stall(SHORT_STALL_TIMEOUT, received, T0, [pod()], at(60)) == ""
+    received_report = report(health={"secondsSinceStep": 30.0})
+    assert timeouts.describe_stall(SHORT_STALL_TIMEOUT, received_report, T0, [pod()], at(31)).startswith("no step for 61 s")
+    assert timeouts.describe_stall(SHORT_STALL_TIMEOUT, received_report, T0, [pod()], at(60)) == ""
 
 
 @pytest.mark.parametrize(

@@ -40,20 +40,20 @@ def make_newer_spec(name: str, **groups: Any) -> Object:
 def test_job_with_an_unreadable_spec_waits_for_a_newer_operator(name: str, attempts: int) -> None:
     over = {**STARTED_ATTEMPT, "endTime": at(1).isoformat(), "reason": "Suspended"}
     old_status = status(attempt=2, attempts=[over]) if attempts else None
-    observed = facts(spec=make_newer_spec(name), status=old_status, now=at(5000))
-    plan = decide(observed)
+    job_facts = facts(spec=make_newer_spec(name), status=old_status, now=at(5000))
+    plan = decide(job_facts)
     assert (plan.situation, plan.attempt_to_create, plan.job_end) == (Situation.REFUSED, None, None)
-    new = compute_status(observed, plan, ActionResult())
-    accepted = new.condition(Condition.ACCEPTED)
+    new_status = compute_status(job_facts, plan, ActionResult())
+    accepted = new_status.condition(Condition.ACCEPTED)
     assert accepted is not None and (accepted.status, accepted.reason) == ("False", Reason.OPERATOR_TOO_OLD)
     assert next(iter(NEWER_GROUPS[name])) in accepted.message
-    assert new.phase is Phase.PENDING
+    assert new_status.phase is Phase.PENDING
 
 
 def test_suspended_job_with_an_unreadable_spec_stays_suspended() -> None:
     over = {**STARTED_ATTEMPT, "endTime": at(1).isoformat(), "reason": "Suspended", "committedStep": 5000}
-    observed = facts(spec=make_newer_spec("unknown field", suspend=True), status=status(attempt=2, attempts=[over]), now=at(5000))
-    assert compute_status(observed, decide(observed), ActionResult()).phase is Phase.SUSPENDED
+    job_facts = facts(spec=make_newer_spec("unknown field", suspend=True), status=status(attempt=2, attempts=[over]), now=at(5000))
+    assert compute_status(job_facts, decide(job_facts), ActionResult()).phase is Phase.SUSPENDED
 
 
 def test_cancelled_job_with_an_unreadable_spec_is_cancelled() -> None:
@@ -75,9 +75,9 @@ def test_running_gang_keeps_its_number_of_pods(lost: str) -> None:
     observed = make_running_facts({**spec(resources={"nodes": 4}), lost: {"newer": 1, "nodes": "four"}})
     plan = decide(observed)
     assert (plan.situation, plan.termination, plan.jobs_to_delete) == (Situation.ACTIVE, None, ())
-    new = compute_status(observed, plan, ActionResult())
-    assert new.workers is not None and new.workers.display == "4/4"
-    assert new.phase is Phase.RUNNING or new.phase is Phase.STARTING
+    new_status = compute_status(observed, plan, ActionResult())
+    assert new_status.workers is not None and new_status.workers.display == "4/4"
+    assert new_status.phase is Phase.RUNNING or new_status.phase is Phase.STARTING
 
 
 @pytest.mark.parametrize(
@@ -94,10 +94,10 @@ def test_running_attempt_with_an_unreadable_spec_can_be_stopped(groups: Object, 
 
 
 def test_running_attempt_with_an_unreadable_spec_is_not_stalled() -> None:
-    received = report(health={"secondsSinceHeartbeat": 5000.0}, progress={"step": 5})
-    stalled = make_running_facts(spec(), last_report=received)
+    received_report = report(health={"secondsSinceHeartbeat": 5000.0}, progress={"step": 5})
+    stalled = make_running_facts(spec(), last_report=received_report)
     assert (decide(stalled).termination is not None) is True
-    assert decide(make_running_facts(make_newer_spec("unknown field"), last_report=received)).termination is None
+    assert decide(make_running_facts(make_newer_spec("unknown field"), last_report=received_report)).termination is None
 
 
 @pytest.mark.parametrize("code", [70, 71, 72, 74])
@@ -114,20 +114,20 @@ def test_failure_with_an_unreadable_spec_is_not_counted_and_adapts_nothing(code:
 
 def make_started_status(raw_spec: Object) -> FineTuneJobStatus:
     """Return the status that the operator writes after it has created the first Job from this spec."""
-    observed = facts(spec=raw_spec)
-    new = compute_status(observed, decide(observed), ActionResult(created_job=job()))
-    assert new.resolved is not None and new.resolved.spec_sha256 == compute_spec_sha256(raw_spec)
-    return new
+    job_facts = facts(spec=raw_spec)
+    new_status = compute_status(job_facts, decide(job_facts), ActionResult(created_job=job()))
+    assert new_status.resolved is not None and new_status.resolved.spec_sha256 == compute_spec_sha256(raw_spec)
+    return new_status
 
 
 def test_resume_waits_if_an_older_crd_removed_a_field() -> None:
     before = make_started_status(spec(training={"seed": 7}))
-    after = accept(spec(), CONFIG, read_first_attempt(before))
-    assert isinstance(after, RefusedSpec)
-    assert (after.reason, after.is_final) == (Reason.SPEC_CHANGED, False)
+    acceptance_after = accept(spec(), CONFIG, read_first_attempt(before))
+    assert isinstance(acceptance_after, RefusedSpec)
+    assert (acceptance_after.reason, acceptance_after.is_final) == (Reason.SPEC_CHANGED, False)
     attempts = [attempt.model_copy(update={"end_time": at(1), "reason": "Suspended"}) for attempt in before.attempts]
     ended_status = before.model_copy(update={"attempts": attempts, "attempt": 2})
-    waits = Facts(finetunejob(spec(), ended_status), after, at(100), CONFIG)
+    waits = Facts(finetunejob(spec(), ended_status), acceptance_after, at(100), CONFIG)
     plan = decide(waits)
     assert (plan.situation, plan.attempt_to_create, plan.job_end) == (Situation.REFUSED, None, None)
 

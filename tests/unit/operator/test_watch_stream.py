@@ -120,8 +120,8 @@ async def test_only_successful_watches_of_known_collections_are_handled(url: str
     app, handler = web.Application(), Handler()
     app.router.add_get("/{path:.*}", respond)
     async with TestServer(app) as server:
-        info = kopf.ConnectionInfo(server=str(server.make_url("")), insecure=True)
-        credentials = TracedSession(info, WatchMonitor([], lambda *_: None), {"pods": handler})
+        connection_info = kopf.ConnectionInfo(server=str(server.make_url("")), insecure=True)
+        credentials = TracedSession(connection_info, WatchMonitor([], lambda *_: None), {"pods": handler})
         async with credentials.aiohttp_session as session, session.get(server.make_url(url)) as response:
             read_by_kopf = [json.loads(line) async for line in api.iter_jsonlines(response.content)]
     assert len(handler.changes) == handled

@@ -273,11 +273,11 @@ class SimulatedCluster:
             if pod_view.completion_index == 0 and pod_view.uid in self.steps_by_pod and pod_view.job_uid in self.jobs:
                 step, start, checkpoints = self.steps_by_pod[pod_view.uid], self.start_steps_by_pod[pod_view.uid], self._checkpoints()
                 seconds = (self.now - (pod_view.running_since or self.now)).total_seconds()
-                received = report(attempt=pod_view.attempt, stage=Stage.TRAINING, resumedFromStep=start, health={}, timeUse={"steps": seconds})
-                received = received.model_copy(
+                received_report = report(attempt=pod_view.attempt, stage=Stage.TRAINING, resumedFromStep=start, health={}, timeUse={"steps": seconds})
+                received_report = received_report.model_copy(
                     update={"progress": Progress(step=step, update_time=self.now), "checkpoints": checkpoints}
                 )
-                self.last_report = ReceivedReport(received, self.now, pod_view.uid)
+                self.last_report = ReceivedReport(received_report, self.now, pod_view.uid)
                 self.reported_checkpoints |= {(checkpoint.step, self.find_attempt_of(checkpoint)) for checkpoint in checkpoints}
 
     def _termination_message(self, pod_view: PodView) -> TerminationMessage:

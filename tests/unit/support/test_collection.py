@@ -30,8 +30,8 @@ def test_workers_refuse_ids_that_differ_between_processes(parameter_code: str, e
     file.write_text(TEST_FILE_TEXT.format(parameter_code))
     env = {name: text for name, text in os.environ.items() if not name.startswith("PYTEST_") and name != "PYTHONHASHSEED"}
     options = ["-q", "-n", "2", "-p", "no:cacheprovider", "-p", "tests.support.later_clock"]
-    done = subprocess.run([sys.executable, "-m", "pytest", *options, str(file)], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == exit_code and expected in done.stdout, done.stdout + done.stderr
+    completed_process = subprocess.run([sys.executable, "-m", "pytest", *options, str(file)], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert completed_process.returncode == exit_code and expected in completed_process.stdout, completed_process.stdout + completed_process.stderr
 
 
 def test_a_copy_of_the_replaced_clock_returns_the_true_time_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:

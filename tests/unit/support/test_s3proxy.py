@@ -17,7 +17,7 @@ from botocore.exceptions import (
     ReadTimeoutError,
 )
 
-from localcluster.ports import free_ports
+from localcluster.ports import find_free_ports
 from localcluster.s3 import S3Endpoint, S3Process
 from tests.support.s3proxy import (
     Bandwidth,
@@ -257,7 +257,7 @@ def test_active_rules_removes_all_rules_at_the_end(proxy: S3Proxy, client: Any) 
 
 
 def test_unreachable_server_resets_the_connection(server: S3Endpoint) -> None:
-    with S3Proxy(f"http://127.0.0.1:{free_ports(1)[0]}") as proxy:
+    with S3Proxy(f"http://127.0.0.1:{find_free_ports(1)[0]}") as proxy:
         with pytest.raises((ConnectionClosedError, HTTPClientError)):
             put_object(proxy.endpoint_through(server).client(retries=NO_RETRIES), "x", b"x")
         assert [(e.operation, e.client_status, e.server_status) for e in proxy.exchanges] == [("PutObject", 0, 0)]

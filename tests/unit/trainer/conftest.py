@@ -30,9 +30,9 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Record the pauses in seconds between web requests instead of waiting."""
     from finetune_trainer.storage import web
 
-    waited: list[float] = []
-    monkeypatch.setattr(web.time, "sleep", waited.append)
-    return waited
+    waited_seconds: list[float] = []
+    monkeypatch.setattr(web.time, "sleep", waited_seconds.append)
+    return waited_seconds
 
 
 @pytest.fixture

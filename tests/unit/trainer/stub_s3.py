@@ -15,13 +15,13 @@ def serve_error(status: int, code: str, *, failing_method: str | None = None, me
     class Handler(BaseHTTPRequestHandler):
         def _answer(self) -> None:
             self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            refuse = failing_method is None or self.command == failing_method
+            is_refused = failing_method is None or self.command == failing_method
             body = (
                 f"<Error><Code>{code}</Code><Message>{message}</Message></Error>"
-                if refuse
+                if is_refused
                 else "<ListBucketResult><KeyCount>0</KeyCount></ListBucketResult>"
             ).encode()
-            self.send_response(status if refuse else 200)
+            self.send_response(status if is_refused else 200)
             self.send_header("Content-Type", "application/xml")
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()

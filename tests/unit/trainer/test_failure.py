@@ -228,10 +228,10 @@ def test_the_failure_of_a_silent_rank_follows_from_its_exit_code(
 
 
 def make_failure(code: int, *, origin: bool = True, time_ns: int = 0, is_reported: bool = True) -> RankFailure:
-    parsed = failure_from_message(
+    parsed_failure = failure_from_message(
         {"exitCode": code, "code": f"C{code}", "message": "m", "origin": origin, "timeNs": time_ns}
     )
-    return RankFailure(parsed.error, 0, None, origin, time_ns, is_reported)
+    return RankFailure(parsed_failure.error, 0, None, origin, time_ns, is_reported)
 
 
 @pytest.mark.parametrize(
@@ -256,9 +256,9 @@ def test_the_earlier_of_equal_failures_is_reported() -> None:
 
 
 def test_a_reported_failure_keeps_its_class_and_loses_unpaired_surrogates() -> None:
-    parsed = failure_from_message(
+    parsed_failure = failure_from_message(
         {"exitCode": 77, "code": "X", "message": "a\udcffb", "failureClass": "Model", "rank": 2}
     )
-    assert isinstance(parsed.error, FineTuneError) and parsed.error.failure_class is FailureClass.MODEL
-    assert (parsed.error.message, parsed.rank) == ("a?b", 2)
+    assert isinstance(parsed_failure.error, FineTuneError) and parsed_failure.error.failure_class is FailureClass.MODEL
+    assert (parsed_failure.error.message, parsed_failure.rank) == ("a?b", 2)
     assert isinstance(failure_from_message({"exitCode": 200}).error, InternalError)

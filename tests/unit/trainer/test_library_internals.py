@@ -194,10 +194,10 @@ def test_functions_of_trl_are_only_replaced_within_the_context(model: Path, tmp_
 def test_the_reported_attention_follows_a_later_change(model: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    loaded = AutoModelForCausalLM.from_pretrained(model, attn_implementation="sdpa")
-    assert internals.attention_implementation(loaded) == "sdpa"
-    loaded.set_attn_implementation("eager")
-    assert internals.attention_implementation(loaded) == "eager"
+    loaded_model = AutoModelForCausalLM.from_pretrained(model, attn_implementation="sdpa")
+    assert internals.attention_implementation(loaded_model) == "sdpa"
+    loaded_model.set_attn_implementation("eager")
+    assert internals.attention_implementation(loaded_model) == "eager"
 
 
 @pytest.mark.parametrize(
@@ -304,20 +304,20 @@ def test_end_tokens_are_those_of_trl(listed: Any, expected: list[int]) -> None:
 
 
 def test_base_weights_survive_a_merge_bit_for_bit(model: Path) -> None:
-    wrapped = peft_model(model)
-    for name, weight in wrapped.named_parameters():
+    wrapped_model = peft_model(model)
+    for name, weight in wrapped_model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, generator=torch.Generator().manual_seed(1))
-    names = [name for name, _ in wrapped.named_parameters() if "q_proj.base_layer" in name]
-    before = {name: wrapped.get_parameter(name).detach().clone() for name in names}
+    names = [name for name, _ in wrapped_model.named_parameters() if "q_proj.base_layer" in name]
+    before = {name: wrapped_model.get_parameter(name).detach().clone() for name in names}
 
     def changed_weights() -> list[str]:
-        return [name for name in names if not torch.equal(wrapped.get_parameter(name), before[name])]
+        return [name for name in names if not torch.equal(wrapped_model.get_parameter(name), before[name])]
 
-    with internals.unchanged_base_weights(wrapped):
-        wrapped.merge_adapter()
+    with internals.unchanged_base_weights(wrapped_model):
+        wrapped_model.merge_adapter()
         assert changed_weights() == names
-        wrapped.unmerge_adapter()
+        wrapped_model.unmerge_adapter()
         assert changed_weights() == names, "if merging did not round, this test would show nothing"
     assert changed_weights() == [] and len(names) == 2
 
@@ -363,19 +363,19 @@ def peft_model(model: Path, **options: Any) -> Any:
 
 
 def test_modules_that_peft_copies_are_found_with_their_original(model: Path) -> None:
-    wrapped = peft_model(model, modules_to_save=["lm_head"])
-    ((name, original),) = internals.find_copied_modules(wrapped).items()
+    wrapped_model = peft_model(model, modules_to_save=["lm_head"])
+    ((name, original),) = internals.find_copied_modules(wrapped_model).items()
     assert name.endswith("lm_head")
     assert isinstance(original, torch.nn.Linear) and not original.weight.requires_grad
     assert internals.find_copied_modules(peft_model(model)) == {}
 
 
 def test_a_head_with_trained_rows_lacks_its_bias_until_it_is_exposed(model: Path) -> None:
-    wrapped = peft_model(model, trainable_token_indices={"lm_head": [1]})
-    head = wrapped.get_base_model().get_output_embeddings()
+    wrapped_model = peft_model(model, trainable_token_indices={"lm_head": [1]})
+    head = wrapped_model.get_base_model().get_output_embeddings()
     with pytest.raises(AttributeError):
         _ = head.bias
-    internals.expose_head_bias(wrapped)
+    internals.expose_head_bias(wrapped_model)
     assert head.bias is None
 
 

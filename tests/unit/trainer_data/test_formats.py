@@ -141,9 +141,9 @@ BAD_CONVERSATIONS: dict[str, tuple[str, Any, str]] = {
 def test_every_format_is_detected_and_read(name: str, tmp_path: Path) -> None:
     format_name, row, expected = FORMAT_CASES[name]
     run, inputs = make_data_run(tmp_path, {}, [row])
-    loaded = load(run, inputs)
-    assert loaded.summary.format == format_name
-    assert [example for _, example in loaded.train] == [expected]
+    loaded_data = load(run, inputs)
+    assert loaded_data.summary.format == format_name
+    assert [example for _, example in loaded_data.train] == [expected]
     assert load_examples(tmp_path, {"format": format_name}, [row]) == [expected]
 
 
@@ -201,9 +201,9 @@ def test_oasst_messages_without_a_root_are_bad_rows(tmp_path: Path) -> None:
     below = [message("d", "gone"), message("e", "d", "assistant")]
     skip = {"badRows": "skip", "maxBadRowRatio": 0.9}
     run, inputs = make_data_run(tmp_path / "b", {"dataset": skip}, [*cycle, *tree, *below])
-    loaded = load(run, inputs)
-    assert [example for _, example in loaded.train] == [Conversation((HI, HO))]
-    assert loaded.summary.bad_rows == 5
+    loaded_data = load(run, inputs)
+    assert [example for _, example in loaded_data.train] == [Conversation((HI, HO))]
+    assert loaded_data.summary.bad_rows == 5
     cycle_of_one = catch_check_error(tmp_path / "c", rows=[*tree, message("x", "x")])
     assert cycle_of_one.code == "ParentsInCircle" and "row 3" in cycle_of_one.message
 
@@ -247,12 +247,12 @@ def test_qa_rows_with_alpaca_columns_are_read_as_alpaca(tmp_path: Path) -> None:
     dataset = {"format": "qa", "columns": {"question": "question", "answer": "answer"}}
     row = {"instruction": "hi", "input": "x", "output": "ho"}
     run, inputs = make_data_run(tmp_path / "a", {"dataset": dataset}, [row])
-    loaded = load(run, inputs)
-    assert [example for _, example in loaded.train] == [
+    loaded_data = load(run, inputs)
+    assert [example for _, example in loaded_data.train] == [
         Conversation((Turn("user", "hi\n\nx"), HO), role_names=("Instruction", "Output"))
     ]
-    assert loaded.summary.format == "alpaca"
-    assert loaded.summary.notes == [
+    assert loaded_data.summary.format == "alpaca"
+    assert loaded_data.summary.notes == [
         "no row has `question` or `answer` of dataset.columns, and all rows have `instruction` and `output`: the rows are read as alpaca"
     ]
     error = catch_check_error(tmp_path / "b", dataset, [row, {**row, "answer": "ho"}])

@@ -85,22 +85,22 @@ def text_rows(count: int, first: int = 0) -> list[dict[str, str]]:
 
 def test_all_copies_of_a_row_in_a_mixture_are_in_the_same_split(tmp_path: Path) -> None:
     """A mixture repeats the rows of a small source."""
-    loaded = load_mixture(tmp_path, {"split": {"validation": 0.2, "test": 0.2}}, text_rows(4), text_rows(16, 100))
-    train, validation, test = ({row.text for _, row in part} for part in (loaded.train, loaded.validation, loaded.test))
-    assert (len(loaded.train), len(validation), len(test)) == (12, 4, 4)
+    loaded_data = load_mixture(tmp_path, {"split": {"validation": 0.2, "test": 0.2}}, text_rows(4), text_rows(16, 100))
+    train, validation, test = ({row.text for _, row in part} for part in (loaded_data.train, loaded_data.validation, loaded_data.test))
+    assert (len(loaded_data.train), len(validation), len(test)) == (12, 4, 4)
     assert not train & validation and not train & test and not validation & test
     assert (
-        sum(row.text in {repeated["text"] for repeated in text_rows(4)} for _, row in loaded.train) == 11
+        sum(row.text in {repeated["text"] for repeated in text_rows(4)} for _, row in loaded_data.train) == 11
     )  # this source has 9/10 of the total weight
 
 
 def test_deduplication_does_not_change_the_shares_of_a_mixture(tmp_path: Path) -> None:
-    loaded = load_mixture(
+    loaded_data = load_mixture(
         tmp_path, {"checks": {"deduplicate": True}}, text_rows(2) * 2, [*text_rows(1), *text_rows(8, 100)]
     )
-    assert loaded.summary.findings.duplicate_count == 3
-    assert [row.text.startswith("text 10") for _, row in loaded.train].count(False) == 9
-    assert len(loaded.train) == 10
+    assert loaded_data.summary.findings.duplicate_count == 3
+    assert [row.text.startswith("text 10") for _, row in loaded_data.train].count(False) == 9
+    assert len(loaded_data.train) == 10
 
 
 def test_a_source_with_only_duplicates_is_refused(tmp_path: Path) -> None:
@@ -149,10 +149,10 @@ def test_a_mixture_repeats_rows_according_to_the_weights(tmp_path: Path) -> None
         {"source": "s3://data/b.jsonl", "weight": 2, "format": "qa", "columns": {"question": "q", "answer": "a"}},
     ]
     run, inputs = make_run(tmp_path, Path("/models/tiny"), {"dataset": {"train": None, "mixture": mixture}})
-    loaded = load(run, inputs.model_copy(update={"train": [], "mixture": [inputs.train, [other]]}))
-    assert len(loaded.train) == 15
-    assert sum(example.role_names == ("Question", "Answer") for _, example in loaded.train) == 10  # type: ignore[union-attr]
-    assert "s3://data/b.jsonl 5 rows, weight 2" in loaded.summary.notes[0]
+    loaded_data = load(run, inputs.model_copy(update={"train": [], "mixture": [inputs.train, [other]]}))
+    assert len(loaded_data.train) == 15
+    assert sum(example.role_names == ("Question", "Answer") for _, example in loaded_data.train) == 10  # type: ignore[union-attr]
+    assert "s3://data/b.jsonl 5 rows, weight 2" in loaded_data.summary.notes[0]
 
 
 @pytest.mark.parametrize("dataset", [{}, {"split": {"validation": 0.2, "test": 0.2}}])

@@ -15,9 +15,9 @@ from tests.support.learning import TEN_ROWS
 
 def read_shard_hashes(folder: Path) -> list[str]:
     (manifest,) = (folder / "tokens").glob("*/prepared.json")
-    prepared = open_prepared(manifest.parent)
-    prepared.verify()
-    return [file.sha256 for file in prepared.manifest.files]
+    prepared_folder = open_prepared(manifest.parent)
+    prepared_folder.verify()
+    return [file.sha256 for file in prepared_folder.manifest.files]
 
 
 def test_a_batch_is_complete_when_its_images_exceed_the_limit() -> None:

@@ -89,8 +89,8 @@ def test_trained_tokens_do_not_depend_on_the_order_of_a_mixture(first: str, tmp_
     mixture = [{"source": f"s3://data/{i}.jsonl"} for i in range(3)]
     run, inputs = make_run(tmp_path, Path("/models/tiny"), {"dataset": {"train": None, "mixture": mixture}})
     inputs = inputs.model_copy(update={"train": [], "mixture": files})
-    trained = decode_rows(tok, prepare(run, inputs, tok, max_positions=512, cache_folder=tmp_path / "tokens"))
-    assert sorted(trained) == sorted([
+    trained_rows = decode_rows(tok, prepare(run, inputs, tok, max_positions=512, cache_folder=tmp_path / "tokens"))
+    assert sorted(trained_rows) == sorted([
         ("two plus<|im_end|>", "two plus<|im_end|>"), ("one two<|im_end|>", " two<|im_end|>"),
         ("<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\nred<|im_end|>\n", "red<|im_end|>"),
     ])  # fmt: skip

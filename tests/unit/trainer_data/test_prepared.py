@@ -31,31 +31,31 @@ def write_splits(folder: Path, splits: dict[str, list[Any]], digest: str = "d") 
 
 def test_the_manifest_describes_the_rows(tmp_path: Path) -> None:
     write_splits(tmp_path / "p", {"train": [make_token_batch(ROWS[:4]), make_token_batch(ROWS[4:])], "test": [make_token_batch(ROWS[:2])]})
-    prepared = open_prepared(tmp_path / "p", "d")
-    train, test = prepared.manifest.splits["train"], prepared.manifest.splits["test"]
+    prepared_folder = open_prepared(tmp_path / "p", "d")
+    train, test = prepared_folder.manifest.splits["train"], prepared_folder.manifest.splits["test"]
     assert (train.rows, train.tokens, test.rows, test.tokens) == (7, 32, 2, 4)
     assert train.lengths == {"1": 1, "2": 1, "4": 2, "8": 2, "16": 1}, "a row of 9 tokens counts under 16, a row of 8 tokens under 8"
-    assert [file.path for file in prepared.manifest.files] == ["train/00000.arrow", "test/00000.arrow"]
-    assert all((tmp_path / "p" / file.path).stat().st_size == file.size for file in prepared.manifest.files)
-    assert prepared.manifest.summary == {"notes": ["a note"]}
-    prepared.verify()
-    rows = open_split(prepared, "train")
+    assert [file.path for file in prepared_folder.manifest.files] == ["train/00000.arrow", "test/00000.arrow"]
+    assert all((tmp_path / "p" / file.path).stat().st_size == file.size for file in prepared_folder.manifest.files)
+    assert prepared_folder.manifest.summary == {"notes": ["a note"]}
+    prepared_folder.verify()
+    rows = open_split(prepared_folder, "train")
     assert rows is not None and rows["input_ids"][:] == ROWS and rows["labels"][5] == [token + 1 for token in ROWS[5]]
-    assert open_split(prepared, "validation") is None
+    assert open_split(prepared_folder, "validation") is None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["p"]
 
 
 def test_large_splits_have_several_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "MAX_SHARD_BYTES", 1)
-    prepared = write_splits(tmp_path / "p", {"train": [make_token_batch([row]) for row in ROWS]})
-    assert [file.path for file in prepared.manifest.splits["train"].files] == [f"train/{number:05}.arrow" for number in range(7)]
+    prepared_folder = write_splits(tmp_path / "p", {"train": [make_token_batch([row]) for row in ROWS]})
+    assert [file.path for file in prepared_folder.manifest.splits["train"].files] == [f"train/{number:05}.arrow" for number in range(7)]
     rows = open_split(open_prepared(tmp_path / "p"), "train")
     assert rows is not None and rows["input_ids"][:] == ROWS and rows[6]["input_ids"] == ROWS[6]
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
 def test_damaged_shards_are_found(damage: str, tmp_path: Path) -> None:
-    prepared = write_splits(tmp_path / "p", {"train": [make_token_batch(ROWS)]})
+    prepared_folder = write_splits(tmp_path / "p", {"train": [make_token_batch(ROWS)]})
     shard = tmp_path / "p/train/00000.arrow"
     content = bytearray(shard.read_bytes())
     content[-40] ^= 1
@@ -63,7 +63,7 @@ def test_damaged_shards_are_found(damage: str, tmp_path: Path) -> None:
     if damage == "remove":
         shard.unlink()
     with pytest.raises(StorageError) as caught:
-        prepared.verify() if damage == "flip" else open_prepared(tmp_path / "p")
+        prepared_folder.verify() if damage == "flip" else open_prepared(tmp_path / "p")
     assert (caught.value.code, caught.value.hint) == ("PreparedDataDamaged", "prepare the data again")
     assert "train/00000.arrow" in caught.value.message
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from finetune_api.errors import ConfigError, DataError
 from finetune_trainer.data import template
+from finetune_trainer.data.prepare import add_template_variables
 from finetune_trainer.data.rows import Completion, Conversation, Example, Prompt, RowError, Text, Turn
 from finetune_trainer.data.template import RenderOptions, render
 from finetune_trainer.data.time_limit import time_limit
@@ -86,11 +87,26 @@ def test_an_error_that_the_template_raises_names_the_row(tmp_path: Path) -> None
     assert "row 2" in caught.value.message and "system must come first" in caught.value.message
 
 
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for message in messages %}{{ message['content'] + 1 }}{% endfor %}", 'TypeError: can only concatenate str (not "int") to str'),
+        ("{% for message in messages %}{{ message['content'] }}{{ 1 // 0 }}{% endfor %}", "ZeroDivisionError: integer division or modulo by zero"),
+    ],
+)
+def test_an_error_in_the_expressions_of_a_template_names_the_row(template: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        prepare_rows(tmp_path, tokenizer(tmp_path, template), {})
+    assert caught.value.code == "TemplateRefusedRow"
+    assert f"row 1: the chat template fails for the conversation: {message}" in caught.value.message
+    assert "the content of each turn is text" in str(caught.value)
+
+
 def mark_spans(example: Example, options: RenderOptions) -> str:
     """Return the rendered text with « and » around each trained span, and [ and ] in place of <|im_start|> and <|im_end|>."""
-    rendered = render(example, options)
-    text = rendered.text
-    for start, end in reversed(rendered.spans):
+    rendering = render(example, options)
+    text = rendering.text
+    for start, end in reversed(rendering.spans):
         text = f"{text[:start]}«{text[start:end]}»{text[end:]}"
     return text.replace("<|im_start|>", "[").replace("<|im_end|>", "]")
 
@@ -113,6 +129,9 @@ HEADER_ONLY_TEMPLATE = PREFIX_TEMPLATE.replace("{{ '> ' }}{{ message['content'] 
 HEADER_TEMPLATE = CHATML_TEMPLATE.replace("<|im_start|>assistant\\n' }}{% endif %}", "# ' }}{% endif %}")
 """A template whose generation prompt differs from the header that it writes before an answer."""
 TOOLS_TEMPLATE = "{{ tools | length if tools is not none else 'no' }} tools\n" + CHATML_MARKED
+THOUGHT_SWITCH = "{% if not enable_thinking %}{{ '<think></think>' }}{% endif %}"
+NO_THINKING_TEMPLATE = add_template_variables(THINKING_TEMPLATE.removesuffix("{% endif %}") + THOUGHT_SWITCH + "{% endif %}", {"enable_thinking": "false"})
+"""A template as in reasoning models: a variable adds an empty think block to the generation prompt."""
 END_TOKEN_FIRST_TEMPLATE = CHATML_MARKED.replace(
     "message['content'] + '<|im_end|>'", "'<|im_end|>' + message['content']"
 )
@@ -136,6 +155,7 @@ END_TOKEN_FIRST_TEMPLATE = CHATML_MARKED.replace(
         (END_TOKEN_FIRST_TEMPLATE, (HI, HO), "[user\nhi]\n[assistant\n«]ho»\n"),
         (TOOLS_TEMPLATE, (HI, HO), "no tools\n[user\nhi]\n[assistant\n«ho]»\n"),
         (THINKING_TEMPLATE, (HI, HO, TWO, GREEN), "[user\nhi]\n[assistant\n«ho]»\n[user\ntwo]\n[assistant\n«<think></think>green]»\n"),
+        (NO_THINKING_TEMPLATE, (HI, HO, TWO, GREEN), "[user\nhi]\n[assistant\n«ho]»\n[user\ntwo]\n[assistant\n<think></think>«green]»\n"),
         (REMINDER_TEMPLATE, (HI, HO, TWO), "[user\nhi]\n[assistant\n«ho]»\n[user\ntwo end]\n"),
         (SUFFIX_TEMPLATE, (HI, HO, TWO), "[user\nhi]\n[assistant\n«ho ok]»\n[user\ntwo]\n"),
         (PREFIX_TEMPLATE, (HI, HO, TWO), "[user\nhi]\n[assistant\n«> ho]»\n[user\ntwo]\n"),
@@ -144,7 +164,8 @@ END_TOKEN_FIRST_TEMPLATE = CHATML_MARKED.replace(
     ids=[
         "one answer", "answer first", "answer with spaces", "empty answer", "answer with an end token", "two answers in a row",
         "untrained answer", "no answer", "no answer, marked", "marked, weights differ", "marked, weight 0", "changed answer", "end token inside the markers",
-        "marked, with tools", "last answer rendered differently", "last turn rendered differently", "text after an answer",
+        "marked, with tools", "last answer rendered differently",
+        "reasoning switched off by a variable", "last turn rendered differently", "text after an answer",
         "text before an answer", "other generation prompt",
     ],
 )  # fmt: skip
@@ -315,8 +336,8 @@ def test_a_template_that_drops_tool_calls_is_an_error_of_the_row(template: str, 
     options = RenderOptions(AutoTokenizer.from_pretrained(tmp_path), use_chat_template=True, response_only=True)
     row = Conversation((Turn("user", "hi"), Turn("assistant", "", extra=CALL)), tools=({"function": {"name": "weather"}},))
     if is_written:
-        rendered = render(row, options)
-        assert [rendered.text[start:end] for start, end in rendered.spans] == ['weather({"city": "Paris"})]']
+        rendering = render(row, options)
+        assert [rendering.text[start:end] for start, end in rendering.spans] == ['weather({"city": "Paris"})]']
         return
     with pytest.raises(RowError) as caught:
         render(row, options)

@@ -96,9 +96,9 @@ def test_an_end_token_after_an_untrained_turn_is_not_trained_on(tmp_path: Path) 
     more = [{"role": "user", "content": "two"}]
     silent = [{"role": "assistant", "content": "green", "weight": 0}]
     rows = [{"messages": TEN_ROWS[0]["messages"] + last} for last in ([], more, more + silent)]
-    trained = decode_rows(tok, prepare_rows(tmp_path, tok, {"useChatTemplate": False}, rows))
-    assert [learned for _, learned in trained] == [" red<|im_end|>", " red", " red"]
-    assert all(text.endswith("<|im_end|>") for text, _ in trained)
+    trained_rows = decode_rows(tok, prepare_rows(tmp_path, tok, {"useChatTemplate": False}, rows))
+    assert [learned for _, learned in trained_rows] == [" red<|im_end|>", " red", " red"]
+    assert all(text.endswith("<|im_end|>") for text, _ in trained_rows)
 
 
 def test_add_bos_token_is_refused_if_the_tokenizer_has_no_beginning_token(tmp_path: Path) -> None:

@@ -81,9 +81,9 @@ def test_the_reference_model_needs_no_rows_for_tokens_that_the_model_lacks(
 def test_a_reference_model_of_the_spec_needs_as_many_rows_as_the_trained_model(rows: int, model_with_spare_token: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    other = AutoModelForCausalLM.from_pretrained(model_with_spare_token)
-    other.resize_token_embeddings(rows)
-    other.save_pretrained(tmp_path / "reference")
+    other_model = AutoModelForCausalLM.from_pretrained(model_with_spare_token)
+    other_model.resize_token_embeddings(rows)
+    other_model.save_pretrained(tmp_path / "reference")
     trainer = {"type": "dpo", "dpo": {"referenceModel": "s3://models/other"}}
     run, inputs = make_run(tmp_path, model_with_spare_token, {"trainer": trainer, "training": {"maxSteps": 1}}, PREFERENCE_PAIRS)
     inputs = inputs.model_copy(update={"reference": tmp_path / "reference"})

@@ -74,10 +74,10 @@ def build_merged_card(adapter_card: str) -> str:
     metadata |= {"library_name": "transformers", "base_model_relation": "finetune", "tags": [tag for tag in metadata.get("tags", []) if tag != "peft"]}
     if "base_model" not in metadata:
         del metadata["base_model_relation"]
-    heading, _, rest = body.lstrip("\n").partition("\n")
+    heading, _, card_text = body.lstrip("\n").partition("\n")
     model_class = VISION_MODEL_CLASS if metadata.get("pipeline_tag") == VISION_TASK else "transformers.AutoModelForCausalLM"
-    rest = re.sub(r"## Loading\n.*?(?=\n## )", _build_loading_section(OutputKind.MODEL, model_class), rest, flags=re.DOTALL)
-    return f"{METADATA_FENCE}{_to_yaml(metadata)}{METADATA_FENCE}\n{heading}\n\n{MERGED_SENTENCE}\n{rest}"
+    card_text = re.sub(r"## Loading\n.*?(?=\n## )", _build_loading_section(OutputKind.MODEL, model_class), card_text, flags=re.DOTALL)
+    return f"{METADATA_FENCE}{_to_yaml(metadata)}{METADATA_FENCE}\n{heading}\n\n{MERGED_SENTENCE}\n{card_text}"
 
 
 def split_card(card_text: str) -> tuple[dict[str, Any], str]:
@@ -181,10 +181,10 @@ def _read_wire_value(run: RunConfig, path: str) -> Any:
 
 def _hub_repository(source: str | None) -> str | None:
     try:
-        parsed = parse_source(source or "")
+        parsed_source = parse_source(source or "")
     except ConfigError:
         return None
-    return parsed.repo if isinstance(parsed, HubSource) else None
+    return parsed_source.repo if isinstance(parsed_source, HubSource) else None
 
 
 def _to_yaml(values: Mapping[str, Any]) -> str:

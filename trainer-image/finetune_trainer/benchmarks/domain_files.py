@@ -67,10 +67,10 @@ def select_domains(folder: Path, field: str, domains: list[str] | None) -> list[
                 "DomainFileMissing", f"{field} contains no file for the domain {domain}, only for {', '.join(sorted(files))}",
                 hint=f"add {DOMAIN_FILE_PREFIX}{domain}.json, or remove {domain} from tasks",
             )  # fmt: skip
-    selected = list(dict.fromkeys(domains)) if domains else sorted(files)
-    for domain in selected:
+    selected_domains = list(dict.fromkeys(domains)) if domains else sorted(files)
+    for domain in selected_domains:
         read_domain(files[domain])
-    return selected
+    return selected_domains
 
 
 def read_domain(path: Path) -> list[DomainQuestion]:

@@ -47,12 +47,12 @@ class LoadedModel:
     seed: int
 
 
-def run_task(loaded: LoadedModel, task: BenchmarkTask) -> TaskRecord:
+def run_task(loaded_model: LoadedModel, task: BenchmarkTask) -> TaskRecord:
     """Run one task or group of tasks. Errors: ConfigError BenchmarkTaskFailed; MemoryError and torch.OutOfMemoryError."""
     assert task.folder is not None
     try:
         with contextlib.chdir(task.folder), _sandboxed_templates(allows_code=task.benchmark.allow_code_execution is True):
-            return _measure_with_smaller_batches(loaded, task)
+            return _measure_with_smaller_batches(loaded_model, task)
     except (FineTuneError, MemoryError):
         raise
     except Exception as error:
@@ -65,17 +65,17 @@ def run_task(loaded: LoadedModel, task: BenchmarkTask) -> TaskRecord:
         ) from error  # fmt: skip
 
 
-def _measure_with_smaller_batches(loaded: LoadedModel, task: BenchmarkTask) -> TaskRecord:
+def _measure_with_smaller_batches(loaded_model: LoadedModel, task: BenchmarkTask) -> TaskRecord:
     """Run a task. If a batch does not fit into memory, run the task again with half the batch size."""
     import torch
 
     while True:
         try:
-            return _measure_task(loaded, task)
+            return _measure_task(loaded_model, task)
         except torch.OutOfMemoryError:
-            if loaded.batch_size == 1:
+            if loaded_model.batch_size == 1:
                 raise
-            loaded = replace(loaded, batch_size=(loaded.batch_size + 1) // 2)
+            loaded_model = replace(loaded_model, batch_size=(loaded_model.batch_size + 1) // 2)
         torch.cuda.empty_cache()
 
 
@@ -85,25 +85,25 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError)
 
 
-def _measure_task(loaded: LoadedModel, task: BenchmarkTask) -> TaskRecord:
+def _measure_task(loaded_model: LoadedModel, task: BenchmarkTask) -> TaskRecord:
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
     from transformers import set_seed
 
     benchmark = task.benchmark
-    if benchmark.apply_chat_template and not loaded.tokenizer.chat_template:
+    if benchmark.apply_chat_template and not loaded_model.tokenizer.chat_template:
         raise ConfigError(
             "ChatTemplateMissing", f"{task.field}.applyChatTemplate is true, but the tokenizer has no chat template",
             hint="remove applyChatTemplate, or give a template in dataset.chatTemplate",
         )  # fmt: skip
-    loaded.model.tie_weights = lambda *_, **__: None  # The harness would tie the weights again, and so undo that an adapter replaced a tied weight.
-    model = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, backend="causal", batch_size=loaded.batch_size)
+    loaded_model.model.tie_weights = lambda *_, **__: None  # The harness would tie the weights again, and so undo that an adapter replaced a tied weight.
+    model = HFLM(pretrained=loaded_model.model, tokenizer=loaded_model.tokenizer, backend="causal", batch_size=loaded_model.batch_size)
     tasks = _create_task_manager(task).load([task.name])
     for harness_task in tasks["tasks"].values():
         task_few_shot = harness_task.get_config("num_fewshot")
         harness_task.set_config(key="num_fewshot", value=task_few_shot or 0 if benchmark.few_shot is None or task_few_shot == 0 else benchmark.few_shot)
-        harness_task.set_fewshot_seed(seed=loaded.seed)
-    set_seed(loaded.seed)
+        harness_task.set_fewshot_seed(seed=loaded_model.seed)
+    set_seed(loaded_model.seed)
     # The harness's `simple_evaluate` also calls `evaluate`, but then runs pip, git and compilers to describe the machine.
     harness_results = evaluate(
         lm=model, task_dict=tasks, limit=benchmark.limit, bootstrap_iters=BOOTSTRAP_ITERATIONS, log_samples=False,

@@ -99,13 +99,14 @@ def combine_results(tasks: Sequence[BenchmarkTask], records: Sequence[TaskRecord
     return entries
 
 
-def _build_result_entry(task: BenchmarkTask, trained: Measurement, base: Measurement | None) -> dict[str, Any]:
-    has_both = base is not None and base.value is not None and trained.value is not None
+def _build_result_entry(task: BenchmarkTask, trained_measurement: Measurement, base: Measurement | None) -> dict[str, Any]:
+    has_both = base is not None and base.value is not None and trained_measurement.value is not None
     return {
-        "name": task.benchmark.name, "task": trained.task, "group": task.name if trained.is_part_of_group else None, "metric": trained.metric,
-        "value": trained.value, "stderr": trained.stderr, "samples": trained.samples, "base": base.value if base else None,
-        "baseStderr": base.stderr if base else None, "difference": trained.value - base.value if has_both else None,  # type: ignore[operator,union-attr]
-        "reason": trained.reason or (base.reason if base else None),
+        "name": task.benchmark.name, "task": trained_measurement.task, "group": task.name if trained_measurement.is_part_of_group else None,
+        "metric": trained_measurement.metric,
+        "value": trained_measurement.value, "stderr": trained_measurement.stderr, "samples": trained_measurement.samples, "base": base.value if base else None,
+        "baseStderr": base.stderr if base else None, "difference": trained_measurement.value - base.value if has_both else None,  # type: ignore[operator,union-attr]
+        "reason": trained_measurement.reason or (base.reason if base else None),
     }  # fmt: skip
 
 
@@ -131,8 +132,8 @@ def write_results(folder: Path, tasks: Sequence[BenchmarkTask], entries: Sequenc
     for task in tasks:
         if task.kind is BenchmarkKind.DOMAINS and not task.uses_base:
             values = {entry["metric"]: entry["value"] for entry in entries if (entry["name"], entry["task"]) == (task.benchmark.name, task.name)}
-            renamed = {DOMAIN_RESULT_KEYS.get(metric, metric): value for metric, value in values.items()}
-            (folder / f"{DOMAIN_FILE_PREFIX}{task.name}_results.json").write_text(json.dumps(renamed, indent=1))
+            values_by_result_key = {DOMAIN_RESULT_KEYS.get(metric, metric): value for metric, value in values.items()}
+            (folder / f"{DOMAIN_FILE_PREFIX}{task.name}_results.json").write_text(json.dumps(values_by_result_key, indent=1))
 
 
 def finite_number_or_none(value: Any) -> float | None:

@@ -79,11 +79,11 @@ class TaskFolder:
                     hint=f"add task definitions, or a copy of a data set at its path, for example {BUNDLED_TASKS['hellaswag'].dataset_repository}/",
                 )  # fmt: skip
             return [*self.task_names, *bundled_names]
-        selected = replace_old_task_names(list(tasks))
-        for name in selected:
+        selected_names = replace_old_task_names(list(tasks))
+        for name in selected_names:
             if not self.is_defined(name) and not (name in BUNDLED_TASKS and self._has_data_of(name)):
                 raise self._missing_task_error(name)
-        return selected
+        return selected_names
 
     def is_defined(self, name: str) -> bool:
         """Whether the folder contains the definition of a task, group or tag."""
@@ -149,15 +149,15 @@ class _DefinitionReader:
         if path in including:
             raise self._invalid(path, "includes itself")
         settings = self._load(path)
-        merged: dict[str, Any] = {}
+        merged_definition: dict[str, Any] = {}
         included_names = settings.get("include", [])
         for name in included_names if isinstance(included_names, list) else [included_names]:
             target = Path(os.path.normpath(path.parent / str(name)))
             if not target.is_relative_to(self.folder) or not target.is_file():
                 raise self._invalid(path, f"includes {name}, which is not a file of the folder")
             included_settings = self._merge(target, (*including, path))
-            merged |= {key: value for key, value in included_settings.items() if key != "task_list"}
-        return merged | {key: value for key, value in settings.items() if key != "include"}
+            merged_definition |= {key: value for key, value in included_settings.items() if key != "task_list"}
+        return merged_definition | {key: value for key, value in settings.items() if key != "include"}
 
     def _load(self, path: Path) -> dict[str, Any]:
         try:

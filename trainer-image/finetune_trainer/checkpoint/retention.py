@@ -24,8 +24,8 @@ class RetentionCandidate:
 
 def find_best_step(checkpoints: Iterable[RetentionCandidate]) -> int | None:
     """Return the step with the lowest validation loss (the earliest of several equal ones), or None if no checkpoint has a validation loss."""
-    evaluated = [(kept.eval_loss, kept.step) for kept in checkpoints if kept.eval_loss is not None]
-    return min(evaluated)[1] if evaluated else None
+    losses_and_steps = [(kept.eval_loss, kept.step) for kept in checkpoints if kept.eval_loss is not None]
+    return min(losses_and_steps)[1] if losses_and_steps else None
 
 
 def choose_steps_to_remove(

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from finetune_api.attempt_secret import sign_manifest
 from finetune_api.errors import FineTuneError, PeerError, StorageError
-from finetune_api.names import RUN_FILE_NAME, Storage, attempt_folder, parse_attempt_of_folder
+from finetune_api.names import RUN_FILE_NAME, Storage, make_attempt_folder_name, parse_attempt_of_folder
 
 from finetune_trainer.checkpoint.manifest import (
     CommitMarker,
@@ -254,7 +254,7 @@ class CheckpointTree:
 
     def begin_attempt(self, attempt: int, run_json: bytes) -> None:
         """Store the attempt's run configuration (`run.json`). After this call, earlier attempts can no longer commit."""
-        self.store.put(join_key(Storage.RUN, attempt_folder(attempt), RUN_FILE_NAME), run_json)
+        self.store.put(join_key(Storage.RUN, make_attempt_folder_name(attempt), RUN_FILE_NAME), run_json)
 
     def require_newest_attempt(self, attempt: int) -> None:
         """Check that no later attempt has begun. Errors: FencedOutError if a later attempt has begun."""
@@ -352,15 +352,15 @@ class CheckpointTree:
         return sum(self.store.sweep(f"{prefix}/") for prefix in (Storage.CHECKPOINTS, Storage.MODEL, Storage.MERGED))
 
     def _sweep_files(self) -> int:
-        unreferenced = {
+        unreferenced_keys = {
             prefix: keys
             for prefix, below in self._list_keys_by_prefix().items()
             if (keys := self._find_unreferenced_keys(prefix, below))
         }
-        self.store.delete([key for keys in unreferenced.values() for key in keys])
-        for prefix, keys in unreferenced.items():
+        self.store.delete([key for keys in unreferenced_keys.values() for key in keys])
+        for prefix, keys in unreferenced_keys.items():
             self._remove_marker_of_swept_files(prefix, keys)
-        return sum(map(len, unreferenced.values()))
+        return sum(map(len, unreferenced_keys.values()))
 
     def _remove_marker_of_swept_files(self, folder_key: str, swept_keys: list[str]) -> None:
         """Remove the marker that a fenced incarnation created while this sweep removed the files of the incarnation.

@@ -135,30 +135,30 @@ class Uploader:
             self._candidate_by_step[checkpoint.step] = RetentionCandidate(checkpoint.step, bool(checkpoint.healthy), checkpoint.eval_loss)
             self._reporter.add_checkpoint(checkpoint)
 
-    def add_skipped(self, committed: Iterable[CommittedCheckpoint]) -> None:
+    def add_skipped(self, checkpoints: Iterable[CommittedCheckpoint]) -> None:
         """Add the committed checkpoints after the restored step. Each of them is damaged or not trusted, or it is later than the step of a rollback.
 
         These checkpoints do not count as progress, and a later commit does not mark them healthy. A skipped checkpoint is replaced when this
         attempt commits the same step, or removed when this attempt commits a later step.
         """
-        self._skipped_marker_by_step |= {one.step: one.marker for one in committed}
+        self._skipped_marker_by_step |= {one.step: one.marker for one in checkpoints}
 
-    def enqueue(self, staged: StagedCheckpoint) -> None:
+    def enqueue(self, staged_checkpoint: StagedCheckpoint) -> None:
         """Queue a staged checkpoint or the final model. The uploader removes the local folder after the upload."""
         dropped_checkpoint = None
-        if staged.step is not None:
+        if staged_checkpoint.step is not None:
             self.record_unsaved()
         with self._state_changed:
             queued_before = self._queued_checkpoint
-            if staged.step is None:
-                self._queued_final = staged
-            elif queued_before is not None and queued_before.is_graceful_stop and not staged.is_graceful_stop:
-                dropped_checkpoint = staged
+            if staged_checkpoint.step is None:
+                self._queued_final = staged_checkpoint
+            elif queued_before is not None and queued_before.is_graceful_stop and not staged_checkpoint.is_graceful_stop:
+                dropped_checkpoint = staged_checkpoint
             else:
-                dropped_checkpoint, self._queued_checkpoint, self._queued_since = queued_before, staged, time.monotonic()
+                dropped_checkpoint, self._queued_checkpoint, self._queued_since = queued_before, staged_checkpoint, time.monotonic()
             self._state_changed.notify_all()
         if dropped_checkpoint is not None:
-            self._drop_staged(dropped_checkpoint, staged.step)
+            self._drop_staged(dropped_checkpoint, staged_checkpoint.step)
 
     def record_unsaved(self) -> None:
         """Record that a checkpoint is due now. The checkpoint counts as unsaved until the next commit."""
@@ -244,36 +244,36 @@ class Uploader:
                     self._uploading = None
                     self._state_changed.notify_all()
 
-    def _store(self, staged: StagedCheckpoint) -> None:
+    def _store(self, staged_checkpoint: StagedCheckpoint) -> None:
         """Upload and commit one checkpoint or the final model. If this fails, record the reason."""
         started_at = time.monotonic()
         try:
-            while self._failure is None and not self._try_to_store_staged(staged, started_at):
+            while self._failure is None and not self._try_to_store_staged(staged_checkpoint, started_at):
                 self._wait_before_retry()
         except FencedOutError as error:
             self._failure = error
         except FineTuneError as error:
-            self._record_failure(staged, error)
+            self._record_failure(staged_checkpoint, error)
         except Exception as error:
             log.exception("uploading failed")
-            self._record_failure(staged, StorageError("UploadFailed", f"{type(error).__name__}: {error}"))
+            self._record_failure(staged_checkpoint, StorageError("UploadFailed", f"{type(error).__name__}: {error}"))
         finally:
             self._reporter.increment_counter("storage_retries", self.tree.store.retries - self._counted_retries)
             self._counted_retries = self.tree.store.retries
-            shutil.rmtree(staged.folder, ignore_errors=True)
+            shutil.rmtree(staged_checkpoint.folder, ignore_errors=True)
 
-    def _try_to_store_staged(self, staged: StagedCheckpoint, started_at: float) -> bool:
+    def _try_to_store_staged(self, staged_checkpoint: StagedCheckpoint, started_at: float) -> bool:
         """Try once to upload and commit. Returns False if the try failed and must be repeated, because no later checkpoint follows."""
-        if staged.step is not None and staged.step <= self._newest_own_step:
+        if staged_checkpoint.step is not None and staged_checkpoint.step <= self._newest_own_step:
             self._record_saved()
             return True  # The data of a committed checkpoint is never written a second time.
         try:
-            self._upload_and_commit(staged, started_at)
+            self._upload_and_commit(staged_checkpoint, started_at)
         except StorageError as error:
-            must_retry_final = staged.step is None and time.monotonic() - started_at < self._final_upload_timeout_seconds
-            if not (staged.is_graceful_stop or must_retry_final) or self._is_closing:
+            must_retry_final = staged_checkpoint.step is None and time.monotonic() - started_at < self._final_upload_timeout_seconds
+            if not (staged_checkpoint.is_graceful_stop or must_retry_final) or self._is_closing:
                 raise
-            log.warning("%s was not stored, will retry: %s", checkpoint_folder_key(staged.step), error)
+            log.warning("%s was not stored, will retry: %s", checkpoint_folder_key(staged_checkpoint.step), error)
             return False
         return True
 
@@ -281,50 +281,50 @@ class Uploader:
         with self._state_changed:
             self._state_changed.wait_for(lambda: self._is_closing, RETRY_PAUSE_SECONDS)
 
-    def _record_failure(self, staged: StagedCheckpoint, error: FineTuneError) -> None:
+    def _record_failure(self, staged_checkpoint: StagedCheckpoint, error: FineTuneError) -> None:
         """Record that an upload failed.
 
         A failed upload of a checkpoint is reported in the job's status; a failed upload of the final model ends the attempt.
         """
-        log.error("step %s could not be stored: %s", staged.step, error)
+        log.error("step %s could not be stored: %s", staged_checkpoint.step, error)
         self._reporter.increment_counter("checkpoint_failures")
-        if staged.step is None:
+        if staged_checkpoint.step is None:
             self._failure = error
             return
-        self._reporter.record_checkpoint_problem(error.code, f"step {staged.step} was not stored: {error.message}")
+        self._reporter.record_checkpoint_problem(error.code, f"step {staged_checkpoint.step} was not stored: {error.message}")
         if self._node_rank > 0:
-            self._report_skipped_part(staged)
+            self._report_skipped_part(staged_checkpoint)
 
-    def _upload_and_commit(self, staged: StagedCheckpoint, started_at: float) -> None:
-        prefix = checkpoint_folder_key(staged.step)
-        entries = self.tree.upload(prefix, staged.incarnation, staged.folder, byte_counter=self._count_uploaded_bytes)
+    def _upload_and_commit(self, staged_checkpoint: StagedCheckpoint, started_at: float) -> None:
+        prefix = checkpoint_folder_key(staged_checkpoint.step)
+        entries = self.tree.upload(prefix, staged_checkpoint.incarnation, staged_checkpoint.folder, byte_counter=self._count_uploaded_bytes)
         if self._node_rank > 0:
-            self.tree.report_part(prefix, staged.incarnation, self._node_rank, entries)
-            self.uploaded_step = staged.step or 0
+            self.tree.report_part(prefix, staged_checkpoint.incarnation, self._node_rank, entries)
+            self.uploaded_step = staged_checkpoint.step or 0
             self._record_saved()
             return
-        if self._node_count > 1 and staged.step is not None:
+        if self._node_count > 1 and staged_checkpoint.step is not None:
             other_entries = self.tree.wait_for_parts(
-                prefix, staged.incarnation, self._node_count, self._part_timeout_seconds, self._must_end_wait
+                prefix, staged_checkpoint.incarnation, self._node_count, self._part_timeout_seconds, self._must_end_wait
             )
             entries = self.tree.merge_parts(prefix, entries, other_entries)
-        manifest = self._build_manifest(staged, entries)
+        manifest = self._build_manifest(staged_checkpoint, entries)
         if (
-            not staged.is_graceful_stop and not self._must_end_wait()
+            not staged_checkpoint.is_graceful_stop and not self._must_end_wait()
         ):  # After a stop request, little time is left, so commit at once.
             self._before_commit()
-        marker = self.tree.commit(prefix, manifest, replaceable_marker=self._skipped_marker_by_step.get(staged.step))
-        self._skipped_marker_by_step.pop(staged.step, None)
+        marker = self.tree.commit(prefix, manifest, replaceable_marker=self._skipped_marker_by_step.get(staged_checkpoint.step))
+        self._skipped_marker_by_step.pop(staged_checkpoint.step, None)
         save_seconds = time.monotonic() - started_at
-        log.info("committed %s/%s in %.2f s (%d bytes)", prefix, staged.incarnation, save_seconds, manifest.total_bytes)
-        uri = self.tree.uri(join_key(prefix, staged.incarnation))
-        if staged.step is None:
+        log.info("committed %s/%s in %.2f s (%d bytes)", prefix, staged_checkpoint.incarnation, save_seconds, manifest.total_bytes)
+        uri = self.tree.uri(join_key(prefix, staged_checkpoint.incarnation))
+        if staged_checkpoint.step is None:
             self._mark_healthy(before_step=None)  # The run has ended, and its losses were finite.
             self.output = Output(
                 uri=uri, sha256=marker.manifest_sha256, kind=manifest.kind, evaluation=manifest.extra.get("evaluation")
             )
         else:
-            self._record_commit(staged, manifest, uri, marker.manifest_sha256, save_seconds)
+            self._record_commit(staged_checkpoint, manifest, uri, marker.manifest_sha256, save_seconds)
 
     def _must_end_wait(self) -> bool:
         """Whether the wait for other pods' files must end: a checkpoint of a graceful stop is queued, or the time of `limit_part_wait` has passed."""
@@ -337,22 +337,22 @@ class Uploader:
         with self._state_changed:
             self._unsaved_since = self._queued_since if self._queued_checkpoint is not None else None
 
-    def _record_commit(self, staged: StagedCheckpoint, manifest: Manifest, uri: str, sha256: str, save_seconds: float) -> None:
+    def _record_commit(self, staged_checkpoint: StagedCheckpoint, manifest: Manifest, uri: str, sha256: str, save_seconds: float) -> None:
         step = self._newest_own_step = manifest.step
         self._record_saved()
         self._mark_healthy(before_step=step)
-        self._candidate_by_step[step] = RetentionCandidate(step, staged.is_graceful_stop, manifest.eval_loss)
+        self._candidate_by_step[step] = RetentionCandidate(step, staged_checkpoint.is_graceful_stop, manifest.eval_loss)
         self._reporter.increment_counter("checkpoints")
         self._reporter.add_checkpoint(
             Checkpoint(
-                step=step, uri=uri, sha256=sha256, bytes=manifest.total_bytes, time=datetime.now(UTC), healthy=staged.is_graceful_stop,
+                step=step, uri=uri, sha256=sha256, bytes=manifest.total_bytes, time=datetime.now(UTC), healthy=staged_checkpoint.is_graceful_stop,
                 eval_loss=manifest.eval_loss, save_seconds=round(save_seconds, 3),
             ),
             save_seconds,
         )  # fmt: skip
         self._reporter.clear_checkpoint_problem()
         self._after_commit()
-        if staged.is_graceful_stop:
+        if staged_checkpoint.is_graceful_stop:
             with self._record_failure_as_note("marking a checkpoint healthy"):
                 self.tree.mark_healthy(step)
         self.apply_retention()
@@ -390,18 +390,18 @@ class Uploader:
             log.warning("%s failed: %s", action, error)
             self._reporter.add_note(f"{action} failed: {error.code}")
 
-    def _build_manifest(self, staged: StagedCheckpoint, entries: list[FileEntry]) -> Manifest:
-        rank0_report = staged.rank0_report
+    def _build_manifest(self, staged_checkpoint: StagedCheckpoint, entries: list[FileEntry]) -> Manifest:
+        rank0_report = staged_checkpoint.rank0_report
         return Manifest(
             job=self._job_id,
             attempt=self._attempt,
-            incarnation=staged.incarnation,
-            step=staged.step if staged.step is not None else int(rank0_report.get("step") or self._reporter.step),
+            incarnation=staged_checkpoint.incarnation,
+            step=staged_checkpoint.step if staged_checkpoint.step is not None else int(rank0_report.get("step") or self._reporter.step),
             epoch=rank0_report.get("epoch"),
             samples=rank0_report.get("samples"),
             tokens=rank0_report.get("tokens"),
             eval_loss=rank0_report.get("evalLoss"),
-            graceful=staged.is_graceful_stop,
+            graceful=staged_checkpoint.is_graceful_stop,
             kind=OutputKind(rank0_report["outputKind"]) if rank0_report.get("outputKind") else None,
             facts=self._run_facts,
             extra=rank0_report.get("extra") or {},

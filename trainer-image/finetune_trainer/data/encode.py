@@ -149,22 +149,22 @@ def bad_row_error(row: RejectedRow) -> DataError:
     return DataError(row.code, f"{row.location}: {row.message}", hint=f"{row.hint}; or `dataset.badRows: skip` to leave such rows out")
 
 
-def require_few_bad_rows(run: RunConfig, rejected: Sequence[RejectedRow], row_count: int, split: str) -> list[str]:
+def require_few_bad_rows(run: RunConfig, rejected_rows: Sequence[RejectedRow], row_count: int, split: str) -> list[str]:
     """Return a note about the rejected rows of a split with `row_count` rows; an empty list if no row is rejected.
 
     Errors: DataError with the code of the first rejected row if bad rows are not skipped; TooManyBadRows if their share is above
     `dataset.maxBadRowRatio`.
     """
-    if not rejected:
+    if not rejected_rows:
         return []
-    first_rejected = rejected[0]
+    first_rejected = rejected_rows[0]
     if not skips_bad_rows(run):
         raise bad_row_error(first_rejected)
     max_ratio = value_or_default(run.spec.dataset, "max_bad_row_ratio")
-    if len(rejected) > max_ratio * row_count:
+    if len(rejected_rows) > max_ratio * row_count:
         raise DataError(
-            "TooManyBadRows", f"{len(rejected)} of {row_count} rows cannot be used, more than {max_ratio:.1%}; the first: "
+            "TooManyBadRows", f"{len(rejected_rows)} of {row_count} rows cannot be used, more than {max_ratio:.1%}; the first: "
             f"{first_rejected.location}: {first_rejected.message}",
             hint=f"{first_rejected.hint}; or raise dataset.maxBadRowRatio",
         )  # fmt: skip
-    return [f"{split}: {len(rejected)} rows were left out; the first: {first_rejected.location}: {first_rejected.message}"]
+    return [f"{split}: {len(rejected_rows)} rows were left out; the first: {first_rejected.location}: {first_rejected.message}"]

@@ -134,8 +134,8 @@ def prepare(
     rank_order = one_rank_first or nullcontext()
     with rank_order:
         stored_rows = find_prepared(cache_folder, digest)
-        prepared = stored_rows or _prepare_splits(run, inputs, tokenizer, max_length, is_templated, vision, cache_folder, digest, preparation)
-    data = _load_prepared(prepared, max_length, is_from_cache=stored_rows is not None)
+        prepared_folder = stored_rows or _prepare_splits(run, inputs, tokenizer, max_length, is_templated, vision, cache_folder, digest, preparation)
+    data = _load_prepared(prepared_folder, max_length, is_from_cache=stored_rows is not None)
     data.notes = [*data.notes, *notes_on_stored_rows(inputs, digest)]
     return data
 
@@ -147,11 +147,11 @@ def max_sequence_length(run: RunConfig, tokenizer: Any, max_positions: int | Non
 
     Virtual tokens of prefix and prompt tuning also occupy positions of the model. Errors: ConfigError SequenceTooLong.
     """
-    requested = run.spec.dataset.max_sequence_length
+    requested_length = run.spec.dataset.max_sequence_length
     tokenizer_limit = getattr(tokenizer, "model_max_length", None)
     limit = max_positions or (tokenizer_limit if tokenizer_limit and tokenizer_limit < UNLIMITED_TOKENIZER_LENGTH else None)
     if limit is None:
-        return requested or DEFAULT_MAX_SEQUENCE_LENGTH
+        return requested_length or DEFAULT_MAX_SEQUENCE_LENGTH
     virtual_count = count_virtual_tokens(run)
     available_length = limit - virtual_count
     taken_by_prompt = f" and method.promptLength takes {virtual_count} of them" if virtual_count else ""
@@ -160,12 +160,12 @@ def max_sequence_length(run: RunConfig, tokenizer: Any, max_positions: int | Non
             "SequenceTooLong", f"the model has {limit} positions{taken_by_prompt}, so no row fits",
             hint=f"write method.promptLength {limit // 2} or less, or choose a model with a longer context",
         )  # fmt: skip
-    if requested is None or MAX_SEQUENCE_LENGTH_FIELD in run.defaults:
+    if requested_length is None or MAX_SEQUENCE_LENGTH_FIELD in run.defaults:
         return min(DEFAULT_MAX_SEQUENCE_LENGTH, available_length)
-    if requested <= available_length:
-        return requested
+    if requested_length <= available_length:
+        return requested_length
     raise ConfigError(
-        "SequenceTooLong", f"{MAX_SEQUENCE_LENGTH_FIELD} is {requested}, but the model has {limit} positions{taken_by_prompt}",
+        "SequenceTooLong", f"{MAX_SEQUENCE_LENGTH_FIELD} is {requested_length}, but the model has {limit} positions{taken_by_prompt}",
         hint=f"write {available_length} or less, or choose a model with a longer context",
     )  # fmt: skip
 
@@ -317,16 +317,16 @@ def _prepare_splits(
 
 
 def _build_splits(
-    run: RunConfig, encoded: EncodedRows, options: TokeniseOptions
+    run: RunConfig, encoded_rows: EncodedRows, options: TokeniseOptions
 ) -> tuple[dict[str, Iterator[pyarrow.RecordBatch]], dict[str, TokenReport], list[str]]:
     """Return the batches to store and the token counts of each split, by split name, and the notes for the status.
 
     Errors: DataError TooManyBadRows, NoTrainableToken.
     """
-    notes = list(encoded.summary.notes)
+    notes = list(encoded_rows.summary.notes)
     splits: dict[str, Iterator[pyarrow.RecordBatch]] = {}
     reports: dict[str, TokenReport] = {}
-    for split in encoded.splits:
+    for split in encoded_rows.splits:
         if split.has_joined_rows:
             notes.append(
                 "prompt and completion are joined without a chat template; dataset.useChatTemplate: true renders them as turns"
@@ -335,12 +335,12 @@ def _build_splits(
         token_report = reports[split.name] = _count_tokens(split, options)
         notes += [f"{split.name}: {note}" for note in token_report.notes(options)]
         positions, lengths = split.positions[split.kept_mask], split.lengths[split.kept_mask]
-        splits[split.name] = encoded.shards.read(positions, lengths)
+        splits[split.name] = encoded_rows.shards.read(positions, lengths)
         if run.spec.dataset.packing and split.name == "train":
             bins = pack(lengths.tolist(), options.max_length)
             token_report.sequences = len(bins)
             token_report.padding_share = padding_share(token_report.tokens, len(bins), options.max_length)
-            splits["train"] = build_packed_batches(encoded.shards, positions, lengths, bins, IGNORED_LABEL)
+            splits["train"] = build_packed_batches(encoded_rows.shards, positions, lengths, bins, IGNORED_LABEL)
     if run.spec.dataset.packing:
         notes.append(f"train: {reports['train'].notes(options)[-1]}")
     return splits, reports, list(dict.fromkeys(notes))
@@ -378,17 +378,17 @@ def find_prepared(cache_folder: Path, digest: str) -> PreparedFolder | None:
         return None
 
 
-def open_split(prepared: PreparedFolder, name: str) -> Dataset | None:
+def open_split(prepared_folder: PreparedFolder, name: str) -> Dataset | None:
     """Return the rows of a split, mapped into memory; None if the folder has no such split."""
     from datasets import Dataset, concatenate_datasets
 
-    paths = prepared.shard_paths(name)
+    paths = prepared_folder.shard_paths(name)
     return concatenate_datasets([Dataset.from_file(str(path)) for path in paths]) if paths else None
 
 
-def open_splits(prepared: PreparedFolder) -> Splits:
+def open_splits(prepared_folder: PreparedFolder) -> Splits:
     """Return the splits of a prepared folder. The files of the splits are mapped into memory, so that all ranks of a node share the memory."""
-    train, validation, test = (open_split(prepared, name) for name in ("train", "validation", "test"))
+    train, validation, test = (open_split(prepared_folder, name) for name in ("train", "validation", "test"))
     assert train is not None, "a run without training rows prepares no rows"
     return Splits(train, validation, test)
 
@@ -465,10 +465,10 @@ def _list_defaulted_options(run: RunConfig) -> list[str]:
     return sorted(path for path in run.defaults if path.startswith(("dataset.", "trainer.maxCompletionLength")))
 
 
-def _load_prepared(prepared: PreparedFolder, max_length: int, *, is_from_cache: bool) -> PreparedData:
-    summary = prepared.manifest.summary
+def _load_prepared(prepared_folder: PreparedFolder, max_length: int, *, is_from_cache: bool) -> PreparedData:
+    summary = prepared_folder.manifest.summary
     return PreparedData(
-        **vars(open_splits(prepared)),
+        **vars(open_splits(prepared_folder)),
         format=DatasetFormat(summary["format"]),
         max_sequence_length=max_length,
         reports={name: TokenReport(**report) for name, report in summary["reports"].items()},

@@ -233,8 +233,8 @@ class ShardReader:
             batch = self._batches[int(batch_indices[begin])]
             first = int(positions[begin]) - (int(self._ends[batch_indices[begin]]) - batch.num_rows)
             slices.append(batch.slice(first, end - begin))
-        joined = pyarrow.Table.from_batches(slices).combine_chunks().to_batches()[0]
+        joined_batch = pyarrow.Table.from_batches(slices).combine_chunks().to_batches()[0]
         # A slice of a batch keeps the buffers of the whole batch. A copy holds only the values of its rows, so that equal rows give equal bytes.
-        return joined.take(pyarrow.array(range(len(positions)), pyarrow.int64()))
+        return joined_batch.take(pyarrow.array(range(len(positions)), pyarrow.int64()))
 
 

@@ -68,11 +68,11 @@ def mix(sources: Sequence[Sequence[Item]], weights: Sequence[float], seed: int) 
     quotas = [int(x) for x in exact_shares]
     for i in sorted(range(len(sources)), key=lambda i: (quotas[i] - exact_shares[i], i))[: total - sum(quotas)]:
         quotas[i] += 1
-    mixed: list[Item] = []
+    mixed_items: list[Item] = []
     for number, (source, quota) in enumerate(zip(sources, quotas, strict=True)):
         generator = random.Random(seed * 1000003 + number)
         while quota > 0 and source:
             drawn_indices = sorted(generator.sample(range(len(source)), min(quota, len(source))))
-            mixed += [source[i] for i in drawn_indices]
+            mixed_items += [source[i] for i in drawn_indices]
             quota -= len(drawn_indices)
-    return mixed
+    return mixed_items

@@ -28,20 +28,20 @@ class SupervisedEncoder:
 
     def __call__(self, rows: Sequence[tuple[str, Example]]) -> list[EncodedRow | RejectedRow]:
         """Render and tokenise the rows. Errors: ConfigError of `render` and `encode`."""
-        finished: list[tuple[int, EncodedRow | RejectedRow]] = []
+        encoded_rows: list[tuple[int, EncodedRow | RejectedRow]] = []
 
         def render_rows() -> Iterator[tuple[str, Rendered]]:
             for number, (location, example) in enumerate(rows):
                 if isinstance(example, TokenSequence):
-                    finished.append((number, self._check_tokens(location, example)))
+                    encoded_rows.append((number, self._check_tokens(location, example)))
                     continue
                 try:
                     yield location, render(example, self.render_with)
                 except RowError as error:
-                    finished.append((number, RejectedRow.of(location, error)))
+                    encoded_rows.append((number, RejectedRow.of(location, error)))
 
         results: list[EncodedRow | RejectedRow] = list(encode(render_rows(), self.render_with.tokenizer, self.options))
-        for number, row in finished:
+        for number, row in encoded_rows:
             results.insert(number, row)
         return results
 
@@ -72,13 +72,13 @@ class FittingEncoder:
         columns = TOKEN_COLUMNS | ({IMAGE_SOURCES_COLUMN: ColumnType.IMAGES} if self.has_images else {})
         batch = BatchBuilder(columns)
         for row in self.encoder(rows):
-            fitted = row if isinstance(row, RejectedRow) else fit_row(row, self.options)
-            if isinstance(fitted, RejectedRow):
-                batch.reject(fitted)
-            elif fitted.outcome not in (RowOutcome.KEPT, RowOutcome.CUT):
-                batch.leave_out(fitted.outcome)
+            fitted_row = row if isinstance(row, RejectedRow) else fit_row(row, self.options)
+            if isinstance(fitted_row, RejectedRow):
+                batch.reject(fitted_row)
+            elif fitted_row.outcome not in (RowOutcome.KEPT, RowOutcome.CUT):
+                batch.leave_out(fitted_row.outcome)
             else:
                 images = {IMAGE_SOURCES_COLUMN: to_image_column(row.images)} if isinstance(row, EncodedRow) else {}
-                trained = len(fitted.labels) - fitted.labels.count(IGNORED_LABEL)
-                batch.keep(fitted.outcome, len(fitted.ids), trained, input_ids=fitted.ids, labels=fitted.labels, **images)
+                trained_token_count = len(fitted_row.labels) - fitted_row.labels.count(IGNORED_LABEL)
+                batch.keep(fitted_row.outcome, len(fitted_row.ids), trained_token_count, input_ids=fitted_row.ids, labels=fitted_row.labels, **images)
         return batch.build()

@@ -69,15 +69,15 @@ def render(example: Example, options: RenderOptions) -> Rendered:
     """
     match example:
         case Text(text):
-            rendered = Rendered(text, ((0, len(text)),), False)
+            rendering = Rendered(text, ((0, len(text)),), False)
         case Completion(prompt, completion):
             if options.use_chat_template and options.renders_text_as_turns:
                 turns = (Turn("user", prompt), Turn("assistant", completion))
                 return render(Conversation(turns), options)
             start = len(prompt) if options.response_only else 0
-            rendered = Rendered(prompt + completion, ((start, len(prompt) + len(completion)),), False)
+            rendering = Rendered(prompt + completion, ((start, len(prompt) + len(completion)),), False)
         case Conversation():
-            rendered = (
+            rendering = (
                 _render_with_template(example, options)
                 if options.use_chat_template
                 else _render_plain(example, options)
@@ -88,7 +88,7 @@ def render(example: Example, options: RenderOptions) -> Rendered:
                 f"{type(example).__name__} rows have no text to learn",
                 "choose a trainer.type that reads such rows",
             )
-    return _find_spans_from_markers(rendered, options.turn_markers) if options.turn_markers and options.response_only else rendered
+    return _find_spans_from_markers(rendering, options.turn_markers) if options.turn_markers and options.response_only else rendering
 
 
 # ---- without a template
@@ -241,22 +241,22 @@ def _with_end_token(text: str, span: CharSpan, special_tokens: tuple[str, ...]) 
     return start, end + len(following_token)
 
 
-def _find_spans_from_markers(rendered: Rendered, turn_markers: tuple[str, str]) -> Rendered:
+def _find_spans_from_markers(rendering: Rendered, turn_markers: tuple[str, str]) -> Rendered:
     """Set the trained spans to the texts from each answer marker to the next question marker. Errors: RowError MarkerAbsent."""
     question, answer = turn_markers
     spans, position = [], 0
-    while answer and (marker_start := rendered.text.find(answer, position)) >= 0:
+    while answer and (marker_start := rendering.text.find(answer, position)) >= 0:
         start = marker_start + len(answer)
-        end = rendered.text.find(question, start) if question else -1
-        end = len(rendered.text) if end < 0 else end
+        end = rendering.text.find(question, start) if question else -1
+        end = len(rendering.text) if end < 0 else end
         spans.append((start, end))
         position = end
     if not spans:
         raise RowError(
-            "MarkerAbsent", f"the answer marker {answer!r} does not occur in the rendered row: {rendered.text[:120]!r}...",
+            "MarkerAbsent", f"the answer marker {answer!r} does not occur in the rendered row: {rendering.text[:120]!r}...",
             "copy the marker from the rendered row, or leave out the markers of dataset.responseOnly",
         )  # fmt: skip
-    return Rendered(rendered.text, tuple(spans), rendered.is_templated)
+    return Rendered(rendering.text, tuple(spans), rendering.is_templated)
 
 
 def _apply_template(
@@ -285,4 +285,10 @@ def _apply_template(
         raise RowError(
             "TemplateRefusedRow", f"the chat template refuses the conversation: {error}",
             f"give the turns in the order that the template expects (the row has: {', '.join(turn.role for turn in turns)})",
+        ) from None  # fmt: skip
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        content_type = "a list of parts of the types `image` and `text`" if options.has_content_parts else "text"
+        raise RowError(
+            "TemplateRefusedRow", f"the chat template fails for the conversation: {type(error).__name__}: {str(error)[:200]}",
+            f"correct the template, for example in dataset.chatTemplate: the content of each turn is {content_type}",
         ) from None  # fmt: skip

@@ -129,10 +129,10 @@ def fit_row(row: EncodedRow, options: TokeniseOptions) -> FittedRow | RejectedRo
     return FittedRow(RowOutcome.CUT, ids, labels)
 
 
-def no_row_left_error(dropped: int, answerless: int, max_length: int) -> DataError:
-    """Return the error for a split that has no row left to train on. `dropped`, `answerless`: see `TokenReport`."""
+def no_row_left_error(dropped_row_count: int, answerless: int, max_length: int) -> DataError:
+    """Return the error for a split that has no row left to train on. `dropped_row_count`, `answerless`: see `TokenReport`."""
     return DataError(
-        "NoTrainableToken", f"no row is left to train on: {dropped} are too long, {answerless} have no answer after truncation",
+        "NoTrainableToken", f"no row is left to train on: {dropped_row_count} are too long, {answerless} have no answer after truncation",
         hint=f"raise dataset.maxSequenceLength (now {max_length}), or shorten the rows",
     )  # fmt: skip
 

@@ -47,12 +47,12 @@ class VisionProcessor:
         image_settings = processor.image_processor.to_dict()
         return json.dumps([type(processor).__name__, settings, image_settings], sort_keys=True, default=str)
 
-    def encode(self, rendered: Rendered, images: Sequence[Image]) -> tuple[list[int], list[int]]:
+    def encode(self, rendering: Rendered, images: Sequence[Image]) -> tuple[list[int], list[int]]:
         """Return the token ids and labels of a text with image placeholders. The tokens of images have the label `IMAGE_LABEL`.
 
         Errors: RowError ImagePlaceholders, ImageRefused.
         """
-        placeholder_count = rendered.text.count(self.processor.image_token)
+        placeholder_count = rendering.text.count(self.processor.image_token)
         if placeholder_count != len(images):
             raise RowError(
                 "ImagePlaceholders", f"the rendered row has {placeholder_count} placeholders {self.processor.image_token} for {len(images)} images",
@@ -60,24 +60,24 @@ class VisionProcessor:
             )  # fmt: skip
         options = {"add_special_tokens": False, "return_offsets_mapping": True}
         if not images:
-            encoded = self.processor.tokenizer([rendered.text], **options)
+            tokenised = self.processor.tokenizer([rendering.text], **options)
             replacements: list[Mapping[str, Any]] = []
         else:
             try:
-                encoded = self.processor(text=[rendered.text], images=[list(images)], return_text_replacement_offsets=True, **options)
+                tokenised = self.processor(text=[rendering.text], images=[list(images)], return_text_replacement_offsets=True, **options)
             except ValueError as error:
                 message = str(error).split("\n")[0][:200]
                 raise RowError("ImageRefused", f"the model's image processor refuses an image: {message}", "write another image, or remove the row") from None
-            replacements = encoded["text_replacement_offsets"][0]
-        ids, offsets = list(encoded["input_ids"][0]), encoded["offset_mapping"][0]
-        labels = make_labels(ids, offsets, move_spans(rendered.spans, replacements))
+            replacements = tokenised["text_replacement_offsets"][0]
+        ids, offsets = list(tokenised["input_ids"][0]), tokenised["offset_mapping"][0]
+        labels = make_labels(ids, offsets, move_spans(rendering.spans, replacements))
         is_image = make_labels([IMAGE_LABEL] * len(ids), offsets, [item["new_span"] for item in replacements])
         return ids, [IMAGE_LABEL if mark == IMAGE_LABEL else label for label, mark in zip(labels, is_image, strict=True)]
 
-    def encode_row(self, location: str, rendered: Rendered, images: Sequence[ImageFile], boundary: BoundaryTokens) -> EncodedRow:
+    def encode_row(self, location: str, rendering: Rendered, images: Sequence[ImageFile], boundary: BoundaryTokens) -> EncodedRow:
         """Tokenise a rendered row. The tokens of images are not trained on. Errors: RowError of `encode`, ImageUnreadable."""
-        ids, labels = self.encode(rendered, [load_image(image) for image in images])
-        ids, labels = boundary.add_boundary_tokens(ids, labels, is_templated=rendered.is_templated)
+        ids, labels = self.encode(rendering, [load_image(image) for image in images])
+        ids, labels = boundary.add_boundary_tokens(ids, labels, is_templated=rendering.is_templated)
         image_end = next((index + 1 for index in range(len(labels) - 1, -1, -1) if labels[index] == IMAGE_LABEL), 0)
         labels = [IGNORED_LABEL if label == IMAGE_LABEL else label for label in labels]
         return EncodedRow(location, ids, labels, tuple(images), image_end)
@@ -93,7 +93,12 @@ class VisionProcessor:
         if any(images):
             placeholders = [self.processor.image_token * len(row_images) for row_images in images]
             output = self.processor(text=placeholders, images=[list(row_images) for row_images in images], padding=True, return_tensors="pt")
-            inputs = {name: value for name, value in output.items() if name not in TEXT_INPUT_NAMES}
+            # Llama 4's processor returns pixels in bfloat16, but the model's vision layers do not convert them to the type of their weights.
+            inputs = {
+                name: value.float() if torch.is_floating_point(value) else value
+                for name, value in output.items()
+                if name not in TEXT_INPUT_NAMES
+            }
         names = set(self.processor.model_input_names)
         type_name = next((name for name in ("token_type_ids", "mm_token_type_ids") if name in names), None)
         if type_name is not None:

@@ -112,12 +112,12 @@ def detect_strategy(trainer: Any) -> str:
     from torch.distributed.tensor import DTensor
     from torch.nn.parallel import DistributedDataParallel
 
-    wrapped = trainer.model_wrapped
+    wrapped_model = trainer.model_wrapped
     if trainer.is_deepspeed_enabled and getattr(trainer, "deepspeed", None) is not None:
         return "deepspeed"
     if any(isinstance(parameter, DTensor) for parameter in trainer.model.parameters()):
         return "fsdp"
-    if isinstance(wrapped, DistributedDataParallel):
+    if isinstance(wrapped_model, DistributedDataParallel):
         return "ddp" if distributed.get_world_size() > 1 else "single"
     connected_ranks = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
     launched_ranks = int(os.environ.get("WORLD_SIZE", "1"))

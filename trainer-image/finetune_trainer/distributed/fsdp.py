@@ -344,9 +344,9 @@ def _sharded_checkpoints_mixin() -> type:
             from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
             has_adapter = hasattr(self.model, "peft_config")
-            unsharded = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=has_adapter)
+            state_dict_options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=has_adapter)
             with torch.no_grad():
-                state = get_model_state_dict(self.model, options=unsharded)
+                state = get_model_state_dict(self.model, options=state_dict_options)
             self.save_files(output_dir or self.args.output_dir, state)
             self.accelerator.wait_for_everyone()
 

@@ -19,7 +19,7 @@ from typing import Any
 from finetune_api.errors import ConfigError, NotFoundError
 from finetune_api.names import FailureClass
 from finetune_api.pod import RunConfig
-from finetune_api.rules import new_problems, without_defaults
+from finetune_api.rules import new_problems, remove_defaults
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.common import ConfigMapKeyRef
 from pydantic import ValidationError
@@ -229,8 +229,8 @@ class FileMerge:
 
     def _spec_as_written(self) -> FineTuneJobSpec:
         """Return the spec without its defaults, except defaults that the operator has adapted."""
-        adapted = self.run.before_adaptation or {}
-        return without_defaults(self.run.spec, [path for path in self.run.defaults if path not in adapted])
+        settings_before_adaptation = self.run.before_adaptation or {}
+        return remove_defaults(self.run.spec, [path for path in self.run.defaults if path not in settings_before_adaptation])
 
 
 def _values_equal(left: Any, right: Any) -> bool:

@@ -62,12 +62,12 @@ class MetricComparison:
     """Why there is no interval; None if there is an interval."""
 
 
-def compare_rows(base: Sequence[float], trained: Sequence[float], *, confidence: float = 0.95, seed: int = RESAMPLE_SEED) -> MetricComparison:
+def compare_rows(base_values: Sequence[float], trained_values: Sequence[float], *, confidence: float = 0.95, seed: int = RESAMPLE_SEED) -> MetricComparison:
     """Compare the mean scores of two models. `base[i]` and `trained[i]` are the scores of row i.
 
     Errors: ValueError if the lists have different lengths.
     """
-    base_scores, trained_scores = np.asarray(base, dtype=np.float64), np.asarray(trained, dtype=np.float64)
+    base_scores, trained_scores = np.asarray(base_values, dtype=np.float64), np.asarray(trained_values, dtype=np.float64)
     if base_scores.shape != trained_scores.shape or base_scores.ndim != 1:
         raise ValueError(f"both models need one score per row, but the shapes are {base_scores.shape} and {trained_scores.shape}")
     if _has_only_zeros_and_ones(base_scores) and _has_only_zeros_and_ones(trained_scores) and len(base_scores) > 1:
@@ -79,15 +79,17 @@ def compare_rows(base: Sequence[float], trained: Sequence[float], *, confidence:
     return _compare(np.column_stack([base_scores, ones]), np.column_stack([trained_scores, ones]), ratio_of_sums, confidence, seed, changed_rows)
 
 
-def compare_sums(base: FloatArray, trained: FloatArray, metric: MetricOfSums, *, confidence: float = 0.95, seed: int = RESAMPLE_SEED) -> MetricComparison:
+def compare_sums(
+    base_values: FloatArray, trained_values: FloatArray, metric: MetricOfSums, *, confidence: float = 0.95, seed: int = RESAMPLE_SEED
+) -> MetricComparison:
     """Compare a metric that is computed from sums over all rows, such as the loss per token.
 
-    `base` and `trained` have the shape (rows, number of sums) and contain the summands of each row. Errors: ValueError if the shapes differ.
+    `base_values` and `trained_values` have the shape (rows, number of sums) and contain the summands of each row. Errors: ValueError if the shapes differ.
     """
-    base, trained = np.asarray(base, dtype=np.float64), np.asarray(trained, dtype=np.float64)
-    if base.shape != trained.shape or base.ndim != 2:
-        raise ValueError(f"both models need the same sums for each row, but the shapes are {base.shape} and {trained.shape}")
-    return _compare(base, trained, metric, confidence, seed, _ChangedRows(int((base != trained).any(axis=1).sum())))
+    base_values, trained_values = np.asarray(base_values, dtype=np.float64), np.asarray(trained_values, dtype=np.float64)
+    if base_values.shape != trained_values.shape or base_values.ndim != 2:
+        raise ValueError(f"both models need the same sums for each row, but the shapes are {base_values.shape} and {trained_values.shape}")
+    return _compare(base_values, trained_values, metric, confidence, seed, _ChangedRows(int((base_values != trained_values).any(axis=1).sum())))
 
 
 @dataclass(frozen=True)
@@ -101,21 +103,22 @@ class _ChangedRows:
 
 
 def _compare(
-    base: FloatArray, trained: FloatArray, metric: MetricOfSums, confidence: float, seed: int, changed_rows: _ChangedRows
+    base_values: FloatArray, trained_values: FloatArray, metric: MetricOfSums, confidence: float, seed: int, changed_rows: _ChangedRows
 ) -> MetricComparison:
-    row_count = len(base)
-    if not np.isfinite(base).all() or not np.isfinite(trained).all():
+    row_count = len(base_values)
+    if not np.isfinite(base_values).all() or not np.isfinite(trained_values).all():
         return MetricComparison(row_count, None, None, None, reason=NOT_FINITE)
     if row_count == 0:
         return MetricComparison(row_count, None, None, None, reason=TOO_FEW_ROWS)
     with np.errstate(all="ignore"):
-        base_value, trained_value = float(metric(base.sum(axis=0))), float(metric(trained.sum(axis=0)))
+        base_value, trained_value = float(metric(base_values.sum(axis=0))), float(metric(trained_values.sum(axis=0)))
     if not math.isfinite(base_value) or not math.isfinite(trained_value):
         return MetricComparison(row_count, None, None, None, reason="the metric of the rows is not a finite number")
     difference = trained_value - base_value
     if row_count == 1:
         return MetricComparison(row_count, base_value, trained_value, difference, reason=TOO_FEW_ROWS)
-    interval_ends = _compute_studentised_ends(np.hstack([base, trained - base]), _difference_between_models(metric, base.shape[1]), confidence, seed)
+    difference_metric = _difference_between_models(metric, base_values.shape[1])
+    interval_ends = _compute_studentised_ends(np.hstack([base_values, trained_values - base_values]), difference_metric, confidence, seed)
     if not math.isfinite(interval_ends[0]) or not math.isfinite(interval_ends[1]):
         largest_difference = max(abs(base_value), abs(trained_value)) if changed_rows.largest_difference is None else changed_rows.largest_difference
         exact_ends = _compute_ends_with_few_changed_rows(row_count, changed_rows.count, changed_rows.usual_difference, largest_difference, confidence)
@@ -287,11 +290,12 @@ def _has_only_zeros_and_ones(scores: FloatArray) -> bool:
     return bool(((scores == 0) | (scores == 1)).all())
 
 
-def _compare_fractions(base: FloatArray, trained: FloatArray, confidence: float) -> MetricComparison:
-    wins, losses = int((trained > base).sum()), int((trained < base).sum())
-    lowest_difference = _find_lowest_difference(wins, losses, len(base), confidence)
-    highest_difference = -_find_lowest_difference(losses, wins, len(base), confidence)
-    return MetricComparison(len(base), float(base.mean()), float(trained.mean()), (wins - losses) / len(base), lowest_difference, highest_difference)
+def _compare_fractions(base_values: FloatArray, trained_values: FloatArray, confidence: float) -> MetricComparison:
+    wins, losses = int((trained_values > base_values).sum()), int((trained_values < base_values).sum())
+    lowest_difference = _find_lowest_difference(wins, losses, len(base_values), confidence)
+    highest_difference = -_find_lowest_difference(losses, wins, len(base_values), confidence)
+    difference = (wins - losses) / len(base_values)
+    return MetricComparison(len(base_values), float(base_values.mean()), float(trained_values.mean()), difference, lowest_difference, highest_difference)
 
 
 def _find_lowest_difference(wins: int, losses: int, row_count: int, confidence: float) -> float:

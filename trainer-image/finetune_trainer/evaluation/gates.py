@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from finetune_api.rules import LOWER_IS_BETTER, value_or_default
+from finetune_api.rules import LOWER_IS_BETTER_METRICS, value_or_default
 from finetune_api.spec.enums import GateOperator
 from finetune_api.spec.results import Gate, NotWorseThanBase
 from finetune_api.status import GateResult
@@ -50,38 +50,38 @@ class PairedSums:
 
 def evaluate_gates(
     gates: Sequence[Gate],
-    trained: Mapping[str, MeasuredMetric],
+    trained_metrics: Mapping[str, MeasuredMetric],
     base: Mapping[str, MeasuredMetric],
     sums: Mapping[str, PairedSums] | None = None,
 ) -> list[GateResult]:
     """Return one result per gate, in the order of the gates.
 
-    `trained`, `base`: the metrics of both models on the same rows, by name. `sums`: the sums of loss, perplexity, BLEU and other metrics
+    `trained_metrics`, `base`: the metrics of both models on the same rows, by name. `sums`: the sums of loss, perplexity, BLEU and other metrics
     that are not the mean of their rows, by name. A gate with `notWorseThanBase` needs these sums if its metric is not the mean of its rows.
     """
-    return [_evaluate_gate(gate, trained.get(gate.metric), base.get(gate.metric), (sums or {}).get(gate.metric)) for gate in gates]
+    return [_evaluate_gate(gate, trained_metrics.get(gate.metric), base.get(gate.metric), (sums or {}).get(gate.metric)) for gate in gates]
 
 
-def _evaluate_gate(gate: Gate, trained: MeasuredMetric | None, base: MeasuredMetric | None, sums: PairedSums | None) -> GateResult:
-    problem = _explain_missing_value(gate.metric, trained, "the trained model")
+def _evaluate_gate(gate: Gate, trained_metric: MeasuredMetric | None, base: MeasuredMetric | None, sums: PairedSums | None) -> GateResult:
+    problem = _explain_missing_value(gate.metric, trained_metric, "the trained model")
     if gate.not_worse_than_base is not None:
         problem = problem or _explain_missing_value(gate.metric, base, "the base model")
     if problem:
         return _build_gate_result(gate, False, problem)
-    assert trained is not None and trained.value is not None, "checked above"
+    assert trained_metric is not None and trained_metric.value is not None, "checked above"
     if gate.not_worse_than_base is None:
-        return _compare_with_value(gate, trained.value)
+        return _compare_with_value(gate, trained_metric.value)
     assert base is not None, "checked above"
-    return _compare_with_base(gate, gate.not_worse_than_base, trained, base, sums)
+    return _compare_with_base(gate, gate.not_worse_than_base, trained_metric, base, sums)
 
 
-def _explain_missing_value(metric: str, measured: MeasuredMetric | None, model: str) -> str | None:
+def _explain_missing_value(metric: str, measured_metric: MeasuredMetric | None, model: str) -> str | None:
     """Return why the metric has no usable value; None if it has one. `model`: the model's name in the sentence."""
-    if measured is None:
+    if measured_metric is None:
         return f"{metric} of {model} was not measured, so the gate cannot pass"
-    if measured.value is None:
-        return f"{metric} of {model} could not be measured, so the gate cannot pass: {measured.reason}"
-    if not math.isfinite(measured.value):
+    if measured_metric.value is None:
+        return f"{metric} of {model} could not be measured, so the gate cannot pass: {measured_metric.reason}"
+    if not math.isfinite(measured_metric.value):
         return f"{metric} of {model} is not a finite number, so the gate cannot pass"
     return None
 
@@ -108,18 +108,18 @@ def _compare_with_value(gate: Gate, value: float) -> GateResult:
 
 
 def _compare_with_base(
-    gate: Gate, requirement: NotWorseThanBase, trained: MeasuredMetric, base: MeasuredMetric, sums: PairedSums | None
+    gate: Gate, requirement: NotWorseThanBase, trained_metric: MeasuredMetric, base: MeasuredMetric, sums: PairedSums | None
 ) -> GateResult:
     """Return whether the trained model is, with the required confidence, worse than the base model by at most the margin.
 
     The result follows from a one-sided bound. With confidence 0.95, this bound is one end of the two-sided interval with confidence 0.90.
     """
     margin, confidence = value_or_default(requirement, "margin"), value_or_default(requirement, "confidence")
-    comparison = compare_metric(trained, base, sums, 2 * confidence - 1)
+    comparison = compare_metric(trained_metric, base, sums, 2 * confidence - 1)
     if isinstance(comparison, str) or comparison.low is None or comparison.high is None:
         reason = comparison if isinstance(comparison, str) else comparison.reason
         return _build_gate_result(gate, False, f"{gate.metric} of both models cannot be compared, so the gate cannot pass: {reason}")
-    is_lower_better = gate.metric in LOWER_IS_BETTER
+    is_lower_better = gate.metric in LOWER_IS_BETTER_METRICS
     bound, limit = (comparison.high, margin) if is_lower_better else (comparison.low, -margin)
     passed = bound <= limit if is_lower_better else bound >= limit
     phrase = "at most" if is_lower_better else "at least"
@@ -131,28 +131,28 @@ def _compare_with_base(
     )  # fmt: skip
 
 
-def compare_metric(trained: MeasuredMetric, base: MeasuredMetric, sums: PairedSums | None, confidence: float) -> MetricComparison | str:
+def compare_metric(trained_metric: MeasuredMetric, base: MeasuredMetric, sums: PairedSums | None, confidence: float) -> MetricComparison | str:
     """Return the comparison of both models, or a sentence that says why they cannot be compared.
 
     `sums`: None for a metric that is the mean of its rows. `confidence`: confidence of the two-sided interval, from 0 to 1.
     """
     if sums is not None:
         return compare_sums(sums.base, sums.trained, sums.metric, confidence=confidence)
-    if trained.rows is None or base.rows is None:
+    if trained_metric.rows is None or base.rows is None:
         return "the metric has no scores of single rows"
-    if len(trained.rows) != len(base.rows):
-        return f"the trained model has {len(trained.rows)} rows, but the base model has {len(base.rows)}"
-    if not _is_mean_of_rows(trained) or not _is_mean_of_rows(base):
+    if len(trained_metric.rows) != len(base.rows):
+        return f"the trained model has {len(trained_metric.rows)} rows, but the base model has {len(base.rows)}"
+    if not _is_mean_of_rows(trained_metric) or not _is_mean_of_rows(base):
         return "the metric is not the mean of its rows, and the sums of its rows are missing"
-    pairs = [(b, t) for b, t in zip(base.rows, trained.rows, strict=True) if b is not None and t is not None]
+    pairs = [(b, t) for b, t in zip(base.rows, trained_metric.rows, strict=True) if b is not None and t is not None]
     return compare_rows([b for b, _ in pairs], [t for _, t in pairs], confidence=confidence)
 
 
-def _is_mean_of_rows(measured: MeasuredMetric) -> bool:
-    scores = [score for score in measured.rows or [] if score is not None]
-    if not scores or measured.value is None:
+def _is_mean_of_rows(measured_metric: MeasuredMetric) -> bool:
+    scores = [score for score in measured_metric.rows or [] if score is not None]
+    if not scores or measured_metric.value is None:
         return False
-    return math.isclose(math.fsum(scores) / len(scores), measured.value, rel_tol=1e-6, abs_tol=1e-9)
+    return math.isclose(math.fsum(scores) / len(scores), measured_metric.value, rel_tol=1e-6, abs_tol=1e-9)
 
 
 def _format_distinct_numbers(value: float, limit: float) -> tuple[str, str]:

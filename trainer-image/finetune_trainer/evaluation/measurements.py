@@ -73,11 +73,11 @@ class Measurements(LenientModel):
         return cls.model_validate_json(path.read_bytes())
 
 
-def paired_sums(base: Measurements, trained: Measurements) -> dict[str, PairedSums]:
+def paired_sums(base: Measurements, trained_measurements: Measurements) -> dict[str, PairedSums]:
     """Return the sums of each metric that is not the mean of its rows, by name. A metric is left out if the models have different numbers of rows."""
     result: dict[str, PairedSums] = {}
-    if trained.token_sums and len(base.token_sums) == len(trained.token_sums):
-        base_sums, trained_sums = np.array(base.token_sums), np.array(trained.token_sums)
+    if trained_measurements.token_sums and len(base.token_sums) == len(trained_measurements.token_sums):
+        base_sums, trained_sums = np.array(base.token_sums), np.array(trained_measurements.token_sums)
         ones = np.ones((len(base_sums), 1))
         result["loss"] = PairedSums(base_sums[:, :2], trained_sums[:, :2], ratio_of_sums)
         result["perplexity"] = PairedSums(base_sums[:, :2], trained_sums[:, :2], perplexity_of_sums)
@@ -86,6 +86,6 @@ def paired_sums(base: Measurements, trained: Measurements) -> dict[str, PairedSu
         for name, column in (("precision", 3), ("f1", 4)):
             base_shares, trained_shares = (np.hstack([sums[:, [column]], ones]) for sums in (base_sums, trained_sums))
             result[name] = PairedSums(base_shares, trained_shares, ratio_of_sums)
-    if trained.bleu_sums and len(base.bleu_sums) == len(trained.bleu_sums):
-        result["bleu"] = PairedSums(np.array(base.bleu_sums), np.array(trained.bleu_sums), bleu_of_sums)
+    if trained_measurements.bleu_sums and len(base.bleu_sums) == len(trained_measurements.bleu_sums):
+        result["bleu"] = PairedSums(np.array(base.bleu_sums), np.array(trained_measurements.bleu_sums), bleu_of_sums)
     return result

@@ -89,7 +89,7 @@ def rouge(predictions: Sequence[Prediction]) -> dict[str, MetricValue]:
     if not scored_indices:
         return dict.fromkeys(ROUGE_TYPES, MetricValue.missing(NO_REFERENCE))
     # nltk would import scipy and scikit-learn, which takes two seconds, but its stemmer needs neither of them.
-    with hide_temporarily("scipy", "sklearn", unless_imported="nltk"):
+    with hide_temporarily("scipy", "sklearn", module_that_needs_it="nltk"):
         from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(list(ROUGE_TYPES), tokenizer=_RougeTokenizer())

@@ -85,9 +85,9 @@ class ExistingAdapter(PeftMethod, types=(MethodType.ADAPTER,)):
             model, folder, is_trainable=True, autocast_adapter_dtype=not self.keeps_base_dtype
         )
         # The weights are loaded a second time, because only this call returns the missing and unexpected keys.
-        loaded: Any = set_peft_model_state_dict(peft_model, dict(weights))
+        saved_weights: Any = set_peft_model_state_dict(peft_model, dict(weights))
         _require_all_keys(
-            _list_absent_weights(peft_model, set(loaded.missing_keys)), sorted(loaded.unexpected_keys), error_prefix
+            _list_absent_weights(peft_model, set(saved_weights.missing_keys)), sorted(saved_weights.unexpected_keys), error_prefix
         )
         changed_names = [
             name

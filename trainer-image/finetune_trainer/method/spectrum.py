@@ -204,12 +204,12 @@ def _choose_best_of_each_type(scanned_modules: Sequence[ScannedModule], selected
     modules_by_type: dict[str, list[ScannedModule]] = {}
     for module in scanned_modules:
         modules_by_type.setdefault(module.type, []).append(module)
-    selected = {
+    selected_modules = {
         m.name
         for same_type in modules_by_type.values()
         for m in sorted(same_type, key=lambda m: (-m.snr, m.layer))[: _round_down(len(same_type) * selected_share)]
     }
-    return [module.name for module in scanned_modules if module.name in selected]
+    return [module.name for module in scanned_modules if module.name in selected_modules]
 
 
 def _choose_best_layers(scanned_modules: Sequence[ScannedModule], quantile: float) -> list[str]:

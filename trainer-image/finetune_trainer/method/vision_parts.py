@@ -108,13 +108,13 @@ def _find_language_modules(model: Any) -> list[Any]:
     return [module for module in (model.get_decoder(), model.get_output_embeddings()) if module is not None]
 
 
-def _list_names_outside(module: Any, prefix: str, skipped: list[Any]) -> Iterator[str]:
+def _list_names_outside(module: Any, prefix: str, skipped_modules: list[Any]) -> Iterator[str]:
     """Yield the names of the outermost children and parameters of `module` that neither are nor contain a skipped module."""
     yield from (prefix + name for name, _ in module.named_parameters(recurse=False))
     for name, child in module.named_children():
-        if any(child is other for other in skipped):
+        if any(child is other for other in skipped_modules):
             continue
-        if any(inner is other for inner in child.modules() for other in skipped):
-            yield from _list_names_outside(child, f"{prefix}{name}.", skipped)
+        if any(inner is other for inner in child.modules() for other in skipped_modules):
+            yield from _list_names_outside(child, f"{prefix}{name}.", skipped_modules)
         else:
             yield prefix + name

@@ -282,20 +282,20 @@ class CacheFolder:
     def _evict(self, missing_bytes: int, size: int) -> None:
         """Remove the least recently used models until `missing_bytes` are free. Errors: CacheProblem, before any model is removed, if this is impossible."""
         with contextlib.ExitStack() as locks:
-            chosen: list[Path] = []
+            evicted_folders: list[Path] = []
             freed_bytes = 0
             for folder, record in sorted(self._list_stored_models(), key=lambda item: _read_last_use_time(item[0])):
                 if freed_bytes >= missing_bytes:
                     break
                 if time.time() - _read_last_use_time(folder) > self._limits.recent_seconds and _lock_if_unused(folder, locks):
-                    chosen.append(folder)
+                    evicted_folders.append(folder)
                     freed_bytes += record.size
             if freed_bytes < missing_bytes:
                 raise CacheProblem(
                     f"the cache has no space for {size / 1e9:.2f} GB: {missing_bytes / 1e9:.2f} GB are missing, and the models that are not in use have "
                     f"{freed_bytes / 1e9:.2f} GB"
                 )
-            for folder in chosen:
+            for folder in evicted_folders:
                 log.info("the model %s is removed from the cache", folder.name)
                 _discard(folder, folder.parent / PARTIAL)
 

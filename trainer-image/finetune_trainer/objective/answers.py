@@ -160,15 +160,15 @@ def max_answer_length(context: TrainingContext, max_row_length: int) -> int | No
 
     If the user did not set the limit, its default is lowered to at most half of `max_row_length`. Errors: ConfigError CompletionTooLong.
     """
-    requested = context.run.spec.trainer.max_completion_length
-    if requested is None:
+    requested_length = context.run.spec.trainer.max_completion_length
+    if requested_length is None:
         return None
     if MAX_COMPLETION_LENGTH_FIELD in context.run.defaults:
-        return min(requested, max(1, max_row_length // 2))
-    if requested < max_row_length:
-        return requested
+        return min(requested_length, max(1, max_row_length // 2))
+    if requested_length < max_row_length:
+        return requested_length
     raise ConfigError(
-        "CompletionTooLong", f"{MAX_COMPLETION_LENGTH_FIELD} {requested} leaves no token of dataset.maxSequenceLength {max_row_length} for the prompt",
+        "CompletionTooLong", f"{MAX_COMPLETION_LENGTH_FIELD} {requested_length} leaves no token of dataset.maxSequenceLength {max_row_length} for the prompt",
         hint="write a smaller number, or raise dataset.maxSequenceLength",
     )  # fmt: skip
 
@@ -184,8 +184,8 @@ def load_rows(context: TrainingContext, layout: RowLayout) -> tuple[Splits, Data
     if context.vision is None and not template_writes_date(context.tokenizer):
         context.preparation.provide_rows(digest)
     with local_rank_0_first():
-        prepared = find_prepared(context.token_cache, digest) or _prepare_splits(context, layout, is_templated, limits, digest)
-    splits, summary = open_splits(prepared), prepared.manifest.summary
+        prepared_folder = find_prepared(context.token_cache, digest) or _prepare_splits(context, layout, is_templated, limits, digest)
+    splits, summary = open_splits(prepared_folder), prepared_folder.manifest.summary
     token_count, longest_sequence = count_sequence_tokens(splits.train, layout)
     train_counts = {**summary["tokens"]["train"], "tokens": token_count}
     report = {"rows": summary["rows"], "tokens": {**summary["tokens"], "train": train_counts}}
@@ -230,11 +230,11 @@ def _prepare_splits(context: TrainingContext, layout: RowLayout, is_templated: b
         return write_prepared(folder, splits, inputs_digest=digest, summary=summary)
 
 
-def _count_splits(context: TrainingContext, encoded: EncodedRows, limits: LengthLimits) -> tuple[dict[str, SplitCounts], list[str]]:
+def _count_splits(context: TrainingContext, encoded_rows: EncodedRows, limits: LengthLimits) -> tuple[dict[str, SplitCounts], list[str]]:
     """Return the counts of each split by its name, and the notes for the status. Errors: DataError TooManyBadRows, NoTrainableToken."""
-    notes = list(encoded.summary.notes)
+    notes = list(encoded_rows.summary.notes)
     counts: dict[str, SplitCounts] = {}
-    for split in encoded.splits:
+    for split in encoded_rows.splits:
         notes += require_few_bad_rows(context.run, split.rejected, len(split), split.name)
         counts[split.name] = _count_split(split, limits)
         if split.has_joined_rows:
@@ -309,8 +309,8 @@ class AnswerEncoder:
             boundary = BoundaryTokens.of(self.render_with.tokenizer, self.options)
             yield from ((location, self._encode_with_images(location, example, self.vision, boundary)) for location, example in rows)
             return
-        rejected: dict[int, RejectedRow] = {}
-        encoded: dict[int, list[tuple[list[int], list[int]]]] = {}
+        rejected_rows: dict[int, RejectedRow] = {}
+        encoded_answers: dict[int, list[tuple[list[int], list[int]]]] = {}
         row_of_text: list[int] = []
 
         def render_rows() -> Iterator[tuple[str, Rendered]]:
@@ -318,16 +318,16 @@ class AnswerEncoder:
                 try:
                     answers = self._render_answers(example)
                 except RowError as error:
-                    rejected[number] = RejectedRow.of(location, error)
+                    rejected_rows[number] = RejectedRow.of(location, error)
                     continue
                 row_of_text.extend([number] * len(answers))
                 yield from ((location, text) for text in answers)
 
         for position, (_, ids, labels, *_) in enumerate(encode(render_rows(), self.render_with.tokenizer, self.options)):
-            encoded.setdefault(row_of_text[position], []).append(_split_at_answer(ids, labels))
+            encoded_answers.setdefault(row_of_text[position], []).append(_split_at_answer(ids, labels))
         for number, (location, example) in enumerate(rows):
-            is_rejected = number in rejected
-            yield location, rejected[number] if is_rejected else with_shared_prompt(encoded[number], getattr(example, "label", None))
+            is_rejected = number in rejected_rows
+            yield location, rejected_rows[number] if is_rejected else with_shared_prompt(encoded_answers[number], getattr(example, "label", None))
 
     def _encode_with_images(
         self, location: str, example: Example, vision: VisionProcessor, boundary: BoundaryTokens
@@ -338,8 +338,8 @@ class AnswerEncoder:
             rows = [vision.encode_row(location, rendered, images, boundary) for rendered in self._render_answers(example)]
         except RowError as error:
             return RejectedRow.of(location, error)
-        shared = with_shared_prompt([_split_at_answer(row.ids, row.labels) for row in rows], getattr(example, "label", None))
-        return replace(shared, images=tuple(images))
+        encoded_row = with_shared_prompt([_split_at_answer(row.ids, row.labels) for row in rows], getattr(example, "label", None))
+        return replace(encoded_row, images=tuple(images))
 
     def _render_answers(self, example: Example) -> list[Rendered]:
         """Render the prompt with each answer. Texts are joined without a chat template, unless `dataset.useChatTemplate` is true."""
@@ -386,11 +386,11 @@ def render_answer(prompt: TurnsOrText, answer: TurnsOrText, options: RenderOptio
         return Rendered(prompt + answer, ((len(prompt), len(prompt) + len(answer)),), False)
     turns = tuple(replace(turn, weight=0) for turn in _to_turns(prompt, "user"))
     turns += tuple(replace(turn, weight=int(turn.role == "assistant")) for turn in _to_turns(answer, "assistant"))
-    rendered = render(Conversation(turns), options)
-    if not rendered.spans:
+    rendering = render(Conversation(turns), options)
+    if not rendering.spans:
         raise RowError("AnswerEmpty", "an answer has no assistant turn", "add an assistant turn, or remove the row")
-    start, end = rendered.spans[0][0], rendered.spans[-1][1]
-    return Rendered(rendered.text[:end], ((start, end),), rendered.is_templated)
+    start, end = rendering.spans[0][0], rendering.spans[-1][1]
+    return Rendered(rendering.text[:end], ((start, end),), rendering.is_templated)
 
 
 def _to_turns(turns_or_text: TurnsOrText, role: str) -> tuple[Turn, ...]:

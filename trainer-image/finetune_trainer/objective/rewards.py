@@ -136,11 +136,11 @@ class RewardParameters:
             raise self.invalid_value_error(name, text, f"write a number from {minimum:g} to {maximum:g}")
         return value
 
-    def read_choice(self, name: str, default: str, allowed: Sequence[str]) -> str:
+    def read_choice(self, name: str, default: str, allowed_values: Sequence[str]) -> str:
         """Return a parameter that is one of the allowed values."""
         value = self.read_text(name, default)
-        if value not in allowed:
-            raise self.invalid_value_error(name, value, f"write one of {', '.join(allowed)}")
+        if value not in allowed_values:
+            raise self.invalid_value_error(name, value, f"write one of {', '.join(allowed_values)}")
         return value
 
     def read_pattern(self, name: str, default: str | None = None, flags: int = 0) -> re.Pattern[str]:

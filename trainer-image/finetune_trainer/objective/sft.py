@@ -303,9 +303,9 @@ def require_isolated_documents(trainer: Any) -> None:
     model, size = trainer.model, min(trainer.model.config.get_text_config().vocab_size, 200)
     first, second = ([index % size for index in range(start, start + 16)] for start in (10, 40))
 
-    def score_second_document(before: list[int], lengths: list[int]) -> torch.Tensor:
+    def score_second_document(first_document: list[int], lengths: list[int]) -> torch.Tensor:
         """Return the log-probabilities of the second document's tokens (DeepSpeed), or the logits at its positions."""
-        ids = before + second
+        ids = first_document + second
         batch = trainer.prepare_inputs(trainer.data_collator([{"input_ids": ids, "labels": ids, "seq_lengths": lengths}]))
         with trainer.accelerator.autocast():
             if trainer.is_deepspeed_enabled:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from finetune_api.names import ExitCode
 from finetune_api.rules import method_type_of, trainer_type_of
-from finetune_api.sources import HubSource, last_folder, parse_source, redact_source
+from finetune_api.sources import HubSource, get_last_folder, parse_source, redact_source
 from finetune_api.spec.enums import TrainerType
 
 from finetune_trainer.report import result_sections, run_sections
@@ -158,7 +158,7 @@ def build_subtitle(report: RunReport) -> str:
     """Return base model, objective and method in one line."""
     spec = report.run.spec
     source = parse_source(spec.model.source or "")
-    name = source.repo if isinstance(source, HubSource) else last_folder(redact_source(spec.model.source or ""))
+    name = source.repo if isinstance(source, HubSource) else get_last_folder(redact_source(spec.model.source or ""))
     return f"{name} · {trainer_type_of(spec)} · {method_type_of(spec)}"
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from finetune_api.errors import ConfigError
-from finetune_api.sources import HubSource, last_folder, parse_source
+from finetune_api.sources import HubSource, get_last_folder, parse_source
 from finetune_api.spec.enums import OutputLayout
 from finetune_api.spec.results import Output
 
@@ -67,7 +67,7 @@ def model_folder_name(source: str) -> str:
     after the last folder of the source. Characters other than letters, digits, `.`, `_` and `-` become `_`. Errors: ConfigError SourceInvalid.
     """
     model = parse_source(source)
-    name = model.repo if isinstance(model, HubSource) else last_folder(source)
+    name = model.repo if isinstance(model, HubSource) else get_last_folder(source)
     folder = re.sub(r"[^\w.-]", "_", name)
     return folder if folder.strip(".") else "_"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_api.pod import RunConfig
-from finetune_api.rules import max_lora_rank
+from finetune_api.rules import choose_max_lora_rank
 from finetune_api.sources import HubSource, parse_source, redact_source
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.enums import OutputKind, ServingTarget
@@ -64,7 +64,7 @@ class ServedModel:
         """Options of vLLM for the adapter. Empty for a complete model."""
         if self.lora_rank is None:
             return []
-        return ["--enable-lora", f"--max-lora-rank={max_lora_rank(self.lora_rank)}"]
+        return ["--enable-lora", f"--max-lora-rank={choose_max_lora_rank(self.lora_rank)}"]
 
 
 def build_serving_files(spec: FineTuneJobSpec, model: ServedModel) -> dict[str, str]:

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from finetune_api.benchmarks import DEFAULT_RATING_QUESTIONS, BenchmarkKind
+from finetune_api.benchmarks import DEFAULT_RATING_QUESTION_COUNT, BenchmarkKind
 from finetune_api.errors import ConfigError, DataError
 from finetune_api.pod import RunConfig
 from finetune_api.rules import value_or_default
@@ -20,7 +20,6 @@ from finetune_api.spec.enums import OverflowPolicy
 from finetune_api.spec.results import Generation
 from finetune_api.status import EvaluationResult, Stage
 
-from finetune_trainer import train
 from finetune_trainer.benchmarks import generated_code, harness
 from finetune_trainer.benchmarks.domain_files import (
     DomainQuestion,
@@ -60,8 +59,6 @@ ROWS_WITH_END_TOKENS = 20
 
 def run_stage(run: RunConfig, channel: Channel, inputs: Inputs, task: StageTask, folder: Path) -> StageResult:
     """Run all tasks that are not finished yet, and write the results. Errors: if tasks failed, the error of the first failed task."""
-    harness.use_local_caches(channel.work_folder.resolve())
-    train.preload(run)
     tasks, finished = plan_tasks(run, inputs.benchmarks), FinishedTasks(folder / PARTS_FOLDER)
     runner = _TaskRunner(run, channel, inputs, task)
     failures: list[ConfigError] = []
@@ -112,16 +109,16 @@ class _TaskRunner:
     _last_heartbeat: float = field(default=0.0, init=False)
 
     def run_task(self, task: BenchmarkTask) -> TaskRecord:
-        loaded = self._get_model(uses_base=task.uses_base)
+        loaded_model = self._get_model(uses_base=task.uses_base)
         match task.kind:
             case BenchmarkKind.HARNESS:
-                return harness.run_task(loaded, task)
+                return harness.run_task(loaded_model, task)
             case BenchmarkKind.DOMAINS:
-                return self._run_domain(loaded, task)
+                return self._run_domain(loaded_model, task)
             case BenchmarkKind.CODE:
-                return self._run_code(loaded, task)
+                return self._run_code(loaded_model, task)
             case BenchmarkKind.RATING_SHEETS:
-                return self._answer_held_out_questions(loaded, task)
+                return self._answer_held_out_questions(loaded_model, task)
 
     # ---- models ----
 
@@ -156,11 +153,11 @@ class _TaskRunner:
 
     # ---- questions ----
 
-    def _render_questions(self, loaded: LoadedModel, rows: Sequence[tuple[RawRow, Example]]) -> list[Question]:
+    def _render_questions(self, loaded_model: LoadedModel, rows: Sequence[tuple[RawRow, Example]]) -> list[Question]:
         """Convert examples to questions, and render the questions as in training."""
         from finetune_trainer.stages.questions import read_questions
 
-        return read_questions(rows, *self._build_text_options(loaded.tokenizer))
+        return read_questions(rows, *self._build_text_options(loaded_model.tokenizer))
 
     def _build_text_options(self, tokenizer: Any) -> tuple[RenderOptions, TokeniseOptions]:
         from finetune_trainer import model as models
@@ -175,18 +172,18 @@ class _TaskRunner:
         """The held-out rows of the run, and the first `ROWS_WITH_END_TOKENS` training rows."""
         return load(self.run, self.inputs, training_rows=ROWS_WITH_END_TOKENS)
 
-    def _find_end_token_ids(self, loaded: LoadedModel) -> list[int]:
+    def _find_end_token_ids(self, loaded_model: LoadedModel) -> list[int]:
         """Return the ids of all tokens that end an answer, including those that the model learned in training."""
         from finetune_trainer.stages.questions import end_token_ids, select_held_out_rows, tokenise_answered
 
         rows = (select_held_out_rows(self._held_out_data) or self._held_out_data.train)[:ROWS_WITH_END_TOKENS]
         try:
-            labels = tokenise_answered(self.run, rows, *self._build_text_options(loaded.tokenizer)).labels
+            labels = tokenise_answered(self.run, rows, *self._build_text_options(loaded_model.tokenizer)).labels
         except DataError:  # These rows contain no answer.
             labels = []
-        return end_token_ids(loaded.tokenizer, loaded.model, labels)
+        return end_token_ids(loaded_model.tokenizer, loaded_model.model, labels)
 
-    def _generate_answers(self, loaded: LoadedModel, prompts: Sequence[Sequence[int]], *, max_new_tokens: int | None = None) -> list[str]:
+    def _generate_answers(self, loaded_model: LoadedModel, prompts: Sequence[Sequence[int]], *, max_new_tokens: int | None = None) -> list[str]:
         """Generate an answer to each prompt.
 
         If `max_new_tokens` is set, the answers are generated greedily. If `max_new_tokens` is None, the options of `evaluation.comparison.generation` apply.
@@ -196,41 +193,42 @@ class _TaskRunner:
         comparison = self.run.spec.evaluation.comparison
         generation = Generation(max_new_tokens=max_new_tokens) if max_new_tokens else comparison.generation if comparison else None
         return generate_answers(
-            loaded.model, loaded.tokenizer, prompts, options=generation_options(generation),
-            end_ids=self._find_end_token_ids(loaded), batch_size=loaded.batch_size, seed=loaded.seed, on_progress=lambda _: None,
+            loaded_model.model, loaded_model.tokenizer, prompts, options=generation_options(generation),
+            end_ids=self._find_end_token_ids(loaded_model), batch_size=loaded_model.batch_size, seed=loaded_model.seed, on_progress=lambda _: None,
         )  # fmt: skip
 
     # ---- kinds of tasks ----
 
-    def _answer_held_out_questions(self, loaded: LoadedModel, task: BenchmarkTask) -> TaskRecord:
+    def _answer_held_out_questions(self, loaded_model: LoadedModel, task: BenchmarkTask) -> TaskRecord:
         """Generate answers to a random sample of the held-out rows, for a sheet on which people rate the answers."""
         from finetune_trainer.stages.questions import select_held_out_rows
 
-        questions = self._render_questions(loaded, select_held_out_rows(self._held_out_data))
+        questions = self._render_questions(loaded_model, select_held_out_rows(self._held_out_data))
         if not questions:
             raise ConfigError(
                 "NoQuestions", f"{task.field}: no row of the test or validation set asks a question",
                 hint=f"add rows with questions and answers to dataset.test, or remove {task.benchmark.name}",
             )  # fmt: skip
-        question_count = min(len(questions), task.benchmark.limit or DEFAULT_RATING_QUESTIONS)
-        chosen_indices = sorted(random.Random(loaded.seed).sample(range(len(questions)), question_count))  # noqa: S311  no secret
+        question_count = min(len(questions), task.benchmark.limit or DEFAULT_RATING_QUESTION_COUNT)
+        chosen_indices = sorted(random.Random(loaded_model.seed).sample(range(len(questions)), question_count))  # noqa: S311  no secret
         asked_questions = [questions[number] for number in chosen_indices]
         return TaskRecord(
             prompts=[question.user_prompt for question in asked_questions],
-            answers=self._generate_answers(loaded, [question.token_ids for question in asked_questions])
+            answers=self._generate_answers(loaded_model, [question.token_ids for question in asked_questions])
         )
 
-    def _run_domain(self, loaded: LoadedModel, task: BenchmarkTask) -> TaskRecord:
+    def _run_domain(self, loaded_model: LoadedModel, task: BenchmarkTask) -> TaskRecord:
         """Let the model answer the questions of a domain, and compare its answers with the expected texts.
 
         For a multiple-choice question, no answer is generated: the model's choice is the letter with the highest probability.
         """
         assert task.folder is not None
         domain_questions = read_domain(find_domain_files(task.folder)[task.name])[: task.benchmark.limit]
-        questions = self._render_questions(loaded, [(RawRow(task.folder, number, {}), self._to_example(one)) for number, one in enumerate(domain_questions, 1)])
+        rows_and_examples = [(RawRow(task.folder, number, {}), self._to_example(question)) for number, question in enumerate(domain_questions, 1)]
+        questions = self._render_questions(loaded_model, rows_and_examples)
         question_pairs = list(zip(domain_questions, questions, strict=True))
-        values = self._compare_answers(loaded, [pair for pair in question_pairs if not pair[0].choices])
-        values |= _measure_choice_accuracy(loaded, [pair for pair in question_pairs if pair[0].choices])
+        values = self._compare_answers(loaded_model, [pair for pair in question_pairs if not pair[0].choices])
+        values |= _measure_choice_accuracy(loaded_model, [pair for pair in question_pairs if pair[0].choices])
         return TaskRecord(
             measurements=[
                 Measurement(task=task.name, metric=name, value=value.value, samples=len(value.scores) or len(domain_questions), reason=value.reason)
@@ -244,10 +242,10 @@ class _TaskRunner:
         answer = domain_question.reference if domain_question.correct is None else domain_question.letters[domain_question.correct]
         return Prompt(turns, {"answer": answer}) if answer is None else Conversation((*turns, Turn("assistant", answer)), role_names=("Question", "Answer"))
 
-    def _compare_answers(self, loaded: LoadedModel, pairs: Sequence[tuple[DomainQuestion, Question]]) -> dict[str, MetricValue]:
+    def _compare_answers(self, loaded_model: LoadedModel, pairs: Sequence[tuple[DomainQuestion, Question]]) -> dict[str, MetricValue]:
         if not pairs:
             return {}
-        answers = self._generate_answers(loaded, [question.token_ids for _, question in pairs])
+        answers = self._generate_answers(loaded_model, [question.token_ids for _, question in pairs])
         predictions = [
             Prediction(None, domain_question.question, answer, domain_question.reference)
             for (domain_question, _), answer in zip(pairs, answers, strict=True)
@@ -259,12 +257,12 @@ class _TaskRunner:
         ]
         return values | ({"keywordRecall": mean_of_rows(keyword_recalls, {})} if keyword_recalls else {})
 
-    def _run_code(self, loaded: LoadedModel, task: BenchmarkTask) -> TaskRecord:
+    def _run_code(self, loaded_model: LoadedModel, task: BenchmarkTask) -> TaskRecord:
         """Let the model complete each function greedily, and run the function's tests. The metric `pass@1` is the share of functions that pass their tests."""
         assert task.folder is not None
         problems = generated_code.read_problems(task.folder, f"{task.field}.folder")[: task.benchmark.limit]
-        prompts = [loaded.tokenizer(problem.prompt)["input_ids"] for problem in problems]
-        completions = self._generate_answers(loaded, prompts, max_new_tokens=generated_code.MAX_NEW_TOKENS)
+        prompts = [loaded_model.tokenizer(problem.prompt)["input_ids"] for problem in problems]
+        completions = self._generate_answers(loaded_model, prompts, max_new_tokens=generated_code.MAX_NEW_TOKENS)
         passed_flags = []
         for problem, completion in zip(problems, completions, strict=True):
             passed_flags.append(float(generated_code.completion_passes_tests(problem, completion)))
@@ -274,14 +272,14 @@ class _TaskRunner:
         return TaskRecord(measurements=[Measurement(task=task.name, metric="pass@1", value=passed_share, stderr=stderr, samples=len(passed_flags))])
 
 
-def _measure_choice_accuracy(loaded: LoadedModel, pairs: Sequence[tuple[DomainQuestion, Question]]) -> dict[str, MetricValue]:
+def _measure_choice_accuracy(loaded_model: LoadedModel, pairs: Sequence[tuple[DomainQuestion, Question]]) -> dict[str, MetricValue]:
     """Return the accuracy of multiple-choice questions. The model's choice is the letter with the highest probability."""
     if not pairs:
         return {}
     from finetune_trainer.evaluation.choices import letter_log_probabilities, letter_metrics
 
     scores = [
-        letter_log_probabilities(loaded.model, loaded.tokenizer, question.text, asked.letters, add_special_tokens=not question.is_templated)
+        letter_log_probabilities(loaded_model.model, loaded_model.tokenizer, question.text, asked.letters, add_special_tokens=not question.is_templated)
         for asked, question in pairs
     ]
     return {"accuracy": letter_metrics(scores, [asked.letters[asked.correct or 0] for asked, _ in pairs])["accuracy"]}

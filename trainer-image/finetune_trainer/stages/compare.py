@@ -19,7 +19,6 @@ from finetune_api.spec.enums import OutputKind
 from finetune_api.spec.results import Generation
 from finetune_api.status import EvaluationResult, MetricResult
 
-from finetune_trainer import train
 from finetune_trainer.channel import Channel
 from finetune_trainer.evaluation.gates import PairedSums, compare_metric, evaluate_gates
 from finetune_trainer.evaluation.measurements import Measurements, paired_sums
@@ -45,7 +44,6 @@ CONFIDENCE_LEVEL = 0.95
 
 def run_stage(run: RunConfig, channel: Channel, inputs: Inputs, task: StageTask, folder: Path) -> StageResult:
     """Measure the base model, and write the files of the stage."""
-    train.preload(run)
     trained, files = _read_trained_measurements(task), folder / OUTPUT_FOLDER
     held_out = load_held_out(run, channel, inputs, task, load_base_for_comparison)
     held_out.end_token_ids = trained.end_token_ids
@@ -79,26 +77,28 @@ def load_base_for_comparison(run: RunConfig, inputs: Inputs, task: StageTask, ha
     return model
 
 
-def summarise(run: RunConfig, base: Measurements, trained: Measurements) -> EvaluationResult:
+def summarise(run: RunConfig, base: Measurements, trained_measurements: Measurements) -> EvaluationResult:
     """Return the compared metrics and the results of the gates, from the spec and the stored measurements of both models."""
-    sums, trained_values, base_values = paired_sums(base, trained), trained.values, base.values
+    sums, trained_values, base_values = paired_sums(base, trained_measurements), trained_measurements.values, base.values
     metrics = {name: _compare_values(value, base_values.get(name), sums.get(name)) for name, value in trained_values.items()}
     gates = run.spec.evaluation.gates
     decides_gates = gates is not None and compares_metrics(run.spec)
     return EvaluationResult(
         metrics=metrics or None,
-        gates=evaluate_gates(gates, trained.gate_values, base.gate_values, sums) if decides_gates and gates else None,
-        comparison_uri=f"{run.storage.uri}/{Storage.EVALUATION}/{COMPARISON_FILE}" if trained.answers is not None else None,
+        gates=evaluate_gates(gates, trained_measurements.gate_values, base.gate_values, sums) if decides_gates and gates else None,
+        comparison_uri=f"{run.storage.uri}/{Storage.EVALUATION}/{COMPARISON_FILE}" if trained_measurements.answers is not None else None,
     )  # fmt: skip
 
 
-def _compare_values(trained: MetricValue, base: MetricValue | None, sums: PairedSums | None) -> MetricResult:
+def _compare_values(trained_value: MetricValue, base_value: MetricValue | None, sums: PairedSums | None) -> MetricResult:
     """Return the values of both models, and their difference with its confidence interval. `reason` says why a value or the interval is missing."""
-    if trained.value is None or base is None or base.value is None:
-        missing_reason = trained.reason if trained.value is None else "the base model was not measured" if base is None else f"of the base model: {base.reason}"
-        return MetricResult(value=trained.value, base=base.value if base else None, reason=missing_reason)
-    result = MetricResult(value=trained.value, base=base.value, difference=trained.value - base.value, reason=trained.reason or base.reason)
-    comparison = compare_metric(trained, base, sums, CONFIDENCE_LEVEL)
+    if trained_value.value is None or base_value is None or base_value.value is None:
+        base_reason = "the base model was not measured" if base_value is None else f"of the base model: {base_value.reason}"
+        missing_reason = trained_value.reason if trained_value.value is None else base_reason
+        return MetricResult(value=trained_value.value, base=base_value.value if base_value else None, reason=missing_reason)
+    reason = trained_value.reason or base_value.reason
+    result = MetricResult(value=trained_value.value, base=base_value.value, difference=trained_value.value - base_value.value, reason=reason)
+    comparison = compare_metric(trained_value, base_value, sums, CONFIDENCE_LEVEL)
     if isinstance(comparison, str) or comparison.low is None or comparison.high is None:
         reason = comparison if isinstance(comparison, str) else comparison.reason
         return result.model_copy(update={"reason": f"no confidence interval: {reason}"})

@@ -10,7 +10,6 @@ from finetune_api.pod import RunConfig
 from finetune_api.rules import compares_metrics, metrics_after_training
 from finetune_api.status import EvaluationResult, MetricResult
 
-from finetune_trainer import train
 from finetune_trainer.channel import Channel
 from finetune_trainer.evaluation.gates import evaluate_gates
 from finetune_trainer.evaluation.predictions import Prediction, write_predictions
@@ -27,7 +26,6 @@ SUMMARY_FILE, WORKBOOK_FILE = "evaluation_summary.json", "evaluation_detailed.xl
 
 def run_stage(run: RunConfig, channel: Channel, inputs: Inputs, task: StageTask, folder: Path) -> StageResult:
     """Evaluate the final model, and write the files of the stage."""
-    train.preload(run)
     model_results = measure_model(run, channel, inputs, load_held_out(run, channel, inputs, task, load_final_model))
     _write_files(run, model_results, folder / OUTPUT_FOLDER)
     return StageResult(evaluation=_summarise(run, model_results))

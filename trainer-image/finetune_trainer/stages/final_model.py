@@ -47,8 +47,8 @@ def load_base_model(run: RunConfig, inputs: Inputs, hardware: Hardware, *, quant
     """Load a model in evaluation mode on the device of `hardware`. If the model does not fit on one GPU, load it on all GPUs of the pod."""
     from finetune_trainer.attention import require_supported_attention
 
-    padded = hardware.attention if hardware.attention in ATTENTION_FOR_PADDED_BATCHES else "sdpa"
-    attention, _ = require_supported_attention(run, models.load_config(run, inputs), padded)
+    attention_name = hardware.attention if hardware.attention in ATTENTION_FOR_PADDED_BATCHES else "sdpa"
+    attention, _ = require_supported_attention(run, models.load_config(run, inputs), attention_name)
     is_quantized = quantizes and rules.base_bits(run.spec) is not None
     is_spread = hardware.device.type == "cuda" and not is_quantized and must_be_spread(inputs.model, _bytes_per_value(hardware), free_gpu_bytes())
     model, _ = models.load_model(run, inputs, replace(hardware, attention=attention), quantize=quantizes, is_spread=is_spread)

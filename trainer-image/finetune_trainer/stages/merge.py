@@ -18,7 +18,6 @@ from finetune_api.errors import ConfigError, DivergedError, NotFoundError
 from finetune_api.pod import RunConfig
 from finetune_api.status import Stage
 
-from finetune_trainer import train
 from finetune_trainer.artefact.card import CARD_FILE, build_merged_card
 from finetune_trainer.artefact.combination import load_combined_adapters
 from finetune_trainer.artefact.generation import GENERATION_FILE, copy_end_tokens_to_model_config
@@ -38,7 +37,6 @@ def run_stage(run: RunConfig, channel: Channel, inputs: Inputs, task: StageTask,
 
     Errors: NotFoundError ModelUnreadable, ModelIncomplete; ConfigError LocalDiskTooSmall; DivergedError WeightsNotFinite.
     """
-    train.preload(run)
     with heartbeats_while_computing(channel):
         model = merge_adapter(run, channel, inputs, task)
         if rules.base_bits(run.spec) is not None:

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import NoReturn
 
 from finetune_api.errors import InternalError
+from finetune_api.pod import RunConfig
 from finetune_api.status import Stage
 
+from finetune_trainer import train
+from finetune_trainer.benchmarks import harness
 from finetune_trainer.channel import Channel
 from finetune_trainer.child_main import run_child_main
 from finetune_trainer.imports import garbage_collection_paused
@@ -40,7 +43,19 @@ def run_stage(folder: Path, channel: Channel) -> None:
     if inputs is None:
         raise InternalError("InputsMissing", "the inputs were not downloaded before the stage began")
     channel.report_stage(task.stage)
+    import_libraries(run, task.stage, channel.work_folder)
     with garbage_collection_paused():
         module = importlib.import_module(STAGE_MODULES[task.stage])
     result = module.run_stage(run, channel, inputs, task, folder)
     (folder / RESULT_FILE).write_text(result.model_dump_json(by_alias=True))
+
+
+def import_libraries(run: RunConfig, stage: Stage, work_folder: Path) -> None:
+    """Import the large libraries of a stage. This must happen before the stage's module is imported, because the module imports them all.
+
+    Verification is an exception: each artefact needs other libraries, and the module `verify` imports them when it measures an artefact.
+    """
+    if stage is Stage.BENCHMARKING:
+        harness.use_local_caches(work_folder.resolve())
+    if stage is not Stage.VERIFYING:
+        train.preload(run)

@@ -51,9 +51,9 @@ class Question:
     """Letters of the options of a multiple-choice question."""
 
 
-def select_held_out_rows(loaded: LoadedData) -> list[tuple[RawRow, Example]]:
+def select_held_out_rows(loaded_data: LoadedData) -> list[tuple[RawRow, Example]]:
     """Return the rows of the test set, or of the validation set if the run has no test set."""
-    return loaded.test or loaded.validation
+    return loaded_data.test or loaded_data.validation
 
 
 def to_answered_example(example: Example) -> Conversation | Completion | Text | TokenSequence | None:
@@ -93,13 +93,13 @@ def prompts_to_examples(prompts: Iterable[str], sample: Example, system_prompt: 
     """Convert prompts to examples. `sample`: an example of the job's data. If the sample has messages, the prompts become messages, otherwise plain text."""
     is_chat = isinstance(sample, Conversation) or isinstance(getattr(sample, "prompt", None), tuple)
     role_names = sample.role_names if isinstance(sample, Conversation) else Conversation(()).role_names
-    asked: list[tuple[RawRow, Example]] = []
+    rows_and_examples: list[tuple[RawRow, Example]] = []
     for number, text in enumerate(prompts, 1):
         system = (Turn("system", system_prompt),) if system_prompt else ()
         turns = (*system, Turn("user", text), Turn("assistant", ANSWER_PLACEHOLDER))
         example: Example = Conversation(turns, role_names=role_names) if is_chat else Completion(text, ANSWER_PLACEHOLDER)
-        asked.append((RawRow(Path("prompts"), number, {}), example))
-    return asked
+        rows_and_examples.append((RawRow(Path("prompts"), number, {}), example))
+    return rows_and_examples
 
 
 @dataclass
@@ -147,10 +147,10 @@ def _render_question(example: Example, options: RenderOptions) -> tuple[Conversa
         turns = answered_example.turns
         answered_example = replace(answered_example, turns=(*turns[:last_answer_index], replace(turns[last_answer_index], weight=1)))
     try:
-        rendered = render(answered_example, replace(options, response_only=True, turn_markers=None))
+        rendering = render(answered_example, replace(options, response_only=True, turn_markers=None))
     except RowError:
         return None
-    return answered_example, Rendered(rendered.text[: rendered.spans[-1][0]], (), rendered.is_templated)
+    return answered_example, Rendered(rendering.text[: rendering.spans[-1][0]], (), rendering.is_templated)
 
 
 def _without_answer(example: Conversation | Completion) -> Conversation | Completion:
@@ -159,14 +159,14 @@ def _without_answer(example: Conversation | Completion) -> Conversation | Comple
     return replace(example, turns=(*example.turns[:-1], replace(example.turns[-1], content="")))
 
 
-def _to_question(example: Conversation | Completion, rendered: Rendered, token_ids: list[int]) -> Question:
+def _to_question(example: Conversation | Completion, rendering: Rendered, token_ids: list[int]) -> Question:
     if isinstance(example, Completion):
-        return Question(None, example.prompt, example.completion or None, rendered.text, rendered.is_templated, token_ids)
+        return Question(None, example.prompt, example.completion or None, rendering.text, rendering.is_templated, token_ids)
     content_by_role = {turn.role: turn.content for turn in example.turns[:-1]}
     letters = tuple(map(str, example.columns.get("options", ())))
     return Question(
         content_by_role.get("system"), content_by_role.get("user", ""), example.turns[-1].content or None,
-        rendered.text, rendered.is_templated, token_ids, letters
+        rendering.text, rendering.is_templated, token_ids, letters
     )
 
 

@@ -123,7 +123,7 @@ class Verifier:
         """Verify the artefacts in order. The first artefact must be the trained adapter or model."""
         return [self._verify_one(artefact, artefacts[0].folder) for artefact in artefacts]
 
-    def _verify_one(self, artefact: Artefact, trained: Path) -> ArtefactVerification:
+    def _verify_one(self, artefact: Artefact, trained_folder: Path) -> ArtefactVerification:
         self._channel.report_stage(Stage.VERIFYING, f"checking the files of the {artefact.name}")
         reference, is_adapter = self._reference, artefact.kind is OutputKind.ADAPTER
         fault = find_fault(artefact.folder, self._inputs.model, reference, is_adapter=is_adapter)
@@ -139,7 +139,7 @@ class Verifier:
         try:
             measured_values = self._measure_artefact(artefact, reference)
             base_values = self._compute_base_values(measured_values, reference)
-            expected_values = self._compute_expected_values(artefact, trained, reference)
+            expected_values = self._compute_expected_values(artefact, trained_folder, reference)
         except UnfitArtefactError as error:
             return compare.failed_result(artefact.name, error.code, str(error))
         except NotComparableError as error:
@@ -147,7 +147,7 @@ class Verifier:
         is_rounded = artefact.name == MERGED_MODEL_NAME and has_16_bit_weights(artefact.folder)
         return compare.judge_artefact(artefact.name, measured_values.values, base_values, expected_values, is_rounded=is_rounded, device=measured_values.device)
 
-    def _compute_expected_values(self, artefact: Artefact, trained: Path, reference: ReferenceValues) -> ReferenceValues:
+    def _compute_expected_values(self, artefact: Artefact, trained_folder: Path, reference: ReferenceValues) -> ReferenceValues:
         """Return the values that the artefact must compute: the reference values of the training.
 
         A merged model with combined adapters must compute the same values as the base model with the unmerged adapters. This function computes these values.
@@ -156,7 +156,7 @@ class Verifier:
             return reference
         self._channel.report_stage(Stage.VERIFYING, "computing the values of the combined adapters")
         with _convert_to_verification_errors("combined adapters", self._inputs.model):
-            model = _add_adapter(self._load_model(self._inputs.model, reference, quantizes=False), trained, reference)
+            model = _add_adapter(self._load_model(self._inputs.model, reference, quantizes=False), trained_folder, reference)
             model.base_model.set_adapter(load_combined_adapters(model, self._run, self._inputs.combined_adapters))
             expected_values = compare.replace_values(reference, self._compute_values(model, reference))
         del model
@@ -166,6 +166,7 @@ class Verifier:
     def _measure_artefact(self, artefact: Artefact, reference: ReferenceValues) -> ArtefactValues:
         """Load the artefact, compute the values of all rows, and release the memory of the model."""
         imports.hide_unneeded_libraries(self._run, keeps_bitsandbytes=_is_quantized(reference))
+        imports.import_libraries()
         is_adapter = artefact.kind is OutputKind.ADAPTER
         with _convert_to_verification_errors(artefact.name, self._inputs.model):
             tokenizer = _load_tokenizer(artefact.folder, reference, trusts_code=self._trusts_code)
@@ -182,13 +183,13 @@ class Verifier:
         _release_memory()
         return measured_values
 
-    def _compute_base_values(self, measured: ArtefactValues, reference: ReferenceValues) -> list[float] | None:
+    def _compute_base_values(self, measured_values: ArtefactValues, reference: ReferenceValues) -> list[float] | None:
         """Return the values of the base model, or None if the model has a score head.
 
         If the values of the base model were already computed together with those of an adapter, the base model is not loaded again.
         """
-        if measured.base_values is not None:
-            self._base_values = measured.base_values
+        if measured_values.base_values is not None:
+            self._base_values = measured_values.base_values
         if self._base_values is None and reference.head == "causal":
             self._channel.report_stage(Stage.VERIFYING, "loading the base model")
             try:

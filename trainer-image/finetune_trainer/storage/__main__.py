@@ -27,9 +27,9 @@ from finetune_trainer.storage.web import split_query
 
 def print_committed(tree: CheckpointTree, address: JobAddress) -> None:
     """Print one line for each committed checkpoint and for the model."""
-    committed = list(find_committed(tree, address))
+    committed_items = list(find_committed(tree, address))
     print(f"{'WHAT':<16}{'FILES':>6}{'BYTES':>14}  {'HEALTHY':<8}{'MADE BY':<14}URI")
-    for one in committed:
+    for one in committed_items:
         manifest = tree.read_manifest(one)
         name = "model" if one.step is None else f"step {one.step}"
         files, size = (len(manifest.files), manifest.total_bytes) if manifest else ("?", "damaged")
@@ -55,8 +55,8 @@ def download(tree: CheckpointTree, address: JobAddress, target_folder: Path) -> 
 
     Errors: DataError `CheckpointDamaged`.
     """
-    committed = list(find_committed(tree, address))
-    chosen_checkpoint = next((one for one in committed if one.step is None), committed[0])
+    committed_items = list(find_committed(tree, address))
+    chosen_checkpoint = next((one for one in committed_items if one.step is None), committed_items[0])
     problem = download_committed(tree, chosen_checkpoint, target_folder)
     if problem:
         raise DataError("CheckpointDamaged", problem)

@@ -36,13 +36,13 @@ class AttemptRecorder:
         )  # fmt: skip
         self._stored_record: AttemptRecord | None = None
 
-    def record_start(self, start_step: int, resolved: ResolvedConfig) -> None:
+    def record_start(self, start_step: int, resolved_config: ResolvedConfig) -> None:
         """Record that this incarnation begins to train, and from which step."""
-        self._store(start_step=start_step, threads=count_threads_per_rank(self._run), resolved=_without_notes(resolved))
+        self._store(start_step=start_step, threads=count_threads_per_rank(self._run), resolved=_without_notes(resolved_config))
 
-    def record_configuration(self, resolved: ResolvedConfig) -> None:
+    def record_configuration(self, resolved_config: ResolvedConfig) -> None:
         """Record the configuration in use. Some values, such as the device, are known only after the ranks have started."""
-        self._store(resolved=_without_notes(resolved))
+        self._store(resolved=_without_notes(resolved_config))
 
     def record_end(self, message: TerminationMessage, progress: ProgressReport) -> None:
         """Record how this incarnation ends."""
@@ -63,8 +63,8 @@ class AttemptRecorder:
             self._stored_record = self._record
 
 
-def _without_notes(resolved: ResolvedConfig) -> ResolvedConfig:
-    return resolved.model_copy(update={"notes": None})
+def _without_notes(resolved_config: ResolvedConfig) -> ResolvedConfig:
+    return resolved_config.model_copy(update={"notes": None})
 
 
 def read_attempt_records(tree: CheckpointTree) -> list[AttemptRecord]:

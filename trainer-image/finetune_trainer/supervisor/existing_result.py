@@ -51,8 +51,8 @@ class EarlierRun:
 
 def store_result(run: RunConfig, tree: CheckpointTree, output: Output, report: ProgressReport) -> None:
     """Store the result of a successful run, unless a later attempt has begun. Errors: those of storage."""
-    committed = tree.get_committed(None)
-    manifest = tree.read_manifest(committed) if committed is not None else None
+    committed_model = tree.get_committed(None)
+    manifest = tree.read_manifest(committed_model) if committed_model is not None else None
     if manifest is None or tree.is_superseded(run.attempt):
         return
     settings, inputs = collect_result_settings(run.spec, run.defaults, run.before_adaptation), collect_compared_inputs(manifest.facts)
@@ -133,15 +133,15 @@ def _read_run(run: RunConfig, uri: str, uid: str) -> EarlierRun | None:
     """Return the run in the folder of an earlier job, or None if no complete model is committed in the folder."""
     tree = CheckpointTree(open_store(run.storage.model_copy(update={"uri": uri})))
     try:
-        committed = tree.get_committed(None)
-        if committed is None or not tree.is_complete(committed):
+        committed_model = tree.get_committed(None)
+        if committed_model is None or not tree.is_complete(committed_model):
             return None
-        model_uri = redact_source(tree.uri(committed.folder))
+        model_uri = redact_source(tree.uri(committed_model.folder))
         try:
             result = RunResult.model_validate_json(tree.store.get(RESULT_KEY) or b"")
         except ValidationError:
             return EarlierRun(uid, model_uri, None)
-        belongs_to_model = result.output.sha256 == committed.marker.manifest_sha256
+        belongs_to_model = result.output.sha256 == committed_model.marker.manifest_sha256
         return EarlierRun(uid, model_uri, result if belongs_to_model else None)
     finally:
         tree.store.close()

@@ -358,20 +358,20 @@ class Fetcher:
         store = self._open_web_store(address.job_uri, MODEL_SOURCE)
         try:
             tree = CheckpointTree(store)
-            committed = tree.get_committed(address.step)
+            committed_checkpoint = tree.get_committed(address.step)
             problem = "holds no _COMMITTED object"
-            if committed is not None:
+            if committed_checkpoint is not None:
                 problem = download_committed(
-                    tree, committed, target, byte_counter=self.byte_counter, check_space=lambda size: self.require_space(size, spec_path),
+                    tree, committed_checkpoint, target, byte_counter=self.byte_counter, check_space=lambda size: self.require_space(size, spec_path),
                     is_needed=lambda name: not kind.skips_file(name),
                 )  # fmt: skip
-                manifest = tree.read_manifest(committed) if problem is None else None
+                manifest = tree.read_manifest(committed_checkpoint) if problem is None else None
                 for entry in manifest.files if manifest is not None else ():
                     if not kind.skips_file(entry.path):
                         self.digests.add_download(target / entry.path, entry.sha256)  # `download_committed` has verified this hash.
         finally:
             store.close()
-        if committed is None:
+        if committed_checkpoint is None:
             raise self._missing_error(MODEL_SOURCE, spec_path, redact_source(source.url), problem)
         if problem is not None:
             raise NotFoundError(
@@ -459,12 +459,13 @@ def _relative_path(key: str, root_key: str) -> str:
     return "/".join(part for part in relative_path.split("/") if part not in ("", ".", ".."))
 
 
-def _require_weights(fetched: FetchedSource, spec_path: str, shown_source: str) -> None:
+def _require_weights(fetched_source: FetchedSource, spec_path: str, shown_source: str) -> None:
     """Check from the file names that no weights of a model are missing. Errors: NotFoundError ModelIncomplete."""
-    present_names = fetched.skipped_names | {file.relative_to(fetched.path).as_posix() for file in fetched.path.rglob("*") if file.is_file()}
+    fetched_names = {file.relative_to(fetched_source.path).as_posix() for file in fetched_source.path.rglob("*") if file.is_file()}
+    present_names = fetched_source.skipped_names | fetched_names
     if SINGLE_WEIGHT_FILE in present_names:  # If a single weight file exists, transformers ignores the index.
         return
-    index_file = fetched.path / WEIGHT_INDEX_FILE
+    index_file = fetched_source.path / WEIGHT_INDEX_FILE
     try:
         needed_names = set(json.loads(index_file.read_text())["weight_map"].values()) if index_file.exists() else set()
     except (ValueError, KeyError, AttributeError):

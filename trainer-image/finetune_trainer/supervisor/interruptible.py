@@ -21,18 +21,18 @@ def run_until(must_end: Callable[[], bool], action: Callable[[], T]) -> T:
 
     After a stop, the thread continues until the action ends or the process exits. The next attempt must therefore be able to repeat the action.
     """
-    done: Future[T] = Future()
+    result_future: Future[T] = Future()
 
     def run() -> None:
         try:
-            done.set_result(action())
+            result_future.set_result(action())
         except BaseException as error:
-            done.set_exception(error)
+            result_future.set_exception(error)
 
     threading.Thread(target=run, name=THREAD_NAME, daemon=True).start()
-    while not wait([done], POLL_SECONDS).done:
+    while not wait([result_future], POLL_SECONDS).done:
         if must_end():
             raise StoppedError
-    if done.exception() is not None and must_end():
-        raise StoppedError from done.exception()  # A transfer that ends because of the stop request can raise any error.
-    return done.result()
+    if result_future.exception() is not None and must_end():
+        raise StoppedError from result_future.exception()  # A transfer that ends because of the stop request can raise any error.
+    return result_future.result()

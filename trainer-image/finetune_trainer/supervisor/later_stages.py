@@ -283,10 +283,10 @@ class LaterStages:
         target_folder = self._settings.work_folder / MODEL_FOLDER
         if target_folder.exists():
             return target_folder
-        committed = self._tree.get_committed(None)
+        committed_model = self._tree.get_committed(None)
         partial_folder = target_folder.with_name(f"{target_folder.name}.part")
         shutil.rmtree(partial_folder, ignore_errors=True)
-        problem = "the marker is missing" if committed is None else download_committed(self._tree, committed, partial_folder,
+        problem = "the marker is missing" if committed_model is None else download_committed(self._tree, committed_model, partial_folder,
             byte_counter=self._raise_if_stopped)
         if problem is not None:
             raise NoCheckpointError("ModelDamaged", f"the committed model {output.uri} cannot be read: {problem}")

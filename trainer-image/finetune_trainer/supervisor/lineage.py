@@ -66,25 +66,25 @@ class Lineage:
         `inputs`: the local inputs, if this pod has trained. If `inputs` is None, the statement contains no digests of single files. Errors: those
         of storage.
         """
-        committed = self._tree.get_committed(None)
-        manifest = self._tree.read_manifest(committed) if committed is not None else None
-        if committed is None or manifest is None or self._tree.is_superseded(self._run.attempt):
+        committed_model = self._tree.get_committed(None)
+        manifest = self._tree.read_manifest(committed_model) if committed_model is not None else None
+        if committed_model is None or manifest is None or self._tree.is_superseded(self._run.attempt):
             return None
         uri = self._tree.uri(STATEMENT_KEY)
-        if self._is_statement_stored_for(committed):
+        if self._is_statement_stored_for(committed_model):
             return uri
-        self._tree.store.put(STATEMENT_KEY, self._build_statement(committed, manifest, inputs).to_bytes())
+        self._tree.store.put(STATEMENT_KEY, self._build_statement(committed_model, manifest, inputs).to_bytes())
         return uri
 
-    def _is_statement_stored_for(self, committed: CommittedCheckpoint) -> bool:
+    def _is_statement_stored_for(self, committed_checkpoint: CommittedCheckpoint) -> bool:
         """Whether the stored statement names the manifest of the committed model. If it does, it may already be signed and must not be replaced."""
         data = self._tree.store.get(STATEMENT_KEY)
         try:
-            return data is not None and Statement.model_validate_json(data).subject[0] == _build_manifest_subject(committed)
+            return data is not None and Statement.model_validate_json(data).subject[0] == _build_manifest_subject(committed_checkpoint)
         except ValueError:
             return False
 
-    def _build_statement(self, committed: CommittedCheckpoint, manifest: Manifest, inputs: Inputs | None) -> Statement:
+    def _build_statement(self, committed_checkpoint: CommittedCheckpoint, manifest: Manifest, inputs: Inputs | None) -> Statement:
         spec, redacted_fields = remove_secrets(self._run.to_wire()["spec"])
         world = self._run.world
         internal_parameters = {
@@ -93,7 +93,7 @@ class Lineage:
             "world": {"nodes": world.nodes, "processesPerNode": world.processes_per_node, "gpusPerNode": world.gpus_per_node},
         }  # fmt: skip
         return Statement(
-            subject=[_build_manifest_subject(committed), *(Resource(name=file.path, digest={"sha256": file.sha256}) for file in manifest.files)],
+            subject=[_build_manifest_subject(committed_checkpoint), *(Resource(name=file.path, digest={"sha256": file.sha256}) for file in manifest.files)],
             predicate=Provenance(
                 build_definition=BuildDefinition(
                     build_type=BUILD_TYPE, external_parameters={"spec": spec}, internal_parameters=internal_parameters,
@@ -119,8 +119,8 @@ class Lineage:
         return str(json.loads(data)["time"]) if data is not None else None
 
 
-def _build_manifest_subject(committed: CommittedCheckpoint) -> Resource:
-    return Resource(name=str(Storage.MANIFEST), digest={"sha256": committed.marker.manifest_sha256})
+def _build_manifest_subject(committed_checkpoint: CommittedCheckpoint) -> Resource:
+    return Resource(name=str(Storage.MANIFEST), digest={"sha256": committed_checkpoint.marker.manifest_sha256})
 
 
 def _read_builder_versions(facts: RunFacts) -> dict[str, str]:

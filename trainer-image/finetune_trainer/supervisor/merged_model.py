@@ -22,11 +22,11 @@ log = logging.getLogger(__name__)
 
 def find_merged_model_uri(tree: CheckpointTree, output: Output) -> str | None:
     """Return the URI of the committed merged model if it was made from the adapter `output`, otherwise None."""
-    committed = tree.get_merged()
-    manifest = tree.read_manifest(committed) if committed is not None else None
-    if committed is None or manifest is None or manifest.extra.get(ADAPTER_SHA256) != output.sha256:
+    merged_model = tree.get_merged()
+    manifest = tree.read_manifest(merged_model) if merged_model is not None else None
+    if merged_model is None or manifest is None or manifest.extra.get(ADAPTER_SHA256) != output.sha256:
         return None
-    return tree.uri(committed.folder)
+    return tree.uri(merged_model.folder)
 
 
 def commit_merged_model(
@@ -59,10 +59,10 @@ def commit_merged_model(
 
 def fetch_merged_model(tree: CheckpointTree, target: Path, *, byte_counter: ByteCounter | None = None) -> Path:
     """Download and verify the committed merged model. Returns `target`. Errors: NoCheckpointError ModelDamaged; those of storage."""
-    committed = tree.get_merged()
+    merged_model = tree.get_merged()
     partial_folder = target.with_name(f"{target.name}.part")
     shutil.rmtree(partial_folder, ignore_errors=True)
-    problem = "the marker is missing" if committed is None else download_committed(tree, committed, partial_folder, byte_counter=byte_counter)
+    problem = "the marker is missing" if merged_model is None else download_committed(tree, merged_model, partial_folder, byte_counter=byte_counter)
     if problem is not None:
         raise NoCheckpointError("ModelDamaged", f"the merged model cannot be read: {problem}")
     partial_folder.rename(target)

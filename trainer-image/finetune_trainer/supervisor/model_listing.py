@@ -83,10 +83,10 @@ def _list_hub(source: HubSource) -> tuple[ModelListing, Callable[[Path], None]]:
     token = os.environ.get(Env.HF_TOKEN) or False
     try:
         api = huggingface_hub.HfApi(endpoint=_hub_endpoint(), token=token)
-        info = api.model_info(source.repo, revision=source.revision)
-        if info.gated or info.private:
+        repository = api.model_info(source.repo, revision=source.revision)
+        if repository.gated or repository.private:
             api.auth_check(source.repo)  # Even if the cache has the files, this job must have access to the repository itself.
-        tree_entries = list(api.list_repo_tree(source.repo, revision=info.sha, recursive=True))
+        tree_entries = list(api.list_repo_tree(source.repo, revision=repository.sha, recursive=True))
     except HfHubHTTPError as error:
         if error.response is not None and error.response.status_code < 500:
             raise
@@ -96,7 +96,7 @@ def _list_hub(source: HubSource) -> tuple[ModelListing, Callable[[Path], None]]:
             raise
         raise HubDown from error
     files = _needed_files(tree_entries)
-    revision = str(info.sha)
+    revision = str(repository.sha)
 
     def download(folder: Path) -> None:
         huggingface_hub.snapshot_download(
@@ -105,7 +105,7 @@ def _list_hub(source: HubSource) -> tuple[ModelListing, Callable[[Path], None]]:
         )  # fmt: skip
         shutil.rmtree(folder / ".cache", ignore_errors=True)  # The client has written metadata about the download to this folder.
 
-    is_public = not info.gated and not info.private
+    is_public = not repository.gated and not repository.private
     return ModelListing(build_hub_location(source), _check_and_sort(files), hub_revision=revision, is_public=is_public), download
 
 

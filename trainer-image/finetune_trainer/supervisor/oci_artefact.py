@@ -16,8 +16,8 @@ def store_oci_artefact(tree: CheckpointTree, name: str, *, is_merged: bool) -> s
     `name`: name of the FineTuneJob. `is_merged`: whether the artefact holds the merged model; otherwise it holds the trained adapter or model.
     Errors: NoCheckpointError ModelDamaged; those of storage.
     """
-    committed = tree.get_merged() if is_merged else tree.get_committed(None)
-    manifest = tree.read_manifest(committed) if committed is not None else None
+    committed_model = tree.get_merged() if is_merged else tree.get_committed(None)
+    manifest = tree.read_manifest(committed_model) if committed_model is not None else None
     if manifest is None:
         raise NoCheckpointError("ModelDamaged", "the manifest of the committed model cannot be read")
     artefact = build_modelpack_artefact(

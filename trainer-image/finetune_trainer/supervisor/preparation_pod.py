@@ -101,8 +101,8 @@ class PreparationPod:
         processes.kill_all_descendants()
         message = build_termination_message(decision, self._state.report(), output=None, start_step=0, node_name=self._settings.node_name)
         # `model_revision` can be a digest of all files of the model, but this pod has not downloaded the weights.
-        resolved = message.resolved.model_copy(update={"model_revision": None}) if message.resolved is not None else None
-        message = message.model_copy(update={"data": data_report, "resolved": resolved})
+        resolved_config = message.resolved.model_copy(update={"model_revision": None}) if message.resolved is not None else None
+        message = message.model_copy(update={"data": data_report, "resolved": resolved_config})
         if self._adopted_result is not None and decision.exit_code == ExitCode.OK:
             message = _with_adopted_result(message, self._adopted_result)
         write_termination_message(message, self._settings.termination_log)
@@ -253,10 +253,10 @@ class PreparationPod:
 def _with_adopted_result(message: TerminationMessage, result: RunResult) -> TerminationMessage:
     """Return the termination message with the result of the earlier run, as if this job had trained the model."""
     own_notes = message.resolved.notes if message.resolved is not None else None
-    resolved = (result.resolved or ResolvedConfig()).model_copy(update={"notes": own_notes})
+    resolved_config = (result.resolved or ResolvedConfig()).model_copy(update={"notes": own_notes})
     return message.model_copy(update={
         "output": result.output, "evaluation": result.evaluation, "metrics": result.metrics, "progress": result.progress,
-        "step": result.progress.step if result.progress is not None else None, "resolved": resolved,
+        "step": result.progress.step if result.progress is not None else None, "resolved": resolved_config,
     })  # fmt: skip
 
 

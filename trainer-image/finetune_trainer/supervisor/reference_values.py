@@ -15,15 +15,15 @@ from finetune_trainer.checkpoint.tree import CheckpointTree, CommittedCheckpoint
 from finetune_trainer.verification.reference import FILE_NAME, MANIFEST_KEY, ReferenceValues, reference_values_key
 
 
-def copy_reference_values(tree: CheckpointTree, committed: CommittedCheckpoint | None, folder: Path) -> str | None:
+def copy_reference_values(tree: CheckpointTree, committed_checkpoint: CommittedCheckpoint | None, folder: Path) -> str | None:
     """Copy the reference values of a committed model to `folder`. Returns None, or the reason if no usable reference values exist.
 
     Errors: those of storage.
     """
-    manifest = tree.read_manifest(committed) if committed is not None else None
-    if committed is None or manifest is None:
+    manifest = tree.read_manifest(committed_checkpoint) if committed_checkpoint is not None else None
+    if committed_checkpoint is None or manifest is None:
         return "the manifest of the model cannot be read"
-    if committed.step is not None:
+    if committed_checkpoint.step is not None:
         return "the model is a checkpoint, and a trainer records reference values only for its final model"
     digest = manifest.extra.get(MANIFEST_KEY)
     if not isinstance(digest, str):

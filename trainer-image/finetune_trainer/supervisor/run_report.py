@@ -119,8 +119,8 @@ class ReportWriter:
         return [line for line in data.decode().split("\n") if line.strip()] if data is not None else []
 
     def _read_model_manifest(self) -> Manifest | None:
-        committed = self._tree.get_committed(None)
-        return self._tree.read_manifest(committed) if committed is not None else None
+        committed_model = self._tree.get_committed(None)
+        return self._tree.read_manifest(committed_model) if committed_model is not None else None
 
     def _read_checkpoints(self) -> Iterator[StoredCheckpoint]:
         for committed in self._tree.list_committed()[:MAX_SHOWN_CHECKPOINTS]:
@@ -159,8 +159,8 @@ def _read_logs_by_incarnation(tree: CheckpointTree) -> dict[str, list[LogEntry]]
 
 def _collect_further_results(output: Output | None, progress: ProgressReport) -> dict[str, object]:
     reports = {"evaluation": progress.evaluation, "output": output}
-    found: dict[str, object] = {}
+    result_by_name: dict[str, object] = {}
     for field, names in TABLE_FIELDS_BY_RESULT.items():
         values = model.to_wire() if (model := reports[field]) is not None else {}
-        found |= {name: values[name] for name in names if values.get(name)}
-    return found
+        result_by_name |= {name: values[name] for name in names if values.get(name)}
+    return result_by_name

@@ -134,8 +134,8 @@ class RunResults:
 
     def _read_parameter_counts(self) -> dict[str, Any]:
         """Return the parameter counts in the manifest of the committed model."""
-        committed = self._tree.get_committed(None)
-        manifest: Manifest | None = self._tree.read_manifest(committed) if committed is not None else None
+        committed_model = self._tree.get_committed(None)
+        manifest: Manifest | None = self._tree.read_manifest(committed_model) if committed_model is not None else None
         counts = manifest.extra.get("parameters") if manifest is not None else None
         return counts if isinstance(counts, dict) else {}
 

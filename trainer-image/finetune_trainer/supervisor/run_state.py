@@ -141,10 +141,10 @@ class RunState:
         with self._lock:
             self._metrics = self._metrics.model_copy(update=metrics.model_dump(exclude_none=True))
 
-    def merge_resolved(self, resolved: ResolvedConfig) -> None:
+    def merge_resolved(self, resolved_config: ResolvedConfig) -> None:
         """Merge a report into the resolved configuration: fields that are None keep their earlier value."""
         with self._lock:
-            self._resolved = self._resolved.model_copy(update=resolved.model_dump(exclude_none=True))
+            self._resolved = self._resolved.model_copy(update=resolved_config.model_dump(exclude_none=True))
 
     def merge_plan(self, plan: RunPlan) -> None:
         """Merge a report into the plan: fields that are None keep their earlier value."""

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune_api.errors import FineTuneError, StorageError
-from finetune_api.names import USED_MARKER, prepared_root
+from finetune_api.names import USED_MARKER, make_prepared_rows_uri
 from finetune_api.pod import PreparedRows, RunConfig
 from finetune_api.prepared import UsedMarker, group_keys_for_removal, renew_marker
 from pydantic import TypeAdapter, ValidationError
@@ -74,7 +74,7 @@ class RowStore:
 
         `signing_key`: the key with which the preparations of the namespace sign rows. None in training pods, and if `isolation.secret` is not set.
         """
-        store = open_store(run.storage.model_copy(update={"uri": prepared_root(run.storage.uri)}))
+        store = open_store(run.storage.model_copy(update={"uri": make_prepared_rows_uri(run.storage.uri)}))
         try:
             yield RowStore(run, CheckpointTree(store, signing_key))
         finally:
@@ -117,15 +117,15 @@ class RowStore:
 
         If `expected_sha256` is None and this store has a key, the rows must be signed. Errors: see `fetch_for_training`.
         """
-        committed = self._tree.get_committed_folder(digest)
-        if committed is None:
+        committed_folder = self._tree.get_committed_folder(digest)
+        if committed_folder is None:
             raise _missing_error(f"nothing is committed at {self.uri(digest)}")
-        sha256 = committed.marker.manifest_sha256
+        sha256 = committed_folder.marker.manifest_sha256
         if expected_sha256 not in (None, sha256):
             raise _differing_error(f"{self.uri(digest)} was replaced after the preparation")
-        manifest = self._tree.read_manifest(committed)
+        manifest = self._tree.read_manifest(committed_folder)
         try:
-            if expected_sha256 is None and self._tree.can_sign and not self._tree.is_signed(committed):
+            if expected_sha256 is None and self._tree.can_sign and not self._tree.is_signed(committed_folder):
                 raise _differing_error(f"the rows at {self.uri(digest)} are not signed by a preparation of this namespace")
             if manifest is None:
                 raise _damaged_error(f"the manifest at {self.uri(digest)} is missing or damaged")
@@ -134,29 +134,29 @@ class RowStore:
             except ValidationError:
                 raise _differing_error(f"the rows at {self.uri(digest)} were prepared by another version") from None
         except StorageError:
-            self._damaged_markers[digest] = committed.marker
+            self._damaged_markers[digest] = committed_folder.marker
             raise
-        return StoredRows(digest, sha256, manifest, summary), committed
+        return StoredRows(digest, sha256, manifest, summary), committed_folder
 
-    def _download_rows(self, stored: StoredRows, committed: CommittedFolder, work_folder: Path, byte_counter: ByteCounter | None) -> StoredRows:
+    def _download_rows(self, stored_rows: StoredRows, committed_folder: CommittedFolder, work_folder: Path, byte_counter: ByteCounter | None) -> StoredRows:
         """Download the files to the folder where the ranks read rows, and compare them with the manifest. Errors: see `fetch_for_training`."""
-        folder = prepared_folder(work_folder / TOKENS_FOLDER, stored.digest)
+        folder = prepared_folder(work_folder / TOKENS_FOLDER, stored_rows.digest)
         partial = partial_folder(folder)
         for leftover in (folder, partial):
             shutil.rmtree(leftover, ignore_errors=True)
         try:
-            problem = fetch_verified(self._tree, committed.folder, stored.manifest, partial, lambda _: True, byte_counter)
+            problem = fetch_verified(self._tree, committed_folder.folder, stored_rows.manifest, partial, lambda _: True, byte_counter)
             if problem is not None:
                 raise _damaged_error(problem)
-            prepared = open_prepared(partial, stored.digest)
+            prepared = open_prepared(partial, stored_rows.digest)
             partial.rename(folder)
         except StorageError as error:
             if error.code.startswith("PreparedData"):
-                self._damaged_markers[stored.digest] = committed.marker
+                self._damaged_markers[stored_rows.digest] = committed_folder.marker
             raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-        return replace(stored, row_count=prepared.rows)
+        return replace(stored_rows, row_count=prepared.rows)
 
     # ---- writing ----
 
@@ -233,13 +233,13 @@ class RowStore:
 
         If no rows are committed, remove no folder. Errors: those of the store.
         """
-        committed = self._tree.get_committed_folder(digest)
-        if committed is None:
+        committed_folder = self._tree.get_committed_folder(digest)
+        if committed_folder is None:
             return
         stats_by_folder: dict[str, list[ObjectStat]] = {}
         for stat in stats:
             folder, separator, _ = stat.key.removeprefix(f"{digest}/").partition("/")
-            if separator and folder != committed.marker.path:
+            if separator and folder != committed_folder.marker.path:
                 stats_by_folder.setdefault(folder, []).append(stat)
         for folder_stats in stats_by_folder.values():
             if all(stat.modified_at is not None and now - stat.modified_at > LEFTOVER_AGE for stat in folder_stats):

@@ -583,13 +583,13 @@ class Supervisor:
 
 def find_committed_output(tree: CheckpointTree) -> Output | None:
     """Return the final artefact if an earlier incarnation committed it and ended before it could report the commit. Otherwise return None."""
-    committed = tree.get_committed(None)
-    manifest = tree.read_manifest(committed) if committed else None
-    if committed is None or manifest is None:
+    committed_model = tree.get_committed(None)
+    manifest = tree.read_manifest(committed_model) if committed_model else None
+    if committed_model is None or manifest is None:
         return None
-    log.info("the final artefact was committed by %s", committed.marker.path)
+    log.info("the final artefact was committed by %s", committed_model.marker.path)
     return Output(
-        uri=tree.uri(committed.folder), sha256=committed.marker.manifest_sha256, kind=manifest.kind,
+        uri=tree.uri(committed_model.folder), sha256=committed_model.marker.manifest_sha256, kind=manifest.kind,
         evaluation=manifest.extra.get("evaluation"),
     )  # fmt: skip
 

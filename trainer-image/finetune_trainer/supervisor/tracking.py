@@ -294,12 +294,12 @@ def list_data_sources(run: RunConfig, facts: RunFacts) -> tuple[DataSource, ...]
     return tuple(sources)
 
 
-def read_checkpoint_log(restored: RestoreResult) -> list[LogEntry]:
+def read_checkpoint_log(restore_result: RestoreResult) -> list[LogEntry]:
     """Return the log lines of all attempts up to the restored checkpoint. The Trainer's state in the checkpoint contains these lines."""
-    if restored.local_folder is None:
+    if restore_result.local_folder is None:
         return []
     try:
-        history = json.loads((restored.local_folder / "trainer_state.json").read_text())["log_history"]
+        history = json.loads((restore_result.local_folder / "trainer_state.json").read_text())["log_history"]
         return [LogEntry.model_validate(line) for line in history]
     except (OSError, ValueError, KeyError):
         log.warning("the log lines in the restored checkpoint cannot be read")

@@ -26,6 +26,8 @@ DORA_TENSOR = re.compile(r"\.lora_magnitude_vector(\.weight)?$")
 PROMPT_TYPES = ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING")
 TENSORS_OF_TYPE = {"IA3": re.compile(r"\.ia3_l(\.weight)?$")}
 TRAINED_TOKENS = re.compile(r"\.(token_adapter\.)?trainable_tokens_delta$")
+SINGLE_EXPERT = re.compile(r"\.experts\.\d+\.")
+"""Matches the name of a module or weight of one routed expert."""
 ALL_LINEAR = "all-linear"
 
 
@@ -202,11 +204,17 @@ def _has_renamed_weights(lora_pairs: Mapping[str, Any], base: Mapping[str, Store
 
 
 def _check_targets(lora_pairs: Mapping[str, Any], config: Mapping[str, Any], base: Mapping[str, StoredTensor], embeddings: set[str]) -> None:
-    """Check that each module of the base model that the configuration targets has an adapter. `embeddings`: embeddings that have an adapter."""
+    """Check that each module of the base model that the configuration targets has an adapter. `embeddings`: embeddings that have an adapter.
+
+    The files of many models contain a weight for each routed expert (`experts.0.down_proj`). transformers joins these weights when it loads the model,
+    so the targets do not apply to them. They are checked only if the adapter has weights for single experts.
+    """
     targets = config.get("target_modules")
     modules = [name.removesuffix(".weight") for name, tensor in base.items() if name.endswith(".weight") and len(tensor.shape) == 2]
     if not targets or targets == ALL_LINEAR or not set(lora_pairs) <= set(modules):
         return
+    if not any(SINGLE_EXPERT.search(module) for module in lora_pairs):
+        modules = [module for module in modules if not SINGLE_EXPERT.search(module)]
     layers = config.get("layers_to_transform")
     chosen_layers = None if layers is None else {layers} if isinstance(layers, int) else set(layers)
     for module in modules:

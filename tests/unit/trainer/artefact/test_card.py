@@ -21,10 +21,10 @@ FACTS = TrainingFacts(12, "messages", 40, 1000, 9000, {"testLoss": 0.123456789})
 
 
 def build_card(tmp_path: Path, spec: dict[str, Any], kind: OutputKind = OutputKind.ADAPTER) -> str:
-    base = tmp_path / "base"
-    base.mkdir(exist_ok=True)
-    (base / "README.md").write_text("---\nlicense: other\nlicense_name: llama3.2\nlicense_link: LICENSE\ntags: [x]\n---\n# Base\n")
-    run, inputs = make_run(tmp_path / "run", base, spec)
+    base_folder = tmp_path / "base"
+    base_folder.mkdir(exist_ok=True)
+    (base_folder / "README.md").write_text("---\nlicense: other\nlicense_name: llama3.2\nlicense_link: LICENSE\ntags: [x]\n---\n# Base\n")
+    run, inputs = make_run(tmp_path / "run", base_folder, spec)
     return build_model_card(run, inputs, kind, FACTS)
 
 
@@ -57,8 +57,8 @@ def test_a_vision_language_model_is_loaded_for_images_and_text(kind: OutputKind,
 
 
 def test_secrets_of_sources_are_not_shown(tmp_path: Path) -> None:
-    signed = "https://host/jobs/model?signature=hidden"
-    text = build_card(tmp_path, {"model": {"source": signed}, "dataset": {"train": "https://host/train.jsonl?token=hidden"}})
+    signed_url = "https://host/jobs/model?signature=hidden"
+    text = build_card(tmp_path, {"model": {"source": signed_url}, "dataset": {"train": "https://host/train.jsonl?token=hidden"}})
     assert "https://host/jobs/model" in text and "hidden" not in text
 
 
@@ -75,8 +75,8 @@ def test_a_new_token_is_escaped(tmp_path: Path) -> None:
 
 
 def test_the_card_of_the_merged_model_describes_a_complete_model(tmp_path: Path) -> None:
-    adapter = build_card(tmp_path, {"model": {"source": "org/base"}})
-    metadata, text = split_card(build_merged_card(adapter))
+    adapter_card = build_card(tmp_path, {"model": {"source": "org/base"}})
+    metadata, text = split_card(build_merged_card(adapter_card))
     assert (metadata["library_name"], metadata["base_model_relation"], metadata["tags"]) == ("transformers", "finetune", ["finetune-operator", "sft", "lora"])
     assert metadata["license"] == "other" and "merged into the weights" in text and "peft" not in text and text.count("## Loading") == 1
     assert "| rows | 12 |" in text

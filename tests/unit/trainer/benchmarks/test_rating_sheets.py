@@ -18,8 +18,8 @@ def test_the_models_answer_in_random_order_and_only_the_key_names_them() -> None
     rows, models = build_sheet_rows(PROMPTS, TRAINED_ANSWERS, BASE_ANSWERS, seed=1)
     assert [row.model for row in rows] == ["A", "B"] * 40 and [row.number for row in rows] == list(range(1, 81))
     assert all(row.response.startswith(models[row.number]) and row.response.endswith(f" {row.prompt_number - 1}") for row in rows)
-    trained_first = sum(models[row.number] == TRAINED_MODEL for row in rows if row.model == "A")
-    assert 10 < trained_first < 30
+    trained_first_count = sum(models[row.number] == TRAINED_MODEL for row in rows if row.model == "A")
+    assert 10 < trained_first_count < 30
     assert build_sheet_rows(PROMPTS, TRAINED_ANSWERS, BASE_ANSWERS, seed=1) == (rows, models)
 
 
@@ -35,8 +35,8 @@ def test_a_cell_that_would_be_a_formula_gets_an_apostrophe(text: str, tmp_path: 
     rows, models = build_sheet_rows([text], [text], [text], seed=1)
     write_sheets(tmp_path, rows, models)
     with (tmp_path / "human_rating.csv").open(encoding="utf-8-sig", newline="") as stream:
-        cells = list(csv.DictReader(stream))
-    assert [(row["prompt"], row["response"]) for row in cells] == [(f"'{text}", f"'{text}")] * 2
+        csv_rows = list(csv.DictReader(stream))
+    assert [(row["prompt"], row["response"]) for row in csv_rows] == [(f"'{text}", f"'{text}")] * 2
     assert json.loads((tmp_path / "human_rating.json").read_text())["rows"][0]["prompt"] == text
 
 

@@ -19,35 +19,35 @@ from finetune_trainer.benchmarks.records import (
 )
 
 
-def harness_task(folder: Path, *, uses_base: bool = False, **fields: object) -> BenchmarkTask:
+def make_harness_task(folder: Path, *, uses_base: bool = False, **fields: object) -> BenchmarkTask:
     benchmark = Benchmark.model_validate({"name": "lm-eval", "compareWithBase": True} | fields)
     return BenchmarkTask(BenchmarkKind.HARNESS, benchmark, "evaluation.benchmarks[0]", "sums", folder, uses_base)
 
 
 def test_a_record_is_only_read_for_the_same_task_settings_and_files(tmp_path: Path) -> None:
-    data, records = tmp_path / "data", tmp_path / "records"
-    data.mkdir()
-    records.mkdir()
-    (data / "sums.yaml").write_text("task: sums")
-    finished, record = FinishedTasks(records), TaskRecord(measurements=[Measurement(task="sums", metric="acc", value=0.5)])
-    finished.write(harness_task(data), record)
-    assert finished.read(harness_task(data)) == record
-    assert finished.read(harness_task(data, uses_base=True)) is None
-    assert finished.read(harness_task(data, limit=3)) is None
-    assert finished.read(harness_task(data, tasks=["sums", "more"])) == record
-    (data / "sums.yaml").write_text("task: SUMS")  # the same size
-    assert finished.read(harness_task(data)) is None
+    data_folder, records_folder = tmp_path / "data", tmp_path / "records"
+    data_folder.mkdir()
+    records_folder.mkdir()
+    (data_folder / "sums.yaml").write_text("task: sums")
+    finished_tasks, record = FinishedTasks(records_folder), TaskRecord(measurements=[Measurement(task="sums", metric="acc", value=0.5)])
+    finished_tasks.write(make_harness_task(data_folder), record)
+    assert finished_tasks.read(make_harness_task(data_folder)) == record
+    assert finished_tasks.read(make_harness_task(data_folder, uses_base=True)) is None
+    assert finished_tasks.read(make_harness_task(data_folder, limit=3)) is None
+    assert finished_tasks.read(make_harness_task(data_folder, tasks=["sums", "more"])) == record
+    (data_folder / "sums.yaml").write_text("task: SUMS")  # the same size
+    assert finished_tasks.read(make_harness_task(data_folder)) is None
 
 
 def test_a_damaged_record_is_not_read(tmp_path: Path) -> None:
-    data = tmp_path / "data"
-    data.mkdir()
+    data_folder = tmp_path / "data"
+    data_folder.mkdir()
     (tmp_path / "records").mkdir()
-    finished = FinishedTasks(tmp_path / "records")
-    finished.write(harness_task(data), TaskRecord())
-    (path,) = (tmp_path / "records").iterdir()
-    path.write_text("{")
-    assert finished.read(harness_task(data)) is None
+    finished_tasks = FinishedTasks(tmp_path / "records")
+    finished_tasks.write(make_harness_task(data_folder), TaskRecord())
+    (record_file,) = (tmp_path / "records").iterdir()
+    record_file.write_text("{")
+    assert finished_tasks.read(make_harness_task(data_folder)) is None
 
 
 HARNESS_RESULTS = {
@@ -70,16 +70,16 @@ def test_the_harness_s_results_become_measurements() -> None:
 
 
 def test_each_result_also_has_the_base_model_s_value_and_the_difference(tmp_path: Path) -> None:
-    trained, base = harness_task(tmp_path), harness_task(tmp_path, uses_base=True)
+    trained_task, base_task = make_harness_task(tmp_path), make_harness_task(tmp_path, uses_base=True)
     base_measurement = Measurement(task="all", metric="acc", value=1.0, stderr=0.0)
     records = [TaskRecord(measurements=_to_measurements(HARNESS_RESULTS)), TaskRecord(measurements=[base_measurement])]
-    entries = combine_results([trained, base], records)
+    entries = combine_results([trained_task, base_task], records)
     assert entries[0] == {
         "name": "lm-eval", "task": "all", "group": None, "metric": "acc", "value": 0.75, "stderr": 0.1, "samples": None, "base": 1.0, "baseStderr": 0.0,
         "difference": -0.25, "reason": None,
     }  # fmt: skip
     assert entries[1]["group"] == "sums" and entries[1]["base"] is None and entries[1]["difference"] is None
-    (shown,) = to_status_results(entries)
-    assert shown.to_wire() == {"name": "lm-eval", "task": "all", "metric": "acc", "value": 0.75, "stderr": 0.1, "base": 1.0, "difference": -0.25}
-    write_results(tmp_path, [trained, base], entries)
+    (shown_result,) = to_status_results(entries)
+    assert shown_result.to_wire() == {"name": "lm-eval", "task": "all", "metric": "acc", "value": 0.75, "stderr": 0.1, "base": 1.0, "difference": -0.25}
+    write_results(tmp_path, [trained_task, base_task], entries)
     assert json.loads((tmp_path / "lm_eval_results.json").read_text())["sums"] == {"acc": 0.5, "exact,strict": 0.25, "bypass": None}

@@ -14,11 +14,11 @@ from finetune_trainer.benchmarks.task_folder import TaskFolder
 
 from tests.support.benchmark_folders import CHOICE_TASK, write_hellaswag, write_task
 
-FIELD = "evaluation.benchmarks[0].folder"
+FOLDER_FIELD = "evaluation.benchmarks[0].folder"
 
 
-def read(folder: Path, *, allows_code: bool = False) -> TaskFolder:
-    return TaskFolder.read(folder, FIELD, allows_code=allows_code)
+def read_task_folder(folder: Path, *, allows_code: bool = False) -> TaskFolder:
+    return TaskFolder.read(folder, FOLDER_FIELD, allows_code=allows_code)
 
 
 def test_old_task_names_are_replaced_and_others_stay() -> None:
@@ -34,15 +34,15 @@ def test_rating_sheets_and_the_code_benchmark_have_different_names() -> None:
 @pytest.mark.parametrize("name", BUNDLED_TASKS)
 def test_the_harness_defines_each_bundled_task_with_this_data_set(name: str) -> None:
     """Fails if a new release of the harness moves a task or changes its data set."""
-    spec = importlib.util.find_spec("lm_eval")
-    assert spec is not None and spec.submodule_search_locations
-    folder = Path(spec.submodule_search_locations[0], "tasks", BUNDLED_TASKS[name].definition_folder)
+    module_spec = importlib.util.find_spec("lm_eval")
+    assert module_spec is not None and module_spec.submodule_search_locations
+    definition_folder = Path(module_spec.submodule_search_locations[0], "tasks", BUNDLED_TASKS[name].definition_folder)
 
     class Loader(yaml.SafeLoader):
         pass
 
     Loader.add_constructor("!function", lambda _loader, _node: None)
-    definitions = [yaml.load(path.read_text(), Loader=Loader) for path in folder.rglob("*") if path.suffix == ".yaml" or path.name.endswith("_yaml")]  # noqa: S506
+    definitions = [yaml.load(path.read_text(), Loader=Loader) for path in definition_folder.rglob("*") if path.suffix == ".yaml" or path.name.endswith("_yaml")]  # noqa: S506
     assert any(name in (definition.get("task"), definition.get("group")) for definition in definitions)
     assert {definition["dataset_path"] for definition in definitions if "dataset_path" in definition} >= {BUNDLED_TASKS[name].dataset_repository}
 
@@ -52,15 +52,15 @@ def test_all_tasks_of_a_folder_are_its_definitions_and_bundled_tasks_with_data(t
     write_task(tmp_path / "deeper", "a_sums", CHOICE_TASK.replace("{name}.jsonl", "deeper/{name}.jsonl"))
     (tmp_path / "group.yaml").write_text("group: both\ntask: [a_sums, b_sums]\n")
     write_hellaswag(tmp_path)
-    folder = read(tmp_path)
-    assert folder.select(None) == ["b_sums", "a_sums", "hellaswag"]
-    assert folder.select(["both", "hellaswag"]) == ["both", "hellaswag"]
+    task_folder = read_task_folder(tmp_path)
+    assert task_folder.select(None) == ["b_sums", "a_sums", "hellaswag"]
+    assert task_folder.select(["both", "hellaswag"]) == ["both", "hellaswag"]
 
 
-def refusal(run: Callable[[], object]) -> ConfigError:
+def catch_refusal(action: Callable[[], object]) -> ConfigError:
     with pytest.raises(ConfigError) as caught:
-        run()
-    assert caught.value.hint and FIELD in caught.value.message
+        action()
+    assert caught.value.hint and FOLDER_FIELD in caught.value.message
     return caught.value
 
 
@@ -75,16 +75,16 @@ def refusal(run: Callable[[], object]) -> ConfigError:
 )
 def test_a_task_without_data_is_refused_by_name(tasks: list[str], message: str, hint: str, tmp_path: Path) -> None:
     write_task(tmp_path, "sums")
-    error = refusal(lambda: read(tmp_path).select(tasks))
+    error = catch_refusal(lambda: read_task_folder(tmp_path).select(tasks))
     assert error.code == "TaskNotInFolder" and message in error.message and hint in (error.hint or "")
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
-    assert refusal(lambda: read(tmp_path).select(None)).code == "TaskFolderEmpty"
+    assert catch_refusal(lambda: read_task_folder(tmp_path).select(None)).code == "TaskFolderEmpty"
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("added_line", "message"),
     [
         ("process_docs: !function utils.prepare", "calls the Python function utils.prepare"),
         ("metric_list: [{metric: !function os.system}]", "calls the Python function os.system"),
@@ -93,26 +93,26 @@ def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
         ("metric_list: [{metric: mine, hf_evaluate: true}]", "loads the code of the metric mine"),
     ],
 )
-def test_code_in_a_definition_is_refused_unless_it_is_allowed(change: str, message: str, tmp_path: Path) -> None:
-    path = write_task(tmp_path, "sums")
-    path.write_text("include: base_yaml\n")
-    (tmp_path / "base_yaml").write_text(CHOICE_TASK.format(name="sums").replace("metric_list:", "x:") + change + "\n")
-    error = refusal(lambda: read(tmp_path))
+def test_code_in_a_definition_is_refused_unless_it_is_allowed(added_line: str, message: str, tmp_path: Path) -> None:
+    definition_file = write_task(tmp_path, "sums")
+    definition_file.write_text("include: base_yaml\n")
+    (tmp_path / "base_yaml").write_text(CHOICE_TASK.format(name="sums").replace("metric_list:", "x:") + added_line + "\n")
+    error = catch_refusal(lambda: read_task_folder(tmp_path))
     assert error.code == "CodeExecutionNotAllowed" and f"the file base_yaml {message}" in error.message
     assert "allowCodeExecution: true" in (error.hint or "")
-    assert read(tmp_path, allows_code=True).task_names == ["sums"]
+    assert read_task_folder(tmp_path, allows_code=True).task_names == ["sums"]
 
 
 def test_a_python_file_is_refused_because_a_metric_could_load_it(tmp_path: Path) -> None:
     write_task(tmp_path, "sums", CHOICE_TASK.replace("metric: acc", "metric: mine"))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "mine.py").write_text("")
-    assert "the file mine/mine.py is Python code" in refusal(lambda: read(tmp_path)).message
-    assert read(tmp_path, allows_code=True).select(["sums"]) == ["sums"]
+    assert "the file mine/mine.py is Python code" in catch_refusal(lambda: read_task_folder(tmp_path)).message
+    assert read_task_folder(tmp_path, allows_code=True).select(["sums"]) == ["sums"]
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "message"),
+    ("old_text", "new_text", "message"),
     [
         ("dataset_path: json", "dataset_path: Rowan/hellaswag", "reads the data set Rowan/hellaswag"),
         ("dataset_path: json", "dataset_path: /etc", "reads the data set /etc"),
@@ -126,13 +126,13 @@ def test_a_python_file_is_refused_because_a_metric_could_load_it(tmp_path: Path)
         ("data_files: {test: sums.jsonl}", "x: 1", "reads json files, but dataset_kwargs.data_files names none"),
     ],
 )
-def test_data_outside_the_folder_are_refused_even_if_code_is_allowed(old: str, new: str, message: str, tmp_path: Path) -> None:
-    path = write_task(tmp_path / "tasks", "sums")
+def test_data_outside_the_folder_are_refused_even_if_code_is_allowed(old_text: str, new_text: str, message: str, tmp_path: Path) -> None:
+    definition_file = write_task(tmp_path / "tasks", "sums")
     (tmp_path / "rows.jsonl").write_text("{}")
     (tmp_path / "tasks" / "https:" / "host").mkdir(parents=True)
     (tmp_path / "tasks" / "https:" / "host" / "rows.jsonl").write_text("{}")
-    path.write_text(path.read_text().replace(old, new))
-    error = refusal(lambda: read(tmp_path / "tasks", allows_code=True))
+    definition_file.write_text(definition_file.read_text().replace(old_text, new_text))
+    error = catch_refusal(lambda: read_task_folder(tmp_path / "tasks", allows_code=True))
     assert error.code == "BenchmarkDataMissing" and f"the task of sums.yaml {message}" in error.message
 
 
@@ -142,13 +142,13 @@ def test_links_to_files_are_followed(tmp_path: Path) -> None:
     (tmp_path / "snapshot").mkdir()
     for path in (tmp_path / "blobs").iterdir():
         (tmp_path / "snapshot" / path.name).symlink_to(path)
-    assert read(tmp_path / "snapshot").select(["sums"]) == ["sums"]
+    assert read_task_folder(tmp_path / "snapshot").select(["sums"]) == ["sums"]
 
 
 def test_data_of_a_task_within_a_group_are_checked(tmp_path: Path) -> None:
     write_task(tmp_path, "sums")
     (tmp_path / "group.yaml").write_text("group: all\ntask: [sums, {task: inline, dataset_path: cais/mmlu, output_type: generate_until}]\n")
-    assert "the task of group.yaml reads the data set cais/mmlu" in refusal(lambda: read(tmp_path)).message
+    assert "the task of group.yaml reads the data set cais/mmlu" in catch_refusal(lambda: read_task_folder(tmp_path)).message
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_the_error_of_an_invalid_file_names_the_file(text: str, message: str, tm
     (tmp_path / "tasks").mkdir()
     (tmp_path / "other.yaml").write_text("task: x\n")
     (tmp_path / "tasks" / "bad.yaml").write_text(text)
-    error = refusal(lambda: read(tmp_path / "tasks"))
+    error = catch_refusal(lambda: read_task_folder(tmp_path / "tasks"))
     assert error.code == "TaskFolderInvalid" and message in error.message
 
 

@@ -36,30 +36,30 @@ def test_a_file_contains_the_values_at_the_time_of_the_save(writer: BackgroundWr
     assert not (tmp_path / "a.pt").exists()
     writer.finish_checkpoint()
     writer.wait()
-    stored = torch.load(tmp_path / "a.pt")
-    assert stored["weight"].tolist() == [0.0, 1.0, 2.0, 3.0] and stored["step"] == [1]
+    loaded_state = torch.load(tmp_path / "a.pt")
+    assert loaded_state["weight"].tolist() == [0.0, 1.0, 2.0, 3.0] and loaded_state["step"] == [1]
 
 
-@pytest.mark.parametrize("method", ["transformers", "peft"])
-def test_weights_of_models_and_adapters_are_written_later(writer: BackgroundWriter, tmp_path: Path, method: str) -> None:
+@pytest.mark.parametrize("library", ["transformers", "peft"])
+def test_weights_of_models_and_adapters_are_written_later(writer: BackgroundWriter, tmp_path: Path, library: str) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 8}
-    model: Any = LlamaForCausalLM(LlamaConfig(**shape))
-    if method == "peft":
+    model_settings = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 8}
+    model: Any = LlamaForCausalLM(LlamaConfig(**model_settings))
+    if library == "peft":
         model = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
-    name = "adapter_model.safetensors" if method == "peft" else "model.safetensors"
+    weights_name = "adapter_model.safetensors" if library == "peft" else "model.safetensors"
     model.save_pretrained(tmp_path / "at-once")
     with writer.begin_checkpoint():
         model.save_pretrained(tmp_path / "later")
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    assert not (tmp_path / "later" / name).exists()
+    assert not (tmp_path / "later" / weights_name).exists()
     writer.finish_checkpoint()
     writer.wait()
-    assert (tmp_path / "later" / name).read_bytes() == (tmp_path / "at-once" / name).read_bytes()
+    assert (tmp_path / "later" / weights_name).read_bytes() == (tmp_path / "at-once" / weights_name).read_bytes()
 
 
 def test_objects_that_are_not_state_dictionaries_are_written_at_once(writer: BackgroundWriter, tmp_path: Path) -> None:
@@ -69,35 +69,35 @@ def test_objects_that_are_not_state_dictionaries_are_written_at_once(writer: Bac
 
 
 def test_tasks_run_in_order_after_the_files(writer: BackgroundWriter, tmp_path: Path) -> None:
-    seen: list[Any] = []
+    task_values: list[Any] = []
     save_state(writer, tmp_path / "a.pt", torch.ones(1))
-    writer.run_after_files(lambda: seen.append((tmp_path / "a.pt").exists()))
-    writer.run_after_files(lambda: seen.append(threading.current_thread().name))
-    assert seen == []
+    writer.run_after_files(lambda: task_values.append((tmp_path / "a.pt").exists()))
+    writer.run_after_files(lambda: task_values.append(threading.current_thread().name))
+    assert task_values == []
     writer.finish_checkpoint()
     writer.wait()
-    assert seen == [True, "checkpoint-writer"]
+    assert task_values == [True, "checkpoint-writer"]
 
 
 def test_without_a_checkpoint_a_task_runs_at_once(writer: BackgroundWriter, tmp_path: Path) -> None:
     """For example, the final model is saved after training, when no checkpoint is being written."""
-    seen: list[str] = []
-    writer.run_after_files(lambda: seen.append("before"))
+    run_tasks: list[str] = []
+    writer.run_after_files(lambda: run_tasks.append("before"))
     save_state(writer, tmp_path / "a.pt", torch.ones(1))
     writer.finish_checkpoint()
     writer.wait()
-    writer.run_after_files(lambda: seen.append("after"))
-    assert seen == ["before", "after"]
+    writer.run_after_files(lambda: run_tasks.append("after"))
+    assert run_tasks == ["before", "after"]
 
 
 def test_without_background_writing_files_are_written_at_once(writer: BackgroundWriter, tmp_path: Path) -> None:
-    seen: list[str] = []
+    thread_names: list[str] = []
     writer.writes_in_background = False
     save_state(writer, tmp_path / "a.pt", torch.ones(1))
     assert (tmp_path / "a.pt").exists()
-    writer.run_after_files(lambda: seen.append(threading.current_thread().name))
+    writer.run_after_files(lambda: thread_names.append(threading.current_thread().name))
     writer.finish_checkpoint()
-    assert seen == ["MainThread"]
+    assert thread_names == ["MainThread"]
 
 
 def test_the_next_checkpoint_reuses_the_memory_of_the_copies(writer: BackgroundWriter) -> None:
@@ -123,16 +123,16 @@ def test_a_failure_in_the_background_is_raised_in_the_training_thread(writer: Ba
     def fail() -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    later: list[str] = []
+    later_tasks: list[str] = []
     with writer.begin_checkpoint():
         writer.run_after_files(fail)
-        writer.run_after_files(lambda: later.append("reported"))
+        writer.run_after_files(lambda: later_tasks.append("reported"))
     writer.finish_checkpoint()
     with pytest.raises(OSError, match="No space left") as raised:
         writer.wait()
     failure, is_origin = classify_error(raised.value)
     assert isinstance(failure, StorageError) and failure.code == "LocalDiskFull" and is_origin
-    assert later == [], "an incomplete checkpoint is not reported"
+    assert later_tasks == [], "an incomplete checkpoint is not reported"
     with pytest.raises(OSError, match="No space left"):
         writer.raise_failure()
 
@@ -142,11 +142,11 @@ def test_the_save_functions_of_the_libraries_are_restored_after_a_checkpoint() -
     import torch.distributed.checkpoint as sharded
     import transformers.modeling_utils
 
-    def functions() -> tuple[Any, ...]:
+    def list_save_functions() -> tuple[Any, ...]:
         return torch.save, transformers.modeling_utils.safe_save_file, peft.peft_model.safe_save_file, sharded.save
 
-    before = functions()
+    functions_before = list_save_functions()
     with pytest.raises(RuntimeError), deferred_saves(lambda save, values, is_collective: None):
-        assert [now is old for now, old in zip(functions(), before, strict=True)] == [False] * 4
+        assert [now is old for now, old in zip(list_save_functions(), functions_before, strict=True)] == [False] * 4
         raise RuntimeError
-    assert functions() == before
+    assert list_save_functions() == functions_before

@@ -110,9 +110,9 @@ def test_a_checkpoint_is_reported_and_adds_no_log_line(run: FakeTrainingLoop) ->
 def test_a_stop_request_saves_and_ends_after_the_next_step(run: FakeTrainingLoop) -> None:
     run.step()
     run.request_stop()
-    with pytest.raises(TrainingStopped) as stopped:
+    with pytest.raises(TrainingStopped) as caught:
         run.step()
-    assert stopped.value.step == 2 and run.saved == [2] and run.logged == []
+    assert caught.value.step == 2 and run.saved == [2] and run.logged == []
     assert run.sent("staged")[0]["graceful"] is True
     assert run.sent("stopping")[0]["step"] == 2
 
@@ -135,14 +135,14 @@ def test_a_checkpoint_includes_the_current_logging_window(tmp_path: Path) -> Non
     run.step(save=True)
     (message,) = run.sent("staged")
     assert message["tokens"] == 107
-    later = make_fake_trainer(run, torch.tensor(0.0), {}, last_logged_step=2)
-    again = subject.CheckpointStager(run.channel, run.agreement, "a2-00000000", Path(message["folder"]))
-    again.on_trainer_created(later)
+    later_trainer = make_fake_trainer(run, torch.tensor(0.0), {}, last_logged_step=2)
+    later_stager = subject.CheckpointStager(run.channel, run.agreement, "a2-00000000", Path(message["folder"]))
+    later_stager.on_trainer_created(later_trainer)
     run.agreement.start = lambda step: None  # type: ignore[method-assign] # the thread runs already
-    again.on_train_begin(run.args, run.state, run.control)
-    assert later._globalstep_last_logged == 0
-    assert later._tr_loss.item() == trainer._tr_loss.item() and later._tr_loss.dtype == torch.float32
-    assert later._sums["train"] == {"tokens": 7, "nll": torch.tensor(0.3).item()}
+    later_stager.on_train_begin(run.args, run.state, run.control)
+    assert later_trainer._globalstep_last_logged == 0
+    assert later_trainer._tr_loss.item() == trainer._tr_loss.item() and later_trainer._tr_loss.dtype == torch.float32
+    assert later_trainer._sums["train"] == {"tokens": 7, "nll": torch.tensor(0.3).item()}
 
 
 @pytest.mark.parametrize(
@@ -213,8 +213,8 @@ def test_a_stop_at_the_end_of_an_epoch_without_evaluation_is_immediate(tmp_path:
         run.step()
 
 
-def set_free_bytes(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
-    monkeypatch.setattr(space, "free_bytes", lambda work: free)
+def set_free_bytes(monkeypatch: pytest.MonkeyPatch, free_bytes: int) -> None:
+    monkeypatch.setattr(space, "free_bytes", lambda work: free_bytes)
 
 
 def test_a_full_disk_skips_the_checkpoint_and_training_goes_on(run: FakeTrainingLoop, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,13 +253,13 @@ def test_the_next_checkpoint_waits_for_the_last_one(run: FakeTrainingLoop, monke
     may_finish = start_slow_checkpoint(run, monkeypatch)
     run.step()
     assert run.stager._writer.is_busy and run.sent("note") == [], "a step without a checkpoint does not wait"
-    writer, first = run.stager._writer, run.stager._writer._thread
-    wait = writer.wait
-    monkeypatch.setattr(writer, "wait", lambda: (may_finish.set(), wait()))
+    writer, first_thread = run.stager._writer, run.stager._writer._thread
+    original_wait = writer.wait
+    monkeypatch.setattr(writer, "wait", lambda: (may_finish.set(), original_wait()))
     run.step(save=True)
-    assert first is not None and not first.is_alive() and run.saved == [1, 3]
+    assert first_thread is not None and not first_thread.is_alive() and run.saved == [1, 3]
     assert [message["text"] for message in run.sent("note")] == [subject.SLOW_DISK_NOTE]
-    wait()
+    original_wait()
 
 
 def test_a_failure_in_the_background_ends_the_run_at_the_next_step(run: FakeTrainingLoop, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,38 +331,38 @@ def test_the_best_validation_loss_is_known_after_a_resume(run: FakeTrainingLoop)
 def test_pods_that_restored_different_steps_do_not_start(tmp_path: Path) -> None:
     from finetune_api.errors import PeerError
 
-    shared = SingleRankStore()
-    shared.set("start-1", "5")
+    shared_store = SingleRankStore()
+    shared_store.set("start-1", "5")
     with pytest.raises(PeerError) as caught:
-        subject.require_same_start(Channel.create_recording(tmp_path, world_size=2), shared, 10)
+        subject.require_same_start(Channel.create_recording(tmp_path, world_size=2), shared_store, 10)
     assert caught.value.code == "StartsDiffer" and "[5, 10]" in caught.value.message
-    subject.require_same_start(Channel.create_recording(tmp_path, world_size=2), shared, 5)
+    subject.require_same_start(Channel.create_recording(tmp_path, world_size=2), shared_store, 5)
 
 
 def test_pauses_are_measured_from_the_end_of_the_last_step_evaluation_or_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = FakeTrainingLoop(tmp_path)
-    now = [100.0]
-    monkeypatch.setattr(subject.time, "monotonic", lambda: now[0])
+    clock_seconds = [100.0]
+    monkeypatch.setattr(subject.time, "monotonic", lambda: clock_seconds[0])
     reporter = subject.PauseReporter(run.channel, run.stager)
     callbacks = (reporter.on_step_end, reporter.on_evaluate, reporter.on_save, reporter.on_epoch_end, reporter.on_evaluate)
     run.stager.wait_seconds = 2.0
     for callback, seconds in zip(callbacks, (9.0, 5.0, 3.0, 4.0, 1.0), strict=True):
-        now[0] += seconds
+        clock_seconds[0] += seconds
         callback(run.args, run.state, run.control)
     pauses = [(message["part"], message["seconds"]) for message in run.channel.sent if message["kind"] == "pause"]
     assert pauses == [("evaluation", 5.0), ("saving", 5.0), ("evaluation", 1.0)]
     assert run.stager.wait_seconds == 0.0
-    other_rank = subject.PauseReporter(Channel.create_recording(tmp_path, local_rank=1), run.stager)
-    other_rank.on_evaluate(run.args, run.state, run.control)
-    assert other_rank._channel.sent == []
+    other_rank_reporter = subject.PauseReporter(Channel.create_recording(tmp_path, local_rank=1), run.stager)
+    other_rank_reporter.on_evaluate(run.args, run.state, run.control)
+    assert other_rank_reporter._channel.sent == []
 
 
-@pytest.mark.parametrize(("ranks_per_sequence", "samples"), [(1, 8), (4, 2)])
-def test_a_row_that_several_ranks_share_is_counted_once(ranks_per_sequence: int, samples: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("ranks_per_sequence", "sample_count"), [(1, 8), (4, 2)])
+def test_a_row_that_several_ranks_share_is_counted_once(ranks_per_sequence: int, sample_count: int, tmp_path: Path) -> None:
     run = FakeTrainingLoop(tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=2)
     run.channel.world_size = 4
     run.stager = subject.CheckpointStager(run.channel, run.agreement, "a1-00000000", ranks_per_sequence=ranks_per_sequence)
     run.channel.world_size = 1  # this test runs one of the four ranks
     run.step(save=True)
-    (checkpoint,) = run.sent("staged")
-    assert checkpoint["samples"] == samples
+    (staged_message,) = run.sent("staged")
+    assert staged_message["samples"] == sample_count

@@ -16,14 +16,14 @@ from transformers import get_cosine_schedule_with_warmup  # noqa: E402 - likewis
 def make_optimizer(rate: float, **settings: Any) -> tuple[Any, Any]:
     """Return an optimizer and its scheduler. The optimizer has two parameter groups; the rate of the second is a sixteenth of `rate`."""
     weights = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
-    groups = [{"params": [weights[0]], "lr": rate}, {"params": [weights[1]], "lr": rate / 16}]
-    optimizer = torch.optim.AdamW(groups, lr=rate, **settings)
+    parameter_groups = [{"params": [weights[0]], "lr": rate}, {"params": [weights[1]], "lr": rate / 16}]
+    optimizer = torch.optim.AdamW(parameter_groups, lr=rate, **settings)
     return optimizer, get_cosine_schedule_with_warmup(optimizer, 4, 40)
 
 
-def train_steps(optimizer: Any, scheduler: Any, steps: int) -> list[tuple[float, ...]]:
+def train_steps(optimizer: Any, scheduler: Any, step_count: int) -> list[tuple[float, ...]]:
     rates = []
-    for _ in range(steps):
+    for _ in range(step_count):
         rates.append(tuple(group["lr"] for group in optimizer.param_groups))
         for group in optimizer.param_groups:
             group["params"][0].grad = torch.ones(2)
@@ -32,26 +32,26 @@ def train_steps(optimizer: Any, scheduler: Any, steps: int) -> list[tuple[float,
     return rates
 
 
-def resume_with_rate(tmp_path: Path, rate: float, **settings: Any) -> tuple[Any, Any]:
-    """Train ten steps at 1e-3, save the state as the Trainer does, and load it in another attempt with `rate`."""
-    before = make_optimizer(1e-3)
-    train_steps(*before, 10)
-    torch.save([one.state_dict() for one in before], tmp_path / "state")
-    after = make_optimizer(rate, **settings)
+def resume_with_rate(tmp_path: Path, new_rate: float, **settings: Any) -> tuple[Any, Any]:
+    """Train ten steps at 1e-3, save the state as the Trainer does, and load it in another attempt with `new_rate`."""
+    first_optimizer_and_scheduler = make_optimizer(1e-3)
+    train_steps(*first_optimizer_and_scheduler, 10)
+    torch.save([stateful.state_dict() for stateful in first_optimizer_and_scheduler], tmp_path / "state")
+    resumed_optimizer_and_scheduler = make_optimizer(new_rate, **settings)
 
     def load_states() -> None:
-        for one, state in zip(after, torch.load(tmp_path / "state", weights_only=True), strict=True):
-            one.load_state_dict(state)
+        for stateful, state in zip(resumed_optimizer_and_scheduler, torch.load(tmp_path / "state", weights_only=True), strict=True):
+            stateful.load_state_dict(state)
 
-    load_states_keeping_settings(*after, load_states)
-    return after
+    load_states_keeping_settings(*resumed_optimizer_and_scheduler, load_states)
+    return resumed_optimizer_and_scheduler
 
 
 @pytest.mark.parametrize("rate", [5e-4, 2e-3])
 def test_a_new_rate_applies_from_the_first_resumed_step(tmp_path: Path, rate: float) -> None:
-    uninterrupted = train_steps(*make_optimizer(rate), 20)
+    uninterrupted_rates = train_steps(*make_optimizer(rate), 20)
     resumed_rates = train_steps(*resume_with_rate(tmp_path, rate), 10)
-    assert resumed_rates == [pytest.approx(one, rel=1e-12) for one in uninterrupted[10:]]
+    assert resumed_rates == [pytest.approx(one, rel=1e-12) for one in uninterrupted_rates[10:]]
 
 
 def test_a_resume_with_the_same_rate_changes_no_bit(tmp_path: Path) -> None:
@@ -69,12 +69,12 @@ def test_a_scheduler_without_base_rates_keeps_the_loaded_rates() -> None:
     optimizer, _ = make_optimizer(1e-3)
     scheduler = SimpleNamespace(factor=0.5)
 
-    def load() -> None:
+    def load_other_settings() -> None:
         scheduler.factor = 0.25
         for group in optimizer.param_groups:
             group.update(lr=4e-4, weight_decay=0.75)
 
-    load_states_keeping_settings(optimizer, scheduler, load)
+    load_states_keeping_settings(optimizer, scheduler, load_other_settings)
     assert vars(scheduler) == {"factor": 0.25}
     assert [group["lr"] for group in optimizer.param_groups] == [4e-4, 4e-4]
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.01, 0.01], (

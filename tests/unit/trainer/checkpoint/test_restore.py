@@ -50,8 +50,8 @@ def other_job(tmp_path: Path) -> CheckpointTree:
     return CheckpointTree(open_store(StoreTarget(uri=f"file://{tmp_path}/root/team/other/uid")))
 
 
-def restore_checkpoint(job: CheckpointTree, folder: Path, options: ResumeConfig | None = None, facts: RunFacts = FACTS) -> RestoreResult:
-    return restore(job, options or ResumeConfig(mode="auto", expect_step=10), facts, folder / "restored")
+def restore_checkpoint(tree: CheckpointTree, folder: Path, options: ResumeConfig | None = None, facts: RunFacts = FACTS) -> RestoreResult:
+    return restore(tree, options or ResumeConfig(mode="auto", expect_step=10), facts, folder / "restored")
 
 
 def test_a_job_with_progress_but_without_checkpoints_fails(job: CheckpointTree, tmp_path: Path) -> None:
@@ -69,8 +69,8 @@ def test_mode_never_starts_from_zero_and_a_rollback_from_an_earlier_step(
 
 @pytest.mark.parametrize("uri", ["{root}/checkpoints/step-00000005", "{root}/checkpoints/step-00000005/a1-00000000/"])
 def test_a_checkpoint_is_restored_by_its_uri(two_checkpoints: CheckpointTree, other_job: CheckpointTree, tmp_path: Path, uri: str) -> None:
-    named = uri.format(root=two_checkpoints.store.uri)
-    assert restore_checkpoint(other_job, tmp_path, ResumeConfig(mode=named)).step == 5
+    checkpoint_uri = uri.format(root=two_checkpoints.store.uri)
+    assert restore_checkpoint(other_job, tmp_path, ResumeConfig(mode=checkpoint_uri)).step == 5
 
 
 def test_a_checkpoint_is_restored_from_a_web_server(two_checkpoints: CheckpointTree, tmp_path: Path, server: WebServer) -> None:
@@ -78,15 +78,15 @@ def test_a_checkpoint_is_restored_from_a_web_server(two_checkpoints: CheckpointT
     (tmp_path / "root/team").rename(server.folder / "team")
     store = FolderStore(tmp_path / "own", "file:///own")
     store.target = StoreTarget(uri="s3://bucket/root", ca_bundle=server.ca)  # type: ignore[attr-defined] # as S3Store has it
-    own = CheckpointTree(store)
-    job, secret = f"{server.url}/team/job/uid", "?signature=hidden/word"
-    found = restore_checkpoint(own, tmp_path, ResumeConfig(mode=f"{job}/checkpoints/step-00000005/a1-00000000{secret}"))
-    assert (found.step, found.uri) == (5, f"{job}/checkpoints/step-00000005/a1-00000000")
-    assert found.local_folder is not None and (found.local_folder / "weights").read_text() == "w"
+    own_tree = CheckpointTree(store)
+    job_url, secret_query = f"{server.url}/team/job/uid", "?signature=hidden/word"
+    result = restore_checkpoint(own_tree, tmp_path, ResumeConfig(mode=f"{job_url}/checkpoints/step-00000005/a1-00000000{secret_query}"))
+    assert (result.step, result.uri) == (5, f"{job_url}/checkpoints/step-00000005/a1-00000000")
+    assert result.local_folder is not None and (result.local_folder / "weights").read_text() == "w"
     (server.folder / "team/job/uid/checkpoints/step-00000010/a1-00000000/weights").write_text("x")
-    for step, code in (("10", "NoLoadableCheckpoint"), ("15", "CheckpointNotFound"), ("x", "ResumeInvalid")):
+    for step_digits, code in (("10", "NoLoadableCheckpoint"), ("15", "CheckpointNotFound"), ("x", "ResumeInvalid")):
         with pytest.raises((NoCheckpointError, ConfigError)) as caught:
-            restore_checkpoint(own, tmp_path, ResumeConfig(mode=f"{job}/checkpoints/step-000000{step}{secret}"))
+            restore_checkpoint(own_tree, tmp_path, ResumeConfig(mode=f"{job_url}/checkpoints/step-000000{step_digits}{secret_query}"))
         assert caught.value.code == code and "hidden" not in str(caught.value)
 
 
@@ -98,11 +98,11 @@ def test_the_jobs_own_checkpoints_take_precedence_over_checkpoint_resume(
     folder = tmp_path / "staged"
     files = other_job.upload(checkpoint_folder_key(150), "a1-00000000", folder)
     other_job.commit(checkpoint_folder_key(150), Manifest(step=150, incarnation="a1-00000000", files=files, facts=FACTS))
-    wanted = ResumeConfig(mode=mode.format(root=two_checkpoints.store.uri))
-    assert restore_checkpoint(other_job, tmp_path, wanted).step == 150
-    rolled_back = restore_checkpoint(other_job, tmp_path, wanted.model_copy(update={"max_step": 0}))
-    assert rolled_back.step == (0 if mode == "never" else 5)
-    assert [one.step for one in rolled_back.skipped_checkpoints] == [150]
+    resume_config = ResumeConfig(mode=mode.format(root=two_checkpoints.store.uri))
+    assert restore_checkpoint(other_job, tmp_path, resume_config).step == 150
+    result_after_rollback = restore_checkpoint(other_job, tmp_path, resume_config.model_copy(update={"max_step": 0}))
+    assert result_after_rollback.step == (0 if mode == "never" else 5)
+    assert [one.step for one in result_after_rollback.skipped_checkpoints] == [150]
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_a_uri_without_a_checkpoint_is_refused(two_checkpoints: CheckpointTree, 
 
 
 @pytest.mark.parametrize(
-    ("change", "word"),
+    ("change", "message_part"),
     [
         ({"model_revision": "other"}, "base model"),
         ({"dataset_digest": "other"}, "training data"),
@@ -131,15 +131,15 @@ def test_a_uri_without_a_checkpoint_is_refused(two_checkpoints: CheckpointTree, 
     ],
 )
 def test_a_checkpoint_of_a_different_run_is_refused(
-    two_checkpoints: CheckpointTree, tmp_path: Path, change: dict[str, object], word: str
+    two_checkpoints: CheckpointTree, tmp_path: Path, change: dict[str, object], message_part: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
         restore_checkpoint(two_checkpoints, tmp_path, facts=FACTS.model_copy(update=change))
-    assert caught.value.code == "CheckpointIncompatible" and word in caught.value.message
+    assert caught.value.code == "CheckpointIncompatible" and message_part in caught.value.message
 
 
 @pytest.mark.parametrize(
-    ("change", "word"),
+    ("change", "reason_part"),
     [
         ({"world_size": 2}, "ranks"),
         ({"micro_batch": 2}, "split"),
@@ -152,21 +152,21 @@ def test_a_checkpoint_of_a_different_run_is_refused(
         ({"other_inputs": {"held-out image set": "b"}}, "made with other held-out image set"),
     ],
 )
-def test_an_inexact_resume_reports_the_reason(two_checkpoints: CheckpointTree, tmp_path: Path, change: dict[str, object], word: str) -> None:
-    found = restore_checkpoint(two_checkpoints, tmp_path, facts=FACTS.model_copy(update=change))
-    assert found.step == 10 and found.is_exact is False and word in (found.inexact_reason or "")
+def test_an_inexact_resume_reports_the_reason(two_checkpoints: CheckpointTree, tmp_path: Path, change: dict[str, object], reason_part: str) -> None:
+    result = restore_checkpoint(two_checkpoints, tmp_path, facts=FACTS.model_copy(update=change))
+    assert result.step == 10 and result.is_exact is False and reason_part in (result.inexact_reason or "")
 
 
 def test_skipped_checkpoints_are_not_ancestors(two_checkpoints: CheckpointTree, tmp_path: Path) -> None:
     """Damaged checkpoints are skipped, and so are checkpoints after the step to which a rollback has returned."""
-    rolled = restore_checkpoint(two_checkpoints, tmp_path, ResumeConfig(mode="auto", expect_step=10, max_step=9))
-    assert ([one.step for one in rolled.ancestor_checkpoints], [one.step for one in rolled.skipped_checkpoints]) == ([5], [10])
+    result_after_rollback = restore_checkpoint(two_checkpoints, tmp_path, ResumeConfig(mode="auto", expect_step=10, max_step=9))
+    assert ([one.step for one in result_after_rollback.ancestor_checkpoints], [one.step for one in result_after_rollback.skipped_checkpoints]) == ([5], [10])
     two_checkpoints.store.put("checkpoints/step-00000010/a1-00000000/weights", b"x")
-    damaged = restore_checkpoint(two_checkpoints, tmp_path)
+    result_after_damage = restore_checkpoint(two_checkpoints, tmp_path)
     assert not (tmp_path / "restored/checkpoint-10").exists(), "the Trainer would take this folder for a checkpoint"
-    assert ([one.step for one in damaged.ancestor_checkpoints], [one.step for one in damaged.skipped_checkpoints]) == ([5], [10])
-    whole = restore_checkpoint(two_checkpoints, tmp_path, ResumeConfig(mode="auto", expect_step=5, max_step=5))
-    assert [one.step for one in whole.ancestor_checkpoints] == [5]
+    assert ([one.step for one in result_after_damage.ancestor_checkpoints], [one.step for one in result_after_damage.skipped_checkpoints]) == ([5], [10])
+    result_of_step_5 = restore_checkpoint(two_checkpoints, tmp_path, ResumeConfig(mode="auto", expect_step=5, max_step=5))
+    assert [one.step for one in result_of_step_5.ancestor_checkpoints] == [5]
 
 
 @pytest.mark.parametrize("path", ["../escaped", "/tmp/escaped", "sub/../../escaped", "sub//x", "."])
@@ -176,8 +176,8 @@ def test_a_manifest_with_paths_outside_the_checkpoint_is_damaged(two_checkpoints
     manifest = Manifest(step=15, incarnation="a1-00000000", files=files, facts=FACTS)
     two_checkpoints._check_objects = lambda folder, manifest: None  # type: ignore[method-assign] # only an attacker writes such a manifest
     two_checkpoints.commit(checkpoint_folder_key(15), manifest)
-    found = restore_checkpoint(two_checkpoints, tmp_path)
-    assert found.step == 10 and "not a path inside" in found.damage_messages[0]
+    result = restore_checkpoint(two_checkpoints, tmp_path)
+    assert result.step == 10 and "not a path inside" in result.damage_messages[0]
 
 
 class DelayedStore(FolderStore):
@@ -220,8 +220,8 @@ def test_a_sweep_keeps_a_committed_checkpoint_that_the_store_does_not_show_yet(
 def test_a_sweep_without_permission_to_delete_returns_the_error(two_checkpoints: CheckpointTree, delayed_store: DelayedStore) -> None:
     two_checkpoints.store.put("checkpoints/step-00000015/a1-00000000/weights", b"never committed")
     delayed_store.refuse_deletes = True
-    swept = two_checkpoints.sweep()
-    assert swept.removed_count == 0 and swept.first_error is not None and swept.first_error.code == "PermissionDenied"
+    sweep_result = two_checkpoints.sweep()
+    assert sweep_result.removed_count == 0 and sweep_result.first_error is not None and sweep_result.first_error.code == "PermissionDenied"
 
 
 def test_a_sweep_removes_an_incomplete_final_model_and_keeps_a_committed_one(two_checkpoints: CheckpointTree, tmp_path: Path) -> None:
@@ -238,20 +238,20 @@ def test_a_sweep_removes_an_incomplete_final_model_and_keeps_a_committed_one(two
 def test_only_the_marker_of_a_skipped_checkpoint_is_replaced(two_checkpoints: CheckpointTree, tmp_path: Path) -> None:
     """When the run repeats the step of a skipped checkpoint, the new checkpoint replaces it. The new checkpoint is not healthy yet."""
     two_checkpoints.mark_healthy(10)
-    (old,) = restore_checkpoint(two_checkpoints, tmp_path, ResumeConfig(mode="auto", max_step=9)).skipped_checkpoints
+    (skipped_checkpoint,) = restore_checkpoint(two_checkpoints, tmp_path, ResumeConfig(mode="auto", max_step=9)).skipped_checkpoints
     files = two_checkpoints.upload(checkpoint_folder_key(10), "a1-22222222", tmp_path / "staged")
-    ours = Manifest(step=10, attempt=1, incarnation="a1-22222222", files=files, facts=FACTS)
+    new_manifest = Manifest(step=10, attempt=1, incarnation="a1-22222222", files=files, facts=FACTS)
     with pytest.raises(FencedOutError):
-        two_checkpoints.commit(checkpoint_folder_key(10), ours)
-    two_checkpoints.commit(checkpoint_folder_key(10), ours, replaceable_marker=old.marker)
-    found = two_checkpoints.get_committed(10)
-    assert found is not None and (found.marker.path, [one.is_healthy for one in two_checkpoints.list_committed()]) == (
+        two_checkpoints.commit(checkpoint_folder_key(10), new_manifest)
+    two_checkpoints.commit(checkpoint_folder_key(10), new_manifest, replaceable_marker=skipped_checkpoint.marker)
+    committed_checkpoint = two_checkpoints.get_committed(10)
+    assert committed_checkpoint is not None and (committed_checkpoint.marker.path, [one.is_healthy for one in two_checkpoints.list_committed()]) == (
         "a1-22222222",
         [False, False],
     )
     with pytest.raises(FencedOutError):
         two_checkpoints.commit(
-            checkpoint_folder_key(10), ours.model_copy(update={"incarnation": "a1-33333333", "files": []}), replaceable_marker=old.marker
+            checkpoint_folder_key(10), new_manifest.model_copy(update={"incarnation": "a1-33333333", "files": []}), replaceable_marker=skipped_checkpoint.marker
         )
 
 
@@ -276,8 +276,8 @@ def test_an_earlier_attempt_commits_nothing_after_the_next_has_begun(two_checkpo
     with pytest.raises(FencedOutError, match="a later attempt has begun"):
         commit_checkpoint(two_checkpoints, tmp_path, 30)
     commit_checkpoint(two_checkpoints, tmp_path, 20, attempt=2)
-    found = two_checkpoints.get_committed(20)
-    assert found is not None and found.marker.attempt == 2
+    committed_checkpoint = two_checkpoints.get_committed(20)
+    assert committed_checkpoint is not None and committed_checkpoint.marker.attempt == 2
     with pytest.raises(FencedOutError):
         commit_checkpoint(two_checkpoints, tmp_path, 20)
     assert [one.step for one in two_checkpoints.list_committed()] == [20, 10, 5]
@@ -287,12 +287,12 @@ def test_a_checkpoint_that_is_swept_during_its_commit_is_not_committed(
     two_checkpoints: CheckpointTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The next attempt begins and sweeps between the last check of the commit and the creation of the marker."""
-    create = two_checkpoints.store.create
+    original_create = two_checkpoints.store.create
 
     def create_after_sweep(key: str, data: bytes) -> CreateResult:
         begin_attempt(two_checkpoints, 2)
         assert two_checkpoints.sweep().removed_count == 2
-        return create(key, data)
+        return original_create(key, data)
 
     monkeypatch.setattr(two_checkpoints.store, "create", create_after_sweep)
     with pytest.raises(FencedOutError, match="has removed"):
@@ -307,14 +307,14 @@ def test_attempts_are_compared_as_numbers_and_not_as_text(two_checkpoints: Check
 
 
 @pytest.mark.parametrize(
-    "damage", [b"{", b'{"attempt": 1, "path": "a1-00000001", "manifestSha256": "%s"}' % (b"0" * 64)]
+    "marker_data", [b"{", b'{"attempt": 1, "path": "a1-00000001", "manifestSha256": "%s"}' % (b"0" * 64)]
 )
-def test_a_sweep_keeps_data_next_to_a_damaged_marker(two_checkpoints: CheckpointTree, tmp_path: Path, damage: bytes) -> None:
-    two_checkpoints.store.put("checkpoints/step-00000010/_COMMITTED", damage)
+def test_a_sweep_keeps_data_next_to_a_damaged_marker(two_checkpoints: CheckpointTree, tmp_path: Path, marker_data: bytes) -> None:
+    two_checkpoints.store.put("checkpoints/step-00000010/_COMMITTED", marker_data)
     two_checkpoints.sweep()
     assert two_checkpoints.store.get("checkpoints/step-00000010/a1-00000000/weights") is not None
-    found = restore_checkpoint(two_checkpoints, tmp_path)
-    assert found.step == 5 and "step-00000010" in found.damage_messages[0]
+    result = restore_checkpoint(two_checkpoints, tmp_path)
+    assert result.step == 5 and "step-00000010" in result.damage_messages[0]
     commit_checkpoint(two_checkpoints, tmp_path, 10, attempt=2)
     assert [one.step for one in two_checkpoints.list_committed()] == [10, 5]
 
@@ -328,27 +328,27 @@ def test_a_job_whose_markers_are_all_damaged_does_not_start_from_zero(job: Check
 
 def test_a_marker_that_becomes_readable_later_is_recognised(two_checkpoints: CheckpointTree, delayed_store: DelayedStore, tmp_path: Path) -> None:
     """The response to the request that creates the marker is lost, and the marker can be read only after a delay."""
-    reads: list[str] = []
-    create, get = delayed_store.create, delayed_store.get
+    read_keys: list[str] = []
+    original_create, original_get = delayed_store.create, delayed_store.get
 
     def create_with_lost_response(key: str, data: bytes) -> CreateResult:
-        return create(key, data) and CreateResult.EXISTS
+        return original_create(key, data) and CreateResult.EXISTS
 
     def get_with_delay(key: str) -> bytes | None:
-        reads.append(key)
-        return get(key) if len(reads) > 2 else None
+        read_keys.append(key)
+        return original_get(key) if len(read_keys) > 2 else None
 
     delayed_store.create, delayed_store.get = create_with_lost_response, get_with_delay  # type: ignore[method-assign] # the fault to test
     files = two_checkpoints.upload(checkpoint_folder_key(15), "a1-00000000", tmp_path / "staged")
     two_checkpoints.commit(checkpoint_folder_key(15), Manifest(step=15, incarnation="a1-00000000", files=files))
-    assert len(reads) == 3 and [one.step for one in two_checkpoints.list_committed()] == [15, 10, 5]
+    assert len(read_keys) == 3 and [one.step for one in two_checkpoints.list_committed()] == [15, 10, 5]
 
 
 def test_a_sweep_removes_only_data_without_a_marker(two_checkpoints: CheckpointTree, tmp_path: Path) -> None:
-    before = {stat.key for stat in two_checkpoints.store.list("checkpoints/")}
+    keys_before = {stat.key for stat in two_checkpoints.store.list("checkpoints/")}
     two_checkpoints.store.put("checkpoints/step-00000010/a9-deadbeef/weights", b"of a stale incarnation")
     two_checkpoints.store.put("checkpoints/step-00000015/a1-00000000/weights", b"never committed")
     two_checkpoints.store.put("checkpoints/step-00000015/_HEALTHY", b"{}")
     assert two_checkpoints.sweep() == SweepResult(3)
-    assert {stat.key for stat in two_checkpoints.store.list("checkpoints/")} == before
+    assert {stat.key for stat in two_checkpoints.store.list("checkpoints/")} == keys_before
     assert restore_checkpoint(two_checkpoints, tmp_path).step == 10

@@ -8,20 +8,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 
-def kept_checkpoints(*steps: int, healthy: bool = True, losses: dict[int, float] | None = None) -> list[RetentionCandidate]:
-    return [RetentionCandidate(step, healthy, (losses or {}).get(step)) for step in steps]
+def make_candidates(*steps: int, is_healthy: bool = True, losses: dict[int, float] | None = None) -> list[RetentionCandidate]:
+    return [RetentionCandidate(step, is_healthy, (losses or {}).get(step)) for step in steps]
 
 
 @pytest.mark.parametrize(
     ("checkpoints", "keep_count", "options", "removed_steps"),
     [
-        (kept_checkpoints(1, 2, 3, 4, 5), 0, {}, []),
-        (kept_checkpoints(1, 2, 3, 4, 5), 3, {}, [1, 2]),
-        (kept_checkpoints(1, 2, 3, 4, 5), 1, {}, [1, 2, 3]),
-        (kept_checkpoints(1, 2, 3, 4, 5), 1, {"is_run_finished": True}, [1, 2, 3, 4]),
-        (kept_checkpoints(1, 2, 3, 4, 5), 2, {"pinned_steps": (1, 9)}, [2, 3]),
-        (kept_checkpoints(1, 2, 3, 4, losses={1: 2.0, 2: 1.0, 3: 1.0, 4: 3.0}), 1, {"is_run_finished": True}, [1, 3]),
-        ([*kept_checkpoints(1, 2), *kept_checkpoints(3, 4, 5, healthy=False)], 1, {}, [3, 4]),
+        (make_candidates(1, 2, 3, 4, 5), 0, {}, []),
+        (make_candidates(1, 2, 3, 4, 5), 3, {}, [1, 2]),
+        (make_candidates(1, 2, 3, 4, 5), 1, {}, [1, 2, 3]),
+        (make_candidates(1, 2, 3, 4, 5), 1, {"is_run_finished": True}, [1, 2, 3, 4]),
+        (make_candidates(1, 2, 3, 4, 5), 2, {"pinned_steps": (1, 9)}, [2, 3]),
+        (make_candidates(1, 2, 3, 4, losses={1: 2.0, 2: 1.0, 3: 1.0, 4: 3.0}), 1, {"is_run_finished": True}, [1, 3]),
+        ([*make_candidates(1, 2), *make_candidates(3, 4, 5, is_healthy=False)], 1, {}, [3, 4]),
         ([], 3, {}, []),
     ],
 )
@@ -41,11 +41,11 @@ CHECKPOINT_LISTS = st.lists(
 @given(CHECKPOINT_LISTS, st.integers(1, 5), st.sets(st.integers(1, 1000)), st.booleans())
 def test_kept_steps_are_never_removed(checkpoints: list[RetentionCandidate], keep_count: int, pinned_steps: set[int], is_run_finished: bool) -> None:
     removed_steps = set(choose_steps_to_remove(checkpoints, keep_count, pinned_steps=pinned_steps, is_run_finished=is_run_finished))
-    newest = sorted((one.step for one in checkpoints), reverse=True)
-    healthy = sorted((one.step for one in checkpoints if one.is_healthy), reverse=True)
-    assert not removed_steps & set(newest[:keep_count])
+    newest_steps = sorted((one.step for one in checkpoints), reverse=True)
+    healthy_steps = sorted((one.step for one in checkpoints if one.is_healthy), reverse=True)
+    assert not removed_steps & set(newest_steps[:keep_count])
     assert not removed_steps & pinned_steps
     assert find_best_step(checkpoints) not in removed_steps
     if not is_run_finished:
-        assert not removed_steps & set(healthy[:2])
-    assert removed_steps <= set(newest)
+        assert not removed_steps & set(healthy_steps[:2])
+    assert removed_steps <= set(newest_steps)

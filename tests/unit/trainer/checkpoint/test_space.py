@@ -13,7 +13,7 @@ from finetune_trainer import host_memory  # noqa: E402 - torch first: without it
 from finetune_trainer.checkpoint import space  # noqa: E402 - likewise
 
 
-def trainer_after_a_step(*, writes_weights: bool = True, **flags: bool) -> Any:
+def make_trainer_after_a_step(*, writes_weights: bool = True, **flags: bool) -> Any:
     """Return a trainer with 6 parameters of 4 bytes in two tensors.
 
     Its optimizer holds two moments of each parameter, and a 4-byte step count of each tensor.
@@ -37,40 +37,40 @@ def test_the_size_of_the_first_checkpoint_is_estimated() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "expected"),
+    ("trainer_options", "expected_bytes"),
     [
         ({}, 24 + 48 + 8), ({"writes_weights": False}, 0), ({"is_fsdp_enabled": True}, 2 * (24 + 48 + 8)),
         ({"is_fsdp_enabled": True, "writes_weights": False}, 2 * (48 + 8)), ({"is_deepspeed_enabled": True}, 2 * (24 + 48 + 8)),
     ],
 )  # fmt: skip
-def test_copies_contain_the_optimizer_state_and_on_one_rank_the_weights(options: dict[str, bool], expected: int) -> None:
-    assert space.count_copied_bytes(trainer_after_a_step(**options)) == expected
+def test_copies_contain_the_optimizer_state_and_on_one_rank_the_weights(trainer_options: dict[str, bool], expected_bytes: int) -> None:
+    assert space.count_copied_bytes(make_trainer_after_a_step(**trainer_options)) == expected_bytes
 
 
-@pytest.mark.parametrize(("free", "fits"), [(80, True), (79, False)])
-def test_copies_must_leave_a_reserve_of_memory(monkeypatch: pytest.MonkeyPatch, free: int, fits: bool) -> None:
-    monkeypatch.setattr(space, "available_bytes", lambda: free + space.MEMORY_RESERVE_BYTES)
-    copies = space.measure_copy_space(trainer_after_a_step(), 1)
-    assert (copies.needed_bytes, copies.available_bytes, copies.fits) == (80, free + space.MEMORY_RESERVE_BYTES, fits)
+@pytest.mark.parametrize(("free_bytes", "fits"), [(80, True), (79, False)])
+def test_copies_must_leave_a_reserve_of_memory(monkeypatch: pytest.MonkeyPatch, free_bytes: int, fits: bool) -> None:
+    monkeypatch.setattr(space, "available_bytes", lambda: free_bytes + space.MEMORY_RESERVE_BYTES)
+    copy_space = space.measure_copy_space(make_trainer_after_a_step(), 1)
+    assert (copy_space.needed_bytes, copy_space.available_bytes, copy_space.fits) == (80, free_bytes + space.MEMORY_RESERVE_BYTES, fits)
 
 
 @pytest.mark.parametrize(
-    ("needed", "available", "expected"),
+    ("needed_bytes", "available_bytes", "expected_space"),
     [([1, 2, 3, 4], [50, 40, 30, 20], (7, 20)), ([30, 2, 3, 4], [50, 40, 60, 70], (32, 40))],
 )  # fmt: skip
 def test_the_pod_with_the_least_free_memory_decides(
-    monkeypatch: pytest.MonkeyPatch, needed: list[int], available: list[int], expected: tuple[int, int]
+    monkeypatch: pytest.MonkeyPatch, needed_bytes: list[int], available_bytes: list[int], expected_space: tuple[int, int]
 ) -> None:
     """Four ranks in two pods. The ranks of a pod share its memory."""
-    numbers = iter([needed, available])
+    gathered_numbers = iter([needed_bytes, available_bytes])
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    monkeypatch.setattr(space, "_gather_from_ranks", lambda *_: next(numbers))
-    copies = space.measure_copy_space(trainer_after_a_step(), 4)
-    assert (copies.needed_bytes, copies.available_bytes) == expected
+    monkeypatch.setattr(space, "_gather_from_ranks", lambda *_: next(gathered_numbers))
+    copy_space = space.measure_copy_space(make_trainer_after_a_step(), 4)
+    assert (copy_space.needed_bytes, copy_space.available_bytes) == expected_space
 
 
 @pytest.mark.parametrize(
-    ("files", "expected"),
+    ("text_by_file", "expected_bytes"),
     [
         ({"memory.max": "1000", "memory.current": "700", "memory.stat": "anon 600\ninactive_file 50"}, 350),
         ({"memory.max": "max", "memory.current": "700", "memory.stat": "inactive_file 50"}, None),
@@ -78,9 +78,11 @@ def test_the_pod_with_the_least_free_memory_decides(
         ({}, None),
     ],
 )  # fmt: skip
-def test_available_memory_is_that_of_the_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], expected: int | None) -> None:
+def test_available_memory_is_that_of_the_container(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text_by_file: dict[str, str], expected_bytes: int | None
+) -> None:
     monkeypatch.setattr(host_memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=10**6))
-    for name, text in files.items():
+    for name, text in text_by_file.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text + "\n")
-    assert host_memory.available_bytes(tmp_path) == (10**6 if expected is None else expected)
+    assert host_memory.available_bytes(tmp_path) == (10**6 if expected_bytes is None else expected_bytes)

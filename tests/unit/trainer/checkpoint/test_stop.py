@@ -30,65 +30,65 @@ class ThreadStore:
         return key in self._values
 
     def get_all(self, keys: Iterable[str], timeout_seconds: float) -> list[str]:
-        names = list(keys)
+        key_list = list(keys)
         with self._changed:
             is_complete = self._changed.wait_for(
-                lambda: self.broken or all(name in self._values for name in names), timeout_seconds
+                lambda: self.broken or all(key in self._values for key in key_list), timeout_seconds
             )
             if self.broken or not is_complete:
                 raise ConnectionError("the store is gone")
-            return [self._values[name] for name in names]
+            return [self._values[key] for key in key_list]
 
 
 @pytest.mark.parametrize("seed", range(60))
 def test_all_ranks_stop_at_the_same_step(tmp_path: Path, seed: int) -> None:
     """The seed selects the number and speed of the ranks, and whether they synchronise at every step."""
     random_values = random.Random(seed)
-    ranks, requested_rank, in_step = random_values.choice([1, 2, 3, 5]), random_values.randrange(5), random_values.random() < 0.5
-    barrier = threading.Barrier(ranks)
-    shared, stops = ThreadStore(), [0] * ranks
-    pauses = [random_values.uniform(0, 0.002) for _ in range(ranks)]
+    rank_count, requested_rank, is_synchronised = random_values.choice([1, 2, 3, 5]), random_values.randrange(5), random_values.random() < 0.5
+    barrier = threading.Barrier(rank_count)
+    shared_store, stop_steps = ThreadStore(), [0] * rank_count
+    pause_seconds = [random_values.uniform(0, 0.002) for _ in range(rank_count)]
 
     def train(rank: int) -> None:
-        work = tmp_path / str(rank)
-        work.mkdir()
-        agreement = StopAgreement(Channel.create_recording(work, rank=rank, world_size=ranks), shared, poll_seconds=0.003)
+        work_folder = tmp_path / str(rank)
+        work_folder.mkdir()
+        agreement = StopAgreement(Channel.create_recording(work_folder, rank=rank, world_size=rank_count), shared_store, poll_seconds=0.003)
         agreement.start(0)
         step = 0
         while True:
-            if in_step:
+            if is_synchronised:
                 barrier.wait(20)
-            time.sleep(pauses[rank])
+            time.sleep(pause_seconds[rank])
             step += 1
             if agreement.must_stop(step):
                 break
-            if rank == requested_rank % ranks and step == 1 + seed % 7:
-                (work / STOP_FILE).write_text("")
-        stops[rank] = step
+            if rank == requested_rank % rank_count and step == 1 + seed % 7:
+                (work_folder / STOP_FILE).write_text("")
+        stop_steps[rank] = step
 
-    threads = [threading.Thread(target=train, args=(rank,)) for rank in range(ranks)]
+    threads = [threading.Thread(target=train, args=(rank,)) for rank in range(rank_count)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(30)
-    assert len(set(stops)) == 1 and stops[0] > 1 + seed % 7
+    assert len(set(stop_steps)) == 1 and stop_steps[0] > 1 + seed % 7
 
 
 def test_a_lost_store_ends_the_wait_for_the_agreed_step(tmp_path: Path) -> None:
-    shared = ThreadStore()
-    agreement = StopAgreement(Channel.create_recording(tmp_path, rank=0, world_size=2), shared, poll_seconds=0.003)
+    shared_store = ThreadStore()
+    agreement = StopAgreement(Channel.create_recording(tmp_path, rank=0, world_size=2), shared_store, poll_seconds=0.003)
     agreement.start(0)
     (tmp_path / STOP_FILE).write_text("")
 
     def break_store() -> None:
-        with shared._changed:
-            shared._changed.wait_for(lambda: shared.has("at-0"), 20)
-            shared.broken = True
-            shared._changed.notify_all()
+        with shared_store._changed:
+            shared_store._changed.wait_for(lambda: shared_store.has("at-0"), 20)
+            shared_store.broken = True
+            shared_store._changed.notify_all()
 
-    breaker = threading.Thread(target=break_store)
-    breaker.start()
+    breaking_thread = threading.Thread(target=break_store)
+    breaking_thread.start()
     with pytest.raises(ConnectionError):
         for step in range(1, 10**9):
             assert not agreement.must_stop(step)
-    breaker.join()
+    breaking_thread.join()

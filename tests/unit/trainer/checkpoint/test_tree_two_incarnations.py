@@ -77,12 +77,12 @@ def test_a_marker_created_between_listing_and_delete_of_a_sweep_is_removed(store
 
     The sweep must remove this marker.
     """
-    tree, key = CheckpointTree(store), f"{checkpoint_folder_key(10)}/_COMMITTED"
+    tree, marker_key = CheckpointTree(store), f"{checkpoint_folder_key(10)}/_COMMITTED"
     commit_checkpoint(tree, tmp_path / "staged", 10, 1)
-    marker = store.get(key)
-    assert marker is not None
-    store.delete([key])  # the hook below creates the marker again during the sweep
-    store.before_delete = lambda: store.put(key, marker)
+    marker_data = store.get(marker_key)
+    assert marker_data is not None
+    store.delete([marker_key])  # the hook below creates the marker again during the sweep
+    store.before_delete = lambda: store.put(marker_key, marker_data)
     assert tree.sweep().first_error is None
     assert (tree.get_committed(10), list(store.list("checkpoints/"))) == (None, [])
 
@@ -123,13 +123,13 @@ def test_a_store_that_fails_after_the_marker_does_not_undo_the_commit(
     store: SlowStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     tree = CheckpointTree(store)
-    original = getattr(store, method)
+    original_method = getattr(store, method)
 
     def fail_after_marker(key: str) -> ObjectStat | None:
         if tree.get_committed(10) is not None and not key.startswith("run/"):
             raise StorageError("StorageFailed", "503")
-        found: ObjectStat | None = original(key)
-        return found
+        result: ObjectStat | None = original_method(key)
+        return result
 
     monkeypatch.setattr(store, method, fail_after_marker)
     commit_checkpoint(tree, tmp_path / "staged", 10, 1)
@@ -140,14 +140,14 @@ def test_a_store_that_fails_after_the_marker_does_not_undo_the_commit(
 def test_another_incarnation_resumes_from_the_attempts_own_steps_after_a_rollback(
     store: SlowStore, tmp_path: Path
 ) -> None:
-    tree, rolled_back = CheckpointTree(store), ResumeConfig(mode="auto", max_step=10)
+    tree, rollback_config = CheckpointTree(store), ResumeConfig(mode="auto", max_step=10)
     for step, attempt in ((10, 1), (30, 2), (20, 3)):
         commit_checkpoint(tree, tmp_path / "staged", step, attempt)
-    found = restore(tree, rolled_back, FACTS, tmp_path / "third", attempt=3)
-    assert (found.step, [one.step for one in found.skipped_checkpoints]) == (20, [30])
-    assert restore(tree, rolled_back, FACTS, tmp_path / "fourth", attempt=4).step == 10
-    with_known_attempt = rolled_back.model_copy(update={"rolled_back_attempt": 3})
-    assert restore(tree, with_known_attempt, FACTS, tmp_path / "fifth", attempt=4).step == 20, "step 20 is used although the operator did not see it"
+    result = restore(tree, rollback_config, FACTS, tmp_path / "third", attempt=3)
+    assert (result.step, [one.step for one in result.skipped_checkpoints]) == (20, [30])
+    assert restore(tree, rollback_config, FACTS, tmp_path / "fourth", attempt=4).step == 10
+    config_with_known_attempt = rollback_config.model_copy(update={"rolled_back_attempt": 3})
+    assert restore(tree, config_with_known_attempt, FACTS, tmp_path / "fifth", attempt=4).step == 20, "step 20 is used although the operator did not see it"
 
 
 def test_an_attempt_is_fenced_before_training_if_a_later_one_has_begun(store: SlowStore) -> None:

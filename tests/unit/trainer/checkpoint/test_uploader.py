@@ -60,17 +60,17 @@ class UploaderBench:
         )  # fmt: skip
 
     def enqueue(self, step: int | None, *, graceful: bool = False, **facts: object) -> None:
-        staged = self.folder / f"staged-{step}"
-        staged.mkdir()
-        (staged / "weights").write_text(f"{step}")
+        staged_folder = self.folder / f"staged-{step}"
+        staged_folder.mkdir()
+        (staged_folder / "weights").write_text(f"{step}")
         if step is None:
             facts |= {"outputKind": "adapter", "step": 9}
-        self.uploader.enqueue(StagedCheckpoint(step, staged, "a1-00000000", graceful, facts))
+        self.uploader.enqueue(StagedCheckpoint(step, staged_folder, "a1-00000000", graceful, facts))
 
     def steps(self) -> list[int]:
         return [one.step or 0 for one in self.tree.list_committed()]
 
-    def part_keys(self) -> list[str]:
+    def list_part_keys(self) -> list[str]:
         return [stat.key for stat in self.store.list("checkpoints/") if "/.parts/" in stat.key]
 
     def wait_until_idle(self) -> None:
@@ -110,7 +110,7 @@ def test_the_checkpoint_of_a_stop_is_never_dropped(bench: UploaderBench) -> None
     assert bench.steps() == [3, 1]
     assert bench.run_state.counters["checkpoints_skipped"] == 2
     assert not (bench.folder / "staged-4").exists()
-    assert bench.part_keys() == [], "a run with one pod does not report parts"
+    assert bench.list_part_keys() == [], "a run with one pod does not report parts"
     assert bench.steps_before_commit == [], "the action before a commit does not delay the commit of a stop"
 
 
@@ -181,8 +181,8 @@ def test_the_final_model_is_uploaded_after_the_last_checkpoint(bench: UploaderBe
     bench.wait_until_idle()
     assert bench.steps() == [8]
     assert bench.uploader.output is not None and bench.uploader.output.uri == f"{bench.store.uri}/model/a1-00000000"
-    found = bench.tree.get_committed(None)
-    assert found is not None and found.marker.manifest_sha256 == bench.uploader.output.sha256
+    committed_checkpoint = bench.tree.get_committed(None)
+    assert committed_checkpoint is not None and committed_checkpoint.marker.manifest_sha256 == bench.uploader.output.sha256
     assert [one.healthy for one in to_status_checkpoints(bench.tree, bench.tree.list_committed())] == [True]
 
 
@@ -213,11 +213,11 @@ def test_old_checkpoints_are_removed_after_a_commit(tmp_path: Path) -> None:
 def test_a_missing_permission_to_delete_adds_a_note(tmp_path: Path) -> None:
     bench = UploaderBench(tmp_path, keep_count=1)
 
-    def refuse(key: str) -> None:
+    def refuse_deletion(key: str) -> None:
         if key.startswith("delete checkpoints/") and not key.endswith(".json"):
             raise CredentialsError("PermissionDenied", "s3:DeleteObject")
 
-    bench.store.refuse = refuse
+    bench.store.refuse = refuse_deletion
     for step in range(1, 6):
         bench.enqueue(step)
         bench.wait_until_idle()
@@ -237,7 +237,7 @@ def test_a_checkpoint_that_cannot_be_stored_is_reported_and_training_goes_on(ben
     health = bench.run_state.report().health
     assert (health.healthy, health.checkpoint_problem) == (False, "StorageFailed: step 1 was not stored: gone")
     assert bench.uploader.failure is None
-    assert bench.run_state.counters["checkpoint_failures"] == 1 and bench.part_keys() == []
+    assert bench.run_state.counters["checkpoint_failures"] == 1 and bench.list_part_keys() == []
     assert not (bench.folder / "staged-1").exists()
     bench.store.refuse = lambda key: None
     bench.enqueue(2)
@@ -249,17 +249,17 @@ def test_a_checkpoint_that_cannot_be_stored_is_reported_and_training_goes_on(ben
 def test_the_checkpoint_of_a_stop_is_retried(bench: UploaderBench, monkeypatch: pytest.MonkeyPatch) -> None:
     """No later checkpoint follows the checkpoint of a stop. A short outage of the store must not lose this checkpoint."""
     monkeypatch.setattr("finetune_trainer.checkpoint.uploader.RETRY_PAUSE_SECONDS", 0.001)
-    tries: list[str] = []
+    tried_keys: list[str] = []
 
-    def refuse(key: str) -> None:
-        tries.append(key)
-        if len(tries) < 5:
+    def refuse_four_times(key: str) -> None:
+        tried_keys.append(key)
+        if len(tried_keys) < 5:
             raise StorageError("EndpointUnreachable", "gone")
 
-    bench.store.refuse = refuse
+    bench.store.refuse = refuse_four_times
     bench.enqueue(1, graceful=True)
     bench.wait_until_idle()
-    assert len(tries) == 5 and bench.steps() == [1]
+    assert len(tried_keys) == 5 and bench.steps() == [1]
 
 
 def test_closing_the_uploader_ends_the_retries_of_the_checkpoint_of_a_stop(tmp_path: Path) -> None:
@@ -278,24 +278,24 @@ def test_closing_the_uploader_ends_the_retries_of_the_checkpoint_of_a_stop(tmp_p
 
 def test_skipped_checkpoints_are_replaced_or_removed_and_do_not_count_as_progress(tmp_path: Path) -> None:
     """An earlier attempt committed checkpoints of steps 10 to 30. This attempt resumes from step 10 and repeats the later steps."""
-    folder = tmp_path / "staged"
-    folder.mkdir()
-    (folder / "weights").write_text("old")
+    staged_folder = tmp_path / "staged"
+    staged_folder.mkdir()
+    (staged_folder / "weights").write_text("old")
     bench = UploaderBench(tmp_path / "bench", keep_count=1, pinned_steps=(25,))
     for step in (10, 20, 25, 27, 30):
-        files = bench.tree.upload(checkpoint_folder_key(step), "a0-00000000", folder)
+        files = bench.tree.upload(checkpoint_folder_key(step), "a0-00000000", staged_folder)
         bench.tree.commit(checkpoint_folder_key(step), Manifest(step=step, incarnation="a0-00000000", files=files))
-    own = bench.tree.list_committed()
-    bench.uploader.adopt_committed(to_status_checkpoints(bench.tree, [one for one in own if one.step == 10]))
-    bench.uploader.add_skipped([one for one in own if one.step != 10])
+    old_checkpoints = bench.tree.list_committed()
+    bench.uploader.adopt_committed(to_status_checkpoints(bench.tree, [one for one in old_checkpoints if one.step == 10]))
+    bench.uploader.add_skipped([one for one in old_checkpoints if one.step != 10])
     assert bench.uploader.committed_step == 10
     assert [one.step for one in bench.run_state.checkpoints] == [10]
     bench.folder.mkdir(exist_ok=True)
     bench.enqueue(20)
     bench.wait_until_idle()
-    found = {one.step: (one.marker.path, one.is_healthy) for one in bench.tree.list_committed()}
-    assert found[20] == ("a1-00000000", False) and found[10][1] is True
-    assert found[30] == ("a0-00000000", False), "finite losses of this attempt do not make a skipped checkpoint healthy"
+    path_and_health_by_step = {one.step: (one.marker.path, one.is_healthy) for one in bench.tree.list_committed()}
+    assert path_and_health_by_step[20] == ("a1-00000000", False) and path_and_health_by_step[10][1] is True
+    assert path_and_health_by_step[30] == ("a0-00000000", False), "finite losses of this attempt do not make a skipped checkpoint healthy"
     bench.enqueue(30)
     bench.wait_until_idle()
     assert {one.step: one.marker.path for one in bench.tree.list_committed()} == {
@@ -312,33 +312,33 @@ def test_the_data_of_a_committed_checkpoint_is_never_written_again(bench: Upload
     (bench.folder / "staged-5" / "weights").write_text("other bytes")
     bench.uploader.enqueue(StagedCheckpoint(5, bench.folder / "staged-5", "a1-00000000", True, {}))
     bench.wait_until_idle()
-    (found,) = bench.tree.list_committed()
-    assert bench.tree.read_manifest(found) is not None and bench.uploader.failure is None
-    assert bench.store.get(f"{found.folder}/weights") == b"5"
+    (committed,) = bench.tree.list_committed()
+    assert bench.tree.read_manifest(committed) is not None and bench.uploader.failure is None
+    assert bench.store.get(f"{committed.folder}/weights") == b"5"
 
 
 def test_the_evaluation_is_part_of_output_and_manifest(bench: UploaderBench) -> None:
-    measured = {"testRows": 3, "testLoss": 1.25}
-    bench.enqueue(None, extra={"evaluation": measured, "notes": []})
+    evaluation = {"testRows": 3, "testLoss": 1.25}
+    bench.enqueue(None, extra={"evaluation": evaluation, "notes": []})
     bench.wait_until_idle()
-    assert bench.uploader.output is not None and bench.uploader.output.evaluation == measured
-    committed = bench.tree.get_committed(None)
-    manifest = bench.tree.read_manifest(committed) if committed else None
-    assert manifest is not None and manifest.extra["evaluation"] == measured
+    assert bench.uploader.output is not None and bench.uploader.output.evaluation == evaluation
+    committed_checkpoint = bench.tree.get_committed(None)
+    manifest = bench.tree.read_manifest(committed_checkpoint) if committed_checkpoint else None
+    assert manifest is not None and manifest.extra["evaluation"] == evaluation
 
 
 def test_the_final_model_is_retried_while_the_store_is_unavailable(
     bench: UploaderBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("finetune_trainer.checkpoint.uploader.RETRY_PAUSE_SECONDS", 0.01)
-    tries: list[str] = []
+    tried_keys: list[str] = []
 
-    def refuse(key: str) -> None:
-        tries.append(key)
-        if len(tries) < 4:
+    def refuse_three_times(key: str) -> None:
+        tried_keys.append(key)
+        if len(tried_keys) < 4:
             raise StorageError("StorageFailed", "gone")
 
-    bench.store.refuse = refuse
+    bench.store.refuse = refuse_three_times
     bench.enqueue(None)
     bench.wait_until_idle()
     assert bench.uploader.failure is None and bench.uploader.output is not None
@@ -346,84 +346,84 @@ def test_the_final_model_is_retried_while_the_store_is_unavailable(
 
 def test_the_files_of_two_pods_form_one_checkpoint(tmp_path: Path) -> None:
     store = GatedStore(tmp_path / "root")
-    pods = [
+    uploaders = [
         Uploader(CheckpointTree(store), RunState(), RunFacts(), KeepPolicy(), job_id="n/j/u", attempt=1, node_rank=node, node_count=2)
         for node in (0, 1)
     ]
-    for node, uploader in enumerate(pods):
+    for node, uploader in enumerate(uploaders):
         folder = tmp_path / f"node-{node}"
         folder.mkdir()
         (folder / f"rng_state_{node}.pth").write_text(str(node))
         uploader.enqueue(StagedCheckpoint(5, folder, "a1-00000000"))
-    for uploader in pods:
+    for uploader in uploaders:
         assert uploader.wait_until_idle(20)
         uploader.close()
-    (found,) = CheckpointTree(store).list_committed()
-    manifest = CheckpointTree(store).read_manifest(found)
+    (committed,) = CheckpointTree(store).list_committed()
+    manifest = CheckpointTree(store).read_manifest(committed)
     assert manifest is not None
     assert [one.path for one in manifest.files] == ["rng_state_0.pth", "rng_state_1.pth"]
     assert not list(store.list(f"{checkpoint_folder_key(5)}/a1-00000000/.parts"))
 
 
 def test_no_checkpoint_is_committed_if_pods_wrote_one_file_differently(tmp_path: Path) -> None:
-    store, states = GatedStore(tmp_path / "root"), [RunState(), RunState()]
-    pods = [
-        Uploader(CheckpointTree(store), states[node], RunFacts(), KeepPolicy(), job_id="n/j/u", attempt=1, node_rank=node, node_count=2)
+    store, run_states = GatedStore(tmp_path / "root"), [RunState(), RunState()]
+    uploaders = [
+        Uploader(CheckpointTree(store), run_states[node], RunFacts(), KeepPolicy(), job_id="n/j/u", attempt=1, node_rank=node, node_count=2)
         for node in (0, 1)
     ]
-    for node, uploader in enumerate(pods):
+    for node, uploader in enumerate(uploaders):
         folder = tmp_path / f"node-{node}"
         folder.mkdir()
         (folder / "state.json").write_text(str(node))
         uploader.enqueue(StagedCheckpoint(5, folder, "a1-00000000"))
-    for uploader in pods:
+    for uploader in uploaders:
         assert uploader.wait_until_idle(20)
         uploader.close()
     assert CheckpointTree(store).list_committed() == []
-    assert "PartsDiffer" in (states[0].report().health.checkpoint_problem or "")
+    assert "PartsDiffer" in (run_states[0].report().health.checkpoint_problem or "")
 
 
 def test_part_files_that_cannot_be_removed_do_not_undo_a_commit(tmp_path: Path) -> None:
     store, run_state = GatedStore(tmp_path / "root"), RunState()
 
-    def refuse(key: str) -> None:
+    def refuse_deletion(key: str) -> None:
         if key.startswith("delete "):
             raise CredentialsError("PermissionDenied", "s3:DeleteObject")
 
-    store.refuse = refuse
+    store.refuse = refuse_deletion
     CheckpointTree(store).report_part(checkpoint_folder_key(5), "a1-00000000", 1, [])
-    first = Uploader(CheckpointTree(store), run_state, RunFacts(), KeepPolicy(), job_id="n/j/u", attempt=1, node_rank=0, node_count=2)
+    uploader = Uploader(CheckpointTree(store), run_state, RunFacts(), KeepPolicy(), job_id="n/j/u", attempt=1, node_rank=0, node_count=2)
     folder = tmp_path / "node-0"
     folder.mkdir()
     (folder / "x").write_text("x")
-    first.enqueue(StagedCheckpoint(5, folder, "a1-00000000", True))
-    assert first.wait_until_idle(20)
-    first.close()
-    assert (first.committed_step, run_state.report().health.healthy) == (5, True)
+    uploader.enqueue(StagedCheckpoint(5, folder, "a1-00000000", True))
+    assert uploader.wait_until_idle(20)
+    uploader.close()
+    assert (uploader.committed_step, run_state.report().health.healthy) == (5, True)
 
 
 def test_a_part_that_cannot_be_stored_is_reported_at_once(tmp_path: Path) -> None:
     """If the pod did not report that its part is missing, rank 0's pod would wait half an hour for this part, and would commit nothing meanwhile."""
     store, run_state = GatedStore(tmp_path / "root"), RunState()
-    pods = [
+    uploaders = [
         Uploader(CheckpointTree(store), run_state, RunFacts(), KeepPolicy(), job_id="n/j/u", attempt=1, node_rank=node, node_count=2)
         for node in (0, 1)
     ]
 
-    def refuse(key: str) -> None:
+    def refuse_second_part(key: str) -> None:
         if key.endswith("rng-1"):
             raise StorageError("StorageFailed", "gone")
 
-    store.refuse = refuse
-    for node, uploader in enumerate(pods):
+    store.refuse = refuse_second_part
+    for node, uploader in enumerate(uploaders):
         folder = tmp_path / f"node-{node}"
         folder.mkdir()
         (folder / f"rng-{node}").write_text(str(node))
         uploader.enqueue(StagedCheckpoint(5, folder, "a1-00000000"))
-    for uploader in pods:
+    for uploader in uploaders:
         assert uploader.wait_until_idle(20)
         uploader.close()
-    assert CheckpointTree(store).list_committed() == [] and pods[1].uploaded_step == 0
+    assert CheckpointTree(store).list_committed() == [] and uploaders[1].uploaded_step == 0
 
 
 def test_a_slow_store_does_not_block_enqueue(tmp_path: Path) -> None:
@@ -432,41 +432,41 @@ def test_a_slow_store_does_not_block_enqueue(tmp_path: Path) -> None:
     A separate thread therefore reports that the pod skips its part of a checkpoint.
     """
     store = GatedStore(tmp_path / "root")
-    reported = threading.Event()
-    put = store.put
+    report_started = threading.Event()
+    original_put = store.put
 
     def put_slowly(key: str, data: bytes) -> None:
-        reported.set()
+        report_started.set()
         assert store.gate.wait(20)
-        put(key, data)
+        original_put(key, data)
 
     store.put = put_slowly  # type: ignore[method-assign] # the fault to test
-    second = Uploader(CheckpointTree(store), RunState(), RunFacts(), KeepPolicy(), job_id="n/j/u", attempt=1, node_rank=1, node_count=2)
+    uploader = Uploader(CheckpointTree(store), RunState(), RunFacts(), KeepPolicy(), job_id="n/j/u", attempt=1, node_rank=1, node_count=2)
     store.gate.clear()
     for step in (1, 2, 3):
         folder = tmp_path / f"staged-{step}"
         folder.mkdir()
         (folder / "x").write_text("x")
-        second.enqueue(StagedCheckpoint(step, folder, "a1-00000000"))
+        uploader.enqueue(StagedCheckpoint(step, folder, "a1-00000000"))
         if step == 1:
             assert store.entered.wait(10)
-    assert reported.wait(10), "the report must be sent although the store is slow"
+    assert report_started.wait(10), "the report must be sent although the store is slow"
     store.gate.set()
-    assert second.wait_until_idle(20)
-    second.close()
+    assert uploader.wait_until_idle(20)
+    uploader.close()
 
 
 def test_no_checkpoint_is_committed_if_a_pod_skips_its_part(tmp_path: Path) -> None:
     store = GatedStore(tmp_path / "root")
     CheckpointTree(store).report_part(checkpoint_folder_key(5), "a1-00000000", 1, None)
     run_state = RunState()
-    first = Uploader(CheckpointTree(store), run_state, RunFacts(), KeepPolicy(), job_id="n/j/u", attempt=1, node_rank=0, node_count=2)
+    uploader = Uploader(CheckpointTree(store), run_state, RunFacts(), KeepPolicy(), job_id="n/j/u", attempt=1, node_rank=0, node_count=2)
     folder = tmp_path / "node-0"
     folder.mkdir()
     (folder / "x").write_text("x")
-    first.enqueue(StagedCheckpoint(5, folder, "a1-00000000"))
-    assert first.wait_until_idle(20)
-    first.close()
+    uploader.enqueue(StagedCheckpoint(5, folder, "a1-00000000"))
+    assert uploader.wait_until_idle(20)
+    uploader.close()
     assert CheckpointTree(store).list_committed() == []
     assert "PartMissing" in (run_state.report().health.checkpoint_problem or "")
 
@@ -500,15 +500,15 @@ def test_manifest_and_status_hold_the_facts_of_a_checkpoint(bench: UploaderBench
     bench.store.refuse = advance_clock
     bench.enqueue(12, epoch=0.5, samples=96, tokens=4096, evalLoss=1.5, extra={"notes": ["x"]})
     bench.wait_until_idle()
-    (found,) = bench.tree.list_committed()
-    manifest = bench.tree.read_manifest(found)
+    (committed,) = bench.tree.list_committed()
+    manifest = bench.tree.read_manifest(committed)
     assert manifest is not None and manifest.model_dump(exclude={"files", "facts", "version"}) == {
         "job": "n/j/u", "attempt": 1, "incarnation": "a1-00000000", "step": 12, "epoch": 0.5, "samples": 96, "tokens": 4096,
         "eval_loss": 1.5, "graceful": False, "kind": None, "extra": {"notes": ["x"]},
     }  # fmt: skip
-    (shown,) = bench.run_state.checkpoints
-    assert shown.time is not None and shown.model_dump(exclude={"time"}) == {
-        "step": 12, "uri": f"{bench.store.uri}/{found.folder}", "sha256": found.marker.manifest_sha256, "bytes": 2,
+    (shown_checkpoint,) = bench.run_state.checkpoints
+    assert shown_checkpoint.time is not None and shown_checkpoint.model_dump(exclude={"time"}) == {
+        "step": 12, "uri": f"{bench.store.uri}/{committed.folder}", "sha256": committed.marker.manifest_sha256, "bytes": 2,
         "healthy": False, "eval_loss": 1.5, "save_seconds": 1.235,
     }  # fmt: skip
     assert bench.run_state.last_save_seconds == 1.235
@@ -517,17 +517,17 @@ def test_manifest_and_status_hold_the_facts_of_a_checkpoint(bench: UploaderBench
     assert not (bench.folder / "staged-12").exists()
     bench.enqueue(13, graceful=True)
     bench.wait_until_idle()
-    found, older = bench.tree.list_committed()
-    manifest = bench.tree.read_manifest(found)
+    committed, older_commit = bench.tree.list_committed()
+    manifest = bench.tree.read_manifest(committed)
     assert manifest is not None and manifest.graceful
     assert [(one.step, one.healthy) for one in bench.run_state.checkpoints] == [(13, True), (12, True)]
     assert bench.run_state.counters["storage_retries"] == 6
-    bench.store.delete([f"{older.folder}/manifest.json"])
-    assert [(one.step, one.bytes, one.eval_loss) for one in to_status_checkpoints(bench.tree, [found, older])] == [(13, 2, None), (12, None, None)]
+    bench.store.delete([f"{older_commit.folder}/manifest.json"])
+    assert [(one.step, one.bytes, one.eval_loss) for one in to_status_checkpoints(bench.tree, [committed, older_commit])] == [(13, 2, None), (12, None, None)]
 
 
 @pytest.mark.parametrize(
-    ("due_at", "timeout", "stall_timeout", "limit"),
+    ("due_seconds", "timeout_seconds", "stall_timeout_seconds", "limit_seconds"),
     [
         ([0], 60, None, 60), ([0], 0.5, None, 0.5), ([0], 60, 30, 60), ([0], 60, 90, 90), ([0, 20], 60, None, 60), ([0, 30], 60, None, 90),
         ([0, 30], 95, 92, 95), ([0, 10, 40], 60, None, 90), ([0, 30, 40], 55, None, 55),
@@ -535,45 +535,46 @@ def test_manifest_and_status_hold_the_facts_of_a_checkpoint(bench: UploaderBench
     ids=str,
 )  # fmt: skip
 def test_unsaved_checkpoints_are_an_error_after_the_longest_limit(
-    due_at: list[float], timeout: float, stall_timeout: float | None, limit: float, bench: UploaderBench, monkeypatch: pytest.MonkeyPatch
+    due_seconds: list[float], timeout_seconds: float, stall_timeout_seconds: float | None, limit_seconds: float, bench: UploaderBench,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     clock = FakeClock(monkeypatch)
     assert bench.uploader.unsaved_error(0, None) is None, "no checkpoint is due"
-    for seconds in due_at:
+    for seconds in due_seconds:
         clock.now = 1000 + seconds
         bench.uploader.record_unsaved()
-    clock.now = 1000 + limit
-    assert bench.uploader.unsaved_error(timeout, stall_timeout) is None
+    clock.now = 1000 + limit_seconds
+    assert bench.uploader.unsaved_error(timeout_seconds, stall_timeout_seconds) is None
     clock.now += 0.25
-    error = bench.uploader.unsaved_error(timeout, stall_timeout)
+    error = bench.uploader.unsaved_error(timeout_seconds, stall_timeout_seconds)
     assert error is not None and (
         error.message
-        == f"no checkpoint was committed for {limit + 0.25:.0f} s although some were due: the upload has not ended"
+        == f"no checkpoint was committed for {limit_seconds + 0.25:.0f} s although some were due: the upload has not ended"
     )
 
 
 def test_a_queued_checkpoint_counts_as_unsaved_from_the_time_it_was_queued(bench: UploaderBench, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = FakeClock(monkeypatch)
-    second_began, go_on = threading.Event(), threading.Event()
+    second_upload_began, may_finish = threading.Event(), threading.Event()
 
-    def wait_in_second(key: str) -> None:
+    def block_second_upload(key: str) -> None:
         if "step-00000002" in key:
-            second_began.set()
-            assert go_on.wait(20)
+            second_upload_began.set()
+            assert may_finish.wait(20)
 
-    bench.store.refuse = wait_in_second
+    bench.store.refuse = block_second_upload
     bench.store.gate.clear()
     bench.enqueue(1)
     assert bench.store.entered.wait(10) and not bench.uploader.wait_until_idle(0)
     clock.now += 10
     bench.enqueue(2)
     bench.store.gate.set()
-    assert second_began.wait(10)
+    assert second_upload_began.wait(10)
     clock.now += 60
     assert bench.uploader.unsaved_error(60, None) is None, "step 1 is committed, and step 2 is queued for 60 s"
     clock.now += 0.5
     assert bench.uploader.unsaved_error(60, None) is not None
-    go_on.set()
+    may_finish.set()
     bench.enqueue(None)
     bench.wait_until_idle()
     clock.now += 1000
@@ -581,7 +582,7 @@ def test_a_queued_checkpoint_counts_as_unsaved_from_the_time_it_was_queued(bench
 
 
 @pytest.mark.parametrize(
-    ("step", "graceful", "error", "seconds", "tries", "problem"),
+    ("step", "graceful", "error", "try_seconds", "expected_try_count", "expected_problem"),
     [
         (None, False, StorageError("StorageFailed", "gone"), 30, 2, None),
         (None, False, StorageError("StorageFailed", "gone"), 45, 2, None),
@@ -593,24 +594,24 @@ def test_a_queued_checkpoint_counts_as_unsaved_from_the_time_it_was_queued(bench
     ids=["until the limit", "beyond the limit", "final model, refused", "checkpoint", "checkpoint of a stop, refused", "other error"],
 )
 def test_only_the_last_upload_of_a_run_is_retried(
-    step: int | None, graceful: bool, error: Exception, seconds: float, tries: int, problem: str | None, bench: UploaderBench,
+    step: int | None, graceful: bool, error: Exception, try_seconds: float, expected_try_count: int, expected_problem: str | None, bench: UploaderBench,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """Each try of an upload takes `seconds` seconds. The upload of the final model is retried for 60 seconds."""
+    """Each try of an upload takes `try_seconds` seconds. The upload of the final model is retried for 60 seconds."""
     clock = FakeClock(monkeypatch)
     monkeypatch.setattr("finetune_trainer.checkpoint.uploader.RETRY_PAUSE_SECONDS", 0.001)
-    keys: list[str] = []
+    tried_keys: list[str] = []
 
     def refuse(key: str) -> None:
-        clock.now += seconds
-        keys.append(key)
+        clock.now += try_seconds
+        tried_keys.append(key)
         raise error
 
     bench.store.refuse = refuse
     bench.enqueue(step, graceful=graceful)
     bench.wait_until_idle()
-    assert len(keys) == tries and bench.run_state.counters["checkpoint_failures"] == 1
-    assert bench.run_state.checkpoint_problem == problem
+    assert len(tried_keys) == expected_try_count and bench.run_state.counters["checkpoint_failures"] == 1
+    assert bench.run_state.checkpoint_problem == expected_problem
     assert bench.uploader.failure is (error if step is None else None)
     assert bench.uploader.output is None
 
@@ -633,14 +634,14 @@ def test_three_checkpoints_are_kept_by_default(tmp_path: Path) -> None:
     bench.uploader.close()
 
 
-@pytest.mark.parametrize("wait", [30, 30.5], ids=["within the limit", "after the limit"])
-def test_after_the_limit_for_parts_a_commit_does_not_wait(wait: float, bench: UploaderBench, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("wait_seconds", [30, 30.5], ids=["within the limit", "after the limit"])
+def test_after_the_limit_for_parts_a_commit_does_not_wait(wait_seconds: float, bench: UploaderBench, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = FakeClock(monkeypatch)
     bench.uploader.limit_part_wait(30)
-    clock.now += wait
+    clock.now += wait_seconds
     bench.enqueue(1)
     bench.wait_until_idle()
-    assert bench.steps() == [1] and bench.steps_before_commit == ([[]] if wait == 30 else [])
+    assert bench.steps() == [1] and bench.steps_before_commit == ([[]] if wait_seconds == 30 else [])
 
 
 @pytest.mark.parametrize("graceful", [False, True], ids=["checkpoint", "checkpoint of a stop"])
@@ -677,64 +678,64 @@ def test_another_pod_uploads_its_files_and_commits_nothing(tmp_path: Path, monke
     clock = FakeClock(monkeypatch)
     bench = UploaderBench(tmp_path, node=1, nodes=2)
 
-    def refuse(key: str, data: bytes) -> None:
+    def refuse_put(key: str, data: bytes) -> None:
         raise StorageError("StorageFailed", "gone")
 
-    put, bench.store.put = bench.store.put, refuse  # type: ignore[method-assign] # the fault to test
+    original_put, bench.store.put = bench.store.put, refuse_put  # type: ignore[method-assign] # the fault to test
     bench.enqueue(4)
     bench.wait_until_idle()
     assert bench.uploader.uploaded_step == 0, "the part could not be reported"
-    bench.store.put = put  # type: ignore[method-assign]
+    bench.store.put = original_put  # type: ignore[method-assign]
     bench.enqueue(5)
     bench.wait_until_idle()
     clock.now += 1000
     assert bench.uploader.uploaded_step == 5 and bench.uploader.unsaved_error(60, None) is None
-    assert bench.part_keys() == [f"{checkpoint_folder_key(5)}/a1-00000000/.parts/node-1.json"]
+    assert bench.list_part_keys() == [f"{checkpoint_folder_key(5)}/a1-00000000/.parts/node-1.json"]
     assert (bench.steps(), bench.uploader.committed_step, bench.run_state.checkpoints) == ([], 0, [])
     bench.uploader.close()
 
 
-@pytest.mark.parametrize(("reported", "step"), [({"step": 9}, 9), ({}, 7)], ids=["step of the report", "newest step"])
-def test_the_manifest_of_the_final_model_holds_the_last_step(reported: dict[str, int], step: int, bench: UploaderBench) -> None:
+@pytest.mark.parametrize(("rank0_report", "expected_step"), [({"step": 9}, 9), ({}, 7)], ids=["step of the report", "newest step"])
+def test_the_manifest_of_the_final_model_holds_the_last_step(rank0_report: dict[str, int], expected_step: int, bench: UploaderBench) -> None:
     bench.run_state.record_step(7)
     folder = bench.folder / "final"
     folder.mkdir()
     for name in ("b", "a"):
         (folder / name).write_text(name)
-    bench.uploader.enqueue(StagedCheckpoint(None, folder, "a1-00000000", rank0_report=reported))
+    bench.uploader.enqueue(StagedCheckpoint(None, folder, "a1-00000000", rank0_report=rank0_report))
     bench.wait_until_idle()
-    committed = bench.tree.get_committed(None)
-    manifest = bench.tree.read_manifest(committed) if committed else None
-    assert manifest is not None and (manifest.step, [one.path for one in manifest.files]) == (step, ["a", "b"])
+    committed_checkpoint = bench.tree.get_committed(None)
+    manifest = bench.tree.read_manifest(committed_checkpoint) if committed_checkpoint else None
+    assert manifest is not None and (manifest.step, [one.path for one in manifest.files]) == (expected_step, ["a", "b"])
     assert bench.steps_after_commit == [] and not folder.exists()
 
 
 def test_a_checkpoint_of_the_restored_step_is_not_healthy_yet(tmp_path: Path) -> None:
     """A run that resumes at step 10 may save step 10 again. Whether the losses after step 10 are finite is not known yet."""
     bench = UploaderBench(tmp_path, keep_count=0)
-    marks: list[int] = []
-    mark = bench.tree.mark_healthy
+    marked_steps: list[int] = []
+    original_mark = bench.tree.mark_healthy
 
     def record_mark(step: int) -> None:
-        marks.append(step)
-        mark(step)
+        marked_steps.append(step)
+        original_mark(step)
 
     bench.tree.mark_healthy = record_mark  # type: ignore[method-assign]
     bench.uploader.adopt_committed([
         Checkpoint(step=5, uri="5", healthy=True), Checkpoint(step=8, uri="8", healthy=False), Checkpoint(step=10, uri="10", healthy=False),
     ])  # fmt: skip
-    for step, expected in ((10, [8]), (11, [8, 10]), (12, [8, 10, 11])):
+    for step, expected_steps in ((10, [8]), (11, [8, 10]), (12, [8, 10, 11])):
         bench.enqueue(step)
         bench.wait_until_idle()
-        assert marks == expected
+        assert marked_steps == expected_steps
     assert [(one.step, one.healthy) for one in bench.run_state.checkpoints] == [(12, False), (11, True), (10, True), (8, True), (5, True)]
     bench.uploader.close()
 
 
 def test_closing_ends_the_thread_after_the_queued_upload(tmp_path: Path) -> None:
-    before = set(threading.enumerate())
+    threads_before = set(threading.enumerate())
     bench = UploaderBench(tmp_path)
-    (thread,) = set(threading.enumerate()) - before
+    (thread,) = set(threading.enumerate()) - threads_before
     assert thread.daemon, "a store that does not answer must not keep the process alive"
     bench.enqueue(1)
     bench.wait_until_idle()

@@ -12,13 +12,13 @@ from finetune_trainer.attention import require_divisible_attention
 from finetune_trainer.distributed.context_parallel import PartCollator, SequencePart, gradient_factor
 
 
-def model_config(**values: Any) -> Any:
-    text_config = SimpleNamespace(**values)
+def make_model_config(**config_values: Any) -> Any:
+    text_config = SimpleNamespace(**config_values)
     return SimpleNamespace(model_type="tiny", get_text_config=lambda: text_config)
 
 
-def attention_heads(queries: int, keys: int) -> dict[str, Any]:
-    return {"num_attention_heads": queries, "num_key_value_heads": keys}
+def make_attention_heads(query_heads: int, key_value_heads: int) -> dict[str, Any]:
+    return {"num_attention_heads": query_heads, "num_key_value_heads": key_value_heads}
 
 
 def test_the_label_of_the_last_token_of_a_part_is_the_first_token_of_the_next_part() -> None:
@@ -30,25 +30,26 @@ def test_the_label_of_the_last_token_of_a_part_is_the_first_token_of_the_next_pa
     assert set(parts[0]) == {"input_ids", "labels", "shift_labels", "position_ids"} and "shift_labels" not in batch
 
 
-@pytest.mark.parametrize(("heads", "key_heads", "size"), [(8, 8, 2), (8, 2, 2), (8, 2, 4), (6, 3, 3)])
-def test_ranks_can_share_a_divisible_number_of_attention_heads(heads: int, key_heads: int, size: int) -> None:
-    require_divisible_attention(model_config(num_attention_heads=heads, num_key_value_heads=key_heads, layer_types=["full_attention"] * 2), size)
+@pytest.mark.parametrize(("query_heads", "key_value_heads", "rank_count"), [(8, 8, 2), (8, 2, 2), (8, 2, 4), (6, 3, 3)])
+def test_ranks_can_share_a_divisible_number_of_attention_heads(query_heads: int, key_value_heads: int, rank_count: int) -> None:
+    model_config = make_model_config(num_attention_heads=query_heads, num_key_value_heads=key_value_heads, layer_types=["full_attention"] * 2)
+    require_divisible_attention(model_config, rank_count)
 
 
 @pytest.mark.parametrize(
-    ("values", "size", "problem", "hint"),
+    ("config_values", "rank_count", "problem", "hint"),
     [
-        (attention_heads(8, 2), 3, "8 attention heads and 2 key-value heads, which 3 ranks cannot share", "write one of 2, 4, 8, or 1"),
-        (attention_heads(6, 3), 2, "6 attention heads and 3 key-value heads", "write one of 3, 6, or 1"),
-        (attention_heads(1, 1), 2, "1 attention heads", "write `contextParallelSize: 1`"),
-        (attention_heads(4, 4) | {"layer_types": ["full_attention", "sliding_attention"]}, 2, "sliding_attention", "of another type than tiny"),
-        (attention_heads(4, 4) | {"sliding_window": 32}, 2, "a sliding window of 32 tokens", "of another type than tiny"),
+        (make_attention_heads(8, 2), 3, "8 attention heads and 2 key-value heads, which 3 ranks cannot share", "write one of 2, 4, 8, or 1"),
+        (make_attention_heads(6, 3), 2, "6 attention heads and 3 key-value heads", "write one of 3, 6, or 1"),
+        (make_attention_heads(1, 1), 2, "1 attention heads", "write `contextParallelSize: 1`"),
+        (make_attention_heads(4, 4) | {"layer_types": ["full_attention", "sliding_attention"]}, 2, "sliding_attention", "of another type than tiny"),
+        (make_attention_heads(4, 4) | {"sliding_window": 32}, 2, "a sliding window of 32 tokens", "of another type than tiny"),
         ({}, 2, "models of type tiny have no attention heads", "of another type than tiny"),
     ],
 )  # fmt: skip
-def test_models_whose_attention_cannot_be_shared_are_refused(values: dict[str, Any], size: int, problem: str, hint: str) -> None:
+def test_models_whose_attention_cannot_be_shared_are_refused(config_values: dict[str, Any], rank_count: int, problem: str, hint: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        require_divisible_attention(model_config(**values), size)
+        require_divisible_attention(make_model_config(**config_values), rank_count)
     assert caught.value.code == "ContextParallelUnsupported" and problem in caught.value.message and hint in (caught.value.hint or "")
 
 

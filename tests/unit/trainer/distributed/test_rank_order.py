@@ -16,10 +16,10 @@ from finetune_trainer.checkpoint.stop import SingleRankStore, TcpGangStore  # no
 from finetune_trainer.distributed import rank_order  # noqa: E402 - likewise
 from finetune_trainer.distributed.rank_order import RankPosition, local_rank_0_first, order_ranks  # noqa: E402 - likewise
 
-TWO_NODES = [RankPosition(rank, rank % 2, 4, 2) for rank in range(4)]
+RANKS_ON_TWO_NODES = [RankPosition(rank, rank % 2, 4, 2) for rank in range(4)]
 
 
-class Clock:
+class ManualClock:
     """A clock that moves only in `pause`. `pauses` counts the calls of `pause`."""
 
     def __init__(self) -> None:
@@ -33,13 +33,13 @@ class Clock:
         self.pauses += 1
 
 
-class Store(SingleRankStore):
+class HeartbeatStore(SingleRankStore):
     """A store to which rank 0 writes heartbeats while it works.
 
     Rank 0 writes its last heartbeat at the time `last_heartbeat`, and its work is done at the time `done_at`.
     """
 
-    def __init__(self, clock: Clock, last_heartbeat: float, done_at: float) -> None:
+    def __init__(self, clock: ManualClock, last_heartbeat: float, done_at: float) -> None:
         super().__init__()
         self.clock, self.last_heartbeat, self.done_at = clock, last_heartbeat, done_at
 
@@ -51,56 +51,57 @@ class Store(SingleRankStore):
 
 
 def test_no_rank_leaves_the_block_before_the_working_ranks_of_all_nodes_are_done() -> None:
-    store, order, entered = SingleRankStore(), [], {rank: threading.Event() for rank in range(4)}
-    may_end = {0: threading.Event(), 2: threading.Event()}
-    paused = [threading.Event() for _ in range(4)]
+    store, events, entered_events = SingleRankStore(), [], {rank: threading.Event() for rank in range(4)}
+    may_end_events = {0: threading.Event(), 2: threading.Event()}
+    paused_events = [threading.Event() for _ in range(4)]
 
-    def run(position: RankPosition) -> None:
+    def enter_block(position: RankPosition) -> None:
         def pause(_seconds: float) -> None:
-            paused[position.rank].set()
-            paused[position.rank].wait(0.001)
+            paused_events[position.rank].set()
+            paused_events[position.rank].wait(0.001)
 
         with order_ranks(store, position, pause):
-            order.append(f"{position.rank} begins")
-            entered[position.rank].set()
+            events.append(f"{position.rank} begins")
+            entered_events[position.rank].set()
             if position.local_rank == 0:
-                assert may_end[position.rank].wait(30)
-        order.append(f"{position.rank} leaves")
+                assert may_end_events[position.rank].wait(30)
+        events.append(f"{position.rank} leaves")
 
-    threads = [threading.Thread(target=run, args=(position,)) for position in TWO_NODES]
+    threads = [threading.Thread(target=enter_block, args=(position,)) for position in RANKS_ON_TWO_NODES]
     for thread in threads:
         thread.start()
-    assert entered[0].wait(30) and entered[2].wait(30) and paused[1].wait(30) and paused[3].wait(30)
-    may_end[0].set()
-    assert paused[0].wait(30), "rank 0 waits for the working rank of the other node"
-    assert sorted(order) == ["0 begins", "2 begins"]
-    may_end[2].set()
+    assert entered_events[0].wait(30) and entered_events[2].wait(30) and paused_events[1].wait(30) and paused_events[3].wait(30)
+    may_end_events[0].set()
+    assert paused_events[0].wait(30), "rank 0 waits for the working rank of the other node"
+    assert sorted(events) == ["0 begins", "2 begins"]
+    may_end_events[2].set()
     for thread in threads:
         thread.join(30)
-    assert sorted(order) == sorted(f"{rank} {event}" for rank in range(4) for event in ("begins", "leaves"))
+    assert sorted(events) == sorted(f"{rank} {event}" for rank in range(4) for event in ("begins", "leaves"))
 
 
 def test_a_rank_waits_as_long_as_the_working_rank_sends_heartbeats() -> None:
-    clock = Clock()
-    with order_ranks(Store(clock, last_heartbeat=1e9, done_at=7200), RankPosition(1, 1, 2, 2), clock.pause, clock.now):
+    clock = ManualClock()
+    with order_ranks(HeartbeatStore(clock, last_heartbeat=1e9, done_at=7200), RankPosition(1, 1, 2, 2), clock.pause, clock.now):
         assert clock.time == 7200
 
 
 def test_a_working_rank_without_heartbeats_counts_as_lost() -> None:
-    clock = Clock()
-    with pytest.raises(PeerError) as caught, order_ranks(Store(clock, last_heartbeat=300, done_at=1e9), RankPosition(1, 1, 2, 2), clock.pause, clock.now):
+    clock = ManualClock()
+    store = HeartbeatStore(clock, last_heartbeat=300, done_at=1e9)
+    with pytest.raises(PeerError) as caught, order_ranks(store, RankPosition(1, 1, 2, 2), clock.pause, clock.now):
         pytest.fail("the block must not run")
     assert caught.value.code == "PeerLost" and "rank 0" in caught.value.message
     assert 300 + rank_order.HEARTBEAT_TIMEOUT_SECONDS < clock.time <= 300 + rank_order.HEARTBEAT_TIMEOUT_SECONDS + 3 * rank_order.HEARTBEAT_SECONDS
 
 
 def test_a_failure_of_a_working_rank_ends_the_wait_of_all_other_ranks() -> None:
-    store, clock = SingleRankStore(), Clock()
+    store, clock = SingleRankStore(), ManualClock()
     with pytest.raises(ValueError, match="bad row"), order_ranks(store, RankPosition(0, 0, 4, 2)):
         raise ValueError("bad row")
-    for other in (RankPosition(1, 1, 4, 2), RankPosition(2, 0, 4, 2)):
-        with pytest.raises(PeerError, match="rank 0 failed") as caught, order_ranks(store, other, clock.pause, clock.now):
-            assert other.local_rank == 0, "rank 2 works itself before it waits"
+    for other_position in (RankPosition(1, 1, 4, 2), RankPosition(2, 0, 4, 2)):
+        with pytest.raises(PeerError, match="rank 0 failed") as caught, order_ranks(store, other_position, clock.pause, clock.now):
+            assert other_position.local_rank == 0, "rank 2 works itself before it waits"
         assert (caught.value.code, clock.pauses) == ("PeerLost", 0)
 
 
@@ -113,7 +114,7 @@ def test_a_single_rank_uses_no_store(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @contextmanager
-def agent_store() -> Iterator[int]:
+def serve_agent_store() -> Iterator[int]:
     """Start the store that torchrun's agent would share with two ranks. Yields its port."""
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     yield store.port
@@ -142,5 +143,5 @@ def run_rank(rank: int, port: int) -> None:
 
 def test_a_rank_may_wait_longer_than_the_timeout_of_the_process_group() -> None:
     """If ranks waited in a collective, such as accelerate's `local_main_process_first`, the waiting rank would fail after this timeout."""
-    with agent_store() as port:
+    with serve_agent_store() as port:
         torch.multiprocessing.spawn(run_rank, (port,), nprocs=2)

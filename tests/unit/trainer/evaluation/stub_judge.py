@@ -12,13 +12,13 @@ Reply = tuple[int, Any, dict[str, str]]
 """Status, body and headers of a response. A body that is not a text is sent as JSON."""
 
 
-def chat_reply(content: str | None, *, input_tokens: int = 100, output_tokens: int = 10, usage: bool = True) -> Reply:
+def chat_reply(content: str | None, *, input_tokens: int = 100, output_tokens: int = 10, reports_usage: bool = True) -> Reply:
     """Return a chat completion with this content."""
     body: dict[str, Any] = {
         "id": "1", "object": "chat.completion", "created": 0, "model": "judge",
         "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": content}}],
     }  # fmt: skip
-    if usage:
+    if reports_usage:
         body["usage"] = {"prompt_tokens": input_tokens, "completion_tokens": output_tokens, "total_tokens": input_tokens + output_tokens}
     return 200, body, {}
 

@@ -19,10 +19,10 @@ from finetune_trainer.evaluation.bootstrap import (
 )
 from scipy import stats
 
-Ends = tuple[float, float]
+IntervalEnds = tuple[float, float]
 
 
-def ends(comparison: MetricComparison) -> Ends:
+def ends(comparison: MetricComparison) -> IntervalEnds:
     assert comparison.low is not None and comparison.high is not None
     return comparison.low, comparison.high
 
@@ -30,65 +30,65 @@ def ends(comparison: MetricComparison) -> Ends:
 def test_equal_inputs_have_equal_results_and_another_seed_changes_the_interval() -> None:
     generator = np.random.default_rng(1)
     base, trained = generator.random(40), generator.random(40)
-    first = compare_rows(base, trained)
+    first_comparison = compare_rows(base, trained)
     bootstrap._draw_row_counts_cached.cache_clear()
-    assert compare_rows(base, trained) == first
-    assert ends(compare_rows(base, trained, seed=7)) != ends(first)
+    assert compare_rows(base, trained) == first_comparison
+    assert ends(compare_rows(base, trained, seed=7)) != ends(first_comparison)
 
 
-@pytest.mark.parametrize("rows", [10, 30, 300])
-def test_the_interval_of_normal_differences_is_close_to_the_t_interval(rows: int) -> None:
-    generator = np.random.default_rng(rows)
-    base = generator.normal(0.5, 0.2, rows)
-    trained = base + generator.normal(0.02, 0.1, rows)
-    reference = stats.ttest_rel(trained, base).confidence_interval(0.95)
+@pytest.mark.parametrize("row_count", [10, 30, 300])
+def test_the_interval_of_normal_differences_is_close_to_the_t_interval(row_count: int) -> None:
+    generator = np.random.default_rng(row_count)
+    base = generator.normal(0.5, 0.2, row_count)
+    trained = base + generator.normal(0.02, 0.1, row_count)
+    t_interval = stats.ttest_rel(trained, base).confidence_interval(0.95)
     low, high = ends(compare_rows(base, trained))
-    width = reference.high - reference.low
-    assert low <= reference.low + 1e-6 and high >= reference.high - 1e-6
-    assert high - low < 1.25 * width
+    t_interval_width = t_interval.high - t_interval.low
+    assert low <= t_interval.low + 1e-6 and high >= t_interval.high - 1e-6
+    assert high - low < 1.25 * t_interval_width
 
 
 def test_resamples_have_the_distribution_of_all_possible_resamples() -> None:
     """With 4 rows there are 4^4 equally likely resamples, so their t values can be enumerated."""
     differences = np.array([0.1, 0.4, -0.2, 0.7])
-    mean, error = differences.mean(), stats.sem(differences)
-    drawn = np.array([differences[list(indices)] for indices in itertools.product(range(4), repeat=4)])
+    mean, standard_error = differences.mean(), stats.sem(differences)
+    resamples = np.array([differences[list(indices)] for indices in itertools.product(range(4), repeat=4)])
     with np.errstate(divide="ignore"):
-        t_values = (drawn.mean(axis=1) - mean) / stats.sem(drawn, axis=1)
+        t_values = (resamples.mean(axis=1) - mean) / stats.sem(resamples, axis=1)
     low, high = ends(compare_rows(np.zeros(4), differences, confidence=0.8))
     quantiles = np.quantile(t_values, [0.1, 0.9], method="nearest")
-    student = stats.t.ppf(0.9, 3)
-    assert low == pytest.approx(mean - max(quantiles[1], student) * error, rel=1e-6)
-    assert high == pytest.approx(mean - min(quantiles[0], -student) * error, rel=1e-6)
+    student_quantile_90 = stats.t.ppf(0.9, 3)
+    assert low == pytest.approx(mean - max(quantiles[1], student_quantile_90) * standard_error, rel=1e-6)
+    assert high == pytest.approx(mean - min(quantiles[0], -student_quantile_90) * standard_error, rel=1e-6)
 
 
 @pytest.mark.parametrize("wins", range(6))
 @pytest.mark.parametrize("losses", range(6))
 def test_the_interval_of_fractions_contains_exactly_the_differences_that_the_score_test_accepts(wins: int, losses: int) -> None:
     """The reference in this test finds the maximum likelihood under each hypothesis by a search on a grid. The tested code solves an equation."""
-    rows, confidence = 12, 0.9
-    base = np.array([0.0] * wins + [1.0] * losses + [1.0] * (rows - wins - losses))
-    trained = np.array([1.0] * wins + [0.0] * losses + [1.0] * (rows - wins - losses))
+    row_count, confidence = 12, 0.9
+    base = np.array([0.0] * wins + [1.0] * losses + [1.0] * (row_count - wins - losses))
+    trained = np.array([1.0] * wins + [0.0] * losses + [1.0] * (row_count - wins - losses))
     low, high = ends(compare_rows(base, trained, confidence=confidence))
     for hypothesis in np.linspace(-0.95, 0.95, 39):
-        loss = np.linspace(max(0, -hypothesis), (1 - hypothesis) / 2, 20_001)
-        win, same = loss + hypothesis, 1 - 2 * loss - hypothesis
+        loss_shares = np.linspace(max(0, -hypothesis), (1 - hypothesis) / 2, 20_001)
+        win_shares, tie_shares = loss_shares + hypothesis, 1 - 2 * loss_shares - hypothesis
         with np.errstate(divide="ignore", invalid="ignore"):
-            likelihood = sum(
+            log_likelihoods = sum(
                 np.where(count == 0, 0, count * np.log(np.maximum(share, 0)))
-                for count, share in ((wins, win), (losses, loss), (rows - wins - losses, same))
+                for count, share in ((wins, win_shares), (losses, loss_shares), (row_count - wins - losses, tie_shares))
             )
-        best = loss[np.nanargmax(likelihood)]
-        variance = rows * (2 * best + hypothesis - hypothesis**2)
-        score = (wins - losses - rows * hypothesis) / math.sqrt(max(variance, 1e-12))
+        most_likely_loss_share = loss_shares[np.nanargmax(log_likelihoods)]
+        variance = row_count * (2 * most_likely_loss_share + hypothesis - hypothesis**2)
+        score = (wins - losses - row_count * hypothesis) / math.sqrt(max(variance, 1e-12))
         if abs(abs(score) - stats.norm.ppf(0.95)) > 0.01:
             assert (low < hypothesis < high) == (abs(score) < stats.norm.ppf(0.95)), hypothesis
 
 
 def test_fractions_without_a_difference_have_an_interval_of_more_than_one_value() -> None:
     comparison = compare_rows([1.0] * 30, [1.0] * 30, confidence=0.9)
-    critical = stats.norm.ppf(0.95) ** 2
-    assert ends(comparison) == pytest.approx((-critical / (30 + critical), critical / (30 + critical)))
+    squared_critical_value = stats.norm.ppf(0.95) ** 2
+    assert ends(comparison) == pytest.approx((-squared_critical_value / (30 + squared_critical_value), squared_critical_value / (30 + squared_critical_value)))
 
 
 def test_rows_with_equal_differences_have_the_exact_interval_for_zero_of_n_events() -> None:
@@ -113,10 +113,10 @@ def test_a_comparison_without_an_interval_has_a_reason(base: list[float], traine
     assert comparison.reason is not None and reason in comparison.reason
 
 
-@pytest.mark.parametrize(("rows", "changed"), [(30, 1), (30, 2), (1000, 1)])
-def test_few_different_rows_have_an_interval_from_the_exact_limit_of_their_fraction(rows: int, changed: int) -> None:
-    low, high = ends(compare_rows([0.5] * rows, [0.5] * (rows - changed) + [0.2] * changed, confidence=0.9))
-    assert low == pytest.approx(-0.5 * stats.beta.ppf(0.95, changed + 1, rows - changed))
+@pytest.mark.parametrize(("row_count", "changed_count"), [(30, 1), (30, 2), (1000, 1)])
+def test_few_different_rows_have_an_interval_from_the_exact_limit_of_their_fraction(row_count: int, changed_count: int) -> None:
+    low, high = ends(compare_rows([0.5] * row_count, [0.5] * (row_count - changed_count) + [0.2] * changed_count, confidence=0.9))
+    assert low == pytest.approx(-0.5 * stats.beta.ppf(0.95, changed_count + 1, row_count - changed_count))
     assert 0 <= high < 0.01
 
 
@@ -170,49 +170,49 @@ def losses(rows: int, seed: int = 3) -> tuple[np.ndarray, np.ndarray]:
 def test_the_loss_is_weighted_with_tokens_and_has_the_error_of_a_ratio_estimator() -> None:
     base, trained = losses(200)
     comparison = compare_sums(base, trained, ratio_of_sums)
-    tokens, change = base[:, 1], trained[:, 0] - base[:, 0]
-    ratio = change.sum() / tokens.sum()
-    error = math.sqrt(np.sum((change - ratio * tokens) ** 2) * 200 / 199) / tokens.sum()  # Cochran 1977, section 6.3
+    tokens, loss_changes = base[:, 1], trained[:, 0] - base[:, 0]
+    ratio = loss_changes.sum() / tokens.sum()
+    standard_error = math.sqrt(np.sum((loss_changes - ratio * tokens) ** 2) * 200 / 199) / tokens.sum()  # Cochran 1977, section 6.3
     assert comparison.base == pytest.approx(base[:, 0].sum() / tokens.sum())
     assert comparison.difference == pytest.approx(ratio)
-    assert ends(comparison) == pytest.approx((ratio - 1.97 * error, ratio + 1.97 * error), abs=0.15 * error)
+    assert ends(comparison) == pytest.approx((ratio - 1.97 * standard_error, ratio + 1.97 * standard_error), abs=0.15 * standard_error)
 
 
 def test_rows_with_one_token_each_have_the_interval_of_a_mean() -> None:
     generator = np.random.default_rng(5)
     base, trained, ones = generator.random(50), generator.random(50), np.ones(50)
-    as_sums = compare_sums(np.column_stack([base, ones]), np.column_stack([trained, ones]), ratio_of_sums)
-    assert ends(as_sums) == pytest.approx(ends(compare_rows(base, trained)))
+    comparison_of_sums = compare_sums(np.column_stack([base, ones]), np.column_stack([trained, ones]), ratio_of_sums)
+    assert ends(comparison_of_sums) == pytest.approx(ends(compare_rows(base, trained)))
 
 
 def test_the_interval_of_the_perplexity_is_close_to_the_transformed_interval_of_the_loss() -> None:
     base, trained = losses(300)
-    loss, perplexity = compare_sums(base, trained, ratio_of_sums), compare_sums(base, trained, perplexity_of_sums)
-    assert loss.base is not None and loss.trained is not None and perplexity.difference is not None
-    assert perplexity.difference == pytest.approx(math.exp(loss.trained) - math.exp(loss.base))
-    slope = math.exp((loss.base + loss.trained) / 2)
-    assert ends(perplexity) == pytest.approx([slope * end for end in ends(loss)], rel=0.2)
+    loss_comparison, perplexity_comparison = compare_sums(base, trained, ratio_of_sums), compare_sums(base, trained, perplexity_of_sums)
+    assert loss_comparison.base is not None and loss_comparison.trained is not None and perplexity_comparison.difference is not None
+    assert perplexity_comparison.difference == pytest.approx(math.exp(loss_comparison.trained) - math.exp(loss_comparison.base))
+    slope = math.exp((loss_comparison.base + loss_comparison.trained) / 2)
+    assert ends(perplexity_comparison) == pytest.approx([slope * end for end in ends(loss_comparison)], rel=0.2)
 
 
 def test_almost_equal_models_keep_the_precision_of_their_difference() -> None:
     generator = np.random.default_rng(2)
     tokens, base = np.full(100, 50.0), generator.normal(100.0, 10.0, 100)
-    change = generator.normal(1e-6, 1e-6, 100)
-    comparison = compare_sums(np.column_stack([base, tokens]), np.column_stack([base + change, tokens]), ratio_of_sums)
-    reference = stats.ttest_1samp(change, 0).confidence_interval(0.95)
-    assert ends(comparison) == pytest.approx((reference.low / 50, reference.high / 50), rel=0.1)
+    changes = generator.normal(1e-6, 1e-6, 100)
+    comparison = compare_sums(np.column_stack([base, tokens]), np.column_stack([base + changes, tokens]), ratio_of_sums)
+    t_interval = stats.ttest_1samp(changes, 0).confidence_interval(0.95)
+    assert ends(comparison) == pytest.approx((t_interval.low / 50, t_interval.high / 50), rel=0.1)
 
 
 def test_a_metric_that_is_not_finite_has_a_reason() -> None:
-    huge = np.column_stack([np.full(5, 1e5), np.ones(5)])
-    assert compare_sums(huge, huge, perplexity_of_sums).reason == "the metric of the rows is not a finite number"
+    huge_sums = np.column_stack([np.full(5, 1e5), np.ones(5)])
+    assert compare_sums(huge_sums, huge_sums, perplexity_of_sums).reason == "the metric of the rows is not a finite number"
 
 
 def test_bleu_of_one_text_is_the_textbook_value() -> None:
     """Candidate `the cat sat on the mat`, reference `the cat is on the mat`: 5/6, 3/5, 1/4 and 0/3 matching n-grams."""
     sums = np.array([6.0, 6, 5, 3, 1, 0, 6, 5, 4, 3])
-    expected = 100 * (5 / 6 * 3 / 5 * 1 / 4 * (1 / 2) / 3) ** 0.25
-    assert float(bleu_of_sums(sums)) == pytest.approx(expected)
+    expected_bleu = 100 * (5 / 6 * 3 / 5 * 1 / 4 * (1 / 2) / 3) ** 0.25
+    assert float(bleu_of_sums(sums)) == pytest.approx(expected_bleu)
     assert float(bleu_of_sums(np.array([6.0, 8, 6, 5, 4, 3, 6, 5, 4, 3]))) == pytest.approx(100 * math.exp(1 - 8 / 6))
     assert float(bleu_of_sums(np.zeros(10))) == 0.0
 
@@ -220,9 +220,9 @@ def test_bleu_of_one_text_is_the_textbook_value() -> None:
 def test_bleu_of_sums_equals_sacrebleu() -> None:
     metrics = pytest.importorskip("sacrebleu.metrics")
     generator = np.random.default_rng(11)
-    for longest in (1, 3, 5, 20) * 10:
-        texts = [[" ".join(generator.choice(list("abcdefgh"), generator.integers(1, longest + 1))) for _ in range(3)] for _ in range(2)]
-        score = metrics.BLEU().corpus_score(texts[0], [texts[1]])
+    for longest_text in (1, 3, 5, 20) * 10:
+        text_lists = [[" ".join(generator.choice(list("abcdefgh"), generator.integers(1, longest_text + 1))) for _ in range(3)] for _ in range(2)]
+        score = metrics.BLEU().corpus_score(text_lists[0], [text_lists[1]])
         sums = np.array([score.sys_len, score.ref_len, *score.counts, *score.totals], dtype=float)
         assert float(bleu_of_sums(sums)) == pytest.approx(score.score)
 
@@ -230,15 +230,15 @@ def test_bleu_of_sums_equals_sacrebleu() -> None:
 def test_the_interval_of_bleu_contains_the_difference_and_shrinks_with_more_rows() -> None:
     generator = np.random.default_rng(4)
 
-    def statistics(rows: int, precision: float) -> np.ndarray:
-        length = generator.integers(10, 30, rows)
-        totals = np.column_stack([length - n for n in range(4)])
-        matches = np.column_stack([generator.binomial(totals[:, n], precision ** (n + 1)) for n in range(4)])
-        return np.column_stack([length, length + generator.integers(-2, 3, rows), matches, totals]).astype(float)
+    def draw_sums(row_count: int, precision: float) -> np.ndarray:
+        lengths = generator.integers(10, 30, row_count)
+        totals = np.column_stack([lengths - order for order in range(4)])
+        matches = np.column_stack([generator.binomial(totals[:, order], precision ** (order + 1)) for order in range(4)])
+        return np.column_stack([lengths, lengths + generator.integers(-2, 3, row_count), matches, totals]).astype(float)
 
     widths = []
-    for rows in (50, 800):
-        comparison = compare_sums(statistics(rows, 0.5), statistics(rows, 0.6), bleu_of_sums)
+    for row_count in (50, 800):
+        comparison = compare_sums(draw_sums(row_count, 0.5), draw_sums(row_count, 0.6), bleu_of_sums)
         low, high = ends(comparison)
         assert comparison.difference is not None and 0 < low < comparison.difference < high
         widths.append(high - low)

@@ -34,7 +34,7 @@ sys.path[:0] = [str(Path(__file__).parent)]
 
 from stub_judge import Reply, StubJudge, chat_reply, embedding_reply, error_reply  # noqa: E402 - the path comes first
 
-KEY = "sk-very-secret-key-0123456789"
+API_KEY = "sk-very-secret-key-0123456789"
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def connect(endpoint: StubJudge) -> Iterator[Callable[..., Judge]]:
     judges = []
 
     def connect(**options: Any) -> Judge:
-        settings: dict[str, Any] = {"model": "judge-1", "api_key": KEY, "embedding_model": "embed-1", "parallel_requests": 1}
+        settings: dict[str, Any] = {"model": "judge-1", "api_key": API_KEY, "embedding_model": "embed-1", "parallel_requests": 1}
         judges.append(Judge(JudgeSettings(base_url=endpoint.url, **{**settings, **options})))
         return judges[-1]
 
@@ -67,26 +67,26 @@ def read_texts(body: dict[str, Any]) -> dict[str, str]:
     return json.loads(body["messages"][1]["content"])
 
 
-def claims_reply(supported: int, unsupported: int, found: int, missed: int) -> Reply:
+def claims_reply(supported_count: int, unsupported_count: int, found_count: int, missed_count: int) -> Reply:
     """Return a reply of the judge with these numbers of claims.
 
-    `supported` and `unsupported` count the claims of the answer. `found` and `missed` count the claims of the correct answer.
+    `supported_count` and `unsupported_count` count the claims of the answer. `found_count` and `missed_count` count the claims of the correct answer.
     """
-    answer = [{"claim": "c", "supported": True}] * supported + [{"claim": "c", "supported": False}] * unsupported
-    reference = [{"claim": "c", "supported": True}] * found + [{"claim": "c", "supported": False}] * missed
-    return chat_reply(json.dumps({"answer_claims": answer, "reference_claims": reference}))
+    answer_claims = [{"claim": "c", "supported": True}] * supported_count + [{"claim": "c", "supported": False}] * unsupported_count
+    reference_claims = [{"claim": "c", "supported": True}] * found_count + [{"claim": "c", "supported": False}] * missed_count
+    return chat_reply(json.dumps({"answer_claims": answer_claims, "reference_claims": reference_claims}))
 
 
 def test_factual_correctness_is_the_f1_of_the_claims(endpoint: StubJudge, connect: Callable[..., Judge]) -> None:
-    counts = {"some": (3, 1, 2, 2), "none": (0, 2, 0, 1), "all": (2, 0, 2, 0)}
-    endpoint.answer = lambda path, body: claims_reply(*counts[read_texts(body)["answer"]])
-    found = factual_correctness(connect(), [prediction("some"), prediction("none"), prediction("all"), prediction("x", None)])
+    claim_counts = {"some": (3, 1, 2, 2), "none": (0, 2, 0, 1), "all": (2, 0, 2, 0)}
+    endpoint.answer = lambda path, body: claims_reply(*claim_counts[read_texts(body)["answer"]])
+    metric = factual_correctness(connect(), [prediction("some"), prediction("none"), prediction("all"), prediction("x", None)])
     f1 = 2 * 3 / (2 * 3 + 1 + 2)
-    assert found.rows == [pytest.approx(f1), 0.0, 1.0, None]
-    assert found.value == pytest.approx((f1 + 0 + 1) / 3)
-    assert found.reason == "1 of 4 rows are not scored (first: the row has no ground_truth)"
+    assert metric.rows == [pytest.approx(f1), 0.0, 1.0, None]
+    assert metric.value == pytest.approx((f1 + 0 + 1) / 3)
+    assert metric.reason == "1 of 4 rows are not scored (first: the row has no ground_truth)"
     path, body, authorization = endpoint.requests[0]
-    assert (path, body["model"], body["temperature"], authorization) == ("/v1/chat/completions", "judge-1", 0, f"Bearer {KEY}")
+    assert (path, body["model"], body["temperature"], authorization) == ("/v1/chat/completions", "judge-1", 0, f"Bearer {API_KEY}")
     assert read_texts(body) == {"answer": "some", "reference": "Paris"} and "JSON" in body["messages"][0]["content"]
 
 
@@ -99,8 +99,8 @@ def test_answer_accuracy_asks_twice_with_exchanged_roles(endpoint: StubJudge, co
         return chat_reply(json.dumps({"rating": ratings[texts["candidate"], texts["standard"]]}))
 
     endpoint.answer = answer
-    found = answer_accuracy(connect(), [prediction("part"), prediction("wrong")])
-    assert found.rows == [(2 + 4) / 2 / 4, 0.0] and found.value == 0.375
+    metric = answer_accuracy(connect(), [prediction("part"), prediction("wrong")])
+    assert metric.rows == [(2 + 4) / 2 / 4, 0.0] and metric.value == 0.375
     assert len(endpoint.requests) == 4
 
 
@@ -117,16 +117,16 @@ def answer_questions(path: str, body: dict[str, Any]) -> Reply:
 
 def test_answer_relevancy_is_the_mean_cosine_of_generated_questions(endpoint: StubJudge, connect: Callable[..., Judge]) -> None:
     endpoint.answer = answer_questions
-    found = answer_relevancy(connect(), [prediction("Paris", None), prediction("I am not sure", None), prediction(" ", None)])
-    assert found.rows == [pytest.approx((1 + 0 + math.sqrt(0.5)) / 3), 0.0, 0.0]
-    assert found.value == pytest.approx((1 + math.sqrt(0.5)) / 9) and found.reason is None
+    metric = answer_relevancy(connect(), [prediction("Paris", None), prediction("I am not sure", None), prediction(" ", None)])
+    assert metric.rows == [pytest.approx((1 + 0 + math.sqrt(0.5)) / 3), 0.0, 0.0]
+    assert metric.value == pytest.approx((1 + math.sqrt(0.5)) / 9) and metric.reason is None
     assert [path for path, _, _ in endpoint.requests] == ["/v1/chat/completions", "/v1/embeddings", "/v1/chat/completions"]
 
 
 def test_answer_relevancy_needs_an_embedding_model(endpoint: StubJudge, connect: Callable[..., Judge]) -> None:
     judge = connect(embedding_model=None)
-    found = answer_relevancy(judge, [prediction("Paris")])
-    assert found.value is None and "set evaluation.judge.embedding" in str(found.reason) and not endpoint.requests
+    metric = answer_relevancy(judge, [prediction("Paris")])
+    assert metric.value is None and "set evaluation.judge.embedding" in str(metric.reason) and not endpoint.requests
     with pytest.raises(ConfigError, match=r"set evaluation\.judge\.embedding"):
         judge.embed(["text"])
 
@@ -134,27 +134,27 @@ def test_answer_relevancy_needs_an_embedding_model(endpoint: StubJudge, connect:
 def test_embeddings_of_the_endpoint_serve_semantic_similarity(endpoint: StubJudge, connect: Callable[..., Judge]) -> None:
     """The endpoint may return the embeddings in any order, and many texts need several requests."""
     endpoint.answer = lambda path, body: embedding_reply([[1.0, float(text)] for text in body["input"]])
-    rows = [prediction(str(number), str(number)) for number in range(40)]
-    found = semantic_similarity(rows, connect().embed, field="x")
-    assert found.rows == pytest.approx([1.0] * 40)
+    predictions = [prediction(str(number), str(number)) for number in range(40)]
+    metric = semantic_similarity(predictions, connect().embed, field="x")
+    assert metric.rows == pytest.approx([1.0] * 40)
     assert [len(body["input"]) for _, body, _ in endpoint.requests] == [64, 16]
 
 
 def test_similarity_has_no_value_if_the_endpoint_fails(endpoint: StubJudge, connect: Callable[..., Judge]) -> None:
     endpoint.answer = lambda path, body: error_reply(500, "broken")
-    found = semantic_similarity([prediction("x")], connect(max_retries=0).embed, field="x")
-    assert found.value is None and found.reason == "the judge's endpoint failed after 1 attempt(s): status 500"
+    metric = semantic_similarity([prediction("x")], connect(max_retries=0).embed, field="x")
+    assert metric.value is None and metric.reason == "the judge's endpoint failed after 1 attempt(s): status 500"
 
 
 def test_answer_correctness_weighs_facts_and_similarity() -> None:
-    facts = MetricValue(0.5, None, [1.0, 0.0, None, None, 0.5], {2: "not JSON", 3: "the row has no ground_truth"})
-    similarity = MetricValue(0.5, None, [0.6, 0.2, 0.9, None, 0.4], {3: "the row has no ground_truth"})
-    found = answer_correctness(facts, similarity)
-    assert found.rows == [pytest.approx(0.75 + 0.25 * 0.6), pytest.approx(0.05), None, None, pytest.approx(0.75 * 0.5 + 0.1)]
-    assert found.value == pytest.approx((0.9 + 0.05 + 0.475) / 3)
-    assert "1 of 4 rows could not be judged (first: not JSON)" in str(found.reason)
-    missing = answer_correctness(facts, MetricValue.missing("set a field"))
-    assert missing.value is None and missing.reason == "answer correctness needs the semantic similarity: set a field"
+    factual_metric = MetricValue(0.5, None, [1.0, 0.0, None, None, 0.5], {2: "not JSON", 3: "the row has no ground_truth"})
+    similarity_metric = MetricValue(0.5, None, [0.6, 0.2, 0.9, None, 0.4], {3: "the row has no ground_truth"})
+    metric = answer_correctness(factual_metric, similarity_metric)
+    assert metric.rows == [pytest.approx(0.75 + 0.25 * 0.6), pytest.approx(0.05), None, None, pytest.approx(0.75 * 0.5 + 0.1)]
+    assert metric.value == pytest.approx((0.9 + 0.05 + 0.475) / 3)
+    assert "1 of 4 rows could not be judged (first: not JSON)" in str(metric.reason)
+    metric_without_similarity = answer_correctness(factual_metric, MetricValue.missing("set a field"))
+    assert metric_without_similarity.value is None and metric_without_similarity.reason == "answer correctness needs the semantic similarity: set a field"
 
 
 def test_cost_is_tokens_per_million_times_price(endpoint: StubJudge, connect: Callable[..., Judge]) -> None:
@@ -174,7 +174,7 @@ def test_prices_are_per_million_tokens(endpoint: StubJudge, connect: Callable[..
 
 
 def test_an_unknown_cost_has_a_reason(endpoint: StubJudge, connect: Callable[..., Judge]) -> None:
-    endpoint.answer = lambda path, body: chat_reply('{"rating": 4}', usage=False)
+    endpoint.answer = lambda path, body: chat_reply('{"rating": 4}', reports_usage=False)
     assert "set evaluation.judge.outputPrice" in str(connect(input_price=1.0).cost.reason)
     judge = connect(input_price=1.0, output_price=1.0)
     assert judge.cost.value == 0.0
@@ -208,14 +208,14 @@ def test_an_answer_without_the_requested_json_leaves_the_row_unjudged(text: str 
         parse_verdict('{"answer_claims": [{"claim": "c", "supported": "yes"}], "reference_claims": []}', Claims)
 
 
-@pytest.mark.parametrize(("garbage", "value"), [(1, 1.0), (2, 1.0), (3, None), (4, None)])
-def test_a_metric_needs_a_score_for_half_of_the_rows(endpoint: StubJudge, connect: Callable[..., Judge], garbage: int, value: float | None) -> None:
+@pytest.mark.parametrize(("bad_count", "expected_value"), [(1, 1.0), (2, 1.0), (3, None), (4, None)])
+def test_a_metric_needs_a_score_for_half_of_the_rows(endpoint: StubJudge, connect: Callable[..., Judge], bad_count: int, expected_value: float | None) -> None:
     endpoint.answer = lambda path, body: chat_reply("As an AI ...") if read_texts(body)["answer"] == "bad" else claims_reply(1, 0, 1, 0)
-    rows = [prediction("bad")] * garbage + [prediction("good")] * (4 - garbage) + [prediction("bad", None)]
-    found = factual_correctness(connect(), rows)
-    assert found.value == value
-    assert f"{garbage} of 4 rows could not be judged (first: the judge's answer is not the requested JSON)" in str(found.reason)
-    assert found.rows == [None] * garbage + [1.0] * (4 - garbage) + [None]
+    predictions = [prediction("bad")] * bad_count + [prediction("good")] * (4 - bad_count) + [prediction("bad", None)]
+    metric = factual_correctness(connect(), predictions)
+    assert metric.value == expected_value
+    assert f"{bad_count} of 4 rows could not be judged (first: the judge's answer is not the requested JSON)" in str(metric.reason)
+    assert metric.rows == [None] * bad_count + [1.0] * (4 - bad_count) + [None]
     assert len(endpoint.requests) == 4
 
 
@@ -234,26 +234,26 @@ def test_a_busy_endpoint_is_asked_again(endpoint: StubJudge, connect: Callable[.
 
 
 def test_an_unavailable_endpoint_gets_a_bounded_number_of_requests(endpoint: StubJudge, connect: Callable[..., Judge]) -> None:
-    endpoint.answer = lambda path, body: error_reply(503, f"overloaded {KEY}")
-    found = factual_correctness(connect(max_retries=2), [prediction(str(number)) for number in range(10)])
-    assert found.value is None and len(endpoint.requests) == 3 * 3
-    assert found.reason == "10 of 10 rows could not be judged (first: the judge's endpoint failed after 3 attempt(s): status 503)"
-    assert found.row_reasons[9] == "the judge's endpoint is unavailable"
+    endpoint.answer = lambda path, body: error_reply(503, f"overloaded {API_KEY}")
+    metric = factual_correctness(connect(max_retries=2), [prediction(str(number)) for number in range(10)])
+    assert metric.value is None and len(endpoint.requests) == 3 * 3
+    assert metric.reason == "10 of 10 rows could not be judged (first: the judge's endpoint failed after 3 attempt(s): status 503)"
+    assert metric.row_reasons[9] == "the judge's endpoint is unavailable"
 
 
 def test_a_timeout_leaves_the_row_unjudged(endpoint: StubJudge, connect: Callable[..., Judge]) -> None:
     import threading
 
-    released = threading.Event()
+    may_answer = threading.Event()
 
     def answer(path: str, body: dict[str, Any]) -> Reply:
-        released.wait(20)
+        may_answer.wait(20)
         return chat_reply('{"rating": 4}')
 
     endpoint.answer = answer
     with pytest.raises(UnjudgedError, match=r"failed after 1 attempt\(s\): timeout"):
         connect(timeout_seconds=0.05, max_retries=0).ask("", {}, Rating)
-    released.set()
+    may_answer.set()
 
 
 def test_a_closed_port_leaves_the_row_unjudged() -> None:
@@ -269,23 +269,23 @@ def test_a_closed_port_leaves_the_row_unjudged() -> None:
     ("status", "error_type", "code"),
     [(401, CredentialsError, "JudgeCredentialsRefused"), (403, CredentialsError, "JudgeCredentialsRefused"), (404, NotFoundError, "JudgeNotFound")],
 )  # fmt: skip
-@pytest.mark.parametrize("parallel", [1, 4])
+@pytest.mark.parametrize("parallel_requests", [1, 4])
 def test_a_permanent_error_ends_the_evaluation_after_one_request(
-    endpoint: StubJudge, connect: Callable[..., Judge], caplog: pytest.LogCaptureFixture, status: int, error_type: type[Any], code: str, parallel: int
+    endpoint: StubJudge, connect: Callable[..., Judge], caplog: pytest.LogCaptureFixture, status: int, error_type: type[Any], code: str, parallel_requests: int
 ) -> None:
     """The endpoint's error text contains the API key. Neither the raised error nor the log may contain this key."""
     caplog.set_level(logging.DEBUG)
-    endpoint.answer = lambda path, body: error_reply(status, f"Incorrect API key provided: {KEY}")
+    endpoint.answer = lambda path, body: error_reply(status, f"Incorrect API key provided: {API_KEY}")
     with pytest.raises(error_type) as caught:
-        factual_correctness(connect(parallel_requests=parallel), [prediction(str(number)) for number in range(50)])
+        factual_correctness(connect(parallel_requests=parallel_requests), [prediction(str(number)) for number in range(50)])
     assert caught.value.code == code and "127.0.0.1" in caught.value.message
-    assert 1 <= len(endpoint.requests) <= parallel
+    assert 1 <= len(endpoint.requests) <= parallel_requests
     assert "very-secret" not in f"{caught.value}{caught.value.hint}{caught.value.__cause__}{caplog.text}{connect().settings}"
     assert caught.value.__suppress_context__
 
 
 def test_a_refused_row_is_not_asked_again(endpoint: StubJudge, connect: Callable[..., Judge]) -> None:
-    endpoint.answer = lambda path, body: error_reply(400, f"{KEY} is too long", code="context_length_exceeded")
+    endpoint.answer = lambda path, body: error_reply(400, f"{API_KEY} is too long", code="context_length_exceeded")
     with pytest.raises(UnjudgedError) as caught:
         connect().ask("", {}, Rating)
     assert str(caught.value) == "the judge's endpoint refused the request: status 400, context_length_exceeded"
@@ -326,8 +326,8 @@ def test_a_wrong_number_of_embeddings_is_refused(endpoint: StubJudge, connect: C
 def test_rows_are_in_order_with_parallel_requests(endpoint: StubJudge, connect: Callable[..., Judge]) -> None:
     endpoint.answer = lambda path, body: claims_reply(1, int(read_texts(body)["answer"]), 1, 0)
     judge = connect(parallel_requests=4, input_price=1.0, output_price=0.0)
-    found = factual_correctness(judge, [prediction(str(number)) for number in range(20)])
-    assert found.rows == pytest.approx([2 / (2 + number) for number in range(20)])
+    metric = factual_correctness(judge, [prediction(str(number)) for number in range(20)])
+    assert metric.rows == pytest.approx([2 / (2 + number) for number in range(20)])
     assert judge.usage.requests == 20 and judge.cost.value == pytest.approx(0.002)
 
 
@@ -345,13 +345,13 @@ def test_prompts_treat_texts_as_data() -> None:
 
 @pytest.mark.parametrize("status", [301, 302, 307, 308])
 def test_a_redirect_is_not_followed_with_the_key(endpoint: StubJudge, connect: Callable[..., Judge], status: int) -> None:
-    target = StubJudge()
+    redirect_target = StubJudge()
     try:
-        target.answer = lambda path, body: chat_reply('{"rating": 1}')
-        endpoint.answer = lambda path, body: (status, {}, {"Location": f"{target.url}/chat/completions"})
-        with pytest.raises(ConfigError) as error:
+        redirect_target.answer = lambda path, body: chat_reply('{"rating": 1}')
+        endpoint.answer = lambda path, body: (status, {}, {"Location": f"{redirect_target.url}/chat/completions"})
+        with pytest.raises(ConfigError) as caught:
             connect().ask("Rate.", {}, Rating)
-        assert (error.value.code, target.requests) == ("JudgeRedirected", [])
-        assert KEY not in str(error.value)
+        assert (caught.value.code, redirect_target.requests) == ("JudgeRedirected", [])
+        assert API_KEY not in str(caught.value)
     finally:
-        target.stop()
+        redirect_target.stop()

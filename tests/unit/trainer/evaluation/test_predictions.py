@@ -40,12 +40,12 @@ def test_a_failure_while_writing_keeps_the_earlier_file(tmp_path: Path) -> None:
     path = tmp_path / "predictions.jsonl"
     write_predictions(path, ROWS[:1])
 
-    def rows_until_a_failure():
+    def yield_rows_until_a_failure():
         yield ROWS[1]
         raise RuntimeError("the model failed")
 
     with pytest.raises(RuntimeError):
-        write_predictions(path, rows_until_a_failure())
+        write_predictions(path, yield_rows_until_a_failure())
     assert read_predictions(path) == ROWS[:1]
 
 

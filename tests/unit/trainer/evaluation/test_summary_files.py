@@ -66,10 +66,10 @@ def test_no_cell_of_the_workbook_is_a_formula(tmp_path: Path) -> None:
 
 def test_long_texts_are_cut_to_the_length_that_excel_accepts() -> None:
     assert to_cell_text("x" * 32_767) == "x" * 32_767
-    cut = to_cell_text("x" * 32_768)
-    assert len(cut) == 32_767 and cut.endswith("x … [cut: the text has 32768 characters]")
-    wide = to_cell_text("🙂" * 20_000)  # each of these characters counts as two in Excel
-    assert len(wide.encode("utf-16-le")) // 2 in (32_766, 32_767) and wide.endswith("🙂 … [cut: the text has 20000 characters]")
+    cut_text = to_cell_text("x" * 32_768)
+    assert len(cut_text) == 32_767 and cut_text.endswith("x … [cut: the text has 32768 characters]")
+    wide_text = to_cell_text("🙂" * 20_000)  # each of these characters counts as two in Excel
+    assert len(wide_text.encode("utf-16-le")) // 2 in (32_766, 32_767) and wide_text.endswith("🙂 … [cut: the text has 20000 characters]")
 
 
 def test_characters_that_a_workbook_cannot_contain_are_replaced(tmp_path: Path) -> None:

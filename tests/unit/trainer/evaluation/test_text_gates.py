@@ -20,7 +20,7 @@ from finetune_trainer.evaluation.predictions import Prediction
 from finetune_trainer.evaluation.text_metrics import bleu, bleu_sums, rouge
 from finetune_trainer.evaluation.values import MetricValue, mean_of_rows
 
-COMPARISONS, POPULATION = 200, 1500
+COMPARISON_COUNT, POPULATION_ROW_COUNT = 200, 1500
 WORDS = [f"w{first}{end}" for first in "bcdfghjklmnpqrstvwxz" for end in ("a", "en", "ing", "ed", "ion", "er", "ly", "est")]
 FREQUENCIES = 1 / np.arange(1, len(WORDS) + 1) / (1 / np.arange(1, len(WORDS) + 1)).sum()
 """Zipf's frequencies."""
@@ -39,26 +39,26 @@ class Answers:
     def of(predictions: list[Prediction]) -> Answers:
         return Answers(predictions, np.array(bleu_sums(predictions)), np.array(rouge(predictions)["rougeL"].rows))
 
-    def measurements(self, rows: FloatArray) -> Measurements:
-        """Return the measurements of these rows, as the stage would store them. `rows`: row indices, which may occur several times."""
-        sums = self.bleu_sums[rows]
-        values = {"bleu": MetricValue(float(bleu_of_sums(sums.sum(axis=0)))), "rougeL": mean_of_rows(self.rouge_scores[rows].tolist(), {})}
-        return Measurements(row_count=len(rows), bleu_sums=sums.tolist()).with_values(values)
+    def measurements(self, row_indices: FloatArray) -> Measurements:
+        """Return the measurements of these rows, as the stage would store them. `row_indices`: row indices, which may occur several times."""
+        sums = self.bleu_sums[row_indices]
+        values = {"bleu": MetricValue(float(bleu_of_sums(sums.sum(axis=0)))), "rougeL": mean_of_rows(self.rouge_scores[row_indices].tolist(), {})}
+        return Measurements(row_count=len(row_indices), bleu_sums=sums.tolist()).with_values(values)
 
     @property
     def true_values(self) -> dict[str, float]:
         return {"bleu": float(bleu_of_sums(self.bleu_sums.sum(axis=0))), "rouge": float(self.rouge_scores.mean())}
 
 
-def draw_answers(generator: np.random.Generator, correct: list[FloatArray], difficulty: FloatArray, skill: float) -> Answers:
+def draw_answers(generator: np.random.Generator, correct_answers: list[FloatArray], difficulty: FloatArray, skill: float) -> Answers:
     """Draw the answers of a model. A model with more `skill` knows more words. Some answers are cut."""
     predictions = []
-    for wanted, difficult in zip(correct, difficulty, strict=True):
-        is_known = generator.random(len(wanted)) < skill - difficult
-        answer = np.where(is_known, wanted, generator.choice(len(WORDS), len(wanted), p=FREQUENCIES))
+    for correct_answer, row_difficulty in zip(correct_answers, difficulty, strict=True):
+        is_known = generator.random(len(correct_answer)) < skill - row_difficulty
+        answer = np.where(is_known, correct_answer, generator.choice(len(WORDS), len(correct_answer), p=FREQUENCIES))
         if generator.random() < SHARE_OF_CUT_ANSWERS:
             answer = answer[: max(1, int(len(answer) * generator.random()))]
-        texts = (" ".join(WORDS[number] for number in words) for words in (answer, wanted))
+        texts = (" ".join(WORDS[number] for number in words) for words in (answer, correct_answer))
         predictions.append(Prediction(None, "question", *texts))
     return Answers.of(predictions)
 
@@ -67,44 +67,44 @@ def draw_answers(generator: np.random.Generator, correct: list[FloatArray], diff
 def models() -> dict[str, Answers]:
     """The answers of a base model, of a worse model, and of a model with the base model's skill."""
     generator = np.random.default_rng(11)
-    lengths = np.ceil(generator.lognormal(2.7, 0.5, POPULATION)).astype(int)
-    correct = [generator.choice(len(WORDS), length, p=FREQUENCIES) for length in lengths]
-    difficulty = generator.normal(0, 0.15, POPULATION)
-    return {name: draw_answers(generator, correct, difficulty, skill) for name, skill in (("base", 0.8), ("worse", 0.7), ("equal", 0.8))}
+    lengths = np.ceil(generator.lognormal(2.7, 0.5, POPULATION_ROW_COUNT)).astype(int)
+    correct_answers = [generator.choice(len(WORDS), length, p=FREQUENCIES) for length in lengths]
+    difficulty = generator.normal(0, 0.15, POPULATION_ROW_COUNT)
+    return {name: draw_answers(generator, correct_answers, difficulty, skill) for name, skill in (("base", 0.8), ("worse", 0.7), ("equal", 0.8))}
 
 
-def count_promoted(base: Answers, trained: Answers, margins: dict[str, float], count: int) -> dict[str, int]:
-    """For each metric, return how many of `COMPARISONS` models pass the gate."""
+def count_promoted(base: Answers, trained: Answers, margins: dict[str, float], row_count: int) -> dict[str, int]:
+    """For each metric, return how many of `COMPARISON_COUNT` models pass the gate."""
     gates = [Gate.model_validate({"metric": metric, "notWorseThanBase": {"margin": margin}}) for metric, margin in margins.items()]
-    generator, promoted = np.random.default_rng(20_260_301 + count), Counter[str]()
-    for _ in range(COMPARISONS):
-        rows = generator.integers(0, POPULATION, count)
-        measured, measured_base = trained.measurements(rows), base.measurements(rows)
-        results = evaluate_gates(gates, measured.gate_values, measured_base.gate_values, paired_sums(measured_base, measured))
-        promoted.update(result.metric for result in results if result.passed)
-    return {metric: promoted[metric] for metric in margins}
+    generator, promoted_counts = np.random.default_rng(20_260_301 + row_count), Counter[str]()
+    for _ in range(COMPARISON_COUNT):
+        row_indices = generator.integers(0, POPULATION_ROW_COUNT, row_count)
+        trained_measurements, base_measurements = trained.measurements(row_indices), base.measurements(row_indices)
+        results = evaluate_gates(gates, trained_measurements.gate_values, base_measurements.gate_values, paired_sums(base_measurements, trained_measurements))
+        promoted_counts.update(result.metric for result in results if result.passed)
+    return {metric: promoted_counts[metric] for metric in margins}
 
 
 def test_the_measurements_of_drawn_rows_are_those_of_their_texts(models: dict[str, Answers]) -> None:
-    rows = np.random.default_rng(3).integers(0, POPULATION, 40)
-    predictions = [models["worse"].predictions[row] for row in rows]
-    found = models["worse"].measurements(rows)
-    assert found.values["bleu"].value == pytest.approx(bleu(predictions).value, rel=1e-9)
-    assert found.values["rougeL"] == rouge(predictions)["rougeL"]
-    assert found.bleu_sums == bleu_sums(predictions)
+    row_indices = np.random.default_rng(3).integers(0, POPULATION_ROW_COUNT, 40)
+    predictions = [models["worse"].predictions[row_index] for row_index in row_indices]
+    measurements = models["worse"].measurements(row_indices)
+    assert measurements.values["bleu"].value == pytest.approx(bleu(predictions).value, rel=1e-9)
+    assert measurements.values["rougeL"] == rouge(predictions)["rougeL"]
+    assert measurements.bleu_sums == bleu_sums(predictions)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [30, 100, 300])
-def test_a_model_exactly_at_the_margin_is_promoted_in_about_5_percent(count: int, models: dict[str, Answers]) -> None:
+@pytest.mark.parametrize("row_count", [30, 100, 300])
+def test_a_model_exactly_at_the_margin_is_promoted_in_about_5_percent(row_count: int, models: dict[str, Answers]) -> None:
     base, worse = models["base"], models["worse"]
     margins = {name: value - worse.true_values[name] for name, value in base.true_values.items()}
     assert min(margins.values()) > 0
-    promoted = count_promoted(base, worse, margins, count)
-    assert max(promoted.values()) <= 18, promoted
+    promoted_counts = count_promoted(base, worse, margins, row_count)
+    assert max(promoted_counts.values()) <= 18, promoted_counts
 
 
-EFFECTS = {"bleu": 12.8, "rouge": 0.089}
+DETECTED_EFFECTS = {"bleu": 12.8, "rouge": 0.089}
 """For each metric: the distance from the margin that the gate detects with a probability of about 99 % if it sees 100 rows."""
 
 
@@ -112,6 +112,6 @@ EFFECTS = {"bleu": 12.8, "rouge": 0.089}
 def test_an_effect_with_99_percent_power_is_promoted(models: dict[str, Answers]) -> None:
     """Both models have the same skill, and the margin lies below their true difference by the distance in EFFECTS."""
     base, equal = models["base"], models["equal"]
-    margins = {name: EFFECTS[name] - (equal.true_values[name] - value) for name, value in base.true_values.items()}
-    promoted = count_promoted(base, equal, margins, 100)
-    assert min(promoted.values()) >= 190, promoted
+    margins = {name: DETECTED_EFFECTS[name] - (equal.true_values[name] - value) for name, value in base.true_values.items()}
+    promoted_counts = count_promoted(base, equal, margins, 100)
+    assert min(promoted_counts.values()) >= 190, promoted_counts

@@ -19,34 +19,34 @@ CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 EMBEDDING_WEIGHT = "base_model.model.model.embed_tokens.weight"
 
 
-def base_model(**options: Any) -> Any:
+def make_base_model(**options: Any) -> Any:
     """Return a small model, which has the same weights at every call."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=48, max_position_embeddings=32, **(sizes | options)))
+    model_options = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=48, max_position_embeddings=32, **(model_options | options)))
 
 
 def save_adapter(folder: Path, **options: Any) -> Path:
     """Save a LoRA adapter whose weights differ from all initialisations of PEFT. Return its folder."""
     from peft import LoraConfig, get_peft_model
 
-    wrapped = get_peft_model(
-        base_model(), LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "v_proj"], **options)
+    peft_model = get_peft_model(
+        make_base_model(), LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "v_proj"], **options)
     )
-    for parameter in wrapped.parameters():
+    for parameter in peft_model.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter.data)
-    wrapped.save_pretrained(folder)
+    peft_model.save_pretrained(folder)
     return folder
 
 
-def continue_adapter(tmp_path: Path, folder: Path, spec: dict[str, Any] | None = None, model: Any = None) -> Any:
+def continue_adapter(tmp_path: Path, adapter_folder: Path, spec: dict[str, Any] | None = None, model: Any = None) -> Any:
     """Load the adapter on its base model for further training."""
     run_spec = {"method": {"type": "adapter", "adapter": {"source": "s3://models/mine"}}}
-    run, inputs = make_run(tmp_path, tmp_path / "model", merge_mappings(run_spec, spec or {}), adapter=folder)
-    return create_method_for_run(run, inputs).apply(base_model() if model is None else model)
+    run, inputs = make_run(tmp_path, tmp_path / "model", merge_mappings(run_spec, spec or {}), adapter=adapter_folder)
+    return create_method_for_run(run, inputs).apply(make_base_model() if model is None else model)
 
 
 def rewrite_weights(folder: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
@@ -56,8 +56,8 @@ def rewrite_weights(folder: Path, change: Callable[[dict[str, Any]], dict[str, A
 
 def rewrite_config(folder: Path, **options: Any) -> None:
     """Change options in the adapter's configuration file."""
-    value = json.loads((folder / CONFIG_FILE).read_text())
-    (folder / CONFIG_FILE).write_text(json.dumps(value | options))
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    (folder / CONFIG_FILE).write_text(json.dumps(config | options))
 
 
 @pytest.mark.parametrize(
@@ -66,23 +66,23 @@ def rewrite_config(folder: Path, **options: Any) -> None:
 )
 def test_a_fitting_adapter_keeps_its_weights(options: dict[str, Any], tmp_path: Path) -> None:
     folder = save_adapter(tmp_path / "adapter", **options)
-    applied = continue_adapter(tmp_path, folder)
-    applied.model.save_pretrained(tmp_path / "again")
+    trainable = continue_adapter(tmp_path, folder)
+    trainable.model.save_pretrained(tmp_path / "again")
     weights_before, weights_after = load_file(folder / WEIGHTS_FILE), load_file(tmp_path / "again" / WEIGHTS_FILE)
     assert weights_before.keys() == weights_after.keys() and all(torch.equal(weights_before[name], weights_after[name]) for name in weights_before)
-    assert applied.notes == ["continues the LORA adapter of s3://models/mine"]
+    assert trainable.notes == ["continues the LORA adapter of s3://models/mine"]
 
 
 def save_vb_lora(folder: Path) -> Path:
     """Save a VB-LoRA adapter and return its folder. All layers share one vector bank, which the file contains once."""
     from peft import VBLoRAConfig, get_peft_model
 
-    sizes = {"r": 2, "vector_length": 4, "num_vectors": 8, "topk": 2}
-    wrapped = get_peft_model(
-        base_model(),
-        VBLoRAConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], init_vector_bank_bound=0.5, **sizes),
+    bank_options = {"r": 2, "vector_length": 4, "num_vectors": 8, "topk": 2}
+    peft_model = get_peft_model(
+        make_base_model(),
+        VBLoRAConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], init_vector_bank_bound=0.5, **bank_options),
     )
-    wrapped.save_pretrained(folder)
+    peft_model.save_pretrained(folder)
     return folder
 
 
@@ -108,17 +108,17 @@ def test_a_shared_weight_without_an_entry_is_refused(tmp_path: Path) -> None:
 
 def test_base_weights_in_the_file_are_accepted_only_if_they_are_unchanged(tmp_path: Path) -> None:
     folder = save_adapter(tmp_path / "adapter")
-    rows = base_model().get_input_embeddings().weight.detach()
-    rewrite_weights(folder, lambda weights: {**weights, EMBEDDING_WEIGHT: rows})
+    embedding_weight = make_base_model().get_input_embeddings().weight.detach()
+    rewrite_weights(folder, lambda weights: {**weights, EMBEDDING_WEIGHT: embedding_weight})
     continue_adapter(tmp_path, folder)
-    rewrite_weights(folder, lambda weights: {**weights, EMBEDDING_WEIGHT: rows + 1})
+    rewrite_weights(folder, lambda weights: {**weights, EMBEDDING_WEIGHT: embedding_weight + 1})
     with pytest.raises(ConfigError) as caught:
         continue_adapter(tmp_path, folder)
     assert (caught.value.code, "model.embed_tokens.weight" in caught.value.message) == ("AdapterNotContinuable", True)
 
 
 @pytest.mark.parametrize(
-    ("change", "expected"),
+    ("change", "message_part"),
     [
         (lambda weights: {name: tensor for name, tensor in weights.items() if ".layers.0." in name}, "4 weights are not in the adapter file"),
         (
@@ -128,13 +128,13 @@ def test_base_weights_in_the_file_are_accepted_only_if_they_are_unchanged(tmp_pa
         (lambda weights: {name: tensor[:1] if "lora_A" in name else tensor for name, tensor in weights.items()}, "size mismatch for"),
     ],
 )  # fmt: skip
-def test_a_file_that_does_not_fit_the_model_is_refused(change: Any, expected: str, tmp_path: Path) -> None:
+def test_a_file_that_does_not_fit_the_model_is_refused(change: Any, message_part: str, tmp_path: Path) -> None:
     folder = save_adapter(tmp_path / "adapter")
     rewrite_weights(folder, change)
     with pytest.raises(ConfigError) as caught:
         continue_adapter(tmp_path, folder)
     assert caught.value.code == "AdapterOfAnotherBase"
-    assert expected in caught.value.message
+    assert message_part in caught.value.message
 
 
 def test_weights_of_a_layer_that_is_not_targeted_are_refused(tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_weights_of_a_layer_that_is_not_targeted_are_refused(tmp_path: Path) -> 
 
 def test_a_base_model_with_more_layers_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
-        continue_adapter(tmp_path, save_adapter(tmp_path / "adapter"), model=base_model(num_hidden_layers=3))
+        continue_adapter(tmp_path, save_adapter(tmp_path / "adapter"), model=make_base_model(num_hidden_layers=3))
     assert (caught.value.code, "layers.2" in caught.value.message) == ("AdapterOfAnotherBase", True)
 
 

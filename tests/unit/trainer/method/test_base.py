@@ -15,7 +15,7 @@ from finetune_trainer.method.registry import all_methods
 from tests.support.learning import create_method_for_run, make_run
 
 
-def llama_model(*, is_tied: bool = False) -> Any:
+def make_llama_model(*, is_tied: bool = False) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     return LlamaForCausalLM(
@@ -26,10 +26,10 @@ def llama_model(*, is_tied: bool = False) -> Any:
     )  # fmt: skip
 
 
-def lora_with_saved_module(folder: Path, *, is_tied: bool, uses_fsdp: bool, saved_module: str = "embed_tokens") -> TrainableModel:
+def make_lora_with_saved_module(folder: Path, *, is_tied: bool, uses_fsdp: bool, saved_module: str = "embed_tokens") -> TrainableModel:
     """Return a small model with LoRA adapters and one module that is trained in full."""
     run, inputs = make_run(folder, folder / "model", {"method": {"lora": {"rank": 2, "modulesToSave": [saved_module]}}})
-    trainable: TrainableModel = create_method_for_run(run, inputs, fsdp=uses_fsdp).make_trainable(llama_model(is_tied=is_tied))
+    trainable: TrainableModel = create_method_for_run(run, inputs, fsdp=uses_fsdp).make_trainable(make_llama_model(is_tied=is_tied))
     return trainable
 
 
@@ -51,21 +51,21 @@ def test_a_method_that_trains_nothing_is_refused(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(Full, "apply", freeze_all)
     run, inputs = make_run(tmp_path, tmp_path / "model", {"method": {"type": "full"}})
     with pytest.raises(InternalError) as caught:
-        create_method_for_run(run, inputs).make_trainable(llama_model())
+        create_method_for_run(run, inputs).make_trainable(make_llama_model())
     assert caught.value.code == "NothingTrainable"
 
 
 def test_fsdp_refuses_a_saved_module_that_shares_its_weight(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
-        lora_with_saved_module(tmp_path, is_tied=True, uses_fsdp=True)
+        make_lora_with_saved_module(tmp_path, is_tied=True, uses_fsdp=True)
     assert caught.value.code == "StrategyAndMethod"
     assert "modulesToSave names embed_tokens, but this module shares its weight with another module" in caught.value.message
 
 
 @pytest.mark.parametrize(
-    ("tied", "fsdp", "saved"), [(True, False, "embed_tokens"), (False, True, "embed_tokens"), (True, True, "norm")]
+    ("is_tied", "uses_fsdp", "saved_module"), [(True, False, "embed_tokens"), (False, True, "embed_tokens"), (True, True, "norm")]
 )
 def test_saved_modules_with_their_own_weight_or_without_fsdp_are_trained(
-    tied: bool, fsdp: bool, saved: str, tmp_path: Path
+    is_tied: bool, uses_fsdp: bool, saved_module: str, tmp_path: Path
 ) -> None:
-    assert lora_with_saved_module(tmp_path, is_tied=tied, uses_fsdp=fsdp, saved_module=saved).trainable_count > 0
+    assert make_lora_with_saved_module(tmp_path, is_tied=is_tied, uses_fsdp=uses_fsdp, saved_module=saved_module).trainable_count > 0

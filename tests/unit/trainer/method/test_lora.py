@@ -12,7 +12,7 @@ from finetune_api.errors import ConfigError
 from tests.support.learning import create_method_for_run, make_run
 
 
-def llama_model(**options: Any) -> Any:
+def make_llama_model(**options: Any) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     return LlamaForCausalLM(
@@ -23,7 +23,7 @@ def llama_model(**options: Any) -> Any:
     )  # fmt: skip
 
 
-def gpt2_model() -> Any:
+def make_gpt2_model() -> Any:
     """Return a model whose linear weights are transposed (inputs first)."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -37,49 +37,49 @@ def apply_lora(folder: Path, model: Any, **options: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("model", "options", "expected"),
+    ("make_model", "options", "message_part"),
     [
-        (llama_model, {"init": "pissa", "rank": 20}, "rank 20 on model.layers.0.self_attn.k_proj (Linear, 32 x 16)"),
-        (llama_model, {"init": "olora", "rank": 20}, "rank 20 on model.layers.0.self_attn.k_proj (Linear, 32 x 16)"),
-        (llama_model, {"init": "pissa", "rank": 4, "targetModules": ["embed_tokens", "q_proj"]}, "embed_tokens (Embedding, "),
-        (gpt2_model, {"init": "olora", "rank": 4}, "transformer.h.0.attn.c_attn (Conv1D, 32 x 96)"),
+        (make_llama_model, {"init": "pissa", "rank": 20}, "rank 20 on model.layers.0.self_attn.k_proj (Linear, 32 x 16)"),
+        (make_llama_model, {"init": "olora", "rank": 20}, "rank 20 on model.layers.0.self_attn.k_proj (Linear, 32 x 16)"),
+        (make_llama_model, {"init": "pissa", "rank": 4, "targetModules": ["embed_tokens", "q_proj"]}, "embed_tokens (Embedding, "),
+        (make_gpt2_model, {"init": "olora", "rank": 4}, "transformer.h.0.attn.c_attn (Conv1D, 32 x 96)"),
         (
-            gpt2_model,
+            make_gpt2_model,
             {"init": "olora", "rank": 4, "targetModules": ["attn.c_proj"]},
             "transformer.h.0.attn.c_proj (Conv1D, 32 x 32)",
         ),
     ],
 )
 def test_a_layer_that_the_initialisation_does_not_support_is_refused(
-    model: Any, options: dict[str, Any], expected: str, tmp_path: Path
+    make_model: Any, options: dict[str, Any], message_part: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError) as caught:
-        apply_lora(tmp_path, model(), **options)
+        apply_lora(tmp_path, make_model(), **options)
     assert caught.value.code == "InitUnavailable"
-    assert expected in caught.value.message
+    assert message_part in caught.value.message
 
 
 def test_an_initialisation_that_changes_base_weights_is_refused_for_a_quantised_model(tmp_path: Path) -> None:
-    model = llama_model()
+    model = make_llama_model()
     model.is_quantized = True
     with pytest.raises(ConfigError) as caught:
         apply_lora(tmp_path, model, init="olora", rank=4)
     assert (caught.value.code, "stored quantised" in caught.value.message) == ("InitUnavailable", True)
 
 
-@pytest.mark.parametrize(("model", "init"), [(llama_model, "pissa"), (llama_model, "olora"), (gpt2_model, "pissa")])
-def test_the_initial_adapter_is_saved(model: Any, init: str, tmp_path: Path) -> None:
-    trainable = apply_lora(tmp_path, model(), init=init, rank=16)
+@pytest.mark.parametrize(("make_model", "init"), [(make_llama_model, "pissa"), (make_llama_model, "olora"), (make_gpt2_model, "pissa")])
+def test_the_initial_adapter_is_saved(make_model: Any, init: str, tmp_path: Path) -> None:
+    trainable = apply_lora(tmp_path, make_model(), init=init, rank=16)
     assert trainable.initial_adapter is not None
     assert (trainable.initial_adapter / "adapter_model.safetensors").exists()
 
 
-@pytest.mark.parametrize(("model", "init"), [(llama_model, "pissa"), (llama_model, "olora"), (gpt2_model, "pissa")])
-def test_the_initialised_adapter_does_not_change_the_outputs(model: Any, init: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("make_model", "init"), [(make_llama_model, "pissa"), (make_llama_model, "olora"), (make_gpt2_model, "pissa")])
+def test_the_initialised_adapter_does_not_change_the_outputs(make_model: Any, init: str, tmp_path: Path) -> None:
     """The layers are square, so the shape of a weight does not show whether it is transposed."""
-    base, ids = model().eval(), torch.arange(8)[None]
+    base_model, token_ids = make_model().eval(), torch.arange(8)[None]
     with torch.no_grad():
-        before = base(ids).logits
-        target_modules = ["attn.c_proj"] if model is gpt2_model else ["q_proj", "o_proj"]
-        after = apply_lora(tmp_path, base, init=init, rank=4, targetModules=target_modules).model.eval()(ids).logits
-    assert torch.allclose(before, after, atol=1e-5)
+        logits_before = base_model(token_ids).logits
+        target_modules = ["attn.c_proj"] if make_model is make_gpt2_model else ["q_proj", "o_proj"]
+        logits_after = apply_lora(tmp_path, base_model, init=init, rank=4, targetModules=target_modules).model.eval()(token_ids).logits
+    assert torch.allclose(logits_before, logits_after, atol=1e-5)

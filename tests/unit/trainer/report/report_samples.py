@@ -45,7 +45,7 @@ def training_line(step: int, **values: Any) -> LogEntry:
     return LogEntry(**{**defaults, "unix_time": START.timestamp() + step, **values})
 
 
-def comparison() -> ModelComparison:
+def make_comparison() -> ModelComparison:
     """Return a comparison of one prompt with the answers of both models."""
     answers = ComparedAnswers.of(1, "Which town?", base_answer="I cannot say.", trained_answer="Oslo.", time=START)
     metadata = ComparisonMetadata(
@@ -57,8 +57,8 @@ def comparison() -> ModelComparison:
 
 def sample_report(spec: dict[str, Any] | None = None, **fields: Any) -> RunReport:
     """Return the report of a completed run with two attempts and all kinds of results."""
-    given = {"model": {"source": "org/base@main"}, "dataset": {"train": "s3://data/rows.jsonl"}, "training": {"epochs": 1}, **(spec or {})}
-    resolution = resolve_defaults(FineTuneJobSpec.model_validate(given))
+    spec_fields = {"model": {"source": "org/base@main"}, "dataset": {"train": "s3://data/rows.jsonl"}, "training": {"epochs": 1}, **(spec or {})}
+    resolution = resolve_defaults(FineTuneJobSpec.model_validate(spec_fields))
     run = RunConfig(
         name="bot", namespace="team-a", uid="uid", attempt=2, spec=resolution.spec, defaults=sorted(resolution.defaults),
         world=World(nodes=1, processes_per_node=2, gpus_per_node=2, master_address="127.0.0.1", master_port=0, rendezvous_id="uid-2"),
@@ -84,6 +84,6 @@ def sample_report(spec: dict[str, Any] | None = None, **fields: Any) -> RunRepor
         "token_counts": {"train": {"tokens": 54321, "longest": 99, "truncated": 7}},
         "checkpoints": (StoredCheckpoint(4, 2, "feed", True, 12_000_000, 1.5),), "model_files": (ModelFile("adapter.safetensors", 2048, "beef"),),
         "stages": (CompletedStage("evaluating", 2, "2026-03-01T13:08:00.1+00:00"),), "versions": {"torch": "2.9"},
-        "predictions": (Prediction(None, "2 + 2?", "4", "4"), Prediction(None, "2 + 3?", "7", "5")), "prediction_count": 2, "comparison": comparison(),
+        "predictions": (Prediction(None, "2 + 2?", "4", "4"), Prediction(None, "2 + 3?", "7", "5")), "prediction_count": 2, "comparison": make_comparison(),
     }  # fmt: skip
     return RunReport(**{**defaults, **fields})

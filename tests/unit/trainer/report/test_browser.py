@@ -25,8 +25,8 @@ def browser() -> Iterator[Browser]:
     program = find_browser()
     if program is None:
         pytest.skip(f"no browser is installed: `make browser` installs the Debian package {PACKAGE}")
-    with Browser(program) as running:
-        yield running
+    with Browser(program) as running_browser:
+        yield running_browser
 
 
 @pytest.fixture(scope="module")
@@ -43,15 +43,15 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("is_dark", [False, True])
 @pytest.mark.parametrize("width", [360, 768, 1280])
-def test_the_page_loads_nothing_and_fits_the_window(browser: Browser, address: str, width: int, dark: bool) -> None:
-    visit = browser.show(address, width=width, dark=dark)
+def test_the_page_loads_nothing_and_fits_the_window(browser: Browser, address: str, width: int, is_dark: bool) -> None:
+    visit = browser.show(address, width=width, dark=is_dark)
     assert (visit.requests, visit.errors) == ([], [])
     assert browser.evaluate("document.documentElement.scrollWidth") == width
     assert browser.evaluate("typeof window.attacked") == "undefined"
     background = browser.evaluate("getComputedStyle(document.body).backgroundColor")
-    assert background == ("rgb(15, 21, 27)" if dark else "rgb(244, 246, 248)")
+    assert background == ("rgb(15, 21, 27)" if is_dark else "rgb(244, 246, 248)")
     browser.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
     assert browser.evaluate("document.documentElement.scrollWidth") == width
 
@@ -66,28 +66,28 @@ def test_the_browser_reports_requests_and_errors(browser: Browser, tmp_path: Pat
     assert browser.evaluate("document.documentElement.scrollWidth") > 360
 
 
-def luminance(colour: str) -> float:
+def compute_luminance(colour: str) -> float:
     """Relative luminance of `#rrggbb`, from 0 to 1. WCAG 2.2, definition of relative luminance."""
     channels = [int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5)]
     red, green, blue = (channel / 12.92 if channel <= 0.04045 else ((channel + 0.055) / 1.055) ** 2.4 for channel in channels)
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
-def contrast(one: str, other: str) -> float:
+def compute_contrast(first_colour: str, second_colour: str) -> float:
     """Contrast ratio of two colours, from 1 to 21."""
-    low, high = sorted((luminance(one), luminance(other)))
-    return (high + 0.05) / (low + 0.05)
+    lower_luminance, higher_luminance = sorted((compute_luminance(first_colour), compute_luminance(second_colour)))
+    return (higher_luminance + 0.05) / (lower_luminance + 0.05)
 
 
-@pytest.mark.parametrize("theme", [0, 1], ids=["light", "dark"])
+@pytest.mark.parametrize("theme_index", [0, 1], ids=["light", "dark"])
 @pytest.mark.parametrize(
-    ("text", "background"),
+    ("text_colour", "background_colour"),
     [
         ("ink", "paper"), ("ink", "card"), ("soft", "card"), ("soft", "paper"), ("soft", "shade"), ("link", "card"), ("link", "paper"),
         ("band-ink", "band"), ("band-soft", "band"), ("good", "good-back"), ("bad", "bad-back"), ("open", "open-back"), ("attempt", "card"), ("s1", "card"),
     ],
 )  # fmt: skip
-def test_texts_and_lines_are_readable_in_both_themes(theme: int, text: str, background: str) -> None:
-    blocks = re.findall(r":root \{(.*?)\}", (page.TEMPLATE_FOLDER / "page.css").read_text("utf-8"), re.S)
-    colours = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6});", blocks[theme]))
-    assert contrast(colours[text], colours[background]) >= REQUIRED_CONTRAST
+def test_texts_and_lines_are_readable_in_both_themes(theme_index: int, text_colour: str, background_colour: str) -> None:
+    theme_blocks = re.findall(r":root \{(.*?)\}", (page.TEMPLATE_FOLDER / "page.css").read_text("utf-8"), re.S)
+    colours = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6});", theme_blocks[theme_index]))
+    assert compute_contrast(colours[text_colour], colours[background_colour]) >= REQUIRED_CONTRAST

@@ -19,28 +19,28 @@ from tests.support.html_page import Element, parse_page, read_table
 ATTACK = "<script>alert('x')</script>\"&"
 
 
-def page(**fields: Any) -> Element:
+def parse_sample_page(**fields: Any) -> Element:
     return parse_page(render(sample_report(**fields)))
 
 
-def tiles(parsed: Element) -> dict[str, tuple[str, str]]:
+def read_tiles(page: Element) -> dict[str, tuple[str, str]]:
     """Return value and detail of each number at the top of the page."""
-    found = {}
-    for tile in parsed.find_all("div"):
+    numbers_by_title = {}
+    for tile in page.find_all("div"):
         if tile.attributes.get("class", "").split()[:1] == ["tile"]:
             values = [span.full_text for span in tile.find_all("span")]
-            found[tile.find_all("dt")[0].full_text] = (values[0], values[1] if len(values) > 1 else "")
-    return found
+            numbers_by_title[tile.find_all("dt")[0].full_text] = (values[0], values[1] if len(values) > 1 else "")
+    return numbers_by_title
 
 
 def test_the_page_of_a_completed_run_has_all_sections_and_numbers() -> None:
-    parsed = page()
-    assert parsed.find_all("h1")[0].full_text == "bot" and parsed.find_all("title")[0].full_text == "bot – fine-tuning report"
-    assert parsed.find_all("span", **{"class": "badge good"})[0].full_text == "Completed"
-    assert [element.attributes["id"] for element in parsed.find_all("section", **{"class": "card"})] == [
+    page = parse_sample_page()
+    assert page.find_all("h1")[0].full_text == "bot" and page.find_all("title")[0].full_text == "bot – fine-tuning report"
+    assert page.find_all("span", **{"class": "badge good"})[0].full_text == "Completed"
+    assert [element.attributes["id"] for element in page.find_all("section", **{"class": "card"})] == [
         "curves", "results", "answers", "request", "attempts", "data", "costs", "lineage", "notes",
     ]  # fmt: skip
-    assert tiles(parsed) == {
+    assert read_tiles(page) == {
         "Optimizer steps": ("4", "1 epoch"), "Training loss": ("0.5", "from 2"), "Best validation loss": ("1.5", "at step 2"),
         "accuracy": ("0.830", "+0.04 against the base model"), "Gates passed": ("1 of 1", ""), "GPU hours": ("0.67", "on 2 GPUs"),
         "Running time": ("20 min 0 s", "2 attempts"),
@@ -48,34 +48,36 @@ def test_the_page_of_a_completed_run_has_all_sections_and_numbers() -> None:
 
 
 def test_charts_show_attempts_and_have_tables() -> None:
-    figures = {figure.find_all("strong")[0].full_text: figure for figure in page().find_all("figure")}
+    figures = {figure.find_all("strong")[0].full_text: figure for figure in parse_sample_page().find_all("figure")}
     assert list(figures) == ["Training loss", "Validation loss", "Learning rate", "Gradient norm", "Throughput", "GPU memory"]
-    loss = figures["Training loss"]
-    rows = [[cell.full_text for cell in row.children] for row in loss.find_all("tr")]
+    loss_figure = figures["Training loss"]
+    rows = [[cell.full_text for cell in row.children] for row in loss_figure.find_all("tr")]
     assert rows == [["step", "training loss"], ["1", "2"], ["2", "1"], ["3", "not measured"], ["4", "0.5"]]
-    assert loss.find_all("path")[0].attributes["d"].count("M") == 1 and len(loss.find_all("circle")) == 1  # step 4 is a circle, because step 3 has no value
-    assert [text.full_text for text in loss.find_all("g", **{"class": "attempts"})[0].find_all("text")] == ["attempt 2"]
-    svg = loss.find_all("svg")[0]
-    named = [element.attributes["id"] for element in [*svg.find_all("title"), *svg.find_all("desc")] if "id" in element.attributes]
-    assert svg.attributes["role"] == "img" and svg.attributes["aria-labelledby"].split() == named
+    assert loss_figure.find_all("path")[0].attributes["d"].count("M") == 1 and len(loss_figure.find_all("circle")) == 1, (
+        "step 4 is a circle, because step 3 has no value"
+    )
+    assert [text.full_text for text in loss_figure.find_all("g", **{"class": "attempts"})[0].find_all("text")] == ["attempt 2"]
+    svg = loss_figure.find_all("svg")[0]
+    title_and_description_ids = [element.attributes["id"] for element in [*svg.find_all("title"), *svg.find_all("desc")] if "id" in element.attributes]
+    assert svg.attributes["role"] == "img" and svg.attributes["aria-labelledby"].split() == title_and_description_ids
     assert figures["GPU memory"].find_all("p")[0].full_text == "not measured: the run used no GPU, and the trainer measures only GPU memory"
 
 
 def test_results_have_intervals_gates_and_reasons() -> None:
-    parsed = page(further_results={"benchmarks": [{"name": "arc_easy", "value": 0.5}], "verification": {"maxDifference": 0.001}})
-    assert read_table(parsed, "Evaluation of 8 rows after training") == [
+    page = parse_sample_page(further_results={"benchmarks": [{"name": "arc_easy", "value": 0.5}], "verification": {"maxDifference": 0.001}})
+    assert read_table(page, "Evaluation of 8 rows after training") == [
         ["metric", "trained model", "base model", "difference", "95 % interval"],
         ["accuracy", "0.830", "0.790", "+0.04", "+0.012 to +0.068"],
         ["bertscore", "not measured: the model of bertscore has no weights", "–", "–", "–"],
     ]
-    assert read_table(parsed, "Gates")[1] == ["accuracy", "passed", "accuracy is 0.83"]
-    assert read_table(parsed, "Test set, measured by the trainer")[1:] == [["testLoss", "1.25"]]
-    assert read_table(parsed, "Benchmarks")[1:] == [["[].name", "arc_easy"], ["[].value", "0.5"]]
-    assert read_table(parsed, "Verification")[1:] == [["maxDifference", "0.001"]]
+    assert read_table(page, "Gates")[1] == ["accuracy", "passed", "accuracy is 0.83"]
+    assert read_table(page, "Test set, measured by the trainer")[1:] == [["testLoss", "1.25"]]
+    assert read_table(page, "Benchmarks")[1:] == [["[].name", "arc_easy"], ["[].value", "0.5"]]
+    assert read_table(page, "Verification")[1:] == [["maxDifference", "0.001"]]
 
 
 def test_answers_are_side_by_side() -> None:
-    articles = [article.full_text for article in page().find_all("article")]
+    articles = [article.full_text for article in parse_sample_page().find_all("article")]
     assert articles == [
         "Prompt 1 Which town? base model I cannot say. trained model Oslo.",
         "Row 1 2 + 2? trained model equals the data 4 answer of the data 4",
@@ -84,67 +86,68 @@ def test_answers_are_side_by_side() -> None:
 
 
 def test_values_of_the_user_are_separate_from_filled_in_defaults() -> None:
-    parsed = page()
-    assert read_table(parsed, "Set by the user")[1:] == [["model.source", "org/base@main"], ["dataset.train", "s3://data/rows.jsonl"], ["training.epochs", "1"]]
-    assert ["method.lora.rank", "16", "default"] in read_table(parsed, "Filled in")
+    page = parse_sample_page()
+    assert read_table(page, "Set by the user")[1:] == [["model.source", "org/base@main"], ["dataset.train", "s3://data/rows.jsonl"], ["training.epochs", "1"]]
+    assert ["method.lora.rank", "16", "default"] in read_table(page, "Filled in")
 
 
 def test_attempts_data_costs_and_origin_are_shown() -> None:
-    parsed = page()
-    assert read_table(parsed, "Attempts of the run")[1:] == [
+    page = parse_sample_page()
+    assert read_table(page, "Attempts of the run")[1:] == [
         ["1", "2026-03-01 12:00:00", "2026-03-01 12:10:00", "0", "2", "0", "exit code 71, GpuOutOfMemory: no memory left"],
         ["2", "2026-03-01 13:00:00", "2026-03-01 13:10:00", "2", "4", "–", "completed"],
     ]
-    lengths = {row[0]: row[1:] for row in read_table(parsed, "Rows and lengths")}
-    absent = "not measured: this objective does not record token counts"
-    assert (lengths["rows"], lengths["tokens"], lengths["rows that were cut"]) == (["1,200", "8"], ["54,321", absent], ["7", absent])
-    checks = dict(read_table(parsed, "Checks of the training rows"))
+    lengths = {row[0]: row[1:] for row in read_table(page, "Rows and lengths")}
+    no_token_counts = "not measured: this objective does not record token counts"
+    assert (lengths["rows"], lengths["tokens"], lengths["rows that were cut"]) == (["1,200", "8"], ["54,321", no_token_counts], ["7", no_token_counts])
+    checks = dict(read_table(page, "Checks of the training rows"))
     assert (checks["duplicates left out"], checks["rows that may hold personal data: email"]) == ("1", "3")
-    used = dict(read_table(parsed, "Use of the cluster"))
-    assert (used["GPU hours"], used["device"], used["ranks"], used["tokens per second, median"]) == ("0.67", "H100", "2 in 1 pod", "100")
-    origin = dict(read_table(parsed, "Model and inputs"))
+    usage = dict(read_table(page, "Use of the cluster"))
+    assert (usage["GPU hours"], usage["device"], usage["ranks"], usage["tokens per second, median"]) == ("0.67", "H100", "2 in 1 pod", "100")
+    origin = dict(read_table(page, "Model and inputs"))
     assert (origin["final model"], origin["sha256 of the model's manifest"], origin["seed"]) == ("s3://models/team-a/bot/uid/model/a2", "abc", "42")
     assert origin["digest of the image"].startswith("not recorded: a pod does not know it")
-    assert read_table(parsed, "Committed checkpoints")[1] == ["4", "2", "12 MB", "1.5", "yes", "feed"]
-    assert read_table(parsed, "Files of the final model")[1] == ["adapter.safetensors", "2.05 kB", "beef"]
-    assert read_table(parsed, "Stages after training")[1] == ["evaluating", "2", "2026-03-01 13:08:00"]
+    assert read_table(page, "Committed checkpoints")[1] == ["4", "2", "12 MB", "1.5", "yes", "feed"]
+    assert read_table(page, "Files of the final model")[1] == ["adapter.safetensors", "2.05 kB", "beef"]
+    assert read_table(page, "Stages after training")[1] == ["evaluating", "2", "2026-03-01 13:08:00"]
 
 
 def test_the_time_of_the_pods_is_shown_by_part() -> None:
-    first = TimeUse(loading=20, first_step=5, steps=40, saving=0.01)
-    second = TimeUse(loading=20, first_step=5, steps=80, upload=10)
-    killed = attempt_record(3, ended_at=None, exit_code=None, last_step=None, start_step=10)
-    attempts = (attempt_record(1, last_step=8, time_use=first), attempt_record(2, start_step=6, last_step=10, time_use=second), killed)
-    parsed = page(attempts=attempts, last_lines={"a3-00000000": training_line(20)})
+    first_time_use = TimeUse(loading=20, first_step=5, steps=40, saving=0.01)
+    second_time_use = TimeUse(loading=20, first_step=5, steps=80, upload=10)
+    killed_attempt = attempt_record(3, ended_at=None, exit_code=None, last_step=None, start_step=10)
+    second_attempt = attempt_record(2, start_step=6, last_step=10, time_use=second_time_use)
+    attempts = (attempt_record(1, last_step=8, time_use=first_time_use), second_attempt, killed_attempt)
+    page = parse_sample_page(attempts=attempts, last_lines={"a3-00000000": training_line(20)})
     # Attempt 2 repeated two of the eight steps of attempt 1, so a quarter of the 40 seconds of these steps is lost.
     # Attempt 3 logged its last line after 20 s.
-    assert read_table(parsed, "What the time was used for")[1:] == [
+    assert read_table(page, "What the time was used for")[1:] == [
         ["loading the model or a checkpoint", "40.0 s", "22.2%"], ["first step of each pod", "10.0 s", "5.6%"],
         ["optimizer steps that count", "1 min 50 s", "61.1%"], ["optimizer steps that a later attempt repeated", "10.0 s", "5.6%"],
         ["upload of the final model", "10.0 s", "5.6%"],
         ["backoff, suspension, queue, preparation, scheduling, start of the container",
          "not measured: a pod does not know it; status.goodput of the FineTuneJob shows it", "–"],
     ]  # fmt: skip
-    assert any("66.7% of the time of rank 0's containers" in paragraph.full_text for paragraph in parsed.find_all("p"))
+    assert any("66.7% of the time of rank 0's containers" in paragraph.full_text for paragraph in page.find_all("p"))
 
 
 def test_without_records_of_time_use_the_table_of_time_use_is_missing() -> None:
-    assert "What the time was used for" not in page().full_text
+    assert "What the time was used for" not in parse_sample_page().full_text
 
 
 def test_the_time_of_a_killed_attempt_counts_until_its_last_log_line() -> None:
-    killed = attempt_record(1, ended_at=None, exit_code=None, last_step=None)
-    parsed = page(attempts=(killed, attempt_record(2, start_step=2)), last_lines={"a1-00000000": training_line(3)})
-    assert read_table(parsed, "Attempts of the run")[1] == [
+    killed_attempt = attempt_record(1, ended_at=None, exit_code=None, last_step=None)
+    page = parse_sample_page(attempts=(killed_attempt, attempt_record(2, start_step=2)), last_lines={"a1-00000000": training_line(3)})
+    assert read_table(page, "Attempts of the run")[1] == [
         "1", "2026-03-01 12:00:00", "2026-03-01 12:00:03 or later", "0", "3 or later", "not measured: the pod was killed",
         "The pod was killed before it could write a reason.",
     ]  # fmt: skip
-    assert dict(read_table(parsed, "Use of the cluster"))["running time of all attempts"] == "at least 10 min 3 s"
-    assert tiles(parsed)["GPU hours"] == ("≥ 0.34", "on 2 GPUs")
+    assert dict(read_table(page, "Use of the cluster"))["running time of all attempts"] == "at least 10 min 3 s"
+    assert read_tiles(page)["GPU hours"] == ("≥ 0.34", "on 2 GPUs")
 
 
 @pytest.mark.parametrize(
-    ("last", "has_model", "badge", "sentence"),
+    ("attempt_fields", "has_model", "badge", "sentence"),
     [
         ({"exit_code": 65, "code": "DatasetEmpty", "message": "no rows"}, False, "Failed", "exit code 65 (DatasetEmpty): no rows."),
         ({"exit_code": 80, "code": "GateFailed", "message": "too low"}, True, "Failed after training", "but a stage after training failed."),
@@ -152,22 +155,22 @@ def test_the_time_of_a_killed_attempt_counts_until_its_last_log_line() -> None:
         ({"exit_code": None}, False, "Not finished", "before the attempt ended"),
     ],
 )  # fmt: skip
-def test_the_page_of_an_incomplete_run_says_why(last: dict[str, Any], has_model: bool, badge: str, sentence: str) -> None:
-    report = sample_report(attempts=(attempt_record(1, **last),))
-    parsed = parse_page(render(report if has_model else replace(report, output=None)))
-    assert [element.full_text for element in parsed.find_all("span") if "badge" in element.attributes.get("class", "")] == [badge]
-    assert sentence in parsed.find_all("section", **{"aria-label": "Outcome"})[0].full_text
+def test_the_page_of_an_incomplete_run_says_why(attempt_fields: dict[str, Any], has_model: bool, badge: str, sentence: str) -> None:
+    report = sample_report(attempts=(attempt_record(1, **attempt_fields),))
+    page = parse_page(render(report if has_model else replace(report, output=None)))
+    assert [element.full_text for element in page.find_all("span") if "badge" in element.attributes.get("class", "")] == [badge]
+    assert sentence in page.find_all("section", **{"aria-label": "Outcome"})[0].full_text
 
 
 def test_the_page_of_a_run_without_records_gives_reasons() -> None:
     report = sample_report()
     text = render(RunReport(run=report.run, config_sha256="c0ffee", written_at=report.written_at))
-    parsed = parse_page(text)
-    assert len(parsed.find_all("figure")) == 6 and not parsed.find_all("svg")
-    assert "not measured: no line of the training log is stored" in parsed.full_text
-    assert "Not measured: no attempt has checked the data." in parsed.full_text
-    assert "Not measured: the run has no final model." in parsed.full_text
-    assert "None" not in parsed.full_text and "nan" not in text
+    page = parse_page(text)
+    assert len(page.find_all("figure")) == 6 and not page.find_all("svg")
+    assert "not measured: no line of the training log is stored" in page.full_text
+    assert "Not measured: no attempt has checked the data." in page.full_text
+    assert "Not measured: the run has no final model." in page.full_text
+    assert "None" not in page.full_text and "nan" not in text
 
 
 def test_every_text_of_a_user_is_escaped() -> None:
@@ -178,9 +181,9 @@ def test_every_text_of_a_user_is_escaped() -> None:
         evaluation=EvaluationResult(gates=[GateResult(metric=ATTACK, passed=False, text=ATTACK)]), further_results={ATTACK: {ATTACK: ATTACK}},
     )  # fmt: skip
     text = render(report)
-    parsed = parse_page(text)
-    assert not parsed.find_all("script") and "<script" not in text.lower()
-    assert parsed.full_text.count(ATTACK) >= 11
+    page = parse_page(text)
+    assert not page.find_all("script") and "<script" not in text.lower()
+    assert page.full_text.count(ATTACK) >= 11
 
 
 def test_the_page_loads_nothing_from_outside() -> None:

@@ -57,10 +57,10 @@ def test_a_missing_value_splits_the_line() -> None:
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=600), st.integers(4, 60))
 def test_reduced_points_keep_ends_and_extremes(values: list[float], limit: int) -> None:
     points = [(float(number), value) for number, value in enumerate(values)]
-    kept = reduce_points(points, limit)
-    assert len(kept) <= max(limit, 4) and kept == sorted(kept) and set(kept) <= set(points)
-    assert (kept[0], kept[-1]) == (points[0], points[-1])
-    assert {min(y for _, y in kept), max(y for _, y in kept)} == {min(values), max(values)}
+    reduced_points = reduce_points(points, limit)
+    assert len(reduced_points) <= max(limit, 4) and reduced_points == sorted(reduced_points) and set(reduced_points) <= set(points)
+    assert (reduced_points[0], reduced_points[-1]) == (points[0], points[-1])
+    assert {min(y for _, y in reduced_points), max(y for _, y in reduced_points)} == {min(values), max(values)}
 
 
 def test_short_series_are_kept_whole() -> None:

@@ -11,13 +11,13 @@ from finetune_api.spec.results import Output
 from finetune_trainer.results.file_names import ResultFile
 from finetune_trainer.results.layout import CopyFolder, find_copy_folder, model_folder_name
 
-STARTED = datetime(2025, 10, 9, 17, 21, 56, tzinfo=UTC)
+STARTED_AT = datetime(2025, 10, 9, 17, 21, 56, tzinfo=UTC)
 
 
-def folder_of(
-    output: dict[str, Any], model: str = "meta-llama/Llama-2-7b-hf", started_at: datetime = STARTED
+def find_folder(
+    output: dict[str, Any], model_source: str = "meta-llama/Llama-2-7b-hf", started_at: datetime = STARTED_AT
 ) -> CopyFolder:
-    folder = find_copy_folder(Output.model_validate(output), namespace="team-a", model_source=model, started_at=started_at)
+    folder = find_copy_folder(Output.model_validate(output), namespace="team-a", model_source=model_source, started_at=started_at)
     assert folder is not None
     return folder
 
@@ -42,33 +42,33 @@ def folder_of(
 )
 def test_the_folder_depends_on_the_layout(output: dict[str, Any], key: str | None) -> None:
     if key is not None:
-        assert folder_of(output).key == key
+        assert find_folder(output).key == key
         return
     with pytest.raises(ConfigError) as caught:
-        folder_of(output)
+        find_folder(output)
     assert caught.value.code == "OutputPathInvalid"
 
 
 def test_without_output_dir_there_is_no_copy() -> None:
-    assert find_copy_folder(Output(), namespace="team-a", model_source="gpt2", started_at=STARTED) is None
+    assert find_copy_folder(Output(), namespace="team-a", model_source="gpt2", started_at=STARTED_AT) is None
 
 
 def test_the_model_is_in_its_own_folder_only_with_projects() -> None:
-    nested, flat = folder_of({"dir": "r", "project": "p"}, "gpt2"), folder_of({"dir": "r", "layout": "flat"})
-    assert nested.key_of_model_file("adapter_model.safetensors") == "r/p/gpt2/20251009_172156/model/adapter_model.safetensors"
-    assert nested.key_of_result(ResultFile.STEP_METRICS) == "r/p/gpt2/20251009_172156/step_metrics.json"
-    assert flat.key_of_model_file("checkpoint/config.json") == "r/checkpoint/config.json"
-    assert flat.key_of_result(ResultFile.PERFORMANCE_SUMMARY) == "r/performance_summary.json"
+    nested_folder, flat_folder = find_folder({"dir": "r", "project": "p"}, "gpt2"), find_folder({"dir": "r", "layout": "flat"})
+    assert nested_folder.key_of_model_file("adapter_model.safetensors") == "r/p/gpt2/20251009_172156/model/adapter_model.safetensors"
+    assert nested_folder.key_of_result(ResultFile.STEP_METRICS) == "r/p/gpt2/20251009_172156/step_metrics.json"
+    assert flat_folder.key_of_model_file("checkpoint/config.json") == "r/checkpoint/config.json"
+    assert flat_folder.key_of_result(ResultFile.PERFORMANCE_SUMMARY) == "r/performance_summary.json"
 
 
 def test_only_a_flat_copy_is_overwritten_by_a_later_run() -> None:
-    later = STARTED.replace(minute=22)
-    assert folder_of({"dir": "r", "layout": "flat"}) == folder_of({"dir": "r", "layout": "flat"}, started_at=later)
-    assert folder_of({"dir": "r"}) != folder_of({"dir": "r"}, started_at=later)
+    later_start = STARTED_AT.replace(minute=22)
+    assert find_folder({"dir": "r", "layout": "flat"}) == find_folder({"dir": "r", "layout": "flat"}, started_at=later_start)
+    assert find_folder({"dir": "r"}) != find_folder({"dir": "r"}, started_at=later_start)
 
 
 @pytest.mark.parametrize(
-    ("source", "folder"),
+    ("source", "folder_name"),
     [
         ("gpt2", "gpt2"),
         ("meta-llama/Llama-2-7b-hf", "meta-llama_Llama-2-7b-hf"),
@@ -84,5 +84,5 @@ def test_only_a_flat_copy_is_overwritten_by_a_later_run() -> None:
         ("file:///models/..", "_"),
     ],
 )
-def test_the_folder_name_of_a_model_follows_from_its_source(source: str, folder: str) -> None:
-    assert model_folder_name(source) == folder
+def test_the_folder_name_of_a_model_follows_from_its_source(source: str, folder_name: str) -> None:
+    assert model_folder_name(source) == folder_name

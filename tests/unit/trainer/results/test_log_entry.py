@@ -10,7 +10,7 @@ from finetune_trainer.results.log_entry import LineKind, LogEntry, join_attempts
 from pydantic import ValidationError
 
 
-def entries(*lines: dict[str, Any]) -> list[LogEntry]:
+def make_entries(*lines: dict[str, Any]) -> list[LogEntry]:
     return [LogEntry.model_validate(line) for line in lines]
 
 
@@ -35,14 +35,14 @@ def test_log_jsonl_has_every_value_in_order_and_null_for_numbers_that_are_not_fi
         {"step": 1, "eval_loss": float("-inf"), "nested": {"values": [1, float("inf")]}, "note": "héllo"},
     ]
     # Declared fields come first, then the other values of the line.
-    assert log_to_jsonl(entries(*lines)) == (
+    assert log_to_jsonl(make_entries(*lines)) == (
         '{"step": 1, "loss": null, "grad_norm": null, "learning_rate": 0.0003, "rewards/length/mean": 0.5}\n'
         '{"step": 1, "eval_loss": null, "nested": {"values": [1, null]}, "note": "héllo"}\n'
     )
 
 
 def test_log_jsonl_can_be_read_back() -> None:
-    log = entries({"step": 1, "loss": 0.5, "other": 2}, {"step": 2, "eval_loss": 1.5, "unix_time": 1.7e9})
+    log = make_entries({"step": 1, "loss": 0.5, "other": 2}, {"step": 2, "eval_loss": 1.5, "unix_time": 1.7e9})
     text = log_to_jsonl(log)
     assert [LogEntry.from_json(line) for line in text.splitlines()] == log
     assert json.loads(text.splitlines()[0]) == {"step": 1, "loss": 0.5, "other": 2}
@@ -54,30 +54,30 @@ def test_a_line_without_a_step_is_refused() -> None:
         LogEntry.model_validate({"loss": 1.0})
 
 
-def steps(log: list[LogEntry]) -> list[tuple[int, str]]:
+def list_steps_and_attempts(log: list[LogEntry]) -> list[tuple[int, str]]:
     return [(entry.step, entry.model_extra["attempt"] if entry.model_extra else "") for entry in log]
 
 
 def test_of_a_repeated_step_only_the_lines_of_the_later_attempt_are_kept() -> None:
-    first = entries(*({"step": step, "loss": 1.0, "attempt": "a1"} for step in (10, 20, 30, 40)))
+    first_attempt = make_entries(*({"step": step, "loss": 1.0, "attempt": "a1"} for step in (10, 20, 30, 40)))
     # Resumed from a checkpoint of step 25.
-    second = entries(*({"step": step, "loss": 1.0, "attempt": "a2"} for step in (30, 40, 50)))
-    expected = [(10, "a1"), (20, "a1"), (30, "a2"), (40, "a2"), (50, "a2")]
-    assert steps(join_attempts([first, second])) == expected
-    assert steps(join_attempts([first, [], second])) == expected
-    from_the_start = entries({"step": 1, "loss": 1.0, "attempt": "a3"})
-    assert steps(join_attempts([first, second, from_the_start])) == [(1, "a3")]
+    second_attempt = make_entries(*({"step": step, "loss": 1.0, "attempt": "a2"} for step in (30, 40, 50)))
+    expected_steps = [(10, "a1"), (20, "a1"), (30, "a2"), (40, "a2"), (50, "a2")]
+    assert list_steps_and_attempts(join_attempts([first_attempt, second_attempt])) == expected_steps
+    assert list_steps_and_attempts(join_attempts([first_attempt, [], second_attempt])) == expected_steps
+    restarted_attempt = make_entries({"step": 1, "loss": 1.0, "attempt": "a3"})
+    assert list_steps_and_attempts(join_attempts([first_attempt, second_attempt, restarted_attempt])) == [(1, "a3")]
     assert join_attempts([]) == []
 
 
 def test_a_line_of_another_kind_at_the_step_of_the_checkpoint_is_kept() -> None:
     """An attempt that resumes from the last step logs only the summary at this step."""
-    first = entries(
+    first_attempt = make_entries(
         {"step": 8, "loss": 1.0, "attempt": "a1"}, {"step": 8, "eval_loss": 1.0, "attempt": "a1"},
         {"step": 8, "train_runtime": 9.0, "attempt": "a1"}, {"step": 8, "test_loss": 9.0, "attempt": "a1"},
     )  # fmt: skip
-    second = entries({"step": 8, "train_runtime": 0.1, "attempt": "a2"}, {"step": 8, "test_loss": 9.0, "attempt": "a2"})
-    joined = join_attempts([first, second])
-    assert [(entry.kind, (entry.model_extra or {})["attempt"]) for entry in joined] == [
+    second_attempt = make_entries({"step": 8, "train_runtime": 0.1, "attempt": "a2"}, {"step": 8, "test_loss": 9.0, "attempt": "a2"})
+    joined_log = join_attempts([first_attempt, second_attempt])
+    assert [(entry.kind, (entry.model_extra or {})["attempt"]) for entry in joined_log] == [
         (LineKind.TRAINING, "a1"), (LineKind.EVALUATION, "a1"), (LineKind.SUMMARY, "a2"), (LineKind.TEST, "a2"),
     ]  # fmt: skip

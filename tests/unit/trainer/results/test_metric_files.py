@@ -144,11 +144,11 @@ SAMPLE_KEYS = {
 
 def test_the_keys_and_their_order_are_those_of_the_sample_run() -> None:
     files = build_metric_files(TWO_EPOCHS, RUN)
-    final = json.loads(files[ResultFile.FINAL_METRICS])
-    assert {name: list(group) for name, group in final.items()} == SAMPLE_KEYS and list(final) == list(SAMPLE_KEYS)
-    step, epoch = (json.loads(files[file])[0] for file in (ResultFile.STEP_METRICS, ResultFile.EPOCH_METRICS))
-    assert list(step) == ["step", "loss", "learning_rate", "grad_norm", "timestamp"]
-    assert list(epoch) == [
+    final_metrics = json.loads(files[ResultFile.FINAL_METRICS])
+    assert {name: list(group) for name, group in final_metrics.items()} == SAMPLE_KEYS and list(final_metrics) == list(SAMPLE_KEYS)
+    first_step, first_epoch = (json.loads(files[file])[0] for file in (ResultFile.STEP_METRICS, ResultFile.EPOCH_METRICS))
+    assert list(first_step) == ["step", "loss", "learning_rate", "grad_norm", "timestamp"]
+    assert list(first_epoch) == [
         "epoch", "epoch_time", "train_loss", "eval_loss", "timestamp", "eval_accuracy", "eval_f1", "eval_precision", "eval_recall",
     ]  # fmt: skip
 
@@ -202,8 +202,8 @@ def test_rounded_epochs_belong_to_the_epoch_that_they_end() -> None:
 def test_a_resumed_run_has_each_step_once() -> None:
     first_attempt = entries(train(2, 0.5, 4.0, 10.0), train(4, 1.0, 3.0, 20.0), evaluate(4, 1.0, 2.5, 22.0), train(6, 1.5, 2.0, 30.0))
     # The second attempt resumes from the checkpoint of step 4. It continues to count its training seconds from the checkpoint's last log line.
-    second = entries(train(6, 1.5, 2.0, 40.0), train(8, 2.0, 1.0, 50.0), evaluate(8, 2.0, 2.0, 52.0))
-    log = join_attempts([first_attempt, second])
+    second_attempt = entries(train(6, 1.5, 2.0, 40.0), train(8, 2.0, 1.0, 50.0), evaluate(8, 2.0, 2.0, 52.0))
+    log = join_attempts([first_attempt, second_attempt])
     assert [(one.step, one.loss) for one in compute_step_metrics(log)] == [(2, 4.0), (4, 3.0), (6, 2.0), (8, 1.0)]
     assert [(one.train_loss, one.eval_loss, one.epoch_time) for one in compute_epoch_metrics(log)] == [(3.5, 2.5, 22.0), (1.5, 2.0, 30.0)]
     assert compute_training_metrics(log).step_times == [5.0, 5.0, 9.0, 5.0]
@@ -215,11 +215,11 @@ def test_a_run_without_lines_or_facts_has_files_with_nulls() -> None:
     files = build_metric_files([], run)
     assert files[ResultFile.STEP_METRICS] == files[ResultFile.EPOCH_METRICS] == "[]\n"
     assert files[ResultFile.LOG] == ""
-    final = json.loads(files[ResultFile.FINAL_METRICS])
-    summary = final["training_summary"]
+    final_metrics = json.loads(files[ResultFile.FINAL_METRICS])
+    summary = final_metrics["training_summary"]
     assert (summary.pop("total_steps"), summary.pop("total_epochs")) == (0, 0) and set(summary.values()) == {None}
-    assert final["configuration"] == dict.fromkeys(SAMPLE_KEYS["configuration"]) | {"model": "m", "technique": "full"}
-    assert final["run_info"]["metrics_directory"] == "." and final["metrics_files"]["step_metrics"] == "step_metrics.json"
+    assert final_metrics["configuration"] == dict.fromkeys(SAMPLE_KEYS["configuration"]) | {"model": "m", "technique": "full"}
+    assert final_metrics["run_info"]["metrics_directory"] == "." and final_metrics["metrics_files"]["step_metrics"] == "step_metrics.json"
     assert json.loads(files[ResultFile.PERFORMANCE_SUMMARY]) == {
         "training_time_minutes": None, "trainable_parameters": None, "total_parameters": None, "parameter_efficiency": None, "pruning": None,
     }  # fmt: skip

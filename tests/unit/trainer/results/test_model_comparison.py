@@ -59,8 +59,8 @@ def test_the_file_has_exactly_the_expected_content() -> None:
 def test_only_generation_options_that_are_set_are_in_the_file() -> None:
     options = GenerationParams(max_new_tokens=1, temperature=0, top_p=1, do_sample=False, top_k=50)
     metadata = METADATA.model_copy(update={"generation_params": options})
-    written = json.loads(ModelComparison(metadata=metadata, comparisons=[]).to_json())["metadata"]["generation_params"]
-    assert written == {"max_new_tokens": 1, "temperature": 0, "top_p": 1, "do_sample": False, "top_k": 50}
+    written_params = json.loads(ModelComparison(metadata=metadata, comparisons=[]).to_json())["metadata"]["generation_params"]
+    assert written_params == {"max_new_tokens": 1, "temperature": 0, "top_p": 1, "do_sample": False, "top_k": 50}
     with pytest.raises(ValidationError):
         GenerationParams.model_validate({"max_new_tokens": 1, "temperature": 0, "top_p": 1, "do_sample": False, "topK": 50})
 

@@ -10,11 +10,11 @@ from finetune_api.spec.results import RunName
 from finetune_trainer.results.run_names import build_run_name, make_slug, time_folder_name
 from pydantic import ValidationError
 
-STARTED = datetime(2025, 6, 29, 14, 30, 22, tzinfo=UTC)
+STARTED_AT = datetime(2025, 6, 29, 14, 30, 22, tzinfo=UTC)
 
 
 @pytest.mark.parametrize(
-    ("option", "name"),
+    ("run_name", "expected_name"),
     [
         (None, "job"),
         (RunName(name="my-model"), "my-model"),
@@ -26,8 +26,8 @@ STARTED = datetime(2025, 6, 29, 14, 30, 22, tzinfo=UTC)
         (RunName(name="", suffix="-x"), "20250629-143022-x"),
     ],
 )
-def test_a_name_is_prefix_base_and_suffix_without_separators(option: RunName | None, name: str) -> None:
-    assert build_run_name(option, job_name="job", started_at=STARTED) == name
+def test_a_name_is_prefix_base_and_suffix_without_separators(run_name: RunName | None, expected_name: str) -> None:
+    assert build_run_name(run_name, job_name="job", started_at=STARTED_AT) == expected_name
 
 
 @pytest.mark.parametrize("part", ["name", "prefix", "suffix"])
@@ -38,15 +38,15 @@ def test_the_api_refuses_six_characters_in_each_part(part: str, character: str) 
 
 
 def test_times_are_utc() -> None:
-    in_berlin = STARTED.astimezone(timezone(timedelta(hours=2)))
+    in_berlin = STARTED_AT.astimezone(timezone(timedelta(hours=2)))
     assert build_run_name(RunName(), job_name="job", started_at=in_berlin) == "20250629-143022"
     assert time_folder_name(in_berlin) == "20250629_143022"
     with pytest.raises(ValueError, match="has no time zone"):
-        time_folder_name(STARTED.replace(tzinfo=None))
+        time_folder_name(STARTED_AT.replace(tzinfo=None))
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"),
+    ("name", "expected_slug"),
     [
         ("my-model", "my-model"),
         ("exp-0.0.1-v1", "exp-0.0.1-v1"),
@@ -60,7 +60,7 @@ def test_times_are_utc() -> None:
         ("", "run-e3b0c442"),
     ],
 )
-def test_a_slug_is_a_valid_object_name_label_value_and_folder(name: str, expected: str) -> None:
-    result = make_slug(name)
-    assert re.fullmatch(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*", result) and len(result) <= 63
-    assert result == expected
+def test_a_slug_is_a_valid_object_name_label_value_and_folder(name: str, expected_slug: str) -> None:
+    slug = make_slug(name)
+    assert re.fullmatch(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*", slug) and len(slug) <= 63
+    assert slug == expected_slug

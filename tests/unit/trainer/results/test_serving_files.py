@@ -13,10 +13,10 @@ from finetune_trainer.results.serving_files import ServedModel, build_serving_fi
 
 URI = "s3://models/ft/team-a/support-bot/UID/model/a1-1f3c9a2b"
 ADAPTER = ServedModel("support-bot", "team-a", "hf://org/base@abc", URI, 24)
-MODEL = ServedModel("support-bot", "team-a", "hf://org/base", URI, None)
+COMPLETE_MODEL = ServedModel("support-bot", "team-a", "hf://org/base", URI, None)
 
 
-def manifests(model: ServedModel, server: str) -> list[dict[str, Any]]:
+def build_manifests(model: ServedModel, server: str) -> list[dict[str, Any]]:
     spec = FineTuneJobSpec.model_validate({"model": {"source": "org/base"}, "dataset": {"train": "org/d"}, "output": {"serving": [server]}})
     files = build_serving_files(spec, model)
     assert list(files) == [f"{server}.yaml"]
@@ -24,11 +24,11 @@ def manifests(model: ServedModel, server: str) -> list[dict[str, Any]]:
 
 
 def test_no_server_means_no_manifest() -> None:
-    assert build_serving_files(FineTuneJobSpec.model_validate({"model": {"source": "org/base"}, "dataset": {"train": "org/d"}}), MODEL) == {}
+    assert build_serving_files(FineTuneJobSpec.model_validate({"model": {"source": "org/base"}, "dataset": {"train": "org/d"}}), COMPLETE_MODEL) == {}
 
 
 def test_kserve_mounts_the_adapter_and_gets_the_base_model_from_the_hub() -> None:
-    account, service = manifests(ADAPTER, "kserve")
+    account, service = build_manifests(ADAPTER, "kserve")
     predictor = service["spec"]["predictor"]
     assert (service["kind"], service["metadata"]) == ("InferenceService", {"name": "support-bot", "namespace": "team-a"})
     assert account["metadata"]["name"] == predictor["serviceAccountName"]
@@ -40,12 +40,12 @@ def test_kserve_mounts_the_adapter_and_gets_the_base_model_from_the_hub() -> Non
 
 
 def test_kserve_serves_a_complete_model_from_storage() -> None:
-    _, service = manifests(MODEL, "kserve")
+    _, service = build_manifests(COMPLETE_MODEL, "kserve")
     assert service["spec"]["predictor"]["model"]["args"] == ["--model_name=support-bot"]
 
 
 def test_vllm_downloads_the_adapter_and_names_it_as_a_model() -> None:
-    deployment, service = manifests(ADAPTER, "vllm")
+    deployment, service = build_manifests(ADAPTER, "vllm")
     pod = deployment["spec"]["template"]["spec"]
     assert pod["initContainers"][0]["args"] == [URI, "/mnt/adapter"]
     assert pod["containers"][0]["args"] == [
@@ -57,7 +57,7 @@ def test_vllm_downloads_the_adapter_and_names_it_as_a_model() -> None:
 
 
 def test_vllm_downloads_a_base_model_that_is_not_on_a_hub() -> None:
-    deployment, _ = manifests(ServedModel("bot", "team-a", "s3://models/base", URI, 8), "vllm")
+    deployment, _ = build_manifests(ServedModel("bot", "team-a", "s3://models/base", URI, 8), "vllm")
     pod = deployment["spec"]["template"]["spec"]
     assert pod["initContainers"][0]["args"] == [URI, "/mnt/adapter", "s3://models/base", "/mnt/models"]
     assert pod["containers"][0]["args"][0] == "--model=/mnt/models"
@@ -65,20 +65,20 @@ def test_vllm_downloads_a_base_model_that_is_not_on_a_hub() -> None:
 
 
 def test_vllm_serves_a_complete_model_from_storage() -> None:
-    deployment, _ = manifests(MODEL, "vllm")
+    deployment, _ = build_manifests(COMPLETE_MODEL, "vllm")
     pod = deployment["spec"]["template"]["spec"]
     assert pod["initContainers"][0]["args"] == [URI, "/mnt/models"]
     assert pod["containers"][0]["args"] == ["--model=/mnt/models", "--served-model-name=support-bot"]
 
 
-@pytest.mark.parametrize(("settings", "rank"), [({"r": 8}, 8), ({"r": 8, "rank_pattern": {"q_proj": 64}}, 64)])
-def test_the_highest_rank_of_the_stored_adapter_is_used(settings: dict[str, Any], rank: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("adapter_config", "expected_rank"), [({"r": 8}, 8), ({"r": 8, "rank_pattern": {"q_proj": 64}}, 64)])
+def test_the_highest_rank_of_the_stored_adapter_is_used(adapter_config: dict[str, Any], expected_rank: int, tmp_path: Path) -> None:
     from finetune_api.spec.enums import OutputKind
 
     from tests.support.learning import make_run
 
-    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    (tmp_path / "adapter_config.json").write_text(json.dumps(adapter_config))
     run, _ = make_run(tmp_path / "run", tmp_path / "model")
-    assert ServedModel.of(run, URI, OutputKind.ADAPTER, tmp_path, None).lora_rank == rank
-    merged = ServedModel.of(run, URI, OutputKind.ADAPTER, tmp_path, "s3://merged")
-    assert (merged.lora_rank, merged.uri) == (None, "s3://merged")
+    assert ServedModel.of(run, URI, OutputKind.ADAPTER, tmp_path, None).lora_rank == expected_rank
+    merged_model = ServedModel.of(run, URI, OutputKind.ADAPTER, tmp_path, "s3://merged")
+    assert (merged_model.lora_rank, merged_model.uri) == (None, "s3://merged")

@@ -38,8 +38,8 @@ class CredentialIssuer:
                     self._answer(b"body")
 
             def do_POST(self) -> None:
-                text = self.rfile.read(int(self.headers["Content-Length"])).decode()
-                issuer.presented_tokens.append(text)
+                request_body = self.rfile.read(int(self.headers["Content-Length"])).decode()
+                issuer.presented_tokens.append(request_body)
                 self._answer(issuer.as_xml())
 
             def _answer(self, body: bytes) -> None:
@@ -60,22 +60,22 @@ class CredentialIssuer:
         return f"KEY{self.issued_count}", (datetime.now(UTC) + timedelta(minutes=1)).strftime("%Y-%m-%dT%H:%M:%SZ")
 
     def as_json(self) -> bytes:
-        key, end = self._issue_key()
-        return json.dumps({"AccessKeyId": key, "SecretAccessKey": "s", "Token": f"T{key}", "Expiration": end}).encode()
+        key, expires_at = self._issue_key()
+        return json.dumps({"AccessKeyId": key, "SecretAccessKey": "s", "Token": f"T{key}", "Expiration": expires_at}).encode()
 
     def as_xml(self) -> bytes:
-        key, end = self._issue_key()
+        key, expires_at = self._issue_key()
         return (
             '<AssumeRoleWithWebIdentityResponse xmlns="https://sts.amazonaws.com/doc/2011-06-15/">'
             f"<AssumeRoleWithWebIdentityResult><Credentials><AccessKeyId>{key}</AccessKeyId><SecretAccessKey>s</SecretAccessKey>"
-            f"<SessionToken>T{key}</SessionToken><Expiration>{end}</Expiration></Credentials>"
+            f"<SessionToken>T{key}</SessionToken><Expiration>{expires_at}</Expiration></Credentials>"
             "</AssumeRoleWithWebIdentityResult></AssumeRoleWithWebIdentityResponse>"
         ).encode()
 
     def record_signature(self, headers: dict[str, str]) -> None:
-        key = re.search(r"Credential=([^/]+)/", headers["Authorization"])
-        assert key is not None
-        self.signed_requests.append((key[1], headers.get("X-Amz-Security-Token", "")))
+        key_match = re.search(r"Credential=([^/]+)/", headers["Authorization"])
+        assert key_match is not None
+        self.signed_requests.append((key_match[1], headers.get("X-Amz-Security-Token", "")))
 
 
 @pytest.fixture
@@ -110,14 +110,14 @@ def test_a_web_identity_is_renewed_before_it_expires(
 ) -> None:
     """Each renewal must read the ServiceAccount's token from its file, because the kubelet replaces this file."""
     unset_keys(monkeypatch)
-    token = tmp_path / "token"
-    token.write_text("first")
-    monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", str(token))
+    token_file = tmp_path / "token"
+    token_file.write_text("first")
+    monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", str(token_file))
     monkeypatch.setenv("AWS_ROLE_ARN", "arn:aws:iam::111122223333:role/trainer")
     monkeypatch.setenv("AWS_ENDPOINT_URL_STS", issuer.url)
     store = S3Store(StoreTarget(uri="s3://bucket/root", endpoint=issuer.url, region="eu-central-1"))
     store.get("key")
-    token.write_text("second")
+    token_file.write_text("second")
     store.get("key")
     keys = [key for key, _ in issuer.signed_requests]
     assert len(set(keys)) == 2 and issuer.signed_requests == [(key, f"T{key}") for key in keys]

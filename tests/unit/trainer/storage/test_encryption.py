@@ -69,11 +69,11 @@ class StubbedStore:
 
     def send_all_operations(self, folder: Path) -> None:
         """Send one request of each type that transfers an object."""
-        large = folder / "large"
-        large.write_bytes(b"\0" * (11 * s3.MIB))
+        large_file = folder / "large"
+        large_file.write_bytes(b"\0" * (11 * s3.MIB))
         self.store.put("small", BODY)
         self.store.create("marker", BODY)
-        self.store.put_file(large, "large")
+        self.store.put_file(large_file, "large")
         self.store.get("small")
         self.store.stat("small")
         self.store.download("small", folder / "back")
@@ -89,12 +89,12 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_requests_have_no_encryption_headers_by_default(tmp_path: Path) -> None:
-    stubbed = StubbedStore()
-    stubbed.send_all_operations(tmp_path)
-    assert set(stubbed.sent_headers) == {
+    stubbed_store = StubbedStore()
+    stubbed_store.send_all_operations(tmp_path)
+    assert set(stubbed_store.sent_headers) == {
         "PutObject", "CreateMultipartUpload", "UploadPart", "CompleteMultipartUpload", "GetObject", "HeadObject"
     }  # fmt: skip
-    assert not any(stubbed.sent_headers.values())
+    assert not any(stubbed_store.sent_headers.values())
 
 
 @pytest.mark.parametrize(
@@ -111,27 +111,27 @@ def test_requests_have_no_encryption_headers_by_default(tmp_path: Path) -> None:
 def test_encryption_by_the_store_is_requested_when_an_object_is_created(
     tmp_path: Path, target: dict[str, str], headers: dict[str, str]
 ) -> None:
-    stubbed = StubbedStore(**target)
-    stubbed.send_all_operations(tmp_path)
+    stubbed_store = StubbedStore(**target)
+    stubbed_store.send_all_operations(tmp_path)
     for operation in ("PutObject", "CreateMultipartUpload"):
-        assert stubbed.sent_headers.pop(operation) == headers
-    assert not any(stubbed.sent_headers.values()), "S3 refuses these headers in requests that upload a part or read an object"
+        assert stubbed_store.sent_headers.pop(operation) == headers
+    assert not any(stubbed_store.sent_headers.values()), "S3 refuses these headers in requests that upload a part or read an object"
 
 
 def test_a_customer_key_is_sent_with_every_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SSE_CUSTOMER_KEY", base64.b64encode(CUSTOMER_KEY).decode() + "\n")
-    stubbed = StubbedStore(encryption="customerKey", customer_key_variable="AWS_SSE_CUSTOMER_KEY")
-    stubbed.send_all_operations(tmp_path)
+    stubbed_store = StubbedStore(encryption="customerKey", customer_key_variable="AWS_SSE_CUSTOMER_KEY")
+    stubbed_store.send_all_operations(tmp_path)
     for operation in ("PutObject", "CreateMultipartUpload", "UploadPart", "GetObject", "HeadObject"):
-        assert stubbed.sent_headers[operation] == CUSTOMER_KEY_HEADERS, operation
+        assert stubbed_store.sent_headers[operation] == CUSTOMER_KEY_HEADERS, operation
 
 
 def test_each_connection_has_its_own_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SSE_CUSTOMER_KEY", base64.b64encode(b"x" * 32).decode())
     monkeypatch.setenv("MODEL_AWS_SSE_CUSTOMER_KEY", base64.b64encode(CUSTOMER_KEY).decode())
-    stubbed = StubbedStore(encryption="customerKey", customer_key_variable="MODEL_AWS_SSE_CUSTOMER_KEY")
-    stubbed.store.get("small")
-    assert stubbed.sent_headers["GetObject"] == CUSTOMER_KEY_HEADERS
+    stubbed_store = StubbedStore(encryption="customerKey", customer_key_variable="MODEL_AWS_SSE_CUSTOMER_KEY")
+    stubbed_store.store.get("small")
+    assert stubbed_store.sent_headers["GetObject"] == CUSTOMER_KEY_HEADERS
 
 
 @pytest.mark.parametrize("text", ["", "not base64!", base64.b64encode(b"too short").decode(), "very-secret-word"])
@@ -150,17 +150,17 @@ def test_a_checkpoint_named_by_uri_is_read_with_the_same_key(tmp_path: Path, mon
     from finetune_trainer.checkpoint.tree import CheckpointTree
 
     monkeypatch.setenv("AWS_SSE_CUSTOMER_KEY", base64.b64encode(CUSTOMER_KEY).decode())
-    stubbed, opened = StubbedStore(encryption="customerKey", customer_key_variable="AWS_SSE_CUSTOMER_KEY"), []
+    stubbed_store, opened_targets = StubbedStore(encryption="customerKey", customer_key_variable="AWS_SSE_CUSTOMER_KEY"), []
 
     def record_target(target: StoreTarget) -> S3Store:
-        opened.append(target)
-        return stubbed.store
+        opened_targets.append(target)
+        return stubbed_store.store
 
     monkeypatch.setattr("finetune_trainer.checkpoint.restore.open_store", record_target)
     uri = "s3://other/team/job/uid/checkpoints/step-00000005"
     with pytest.raises(FineTuneError, match="no committed checkpoint"):
-        restore(CheckpointTree(stubbed.store), ResumeConfig(mode=uri), RunFacts(), tmp_path)
-    assert opened == [stubbed.store.target.model_copy(update={"uri": "s3://other/team/job/uid"})]
+        restore(CheckpointTree(stubbed_store.store), ResumeConfig(mode=uri), RunFacts(), tmp_path)
+    assert opened_targets == [stubbed_store.store.target.model_copy(update={"uri": "s3://other/team/job/uid"})]
 
 
 @pytest.mark.parametrize(
@@ -180,18 +180,18 @@ def test_the_preflight_refuses_a_store_that_ignores_the_encryption(
 ) -> None:
     """The Versity gateway, for example, accepts requests with encryption, but stores the objects without it."""
     monkeypatch.setenv("AWS_SSE_CUSTOMER_KEY", base64.b64encode(CUSTOMER_KEY).decode())
-    stubbed = StubbedStore(endpoint="https://store.example", **target)
-    stubbed.head_response = head_response
-    monkeypatch.setattr("finetune_trainer.storage.preflight.open_store", lambda *_, **__: stubbed.store)
+    stubbed_store = StubbedStore(endpoint="https://store.example", **target)
+    stubbed_store.head_response = head_response
+    monkeypatch.setattr("finetune_trainer.storage.preflight.open_store", lambda *_, **__: stubbed_store.store)
     if is_encrypted:
-        assert preflight(stubbed.store.target).store_kind == "s3"
+        assert preflight(stubbed_store.store.target).store_kind == "s3"
     else:
         with pytest.raises(StorageSetupError) as caught:
-            preflight(stubbed.store.target)
+            preflight(stubbed_store.store.target)
         assert (caught.value.code, caught.value.exit_code) == ("EncryptionRefused", 67)
         assert f"({target['encryption']}), but stores objects without it" in caught.value.message
         assert (caught.value.hint or "").startswith("remove storage.encryption ")
-    assert "x-amz-server-side-encryption-customer-key" not in stubbed.sent_headers["HeadObject"]
+    assert "x-amz-server-side-encryption-customer-key" not in stubbed_store.sent_headers["HeadObject"]
 
 
 def convert_response(status: int, code: str, message: str = "", operation: str = "PutObject", **target: Any) -> FineTuneError:

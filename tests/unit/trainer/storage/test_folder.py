@@ -22,7 +22,7 @@ def store(tmp_path: Path) -> FolderStore:
     return FolderStore(tmp_path / "root", f"file://{tmp_path}/root")
 
 
-def raising_os_error(errno_value: int) -> Any:
+def make_os_error_raiser(errno_value: int) -> Any:
     def fail(*_: object, **__: object) -> None:
         raise OSError(errno_value, os.strerror(errno_value))
 
@@ -33,12 +33,12 @@ def raising_os_error(errno_value: int) -> Any:
 def test_only_one_writer_creates_an_object_without_hard_links(
     store: FolderStore, monkeypatch: pytest.MonkeyPatch, errno_value: int
 ) -> None:
-    monkeypatch.setattr(Path, "hardlink_to", raising_os_error(errno_value))
+    monkeypatch.setattr(Path, "hardlink_to", make_os_error_raiser(errno_value))
     results: list[CreateResult] = []
-    start = threading.Barrier(8)
+    start_barrier = threading.Barrier(8)
 
     def create(data: bytes) -> None:
-        start.wait()
+        start_barrier.wait()
         results.append(store.create("a/_COMMITTED", data))
 
     threads = [threading.Thread(target=create, args=(b"%d" % number,)) for number in range(8)]
@@ -52,7 +52,7 @@ def test_only_one_writer_creates_an_object_without_hard_links(
 
 
 def test_a_read_only_volume_is_reported_as_a_wrong_setting(store: FolderStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Path, "mkdir", raising_os_error(errno.EROFS))
+    monkeypatch.setattr(Path, "mkdir", make_os_error_raiser(errno.EROFS))
     with pytest.raises(FineTuneError) as caught:
         preflight(StoreTarget(uri=store.uri))
     assert (caught.value.exit_code, caught.value.code) == (67, "StorageReadOnly")
@@ -69,7 +69,7 @@ def test_a_full_local_disk_is_not_reported_as_a_failure_of_the_store(store: Fold
 
 
 def test_a_full_volume_is_reported_as_a_storage_failure(store: FolderStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", raising_os_error(errno.ENOSPC))
+    monkeypatch.setattr(os, "fsync", make_os_error_raiser(errno.ENOSPC))
     with pytest.raises(FineTuneError) as caught:
         store.put("weights", b"x")
     assert (caught.value.exit_code, caught.value.code) == (69, "StorageFull")
@@ -79,14 +79,14 @@ def test_a_full_volume_is_reported_as_a_storage_failure(store: FolderStore, monk
 def test_listing_an_unreadable_folder_raises_an_error(store: FolderStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run must not start from step 0 because another user owns its checkpoints."""
     store.put("checkpoints/step-00000005/_COMMITTED", b"{}")
-    scan = os.scandir
+    original_scandir = os.scandir
 
-    def refuse(path: Any) -> Any:
+    def refuse_step_5(path: Any) -> Any:
         if str(path).endswith("step-00000005"):
             raise PermissionError(errno.EACCES, "Permission denied")
-        return scan(path)
+        return original_scandir(path)
 
-    monkeypatch.setattr(os, "scandir", refuse)
+    monkeypatch.setattr(os, "scandir", refuse_step_5)
     with pytest.raises(FineTuneError) as caught:
         list(store.list("checkpoints/"))
     assert (caught.value.exit_code, caught.value.code) == (77, "PermissionDenied")
@@ -97,12 +97,12 @@ def test_a_folder_that_is_removed_during_a_listing_is_ignored(
 ) -> None:
     for step in (5, 10):
         store.put(f"checkpoints/step-{step}/_COMMITTED", b"{}")
-    scan = os.scandir
+    original_scandir = os.scandir
 
     def scan_without_step_5(path: Any) -> Any:
         if str(path).endswith("step-5"):
             raise FileNotFoundError(errno.ENOENT, "No such file or directory")
-        return scan(path)
+        return original_scandir(path)
 
     monkeypatch.setattr(os, "scandir", scan_without_step_5)
     assert [stat.key for stat in store.list("checkpoints/")] == ["checkpoints/step-10/_COMMITTED"]
@@ -111,11 +111,11 @@ def test_a_folder_that_is_removed_during_a_listing_is_ignored(
 
 def test_partial_files_of_killed_writers_are_neither_listed_nor_kept_by_a_sweep(store: FolderStore) -> None:
     store.put("checkpoints/step-5/weights", b"w")
-    partial = store.root / "checkpoints/step-5/.partial-0123456789ab"
-    partial.write_bytes(b"half")
+    partial_file = store.root / "checkpoints/step-5/.partial-0123456789ab"
+    partial_file.write_bytes(b"half")
     assert [stat.key for stat in store.list("")] == ["checkpoints/step-5/weights"]
     assert store.sweep("checkpoints/") == 1
-    assert not partial.exists() and store.get("checkpoints/step-5/weights") == b"w"
+    assert not partial_file.exists() and store.get("checkpoints/step-5/weights") == b"w"
 
 
 UNUSUAL_NAMES = ["with space", "ümlaut-雪", "100%25 +plus", "a#b?c&d", "empty", ".hidden", "sub folder/x"]
@@ -130,11 +130,11 @@ def test_objects_with_unusual_names_and_empty_objects_are_stored(store: FolderSt
 
 def test_a_symbolic_link_in_a_checkpoint_is_staged_as_its_target(tmp_path: Path) -> None:
     """A relative link would be broken in the staging folder, and the checkpoint would lack the linked file."""
-    folder = tmp_path / "checkpoint"
-    (folder / "sub").mkdir(parents=True)
-    (folder / "weights").write_text("w")
-    (folder / "sub" / "latest").symlink_to("../weights")
-    hard_link_tree(folder, tmp_path / "elsewhere" / "staged")
-    found = tmp_path / "elsewhere" / "staged" / "sub" / "latest"
-    assert not found.is_symlink() and found.read_text() == "w"
-    assert found.stat().st_ino == (folder / "weights").stat().st_ino
+    checkpoint_folder = tmp_path / "checkpoint"
+    (checkpoint_folder / "sub").mkdir(parents=True)
+    (checkpoint_folder / "weights").write_text("w")
+    (checkpoint_folder / "sub" / "latest").symlink_to("../weights")
+    hard_link_tree(checkpoint_folder, tmp_path / "elsewhere" / "staged")
+    staged_file = tmp_path / "elsewhere" / "staged" / "sub" / "latest"
+    assert not staged_file.is_symlink() and staged_file.read_text() == "w"
+    assert staged_file.stat().st_ino == (checkpoint_folder / "weights").stat().st_ino

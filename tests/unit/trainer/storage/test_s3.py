@@ -55,16 +55,16 @@ def test_the_part_size_keeps_the_number_of_parts_below_the_limit(size: int, part
     assert config.preferred_transfer_client == "classic", "boto3's CRT client ignores a custom endpoint"
 
 
-@pytest.mark.parametrize(("code", "error_type"), [("AccessDenied", CredentialsError), ("InternalError", StorageError)])
-def test_a_refused_deletion_of_one_key_raises_an_error(code: str, error_type: type[FineTuneError]) -> None:
+@pytest.mark.parametrize(("response_code", "error_type"), [("AccessDenied", CredentialsError), ("InternalError", StorageError)])
+def test_a_refused_deletion_of_one_key_raises_an_error(response_code: str, error_type: type[FineTuneError]) -> None:
     """The response of DeleteObjects has status 200 and lists the keys that were not deleted."""
 
     def respond(operation: str, request: AWSPreparedRequest) -> Response:
-        return 200, {}, f"<DeleteResult><Error><Key>root/b</Key><Code>{code}</Code></Error></DeleteResult>".encode()
+        return 200, {}, f"<DeleteResult><Error><Key>root/b</Key><Code>{response_code}</Code></Error></DeleteResult>".encode()
 
     with pytest.raises(error_type) as caught:
         make_store(respond).delete(["a", "b"])
-    assert code == "InternalError" or "root/b" in caught.value.message
+    assert response_code == "InternalError" or "root/b" in caught.value.message
 
 
 @pytest.mark.parametrize(
@@ -92,13 +92,13 @@ def test_a_refused_head_is_repeated_as_get_to_distinguish_wrong_keys_from_missin
 
 def test_a_download_fails_if_the_object_changes(tmp_path: Path) -> None:
     """A download must not combine ranges of two versions of an object."""
-    tags = iter(['"old"', '"old"', '"new"'])
+    etags = iter(['"old"', '"old"', '"new"'])
 
     def respond(operation: str, request: AWSPreparedRequest) -> Response:
         size = 2 * RANGE_BYTES
         if operation == "HeadObject":
-            return 200, {"content-length": str(size), "etag": next(tags)}, b""
-        return 206, {"etag": next(tags)}, b"x" * RANGE_BYTES
+            return 200, {"content-length": str(size), "etag": next(etags)}, b""
+        return 206, {"etag": next(etags)}, b"x" * RANGE_BYTES
 
     with pytest.raises(StorageError) as caught:
         make_store(respond).download("weights", tmp_path / "weights")
@@ -138,9 +138,9 @@ def test_a_download_is_hashed_in_order(tmp_path: Path) -> None:
     def respond(operation: str, request: AWSPreparedRequest) -> Response:
         if operation == "HeadObject":
             return 200, {"content-length": str(len(data)), "etag": '"t"'}, b""
-        value = request.headers["Range"]
-        first, last = (value.decode() if isinstance(value, bytes) else value).removeprefix("bytes=").split("-")
+        range_header = request.headers["Range"]
+        first, last = (range_header.decode() if isinstance(range_header, bytes) else range_header).removeprefix("bytes=").split("-")
         return 206, {"etag": '"t"'}, data[int(first) : int(last) + 1]
 
-    found = make_store(respond).download("weights", tmp_path / "weights")
-    assert found == hashlib.sha256(data).hexdigest() and (tmp_path / "weights").read_bytes() == data
+    sha256 = make_store(respond).download("weights", tmp_path / "weights")
+    assert sha256 == hashlib.sha256(data).hexdigest() and (tmp_path / "weights").read_bytes() == data

@@ -14,19 +14,19 @@ from finetune_trainer.storage.__main__ import main
 from finetune_trainer.storage.roots import open_store
 from web_server import WebServer
 
-ROOT = "s3://bucket/prefix/team/job/uid"
+JOB_URI = "s3://bucket/prefix/team/job/uid"
 
 
 @pytest.mark.parametrize(
     ("uri", "address"),
     [
-        (ROOT, JobAddress(ROOT)),
-        (f"{ROOT}/", JobAddress(ROOT)),
-        (f"{ROOT}/checkpoints", JobAddress(ROOT)),
-        (f"{ROOT}/checkpoints/step-00000100", JobAddress(ROOT, 100)),
-        (f"{ROOT}/checkpoints/step-00000100/a1-12345678/", JobAddress(ROOT, 100)),
-        (f"{ROOT}/model", JobAddress(ROOT, is_model=True)),
-        (f"{ROOT}/model/a2-12345678", JobAddress(ROOT, is_model=True)),
+        (JOB_URI, JobAddress(JOB_URI)),
+        (f"{JOB_URI}/", JobAddress(JOB_URI)),
+        (f"{JOB_URI}/checkpoints", JobAddress(JOB_URI)),
+        (f"{JOB_URI}/checkpoints/step-00000100", JobAddress(JOB_URI, 100)),
+        (f"{JOB_URI}/checkpoints/step-00000100/a1-12345678/", JobAddress(JOB_URI, 100)),
+        (f"{JOB_URI}/model", JobAddress(JOB_URI, is_model=True)),
+        (f"{JOB_URI}/model/a2-12345678", JobAddress(JOB_URI, is_model=True)),
         ("s3://bucket/prefix/team/model/0a1b2c3d-0000", JobAddress("s3://bucket/prefix/team/model/0a1b2c3d-0000")),
         (
             "s3://bucket/prefix/team/model/0a1b2c3d-0000/model",
@@ -51,10 +51,10 @@ def commit_checkpoints_and_model(tmp_path: Path, folder: Path) -> str:
     """Commit two checkpoints and a model below `folder`, and return the URI."""
     tree = CheckpointTree(open_store(StoreTarget(uri=f"file://{folder}")))
     for step in (5, 10, None):
-        staged = tmp_path / f"staged-{step}"
-        (staged / "sub").mkdir(parents=True)
-        (staged / "sub" / "weights").write_text(f"weights of {step}")
-        files = tree.upload(checkpoint_folder_key(step), "a1-00000000", staged)
+        staged_folder = tmp_path / f"staged-{step}"
+        (staged_folder / "sub").mkdir(parents=True)
+        (staged_folder / "sub" / "weights").write_text(f"weights of {step}")
+        files = tree.upload(checkpoint_folder_key(step), "a1-00000000", staged_folder)
         tree.commit(checkpoint_folder_key(step), Manifest(step=step or 10, incarnation="a1-00000000", files=files))
     tree.mark_healthy(5)
     return f"file://{folder}"
@@ -98,7 +98,7 @@ def test_an_address_without_a_commit_ends_with_66(tmp_path: Path, capsys: pytest
     assert "NothingCommitted" in capsys.readouterr().err
 
 
-SECRET = "?signature=hidden/word"
+SECRET_QUERY = "?signature=hidden/word"
 
 
 @pytest.fixture
@@ -106,17 +106,17 @@ def run_on_web_server(server: WebServer, tmp_path: Path, capsys: pytest.CaptureF
     """Return a function that runs a command with an https URL of the storage. The function returns the command's exit code and output."""
     commit_checkpoints_and_model(tmp_path, server.folder / "root")
 
-    def run(command: str, path: str, *more: str) -> tuple[int, str]:
-        code = main([command, f"{server.url}/root{path}{SECRET}", "--ca-bundle", server.ca, *more])
+    def run_command(command: str, path: str, *further_arguments: str) -> tuple[int, str]:
+        exit_code = main([command, f"{server.url}/root{path}{SECRET_QUERY}", "--ca-bundle", server.ca, *further_arguments])
         output = "".join(capsys.readouterr())
         assert "hidden" not in output
-        return code, output
+        return exit_code, output
 
-    return run
+    return run_command
 
 
 @pytest.mark.parametrize(
-    ("path", "weights"),
+    ("path", "expected_weights"),
     [
         ("/checkpoints/step-00000005", "weights of 5"),
         ("/checkpoints/step-00000010/a1-00000000", "weights of 10"),
@@ -130,30 +130,30 @@ def test_a_checkpoint_or_model_on_a_web_server_is_verified_and_downloaded(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     path: str,
-    weights: str,
+    expected_weights: str,
 ) -> None:
-    code, output = run_on_web_server("verify", path)
-    assert code == 0 and output.count("complete and undamaged") == 1
+    exit_code, output = run_on_web_server("verify", path)
+    assert exit_code == 0 and output.count("complete and undamaged") == 1
     monkeypatch.chdir(tmp_path)
     assert run_on_web_server("download", path)[0] == 0
-    assert (tmp_path / path.rpartition("/")[2] / "sub/weights").read_text() == weights
+    assert (tmp_path / path.rpartition("/")[2] / "sub/weights").read_text() == expected_weights
     folder = server.folder / "root" / path.lstrip("/")
     (next(folder.rglob("weights"))).write_text("weights of 6")
-    code, output = run_on_web_server("verify", path)
-    assert code == 65 and "sub/weights is damaged" in output
+    exit_code, output = run_on_web_server("verify", path)
+    assert exit_code == 65 and "sub/weights is damaged" in output
     next(folder.rglob("weights")).unlink()
     assert "sub/weights is missing" in run_on_web_server("download", path)[1]
 
 
 def test_on_a_web_server_one_step_can_be_listed_but_not_a_whole_job(run_on_web_server: Callable[..., tuple[int, str]]) -> None:
-    code, output = run_on_web_server("list", "/checkpoints/step-00000005")
-    assert code == 0 and output.splitlines()[1].split()[:5] == ["step", "5", "1", "12", "yes"]
-    code, output = run_on_web_server("verify", "/checkpoints/step-00000006")
-    assert code == 66 and "nothing is committed at https://" in output and "step-00000006" in output
+    exit_code, output = run_on_web_server("list", "/checkpoints/step-00000005")
+    assert exit_code == 0 and output.splitlines()[1].split()[:5] == ["step", "5", "1", "12", "yes"]
+    exit_code, output = run_on_web_server("verify", "/checkpoints/step-00000006")
+    assert exit_code == 66 and "nothing is committed at https://" in output and "step-00000006" in output
     for command in ("list", "verify", "download"):
         for path in ("", "/checkpoints"):
-            code, output = run_on_web_server(command, path)
-            assert code == 67 and "StorageNotListable" in output and "/root/checkpoints/step-00000100" in output
+            exit_code, output = run_on_web_server(command, path)
+            assert exit_code == 67 and "StorageNotListable" in output and "/root/checkpoints/step-00000100" in output
             assert len(output.splitlines()) == 1
 
 

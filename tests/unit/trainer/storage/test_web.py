@@ -20,7 +20,7 @@ from finetune_trainer.storage.roots import open_store
 from finetune_trainer.storage.web import MAX_PAUSE_SECONDS, MAX_TRIES, READ_BYTES, WebStore
 from web_server import Fault, WebServer
 
-SECRET = "?X-Amz-Signature=hidden-word"
+SECRET_QUERY = "?X-Amz-Signature=hidden-word"
 BODY = bytes(range(256)) * 4 * (READ_BYTES // 1024) * 3
 """The content of a file whose size is three times READ_BYTES."""
 
@@ -29,12 +29,12 @@ BODY = bytes(range(256)) * 4 * (READ_BYTES // 1024) * 3
 def store(server: WebServer) -> WebStore:
     (server.folder / "a b").mkdir()
     (server.folder / "a b/weights").write_bytes(BODY)
-    opened = open_store(StoreTarget(uri=f"{server.url}/a b{SECRET}", ca_bundle=server.ca))
-    assert isinstance(opened, WebStore)
-    return opened
+    web_store = open_store(StoreTarget(uri=f"{server.url}/a b{SECRET_QUERY}", ca_bundle=server.ca))
+    assert isinstance(web_store, WebStore)
+    return web_store
 
 
-def download_error(store: WebStore, target: Path, key: str = "weights") -> FineTuneError:
+def catch_download_error(store: WebStore, target: Path, key: str = "weights") -> FineTuneError:
     with pytest.raises(FineTuneError) as caught:
         store.download(key, target)
     assert "hidden-word" not in str(caught.value)
@@ -44,23 +44,23 @@ def download_error(store: WebStore, target: Path, key: str = "weights") -> FineT
 
 def test_a_download_returns_the_sha256_of_the_object(store: WebStore, server: WebServer, tmp_path: Path) -> None:
     chunk_sizes: list[int] = []
-    found = store.download("weights", tmp_path / "deep/weights", byte_counter=chunk_sizes.append)
-    assert found == hashlib.sha256(BODY).hexdigest() and sum(chunk_sizes) == len(BODY)
+    sha256 = store.download("weights", tmp_path / "deep/weights", byte_counter=chunk_sizes.append)
+    assert sha256 == hashlib.sha256(BODY).hexdigest() and sum(chunk_sizes) == len(BODY)
     assert (tmp_path / "deep/weights").read_bytes() == BODY == store.get("weights")
-    assert store.stat("weights") == ObjectStat("weights", len(BODY), found[:12])
-    assert server.requests[0] == f"GET /a%20b/weights{SECRET}" and store.uri == f"{server.url}/a b"
+    assert store.stat("weights") == ObjectStat("weights", len(BODY), sha256[:12])
+    assert server.requests[0] == f"GET /a%20b/weights{SECRET_QUERY}" and store.uri == f"{server.url}/a b"
     assert store.retries == 0
 
 
 def test_a_missing_object_gives_none(store: WebStore, tmp_path: Path) -> None:
-    found = store.get("nothing"), store.stat("nothing"), store.download("nothing", tmp_path / "nothing")
-    assert found == (None, None, None) and not (tmp_path / "nothing").exists()
+    results = store.get("nothing"), store.stat("nothing"), store.download("nothing", tmp_path / "nothing")
+    assert results == (None, None, None) and not (tmp_path / "nothing").exists()
 
 
 def test_stat_uses_get_if_head_is_refused(store: WebStore, server: WebServer) -> None:
     server.faults = [Fault(403)]
-    found = store.stat("weights")
-    assert found is not None and found.size == len(BODY)
+    object_stat = store.stat("weights")
+    assert object_stat is not None and object_stat.size == len(BODY)
 
 
 @pytest.mark.parametrize("status", [429, 500, 502, 503, 504])
@@ -76,20 +76,20 @@ def test_a_server_that_stays_busy_fails_after_all_tries(
     store: WebStore, server: WebServer, pauses: list[float], tmp_path: Path
 ) -> None:
     server.faults = [Fault(503)] * MAX_TRIES
-    error = download_error(store, tmp_path / "weights")
+    error = catch_download_error(store, tmp_path / "weights")
     assert (error.exit_code, error.code, len(pauses)) == (69, "DownloadFailed", MAX_TRIES - 1)
     assert error.message == f"{server.url}/a b/weights answers 503"
 
 
 @pytest.mark.parametrize(
-    ("header", "waited"),
+    ("retry_after", "expected_pause"),
     [("7", 7.0), ("86400", MAX_PAUSE_SECONDS), (formatdate(0), 1.0), ("soon", 1.0)],
 )
 def test_the_retry_after_header_is_followed(
-    store: WebStore, server: WebServer, pauses: list[float], header: str, waited: float
+    store: WebStore, server: WebServer, pauses: list[float], retry_after: str, expected_pause: float
 ) -> None:
-    server.faults = [Fault(429, {"Retry-After": header})]
-    assert store.get("weights") == BODY and pauses == [waited]
+    server.faults = [Fault(429, {"Retry-After": retry_after})]
+    assert store.get("weights") == BODY and pauses == [expected_pause]
 
 
 def test_an_interrupted_download_continues(store: WebStore, server: WebServer, tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_an_interrupted_download_that_cannot_continue_restarts(
 def test_a_download_that_is_always_interrupted_fails(store: WebStore, server: WebServer, tmp_path: Path) -> None:
     server.serves_ranges = False
     server.faults = [Fault(cut_bytes=10)] * MAX_TRIES
-    error = download_error(store, tmp_path / "weights")
+    error = catch_download_error(store, tmp_path / "weights")
     assert (error.exit_code, error.code) == (69, "DownloadBroken")
     assert f"ended after 10 of {len(BODY)} bytes" in error.message
 
@@ -131,7 +131,7 @@ def test_a_refusal_is_not_retried(
     store: WebStore, server: WebServer, pauses: list[float], tmp_path: Path, status: int
 ) -> None:
     server.faults = [Fault(status)]
-    error = download_error(store, tmp_path / "weights")
+    error = catch_download_error(store, tmp_path / "weights")
     assert (error.exit_code, error.code, pauses) == (77, "PermissionDenied", [])
 
 
@@ -139,73 +139,73 @@ def test_a_redirect_is_followed_only_within_tls(store: WebStore, server: WebServ
     server.faults = [Fault(302, {"Location": f"{server.url}/a%20b/weights"})]
     assert store.get("weights") == BODY
     server.faults = [Fault(302, {"Location": "http://elsewhere.example/weights?token=hidden-word"})]
-    error = download_error(store, tmp_path / "weights")
+    error = catch_download_error(store, tmp_path / "weights")
     assert (error.exit_code, error.code) == (67, "RedirectRefused") and "http://elsewhere.example" in error.message
-    server.faults = [Fault(302, {"Location": f"/a%20b/weights{SECRET}"})] * 40
-    assert "redirected endlessly" in download_error(store, tmp_path / "weights").message
+    server.faults = [Fault(302, {"Location": f"/a%20b/weights{SECRET_QUERY}"})] * 40
+    assert "redirected endlessly" in catch_download_error(store, tmp_path / "weights").message
 
 
 @pytest.mark.parametrize("host", ["169.254.169.254", "2852039166", "[fd00:ec2::254]"])
 def test_a_redirect_to_a_metadata_address_is_refused(store: WebStore, server: WebServer, tmp_path: Path, host: str) -> None:
     server.faults = [Fault(302, {"Location": f"https://{host}/latest/meta-data?token=hidden-word"})]
-    error = download_error(store, tmp_path / "weights")
+    error = catch_download_error(store, tmp_path / "weights")
     assert (error.exit_code, error.code) == (64, "AddressForbidden")
     assert "the redirect of " in error.message and "hidden-word" not in error.message
 
 
 def test_an_untrusted_certificate_is_not_retried(server: WebServer, pauses: list[float], tmp_path: Path) -> None:
-    error = download_error(WebStore(StoreTarget(uri=server.url + SECRET)), tmp_path / "weights")
+    error = catch_download_error(WebStore(StoreTarget(uri=server.url + SECRET_QUERY)), tmp_path / "weights")
     assert (error.exit_code, error.code, pauses) == (69, "EndpointUnreachable", [])
     assert "SSLCertVerificationError" in error.message and "caBundleRef" in (error.hint or "")
 
 
 def test_an_invalid_ca_bundle_is_named(tmp_path: Path, server: WebServer, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "none.pem").write_text("nothing")
-    for bundle in ("none.pem", "missing.pem"):
+    for file_name in ("none.pem", "missing.pem"):
         with pytest.raises(FineTuneError, match="cannot be read") as caught:
-            WebStore(StoreTarget(uri=server.url, ca_bundle=str(tmp_path / bundle)))
+            WebStore(StoreTarget(uri=server.url, ca_bundle=str(tmp_path / file_name)))
         assert (caught.value.exit_code, caught.value.code) == (67, "TlsFailed")
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "missing.pem"))
-    assert "REQUESTS_CA_BUNDLE" in str(download_error(WebStore(StoreTarget(uri=server.url)), tmp_path / "weights"))
+    assert "REQUESTS_CA_BUNDLE" in str(catch_download_error(WebStore(StoreTarget(uri=server.url)), tmp_path / "weights"))
 
 
 def test_a_port_without_a_server_is_retried(pauses: list[float], tmp_path: Path, server: WebServer) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{taken.getsockname()[1]}"
-        error = download_error(WebStore(StoreTarget(uri=f"https://{address}/x{SECRET}"), max_tries=3), tmp_path / "weights")
+    with socket.socket() as bound_socket:
+        bound_socket.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{bound_socket.getsockname()[1]}"
+        error = catch_download_error(WebStore(StoreTarget(uri=f"https://{address}/x{SECRET_QUERY}"), max_tries=3), tmp_path / "weights")
     assert error.message == f"{address} could not be reached (ConnectionRefusedError)" and pauses == [1.0, 2.0]
 
 
 def test_the_proxy_of_the_environment_is_used(server: WebServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    proxied: list[str] = []
+    proxied_addresses: list[str] = []
 
-    class Proxy(BaseHTTPRequestHandler):
+    class RefusingProxy(BaseHTTPRequestHandler):
         def do_CONNECT(self) -> None:
-            proxied.append(self.path)
+            proxied_addresses.append(self.path)
             self.send_error(407)
 
         def log_message(self, format: str, *args: object) -> None:
             pass
 
-    proxy = HTTPServer(("127.0.0.1", 0), Proxy)
+    proxy = HTTPServer(("127.0.0.1", 0), RefusingProxy)
     threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{proxy.server_address[1]}")
     monkeypatch.setenv("NO_PROXY", "")
     monkeypatch.setenv("no_proxy", "")
     try:
-        error = download_error(WebStore(StoreTarget(uri="https://files.example/x"), max_tries=1), tmp_path / "weights")
+        error = catch_download_error(WebStore(StoreTarget(uri="https://files.example/x"), max_tries=1), tmp_path / "weights")
     finally:
         proxy.shutdown()
         proxy.server_close()
-    assert proxied == ["files.example:443"] and "proxy" in (error.hint or "")
+    assert proxied_addresses == ["files.example:443"] and "proxy" in (error.hint or "")
 
 
 def test_the_query_is_never_logged(
     store: WebStore, server: WebServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
-    server.faults = [Fault(503), Fault(cut_bytes=10), Fault(302, {"Location": f"/a%20b/weights{SECRET}"})]
+    server.faults = [Fault(503), Fault(cut_bytes=10), Fault(302, {"Location": f"/a%20b/weights{SECRET_QUERY}"})]
     assert store.download("weights", tmp_path / "weights") == hashlib.sha256(BODY).hexdigest()
     assert "retry in 1 s" in caplog.text and "GET /a%20b/weights" in caplog.text
     assert "hidden-word" not in caplog.text
@@ -243,7 +243,7 @@ def test_an_invalid_url_is_refused(uri: str, code: str) -> None:
 
 def test_a_job_cannot_write_to_a_web_server() -> None:
     with pytest.raises(FineTuneError, match="a web server is read-only") as caught:
-        preflight(StoreTarget(uri=f"https://host/x{SECRET}"))
+        preflight(StoreTarget(uri=f"https://host/x{SECRET_QUERY}"))
     assert (caught.value.exit_code, caught.value.code) == (64, "StorageUriInvalid")
     assert "s3://bucket/prefix" in (caught.value.hint or "") and "hidden-word" not in str(caught.value)
 

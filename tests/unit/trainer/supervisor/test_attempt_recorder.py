@@ -15,7 +15,7 @@ from finetune_trainer.supervisor.attempt_recorder import AttemptRecorder, read_a
 
 from tests.support.learning import make_run
 
-KEY = "run/records/a1-00000001.json"
+RECORD_KEY = "run/records/a1-00000001.json"
 STARTED_AT = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
 
 
@@ -33,27 +33,27 @@ def recorder(tmp_path: Path, tree: CheckpointTree, monkeypatch: pytest.MonkeyPat
 
 def test_a_record_names_the_start_the_device_and_the_end(recorder: AttemptRecorder, tree: CheckpointTree) -> None:
     recorder.record_start(4, ResolvedConfig(world_size=1))
-    start = {
+    start_fields = {
         "attempt": 1, "incarnation": "a1-00000001", "startedAt": "2026-03-01T12:00:00Z", "gpus": 0, "pods": 1, "threads": 3,
         "configSha256": "c0ffee", "startStep": 4, "timings": {}, "notes": [], "resolved": {"worldSize": 1},
     }  # fmt: skip
-    assert json.loads(tree.store.get(KEY) or b"") == start
+    assert json.loads(tree.store.get(RECORD_KEY) or b"") == start_fields
     recorder.record_configuration(ResolvedConfig(world_size=1, device="NVIDIA H100", notes=["n"]))
-    assert json.loads(tree.store.get(KEY) or b"") == {**start, "resolved": {"worldSize": 1, "device": "NVIDIA H100"}}
+    assert json.loads(tree.store.get(RECORD_KEY) or b"") == {**start_fields, "resolved": {"worldSize": 1, "device": "NVIDIA H100"}}
     progress = ProgressReport(attempt=1, uid="u", progress=Progress(step=9), timings={"training": 5.0}, resolved=ResolvedConfig(device="cpu", notes=["n"]))
     recorder.record_end(TerminationMessage(exit_code=71, code="GpuOutOfMemory", message="m", hint="h"), progress)
-    stored = json.loads(tree.store.get(KEY) or b"")
-    assert stored.pop("endedAt") > "2026-03-01"
-    end = {"lastStep": 9, "exitCode": 71, "code": "GpuOutOfMemory", "message": "m", "hint": "h", "timings": {"training": 5.0}, "notes": ["n"]}
-    assert stored == {**start, **end, "resolved": {"device": "cpu"}}
+    stored_record = json.loads(tree.store.get(RECORD_KEY) or b"")
+    assert stored_record.pop("endedAt") > "2026-03-01"
+    end_fields = {"lastStep": 9, "exitCode": 71, "code": "GpuOutOfMemory", "message": "m", "hint": "h", "timings": {"training": 5.0}, "notes": ["n"]}
+    assert stored_record == {**start_fields, **end_fields, "resolved": {"device": "cpu"}}
 
 
 def test_a_record_is_stored_again_only_if_it_has_changed(recorder: AttemptRecorder, monkeypatch: pytest.MonkeyPatch) -> None:
     devices: list[str | None] = []
     monkeypatch.setattr(FolderStore, "put", lambda self, key, data: devices.append(json.loads(data)["resolved"].get("device")))
     recorder.record_start(0, ResolvedConfig())
-    for resolved in (ResolvedConfig(), ResolvedConfig(notes=["n"]), ResolvedConfig(device="NVIDIA H100")):
-        recorder.record_configuration(resolved)
+    for configuration in (ResolvedConfig(), ResolvedConfig(notes=["n"]), ResolvedConfig(device="NVIDIA H100")):
+        recorder.record_configuration(configuration)
     assert devices == [None, "NVIDIA H100"]
 
 

@@ -32,9 +32,9 @@ def build_run(tmp_path: Path) -> Callable[..., RunConfig]:
 
     def build(uid: str, mode: str | None = None, attempt: int = 1, **changes: Any) -> RunConfig:
         value = SPEC | changes | ({"policy": {"onExistingResult": mode}} if mode else {})
-        resolved = resolve_defaults(FineTuneJobSpec.model_validate(value))
+        resolved_spec = resolve_defaults(FineTuneJobSpec.model_validate(value))
         run = RunConfig(
-            name="job", namespace="team", uid=uid, attempt=attempt, spec=resolved.spec, defaults=sorted(resolved.defaults),
+            name="job", namespace="team", uid=uid, attempt=attempt, spec=resolved_spec.spec, defaults=sorted(resolved_spec.defaults),
             world=World(nodes=1, processes_per_node=1, gpus_per_node=1, master_address="127.0.0.1", master_port=0, rendezvous_id="r"),
             storage=StoreTarget(uri=f"file://{tmp_path}/store/team/job/{uid}"), resume=ResumeConfig(mode="auto"), grace_seconds=30,
         )  # fmt: skip

@@ -50,16 +50,16 @@ STALLED_ERROR = PeerError("Stalled", "m")
     ],
 )  # fmt: skip
 def test_the_facts_of_the_attempt_decide_the_exit_code(facts: AttemptFacts, is_saved: bool, code: int, error_code: str | None) -> None:
-    decided = decide_exit(facts, [], is_saved=is_saved, node_rank=0)
-    assert (decided.exit_code, decided.failure.error.code if decided.failure else None) == (code, error_code)
+    decision = decide_exit(facts, [], is_saved=is_saved, node_rank=0)
+    assert (decision.exit_code, decision.failure.error.code if decision.failure else None) == (code, error_code)
 
 
 def test_an_exit_code_counts_only_for_ranks_that_reported_no_failure() -> None:
     killed = failure_from_exit_code(1, -9)
     silent = decide_exit(AttemptFacts(rank_failures=[PEER_LOST_FAILURE]), [killed], is_saved=False, node_rank=0)
     assert silent.failure is not None and silent.failure.error.code == "RankKilled"
-    reported = decide_exit(AttemptFacts(rank_failures=[DIVERGED_FAILURE]), [killed], is_saved=False, node_rank=0)
-    assert reported.failure is DIVERGED_FAILURE
+    reported_decision = decide_exit(AttemptFacts(rank_failures=[DIVERGED_FAILURE]), [killed], is_saved=False, node_rank=0)
+    assert reported_decision.failure is DIVERGED_FAILURE
 
 
 def test_only_rank_0s_pod_needs_an_artefact_for_success() -> None:
@@ -103,9 +103,9 @@ def test_the_deadline_leaves_time_for_the_termination_message(grace_seconds: flo
     ],
 )  # fmt: skip
 def test_the_message_says_how_the_agent_ended(agent_code: int | None, node_rank: int, code: int, text: str) -> None:
-    decided = decide_exit(AttemptFacts(agent_exit_code=agent_code), [], is_saved=False, node_rank=node_rank)
-    assert decided.exit_code == code and decided.failure is not None and text in decided.failure.error.message
-    assert not decided.failure.is_reported
+    decision = decide_exit(AttemptFacts(agent_exit_code=agent_code), [], is_saved=False, node_rank=node_rank)
+    assert decision.exit_code == code and decision.failure is not None and text in decision.failure.error.message
+    assert not decision.failure.is_reported
 
 
 @pytest.mark.parametrize(("step", "committed_step", "is_saved"), [(0, 0, True), (1, 0, False), (1, 1, True), (1, 2, True)])

@@ -16,7 +16,7 @@ from finetune_api.pod import World
 from finetune_trainer.supervisor import gang as subject
 from finetune_trainer.supervisor.gang import Forwarder, Gate, connect_gang
 
-from localcluster.ports import free_ports
+from localcluster.ports import find_free_ports
 
 SECRET, OTHER_SECRET = derive_attempt_secret(b"key", "uid", 1), derive_attempt_secret(b"key", "uid", 2)
 KEY, OTHER_KEY = derive_gang_key(SECRET), derive_gang_key(OTHER_SECRET)
@@ -167,7 +167,7 @@ def test_an_idle_connection_is_closed_after_the_timeout(store: EchoStore, monkey
 
 def test_a_rank_waits_for_a_pod_of_rank_0_that_starts_later(store: EchoStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subject, "CONNECT_PAUSE_SECONDS", 0.01)
-    (port,) = free_ports(1)
+    (port,) = find_free_ports(1)
     with forwarder(port) as own, connect(own.port) as connection:
         connection.sendall(b"early")
         gate = Gate(KEY, port, store.port)
@@ -193,7 +193,7 @@ def make_world(port: int) -> World:
 
 def test_the_pods_of_a_gang_connect_with_their_secret() -> None:
     """The connection waits until the agent has created the store from the bound socket."""
-    (port,) = free_ports(1)
+    (port,) = find_free_ports(1)
     gate, address = connect_gang(make_world(port), 0, SECRET)
     other_pod, other_address = connect_gang(make_world(port), 1, SECRET)
     assert address.listener is not None and address.listener.getsockname() == ("127.0.0.1", address.port)

@@ -55,16 +55,16 @@ def test_a_later_attempt_skips_a_stage_that_is_done(tmp_path: Path, output: Outp
 
 @pytest.mark.parametrize("damaged", ["no record", "another model", "not JSON"])
 def test_a_later_attempt_downloads_the_model_and_repeats_an_open_stage(damaged: str, tmp_path: Path, output: Output) -> None:
-    first = Attempt(tmp_path, 1)
-    first.end(output)
+    first_attempt = Attempt(tmp_path, 1)
+    first_attempt.end(output)
     match damaged:
         case "no record":
-            first.tree.store.delete([RECORD])
+            first_attempt.tree.store.delete([RECORD])
         case "another model":
-            record = json.loads(first.tree.store.get(RECORD) or b"") | {"modelSha256": "0" * 64}
-            first.tree.store.put(RECORD, json.dumps(record).encode())
+            record = json.loads(first_attempt.tree.store.get(RECORD) or b"") | {"modelSha256": "0" * 64}
+            first_attempt.tree.store.put(RECORD, json.dumps(record).encode())
         case "not JSON":
-            first.tree.store.put(RECORD, b"{")
+            first_attempt.tree.store.put(RECORD, b"{")
     later = Attempt(tmp_path, 2, has_trained=False)
     assert later.end(output) == StageReport(output=output)
     assert later.fetched == 1
@@ -320,9 +320,9 @@ def test_the_sweep_of_a_later_attempt_keeps_the_marker(tmp_path: Path, output: O
 
 def test_a_later_attempt_compares_with_the_stored_measurements(tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FakeStages, "behaviour", staticmethod(write_measurements))
-    first = Attempt(tmp_path, 1, spec=COMPARED)
-    assert first.end(output).open_stages == []
-    first.tree.store.delete(["run/stages/comparing.json"])
+    first_attempt = Attempt(tmp_path, 1, spec=COMPARED)
+    assert first_attempt.end(output).open_stages == []
+    first_attempt.tree.store.delete(["run/stages/comparing.json"])
     later = Attempt(tmp_path, 2, spec=COMPARED)
     assert later.end(output).failure is None
     [task] = later.stages.calls
@@ -335,11 +335,11 @@ def test_damaged_measurements_are_measured_again_by_the_next_attempt(
     content: bytes | None, tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(FakeStages, "behaviour", staticmethod(write_measurements))
-    first = Attempt(tmp_path, 1, spec=COMPARED)
-    first.end(output)
-    first.tree.store.delete(["run/stages/comparing.json", *([] if content else ["evaluation/measurements.json"])])
+    first_attempt = Attempt(tmp_path, 1, spec=COMPARED)
+    first_attempt.end(output)
+    first_attempt.tree.store.delete(["run/stages/comparing.json", *([] if content else ["evaluation/measurements.json"])])
     if content:
-        first.tree.store.put("evaluation/measurements.json", content)
+        first_attempt.tree.store.put("evaluation/measurements.json", content)
     report = Attempt(tmp_path, 2, spec=COMPARED).end(output)
     assert report.failure is not None and (report.failure.stage, report.failure.error.code) == (Stage.COMPARING, "EvaluationDamaged")
     assert report.failure.error.exit_code == 69  # The job is retried after this exit code.
@@ -369,9 +369,9 @@ def test_the_merged_model_is_committed_and_named_in_the_output(tmp_path: Path, o
 @pytest.mark.parametrize("adapter", ["same", "another"])
 def test_a_committed_merged_model_of_the_same_adapter_is_not_made_again(adapter: str, tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FakeStages, "behaviour", staticmethod(write_merged_model))
-    first = Attempt(tmp_path, 1, spec=MERGED)
-    first.end(output)
-    first.tree.store.delete(["run/stages/merging.json"])  # This simulates an attempt that ended before it stored the record.
+    first_attempt = Attempt(tmp_path, 1, spec=MERGED)
+    first_attempt.end(output)
+    first_attempt.tree.store.delete(["run/stages/merging.json"])  # This simulates an attempt that ended before it stored the record.
     later = Attempt(tmp_path, 2, spec=MERGED)
     merged = output if adapter == "same" else output.model_copy(update={"sha256": "0" * 64})
     report = later.end(merged)
@@ -398,10 +398,10 @@ def test_a_stop_ends_the_upload_of_the_merged_model_after_the_current_file(tmp_p
 @pytest.mark.parametrize("is_merged_here", [True, False])
 def test_the_stages_after_the_merge_find_the_merged_model(is_merged_here: bool, tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FakeStages, "behaviour", staticmethod(write_merged_model))
-    first = Attempt(tmp_path, 1, spec=MERGED)
-    merged_output = first.end(output).output
+    first_attempt = Attempt(tmp_path, 1, spec=MERGED)
+    merged_output = first_attempt.end(output).output
     assert merged_output is not None
-    attempt = first if is_merged_here else Attempt(tmp_path, 2, has_trained=False, spec=MERGED)
+    attempt = first_attempt if is_merged_here else Attempt(tmp_path, 2, has_trained=False, spec=MERGED)
     folder = attempt.stages.provide_merged_model(merged_output)
     assert folder is not None and (folder / "model-2.safetensors").read_text() == "model-2.safetensors"
     assert attempt.stages.provide_merged_model(merged_output) == folder and attempt.stages.provide_merged_model(output) is None

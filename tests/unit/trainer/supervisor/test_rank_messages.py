@@ -93,7 +93,7 @@ def test_each_rank_may_send_advice_of_the_memory_plan(pod: Pod) -> None:
 
 
 def test_a_failure_with_unreadable_fields_still_names_the_cause() -> None:
-    found = failure_from_message(
+    failure = failure_from_message(
         {
             "kind": "failed",
             "exitCode": "?",
@@ -104,7 +104,7 @@ def test_a_failure_with_unreadable_fields_still_names_the_cause() -> None:
             "rank": "x",
         }
     )
-    assert (found.error.code, found.error.message, found.error.exit_code, found.rank) == (
+    assert (failure.error.code, failure.error.message, failure.error.exit_code, failure.rank) == (
         "DatasetEmpty",
         "no row",
         70,

@@ -99,16 +99,16 @@ def test_a_stop_ends_storage_work_that_hangs(
 ) -> None:
     method, key, spec, behaviour = WORK[work]
     monkeypatch.setattr(FakeStages, "behaviour", staticmethod(behaviour))
-    stopped = Attempt(tmp_path, 1, has_trained=False, spec=spec)
+    stopped_attempt = Attempt(tmp_path, 1, has_trained=False, spec=spec)
 
     def stop() -> None:
-        stopped.is_stopped = stopped.is_save_deadline_passed = True
+        stopped_attempt.is_stopped = stopped_attempt.is_save_deadline_passed = True
 
     hung = hang(FolderStore, method, key, stop)
-    report = stopped.end(output)
+    report = stopped_attempt.end(output)
     assert len(hung) == 1 and report.failure is None and exit_code(report) == ExitCode.PREEMPTED_SAVED
-    finished = Attempt(tmp_path, 2, has_trained=False, spec=spec).end(output)
-    assert (finished.failure, finished.open_stages, exit_code(finished)) == (None, [], ExitCode.OK)
+    finished_attempt = Attempt(tmp_path, 2, has_trained=False, spec=spec).end(output)
+    assert (finished_attempt.failure, finished_attempt.open_stages, exit_code(finished_attempt)) == (None, [], ExitCode.OK)
 
 
 def test_a_stop_ends_the_download_of_the_inputs(tmp_path: Path, output: Output, hang: Callable[..., list[str]]) -> None:
@@ -218,15 +218,15 @@ def test_an_unusable_list_of_copied_files_is_ignored(listed: str, tmp_path: Path
 
 def test_stored_files_of_stages_are_copied_once(tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = {**EVALUATED, **COPIED}
-    first = Attempt(tmp_path, 1, spec=spec)
-    assert first.end(output).open_stages == []
+    first_attempt = Attempt(tmp_path, 1, spec=spec)
+    assert first_attempt.end(output).open_stages == []
     copy = tmp_path / "copies" / "results" / "predictions.jsonl"
     assert copy.read_text() == '{"a": 1}\n'
-    first.tree.store.delete(["run/stages/uploading.json"])
+    first_attempt.tree.store.delete(["run/stages/uploading.json"])
     before = copy.stat().st_mtime_ns
     assert Attempt(tmp_path, 2, spec=spec).end(output).open_stages == [] and copy.stat().st_mtime_ns == before
-    first.tree.store.put("evaluation/predictions.jsonl", b'{"a": 2}\n')
-    first.tree.store.delete(["run/stages/uploading.json"])
+    first_attempt.tree.store.put("evaluation/predictions.jsonl", b'{"a": 2}\n')
+    first_attempt.tree.store.delete(["run/stages/uploading.json"])
     assert Attempt(tmp_path, 3, spec=spec).end(output).open_stages == [] and copy.read_text() == '{"a": 2}\n'
 
 

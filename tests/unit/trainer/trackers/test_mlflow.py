@@ -23,9 +23,9 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_a_killed_attempt_is_continued_in_the_same_runs_and_repeated_steps_are_sent_once(store: str) -> None:
-    first = Mlflow(tracked_run(), store, None)
-    first.open()
-    first.send([*start_events(), *log_events(1, 14, evaluated_steps=(10,))])
+    first_tracker = Mlflow(tracked_run(), store, None)
+    first_tracker.open()
+    first_tracker.send([*start_events(), *log_events(1, 14, evaluated_steps=(10,))])
     # The pod is killed. The next attempt resumes from step 10, with a smaller batch.
     changed = {"method.type": "lora", "training.batchSizePerDevice": "2", "training.learningRate": "0.0002"}
     second = Mlflow(tracked_run(attempt=2, resumed_from_step=10, parameters=changed), store, None)
@@ -58,9 +58,9 @@ def test_a_killed_attempt_is_continued_in_the_same_runs_and_repeated_steps_are_s
     ("end", "status"), [(RunEnd.INTERRUPTED, "SCHEDULED"), (RunEnd.FAILED, "FAILED"), (RunEnd.KILLED, "KILLED")]
 )
 def test_a_run_has_the_status_of_its_last_attempt_until_the_next_attempt_starts(store: str, end: RunEnd, status: str) -> None:
-    first = Mlflow(tracked_run(), store, "experiment")
-    first.open()
-    first.send([*start_events(), *log_events(1, 3), *end_events(3, end=end, reason="DatasetEmpty" if end is RunEnd.FAILED else None)])
+    first_tracker = Mlflow(tracked_run(), store, "experiment")
+    first_tracker.open()
+    first_tracker.send([*start_events(), *log_events(1, 3), *end_events(3, end=end, reason="DatasetEmpty" if end is RunEnd.FAILED else None)])
     runs = MlflowRuns(store, "experiment")
     assert {run.info.run_name: run.info.status for run in runs.all()} == {"support-bot": status, "support-bot_finetuning": status}
     assert runs.run("support-bot").data.tags.get("finetune.failure") == ("DatasetEmpty" if end is RunEnd.FAILED else None)
@@ -75,8 +75,8 @@ def test_errors_name_the_cause_and_no_secret() -> None:
     rejected = RestException({"error_code": "UNAUTHENTICATED", "message": "secret"})
     assert (tracker.explain(rejected).reason, "secret" in tracker.explain(rejected).message) == ("TrackerCredentialsRejected", False)
     refused = MlflowException("API request to http://user:secret@mlflow:5000 failed: Connection refused")
-    explained = tracker.explain(refused)
-    assert (explained.reason, explained.message) == (
+    explanation = tracker.explain(refused)
+    assert (explanation.reason, explanation.message) == (
         "TrackerUnavailable", "mlflow at http://mlflow:5000 could not be reached: the connection was refused",
     )  # fmt: skip
     invalid = RestException({"error_code": "INVALID_PARAMETER_VALUE", "message": "secret"})

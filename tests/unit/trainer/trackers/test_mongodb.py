@@ -21,5 +21,5 @@ from tests.support.tracking import tracked_run
     ],
 )
 def test_errors_name_the_cause_and_no_secret(error: Exception, reason: str, text: str) -> None:
-    explained = Mongodb(tracked_run(), "mongodb://user:k3y@host:27017/?authSource=k3y", None).explain(error)
-    assert explained.reason == reason and text in explained.message and "k3y" not in explained.message
+    explanation = Mongodb(tracked_run(), "mongodb://user:k3y@host:27017/?authSource=k3y", None).explain(error)
+    assert explanation.reason == reason and text in explanation.message and "k3y" not in explanation.message

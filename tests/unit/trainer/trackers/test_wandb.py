@@ -36,8 +36,8 @@ def test_the_file_of_an_offline_run_has_each_step_once(tmp_path: Path) -> None:
     (tmp_path / "home").mkdir()
     folders = dict.fromkeys(("HOME", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"), home)
     env = {**os.environ, **folders, "WANDB_MODE": "offline", "WANDB_ERROR_REPORTING": "false", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", OFFLINE_PROGRAM, str(tmp_path)], env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    completed_process = subprocess.run([sys.executable, "-c", OFFLINE_PROGRAM, str(tmp_path)], env=env, capture_output=True, text=True, check=False)
+    assert completed_process.returncode == 0, completed_process.stderr
     [file] = (tmp_path / "store").rglob("*.wandb")
     assert str(file.relative_to(tmp_path / "store")) == f"tracking/wandb/offline-run-20260301_120000-{UID}/run-{UID}.wandb"
     rows = read_history(file)
@@ -111,5 +111,5 @@ def test_an_online_run_continues_after_the_newest_step_of_the_server(
 def test_errors_name_the_cause_and_no_secret(error: Exception, reason: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WANDB_MODE", raising=False)
     tracker = Wandb(tracked_run(), tmp_path, FolderStorage(tmp_path), project=None, entity=None, system_metrics=False)
-    explained = tracker.explain(error)
-    assert explained.reason == reason and text in explained.message and "k3y" not in explained.message
+    explanation = tracker.explain(error)
+    assert explanation.reason == reason and text in explanation.message and "k3y" not in explanation.message

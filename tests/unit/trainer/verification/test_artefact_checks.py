@@ -174,6 +174,19 @@ def test_a_good_adapter_passes(adapter: Path, base: Path) -> None:
     assert find_fault(adapter, base, None, is_adapter=True) is None
 
 
+def test_experts_that_transformers_joins_need_no_adapter(adapter: Path, base: Path, tmp_path: Path) -> None:
+    """The files of the base model contain one weight for each expert. `down_proj` in the adapter's configuration is the name of a dense layer."""
+    with_experts = Path(shutil.copytree(base, tmp_path / "base"))
+    expert_weights = {f"model.layers.0.mlp.experts.{number}.down_proj.weight": torch.ones(64, 32) for number in range(2)}
+    change_weights(lambda weights: weights | expert_weights)(with_experts)
+    assert find_fault(adapter, with_experts, reference(), is_adapter=True) is None
+    prefix = "base_model.model.model.layers.0.mlp.experts.1.down_proj"
+    change_weights(lambda weights: weights | {f"{prefix}.lora_A.weight": torch.ones(RANK, 32), f"{prefix}.lora_B.weight": torch.ones(64, RANK)})(adapter)
+    fault = find_fault(adapter, with_experts, None, is_adapter=True)
+    assert fault is not None and fault.code == "TargetWeightsMissing"
+    assert "targets model.layers.0.mlp.experts.0.down_proj" in fault.message
+
+
 @pytest.mark.parametrize("name", ADAPTER_DAMAGES)
 def test_each_damage_of_an_adapter_is_refused_with_its_code(name: str, adapter: Path, base: Path) -> None:
     damage, code, message_part = ADAPTER_DAMAGES[name]

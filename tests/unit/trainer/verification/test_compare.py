@@ -35,10 +35,10 @@ def shifted(amount: float) -> list[float]:
 def test_the_difference_is_compared_with_the_tolerance_of_the_number_format(
     reference_values: ReferenceValues, values: list[float], result: str, difference: float, tolerance: float
 ) -> None:
-    found = judge_artefact("adapter", values, shifted(0.2), reference_values)
-    assert (found.result, found.code) == (VerificationOutcome(result), "ValuesDiffer" if result == "Failed" else None)
-    assert found.difference == pytest.approx(difference, rel=1e-2) and found.tolerance == pytest.approx(tolerance, rel=1e-2)
-    assert found.change_from_base is not None
+    verdict = judge_artefact("adapter", values, shifted(0.2), reference_values)
+    assert (verdict.result, verdict.code) == (VerificationOutcome(result), "ValuesDiffer" if result == "Failed" else None)
+    assert verdict.difference == pytest.approx(difference, rel=1e-2) and verdict.tolerance == pytest.approx(tolerance, rel=1e-2)
+    assert verdict.change_from_base is not None
 
 
 @pytest.mark.parametrize(
@@ -62,10 +62,10 @@ def test_a_difference_that_rounding_can_explain_never_fails(
     change: float | None, spread: float, difference: float, result: str, tolerance: float
 ) -> None:
     base = None if change is None else shifted(difference + change)
-    found = judge_artefact("adapter", shifted(difference), base, reference(autocast="bfloat16", spread=spread))
+    verdict = judge_artefact("adapter", shifted(difference), base, reference(autocast="bfloat16", spread=spread))
     codes = {"Verified": None, "NotVerified": "RoundingUnclear", "Failed": "ValuesDiffer"}
-    assert (found.result, found.code) == (VerificationOutcome(result), codes[result])
-    assert found.tolerance == pytest.approx(tolerance)
+    assert (verdict.result, verdict.code) == (VerificationOutcome(result), codes[result])
+    assert verdict.tolerance == pytest.approx(tolerance)
 
 
 def test_a_merged_model_may_differ_by_the_rounding_of_its_weights() -> None:
@@ -79,14 +79,14 @@ def test_a_merged_model_may_differ_by_the_rounding_of_its_weights() -> None:
 )
 def test_a_merge_that_may_lack_half_of_a_small_change_is_not_verified(stored: float, result: str, code: str | None) -> None:
     """Training changed the values by 0.03 nats. The merged model differs from the trained model by `stored` nats, in the direction of the base model."""
-    found = judge_artefact("merged", shifted(stored), shifted(0.03), reference(autocast="bfloat16"), is_rounded=True)
-    assert (found.result, found.code) == (result, code)
+    verdict = judge_artefact("merged", shifted(stored), shifted(0.03), reference(autocast="bfloat16"), is_rounded=True)
+    assert (verdict.result, verdict.code) == (result, code)
 
 
 def test_a_merge_into_an_unquantised_base_is_not_verified_if_training_used_a_quantised_base() -> None:
     reference_values = reference(autocast="bfloat16").model_copy(update={"quantization": {"quant_method": "bitsandbytes"}})
-    merged = judge_artefact("merged", shifted(0.2), shifted(1.0), reference_values, is_rounded=True)
-    assert (merged.result, merged.code, merged.difference) == ("NotVerified", "BaseWasQuantised", 0.2)
+    merged_verdict = judge_artefact("merged", shifted(0.2), shifted(1.0), reference_values, is_rounded=True)
+    assert (merged_verdict.result, merged_verdict.code, merged_verdict.difference) == ("NotVerified", "BaseWasQuantised", 0.2)
     assert judge_artefact("adapter", shifted(0.2), shifted(1.0), reference_values).result == "Failed"
 
 
@@ -108,23 +108,23 @@ def test_a_difference_between_device_types_is_not_verified_instead_of_failed(
     On another type of device, rounding can explain a difference of up to half of the change by training, except if the values are in 32 bits.
     """
     values = shifted(difference)
-    found = judge_artefact("adapter", values, [value + 1 for value in values], reference_values.model_copy(update={"device": "cuda"}), device=device)
-    assert (found.result, found.code, found.difference) == (result, code, difference)
+    verdict = judge_artefact("adapter", values, [value + 1 for value in values], reference_values.model_copy(update={"device": "cuda"}), device=device)
+    assert (verdict.result, verdict.code, verdict.difference) == (result, code, difference)
 
 
 def test_values_that_are_not_finite_fail() -> None:
-    found = judge_artefact("adapter", [math.nan, *VALUES[1:]], None, reference())
-    assert (found.result, found.code, found.difference) == (VerificationOutcome.FAILED, "ValuesNotFinite", None)
+    verdict = judge_artefact("adapter", [math.nan, *VALUES[1:]], None, reference())
+    assert (verdict.result, verdict.code, verdict.difference) == (VerificationOutcome.FAILED, "ValuesNotFinite", None)
 
 
 def test_an_adapter_without_effect_is_named() -> None:
-    found = judge_artefact("adapter", shifted(1.0), shifted(1.0), reference())
-    assert (found.result, found.code, found.change_from_base) == (VerificationOutcome.FAILED, "AdapterHasNoEffect", 0.0)
+    verdict = judge_artefact("adapter", shifted(1.0), shifted(1.0), reference())
+    assert (verdict.result, verdict.code, verdict.change_from_base) == (VerificationOutcome.FAILED, "AdapterHasNoEffect", 0.0)
 
 
 def test_a_training_without_effect_is_verified_and_named() -> None:
-    found = judge_artefact("adapter", VALUES, VALUES, reference(changes_output=False))
-    assert (found.result, found.code) == (VerificationOutcome.VERIFIED, "TrainingHadNoEffect")
+    verdict = judge_artefact("adapter", VALUES, VALUES, reference(changes_output=False))
+    assert (verdict.result, verdict.code) == (VerificationOutcome.VERIFIED, "TrainingHadNoEffect")
 
 
 def test_an_adapter_that_changes_values_only_by_rounding_is_not_failed_if_its_effect_was_not_measured() -> None:

@@ -68,25 +68,25 @@ class PairedPreference(Format):
     required = (CHOSEN_COLUMN, REJECTED_COLUMN)
 
     def read(self, row: Mapping[str, Any], options: ReadOptions) -> Preference:
-        chosen = _parse_turns_or_text(required_value(CHOSEN_COLUMN, row, options.columns), "chosen")
-        rejected = _parse_turns_or_text(required_value(REJECTED_COLUMN, row, options.columns), "rejected")
+        chosen_turns = _parse_turns_or_text(required_value(CHOSEN_COLUMN, row, options.columns), "chosen")
+        rejected_turns = _parse_turns_or_text(required_value(REJECTED_COLUMN, row, options.columns), "rejected")
         given_prompt = column_value(PROMPT_COLUMN, row, options.columns)
         prompt = _parse_turns_or_text(given_prompt, "prompt") if given_prompt is not None else None
-        is_prompt_in_answers = prompt is None or _is_prompt_in_answers(prompt, chosen, rejected)
+        is_prompt_in_answers = prompt is None or _is_prompt_in_answers(prompt, chosen_turns, rejected_turns)
         if is_prompt_in_answers:
-            prompt, chosen, rejected = _split_shared_beginning(chosen, rejected)
+            prompt, chosen_turns, rejected_turns = _split_shared_beginning(chosen_turns, rejected_turns)
         system = optional_text(SYSTEM_COLUMN, row, options.columns)
-        prompt, chosen, rejected = _to_same_type(
-            prompt, options, system, is_prompt_removed=is_prompt_in_answers, chosen=chosen, rejected=rejected
+        prompt, chosen_turns, rejected_turns = _to_same_type(
+            prompt, options, system, is_prompt_removed=is_prompt_in_answers, chosen=chosen_turns, rejected=rejected_turns
         )
-        if chosen == rejected:
+        if chosen_turns == rejected_turns:
             raise RowError(
                 "DatasetRowInvalid", "chosen and rejected are equal", "give two different answers, or remove the row"
             )
-        for name, answer in (("chosen", chosen), ("rejected", rejected)):
+        for name, answer in (("chosen", chosen_turns), ("rejected", rejected_turns)):
             if not (answer.strip() if isinstance(answer, str) else any(is_trainable(turn) for turn in answer)):
                 raise RowError("NoTrainableToken", f"the {name} answer is empty", "write a text, or remove the row")
-        return Preference(prompt, chosen, rejected)
+        return Preference(prompt, chosen_turns, rejected_turns)
 
 
 class UnpairedPreference(Format):

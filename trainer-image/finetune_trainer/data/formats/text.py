@@ -36,9 +36,9 @@ class Custom(Format):
 
     def read(self, row: Mapping[str, Any], options: ReadOptions) -> Text:
         def replace_match(match: re.Match[str]) -> str:
-            matched = match.group(0)
-            if matched in ("{{", "}}"):
-                return matched[0]
+            matched_text = match.group(0)
+            if matched_text in ("{{", "}}"):
+                return matched_text[0]
             name = match.group(1)
             if name not in row:
                 present_columns = ", ".join(f"`{column}`" for column in row)
