@@ -46,7 +46,7 @@ class Cell:
     """A named cell. `command` receives the path of the cell's JSON file, and whether this is a rehearsal on a CPU. `seconds`: its time limit."""
 
     name: str
-    command: Callable[[Path, bool], Sequence[str]]
+    make_command: Callable[[Path, bool], Sequence[str]]
     seconds: float = CELL_TIME_LIMIT_SECONDS
 
 
@@ -163,7 +163,7 @@ def run_cell(cell: Cell, folder: Path, time_limit_seconds: float, *, is_rehearsa
     }  # fmt: skip
     started_at = time.monotonic()
     with log_file.open("wb") as stream:
-        process = subprocess.Popen(cell.command(output_file, is_rehearsal), env=environment, stdout=stream, stderr=stream, start_new_session=True)
+        process = subprocess.Popen(cell.make_command(output_file, is_rehearsal), env=environment, stdout=stream, stderr=stream, start_new_session=True)
         try:
             exit_code: int | None = process.wait(time_limit_seconds)
         except subprocess.TimeoutExpired:

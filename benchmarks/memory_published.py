@@ -3,8 +3,9 @@
     python benchmarks/memory_published.py
 
 Method. PEFT's repository publishes the peak of reserved memory of runs on an L40S (`lib/published_runs.py`). This program estimates the peak of each run
-whose method this trainer supports. All runs have the same batches, but the length of their longest row was not published. This length is the only fitted
-number: for each run, it is the length with the smallest mean error over the runs with other settings. The plan's share for fragmentation is not fitted.
+whose method this trainer supports. All runs have the same batches, but the length of their longest row was not published. This length is the only number
+that is fitted to the published peaks. To estimate a run, the program takes the length that gives the smallest mean error over all runs with other settings,
+so a run's own peak has no influence on its estimate. The plan's share for fragmentation is not fitted.
 """
 
 from __future__ import annotations

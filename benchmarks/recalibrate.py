@@ -3,11 +3,11 @@
     kubectl get finetunejobs -A -o json > jobs.json
     .venv/bin/python benchmarks/recalibrate.py jobs.json
 
-Method. Each job that trained successfully has planned work, planned memory and measured values in `status.plan`. The program adds one line for each
-such job to `benchmarks/calibration_runs.jsonl`: type and number of GPUs, and the ratio of measured to planned value for the time of a step and for the
-peak of memory. The planned time is computed again from the planned work without the table, so that a table does not calibrate itself. A line contains a
-hash of the job's uid, but no name and no address. Then the program writes `crds/finetune_api/calibration_table.py`: for each type of GPU, the number of
-runs and the median, lowest and highest ratio. Plans use only entries of at least three runs.
+Method. Each job that trained successfully has planned work, planned memory and measured values in `status.plan`. The program adds one line for each such job
+to `benchmarks/calibration_runs.jsonl`: type and number of GPUs, and the ratio of measured to planned value for the time of a step and for the peak of memory.
+The planned time is computed again from the planned work, but without the calibration table, because the new table must not depend on the old one. A line
+contains a hash of the job's uid, but no name and no address. Then the program writes `crds/finetune_api/calibration_table.py`: for each type of GPU, the
+number of runs and the median, lowest and highest ratio. Plans use only entries of at least three runs.
 """
 
 from __future__ import annotations

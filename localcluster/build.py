@@ -110,7 +110,7 @@ def ensure_built(name: str, step: Step = silent_step) -> Path:
 
 
 def download_module_sources(name: str) -> Path:
-    """Download the Go module that gives a program its version. Returns the folder with its sources. Errors: MissingRequirement, BuildFailed."""
+    """Download the Go module in `version_module` of a program. Returns the folder with its sources. Errors: MissingRequirement, BuildFailed."""
     program = PROGRAM_BY_NAME[name]
     assert program.version_module is not None
     check_go()

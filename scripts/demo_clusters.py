@@ -155,7 +155,7 @@ class KindCluster(KubectlCluster):
     def steps(self) -> list[Step]:
         kind_steps = [] if find_installed_kind() else [KIND.make_build_step()]
         build_steps = [
-            Step(f"image of the {name}", lambda command, file=file, tag=tag: self._build_image(command, file, tag))  # type: ignore[misc]  # lambda defaults
+            Step(f"image of the {name}", lambda run_command, file=file, tag=tag: self._build_image(run_command, file, tag))  # type: ignore[misc]  # lambda defaults
             for name, file, tag in (
                 ("operator", "operator/Dockerfile", OPERATOR_IMAGE),
                 ("trainer", "trainer-image/Dockerfile", TRAINER_IMAGE),
@@ -164,15 +164,15 @@ class KindCluster(KubectlCluster):
         create_step = Step("kind cluster", self._create_cluster, required_steps=tuple(step.name for step in kind_steps))
         return [*kind_steps, *build_steps, create_step]
 
-    def _build_image(self, command: Commands, dockerfile: str, tag: str) -> None:
-        command(["docker", "build", "-q", "-f", ROOT / dockerfile, "-t", tag, ROOT])
+    def _build_image(self, run_command: Commands, dockerfile: str, tag: str) -> None:
+        run_command(["docker", "build", "-q", "-f", ROOT / dockerfile, "-t", tag, ROOT])
 
-    def _create_cluster(self, command: Commands) -> None:
+    def _create_cluster(self, run_command: Commands) -> None:
         cluster_names = subprocess.run([self._kind_program, "get", "clusters"], capture_output=True, text=True).stdout.split()
         if KIND_CLUSTER_NAME in cluster_names:
-            command([self._kind_program, "export", "kubeconfig", "--name", KIND_CLUSTER_NAME, "--kubeconfig", self._kubeconfig])
+            run_command([self._kind_program, "export", "kubeconfig", "--name", KIND_CLUSTER_NAME, "--kubeconfig", self._kubeconfig])
         else:
-            command(
+            run_command(
                 [self._kind_program, "create", "cluster", "--name", KIND_CLUSTER_NAME, "--kubeconfig", self._kubeconfig, "--wait", "180s"]
             )
 

@@ -33,9 +33,9 @@ class GoTool:
     def make_build_step(self) -> Step:
         """Return a step that builds the program unless it exists."""
 
-        def run(command: Commands) -> None:
+        def run(run_command: Commands) -> None:
             if not self.path.exists():
-                command([SCRIPTS_FOLDER / "build-tool.sh", self.package, self.version, self.path, self.linker_flags])
+                run_command([SCRIPTS_FOLDER / "build-tool.sh", self.package, self.version, self.path, self.linker_flags])
 
         return Step(f"{self.name} {self.version}", run)
 

@@ -294,10 +294,10 @@ def list_committed_folders(storage: JobStorage) -> list[CommittedFolder]:
     """Return every folder with a commit marker: checkpoints by step, then the model. Raises StorageError."""
     keys = {stored.key for stored in storage.list_objects()}
     marked_folders = [key.rpartition("/")[0] for key in sorted(keys) if key.rpartition("/")[2] == Storage.COMMITTED]
-    folders = [
+    committed_folders = [
         parse_marker(storage, folder, storage.read_object(f"{folder}/{Storage.COMMITTED}"), f"{folder}/{Storage.HEALTHY}" in keys) for folder in marked_folders
     ]
-    return sorted(folders, key=lambda committed: (committed.folder.startswith(Storage.MODEL), committed.folder))
+    return sorted(committed_folders, key=lambda committed: (committed.folder.startswith(Storage.MODEL), committed.folder))
 
 
 def find_committed_folder(storage: JobStorage, folder: str) -> CommittedFolder | None:

@@ -82,16 +82,16 @@ def all_ranks_succeeded(facts: Facts) -> bool:
 
 def find_cause_without_job(facts: Facts) -> FailureCause:
     """Return why the current attempt ended if its Job was deleted."""
-    find_pod_cause = find_cause(None, facts.newest_pods, is_model_committed=facts.is_model_committed, stage=facts.reported_stage)
+    pod_cause = find_cause(None, facts.newest_pods, is_model_committed=facts.is_model_committed, stage=facts.reported_stage)
     reason, record = facts.termination_reason, facts.attempt_record
-    if reason is None or record is None or find_pod_cause.retry_policy is RetryPolicy.NEVER:
+    if reason is None or record is None or pod_cause.retry_policy is RetryPolicy.NEVER:
         # A pod's fatal error would happen again in each further attempt. So the error is the cause, even if the operator ended the attempt
         # for another reason.
-        return find_pod_cause
+        return pod_cause
     message = record.message or str(reason)
     failure = Failure(
         class_=FailureClass.PREEMPTED, code=reason, message=message,
-        exit_code=find_pod_cause.failure.exit_code, node=find_pod_cause.failure.node,
+        exit_code=pod_cause.failure.exit_code, node=pod_cause.failure.node,
     )  # fmt: skip
     if reason is Reason.STALLED:
         failure = Failure(class_=FailureClass.INFRASTRUCTURE, code=reason, message=message, exit_code=ExitCode.PEER_FAILED)

@@ -214,13 +214,13 @@ def _plan_termination(facts: Facts, current_job: JobView) -> Plan:
 
 def _plan_attempt_without_job(facts: Facts) -> Plan:
     """Return the plan for an attempt whose Job was deleted: delete the running pods, then record the end of the attempt."""
-    running_pods = tuple(pod for pod in facts.attempt_pods if not pod.is_finished)
-    if running_pods:
+    unfinished_pods = tuple(pod for pod in facts.attempt_pods if not pod.is_finished)
+    if unfinished_pods:
         return Plan(
             Situation.TERMINATING,
-            pods_to_delete=tuple(pod for pod in running_pods if not pod.deletion_timestamp),
-            pods_to_force_delete=_find_pods_of_lost_nodes(facts, running_pods),
-            reconcile_at=timeouts.compute_next_reconcile(facts.now, compute_force_delete_time(facts, running_pods)),
+            pods_to_delete=tuple(pod for pod in unfinished_pods if not pod.deletion_timestamp),
+            pods_to_force_delete=_find_pods_of_lost_nodes(facts, unfinished_pods),
+            reconcile_at=timeouts.compute_next_reconcile(facts.now, compute_force_delete_time(facts, unfinished_pods)),
         )
     cause = None if all_ranks_succeeded(facts) else find_cause_without_job(facts)
     return plan_attempt_end(facts, cause, facts.last_seen_at)

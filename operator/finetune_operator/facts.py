@@ -315,8 +315,8 @@ class Facts:
         if suspended_since is None:
             return self.earlier_running_seconds + seconds_between(self.running_since, end_time)
         # While the operator was stopped, the queue may have suspended and resumed the Job. So only the time since the newest pods were created counts.
-        count_start = max([time for time in (self.running_since, *(pod.created_at for pod in self.newest_pods)) if time], default=None)
-        return self.earlier_running_seconds + seconds_between(count_start, min(end_time, suspended_since, self.last_seen_at))
+        counted_since = max([time for time in (self.running_since, *(pod.created_at for pod in self.newest_pods)) if time], default=None)
+        return self.earlier_running_seconds + seconds_between(counted_since, min(end_time, suspended_since, self.last_seen_at))
 
     @property
     def last_seen_at(self) -> datetime:

@@ -61,7 +61,7 @@ class _Timeline:
         self._now, self._end = begins_at, max(begins_at, ends_at)
 
     def add_until(self, moment: datetime | None, part: str) -> None:
-        """Count the time between the previous moment and `moment` for the part `part`. If `moment` is None, count until the end of the attempt."""
+        """Add the time from the previous moment to `moment` to the part of the attempt named `part`. `moment` None: the end of the attempt."""
         self.add(self.seconds_until(moment), part)
         self._now = max(self._now, self._end if moment is None else min(moment, self._end))
 

@@ -6,6 +6,8 @@ import json
 import time
 from pathlib import Path
 
+from finetune_trainer.files import replace_file
+
 RESULT_FILE = "agent.json"
 FailuresByRank = dict[str, dict[str, int]]
 """Exit code, pid and time (seconds since 1970) of each failed rank, by rank."""
@@ -13,9 +15,8 @@ FailuresByRank = dict[str, dict[str, int]]
 
 def write_failures(work_folder: Path, failures: FailuresByRank) -> None:
     """Write `agent.json` atomically. Empty `failures` mean that all ranks ended with exit code 0."""
-    partial_file = work_folder / f".{RESULT_FILE}"
-    partial_file.write_text(json.dumps({"failures": failures, "time": time.time()}))
-    partial_file.rename(work_folder / RESULT_FILE)
+    with replace_file(work_folder / RESULT_FILE) as partial_file:
+        partial_file.write_text(json.dumps({"failures": failures, "time": time.time()}))
 
 
 def read_exit_codes(work_folder: Path) -> dict[int, int] | None:

@@ -33,6 +33,8 @@ from finetune_api.names import (
 from pydantic import BaseModel, ConfigDict
 from pydantic.alias_generators import to_camel
 
+from finetune_trainer.files import replace_file
+
 OLDEST_VLLM_VERSION, NEWEST_VLLM_VERSION = (0, 22), (0, 31)
 """Versions of vLLM whose answers TRL 1.16 can read (`is_vllm_available` in `import_utils.py`)."""
 LOGPROBS_MODE = "processed_logprobs"
@@ -96,10 +98,8 @@ class GenerationServer:
 
         Errors: GenerationServerError GenerationServerEnded, GenerationServerNotReady; InstallationBrokenError GenerationServerUnsuitable.
         """
-        options_file = self.folder / GENERATION_OPTIONS_FILE
-        unfinished_file = options_file.with_suffix(".tmp")
-        unfinished_file.write_text(self.options.model_dump_json(by_alias=True))
-        unfinished_file.replace(options_file)
+        with replace_file(self.folder / GENERATION_OPTIONS_FILE) as partial_file:
+            partial_file.write_text(self.options.model_dump_json(by_alias=True))
         self._wait_until_ready()
         self._require_suitable()
 

@@ -6,12 +6,13 @@ resume from are on the local disk, the supervisor writes this file atomically. A
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 from finetune_api.base import WireModel
 from pydantic import Field
+
+from finetune_trainer.files import replace_file
 
 FILE_NAME = "inputs.json"
 
@@ -61,10 +62,8 @@ class Inputs(WireModel):
 
     def write(self, work_folder: Path) -> None:
         """Write `<work>/inputs.json` atomically."""
-        target_file = work_folder / FILE_NAME
-        partial_file = work_folder / f".{FILE_NAME}.{os.getpid()}"
-        partial_file.write_text(self.model_dump_json(by_alias=True))
-        partial_file.rename(target_file)
+        with replace_file(work_folder / FILE_NAME) as partial_file:
+            partial_file.write_text(self.model_dump_json(by_alias=True))
 
     @staticmethod
     def read(work_folder: Path) -> Inputs | None:

@@ -72,7 +72,7 @@ class Settings:
     def incarnation(self, run: RunConfig) -> str:
         """Return the name of the folders in storage that this attempt writes.
 
-        The name contains the UID of this pod, but all pods of the attempt use the name of rank 0's pod.
+        The name contains the UID of this pod. All pods of the attempt write to the folders that rank 0's pod has named.
         """
         return make_incarnation_folder_name(run.attempt, self.pod_uid)
 

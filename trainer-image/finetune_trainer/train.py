@@ -22,6 +22,7 @@ from finetune_api.status import ResolvedConfig, RunPlan, Stage
 
 from finetune_trainer import imports
 from finetune_trainer.channel import Channel
+from finetune_trainer.files import replace_file
 from finetune_trainer.inputs import Inputs
 from finetune_trainer.objective import load_objective, objective_module
 
@@ -110,7 +111,7 @@ class TrainingSession:
         self.hardware = hardware.detect_hardware(run, channel.local_rank)
         self.strategy = distributed.choose_strategy(run, self.hardware, inputs, channel.world_size)
         self.strategy.prepare_process()
-        self.get_resume_folder = hooks.get_resume_folder(inputs)
+        self.resume_folder = hooks.get_resume_folder(inputs)
         self._emitted_notes: set[str] = set()
         self.memory_facts: RunFacts | None = None
         """The facts about this run from which the memory plan is computed. None before the first step."""
@@ -119,10 +120,10 @@ class TrainingSession:
         """Train, evaluate the test set, and save and deliver the final artefact."""
         self.channel.report_stage(Stage.LOADING)
         trainer, trainable_model = self._build_trainer(self.hooks.create_callbacks(self.run, self.channel, self.inputs))
-        if self.get_resume_folder is not None:
+        if self.resume_folder is not None:
             self.channel.report_stage(Stage.RESTORING)
         with _finish_checkpoint_after_failure(trainer), self._advice_after_out_of_memory():
-            trainer.train(resume_from_checkpoint=str(self.get_resume_folder) if self.get_resume_folder else None)
+            trainer.train(resume_from_checkpoint=str(self.resume_folder) if self.resume_folder else None)
         test_metrics = self._evaluate_test_set(trainer)
         self.channel.report_stage(Stage.SAVING)
         folder, extra = self._save_output(trainer, trainable_model)
@@ -274,7 +275,7 @@ class TrainingSession:
         return MethodContext(
             self.run, self.inputs, self.hardware, self.strategy, self.objective.model_kind,
             new_token_ids=tuple(vocabulary.new_token_ids(tokenizer, self.run.spec.model.new_tokens)),
-            is_resumed=self.get_resume_folder is not None,
+            is_resumed=self.resume_folder is not None,
         )  # fmt: skip
 
     def _create_own_callbacks(self) -> list[Any]:
@@ -289,7 +290,7 @@ class TrainingSession:
         if self.hardware.device.type == "cuda":
             callbacks.append(MeasuredMemory(self.channel, self.hardware.device))
         if self.run.spec.checkpoint.load_best_at_end:
-            callbacks.append(KeepBest(self.get_resume_folder))
+            callbacks.append(KeepBest(self.resume_folder))
         early_stopping = self.run.spec.training.early_stopping
         if early_stopping is not None:
             callbacks.append(
@@ -371,8 +372,7 @@ class TrainingSession:
         from finetune_trainer.results.file_names import ResultFile
         from finetune_trainer.results.test_split import jsonl_lines
 
-        self.inputs.output_dir.mkdir(parents=True, exist_ok=True)
-        with (self.inputs.output_dir / ResultFile.TEST_SPLIT).open("w", encoding="utf-8") as file:
+        with replace_file(self.inputs.output_dir / ResultFile.TEST_SPLIT) as partial_file, partial_file.open("w", encoding="utf-8") as file:
             file.writelines(jsonl_lines(row for row, _ in load(self.run, self.inputs, training_rows=0).test))
 
     def _save_output(self, trainer: Any, trainable_model: TrainableModel) -> tuple[Path, dict[str, Any]]:
@@ -440,16 +440,21 @@ class TrainingSession:
         )  # fmt: skip
         content = reference_values.to_bytes()
         if self.channel.rank == 0:
-            (self.inputs.output_dir / reference.FILE_NAME).write_bytes(content)
+            with replace_file(self.inputs.output_dir / reference.FILE_NAME) as partial_file:
+                partial_file.write_bytes(content)
         return {reference.MANIFEST_KEY: hashlib.sha256(content).hexdigest()}
 
     def _write_log(self, trainer: Any) -> None:
-        """Write all log entries of the run, also those of earlier attempts, to the output folder."""
+        """Write all log entries of the run, also those of earlier attempts, to the output folder.
+
+        The supervisor may upload the file at any time, because it stores the result files before each commit.
+        """
         from finetune_trainer.results.file_names import ResultFile
         from finetune_trainer.results.log_entry import LogEntry, log_to_jsonl
 
         entries = [LogEntry.model_validate(line) for line in trainer.state.log_history]
-        (self.inputs.output_dir / ResultFile.LOG).write_text(log_to_jsonl(entries), encoding="utf-8")
+        with replace_file(self.inputs.output_dir / ResultFile.LOG) as partial_file:
+            partial_file.write_text(log_to_jsonl(entries), encoding="utf-8")
 
     def _emit_notes(self, *notes: str) -> None:
         """Report each note for the status once, from rank 0."""

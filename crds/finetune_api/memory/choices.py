@@ -79,7 +79,7 @@ class _Arrangement:
     """One value for each field that the plan can choose, and the memory plan with these values on one pool."""
 
     pool: GpuPool
-    values: dict[str, Any]
+    values_by_path: dict[str, Any]
     spec: FineTuneJobSpec
     plan: JobPlan
     gpu_seconds: float = 0.0
@@ -293,7 +293,7 @@ def _find_cheapest(fitting_arrangements: list[_Arrangement]) -> _Arrangement:
 
 
 def _build_decision(search: _Search, best: _Arrangement, reasons: dict[str, str]) -> Decision:
-    values = {path: value for path, value in (best.values | {POOL_PATH: best.pool.name}).items() if path in reasons}
+    values = {path: value for path, value in (best.values_by_path | {POOL_PATH: best.pool.name}).items() if path in reasons}
     choices = tuple(Choice(field=path, value=_to_status_value(values[path]), reason=reasons[path]) for path in CHOSEN_FIELDS if path in values)
     chosen_values = {choice.field: choice.value for choice in choices}
     return Decision(choices, replace(search.resolved, spec=best.spec, defaults=search.resolved.defaults | chosen_values), best.plan, best.pool)
@@ -314,8 +314,8 @@ def _iterate_chosen_paths(search: _Search, best: _Arrangement) -> Iterator[str]:
 def _explain_choices(search: _Search, best: _Arrangement, fitting_arrangements: list[_Arrangement], known_pools: list[GpuPool]) -> dict[str, str]:
     """Return the reason for each chosen value, by spec path."""
     memory_need = f"at most {format_gigabytes(best.plan.memory.upper_bytes)} of {format_gigabytes(best.memory_bytes)} on each GPU"
-    is_sharded = best.values[STRATEGY_PATH] is StrategyType.FSDP
-    recomputes = best.values[CHECKPOINTING_PATH] is not GradientCheckpointing.DISABLED
+    is_sharded = best.values_by_path[STRATEGY_PATH] is StrategyType.FSDP
+    recomputes = best.values_by_path[CHECKPOINTING_PATH] is not GradientCheckpointing.DISABLED
     reason_by_path = {
         POOL_PATH: _explain_pool(best, fitting_arrangements, known_pools),
         GPUS_PATH: f"the smallest number of GPUs on which the job fits: {memory_need}",

@@ -188,7 +188,7 @@ def _read_cache(value: Any, platform: Platform) -> Iterator[FieldText]:
         yield from _read_source(value, platform)
 
 
-def _build_cel_for_cache(rule: str, value_cel: str) -> str:
+def _build_cel_for_model_cache(rule: str, value_cel: str) -> str:
     return f"{value_cel} in ['node', 'none'] || ({_build_cel_for_source(rule, value_cel)})"
 
 
@@ -260,7 +260,7 @@ PATTERN_CHECKS: tuple[PatternCheck, ...] = (
     PatternCheck("mountPaths", "placement.volumeMounts[].mountPath", _read_mount_path, _build_cel_for_mount_path),
     *(PatternCheck("endpoints", path, _read_endpoint, _build_cel_for_endpoint) for path in ENDPOINT_PATHS),
     *(PatternCheck("sources", path, _read_source, _build_cel_for_source) for path in SOURCE_PATHS),
-    PatternCheck("sources", "model.cache", _read_cache, _build_cel_for_cache),
+    PatternCheck("sources", "model.cache", _read_cache, _build_cel_for_model_cache),
     PatternCheck("sources", "checkpoint.resume", _read_resume, _build_cel_for_resume),
     PatternCheck("destinations", "storage.uri", _read_storage_uri, _build_cel_for_storage_uri),
     PatternCheck("destinations", "output.hub.repository", _read_hub_repository, _build_cel_for_hub_repository),

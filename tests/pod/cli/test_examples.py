@@ -1,4 +1,4 @@
-"""`finetune run --local` runs each example that a CPU can train to its end, with a tiny model."""
+"""Each example that needs no GPU completes with `finetune run --local` and a tiny model."""
 
 from __future__ import annotations
 

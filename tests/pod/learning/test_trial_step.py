@@ -106,7 +106,7 @@ def test_a_model_with_its_own_code_trains_one_step(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("body", "code", "place"),
+    ("body_name", "code", "place"),
     [
         ("unknown name", "ModelCodeFails", "at modeling_own.py:12: NameError: name 'no_such_function' is not defined"),
         ("removed method", "ModelCodeFails", "AttributeError: 'OwnModel' object has no attribute 'no_such_method'"),
@@ -114,10 +114,10 @@ def test_a_model_with_its_own_code_trains_one_step(tmp_path: Path) -> None:
          "copy fails at modeling_own.py:13: ValueError: masks are not supported. The same step works with a Llama model"),
     ],
 )
-def test_faults_in_the_code_of_a_model_are_refused_with_location_and_hint(tmp_path: Path, body: str, code: str, place: str) -> None:
+def test_faults_in_the_code_of_a_model_are_refused_with_location_and_hint(tmp_path: Path, body_name: str, code: str, place: str) -> None:
     spec = {"model": {"trustRemoteCode": True}, "method": {"type": "lora"}}
     with pytest.raises(ConfigError) as refused:
-        check_notes(tmp_path, write_model_with_code(tmp_path, MODEL_CLASS_BODIES[body]), spec)
+        check_notes(tmp_path, write_model_with_code(tmp_path, MODEL_CLASS_BODIES[body_name]), spec)
     assert (refused.value.code, refused.value.failure_class) == (code, FailureClass.MODEL)
     assert place in refused.value.message and "prepare.strategy: never" in (refused.value.hint or "")
 

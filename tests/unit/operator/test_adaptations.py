@@ -193,8 +193,8 @@ def test_status_explains_the_advised_values() -> None:
         "the attempt needed at least 81.0 GB of GPU memory, 80.0 GB were available, and the plan expected 90.0 GB; the new values need 60.0 GB, at most "
         "64.0 GB; this may not fit, but no values need less"
     )
-    halved = adapt_with_advice({})
-    assert isinstance(halved, Adaptation) and halved.explanation is None
+    adaptation = adapt_with_advice({})
+    assert isinstance(adaptation, Adaptation) and adaptation.explanation is None
 
 
 def test_advice_to_enable_recomputation_is_used_only_once() -> None:

@@ -1,4 +1,4 @@
-"""Processes of a pod report their failure and exit with its code."""
+"""A process that fails reports the failure and exits with the exit code of this kind of failure."""
 
 from __future__ import annotations
 

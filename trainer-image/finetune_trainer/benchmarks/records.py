@@ -17,6 +17,7 @@ from pydantic import Field
 from finetune_trainer.benchmarks.domain_files import DOMAIN_FILE_PREFIX
 from finetune_trainer.benchmarks.plan import BenchmarkTask
 from finetune_trainer.file_entry import sha256_file
+from finetune_trainer.files import replace_file
 
 RESULTS_FILE = "benchmark_results.json"
 HARNESS_FILE = "lm_eval_results.json"
@@ -60,10 +61,8 @@ class FinishedTasks:
 
     def write(self, task: BenchmarkTask, record: TaskRecord) -> None:
         """Write the record atomically, because the supervisor may read the folder at any time."""
-        path = self._path(task)
-        partial_file = path.with_suffix(".part")
-        partial_file.write_text(record.model_dump_json(by_alias=True))
-        partial_file.rename(path)
+        with replace_file(self._path(task)) as partial_file:
+            partial_file.write_text(record.model_dump_json(by_alias=True))
 
     def _path(self, task: BenchmarkTask) -> Path:
         """Return the path of a task's record. The file name is a hash of all inputs of the task except the model.

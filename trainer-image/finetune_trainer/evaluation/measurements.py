@@ -17,8 +17,8 @@ from pydantic import ConfigDict, Field
 
 from finetune_trainer.evaluation.bootstrap import bleu_of_sums, perplexity_of_sums, ratio_of_sums
 from finetune_trainer.evaluation.gates import PairedSums
-from finetune_trainer.evaluation.predictions import replace_file
 from finetune_trainer.evaluation.values import MetricValue
+from finetune_trainer.files import replace_file
 
 GATE_METRICS = {GateMetric.ROUGE.value: "rougeL"}
 """The name of the measured metric, for each metric that has another name in gates. The F1 of BERTScore is called `bertscore` both in gates and in
@@ -65,7 +65,8 @@ class Measurements(LenientModel):
 
     def write(self, path: Path) -> None:
         """Write the measurements to a file."""
-        replace_file(path, lambda temporary: temporary.write_text(self.model_dump_json(by_alias=True), "utf-8") and None)
+        with replace_file(path) as partial_file:
+            partial_file.write_text(self.model_dump_json(by_alias=True), "utf-8")
 
     @classmethod
     def read(cls, path: Path) -> Self:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from finetune_api.errors import DataError
+
+from finetune_trainer.files import replace_file
 
 PREDICTION_KEYS = ("system_prompt", "user_prompt", "assistant_response", "ground_truth")
 """The keys of a row in the predictions file, in this order."""
@@ -25,13 +27,8 @@ class Prediction:
 
 def write_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
     """Write a JSON Lines file with one prediction per line and the keys of `PREDICTION_KEYS`. An existing file is replaced."""
-
-    def write(temporary: Path) -> None:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            for prediction in predictions:
-                file.write(_as_line(prediction))
-
-    replace_file(path, write)
+    with replace_file(path) as partial_file, partial_file.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(_as_line(prediction) for prediction in predictions)
 
 
 def _as_line(prediction: Prediction) -> str:
@@ -72,14 +69,3 @@ def _parse(line: str, location: str) -> Prediction:
 def rows_with_reference(predictions: Sequence[Prediction]) -> list[int]:
     """Return the indices of the rows that have a correct answer."""
     return [index for index, prediction in enumerate(predictions) if prediction.ground_truth is not None]
-
-
-def replace_file(path: Path, write: Callable[[Path], None]) -> None:
-    """Replace the file at `path` with one that `write` creates.
-
-    The new file gets the name `path` only when it is complete, so no reader sees half a file.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    write(temporary)
-    temporary.replace(path)

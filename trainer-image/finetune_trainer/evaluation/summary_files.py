@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune_trainer.evaluation.predictions import PREDICTION_KEYS, Prediction, replace_file
+from finetune_trainer.evaluation.predictions import PREDICTION_KEYS, Prediction
 from finetune_trainer.evaluation.values import MetricValue
+from finetune_trainer.files import replace_file
 
 SUMMARY_NAMES = {"bleu": "bleu_score", "rougeL": "rouge_score(mode=fmeasure)"}
 """Names of metrics in `evaluation_summary.json`, by metric. All other metrics have their name in snake case. Ragas uses the same names."""
@@ -44,11 +45,8 @@ def _name_in_file(metric: str, names: Mapping[str, str]) -> str:
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     text = json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-
-    def write(temporary: Path) -> None:
-        temporary.write_text(text, "utf-8")
-
-    replace_file(path, write)
+    with replace_file(path) as partial_file:
+        partial_file.write_text(text, "utf-8")
 
 
 def write_workbook(path: Path, predictions: Sequence[Prediction], metrics: Mapping[str, MetricValue]) -> None:
@@ -82,11 +80,8 @@ def write_workbook(path: Path, predictions: Sequence[Prediction], metrics: Mappi
             scores = (rows[index] for rows in columns.values())
             sheet.append([*(None if text is None else text_cell(text) for text in texts), *scores])
 
-    def save(temporary: Path) -> None:
-        with temporary.open("wb") as file:
-            workbook.save(file)
-
-    replace_file(path, save)
+    with replace_file(path) as partial_file, partial_file.open("wb") as file:
+        workbook.save(file)
 
 
 def to_cell_text(text: str) -> str:

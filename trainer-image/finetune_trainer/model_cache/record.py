@@ -9,6 +9,8 @@ from pathlib import Path
 from finetune_api.base import LenientModel
 from pydantic import Field, ValidationError
 
+from finetune_trainer.files import replace_file
+
 FILE_NAME = "model-cache.json"
 
 
@@ -58,9 +60,8 @@ class CacheRecord(LenientModel):
 
     def write(self, work_folder: Path) -> None:
         """Write the record into the work folder atomically. Errors: OSError."""
-        partial_file = work_folder / f".{FILE_NAME}"
-        partial_file.write_text(self.model_dump_json(by_alias=True))
-        partial_file.rename(work_folder / FILE_NAME)
+        with replace_file(work_folder / FILE_NAME) as partial_file:
+            partial_file.write_text(self.model_dump_json(by_alias=True))
 
     @staticmethod
     def read(work_folder: Path) -> CacheRecord | None:

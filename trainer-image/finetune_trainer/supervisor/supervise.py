@@ -28,6 +28,7 @@ from finetune_trainer.checkpoint.restore import RestoreResult
 from finetune_trainer.checkpoint.tree import CheckpointTree
 from finetune_trainer.checkpoint.uploader import KeepPolicy, Uploader, to_status_checkpoints
 from finetune_trainer.failure import RankFailure, as_failure, failure_from_exit_code
+from finetune_trainer.files import replace_file
 from finetune_trainer.inputs import FILE_NAME, Inputs
 from finetune_trainer.results.file_names import ResultFile
 from finetune_trainer.results.log_entry import LogEntry
@@ -413,9 +414,8 @@ class Supervisor:
 
     def _ask_ranks_to_stop(self, run: RunConfig) -> None:
         self._state.enter_stage(Stage.STOPPING)
-        partial_file = self._settings.work_folder / f".{STOP_FILE}"
-        partial_file.write_text(str(time.time() + run.grace_seconds))
-        partial_file.rename(self._settings.work_folder / STOP_FILE)
+        with replace_file(self._settings.work_folder / STOP_FILE) as partial_file:
+            partial_file.write_text(str(time.time() + run.grace_seconds))
 
     # ---- 7: finish uploads ----
 

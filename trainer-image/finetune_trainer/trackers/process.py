@@ -21,6 +21,7 @@ from finetune_api.spec.enums import Tracker as TrackerName
 from pydantic import Field
 
 from finetune_trainer.checkpoint.tree import CheckpointTree
+from finetune_trainer.files import replace_file
 from finetune_trainer.logs import configure_logging
 from finetune_trainer.settings import Settings, load_run
 from finetune_trainer.storage.base import Store, join_key
@@ -193,9 +194,8 @@ def _write_state(senders: list[Sender], folder: Path, state_before: TrackingStat
     """Return the current state, and write it to `state.json` if it differs from `state_before`, the last written state."""
     state = TrackingState(trackers={sender.tracker.name: _tracker_state(sender) for sender in senders})
     if state != state_before:
-        partial_file = folder / f".{STATE_FILE}"
-        partial_file.write_text(state.model_dump_json(by_alias=True))
-        partial_file.rename(folder / STATE_FILE)
+        with replace_file(folder / STATE_FILE) as partial_file:
+            partial_file.write_text(state.model_dump_json(by_alias=True))
     return state
 
 
