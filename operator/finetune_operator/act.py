@@ -78,8 +78,8 @@ class PlanExecutor:
         if plan.attempt_to_create is not None:
             return await self._create_attempt(facts, plan.attempt_to_create, deleted_count)
         if plan.preparation_to_create is not None:
-            result = await self._create_job(facts, 1, self._build_preparation(facts, plan.preparation_to_create), deleted_count)
-            return replace(result, created_job=None, created_preparation=result.created_job)
+            preparation_result = await self._create_job(facts, 1, self._build_preparation(facts, plan.preparation_to_create), deleted_count)
+            return replace(preparation_result, created_job=None, created_preparation=preparation_result.created_job)
         current_job, blocking_condition = facts.current_job or facts.preparation_job, None
         if current_job is not None and not current_job.is_finished and not current_job.is_deleting:
             blocking_condition = await self._ensure_children(current_job)
@@ -130,14 +130,14 @@ class PlanExecutor:
         if live_job.generation != facts.job.generation or _read_stop_requests(live_job.spec) != _read_stop_requests(facts.job.spec):
             raise StaleFacts("the spec on the API server has changed")
         listing = await self._kube.list(POD, facts.job.namespace, label_selector=f"{Label.JOB_UID}={facts.job.uid}")
-        running_pods = [pod.name for body in listing.items if (pod := read_pod(body)) is not None and not pod.is_finished]
-        if running_pods:
-            raise StaleFacts(f"pods of an earlier attempt still run: {', '.join(running_pods)}")
+        unfinished_pod_names = [pod.name for body in listing.items if (pod := read_pod(body)) is not None and not pod.is_finished]
+        if unfinished_pod_names:
+            raise StaleFacts(f"pods of an earlier attempt have not ended: {', '.join(unfinished_pod_names)}")
 
     def _build_job_of_attempt(self, facts: Facts, attempt: int) -> Object:
         """Build the Job of an attempt. Errors: SpecRejected if a value of the spec cannot be used."""
         accepted_spec, name = _get_accepted_spec(facts), attempt_job_name(facts.job.name, attempt)
-        with _spec_rejected_on_error(facts, attempt):
+        with _reject_spec_on_error(facts, attempt):
             secret_name = self._secrets.derive_secret_name(name, facts.job.uid, attempt) if self._secrets.is_enabled else ""
             run, cache = _build_run(facts, accepted_spec, attempt), accepted_spec.spec.model.cache
             return build_job(facts.job, run, accepted_spec.pool, self._config, secret_name, model_cache=cache)
@@ -145,7 +145,7 @@ class PlanExecutor:
     def _build_preparation(self, facts: Facts, preparation_number: int) -> Object:
         """Build the Job of a preparation. The preparation pod gets the run configuration of the first attempt. Errors: SpecRejected as for an attempt."""
         accepted_spec, uid = _get_accepted_spec(facts), facts.job.uid
-        with _spec_rejected_on_error(facts, 1):
+        with _reject_spec_on_error(facts, 1):
             name = make_preparation_job_name(facts.job.name, preparation_number)
             secret_name = self._secrets.derive_secret_name(name, uid, PREPARATION_ATTEMPT) if self._secrets.is_enabled else ""
             user_on_existing_result = None if ON_EXISTING_RESULT_FIELD in accepted_spec.defaults else facts.spec.policy.on_existing_result
@@ -220,7 +220,7 @@ def _build_run(facts: Facts, accepted_spec: AcceptedSpec, attempt: int) -> RunCo
 
 
 @contextmanager
-def _spec_rejected_on_error(facts: Facts, attempt: int) -> Iterator[None]:
+def _reject_spec_on_error(facts: Facts, attempt: int) -> Iterator[None]:
     """Convert a FineTuneError to SpecRejected. The refusal is final if `attempt` is 1."""
     try:
         yield

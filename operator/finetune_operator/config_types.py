@@ -55,14 +55,14 @@ def _check_annotations(annotations: dict[str, str]) -> dict[str, str]:
     return annotations
 
 
-def _check_not_reserved(values: dict[str, str]) -> dict[str, str]:
-    for key in values:
+def _check_no_reserved_keys(labels_or_annotations: dict[str, str]) -> dict[str, str]:
+    for key in labels_or_annotations:
         if re.match(RESERVED_KEY_PATTERN, key):
             raise ValueError(f"{key} is set by the operator or by Kubernetes: remove it")
-    return values
+    return labels_or_annotations
 
 
-def _check_env(variables: dict[str, str]) -> dict[str, str]:
+def _check_env_variables(variables: dict[str, str]) -> dict[str, str]:
     for name in variables:
         if not re.fullmatch(ENV_NAME_PATTERN, name):
             raise ValueError(
@@ -128,17 +128,17 @@ NodeLabels = Annotated[dict[str, str], AfterValidator(_check_labels), WithJsonSc
 PodLabels = Annotated[
     dict[str, str],
     AfterValidator(_check_labels),
-    AfterValidator(_check_not_reserved),
+    AfterValidator(_check_no_reserved_keys),
     WithJsonSchema(_build_map_schema(LABEL_KEY_PATTERN, {"pattern": LABEL_VALUE_PATTERN}, RESERVED_KEY_PATTERN)),
 ]
 PodAnnotations = Annotated[
     dict[str, str],
     AfterValidator(_check_annotations),
-    AfterValidator(_check_not_reserved),
+    AfterValidator(_check_no_reserved_keys),
     WithJsonSchema(_build_map_schema(LABEL_KEY_PATTERN, {}, RESERVED_KEY_PATTERN)),
 ]
 EnvVariables = Annotated[
-    dict[str, str], AfterValidator(_check_env), WithJsonSchema(_build_map_schema(ENV_NAME_PATTERN, {}, RESERVED_ENV_PATTERN))
+    dict[str, str], AfterValidator(_check_env_variables), WithJsonSchema(_build_map_schema(ENV_NAME_PATTERN, {}, RESERVED_ENV_PATTERN))
 ]
 PlatformToleration = Annotated[
     Toleration, AfterValidator(_check_toleration), Field(json_schema_extra={"allOf": TOLERATION_RULES})

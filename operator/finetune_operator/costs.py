@@ -58,7 +58,7 @@ def _build_job_cost(price: float, currency: str, gpu_seconds: float, ended_gpu_s
 
 def add_planned_cost(plan: RunPlan | None, facts: Facts, device_name: str | None) -> RunPlan | None:
     """Add the planned time and cost to a plan that contains the planned work. `device_name`: the GPU's name in the trainer's report."""
-    gpu_count, pool = _find_planned_gpus(plan, facts)
+    gpu_count, pool = _find_planned_gpu_count_and_pool(plan, facts)
     gpu_type = GPU_TYPES[pool.gpu_type] if pool is not None and pool.gpu_type is not None else find_gpu_type(device_name or "")
     if plan is None or plan.work is None or gpu_type is None or gpu_count == 0:
         return plan
@@ -79,7 +79,7 @@ def describe_spent_budget(facts: Facts, moment: datetime) -> str:
 def predict_budget_end(facts: Facts) -> datetime | None:
     """Return when `policy.maxCost` will be spent. Return None if there is no limit, or if no pod causes costs now."""
     limit, price = facts.max_cost, _find_price(facts)
-    pods_with_node = [pod for pod in facts.attempt_pods if pod.scheduled_at is not None and _find_end(pod) is None]
+    pods_with_node = [pod for pod in facts.attempt_pods if pod.scheduled_at is not None and _find_pod_end(pod) is None]
     cost_per_second = len(pods_with_node) * gpus_per_pod(facts.spec) * (price or 0.0) / SECONDS_PER_HOUR
     if limit is None or price is None or cost_per_second <= 0:
         return None
@@ -120,7 +120,7 @@ def _get_pool(facts: Facts) -> NodePool | None:
     return facts.acceptance.pool if isinstance(facts.acceptance, AcceptedSpec) else None
 
 
-def _find_planned_gpus(plan: RunPlan | None, facts: Facts) -> tuple[int, NodePool | None]:
+def _find_planned_gpu_count_and_pool(plan: RunPlan | None, facts: Facts) -> tuple[int, NodePool | None]:
     """Return the number of GPUs and the pool of a plan. The plan's choices take precedence, because the accepted spec may not contain them yet."""
     chosen_values = get_chosen_values(plan)
     pool = facts.config.find_pool(str(chosen_values[POOL_PATH])) if POOL_PATH in chosen_values else None
@@ -147,10 +147,10 @@ def _get_ended_gpu_seconds(facts: Facts) -> float:
 def _sum_gpu_seconds(facts: Facts, end_time: datetime) -> float:
     """Return the GPU-seconds of all attempts, but at least the value in `status.cost`, because pods can be removed while the operator is stopped."""
     recorded_cost = facts.job.status.cost
-    current_seconds = sum(seconds_between(pod.scheduled_at, min(end_time, _find_end(pod) or end_time)) for pod in facts.attempt_pods)
-    known_seconds = recorded_cost.gpu_hours * SECONDS_PER_HOUR if recorded_cost is not None else 0.0
-    return max(known_seconds, _get_ended_gpu_seconds(facts) + current_seconds * gpus_per_pod(facts.spec))
+    current_pod_seconds = sum(seconds_between(pod.scheduled_at, min(end_time, _find_pod_end(pod) or end_time)) for pod in facts.attempt_pods)
+    recorded_gpu_seconds = recorded_cost.gpu_hours * SECONDS_PER_HOUR if recorded_cost is not None else 0.0
+    return max(recorded_gpu_seconds, _get_ended_gpu_seconds(facts) + current_pod_seconds * gpus_per_pod(facts.spec))
 
 
-def _find_end(pod: PodView) -> datetime | None:
+def _find_pod_end(pod: PodView) -> datetime | None:
     return (pod.terminated.finished_at if pod.terminated else None) or (pod.deletion_timestamp or pod.removed_at if pod.is_deleted else None)

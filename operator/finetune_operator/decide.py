@@ -52,7 +52,7 @@ def decide(facts: Facts) -> Plan:
 
 
 def _plan_clean_up(facts: Facts) -> Plan:
-    """Return the plan that deletes the running Jobs and pods of a finished job and, after the TTL, also its finished Jobs and pods."""
+    """Return the plan that deletes the unfinished Jobs and pods of a finished job and, after the TTL, also its finished Jobs and pods."""
     expires_at = timeouts.compute_ttl_end(facts.ttl_seconds_after_finished, facts.job.status.completion_time)
     is_expired = expires_at is not None and facts.now >= expires_at
     jobs_to_delete = tuple(job for job in facts.owned_jobs if not job.is_deleting and (is_expired or not job.is_finished))
@@ -166,18 +166,18 @@ def _find_termination(facts: Facts, current_job: JobView) -> Termination | None:
     spent_message = describe_spent_budget(facts, facts.now)
     if spent_message:
         return Termination(Reason.BUDGET_EXCEEDED, spent_message)
-    lost_pods = _find_pods_of_lost_nodes(facts, facts.active_pods)
-    if lost_pods:
-        return Termination(Reason.NODE_LOST, f"pod {lost_pods[0].name} does not end: node {lost_pods[0].node or 'unknown'} is lost")
+    pods_of_lost_nodes = _find_pods_of_lost_nodes(facts, facts.active_pods)
+    if pods_of_lost_nodes:
+        return Termination(Reason.NODE_LOST, f"pod {pods_of_lost_nodes[0].name} does not end: node {pods_of_lost_nodes[0].node or 'unknown'} is lost")
     if not facts.is_spec_readable:
         # The timeouts that are checked below are in the spec, which the operator cannot read. The attempt continues, because no new attempt
         # could start with this spec.
         return None
-    gang_problem = _describe_incomplete_gang(facts, current_job)
-    if gang_problem:
-        return Termination(Reason.GANG_INCOMPLETE, gang_problem)
-    stall_text = describe_stall(facts)
-    return Termination(Reason.STALLED, stall_text) if stall_text else None
+    gang_message = _describe_incomplete_gang(facts, current_job)
+    if gang_message:
+        return Termination(Reason.GANG_INCOMPLETE, gang_message)
+    stall_message = describe_stall(facts)
+    return Termination(Reason.STALLED, stall_message) if stall_message else None
 
 
 def _describe_incomplete_gang(facts: Facts, current_job: JobView) -> str:
@@ -213,7 +213,7 @@ def _plan_termination(facts: Facts, current_job: JobView) -> Plan:
 
 
 def _plan_attempt_without_job(facts: Facts) -> Plan:
-    """Return the plan for an attempt whose Job was deleted: delete the running pods, then record the end of the attempt."""
+    """Return the plan for an attempt whose Job was deleted: delete the unfinished pods, then record the end of the attempt."""
     unfinished_pods = tuple(pod for pod in facts.attempt_pods if not pod.is_finished)
     if unfinished_pods:
         return Plan(

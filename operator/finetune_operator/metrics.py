@@ -105,13 +105,15 @@ class Metrics:
 
     def record_attempt_time(self, old_goodput: Goodput | None, new_goodput: Goodput | None, ended_attempt_number: int | None) -> None:
         """Count each part of an ended attempt's time. Also count the additional `lostSteps` seconds of earlier attempts."""
-        known_lost_seconds = {entry.number: entry.parts.get("lostSteps", 0.0) for entry in (old_goodput.attempts if old_goodput else [])}
-        for entry in new_goodput.attempts if new_goodput else []:
-            if entry.number == ended_attempt_number:
-                for part, seconds in entry.parts.items():
+        old_attempts = old_goodput.attempts if old_goodput else []
+        lost_seconds_by_attempt = {attempt_goodput.number: attempt_goodput.parts.get("lostSteps", 0.0) for attempt_goodput in old_attempts}
+        for attempt_goodput in new_goodput.attempts if new_goodput else []:
+            if attempt_goodput.number == ended_attempt_number:
+                for part, seconds in attempt_goodput.parts.items():
                     self.attempt_seconds.labels(part).inc(seconds)
-            elif entry.number in known_lost_seconds:
-                self.attempt_seconds.labels("lostSteps").inc(max(0.0, entry.parts.get("lostSteps", 0.0) - known_lost_seconds[entry.number]))
+            elif attempt_goodput.number in lost_seconds_by_attempt:
+                additional_seconds = attempt_goodput.parts.get("lostSteps", 0.0) - lost_seconds_by_attempt[attempt_goodput.number]
+                self.attempt_seconds.labels("lostSteps").inc(max(0.0, additional_seconds))
 
     def record_model_fetch(self, resolved_config: ResolvedConfig) -> None:
         """Count whether an ended attempt got its base model from the cache or by a download."""

@@ -44,18 +44,19 @@ class JobObserver:
         return facts
 
     def _read_facts_from_cache(self, key: JobKey) -> Facts | None:
-        entry = self._cache.get(key)
-        job = entry.finetunejob
+        cached_objects = self._cache.get(key)
+        job = cached_objects.finetunejob
         if job is None:
             return None
-        state = self._update_state(key, job, has_job=any(view.is_owned and view.owner_uid == job.uid and view.attempt > 0 for view in entry.jobs.values()))
+        has_job = any(view.is_owned and view.owner_uid == job.uid and view.attempt > 0 for view in cached_objects.jobs.values())
+        state = self._update_state(key, job, has_job=has_job)
         facts = Facts(
             job=job,
             acceptance=state.acceptance,
             now=self._kube.clock.now(),
             config=self._config,
-            jobs=tuple(entry.jobs.values()),
-            pods=tuple(entry.pods.values()),
+            jobs=tuple(cached_objects.jobs.values()),
+            pods=tuple(cached_objects.pods.values()),
             crd_has_preparation_field=not state.crd_lacks_preparation_field,
             blocking_condition=state.event_read.blocking_condition,
             preparation_report=self._scraper.last_report(key, job.uid, PREPARATION_ATTEMPT),
@@ -100,7 +101,7 @@ class JobObserver:
 
     async def _read_pods(self, key: JobKey, facts: Facts) -> bool:
         """Read the pods of a finished Job from the API server if the cache does not show their end. Returns whether a request was sent."""
-        job = find_job_ahead_of_pods(facts)
+        job = find_finished_job_with_unfinished_pods(facts)
         if job is None:
             return False
         selector = f"{Label.JOB_UID}={facts.job.uid},{Label.ATTEMPT}={job.attempt}"
@@ -124,14 +125,14 @@ class JobObserver:
         self._blocking_reader.release(key)
         return self.states.pop(key, None)
 
-    def release_finished(self, key: JobKey) -> None:
+    def release_resources_of_finished_job(self, key: JobKey) -> None:
         """Release what a finished job no longer needs: its resolved spec, the JSON of its status, and its reservation in the rate limiter."""
         self._blocking_reader.release(key)
         self.states[key].stored_status = None
         self.states[key].acceptance = SPEC_NOT_NEEDED
 
 
-def find_job_ahead_of_pods(facts: Facts) -> JobView | None:
+def find_finished_job_with_unfinished_pods(facts: Facts) -> JobView | None:
     """Return the current Job (of the attempt or of the preparation) if it is finished, but the cache does not show the end of all its pods."""
     candidates = ((facts.current_job, facts.newest_pods, facts.pod_count), (facts.preparation_job, facts.preparation_pods, 1))
     for job, pods, pod_count in candidates:

@@ -28,7 +28,7 @@ MAX_TEXT_CHARACTERS, MAX_URI_CHARACTERS = 1024, 1024
 MAX_CHARACTERS_BY_FIELD = {"code": 64, "detail": 256}
 """Maximum length in characters, for fields that are shown in one line."""
 MAX_ITEMS = 100
-"""Maximum number of items in a list or object. Of a longer list, only the last items are kept, because they are the newest checkpoints."""
+"""Maximum number of items in a list or object. Of a longer list, only the last items are kept, because the newest checkpoints are last."""
 MAX_DEPTH = 6
 EARLIEST_TIME, LATEST_TIME = datetime(2000, 1, 1, tzinfo=UTC), datetime(2200, 1, 1, tzinfo=UTC)
 MAX_CLOCK_SKEW = timedelta(days=1)
@@ -55,15 +55,15 @@ def read_termination_message(text: str) -> TerminationMessage | None:
 
 def _parse_model(model: type[Model], raw_json: bytes, latest_time: datetime) -> Model | None:
     try:
-        value = from_json(raw_json)
+        report_fields = from_json(raw_json)
     except ValueError:
         return None
-    if not isinstance(value, dict):
+    if not isinstance(report_fields, dict):
         return None
-    bounded_fields = _limit_value(value, latest_time)
+    bounded_fields = _limit_value(report_fields, latest_time)
     resolved_fields = bounded_fields.get("resolved")
     if isinstance(resolved_fields, dict):
-        kept_fields = {name: entry for name, entry in resolved_fields.items() if to_camel(name) not in OPERATOR_FIELDS}
+        kept_fields = {name: field_value for name, field_value in resolved_fields.items() if to_camel(name) not in OPERATOR_FIELDS}
         late_defaults = keep_valid_late_defaults(kept_fields.pop("defaults", None))
         bounded_fields["resolved"] = kept_fields | ({"defaults": late_defaults} if late_defaults else {})
     try:
@@ -88,10 +88,10 @@ def _limit_value(value: Any, latest_time: datetime, name: str = "", depth: int =
     if isinstance(value, list):
         items = [_limit_value(item, latest_time, name, depth + 1, may_be_negative) for item in value[-MAX_ITEMS:]]
         return [item for item in items if item is not None]
-    entries = [(clean(key, 128), entry) for key, entry in list(value.items())[:MAX_ITEMS]]
+    fields = [(clean(key, 128), field_value) for key, field_value in list(value.items())[:MAX_ITEMS]]
     # The models accept both `updateTime` and `update_time`, so the bounds are chosen by the camelCase name.
-    bounded_fields = {key: _limit_value(entry, latest_time, to_camel(key), depth + 1, may_be_negative) for key, entry in entries}
-    return {key: entry for key, entry in bounded_fields.items() if entry is not None}
+    bounded_fields = {key: _limit_value(field_value, latest_time, to_camel(key), depth + 1, may_be_negative) for key, field_value in fields}
+    return {key: field_value for key, field_value in bounded_fields.items() if field_value is not None}
 
 
 def _is_plausible(value: int | float, name: str, may_be_negative: bool) -> bool:

@@ -87,7 +87,7 @@ class Reconciler:
             raise
         except (Conflict, StaleFacts, NotFound) as error:
             if isinstance(error, NotFound) and error.kind is FINETUNEJOB and error.is_object_missing:
-                self._drop_deleted(key)
+                self._drop_deleted_job(key)
                 return "gone"
             logger.debug("the cached state is out of date: %s", error)
             self._queue.add_after_failure(key)
@@ -127,7 +127,7 @@ class Reconciler:
                 self._queue.add(key)
                 return
         if result.created_preparation is not None:
-            self._cache_created(result.created_preparation, result)
+            self._cache_created_job(result.created_preparation, result)
         if result.created_job is not None and self._record_created(key, result):
             return
         # 4. Report
@@ -137,10 +137,10 @@ class Reconciler:
     def _record_created(self, key: JobKey, result: ActionResult) -> bool:
         """Put the created Job into the cache. Returns whether the job's first status is deferred because other FineTuneJobs still wait for their Jobs."""
         assert result.created_job is not None  # noqa: S101 -- the caller checks
-        self._cache_created(result.created_job, result)
+        self._cache_created_job(result.created_job, result)
         return self._writer.defer_first_status(key, self._observer.states[key])
 
-    def _cache_created(self, job: JobView, result: ActionResult) -> None:
+    def _cache_created_job(self, job: JobView, result: ActionResult) -> None:
         self._cache.put_job(job)
         logger.info("created Job %s", job.name)
         for warning in result.warnings:
@@ -172,13 +172,13 @@ class Reconciler:
             self._blocking_reader.release(key)
             self._cache.drop_deleted_pods(key, before_attempt=facts.attempt + 1)
             if plan.situation is Situation.FINISHED:
-                self._observer.release_finished(key)
+                self._observer.release_resources_of_finished_job(key)
         else:
             self._scraper.stop(key)
         if plan.situation is Situation.STARTING:
             self._cache.drop_deleted_pods(key, before_attempt=facts.attempt)
 
-    def _drop_deleted(self, key: JobKey) -> None:
+    def _drop_deleted_job(self, key: JobKey) -> None:
         """Drop a deleted job from the cache before the watch reports the deletion."""
         state = self._observer.states.get(key)
         if state is not None:

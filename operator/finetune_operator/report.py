@@ -249,8 +249,8 @@ def _compute_counters(inputs: StatusInput) -> AttemptCounters:
 def _compute_active_seconds(inputs: StatusInput) -> int | None:
     """Return the running time of all attempts in seconds. The value changes only when an attempt ends, or when a queue revokes the Job's quota."""
     facts, attempt_end = inputs.facts, inputs.plan.attempt_end
-    lost_quota = inputs.is_queued and facts.is_true(ConditionType.QUOTA_RESERVED)
-    if facts.running_since is None or (attempt_end is None and not lost_quota):
+    has_lost_quota = inputs.is_queued and facts.is_true(ConditionType.QUOTA_RESERVED)
+    if facts.running_since is None or (attempt_end is None and not has_lost_quota):
         return inputs.old_status.active_seconds
     return round(facts.compute_running_seconds(attempt_end.ended_at if attempt_end is not None else facts.now))
 
@@ -283,12 +283,12 @@ def _build_reported_attempt(inputs: StatusInput, old_record: Attempt) -> Attempt
     last_report = inputs.last_report
     if last_report is None:
         return None
-    steps = inputs.facts.list_steps_of_this_attempt(last_report.checkpoints, last_report.resumed_from_step)
+    committed_steps = inputs.facts.list_steps_of_this_attempt(last_report.checkpoints, last_report.resumed_from_step)
     return Attempt(
         number=old_record.number,
         last_step=last_report.progress.step,
         resumed_from_step=last_report.resumed_from_step,
-        committed_step=max([*steps, old_record.committed_step or 0]) or None,
+        committed_step=max([*committed_steps, old_record.committed_step or 0]) or None,
     )
 
 
@@ -329,7 +329,7 @@ def _complete_previous_attempt(previous_record: Attempt, current_record: Attempt
 def _has_committed(attempt: Attempt, step: int, inputs: StatusInput) -> bool:
     """Whether `attempt` committed the checkpoint of `step`.
 
-    A checkpoint's URI usually names its attempt. If no URI names an attempt, the answer is True only for the first report of the current attempt. Before a
+    A checkpoint's URI usually names its attempt. If no URI names an attempt, the result is True only for the first report of the current attempt. Before a
     later report, a queue may have replaced the pods, and the new pods resume from checkpoints of the current attempt itself.
     """
     reported_checkpoints = [checkpoint for source in inputs.facts.reported_checkpoints for checkpoint in source.checkpoints]
@@ -436,17 +436,17 @@ def _merge_checkpoint(known_checkpoint: Checkpoint | None, reported_checkpoint: 
     future is replaced by the time of the first report about the checkpoint.
     """
     if known_checkpoint is None or known_checkpoint.uri != reported_checkpoint.uri:
-        merged, first_seen = reported_checkpoint, now
+        merged_checkpoint, first_seen_at = reported_checkpoint, now
     else:
-        merged, first_seen = merge_fields(known_checkpoint, reported_checkpoint), known_checkpoint.time or now
-    is_in_future = merged.time is not None and merged.time > now
-    return merged.model_copy(update={"time": first_seen}) if is_in_future else merged
+        merged_checkpoint, first_seen_at = merge_fields(known_checkpoint, reported_checkpoint), known_checkpoint.time or now
+    is_in_future = merged_checkpoint.time is not None and merged_checkpoint.time > now
+    return merged_checkpoint.model_copy(update={"time": first_seen_at}) if is_in_future else merged_checkpoint
 
 
 def _is_removed(checkpoint: Checkpoint, listed_checkpoints: Sequence[Checkpoint]) -> bool:
     """Whether the retention policy removed the checkpoint: the pod lists a newer checkpoint, but not this one.
 
-    Storage still contains a checkpoint that a rollback skipped. It is newer than all listed checkpoints.
+    A checkpoint that a rollback skipped is newer than all listed checkpoints. This checkpoint does not count as removed, because storage still contains it.
     """
     listed_steps = {listed.step for listed in listed_checkpoints}
     return bool(listed_steps) and checkpoint.step not in listed_steps and checkpoint.step < max(listed_steps)
@@ -473,21 +473,21 @@ def _compute_resolved(inputs: StatusInput) -> ResolvedConfig:
     facts, last_report, message = inputs.facts, inputs.last_report, inputs.termination_message
     # A running attempt keeps the values with which it started, even if the operator's configuration changes.
     is_running = facts.current_job is not None and facts.attempt_record is not None
-    spec_values = _resolve_from_spec(inputs, facts.acceptance) if isinstance(facts.acceptance, AcceptedSpec) and not is_running else None
+    config_from_spec = _resolve_from_spec(inputs, facts.acceptance) if isinstance(facts.acceptance, AcceptedSpec) and not is_running else None
     job = inputs.current_job
-    observed_values = ResolvedConfig(
+    observed_config = ResolvedConfig(
         config_sha256=(job.config_sha256 if job else None) or None,
         image_digest=next((pod.image_id for pod in facts.attempt_pods if pod.image_id), None),
     )
-    prepared_values = inputs.plan.preparation_message.resolved if inputs.plan.preparation_message else None
-    trainer_values = [prepared_values, last_report.resolved if last_report else None, message.resolved if message else None]
-    resolved_config = merge_fields(inputs.old_status.resolved or ResolvedConfig(), spec_values, observed_values, *trainer_values)
-    operator_defaults = (spec_values or inputs.old_status.resolved or ResolvedConfig()).defaults or {}
-    late_defaults = [trainer_value.defaults for trainer_value in trainer_values if trainer_value is not None and trainer_value.defaults]
-    if not late_defaults:
+    config_from_preparation = inputs.plan.preparation_message.resolved if inputs.plan.preparation_message else None
+    trainer_configs = [config_from_preparation, last_report.resolved if last_report else None, message.resolved if message else None]
+    resolved_config = merge_fields(inputs.old_status.resolved or ResolvedConfig(), config_from_spec, observed_config, *trainer_configs)
+    operator_defaults = (config_from_spec or inputs.old_status.resolved or ResolvedConfig()).defaults or {}
+    trainer_defaults = [trainer_config.defaults for trainer_config in trainer_configs if trainer_config is not None and trainer_config.defaults]
+    if not trainer_defaults:
         return resolved_config
     # A default that the operator filled in is never replaced by a default of the trainer, because the next attempt uses the operator's default.
-    return resolved_config.model_copy(update={"defaults": late_defaults[-1] | operator_defaults})
+    return resolved_config.model_copy(update={"defaults": trainer_defaults[-1] | operator_defaults})
 
 
 def _resolve_from_spec(inputs: StatusInput, acceptance: AcceptedSpec) -> ResolvedConfig:
@@ -514,13 +514,13 @@ def _add_measured_time(
     has_trained = job_end is not None and job_end.outcome is Outcome.SUCCEEDED and not inputs.adopts_result
     if plan is None or plan.work is None or goodput is None or not has_trained or not goodput.parts.steps:
         return plan
-    start = 0
+    start_step = 0
     if inputs.facts.spec.checkpoint.resume not in (None, "auto", "never"):  # another job trained the first steps
-        start = next((attempt.resumed_from_step or 0 for attempt in attempts if attempt.number == 1), progress.step or 0)
-    if (progress.step or 0) <= start:
+        start_step = next((attempt.resumed_from_step or 0 for attempt in attempts if attempt.number == 1), progress.step or 0)
+    if (progress.step or 0) <= start_step:
         return plan
     training_seconds = round((goodput.parts.first_step or 0.0) + goodput.parts.steps, 3)
-    measured_run = (plan.measured or MeasuredRun()).model_copy(update={"seconds": training_seconds, "steps": (progress.step or 0) - start})
+    measured_run = (plan.measured or MeasuredRun()).model_copy(update={"seconds": training_seconds, "steps": (progress.step or 0) - start_step})
     return plan.model_copy(update={"measured": measured_run})
 
 
@@ -559,8 +559,8 @@ def _compute_plan(inputs: StatusInput) -> RunPlan | None:
     Only a preparation makes choices. Once the status contains choices, they never change.
     """
     facts, message = inputs.facts, inputs.plan.preparation_message
-    plan, old = _merge_reports(RunPlan(), "plan", inputs), inputs.old_status.plan or RunPlan()
-    choices, no_choices = old.choices, old.no_choices
+    plan, old_plan = _merge_reports(RunPlan(), "plan", inputs), inputs.old_status.plan or RunPlan()
+    choices, no_choices = old_plan.choices, old_plan.no_choices
     if choices is None and isinstance(facts.acceptance, AcceptedSpec) and facts.attempt_record is None:
         if message is not None and message.plan is not None:
             spec, _ = read_spec(facts.job.spec)
@@ -574,16 +574,16 @@ def _compute_plan(inputs: StatusInput) -> RunPlan | None:
 
 def _explain_missing_choices(inputs: StatusInput) -> str | None:
     """Return why a job starts without choices, or None until its preparation ends or its first attempt starts."""
-    facts, record = inputs.facts, inputs.plan.preparation or inputs.old_status.preparation
+    facts, preparation = inputs.facts, inputs.plan.preparation or inputs.old_status.preparation
     if gpus_per_node(facts.spec) == 0:
         reason = "the job uses no GPU"
-    elif record is None:
+    elif preparation is None:
         reason = "the job is not prepared"
-    elif record.reason == Reason.PREPARATION_SKIPPED:
+    elif preparation.reason == Reason.PREPARATION_SKIPPED:
         reason = "the preparation was skipped"
     else:
         reason = "the preparation reported no usable choices"
-    is_decided = inputs.current_job is not None or (record is not None and record.reason is not None)
+    is_decided = inputs.current_job is not None or (preparation is not None and preparation.reason is not None)
     return reason if is_decided else None
 
 
@@ -653,5 +653,5 @@ def _compute_duration(inputs: StatusInput, completion_time: datetime | None) -> 
     if completion_time is None:
         return None
     job = inputs.facts.current_job
-    start = inputs.old_status.start_time or (job.created_at if job else None)
-    return format_duration(seconds_between(start, completion_time)) if start else NO_VALUE
+    start_time = inputs.old_status.start_time or (job.created_at if job else None)
+    return format_duration(seconds_between(start_time, completion_time)) if start_time else NO_VALUE

@@ -73,9 +73,9 @@ class WorkQueue:
     def __init__(self, clock: Callable[[], float] | None = None):
         self._clock = clock or asyncio.get_running_loop().time
         self._ready = FairQueue()
-        self._high_priority = FairQueue()
-        self._high_priority_in_a_row = 0
-        self._burst = BurstDetector()
+        self._high_priority_queue = FairQueue()
+        self._high_priority_count_in_a_row = 0
+        self._burst_detector = BurstDetector()
         self._update_burst = BurstDetector()
         self._waiting_since: dict[JobKey, float] = {}
         self._working_since: dict[JobKey, float] = {}
@@ -102,7 +102,7 @@ class WorkQueue:
         """Queue `key` before all keys with normal priority."""
         if key not in self._working_since and key not in self._waiting_since:
             self._waiting_since[key] = self._clock()
-            self._high_priority.append(key)
+            self._high_priority_queue.append(key)
             self._wake_worker()
         else:
             self.add(key)
@@ -182,14 +182,14 @@ class WorkQueue:
         self._queue_due_keys()
 
     def _pop_next_key(self) -> JobKey:
-        takes_high_priority = self._high_priority and (
-            not self._ready or self._high_priority_in_a_row < MAX_HIGH_PRIORITY_IN_A_ROW
+        takes_high_priority = self._high_priority_queue and (
+            not self._ready or self._high_priority_count_in_a_row < MAX_HIGH_PRIORITY_IN_A_ROW
         )
-        self._high_priority_in_a_row = self._high_priority_in_a_row + 1 if takes_high_priority else 0
+        self._high_priority_count_in_a_row = self._high_priority_count_in_a_row + 1 if takes_high_priority else 0
         if not takes_high_priority:
             return self._ready.popleft()
-        self._burst.record(self._clock())
-        return self._high_priority.popleft()
+        self._burst_detector.record(self._clock())
+        return self._high_priority_queue.popleft()
 
     def done(self, key: JobKey) -> None:
         """Record that the worker has handled `key`. If the key was added during this time, queue it again."""
@@ -201,7 +201,7 @@ class WorkQueue:
     def clear(self) -> None:
         """Drop all queued keys before the process ends. The next process reconciles every job at its start."""
         self._ready.clear()
-        self._high_priority.clear()
+        self._high_priority_queue.clear()
         self._waiting_since.clear()
         self._added_while_working.clear()
         self._due_times.clear()
@@ -220,10 +220,10 @@ class WorkQueue:
     @property
     def is_burst(self) -> bool:
         """Whether workers took many high-priority keys within the last `BURST_SECONDS`."""
-        return self._burst.is_active(self._clock())
+        return self._burst_detector.is_active(self._clock())
 
     def __len__(self) -> int:
-        return len(self._ready) + len(self._high_priority)
+        return len(self._ready) + len(self._high_priority_queue)
 
     @property
     def is_idle(self) -> bool:

@@ -112,18 +112,18 @@ def _build_preparation_pod(
     zone or node of the claim's volume.
     """
     settings = config.prepare
-    values: dict[str, Any] = {
+    replaced_values: dict[str, Any] = {
         "resources.gpusPerNode": 0, "resources.cpu": resources.cpu, "resources.memory": resources.memory,
         "resources.ephemeralStorage": resources.ephemeral_storage,
     }  # fmt: skip
     mounts_claim = uses_claim_cache(model_cache) or any("persistentVolumeClaim" in volume for volume in build_mounts(run.spec).volumes)
     if not mounts_claim:
-        values |= {"placement.nodeSelector": {}, "placement.tolerations": [], "placement.nodeAffinity": []}
-    pod_run = run.model_copy(update={
+        replaced_values |= {"placement.nodeSelector": {}, "placement.tolerations": [], "placement.nodeAffinity": []}
+    preparation_run = run.model_copy(update={
         "world": run.world.model_copy(update={"nodes": 1, "gpus_per_node": 0}), "grace_seconds": PREPARATION_GRACE_SECONDS,
-        "spec": run.spec.with_values(values),
+        "spec": run.spec.with_values(replaced_values),
     })  # fmt: skip
-    pod = _build_pod_spec("", pod_run, run_sha256, pool if mounts_claim else None, config, secret_name)
+    pod = _build_pod_spec("", preparation_run, run_sha256, pool if mounts_claim else None, config, secret_name)
     if find_user_code_in_preparation(run.spec):
         # The pod does not get the key that signs prepared rows: with the key, the user's code could sign rows for all jobs of the namespace.
         pod["volumes"][0] = _build_run_volume(secret_name, (names.ATTEMPT_SECRET_KEY,))
@@ -362,10 +362,11 @@ def _build_env(run: RunConfig, run_sha256: str, config: OperatorConfig) -> list[
     user_variables = [_build_user_variable(variable) for variable in spec.placement.env or [] if variable.name not in reserved_names]
     user_variable_names = {variable["name"] for variable in user_variables}
     taken_names = reserved_names | user_variable_names | {variable["name"] for variable in overridable_variables}
-    defaults: list[Object] = [
+    platform_variables: list[Object] = [
         {"name": name, "value": value} for name, value in sorted(config.trainer.env.items()) if name not in taken_names
     ]
-    return [*operator_variables, *(variable for variable in overridable_variables if variable["name"] not in user_variable_names), *defaults, *user_variables]
+    used_overridable_variables = [variable for variable in overridable_variables if variable["name"] not in user_variable_names]
+    return [*operator_variables, *used_overridable_variables, *platform_variables, *user_variables]
 
 
 def _build_client_credentials(spec: FineTuneJobSpec) -> list[Object]:
@@ -390,13 +391,13 @@ def _get_credentials_ref(connection: Any) -> SecretRef | None:
 def _build_credential_variables(secret: SecretRef | None, variable_prefix: str) -> list[Object]:
     if secret is None:
         return []
-    result: list[Object] = []
+    variables: list[Object] = []
     for key in (Env.STORAGE_ACCESS_KEY, Env.STORAGE_SECRET_KEY, Env.STORAGE_SESSION_TOKEN):
         key_reference: Object = {"name": secret.name, "key": key.value}
         if key is Env.STORAGE_SESSION_TOKEN:
             key_reference["optional"] = True
-        result.append({"name": f"{variable_prefix}{key.value}", "valueFrom": {"secretKeyRef": key_reference}})
-    return result
+        variables.append({"name": f"{variable_prefix}{key.value}", "valueFrom": {"secretKeyRef": key_reference}})
+    return variables
 
 
 def _build_customer_key_variables(connection_name: str, connection: StorageConnection | None) -> list[Object]:
@@ -427,13 +428,13 @@ def _build_scheduling_fields(spec: FineTuneJobSpec, pool: NodePool | None, confi
     If the Job has several pods, `gang_name` is the Job's name, and the pods prefer one zone but different hosts.
     """
     placement = spec.placement
-    result: Object = {}
+    scheduling_fields: Object = {}
     node_selector = {**(pool.node_selector if pool else {}), **(placement.node_selector or {})}
     if node_selector:
-        result["nodeSelector"] = node_selector
+        scheduling_fields["nodeSelector"] = node_selector
     tolerations = [*(pool.tolerations if pool else ()), *(placement.tolerations or [])]
     if tolerations:
-        result["tolerations"] = [toleration.to_wire() for toleration in tolerations]
+        scheduling_fields["tolerations"] = [toleration.to_wire() for toleration in tolerations]
     affinity: Object = {}
     if placement.node_affinity:
         node_terms = [term.to_wire() for term in placement.node_affinity]
@@ -444,12 +445,12 @@ def _build_scheduling_fields(spec: FineTuneJobSpec, pool: NodePool | None, confi
         same_zone_preference = {"weight": 100, "podAffinityTerm": {**gang_selector, "topologyKey": ZONE_LABEL}}
         affinity["podAffinity"] = {"preferredDuringSchedulingIgnoredDuringExecution": [same_zone_preference]}
         spread_constraint = {"maxSkew": 1, "topologyKey": HOST_LABEL, "whenUnsatisfiable": "ScheduleAnyway", **gang_selector}
-        result["topologySpreadConstraints"] = [spread_constraint]
+        scheduling_fields["topologySpreadConstraints"] = [spread_constraint]
     if affinity:
-        result["affinity"] = affinity
+        scheduling_fields["affinity"] = affinity
     priority_class_name = placement.priority_class_name or config.trainer.priority_class_name
     if priority_class_name:
-        result["priorityClassName"] = priority_class_name
+        scheduling_fields["priorityClassName"] = priority_class_name
     if placement.scheduler_name:
-        result["schedulerName"] = placement.scheduler_name
-    return result
+        scheduling_fields["schedulerName"] = placement.scheduler_name
+    return scheduling_fields

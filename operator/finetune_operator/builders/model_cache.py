@@ -50,7 +50,7 @@ def add_model_cache(pod: Object, cache: str | None, namespace: str, config: Oper
             {"name": VOLUME_NAME, "mountPath": f"{names.MODEL_CACHE_MOUNT}/{namespace}", "subPath": namespace, "readOnly": True}
         )
     else:
-        volume, folder = _find_claim_folder(cache or "")
+        volume, folder = _build_claim_volume_and_folder(cache or "")
         arguments = ["--folder", folder, "--tenant", names.CLAIM_CACHE_TENANT, "--copy"]
     pod["volumes"].append({"name": VOLUME_NAME, **volume})
     pod["initContainers"] = [_build_init_container(trainer, ["fill-cache", *arguments], config)]
@@ -64,14 +64,14 @@ def uses_claim_cache(cache: str | None) -> bool:
 
 def add_claim_cache_to_preparation(pod: Object, cache: str) -> None:
     """Mount the claim of the cache into the container of a preparation, and name the folder that the container fills."""
-    volume, folder = _find_claim_folder(cache)
+    volume, folder = _build_claim_volume_and_folder(cache)
     container = pod["containers"][0]
     pod["volumes"].append({"name": VOLUME_NAME, **volume})
     container["volumeMounts"].append({"name": VOLUME_NAME, "mountPath": names.MODEL_CACHE_MOUNT})
     container["env"].append({"name": Env.CLAIM_CACHE.value, "value": folder})
 
 
-def _find_claim_folder(cache: str) -> tuple[Object, str]:
+def _build_claim_volume_and_folder(cache: str) -> tuple[Object, str]:
     """Return the volume of a cache in a claim, and the path of the cache in a container that mounts the volume."""
     source = parse_source(cache, spec_path="model.cache")
     assert isinstance(source, PvcSource)
@@ -82,7 +82,7 @@ def _find_claim_folder(cache: str) -> tuple[Object, str]:
 
 
 def _add_pull_secrets(pod: Object, config: OperatorConfig) -> None:
-    """Add the pull Secrets of the platform's trainer image. Without this call, a pod whose job sets `placement.imagePullSecrets` lacks them."""
+    """Add the pull Secrets of the platform's trainer image. Without this call, a pod whose job sets `placement.imagePullSecrets` lacks these Secrets."""
     secrets = pod.get("imagePullSecrets", [])
     missing_secrets = [{"name": name} for name in config.trainer.image_pull_secrets if {"name": name} not in secrets]
     if missing_secrets:

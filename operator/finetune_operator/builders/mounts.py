@@ -62,11 +62,11 @@ def _find_config_maps(spec: FineTuneJobSpec) -> set[str]:
 
 def _find_claims(spec: FineTuneJobSpec) -> dict[str, bool]:
     """Return the names of all volume claims in the spec, and for each name whether the job writes to the claim's volume."""
-    result: dict[str, bool] = {}
+    is_written_by_claim: dict[str, bool] = {}
     for source, writable in _yield_sources(spec):
         if isinstance(source, PvcSource):
-            result[source.claim] = result.get(source.claim, False) or writable
-    return result
+            is_written_by_claim[source.claim] = is_written_by_claim.get(source.claim, False) or writable
+    return is_written_by_claim
 
 
 def _yield_sources(spec: FineTuneJobSpec) -> Iterator[tuple[Any, bool]]:
@@ -118,18 +118,18 @@ def _build_user_volumes(spec: FineTuneJobSpec) -> tuple[list[Object], list[Objec
     volumes: list[Object] = []
     for volume in spec.placement.volumes or []:
         if volume.persistent_volume_claim:
-            source: Object = {"persistentVolumeClaim": {"claimName": volume.persistent_volume_claim}}
+            volume_source: Object = {"persistentVolumeClaim": {"claimName": volume.persistent_volume_claim}}
         elif volume.config_map:
-            source = {"configMap": {"name": volume.config_map}}
+            volume_source = {"configMap": {"name": volume.config_map}}
         else:
-            source = {"secret": {"secretName": volume.secret}}
-        volumes.append({"name": f"user-{volume.name}", **source})
+            volume_source = {"secret": {"secretName": volume.secret}}
+        volumes.append({"name": f"user-{volume.name}", **volume_source})
     mounts: list[Object] = []
     for mount in spec.placement.volume_mounts or []:
-        value: Object = {"name": f"user-{mount.name}", "mountPath": mount.mount_path}
+        volume_mount: Object = {"name": f"user-{mount.name}", "mountPath": mount.mount_path}
         if mount.sub_path:
-            value["subPath"] = mount.sub_path
+            volume_mount["subPath"] = mount.sub_path
         if mount.read_only:
-            value["readOnly"] = True
-        mounts.append(value)
+            volume_mount["readOnly"] = True
+        mounts.append(volume_mount)
     return volumes, mounts

@@ -86,11 +86,11 @@ def _find_prepared_rows(job: FineTuneJobView, spec: FineTuneJobSpec) -> Prepared
     """Return the prepared rows that the status names, and how long unused rows are kept, or None if the job is never prepared."""
     if spec.prepare.strategy in (None, PrepareStrategy.NEVER):
         return None
-    rows = PreparedRows() if spec.prepare.ttl_days is None else PreparedRows(ttl_days=spec.prepare.ttl_days)
+    prepared_rows = PreparedRows() if spec.prepare.ttl_days is None else PreparedRows(ttl_days=spec.prepare.ttl_days)
     data_status = job.status.data
     if data_status is None or not (_is_sha256(data_status.digest) and _is_sha256(data_status.prepared_sha256)):
-        return rows
-    return rows.model_copy(update={"digest": data_status.digest, "manifest_sha256": data_status.prepared_sha256})
+        return prepared_rows
+    return prepared_rows.model_copy(update={"digest": data_status.digest, "manifest_sha256": data_status.prepared_sha256})
 
 
 def _is_sha256(text: str | None) -> bool:

@@ -74,7 +74,7 @@ def accept(
     try:
         spec, unknown_fields = read_spec(raw_spec)
     except ValidationError as error:
-        return _refuse_unknown_parts([_describe_field_error(item) for item in error.errors()])
+        return _refuse_unknown_parts([_describe_field_error(field_error) for field_error in error.errors()])
     problems, unsupported_problems = ([], []) if unknown_fields else (check_spec(spec), find_unsupported_fields(spec))
     rule_problems = [*map(str, problems), *map(str, unsupported_problems)]
     if rule_problems and first_attempt is None:
@@ -107,8 +107,8 @@ def accept(
         return replace(refusal, spec=resolved_spec.spec)
     # If an older operator started the job, new rules of this operator must not end the job, because the user cannot change the spec.
     new_job_problems = [*rule_problems, *policy_problems, *placement_conflicts]
-    if unpriced := _refuse_unknown_price(spec, pool):  # for a started job, this is only a note: its GPUs may have had a price when it started
-        new_job_problems.append(unpriced.message)
+    if price_refusal := _refuse_unknown_price(spec, pool):  # for a started job, this is only a note: its GPUs may have had a price when it started
+        new_job_problems.append(price_refusal.message)
     new_job_notes = [clean(f"a new job would be refused: {problem}") for problem in new_job_problems]
     notes, max_duration_seconds = (*resolved_spec.notes, *new_job_notes), platform_rules.max_duration_seconds if is_new else None
     return AcceptedSpec(resolved_spec.spec, resolved_spec.defaults, choices, notes, pool, spec_digest, max_duration_seconds)
@@ -125,8 +125,8 @@ def _apply_choices(spec: FineTuneJobSpec, choices: Mapping[str, Any]) -> tuple[d
         return {}, spec
 
 
-def _refuse_forbidden(forbidden_values: list[PolicyProblem]) -> RefusedSpec:
-    return RefusedSpec(Reason.FORBIDDEN_BY_POLICY, clean("; ".join(map(str, forbidden_values))), "change the values, or ask the platform team")
+def _refuse_forbidden(policy_problems: list[PolicyProblem]) -> RefusedSpec:
+    return RefusedSpec(Reason.FORBIDDEN_BY_POLICY, clean("; ".join(map(str, policy_problems))), "change the values, or ask the platform team")
 
 
 def _refuse_unknown_parts(unknown_parts: Iterable[str]) -> RefusedSpec:

@@ -81,10 +81,10 @@ def _merge_adapted_spec_values(adaptations: Iterable[Adaptation]) -> dict[str, A
 
 def merge_adapted_values(adaptations: Iterable[Adaptation]) -> dict[str, Any]:
     """Return the newest value of each adapted field and of the rollback fields, by path."""
-    result: dict[str, Any] = {}
+    adapted_values: dict[str, Any] = {}
     for adaptation in adaptations:
-        result |= adaptation.set or {}
-    return result
+        adapted_values |= adaptation.set or {}
+    return adapted_values
 
 
 def adapt_to_out_of_memory(
@@ -99,12 +99,12 @@ def adapt_to_out_of_memory(
     accumulation_steps = spec.training.gradient_accumulation_steps or 1
     if spec.policy.on_out_of_memory is OnOutOfMemory.FAIL:
         return AdaptationsExhausted("policy.onOutOfMemory is Fail", "write policy.onOutOfMemory: Adapt, or lower the batch")
-    for values in _yield_advised_changes(spec, micro_batch_size, accumulation_steps, advice, earlier_adaptations):
-        if not new_problems(spec, spec.with_values(values)):
-            return _build_memory_adaptation(spec, values, now, advice)
-    for values in _yield_possible_changes(spec, micro_batch_size, accumulation_steps):
-        if not new_problems(spec, spec.with_values(values)):
-            return _build_memory_adaptation(spec, values, now)
+    for changed_values in _yield_advised_changes(spec, micro_batch_size, accumulation_steps, advice, earlier_adaptations):
+        if not new_problems(spec, spec.with_values(changed_values)):
+            return _build_memory_adaptation(spec, changed_values, now, advice)
+    for changed_values in _yield_possible_changes(spec, micro_batch_size, accumulation_steps):
+        if not new_problems(spec, spec.with_values(changed_values)):
+            return _build_memory_adaptation(spec, changed_values, now)
     return AdaptationsExhausted(
         f"memory ran out with batchSizePerDevice {micro_batch_size}, gradientAccumulationSteps {accumulation_steps} and activation "
         f"checkpointing {spec.training.gradient_checkpointing or 'unknown'}: no further reduction is possible",
@@ -112,13 +112,13 @@ def adapt_to_out_of_memory(
     )
 
 
-def _build_memory_adaptation(spec: FineTuneJobSpec, values: dict[str, Any], now: datetime, advice: MemoryAdvice | None = None) -> Adaptation:
+def _build_memory_adaptation(spec: FineTuneJobSpec, changed_values: dict[str, Any], now: datetime, advice: MemoryAdvice | None = None) -> Adaptation:
     changes = (
         f"{_shorten_path(path)} {spec.value(path)} -> {value}" if spec.value(path) != value else f"{_shorten_path(path)} {value} for all layers"
-        for path, value in values.items()
+        for path, value in changed_values.items()
     )
     explanation = _explain_advice(advice) if advice is not None else None
-    return Adaptation(time=now, reason=Reason.OUT_OF_MEMORY, change=", ".join(changes), set=values, explanation=explanation)
+    return Adaptation(time=now, reason=Reason.OUT_OF_MEMORY, change=", ".join(changes), set=changed_values, explanation=explanation)
 
 
 def _yield_advised_changes(
@@ -133,30 +133,30 @@ def _yield_advised_changes(
         return
     if not min_batch_size_per_device(spec) <= micro_batch_size <= micro_batch_before or micro_batch_before % micro_batch_size:
         return
-    values: dict[str, Any] = {}
+    changed_values: dict[str, Any] = {}
     if advice.gradient_checkpointing == GradientCheckpointing.ENABLED and GRADIENT_CHECKPOINTING_FIELD not in merge_adapted_values(earlier_adaptations):
-        values[GRADIENT_CHECKPOINTING_FIELD] = GradientCheckpointing.ENABLED.value
+        changed_values[GRADIENT_CHECKPOINTING_FIELD] = GradientCheckpointing.ENABLED.value
     new_accumulation_steps = accumulation_steps * (micro_batch_before // micro_batch_size)
     if micro_batch_size < micro_batch_before and new_accumulation_steps <= MAX_ACCUMULATION:
-        values |= {BATCH_FIELD: micro_batch_size, ACCUMULATION_FIELD: new_accumulation_steps}
-    if not values:
+        changed_values |= {BATCH_FIELD: micro_batch_size, ACCUMULATION_FIELD: new_accumulation_steps}
+    if not changed_values:
         return
     if _find_evaluation_batch(spec) > micro_batch_size:
-        yield values | {EVALUATION_BATCH_FIELD: micro_batch_size}
-    yield values
+        yield changed_values | {EVALUATION_BATCH_FIELD: micro_batch_size}
+    yield changed_values
 
 
 def _explain_advice(advice: MemoryAdvice) -> str:
     """Return a sentence with the amounts of memory that led to an advised change. The status shows this sentence."""
-    needed, available, planned, expected, upper = (
+    needed_amount, available_amount, planned_amount, expected_amount, upper_amount = (
         f"{(count or 0) / 1e9:.1f} GB"
         for count in (advice.needed_bytes, advice.available_bytes, advice.planned_bytes, advice.expected_bytes, advice.upper_bytes)
     )
     correction_text = " corrected by these numbers," if advice.needed_bytes > advice.planned_bytes else ""
     doubt_text = "" if advice.fits else "; this may not fit, but no values need less"
     return (
-        f"the attempt needed at least {needed} of GPU memory, {available} were available, and the plan expected {planned};{correction_text} the new "
-        f"values need {expected}, at most {upper}{doubt_text}"
+        f"the attempt needed at least {needed_amount} of GPU memory, {available_amount} were available, and the plan expected {planned_amount};"
+        f"{correction_text} the new values need {expected_amount}, at most {upper_amount}{doubt_text}"
     )
 
 
@@ -179,10 +179,10 @@ def _yield_possible_changes(spec: FineTuneJobSpec, micro_batch_before: int, accu
     micro_batch_size = next((size for size in smaller_sizes if micro_batch_before % size == 0), 0)
     new_accumulation_steps = accumulation_steps * (micro_batch_before // micro_batch_size) if micro_batch_size else 0
     if 0 < new_accumulation_steps <= MAX_ACCUMULATION:
-        values: dict[str, Any] = {BATCH_FIELD: micro_batch_size, ACCUMULATION_FIELD: new_accumulation_steps}
+        changed_values: dict[str, Any] = {BATCH_FIELD: micro_batch_size, ACCUMULATION_FIELD: new_accumulation_steps}
         if evaluation_batch_size > micro_batch_size:
-            yield values | {EVALUATION_BATCH_FIELD: micro_batch_size}
-        yield values
+            yield changed_values | {EVALUATION_BATCH_FIELD: micro_batch_size}
+        yield changed_values
     if evaluation_batch_size > micro_batch_before:
         yield {EVALUATION_BATCH_FIELD: micro_batch_before}
     if spec.training.gradient_checkpointing is GradientCheckpointing.DISABLED:
@@ -237,8 +237,8 @@ def find_max_start_step(adaptations: Iterable[Adaptation], checkpoints: Iterable
     An attempt may continue from all checkpoints of attempts after the rollback. If one of these later checkpoints has the newest step of all, the limit is
     no longer needed.
     """
-    values = merge_adapted_values(adaptations)
-    max_step, first_attempt = values.get(MAX_STEP_KEY), values.get(FIRST_ATTEMPT_KEY)
+    adapted_values = merge_adapted_values(adaptations)
+    max_step, first_attempt = adapted_values.get(MAX_STEP_KEY), adapted_values.get(FIRST_ATTEMPT_KEY)
     if not isinstance(max_step, int) or not isinstance(first_attempt, int):
         return max_step if isinstance(max_step, int) else None
     steps_before, steps_after = [0], [0]

@@ -1,7 +1,7 @@
 """Finds out why an attempt ended. If several pods failed, one failure is the cause, and the other failures are its consequences.
 
 The failure with the lowest `FailurePrecedence` is the cause. Among failures with the same precedence, a rank's own failure comes before the
-report of a rank that lost contact to another rank. Among the failures that remain, the earliest is the cause.
+report of a rank that lost contact with another rank. Among the failures that remain, the earliest is the cause.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ def find_cause(job: JobView | None, pods: Iterable[PodView], *, is_model_committ
 
     `is_model_committed`: whether the final model is in storage. `stage`: the stage in the last report.
     """
-    failures = [(cause, pod) for pod in pods if (cause := find_pod_cause(pod, is_model_committed=is_model_committed, stage=stage)) is not None]
-    if failures:
-        return min(failures, key=lambda cause_and_pod: _compute_sort_key(*cause_and_pod))[0]
+    causes_and_pods = [(cause, pod) for pod in pods if (cause := find_pod_cause(pod, is_model_committed=is_model_committed, stage=stage)) is not None]
+    if causes_and_pods:
+        return min(causes_and_pods, key=lambda cause_and_pod: _compute_sort_key(*cause_and_pod))[0]
     return _explain_by_job(job)
 
 
@@ -56,8 +56,8 @@ def find_pod_cause(pod: PodView, *, is_model_committed: bool = False, stage: Sta
     """Return why this pod failed, or None if the pod has not ended or has not failed. The other arguments are those of `find_cause`."""
     if not pod.is_finished or pod.phase == "Succeeded" or (pod.terminated and pod.terminated.exit_code == ExitCode.OK):
         return None
-    code = pod.terminated.exit_code if pod.terminated else None
-    exit_policy = EXIT_POLICIES.get(code) if code is not None else None
+    exit_code = pod.terminated.exit_code if pod.terminated else None
+    exit_policy = EXIT_POLICIES.get(exit_code) if exit_code is not None else None
     if pod.terminated is not None and pod.terminated.reason == OOM_KILLED_REASON:
         failed_stage = pod.termination_message.stage if pod.termination_message is not None else None
         if failed_stage is not None or is_model_committed:
@@ -71,8 +71,8 @@ def find_pod_cause(pod: PodView, *, is_model_committed: bool = False, stage: Sta
         return _explain_known_exit(pod, exit_policy)
     if pod.disruption_reason:
         return _explain_disruption(pod)
-    if code is not None:
-        return _explain_unknown_exit(pod, code)
+    if exit_code is not None:
+        return _explain_unknown_exit(pod, exit_code)
     return _explain_missing_exit_code(pod)
 
 

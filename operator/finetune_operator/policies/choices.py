@@ -62,9 +62,9 @@ def _find_memory_bytes(pool: NodePool) -> int | None:
 
     `gpuMemory` may be rounded up, and a GPU slice has only a part of the memory of its type.
     """
-    known_sizes = [int(parse_amount(str(pool.gpu_memory)))] if pool.gpu_memory is not None else []
-    known_sizes += [GPU_TYPES[pool.gpu_type].memory_bytes] if pool.gpu_type is not None else []
-    return min(known_sizes, default=None)
+    sizes_bytes = [int(parse_amount(str(pool.gpu_memory)))] if pool.gpu_memory is not None else []
+    sizes_bytes += [GPU_TYPES[pool.gpu_type].memory_bytes] if pool.gpu_type is not None else []
+    return min(sizes_bytes, default=None)
 
 
 def _compute_max_gpus(spec: FineTuneJobSpec, pool: NodePool, config: OperatorConfig, namespace: str) -> int:
@@ -80,25 +80,27 @@ def accept_choices(
     """Return the reported choices of a preparation, or None if one of them cannot be used. `spec`: as the user wrote it."""
     if not reported_choices:
         return None
-    values = {choice.field: choice.value for choice in reported_choices}
-    problem = _find_problem(values, spec, accepted_spec, config, namespace)
+    values_by_path = {choice.field: choice.value for choice in reported_choices}
+    problem = _describe_unusable_choice(values_by_path, spec, accepted_spec, config, namespace)
     if problem:
         logger.warning("the choices of the preparation are ignored: %s", problem)
         return None
     return list(reported_choices)
 
 
-def _find_problem(values: Mapping[str, Any], spec: FineTuneJobSpec, accepted_spec: AcceptedSpec, config: OperatorConfig, namespace: str) -> str:
-    for path in values:
+def _describe_unusable_choice(
+    values_by_path: Mapping[str, Any], spec: FineTuneJobSpec, accepted_spec: AcceptedSpec, config: OperatorConfig, namespace: str
+) -> str:
+    for path in values_by_path:
         if path not in CHOSEN_FIELDS or spec.value(path) is not None:
             return f"{path} is not a field that the plan may choose"
     try:
-        chosen_spec = spec.with_values(values)
+        chosen_spec = spec.with_values(values_by_path)
     except ValidationError as error:
         return str(error)
     problems = [problem for problem in check_spec(chosen_spec) if problem not in check_spec(spec)]
     pools = {pool.name: pool for pool in list_pools_to_choose(spec, accepted_spec, config, namespace)}
-    pool = pools.get(str(values.get(POOL_PATH, accepted_spec.pool.name if accepted_spec.pool else "")))
+    pool = pools.get(str(values_by_path.get(POOL_PATH, accepted_spec.pool.name if accepted_spec.pool else "")))
     if problems:
         return str(problems[0])
     if pool is None or gpus_per_node(chosen_spec) > pool.gpus_per_node or gpus_per_node(chosen_spec) < 1:

@@ -55,7 +55,7 @@ def find_rejected_user_fields(message: str, raw_spec: Object) -> list[str]:
 
 def _is_set_to(raw_spec: Object, field: str, value: str | None) -> bool:
     """Whether the user set this field. If the error names a value, the field must also contain that value."""
-    given_value: Any = raw_spec
+    user_value: Any = raw_spec
     for name in field.split("."):
-        given_value = given_value.get(name) if isinstance(given_value, dict) else None
-    return given_value is not None and (value is None or value in json.dumps(given_value, ensure_ascii=False))
+        user_value = user_value.get(name) if isinstance(user_value, dict) else None
+    return user_value is not None and (value is None or value in json.dumps(user_value, ensure_ascii=False))

@@ -23,5 +23,7 @@ def _select_immutable_fields(value: Any, path: str) -> Any:
     if not isinstance(value, Mapping):
         return value
     child_paths = {name: (f"{path}.{name}" if path else name) for name in value}
-    kept_fields = {name: _select_immutable_fields(value[name], child) for name, child in child_paths.items() if child not in MUTABLE_FIELDS}
-    return {name: child for name, child in kept_fields.items() if child != {}}
+    kept_fields = {
+        name: _select_immutable_fields(value[name], child_path) for name, child_path in child_paths.items() if child_path not in MUTABLE_FIELDS
+    }
+    return {name: field_value for name, field_value in kept_fields.items() if field_value != {}}
