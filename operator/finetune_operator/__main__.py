@@ -21,7 +21,9 @@ USAGE_ERROR = 2
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the operator. Returns the exit code: 0 after SIGTERM, 1 if a task of the operator failed, 2 if the operator cannot start."""
+    """Run the operator. Returns the exit code: 0 after SIGTERM, 1 if the start or a task of the operator failed, 2 if the configuration is
+    wrong or no address of an API server is found.
+    """
     options = _parse_options(arguments)
     try:
         config = _load_config(options.config)
@@ -81,8 +83,8 @@ def _load_config(path: Path | None) -> settings.OperatorConfig:
     """
     if path is not None:
         return settings.load_config(path)
-    if variable := os.environ.get(CONFIG_VARIABLE):
-        return settings.load_config(Path(variable))
+    if configured_path := os.environ.get(CONFIG_VARIABLE):
+        return settings.load_config(Path(configured_path))
     return settings.load_config(settings.CONFIG_PATH) if settings.CONFIG_PATH.exists() else settings.OperatorConfig()
 
 

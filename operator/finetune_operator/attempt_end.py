@@ -58,8 +58,8 @@ def _finish_or_retry(facts: Facts, cause: FailureCause, made_progress: bool, end
     deadline_end = JobEnd(Outcome.FAILED, Reason.DEADLINE_EXCEEDED, build_deadline_failure(limit_seconds or 0, facts.deadline_source))
     if cause.reason is Reason.DEADLINE_EXCEEDED:
         return deadline_end
-    spent_message = describe_spent_budget(facts, ended_at)
-    budget_end = JobEnd(Outcome.FAILED, Reason.BUDGET_EXCEEDED, build_budget_failure(spent_message or cause.failure.message))
+    budget_message = describe_spent_budget(facts, ended_at)
+    budget_end = JobEnd(Outcome.FAILED, Reason.BUDGET_EXCEEDED, build_budget_failure(budget_message or cause.failure.message))
     if cause.reason is Reason.BUDGET_EXCEEDED:
         return budget_end
     decision = retry_or_give_up(
@@ -71,7 +71,7 @@ def _finish_or_retry(facts: Facts, cause: FailureCause, made_progress: bool, end
     if limit_seconds is not None and facts.compute_running_seconds(ended_at) >= limit_seconds:
         # The deadline passed while the operator did not run, so the next attempt would have no time left.
         return deadline_end
-    return budget_end if spent_message else decision
+    return budget_end if budget_message else decision
 
 
 def all_ranks_succeeded(facts: Facts) -> bool:
@@ -110,13 +110,13 @@ def find_newest_step_of_attempt(facts: Facts, message: TerminationMessage | None
     A pod reports the checkpoints of all attempts, so this function ignores those of earlier attempts. `message` is rank 0's termination message.
     """
     # If a pod of this attempt was replaced, the status may be the only record of the checkpoints that the replaced pod reported.
-    steps = [checkpoint.step for checkpoint in facts.job.status.checkpoints if parse_attempt_of_uri(checkpoint.uri) == facts.attempt]
+    committed_steps = [checkpoint.step for checkpoint in facts.job.status.checkpoints if parse_attempt_of_uri(checkpoint.uri) == facts.attempt]
     for source in facts.reported_checkpoints:
-        steps += facts.list_steps_of_this_attempt(source.checkpoints, source.resumed_from_step)
+        committed_steps += facts.list_steps_of_this_attempt(source.checkpoints, source.resumed_from_step)
     if message is not None and message.committed_step is not None:
         newest_checkpoint = Checkpoint(step=message.committed_step, uri=message.checkpoint or "")
-        steps += facts.list_steps_of_this_attempt([newest_checkpoint], message.resumed_from_step)
+        committed_steps += facts.list_steps_of_this_attempt([newest_checkpoint], message.resumed_from_step)
     record = facts.attempt_record
     if record is not None and record.committed_step is not None:
-        steps.append(record.committed_step)
-    return max(steps) if steps else None
+        committed_steps.append(record.committed_step)
+    return max(committed_steps) if committed_steps else None

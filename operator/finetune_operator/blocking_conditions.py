@@ -72,9 +72,9 @@ class BlockingConditionReader:
         finally:
             self._limiter.release(key)
             self._limiter.record_read(now, asyncio.get_running_loop().time())
-        condition = find_blocking_condition_in_events(listing.items)
-        has_changed = condition != state.blocking_condition
-        state.blocking_condition = condition
+        blocking_condition = find_blocking_condition_in_events(listing.items)
+        has_changed = blocking_condition != state.blocking_condition
+        state.blocking_condition = blocking_condition
         return has_changed
 
     def _is_due(self, key: JobKey, subject: EventSubject, state: EventReadState, facts: Facts, now: float) -> bool:

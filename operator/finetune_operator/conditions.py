@@ -102,10 +102,10 @@ def _is_preparing(inputs: StatusInput) -> bool:
 
 
 def _compute_quota_reserved_condition(inputs: StatusInput) -> Condition | None:
-    name = inputs.facts.spec.placement.queue_name
-    if not name and not inputs.is_queued and inputs.facts.condition(ConditionType.QUOTA_RESERVED) is None:
+    queue_name = inputs.facts.spec.placement.queue_name
+    if not queue_name and not inputs.is_queued and inputs.facts.condition(ConditionType.QUOTA_RESERVED) is None:
         return None
-    queue_text = f"queue {name}" if name else "the queue"
+    queue_text = f"queue {queue_name}" if queue_name else "the queue"
     job = inputs.current_job
     if job is None:
         return _make_condition(ConditionType.QUOTA_RESERVED, "False", Reason.PROGRESSING, "no Job exists, so no quota is requested")
@@ -118,17 +118,17 @@ def _compute_quota_reserved_condition(inputs: StatusInput) -> Condition | None:
 
 
 def _compute_pods_ready_condition(inputs: StatusInput) -> Condition:
-    total, ready_pods = inputs.facts.pod_count, inputs.ready_pods
+    pod_count, ready_pod_count = inputs.facts.pod_count, inputs.ready_pod_count
     if inputs.plan.job_end is not None:
         return _make_condition(ConditionType.PODS_READY, "False", Reason.PODS_NOT_READY, "the job is finished")
-    if ready_pods >= total:
-        return _make_condition(ConditionType.PODS_READY, "True", Reason.PODS_READY, f"all {total} pods are ready")
+    if ready_pod_count >= pod_count:
+        return _make_condition(ConditionType.PODS_READY, "True", Reason.PODS_READY, f"all {pod_count} pods are ready")
     if _is_preparing(inputs):
         return _make_condition(ConditionType.PODS_READY, "False", Reason.PODS_NOT_READY, "the preparation has not ended; no pod of an attempt exists")
     if inputs.blocking_condition is not None:
-        message = f"waiting for {total - ready_pods} of {total} pods: {inputs.blocking_condition.message}"
+        message = f"waiting for {pod_count - ready_pod_count} of {pod_count} pods: {inputs.blocking_condition.message}"
         return _make_condition(ConditionType.PODS_READY, "False", inputs.blocking_condition.reason, message)
-    return _make_condition(ConditionType.PODS_READY, "False", Reason.PODS_NOT_READY, f"{ready_pods} of {total} pods are ready")
+    return _make_condition(ConditionType.PODS_READY, "False", Reason.PODS_NOT_READY, f"{ready_pod_count} of {pod_count} pods are ready")
 
 
 def _compute_suspended_condition(inputs: StatusInput) -> Condition:
@@ -253,7 +253,7 @@ def _compute_stalled_condition(inputs: StatusInput) -> Condition | None:
         return None
     is_blocked_start = plan.situation in (Situation.PREPARING, Situation.STARTING, Situation.BLOCKED) and inputs.blocking_condition is not None
     is_running = plan.situation is Situation.ACTIVE and plan.termination is None and not inputs.is_queued
-    if not (plan.refusal is not None or is_blocked_start or (is_running and inputs.ready_pods < facts.pod_count)):
+    if not (plan.refusal is not None or is_blocked_start or (is_running and inputs.ready_pod_count < facts.pod_count)):
         return None
     explanation = plan.refusal.message if plan.refusal else inputs.blocking_condition.message if inputs.blocking_condition else "the pods are not ready"
     message = f"policy.startTimeoutSeconds {timeout_seconds} passed: {explanation}"

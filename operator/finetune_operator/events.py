@@ -96,23 +96,23 @@ def _draft_acceptance_events(old_status: FineTuneJobStatus, new_status: FineTune
 
 
 def _draft_preparation_events(old_status: FineTuneJobStatus, new_status: FineTuneJobStatus) -> Iterator[EventDraft]:
-    old, new = old_status.preparation, new_status.preparation
-    if new is None:
+    old_preparation, new_preparation = old_status.preparation, new_status.preparation
+    if new_preparation is None:
         return
     condition = _read_condition_state(new_status, ConditionType.PREPARED)
-    if old is None:
-        yield EventDraft(Reason.PREPARING, f"created the Job of preparation {new.number}", action="Prepare")
-    elif new.number > old.number:
-        yield EventDraft(Reason.RETRYING, f"preparation {new.number} follows: {new.message}", "Warning", "Prepare")
-    if new.reason is not None and (old is None or old.reason is None) and not _is_finished(new_status):
-        is_prepared = new.reason == Reason.PREPARED
+    if old_preparation is None:
+        yield EventDraft(Reason.PREPARING, f"created the Job of preparation {new_preparation.number}", action="Prepare")
+    elif new_preparation.number > old_preparation.number:
+        yield EventDraft(Reason.RETRYING, f"preparation {new_preparation.number} follows: {new_preparation.message}", "Warning", "Prepare")
+    if new_preparation.reason is not None and (old_preparation is None or old_preparation.reason is None) and not _is_finished(new_status):
+        is_prepared = new_preparation.reason == Reason.PREPARED
         yield EventDraft(Reason(condition.reason), condition.message, "Normal" if is_prepared else "Warning", "Prepare")
 
 
 def _draft_attempt_events(old_status: FineTuneJobStatus, new_status: FineTuneJobStatus) -> Iterator[EventDraft]:
-    old_by_number = {attempt.number: attempt for attempt in old_status.attempts}
+    old_attempts_by_number = {attempt.number: attempt for attempt in old_status.attempts}
     for attempt in new_status.attempts:
-        old_attempt = old_by_number.get(attempt.number)
+        old_attempt = old_attempts_by_number.get(attempt.number)
         if old_attempt is None:
             yield EventDraft(Reason.ATTEMPT_STARTED, f"created the Job of attempt {attempt.number}", action="Create")
         if attempt.resumed_from_step and (old_attempt is None or old_attempt.resumed_from_step != attempt.resumed_from_step):
@@ -120,8 +120,8 @@ def _draft_attempt_events(old_status: FineTuneJobStatus, new_status: FineTuneJob
             yield EventDraft(Reason.RESUMED_FROM_CHECKPOINT, note)
         if attempt.end_time is not None and (old_attempt is None or old_attempt.end_time is None):
             yield from _draft_failed_attempt_events(attempt)
-    for change in new_status.adaptations[len(old_status.adaptations) :]:
-        yield EventDraft(Reason(change.reason), f"changed for the next attempt: {change.change}", "Warning", "Adapt")
+    for adaptation in new_status.adaptations[len(old_status.adaptations) :]:
+        yield EventDraft(Reason(adaptation.reason), f"changed for the next attempt: {adaptation.change}", "Warning", "Adapt")
     if (new_status.attempt or 1) > (old_status.attempt or 1) and not _is_finished(new_status) and new_status.phase is not Phase.SUSPENDED:
         yield EventDraft(Reason.RETRYING, f"attempt {new_status.attempt} follows")
 
@@ -182,8 +182,8 @@ def _draft_end_events(old_status: FineTuneJobStatus, new_status: FineTuneJobStat
     else:
         failure = new_status.failure
         failure_text = f"{failure.class_} {failure.code}: {failure.message}" if failure else "unknown"
-        hint = f"; {failure.hint}" if failure and failure.hint else ""
-        yield EventDraft(Reason.FAILED, failure_text + hint, "Warning", FINISH_ACTION)
+        hint_text = f"; {failure.hint}" if failure and failure.hint else ""
+        yield EventDraft(Reason.FAILED, failure_text + hint_text, "Warning", FINISH_ACTION)
 
 
 def _is_finished(status: FineTuneJobStatus) -> bool:
@@ -192,8 +192,8 @@ def _is_finished(status: FineTuneJobStatus) -> bool:
 
 def hash_event_content(job: FineTuneJobView, draft: EventDraft) -> str:
     """Return a hash of the job's uid and the event's content, so that equal events of one job have equal hashes."""
-    text = clean(draft.note, MAX_NOTE_CHARACTERS)
-    return hashlib.sha256("\0".join((job.uid, draft.type, draft.reason, draft.action, text)).encode()).hexdigest()[:16]
+    cleaned_note = clean(draft.note, MAX_NOTE_CHARACTERS)
+    return hashlib.sha256("\0".join((job.uid, draft.type, draft.reason, draft.action, cleaned_note)).encode()).hexdigest()[:16]
 
 
 def build_event_name(job: FineTuneJobView, draft: EventDraft, event_number: int) -> str:
@@ -257,10 +257,10 @@ class EventRecorder:
     def __init__(self, kube: KubeClient, reporting_instance: str):
         self._kube = kube
         self._reporting_instance = reporting_instance
-        self._buckets: dict[str, TokenBucket] = {}
+        self._token_buckets: dict[str, TokenBucket] = {}
         self._posted_hashes: dict[str, set[str]] = {}
         """Hashes of the events that were posted since the last status write of a job, by the job's uid."""
-        self._names: dict[str, str] = {}
+        self._names_by_hash: dict[str, str] = {}
         """Names of earlier events, by hash. A repeated event increases the count of the earlier event."""
 
     async def emit(self, job: FineTuneJobView, drafts: list[EventDraft]) -> None:
@@ -288,12 +288,12 @@ class EventRecorder:
 
     async def _post(self, event: Object, event_hash: str) -> None:
         """Increase the count of an earlier equal event. If there is no such event, create the event."""
-        earlier_name = self._names.get(event_hash)
+        earlier_name = self._names_by_hash.get(event_hash)
         if earlier_name is not None and await self._count_in_series(earlier_name, event):
             return
-        self._names[event_hash] = event["metadata"]["name"]
-        if len(self._names) > MAX_EVENT_NAMES:
-            del self._names[next(iter(self._names))]
+        self._names_by_hash[event_hash] = event["metadata"]["name"]
+        if len(self._names_by_hash) > MAX_EVENT_NAMES:
+            del self._names_by_hash[next(iter(self._names_by_hash))]
         # If the event already exists, the operator emitted it before a restart.
         with contextlib.suppress(AlreadyExists):
             await self._kube.create(EVENT, event["metadata"]["namespace"], event)
@@ -312,8 +312,8 @@ class EventRecorder:
 
     def _take_token(self, uid: str) -> bool:
         now = asyncio.get_running_loop().time()
-        is_allowed = self._buckets.setdefault(uid, TokenBucket(BUCKET_TOKENS, now)).take_token(now)
-        if len(self._buckets) > MAX_TOKEN_BUCKETS:
+        is_allowed = self._token_buckets.setdefault(uid, TokenBucket(BUCKET_TOKENS, now)).take_token(now)
+        if len(self._token_buckets) > MAX_TOKEN_BUCKETS:
             full_refill_seconds = BUCKET_TOKENS * TOKEN_REFILL_SECONDS
-            self._buckets = {key: bucket for key, bucket in self._buckets.items() if now - bucket.refilled_at <= full_refill_seconds}
+            self._token_buckets = {key: bucket for key, bucket in self._token_buckets.items() if now - bucket.refilled_at <= full_refill_seconds}
         return is_allowed

@@ -196,12 +196,12 @@ class Facts:
     @cached_property
     def active_pods(self) -> tuple[PodView, ...]:
         """The newest unfinished pod of each rank of the current attempt. A rank has several pods if a queue replaced its pod."""
-        return _find_newest_by_rank(pod for pod in self.attempt_pods if not pod.is_finished)
+        return _find_newest_pod_of_each_rank(pod for pod in self.attempt_pods if not pod.is_finished)
 
     @cached_property
     def newest_pods(self) -> tuple[PodView, ...]:
         """The newest pod of each rank of the current attempt, finished or not."""
-        return _find_newest_by_rank(self.attempt_pods)
+        return _find_newest_pod_of_each_rank(self.attempt_pods)
 
     @cached_property
     def rank0_pod(self) -> PodView | None:
@@ -236,16 +236,16 @@ class Facts:
         """
         pods = sorted((pod for pod in self.attempt_pods if pod.completion_index == 0), key=lambda pod: pod.created_at)
         last_report = self.last_report
-        sources: list[ProgressReport | TerminationMessage] = []
+        reports_and_messages: list[ProgressReport | TerminationMessage] = []
         if last_report is not None and last_report.pod_uid not in {pod.uid for pod in pods}:
-            sources.append(last_report.report)
+            reports_and_messages.append(last_report.report)
         for pod in pods:
             if last_report is not None and last_report.pod_uid == pod.uid:
-                sources.append(last_report.report)
+                reports_and_messages.append(last_report.report)
             message = pod.termination_message
             if message is not None and (pod is pods[-1] or self._lists_newer_checkpoints(message)):
-                sources.append(message)
-        return tuple(ReportedCheckpoints(tuple(source.checkpoints), source.resumed_from_step) for source in sources)
+                reports_and_messages.append(message)
+        return tuple(ReportedCheckpoints(tuple(source.checkpoints), source.resumed_from_step) for source in reports_and_messages)
 
     def _lists_newer_checkpoints(self, message: TerminationMessage) -> bool:
         """Whether the termination message lists a newer step of the current attempt than the status does."""
@@ -324,7 +324,7 @@ class Facts:
 
         Usually this is the current time. If the Job was deleted while the operator was stopped, the pods or the status show an earlier time.
         """
-        pod_end_times = [_find_end(pod) for pod in self.newest_pods]
+        pod_end_times = [_find_pod_end_time(pod) for pod in self.newest_pods]
         if None in pod_end_times:
             return self.now
         progress, pods_ready = self.job.status.progress, self.condition(Condition.PODS_READY)
@@ -346,23 +346,23 @@ class Facts:
         steps += [attempt.committed_step for attempt in status.attempts if attempt.committed_step is not None]
         return max([*steps, 0])
 
-    def list_steps_of_this_attempt(self, checkpoints: Iterable[Checkpoint], start: int | None) -> list[int]:
+    def list_steps_of_this_attempt(self, checkpoints: Iterable[Checkpoint], start_step: int | None) -> list[int]:
         """Return the steps of the given checkpoints that the current attempt committed.
 
-        A checkpoint's URI usually names its attempt. A checkpoint whose URI names no attempt counts if its step is after `start`, the step from which the
+        A checkpoint's URI usually names its attempt. A checkpoint whose URI names no attempt counts if its step is after `start_step`, the step from which the
         current attempt started.
         """
-        steps = [(checkpoint.step, parse_attempt_of_uri(checkpoint.uri)) for checkpoint in checkpoints]
-        return [step for step, attempt in steps if (step > (start or 0) if attempt is None else attempt == self.attempt)]
+        steps_and_attempts = [(checkpoint.step, parse_attempt_of_uri(checkpoint.uri)) for checkpoint in checkpoints]
+        return [step for step, attempt in steps_and_attempts if (step > (start_step or 0) if attempt is None else attempt == self.attempt)]
 
     @property
     def newest_step_of_earlier_attempts(self) -> int:
         """Newest step that earlier attempts committed. The current attempt makes progress if it commits a newer step."""
         status = self.job.status
-        steps = [attempt.committed_step for attempt in status.attempts if attempt.number < self.attempt]
+        committed_steps = [attempt.committed_step for attempt in status.attempts if attempt.number < self.attempt]
         # `status.attempts` has only the newest ten attempts, but `status.checkpoints` can contain checkpoints of older attempts.
-        steps += [c.step for c in status.checkpoints if (parse_attempt_of_uri(c.uri) or self.attempt) < self.attempt]
-        return max([step for step in steps if step is not None] + [0])
+        committed_steps += [c.step for c in status.checkpoints if (parse_attempt_of_uri(c.uri) or self.attempt) < self.attempt]
+        return max([step for step in committed_steps if step is not None] + [0])
 
     @property
     def max_start_step(self) -> int | None:
@@ -381,11 +381,11 @@ class Facts:
         return self.newest_committed_step if limit is None else min(limit, self.newest_committed_step)
 
 
-def _find_newest_by_rank(pods: Iterable[PodView]) -> tuple[PodView, ...]:
-    newest_by_index = {pod.completion_index: pod for pod in sorted(pods, key=lambda pod: pod.created_at)}
-    return tuple(newest_by_index[index] for index in sorted(newest_by_index))
+def _find_newest_pod_of_each_rank(pods: Iterable[PodView]) -> tuple[PodView, ...]:
+    newest_pods_by_index = {pod.completion_index: pod for pod in sorted(pods, key=lambda pod: pod.created_at)}
+    return tuple(newest_pods_by_index[index] for index in sorted(newest_pods_by_index))
 
 
-def _find_end(pod: PodView) -> datetime | None:
+def _find_pod_end_time(pod: PodView) -> datetime | None:
     """Return when a pod ended or should have ended, or None if the time is unknown."""
     return (pod.terminated.finished_at if pod.terminated else None) or pod.deletion_timestamp

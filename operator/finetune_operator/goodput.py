@@ -19,7 +19,7 @@ from finetune_operator.plan import AttemptEnd
 from finetune_operator.views import JobView, PodView
 
 SecondsByPart = dict[str, float]
-"""Seconds that an attempt spent in each part of its time, for example `starting` or `training`. The keys are the JSON names of the fields of `TimeUse`."""
+"""Seconds that an attempt spent in each part of its time, for example `starting` or `steps`. The keys are the JSON names of the fields of `TimeUse`."""
 PARTS_WITHOUT_NODE = ("waiting", "suspended", "queued", "preparation", "scheduling")
 """Parts during which rank 0's pod has no node."""
 
@@ -33,7 +33,7 @@ class PodTimes:
     started_at: datetime | None = None
     ended_at: datetime | None = None
     reported: Mapping[str, float] | None = None
-    """How many seconds the container spent in each part of its time, such as `training`, according to the pod's termination message or else its newest
+    """How many seconds the container spent in each part of its time, such as `steps`, according to the pod's termination message or else its newest
     report."""
     last_part: str = "starting"
     """The part to which the time after the newest report is added if the container ended without a termination message."""
@@ -58,17 +58,17 @@ class _Timeline:
 
     def __init__(self, begins_at: datetime, ends_at: datetime) -> None:
         self.seconds: SecondsByPart = {}
-        self._now, self._end = begins_at, max(begins_at, ends_at)
+        self._previous_moment, self._ends_at = begins_at, max(begins_at, ends_at)
 
     def add_until(self, moment: datetime | None, part: str) -> None:
         """Add the time from the previous moment to `moment` to the part of the attempt named `part`. `moment` None: the end of the attempt."""
         self.add(self.seconds_until(moment), part)
-        self._now = max(self._now, self._end if moment is None else min(moment, self._end))
+        self._previous_moment = max(self._previous_moment, self._ends_at if moment is None else min(moment, self._ends_at))
 
     def seconds_until(self, moment: datetime | None) -> float:
         """Return the seconds from the previous moment to `moment`, or to the end of the attempt if `moment` is None."""
-        end = self._end if moment is None else min(moment, self._end)
-        return max(0.0, (end - self._now).total_seconds())
+        end = self._ends_at if moment is None else min(moment, self._ends_at)
+        return max(0.0, (end - self._previous_moment).total_seconds())
 
     def add(self, seconds: float, part: str) -> None:
         """Add seconds to a part."""
@@ -86,7 +86,7 @@ class _Timeline:
             self.add(counted_seconds, part)
             remaining_seconds -= counted_seconds
         self.add(remaining_seconds, pod.last_part)
-        self._now += timedelta(seconds=self.seconds_until(pod.ended_at))
+        self._previous_moment += timedelta(seconds=self.seconds_until(pod.ended_at))
 
 
 def split_attempt_time(times: AttemptTimes) -> SecondsByPart:
@@ -115,9 +115,9 @@ def split_lost_steps(entries: Sequence[AttemptTime], attempts: Sequence[Attempt]
     The time is split in proportion to the numbers of steps.
     """
     split_entries, last_kept_step = [], None
-    records = {attempt.number: attempt for attempt in attempts}
+    records_by_number = {attempt.number: attempt for attempt in attempts}
     for entry in reversed(entries):
-        record = records.get(entry.number)
+        record = records_by_number.get(entry.number)
         start_step = (record.resumed_from_step or 0) if record is not None else 0
         if record is not None and last_kept_step is not None:
             entry = _split_steps(entry, start_step, record.last_step or start_step, last_kept_step)
@@ -150,14 +150,14 @@ def compute_goodput(
     if attempt_end is None and facts.live_report is None:
         return old_goodput
     ends_at = attempt_end.ended_at if attempt_end is not None else facts.live_report.received_at if facts.live_report else facts.now
-    known_entries = {entry.number: entry for entry in old_goodput.attempts} if old_goodput else {}
-    earlier_entries = [entry for number, entry in known_entries.items() if number < facts.attempt]
+    entries_by_number = {entry.number: entry for entry in old_goodput.attempts} if old_goodput else {}
+    earlier_entries = [entry for number, entry in entries_by_number.items() if number < facts.attempt]
     earlier_parts: SecondsByPart = dict(old_goodput.earlier or {}) if old_goodput else {}
     begins_at = facts.job.created_at + timedelta(seconds=sum(earlier_parts.values()) + sum(entry.wall_seconds for entry in earlier_entries))
     times = _collect_attempt_times(facts, attempts, current_job, begins_at, ends_at)
     parts = {part: round(seconds, 3) for part, seconds in split_attempt_time(times).items()}
-    if facts.attempt in known_entries and not times.pods:
-        parts = _keep_known_parts(known_entries[facts.attempt], sum_parts(parts))
+    if facts.attempt in entries_by_number and not times.pods:
+        parts = _keep_known_parts(entries_by_number[facts.attempt], sum_parts(parts))
     entries = split_lost_steps([*earlier_entries, AttemptTime(number=facts.attempt, wall_seconds=sum_parts(parts), parts=parts)], attempts)
     for entry in entries[:-kept_attempt_count]:
         earlier_parts = add_parts([earlier_parts, entry.parts])
@@ -198,15 +198,15 @@ def add_parts(part_mappings: Iterable[Mapping[str, float]]) -> SecondsByPart:
 def _collect_attempt_times(
     facts: Facts, attempts: Sequence[Attempt], current_job: JobView | None, begins_at: datetime, ends_at: datetime
 ) -> AttemptTimes:
-    records = {attempt.number: attempt for attempt in attempts}
-    record, previous = records.get(facts.attempt), records.get(facts.attempt - 1)
+    records_by_number = {attempt.number: attempt for attempt in attempts}
+    record, previous_record = records_by_number.get(facts.attempt), records_by_number.get(facts.attempt - 1)
     preparation = facts.job.status.preparation
     preparation_start, preparation_end = (preparation.start_time, preparation.end_time) if preparation is not None else (None, None)
     start_time = current_job.created_at if current_job is not None else record.start_time if record is not None else None
     return AttemptTimes(
         begins_at=begins_at, ends_at=ends_at, prepared=(preparation_start, preparation_end) if preparation_start and preparation_end else None,
         job_created_at=start_time, has_queue=bool(facts.spec.placement.queue_name or (current_job is not None and current_job.queue)),
-        follows_suspension=previous is not None and previous.reason == Reason.SUSPENDED,
+        follows_suspension=previous_record is not None and previous_record.reason == Reason.SUSPENDED,
         pods=[_collect_pod_times(facts, pod) for pod in facts.attempt_pods if pod.completion_index == 0],
     )  # fmt: skip
 

@@ -13,7 +13,7 @@ class HealthChecks:
     """Health checks of this process. Each check returns a description of the problem, or an empty string."""
 
     def __init__(self, config: OperatorConfig, monitor: WatchMonitor, queue: WorkQueue, cache_filled: asyncio.Event):
-        self._monitor, self._queue, self._is_synced = monitor, queue, cache_filled
+        self._monitor, self._queue, self._cache_filled = monitor, queue, cache_filled
         self._stalled_watch_seconds = max(2 * config.resync_seconds + config.api.timeout_seconds, STALLED_WATCH_SECONDS)
         self._stuck_seconds = config.stuck_seconds
         self._is_working = False
@@ -41,4 +41,4 @@ class HealthChecks:
         """Return why the process is not ready: its cache is not filled yet, or the process is stopping."""
         if self._is_stopping:
             return "the operator is stopping"
-        return "" if self._is_synced.is_set() else "the cache of Kubernetes objects is not filled yet"
+        return "" if self._cache_filled.is_set() else "the cache of Kubernetes objects is not filled yet"

@@ -257,30 +257,30 @@ class WatchMonitor:
     """
 
     def __init__(self, collection_paths: Iterable[str], observer: RequestObserver):
-        self._observer = observer
-        self._paths = tuple(collection_paths)
-        self._last_started: dict[str, float] = {}
+        self._observe_request = observer
+        self._collection_paths = tuple(collection_paths)
+        self._last_started_at: dict[str, float] = {}
         """Event loop time of the last successful watch request, by path."""
 
     def start(self) -> None:
         """Start to detect stalled watches. Call this just before kopf starts to watch."""
-        self._last_started = dict.fromkeys(self._paths, asyncio.get_running_loop().time())
+        self._last_started_at = dict.fromkeys(self._collection_paths, asyncio.get_running_loop().time())
 
     def describe_stalled_watch(self, limit_seconds: float) -> str:
         """Return a message that names a watch whose last request began more than `limit_seconds` ago, or an empty string if no watch is stalled."""
         now = asyncio.get_running_loop().time()
-        path, started_at = min(self._last_started.items(), key=lambda item: item[1], default=("", now))
+        path, started_at = min(self._last_started_at.items(), key=lambda item: item[1], default=("", now))
         age_seconds = now - started_at
         return f"the watch of {path} is stalled: no request for {age_seconds:.0f} s" if age_seconds > limit_seconds else ""
 
     def record_request(self, path: str, status: int, seconds: float, *, is_watch: bool) -> None:
         """Record one request. `status` is the HTTP status, or 0 without an answer. `seconds` is the time until the response's headers arrived."""
         # The API server's URL may contain a path prefix (as with Rancher), so only the end of the path is compared.
-        collection_path = next((known_path for known_path in self._paths if path.endswith(known_path)), "")
+        collection_path = next((known_path for known_path in self._collection_paths if path.endswith(known_path)), "")
         verb = "get" if not collection_path else "watch" if is_watch else "list"
-        self._observer(verb, collection_path.rpartition("/")[2] or OTHER_RESOURCE_LABEL, status, seconds)
-        if is_watch and status == 200 and collection_path in self._last_started:
-            self._last_started[collection_path] = asyncio.get_running_loop().time()
+        self._observe_request(verb, collection_path.rpartition("/")[2] or OTHER_RESOURCE_LABEL, status, seconds)
+        if is_watch and status == 200 and collection_path in self._last_started_at:
+            self._last_started_at[collection_path] = asyncio.get_running_loop().time()
 
     def build_trace_config(self) -> aiohttp.TraceConfig:
         """Return tracing hooks for an aiohttp session. The hooks call `record_request` for each request."""
@@ -298,14 +298,14 @@ class WatchMonitor:
     async def _on_end(
         self, _: aiohttp.ClientSession, trace_context: SimpleNamespace, params: aiohttp.TraceRequestEndParams
     ) -> None:
-        self._record(trace_context, params, params.response.status)
+        self._record_ended_request(trace_context, params, params.response.status)
 
     async def _on_exception(
         self, _: aiohttp.ClientSession, trace_context: SimpleNamespace, params: aiohttp.TraceRequestExceptionParams
     ) -> None:
-        self._record(trace_context, params, 0)
+        self._record_ended_request(trace_context, params, 0)
 
-    def _record(
+    def _record_ended_request(
         self,
         trace_context: SimpleNamespace,
         params: aiohttp.TraceRequestEndParams | aiohttp.TraceRequestExceptionParams,
@@ -321,7 +321,7 @@ class RetryLogFilter(logging.Filter):
     kopf logs each retry as an error. But retries are common, for example after a throttled request (429) or during shutdown.
     """
 
-    FIRST_RETRIES = 5
+    LOWERED_RETRY_COUNT = 5
     _RETRY_PATTERN = re.compile(
         r"Request attempt #(\d+)(?:/\d+)? failed; (?:will retry|(?:TCP|SSL) closed; will re-authenticate)"
     )
@@ -329,7 +329,7 @@ class RetryLogFilter(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         """Keep every record, but lower its level to WARNING if it is about one of the first retries."""
         match = self._RETRY_PATTERN.match(record.getMessage()) if record.name.startswith("kopf") else None
-        if match is not None and int(match.group(1)) <= self.FIRST_RETRIES:
+        if match is not None and int(match.group(1)) <= self.LOWERED_RETRY_COUNT:
             record.levelno, record.levelname = logging.WARNING, logging.getLevelName(logging.WARNING)
         return True
 

@@ -153,7 +153,7 @@ class KubeClient:
         self.clock = ServerClock()
         self._rest = RESTClientObject(configuration)
         self._timeout = settings.timeout_seconds
-        self._observer = observer or (lambda verb, plural, code, seconds: None)
+        self._observe_request = observer or (lambda verb, plural, code, seconds: None)
         self.ensure_may_write: Callable[[], None] = lambda: None
         """Function that is called before each write, except writes of Leases. The function raises an error if this replica may no longer write."""
 
@@ -183,7 +183,7 @@ class KubeClient:
         """Whether the discovery document lists this kind. A new CRD is listed shortly after its objects can be read."""
         api_group = kind.api_version.partition("/")[0]
         groups = (await self._send_with_retries("get", kind, "", "GET", "/apis")).body.get("groups") or []
-        if api_group not in [served.get("name") for served in groups]:
+        if api_group not in [group.get("name") for group in groups]:
             return False
         try:
             resources = (await self._send_with_retries("get", kind, "", "GET", f"/apis/{kind.api_version}")).body.get(
@@ -313,7 +313,7 @@ class KubeClient:
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
             raise _build_error_without_answer(verb, kind, name, error) from error
         finally:
-            self._observer(verb, kind.plural, status_code, loop.time() - started_at)
+            self._observe_request(verb, kind.plural, status_code, loop.time() - started_at)
         self.clock.update_offset(response.headers.get("Date"), loop.time())
         parsed_body = _parse_json(response_body)
         if status_code >= 400:
@@ -341,10 +341,10 @@ def _find_proxy(url: str) -> str | None:
 
 def _parse_json(response_body: bytes) -> Object:
     try:
-        value = from_json(response_body)
+        parsed_body = from_json(response_body)
     except ValueError:
         return {"message": response_body[:500].decode(errors="replace")}
-    return value if isinstance(value, dict) else {"message": str(value)[:500]}
+    return parsed_body if isinstance(parsed_body, dict) else {"message": str(parsed_body)[:500]}
 
 
 def _extract_warning_text(header: str) -> str:

@@ -150,7 +150,7 @@ class LeaderTasks:
         self, elector: LeaderElector | None, on_elected: Callable[[], Awaitable[None]], start_work: Callable[[], None]
     ):
         self._elector, self._on_elected, self._start_work = elector, on_elected, start_work
-        self._is_acquired = asyncio.Event()
+        self._lease_acquired = asyncio.Event()
 
     def create_coroutines(self) -> dict[str, Coroutine[Any, Any, None]]:
         """Return two coroutines by name: one holds the Lease, the other works as the leader. Both coroutines run until the process ends.
@@ -163,13 +163,13 @@ class LeaderTasks:
     async def _hold_lease(self) -> None:
         if self._elector is not None:
             await self._elector.acquire()
-            self._is_acquired.set()
+            self._lease_acquired.set()
             await self._elector.renew_until_lost()
         await asyncio.Event().wait()
 
     async def _work_as_leader(self) -> None:
         if self._elector is not None:
-            await self._is_acquired.wait()
+            await self._lease_acquired.wait()
             await self._on_elected()
         self._start_work()
         await asyncio.Event().wait()

@@ -32,7 +32,7 @@ class JsonFormatter(logging.Formatter):
     """Formats each record as one line of JSON."""
 
     def format(self, record: logging.LogRecord) -> str:
-        entry = {
+        fields = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "logger": record.name,
@@ -40,8 +40,8 @@ class JsonFormatter(logging.Formatter):
             **get_context_fields(),
         }
         if record.exc_info:
-            entry["exception"] = redact_all(self.formatException(record.exc_info), REDACTED_TEXT)
-        return json.dumps(entry, ensure_ascii=False)
+            fields["exception"] = redact_all(self.formatException(record.exc_info), REDACTED_TEXT)
+        return json.dumps(fields, ensure_ascii=False)
 
 
 class TextFormatter(RedactingFormatter):
@@ -52,8 +52,8 @@ class TextFormatter(RedactingFormatter):
 
     def format(self, record: logging.LogRecord) -> str:
         line = super().format(record)
-        fields = " ".join(f"{name}={value}" for name, value in get_context_fields().items())
-        return f"{line} [{fields}]" if fields else line
+        context_text = " ".join(f"{name}={value}" for name, value in get_context_fields().items())
+        return f"{line} [{context_text}]" if context_text else line
 
 
 def configure_logging(settings: LogSettings) -> None:

@@ -126,7 +126,7 @@ def compute_reason(inputs: StatusInput, conditions: list[Condition]) -> str:
         return next(attempt.reason for attempt in reversed(inputs.old_status.attempts) if attempt.end_time is not None) or NO_VALUE
     reason = _find_problem_reason(conditions)
     is_pod_report_missing = plan.situation in (Situation.STARTING, Situation.ACTIVE) and inputs.facts.live_report is None
-    if reason == NO_VALUE and is_pod_report_missing and compute_phase(inputs) is Phase.STARTING and inputs.ready_pods < inputs.facts.pod_count:
+    if reason == NO_VALUE and is_pod_report_missing and compute_phase(inputs) is Phase.STARTING and inputs.ready_pod_count < inputs.facts.pod_count:
         return Reason.PODS_NOT_READY
     return reason
 

@@ -131,6 +131,6 @@ class ActionResult:
     created_preparation: JobView | None = None
     """The Job of a preparation."""
     blocking_condition: BlockingCondition | None = None
-    """Why the operator could not create the Job or its Service."""
+    """Why the operator could not create the Job or an object that belongs to the Job, such as its Service."""
     deleted_count: int = 0
     warnings: tuple[str, ...] = ()

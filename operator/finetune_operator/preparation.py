@@ -1,7 +1,7 @@
 """Decides about the preparation: a Job without GPUs that checks storage, model and data before the first attempt.
 
-If the preparation finds a mistake of the user, the job fails before a pod asks for a GPU. If the preparation fails for another reason, it is
-repeated. With `prepare.strategy: auto`, a preparation that gets no node or cannot run is skipped, and the training pods check everything
+If the preparation finds a mistake of the user, the job fails before a pod asks for a GPU. If the preparation fails for another reason, the operator
+repeats it. With `prepare.strategy: auto`, a preparation that gets no node or cannot run is skipped, and the training pods check everything
 themselves, as without a preparation. `status.preparation` contains all decisions, so a restarted operator continues from them.
 """
 
@@ -48,8 +48,8 @@ def plan_preparation(facts: Facts) -> Plan | None:
     record = facts.job.status.preparation or Preparation(number=facts.preparation_number, start_time=facts.now)
     job = facts.preparation_job
     if job is None:
-        has_running_pods = any(not pod.is_finished for pod in facts.owned_pods)
-        return None if has_running_pods else _plan_start(facts, record)
+        has_unfinished_pods = any(not pod.is_finished for pod in facts.owned_pods)
+        return None if has_unfinished_pods else _plan_start(facts, record)
     if job.is_deleting:
         return None
     if job.completed_at is not None:
@@ -158,24 +158,24 @@ def _plan_failure(facts: Facts, record: Preparation, job: JobView, pods: tuple[P
 def _find_cause_of_preparation(job: JobView, pods: tuple[PodView, ...]) -> FailureCause:
     """Return why the preparation failed. Hints name the fields of the preparation instead of those of training pods."""
     cause = find_cause(job, pods)
-    failure, changes = cause.failure, {}
+    failure, changed_fields = cause.failure, {}
     if job.failed_reason == DEADLINE_REASON:
         message = "the preparation was ended because it took longer than six hours"
         failure = Failure(class_=FailureClass.INFRASTRUCTURE, code="PreparationTooSlow", message=message)
         return FailureCause(Reason.STALLED, failure, RetryPolicy.NEVER)
     if cause.retry_policy is RetryPolicy.ADAPT_MEMORY:
-        changes = {"hint": "raise prepare.resources.memory"}
+        changed_fields = {"hint": "raise prepare.resources.memory"}
     elif failure.code in ("LocalDiskTooSmall", "LocalDiskFull"):
-        changes = {"hint": "raise prepare.resources.ephemeralStorage"}
-    return replace(cause, failure=failure.model_copy(update=changes))
+        changed_fields = {"hint": "raise prepare.resources.ephemeralStorage"}
+    return replace(cause, failure=failure.model_copy(update=changed_fields))
 
 
 def _is_users_mistake(facts: Facts, job: JobView, cause: FailureCause, pods: tuple[PodView, ...]) -> bool:
     """Whether the failure is a mistake of the user that would also end a training pod, so that no attempt can succeed."""
     if job.failed_reason == DEADLINE_REASON:
         return False
-    is_reported = any(pod.termination_message is not None for pod in pods)
-    if cause.retry_policy is not RetryPolicy.NEVER or not is_reported or cause.failure.code in PREPARATION_ONLY_CODES:
+    has_termination_message = any(pod.termination_message is not None for pod in pods)
+    if cause.retry_policy is not RetryPolicy.NEVER or not has_termination_message or cause.failure.code in PREPARATION_ONLY_CODES:
         return False
     # Without a credentials Secret, a pod can get its rights from the role of its node. The training pods run on other nodes, so their rights can
     # differ from those of the preparation pod.
@@ -184,7 +184,7 @@ def _is_users_mistake(facts: Facts, job: JobView, cause: FailureCause, pods: tup
 
 
 def _may_repeat(facts: Facts, record: Preparation, job: JobView, cause: FailureCause) -> bool:
-    """Whether the preparation may be repeated, because another one may succeed."""
+    """Whether the preparation may be repeated, because the next preparation may succeed."""
     if job.failed_reason == DEADLINE_REASON or (_may_start_unprepared(facts) and record.number >= MAX_AUTO_PREPARATIONS):
         return False
     match cause.retry_policy:

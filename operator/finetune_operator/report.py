@@ -342,7 +342,7 @@ def _has_committed(attempt: Attempt, step: int, inputs: StatusInput) -> bool:
 
 def _compute_workers(inputs: StatusInput) -> Workers:
     pod_count = inputs.facts.pod_count
-    ready_count = inputs.ready_pods if inputs.plan.job_end is None else 0
+    ready_count = inputs.ready_pod_count if inputs.plan.job_end is None else 0
     return Workers(ready=ready_count, total=pod_count, display=f"{ready_count}/{pod_count}")
 
 

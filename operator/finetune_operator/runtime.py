@@ -63,7 +63,7 @@ class OperatorRuntime:
         self._monitor = WatchMonitor(collection_paths, metrics.record_request)
         self._health = HealthChecks(config, self._monitor, self._queue, self._resyncer.cache_filled)
         self._server = HttpServer(config.http, metrics, health=self._health, refresh_metrics=self._refresh_metrics)
-        self._is_working = asyncio.Event()
+        self._work_started = asyncio.Event()
         self._stop_requested = asyncio.Event()
 
     async def run(self) -> int:
@@ -112,7 +112,7 @@ class OperatorRuntime:
 
     async def _restore_key_periodically(self) -> None:
         """While this replica is the leader, check once per resync interval whether the Secret that contains the operator's key still exists, and restore it."""
-        await self._is_working.wait()
+        await self._work_started.wait()
         while True:
             await asyncio.sleep(self._config.resync_seconds)
             try:
@@ -150,7 +150,7 @@ class OperatorRuntime:
     async def _wait_for_running_reconciles(self) -> None:
         """Let running reconciles finish, but start no further reconcile."""
         self._health.on_stopping()
-        self._is_working.clear()
+        self._work_started.clear()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(DRAIN_SECONDS):
                 while not self._queue.is_idle:
@@ -172,11 +172,11 @@ class OperatorRuntime:
         """Start the workers. Called when this replica is the leader and its cache is up to date."""
         self._metrics.leader.set(1)
         self._health.on_workers_started()
-        self._is_working.set()
+        self._work_started.set()
         logger.info("reconciling %d jobs with %d workers", len(self._cache.list_keys()), self._config.workers)
 
     async def _work(self) -> None:
-        await self._is_working.wait()
+        await self._work_started.wait()
         await self._reconciler.work()
 
     async def _measure_lag(self) -> None:

@@ -66,15 +66,15 @@ class ProgressScraper:
 
     def __init__(self, settings: ScrapeSettings, now: Callable[[], datetime], on_report: Callable[[JobKey], None]):
         self._settings = settings
-        self._now = now
+        self._get_now = now
         self._on_report = on_report
         self._subscriptions: dict[JobKey, PodSubscription] = {}
-        self._reports: dict[JobKey, tuple[ScrapeTarget, ReceivedReport]] = {}
+        self._targets_and_reports: dict[JobKey, tuple[ScrapeTarget, ReceivedReport]] = {}
         self._heap: list[tuple[float, int, PodSubscription]] = []
         """Each entry has the time of the next read, a unique number, and the subscription. Stopped and replaced subscriptions stay in the heap, but are
         skipped."""
         self._numbers = itertools.count()
-        self._changed = asyncio.Event()
+        self._heap_changed = asyncio.Event()
 
     def build_progress_url(self, namespace: str, pod_name: str, ip: str) -> str:
         """Return the URL of a pod's progress report."""
@@ -98,11 +98,11 @@ class ProgressScraper:
     def drop(self, key: JobKey) -> None:
         """Stop reading the job's pod, and drop the last report."""
         self.stop(key)
-        self._reports.pop(key, None)
+        self._targets_and_reports.pop(key, None)
 
     def last_report(self, key: JobKey, uid: str, attempt: int) -> ReceivedReport | None:
         """Return the last report of this attempt, or None if no report was received."""
-        target_and_report = self._reports.get(key)
+        target_and_report = self._targets_and_reports.get(key)
         if target_and_report is None or target_and_report[0].uid != uid or target_and_report[0].attempt != attempt:
             return None
         return target_and_report[1]
@@ -127,10 +127,10 @@ class ProgressScraper:
             wait_seconds = self._heap[0][0] - loop.time() if self._heap else None
             if wait_seconds is not None and wait_seconds <= 0:
                 return heapq.heappop(self._heap)[2]
-            self._changed.clear()
+            self._heap_changed.clear()
             try:
                 async with asyncio.timeout(wait_seconds):
-                    await self._changed.wait()
+                    await self._heap_changed.wait()
             except TimeoutError:
                 continue
 
@@ -139,7 +139,7 @@ class ProgressScraper:
 
     def _schedule_read(self, seconds: float, subscription: PodSubscription) -> None:
         heapq.heappush(self._heap, (asyncio.get_running_loop().time() + seconds, subscription.number, subscription))
-        self._changed.set()
+        self._heap_changed.set()
 
     async def _read_report(self, session: aiohttp.ClientSession, subscription: PodSubscription) -> None:
         report = await self._fetch_report(session, subscription.target)
@@ -148,8 +148,8 @@ class ProgressScraper:
         subscription.failure_count = 0 if report is not None else subscription.failure_count + 1
         self._schedule_read(self._compute_interval_seconds(report, subscription.failure_count), subscription)
         if report is not None:
-            received_report = ReceivedReport(report, self._now(), subscription.target.pod_uid)
-            self._reports[subscription.key] = (subscription.target, received_report)
+            received_report = ReceivedReport(report, self._get_now(), subscription.target.pod_uid)
+            self._targets_and_reports[subscription.key] = (subscription.target, received_report)
             self._on_report(subscription.key)
 
     def _compute_interval_seconds(self, report: ProgressReport | None, failure_count: int) -> float:
@@ -176,7 +176,7 @@ class ProgressScraper:
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             logger.debug("no progress report from %s: %s", target.url, error)
             return None
-        report = read_progress_report(response_body, self._now())
+        report = read_progress_report(response_body, self._get_now())
         if report is None:
             logger.debug("no progress report from %s: the response is not a report", target.url)
             return None

@@ -380,29 +380,29 @@ class OperatorConfig(WireModel):
         return next((pool for pool in self.node_pools if pool.default), None)
 
 
-def parse_config(value: Any, source_name: str) -> OperatorConfig:
+def parse_config(raw_config: Any, source_name: str) -> OperatorConfig:
     """Return the configuration in a parsed file. Errors: SettingsError, whose message names `source_name` and each wrong key with its problem."""
     try:
-        return OperatorConfig.model_validate(value if value is not None else {})
+        return OperatorConfig.model_validate(raw_config if raw_config is not None else {})
     except ValidationError as error:
         problems = []
-        for item in error.errors():
-            key = ".".join(str(part) for part in item["loc"]) or "file"
-            problems.append(f"{key}: {item['msg'].removeprefix('Value error, ')}")
+        for field_error in error.errors():
+            key = ".".join(str(part) for part in field_error["loc"]) or "file"
+            problems.append(f"{key}: {field_error['msg'].removeprefix('Value error, ')}")
         raise SettingsError(f"{source_name} is not valid: " + "; ".join(problems)) from error
 
 
 def load_config(path: Path) -> OperatorConfig:
     """Read the configuration file at `path`. Errors: SettingsError if it is missing, not YAML, or not valid."""
     try:
-        text = path.read_text(encoding="utf-8")
+        config_text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise SettingsError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise SettingsError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from error
     try:
-        value = json.loads(text) if text.lstrip().startswith("{") else yaml.safe_load(text)
+        raw_config = json.loads(config_text) if config_text.lstrip().startswith("{") else yaml.safe_load(config_text)
     except (ValueError, yaml.YAMLError) as error:
         # The text of a YAML error has several lines; join them into one.
         raise SettingsError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    return parse_config(value, str(path))
+    return parse_config(raw_config, str(path))

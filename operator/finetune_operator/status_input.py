@@ -45,7 +45,7 @@ class StatusInput:
         return self.facts.is_suspend_requested and (self.plan.situation is Situation.SUSPENDED or is_between_attempts)
 
     @property
-    def ready_pods(self) -> int:
+    def ready_pod_count(self) -> int:
         """Number of ready pods of the current attempt."""
         return sum(pod.is_ready for pod in self.facts.active_pods)
 

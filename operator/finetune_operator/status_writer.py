@@ -147,10 +147,10 @@ class StatusWriter:
         if state is None or not state.is_first_status_deferred:
             return False
         due_at = self._throttle.compute_first_status_due_at(state.pending_changes)
-        now, entry = asyncio.get_running_loop().time(), self._cache.get(key)
-        job = entry.finetunejob
+        now, cached_objects = asyncio.get_running_loop().time(), self._cache.get(key)
+        job = cached_objects.finetunejob
         is_unchanged = job is not None and not job.is_deleting and (job.uid, job.generation) == (state.uid, state.generation)
-        can_wait = self._queue.is_burst or not entry.pods
+        can_wait = self._queue.is_burst or not cached_objects.pods
         if not is_unchanged or not can_wait or now >= due_at:
             state.is_first_status_deferred = False
             return False
@@ -158,7 +158,7 @@ class StatusWriter:
         return True
 
     def drop_state(self, uid: str) -> None:
-        """Drop what is stored about a deleted job."""
+        """Drop the stored event hashes of a deleted job."""
         self._recorder.record_status_write(uid)
 
     def _record_metrics(self, facts: Facts, old_status: FineTuneJobStatus, new_status: FineTuneJobStatus, plan: Plan) -> None:
@@ -176,10 +176,14 @@ class StatusWriter:
         if plan.job_end is not None:
             self._metrics.jobs_finished.labels(plan.job_end.outcome.value).inc()
             logger.info("%s: %s", plan.job_end.outcome.value, plan.job_end.reason)
-        new_quota, old_quota = new_status.condition(ConditionType.QUOTA_RESERVED), old_status.condition(ConditionType.QUOTA_RESERVED)
-        if new_quota is not None and old_quota is not None and (old_quota.status, new_quota.status) == ("False", "True"):
-            admitted_at = new_quota.last_transition_time or facts.now
-            self._metrics.quota_wait.observe(seconds_between(old_quota.last_transition_time, admitted_at))
+        new_quota_condition, old_quota_condition = new_status.condition(ConditionType.QUOTA_RESERVED), old_status.condition(ConditionType.QUOTA_RESERVED)
+        if (
+            new_quota_condition is not None
+            and old_quota_condition is not None
+            and (old_quota_condition.status, new_quota_condition.status) == ("False", "True")
+        ):
+            admitted_at = new_quota_condition.last_transition_time or facts.now
+            self._metrics.quota_wait.observe(seconds_between(old_quota_condition.last_transition_time, admitted_at))
         if new_status.steps_done and not old_status.steps_done:
             self._metrics.time_to_running.observe((facts.now - facts.job.created_at).total_seconds())
 
@@ -200,9 +204,9 @@ def may_defer(plan: Plan, old_status: FineTuneJobStatus, new_status: FineTuneJob
     A transition may be deferred if no attempt ends, the reasons of all new events are in `START_EVENTS`, and no step is done yet. A change of the
     running time is written at once, because the deadline is computed from it.
     """
-    needs_event = any(draft.reason not in START_EVENTS for draft in drafts)
-    ends_period = plan.situation is not Situation.ACTIVE or plan.termination or old_status.active_seconds != new_status.active_seconds
-    return not needs_event and not new_status.steps_done and not ends_period
+    has_urgent_event = any(draft.reason not in START_EVENTS for draft in drafts)
+    is_urgent_change = plan.situation is not Situation.ACTIVE or plan.termination or old_status.active_seconds != new_status.active_seconds
+    return not has_urgent_event and not new_status.steps_done and not is_urgent_change
 
 
 def build_status_body(job: FineTuneJobView, status: Object) -> Object:

@@ -34,15 +34,15 @@ class BurstDetector:
     """Detects a burst: many occurrences in a short time. All times are seconds of the same clock."""
 
     def __init__(self) -> None:
-        self._times: deque[float] = deque(maxlen=BURST_COUNT)
+        self._last_times: deque[float] = deque(maxlen=BURST_COUNT)
 
     def record(self, now: float) -> None:
         """Count one occurrence."""
-        self._times.append(now)
+        self._last_times.append(now)
 
     def is_active(self, now: float) -> bool:
         """Whether the last `BURST_COUNT` occurrences happened within `BURST_SECONDS`."""
-        return len(self._times) == BURST_COUNT and now - self._times[0] <= BURST_SECONDS
+        return len(self._last_times) == BURST_COUNT and now - self._last_times[0] <= BURST_SECONDS
 
 
 @dataclass(eq=False)
@@ -68,7 +68,7 @@ class StatusThrottle:
     def __init__(self, progress_seconds: float):
         self._progress_seconds = progress_seconds
         self._transitions = BurstDetector()
-        self._deferred: WeakSet[PendingChanges] = WeakSet()
+        self._deferred_changes: WeakSet[PendingChanges] = WeakSet()
 
     def defer_first_status(self, pending_changes: PendingChanges, now: float) -> None:
         """Record that the first status of a new job is deferred."""
@@ -84,8 +84,8 @@ class StatusThrottle:
         """Count the job as deferred, and return the maximum delay of its status write in seconds. While the write is deferred, the maximum delay never
         decreases: when few deferred jobs are left, the burst ends soon anyway.
         """
-        self._deferred.add(pending_changes)
-        limit_seconds = min(MAX_DEFER_LIMIT_SECONDS, max(MIN_DEFER_LIMIT_SECONDS, DEFER_LIMIT_SECONDS_PER_JOB * len(self._deferred)))
+        self._deferred_changes.add(pending_changes)
+        limit_seconds = min(MAX_DEFER_LIMIT_SECONDS, max(MIN_DEFER_LIMIT_SECONDS, DEFER_LIMIT_SECONDS_PER_JOB * len(self._deferred_changes)))
         pending_changes.defer_limit_seconds = max(pending_changes.defer_limit_seconds, limit_seconds)
         return pending_changes.defer_limit_seconds
 
@@ -135,7 +135,7 @@ class StatusThrottle:
         pending_changes.progress_at = progress_at
 
     def _stop_deferring(self, pending_changes: PendingChanges) -> None:
-        self._deferred.discard(pending_changes)
+        self._deferred_changes.discard(pending_changes)
         pending_changes.defer_limit_seconds = 0.0
 
 
@@ -145,21 +145,21 @@ class ReadTimeLimiter:
     def __init__(self) -> None:
         self._pause_seconds = 0.0
         self._next_free_at = float("-inf")
-        self._reserved: set[Hashable] = set()
+        self._callers_with_reservation: set[Hashable] = set()
 
     def __contains__(self, caller: Hashable) -> bool:
         """Whether the caller has a reservation."""
-        return caller in self._reserved
+        return caller in self._callers_with_reservation
 
     def reserve_read(self, caller: Hashable, now: float) -> float:
         """Reserve a read after the reads of other callers and return its time, which is less than `MAX_READ_DELAY_SECONDS` after `now`."""
-        offset_seconds = max(0.0, self._next_free_at - now) + len(self._reserved) * self._pause_seconds
-        self._reserved.add(caller)
+        offset_seconds = max(0.0, self._next_free_at - now) + len(self._callers_with_reservation) * self._pause_seconds
+        self._callers_with_reservation.add(caller)
         return now + offset_seconds % MAX_READ_DELAY_SECONDS
 
     def release(self, caller: Hashable) -> None:
         """Drop the caller's reservation if one exists."""
-        self._reserved.discard(caller)
+        self._callers_with_reservation.discard(caller)
 
     def record_read(self, started_at: float, now: float) -> None:
         """Record the start and the end of a read. The pause before the next read depends on the duration of this read."""

@@ -205,8 +205,8 @@ def read_job(body: Object) -> JobView | None:
     finetunejob_name, attempt = identity
     status, spec = body.get("status") or {}, body.get("spec") or {}
     owner_uid = _find_controller_uid(metadata, KIND)
-    conditions = {c.get("type"): c for c in status.get("conditions") or [] if c.get("status") == "True"}
-    failed_condition = conditions.get("Failed", {})
+    conditions_by_type = {c.get("type"): c for c in status.get("conditions") or [] if c.get("status") == "True"}
+    failed_condition = conditions_by_type.get("Failed", {})
     return JobView(
         namespace=metadata["namespace"],
         name=metadata["name"],
@@ -219,10 +219,10 @@ def read_job(body: Object) -> JobView | None:
         created_at=parse_time(metadata.get("creationTimestamp")) or datetime.now(UTC),
         is_deleting=bool(metadata.get("deletionTimestamp")),
         is_suspended=bool(spec.get("suspend")),
-        suspended_since=_read_transition_time(conditions.get("Suspended")),
+        suspended_since=_read_transition_time(conditions_by_type.get("Suspended")),
         queue=labels.get(Label.QUEUE),
         started_at=parse_time(status.get("startTime")),
-        completed_at=_read_transition_time(conditions.get("Complete")),
+        completed_at=_read_transition_time(conditions_by_type.get("Complete")),
         failed_at=_read_transition_time(failed_condition),
         failed_reason=str(failed_condition.get("reason", "")),
         failed_message=str(failed_condition.get("message", ""))[:MAX_TEXT_CHARACTERS],
@@ -262,12 +262,12 @@ def read_pod(body: Object) -> PodView | None:
     if labels.get(Label.MANAGED_BY) != MANAGER_NAME or not labels.get(Label.JOB_NAME) or attempt is None:
         return None
     status = body.get("status") or {}
-    conditions = {c.get("type"): c for c in status.get("conditions") or []}
+    conditions_by_type = {c.get("type"): c for c in status.get("conditions") or []}
     container_status = _find_trainer_status(status)
-    state = container_status.get("state") or {}
-    waiting_state, disruption_target = _find_waiting_state(status, state), conditions.get("DisruptionTarget", {})
+    container_state = container_status.get("state") or {}
+    waiting_state, disruption_target = _find_waiting_state(status, container_state), conditions_by_type.get("DisruptionTarget", {})
     is_disrupted = disruption_target.get("status") == "True"
-    scheduled_condition = conditions.get("PodScheduled", {})
+    scheduled_condition = conditions_by_type.get("PodScheduled", {})
     is_unschedulable = scheduled_condition.get("status") == "False" and scheduled_condition.get("reason") in ("Unschedulable", GATED_REASON)
     return PodView(
         namespace=metadata["namespace"],
@@ -281,7 +281,7 @@ def read_pod(body: Object) -> PodView | None:
         completion_index=_parse_number(annotations.get(INDEX_ANNOTATION) or labels.get(INDEX_ANNOTATION)) or 0,
         created_at=parse_time(metadata.get("creationTimestamp")) or datetime.now(UTC),
         phase=str(status.get("phase", "Pending")),
-        is_ready=conditions.get("Ready", {}).get("status") == "True",
+        is_ready=conditions_by_type.get("Ready", {}).get("status") == "True",
         ip=str(status.get("podIP", "")),
         node=str((body.get("spec") or {}).get("nodeName", "")),
         deletion_timestamp=parse_time(metadata.get("deletionTimestamp")),
@@ -291,10 +291,10 @@ def read_pod(body: Object) -> PodView | None:
         unschedulable_message=_build_unschedulable_message(body, scheduled_condition)[:MAX_TEXT_CHARACTERS] if is_unschedulable else "",
         waiting_reason=str(waiting_state.get("reason", "")),
         waiting_message=str(waiting_state.get("message", ""))[:MAX_TEXT_CHARACTERS],
-        running_since=parse_time((state.get("running") or {}).get("startedAt")),
+        running_since=parse_time((container_state.get("running") or {}).get("startedAt")),
         disruption_reason=str(disruption_target.get("reason", "") or "DisruptionTarget") if is_disrupted else "",
         disruption_message=str(disruption_target.get("message", ""))[:MAX_TEXT_CHARACTERS] if is_disrupted else "",
-        terminated=_read_terminated_state(state.get("terminated")),
+        terminated=_read_terminated_state(container_state.get("terminated")),
         init_failure_message=_describe_init_failure(status)[:MAX_TEXT_CHARACTERS],
         image_id=str(container_status.get("imageID", "")),
     )
@@ -306,25 +306,25 @@ def _find_trainer_status(status: Object) -> Object:
     return next((container for container in containers if container.get("name") == TRAINER_CONTAINER), containers[0])
 
 
-def _find_waiting_state(status: Object, state: Object) -> Object:
+def _find_waiting_state(status: Object, trainer_state: Object) -> Object:
     """Return why the trainer container waits or, if it waits for the init containers, why the first waiting init container waits."""
-    trainer_waiting: Object = state.get("waiting") or {}
-    if trainer_waiting.get("reason") != INITIALIZING_REASON:
-        return trainer_waiting
-    init_states = {init.get("name"): init.get("state") or {} for init in status.get("initContainerStatuses") or []}
+    trainer_waiting_state: Object = trainer_state.get("waiting") or {}
+    if trainer_waiting_state.get("reason") != INITIALIZING_REASON:
+        return trainer_waiting_state
+    init_states = {init_status.get("name"): init_status.get("state") or {} for init_status in status.get("initContainerStatuses") or []}
     if init_states.get(MODEL_CACHE_CONTAINER, {}).get("running"):
         return {"reason": INITIALIZING_REASON, "message": f"the init container {MODEL_CACHE_CONTAINER} provides the model from model.cache"}
-    states = [state.get("waiting") or {} for state in init_states.values()]
-    return next((state for state in states if state.get("reason") not in (None, INITIALIZING_REASON)), trainer_waiting)
+    waiting_states = [init_state.get("waiting") or {} for init_state in init_states.values()]
+    return next((waiting for waiting in waiting_states if waiting.get("reason") not in (None, INITIALIZING_REASON)), trainer_waiting_state)
 
 
 def _describe_init_failure(status: Object) -> str:
-    for init in status.get("initContainerStatuses") or []:
-        terminated_state = (init.get("state") or {}).get("terminated") or {}
-        code = _parse_number(terminated_state.get("exitCode"))
-        if code:
+    for init_status in status.get("initContainerStatuses") or []:
+        terminated_state = (init_status.get("state") or {}).get("terminated") or {}
+        exit_code = _parse_number(terminated_state.get("exitCode"))
+        if exit_code:
             detail = str(terminated_state.get("message") or terminated_state.get("reason") or "").strip()
-            return f"init container {init.get('name')} ended with exit code {code}" + (f": {detail}" if detail else "")
+            return f"init container {init_status.get('name')} ended with exit code {exit_code}" + (f": {detail}" if detail else "")
     return ""
 
 
