@@ -31,38 +31,38 @@ def create_cgroups(node_names: list[str]) -> None:
             (parent_cgroup / node).mkdir(parents=True, exist_ok=True)
         if hierarchy == CGROUP_ROOT:
             for folder in (CGROUP_ROOT, parent_cgroup):
-                names = (folder / "cgroup.controllers").read_text().split()
-                (folder / "cgroup.subtree_control").write_text(" ".join(f"+{name}" for name in names))
+                controller_names = (folder / "cgroup.controllers").read_text().split()
+                (folder / "cgroup.subtree_control").write_text(" ".join(f"+{name}" for name in controller_names))
         elif (parent_cgroup / "cpuset.cpus").exists():
             _inherit_cpuset(parent_cgroup, [parent_cgroup / node for node in node_names])
         _raise_cpu_weight(parent_cgroup)
 
 
-def _raise_cpu_weight(folder: Path) -> None:
+def _raise_cpu_weight(cgroup: Path) -> None:
     """Raise the CPU weight of a cgroup. With the default weight, all pods together would get only as much CPU time as one other cgroup."""
     for name, default_weight in (("cpu.weight", 100), ("cpu.shares", 1024)):
-        if (folder / name).exists():
-            (folder / name).write_text(str(CPU_WEIGHT_FACTOR * default_weight))
+        if (cgroup / name).exists():
+            (cgroup / name).write_text(str(CPU_WEIGHT_FACTOR * default_weight))
 
 
 def _inherit_cpuset(parent_cgroup: Path, node_cgroups: list[Path]) -> None:
     """Give each cgroup the cpuset of its parent. In cgroup v1, the cpuset of a new cgroup is empty, so no process can run in the cgroup."""
-    for folder in [parent_cgroup, *node_cgroups]:
+    for cgroup in [parent_cgroup, *node_cgroups]:
         for name in ("cpuset.cpus", "cpuset.mems"):
-            (folder / name).write_text((folder.parent / name).read_text())
+            (cgroup / name).write_text((cgroup.parent / name).read_text())
 
 
 def list_cgroups() -> list[Path]:
     """List the existing cgroups of local clusters, deepest first."""
-    return [Path(top) for h in list_hierarchies() for top, _, _ in os.walk(h / PARENT_CGROUP, topdown=False)]
+    return [Path(cgroup_path) for hierarchy in list_hierarchies() for cgroup_path, _, _ in os.walk(hierarchy / PARENT_CGROUP, topdown=False)]
 
 
 def kill_node(node_name: str) -> None:
     """Kill all containers of a node at once, as a power cut would."""
     for hierarchy in list_hierarchies():
-        for top, _, _ in os.walk(hierarchy / PARENT_CGROUP / node_name):
+        for cgroup_path, _, _ in os.walk(hierarchy / PARENT_CGROUP / node_name):
             with contextlib.suppress(OSError):
-                for pid in (Path(top) / "cgroup.procs").read_text().split():
+                for pid in (Path(cgroup_path) / "cgroup.procs").read_text().split():
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(int(pid), signal.SIGKILL)
 
@@ -73,11 +73,11 @@ def remove_cgroups(timeout_seconds: float = 10.0) -> None:
     Errors: StartFailed if a cgroup is still in use after `timeout_seconds`.
     """
     deadline = time.monotonic() + timeout_seconds
-    while folders := list_cgroups():
-        for folder in folders:
+    while remaining_cgroups := list_cgroups():
+        for cgroup in remaining_cgroups:
             with contextlib.suppress(OSError):  # still in use: the kernel has not yet removed the last killed process
-                folder.rmdir()
+                cgroup.rmdir()
         if time.monotonic() > deadline:
-            raise StartFailed(f"cgroups cannot be removed: {', '.join(str(f) for f in folders[:3])}")
+            raise StartFailed(f"cgroups cannot be removed: {', '.join(str(f) for f in remaining_cgroups[:3])}")
         if list_cgroups():
             time.sleep(0.02)

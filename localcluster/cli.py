@@ -97,8 +97,8 @@ def status(name: NameOption = "default", state: StateOption = None) -> None:
     typer.echo(f"mode    {read_mode(state_dir)}\nserver  {endpoint.server}\nconfig  {endpoint.kubeconfig}")
     if read_mode(state_dir) == NODE_MODE:
         cluster = NodeCluster(state_dir)
-        ready_names = list_ready_nodes(endpoint)
-        node_states = ", ".join(f"{n.name} {'Ready' if n.name in ready_names else 'NotReady'}" for n in cluster.plan.nodes)
+        ready_node_names = list_ready_nodes(endpoint)
+        node_states = ", ".join(f"{n.name} {'Ready' if n.name in ready_node_names else 'NotReady'}" for n in cluster.plan.nodes)
         typer.echo(f"nodes   {node_states}\ns3      {cluster.s3.host_url} on this machine, {cluster.s3.cluster_url} in pods")
 
 
@@ -141,10 +141,10 @@ def build_programs() -> None:
 def packages(install: Annotated[bool, typer.Option(help="Install missing packages with apt.")] = False) -> None:
     """Check the Debian packages that nodes, image builds and tests of NetworkPolicies need."""
     package_by_program = {**requirements.NODE_PACKAGES, **requirements.IMAGE_PACKAGES, **requirements.TEST_PACKAGES}
-    missing_names = requirements.list_missing_packages(package_by_program)
-    if missing_names and install:
-        with show_step(f"install {' '.join(missing_names)}"):
-            requirements.install_packages(missing_names)
+    missing_packages = requirements.list_missing_packages(package_by_program)
+    if missing_packages and install:
+        with show_step(f"install {' '.join(missing_packages)}"):
+            requirements.install_packages(missing_packages)
     requirements.check_packages(package_by_program)
     typer.echo(f"present: {' '.join(sorted(set(package_by_program.values())))}")
 

@@ -41,7 +41,7 @@ class ControlPlane:
     """Runs etcd, kube-apiserver and kube-controller-manager, with their files in `state_dir`. `scheduler=True` adds kube-scheduler.
 
     Use a ControlPlane as a context manager, or call `up()` and `down()`. With the default lifetime, the kernel kills the processes when the thread that
-    started them ends, even if `kill -9` ends it. If an earlier cluster has left processes or files in `state_dir`, they are removed first. Errors:
+    started them ends, even if `kill -9` ends this thread. If an earlier cluster has left processes or files in `state_dir`, they are removed first. Errors:
     StartFailed, MissingRequirement (the programs are not built, and Go is missing), ClusterDiffers (a cluster with nodes is running in this
     folder).
     """
@@ -51,14 +51,14 @@ class ControlPlane:
     ) -> None:
         self.state_dir = state_dir.absolute()
         self._lifetime = lifetime
-        self._with_scheduler = scheduler
+        self._has_scheduler = scheduler
         self._step = step
 
     def up(self) -> Endpoint:
         """Start the control plane unless it is running in this folder."""
         with lock_state_folder(self.state_dir):
-            if running := self.find_running_endpoint():
-                return running
+            if running_endpoint := self.find_running_endpoint():
+                return running_endpoint
             kube_program = build.ensure_built(build.KUBE_PROGRAM, self._step)
             with self._step("start the control plane"):
                 for attempt in range(MAX_START_ATTEMPTS):
@@ -78,22 +78,22 @@ class ControlPlane:
     def find_running_endpoint(self) -> Endpoint | None:
         """Return the endpoint of the API server, or None if the control plane is not running or not ready."""
         endpoint = read_endpoint(self.state_dir, CONTROL_PLANE_MODE)
-        is_complete = len(processes.list_owned_pids(self.state_dir)) >= len(PROCESS_NAMES) + self._with_scheduler
+        is_complete = len(processes.list_owned_pids(self.state_dir)) >= len(PROCESS_NAMES) + self._has_scheduler
         return endpoint if is_complete and endpoint and endpoint.is_ready() else None
 
     def _start(self, kube_program: Path) -> Endpoint:
-        etcd, api_server, controller_manager = PROCESS_NAMES
-        port, etcd_port, peer_port = find_free_ports(3)
-        addresses = ControlPlaneAddresses("127.0.0.1", "127.0.0.1", port, etcd_port, peer_port)
+        etcd_name, api_server_name, controller_manager_name = PROCESS_NAMES
+        api_server_port, etcd_port, peer_port = find_free_ports(3)
+        addresses = ControlPlaneAddresses("127.0.0.1", "127.0.0.1", api_server_port, etcd_port, peer_port)
         token = write_credentials(self.state_dir, kube_program, addresses, [])
         servers = [
-            self._spawn(etcd, components.make_etcd_command(kube_program, self.state_dir, addresses)),
-            self._spawn(api_server, components.make_api_server_command(kube_program, self.state_dir, addresses)),
+            self._spawn(etcd_name, components.make_etcd_command(kube_program, self.state_dir, addresses)),
+            self._spawn(api_server_name, components.make_api_server_command(kube_program, self.state_dir, addresses)),
         ]
         endpoint = wait_for_api(self.state_dir, addresses, token, servers)
-        argv = components.make_controller_manager_command(kube_program, self.state_dir, node_grace_seconds=40)
-        servers.append(self._spawn(controller_manager, argv))
-        if self._with_scheduler:
+        controller_manager_command = components.make_controller_manager_command(kube_program, self.state_dir, node_grace_seconds=40)
+        servers.append(self._spawn(controller_manager_name, controller_manager_command))
+        if self._has_scheduler:
             servers.append(self._spawn("kube-scheduler", components.make_scheduler_command(kube_program, self.state_dir)))
         processes.wait_until(
             "the controller manager", lambda: endpoint.exists(DEFAULT_SERVICE_ACCOUNT_PATH), servers=servers, timeout=60
@@ -148,13 +148,13 @@ def write_credentials(folder: Path, kube_program: Path, addresses: ControlPlaneA
     """Write the keys, tokens, the components' kubeconfig and the audit policy into `folder`. Returns the administrator's token."""
     admin_user = User(secrets.token_hex(20), "admin", ADMIN_GROUP)
     (folder / "certs").mkdir(exist_ok=True)
-    for name, text in {
+    for name, content in {
         "tokens.csv": "".join(user.token_file_line for user in [admin_user, *node_users]),
         "kubeconfig": components.make_kubeconfig(addresses.server, admin_user.token, None),
         components.AUDIT_POLICY_FILE: components.make_audit_policy(AUDITED_GROUP),
     }.items():
         (folder / name).touch(mode=0o600)
-        (folder / name).write_text(text)
+        (folder / name).write_text(content)
     subprocess.run([kube_program, "service-account-key", folder / "sa.key"], check=True)
     return admin_user.token
 
@@ -191,13 +191,13 @@ def read_endpoint(folder: Path, mode: str) -> Endpoint | None:
     Errors: ClusterDiffers if a cluster of another mode is running.
     """
     try:
-        state = json.loads((folder / STATE_FILE).read_text())
+        state_fields = json.loads((folder / STATE_FILE).read_text())
     except FileNotFoundError:
         return None
-    endpoint = Endpoint(folder / "kubeconfig", state["server"], state["token"], folder / "ca.crt")
-    if state["mode"] != mode:
+    endpoint = Endpoint(folder / "kubeconfig", state_fields["server"], state_fields["token"], folder / "ca.crt")
+    if state_fields["mode"] != mode:
         if endpoint.is_ready():
-            raise ClusterDiffers(f"a {state['mode']} cluster is running in {folder}: run `localcluster down` first")
+            raise ClusterDiffers(f"a {state_fields['mode']} cluster is running in {folder}: run `localcluster down` first")
         return None
     return endpoint
 

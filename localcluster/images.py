@@ -175,15 +175,15 @@ def _run_command(command: list[str], description: str, timeout: float | None = N
     temporary_folder.mkdir(parents=True, exist_ok=True)
     env = {**os.environ, "TMPDIR": str(temporary_folder)}
     try:
-        result = subprocess.run(command, capture_output=True, text=True, env=env, timeout=timeout)
+        completed_process = subprocess.run(command, capture_output=True, text=True, env=env, timeout=timeout)
     except subprocess.TimeoutExpired:
         raise BuildFailed(f"{description} took longer than {timeout:.0f} s") from None
-    if result.returncode != 0:
+    if completed_process.returncode != 0:
         log_file = get_layer_folder() / "last-failure.log"
-        log_file.write_text(result.stdout + result.stderr)
-        log_tail = " | ".join((result.stderr.strip() or result.stdout.strip()).splitlines()[-4:])
-        raise BuildFailed(f"{description} failed ({result.returncode}): {log_tail} (log: {log_file})")
-    return result.stdout
+        log_file.write_text(completed_process.stdout + completed_process.stderr)
+        log_tail = " | ".join((completed_process.stderr.strip() or completed_process.stdout.strip()).splitlines()[-4:])
+        raise BuildFailed(f"{description} failed ({completed_process.returncode}): {log_tail} (log: {log_file})")
+    return completed_process.stdout
 
 
 def ensure_base_image(step: Step = silent_step) -> str:
@@ -261,10 +261,10 @@ def _export_layout(recipe: ImageRecipe) -> None:
         source_reference, f"oci:{recipe.layout_folder}:{recipe.tag}",
     ]
     _run_command(command, f"export of {recipe.tag}")
-    _, entry = find_index_entry(recipe.layout_folder, recipe.tag)
+    _, index_entry = find_index_entry(recipe.layout_folder, recipe.tag)
     blobs_folder = recipe.layout_folder / "blobs" / "sha256"
-    manifest = json.loads((blobs_folder / entry["digest"].partition(":")[2]).read_text())
-    used_digests = {entry["digest"], manifest["config"]["digest"], *(layer["digest"] for layer in manifest["layers"])}
+    manifest = json.loads((blobs_folder / index_entry["digest"].partition(":")[2]).read_text())
+    used_digests = {index_entry["digest"], manifest["config"]["digest"], *(layer["digest"] for layer in manifest["layers"])}
     for path in blobs_folder.iterdir():
         if f"sha256:{path.name}" not in used_digests:
             path.unlink()

@@ -104,14 +104,14 @@ def get_image_root_folder() -> Path:
 def find_free_address_block() -> str:
     """Return the first two numbers of a /16 block: the first of ADDRESS_BLOCKS to which this machine has no route. Default routes are ignored."""
     command = ["ip", "-j", "-4", "route", "show", "table", "all"]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    completed_process = subprocess.run(command, capture_output=True, text=True, check=True)
     routed_networks = [
         ipaddress.ip_network(route["dst"], strict=False)
-        for route in json.loads(result.stdout or "[]")
+        for route in json.loads(completed_process.stdout or "[]")
         if route.get("dst", "default") != "default"
     ]
-    for name in ADDRESS_BLOCKS:
-        block_network = ipaddress.ip_network(f"{name}.0.0/16")
-        if not any(block_network.overlaps(other) for other in routed_networks if other.prefixlen > MAX_DEFAULT_PREFIX_LENGTH):
-            return name
+    for address_block in ADDRESS_BLOCKS:
+        block_network = ipaddress.ip_network(f"{address_block}.0.0/16")
+        if not any(block_network.overlaps(routed_network) for routed_network in routed_networks if routed_network.prefixlen > MAX_DEFAULT_PREFIX_LENGTH):
+            return address_block
     raise MissingRequirement(f"no free address range: {', '.join(ADDRESS_BLOCKS)} (/16 each) all have routes on this machine")

@@ -30,11 +30,11 @@ NO_LEFTOVERS = Leftovers((), (), (), (), ())
 
 def list_linux_namespaces(state_dir: Path) -> frozenset[str]:
     """List the Linux namespaces of a running cluster's processes, except the namespaces of this process."""
-    namespaces = set()
+    namespace_names = set()
     for pid in processes.list_owned_pids(state_dir):
         if read_pid_in_namespace(pid) is not None:
-            namespaces.update(_list_namespaces(pid))
-    return frozenset(namespaces - _list_namespaces(os.getpid()))
+            namespace_names.update(_list_namespaces_of_process(pid))
+    return frozenset(namespace_names - _list_namespaces_of_process(os.getpid()))
 
 
 def find_leftovers(state_dir: Path, linux_namespaces: frozenset[str] = frozenset()) -> Leftovers:
@@ -44,26 +44,26 @@ def find_leftovers(state_dir: Path, linux_namespaces: frozenset[str] = frozenset
     """
     mount_lines = Path("/proc/self/mountinfo").read_text().splitlines()
     pids = [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit() and processes.read_start_time(int(p.name))]
-    namespaces_by_pid = {pid: _list_namespaces(pid) & linux_namespaces for pid in pids}
-    owned_pids = set(processes.list_owned_pids(state_dir)) | {pid for pid, inside in namespaces_by_pid.items() if inside}
+    namespaces_by_pid = {pid: _list_namespaces_of_process(pid) & linux_namespaces for pid in pids}
+    owned_pids = set(processes.list_owned_pids(state_dir)) | {pid for pid, namespaces_of_process in namespaces_by_pid.items() if namespaces_of_process}
     return Leftovers(
-        processes=tuple(sorted(f"{pid} {_read_command(pid)}" for pid in owned_pids)),
-        namespaces=tuple(sorted({name for inside in namespaces_by_pid.values() for name in inside})),
+        processes=tuple(sorted(f"{pid} {_read_command_line(pid)}" for pid in owned_pids)),
+        namespaces=tuple(sorted({name for namespaces_of_process in namespaces_by_pid.values() for name in namespaces_of_process})),
         mounts=tuple(line for line in mount_lines if str(state_dir) in line or "/run/finetune/" in line),
         links=tuple(p.name for p in Path("/sys/class/net").iterdir() if p.name == HOST_LINK),
         cgroups=tuple(str(p) for p in cgroups.list_cgroups()),
     )
 
 
-def _list_namespaces(pid: int) -> set[str]:
-    namespaces = set()
+def _list_namespaces_of_process(pid: int) -> set[str]:
+    namespace_names = set()
     for kind in LINUX_NAMESPACE_KINDS:
         with contextlib.suppress(OSError):  # ignore a process that has ended or is a zombie
-            namespaces.add(str(Path(f"/proc/{pid}/ns/{kind}").readlink()))
-    return namespaces
+            namespace_names.add(str(Path(f"/proc/{pid}/ns/{kind}").readlink()))
+    return namespace_names
 
 
-def _read_command(pid: int) -> str:
+def _read_command_line(pid: int) -> str:
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")[:80]
     return "?"

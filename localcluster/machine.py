@@ -84,9 +84,9 @@ class Machine:
 
     def check_components(self) -> None:
         """Check that no component has exited. Errors: StartFailed with the end of the component's log."""
-        for name, code in self.request("get_exit_codes").items():
-            if code is not None:
-                raise StartFailed(f"{name} exited with {code}: {processes.join_last_lines(self.folder / 'logs' / f'{name}.log')}")
+        for name, exit_code in self.request("get_exit_codes").items():
+            if exit_code is not None:
+                raise StartFailed(f"{name} exited with {exit_code}: {processes.join_last_lines(self.folder / 'logs' / f'{name}.log')}")
 
     def is_running(self, names: Sequence[str]) -> bool:
         """Whether the Linux namespaces exist and all components in `names` are running."""
@@ -187,6 +187,6 @@ def clean_machine() -> None:
 
 def run(*argv: str) -> None:
     """Run a command. Errors: StartFailed with the error output of the command, if the command fails."""
-    result = subprocess.run(argv, capture_output=True, text=True)
-    if result.returncode != 0:
-        raise StartFailed(f"`{' '.join(argv)}` failed: {result.stderr.strip()}")
+    completed_process = subprocess.run(argv, capture_output=True, text=True)
+    if completed_process.returncode != 0:
+        raise StartFailed(f"`{' '.join(argv)}` failed: {completed_process.stderr.strip()}")

@@ -69,8 +69,8 @@ def set_up_first_node(plan: Plan) -> None:
     run_setup_command("ip", "link", "add", "lan0", "type", "bridge")
     run_setup_command("ip", "addr", "add", f"{first_node.address}/24", "dev", "lan0")
     run_setup_command("ip", "link", "set", "lan0", "up")
-    for other in plan.nodes[1:]:
-        run_setup_command("ip", "route", "add", other.pod_cidr, "via", other.address)
+    for other_node in plan.nodes[1:]:
+        run_setup_command("ip", "route", "add", other_node.pod_cidr, "via", other_node.address)
     enable_forwarding("lan0")
 
 
@@ -87,41 +87,41 @@ def set_up_other_node(node: Node, plan: Plan) -> None:
     run_setup_command("ip", "link", "set", "lo", "up")
     run_setup_command("ip", "addr", "add", f"{node.address}/24", "dev", "eth0")
     run_setup_command("ip", "link", "set", "eth0", "up")
-    for other in plan.nodes:
-        if other != node:
-            run_setup_command("ip", "route", "add", other.pod_cidr, "via", other.address)
+    for other_node in plan.nodes:
+        if other_node != node:
+            run_setup_command("ip", "route", "add", other_node.pod_cidr, "via", other_node.address)
     enable_forwarding("eth0")
     mount_private_folders(node.folder, plan.api_address)
 
 
 def fork_node(node: Node, plan: Plan) -> int:
     """Start a process that creates the network and mount namespaces of a node and keeps them alive. Returns its pid."""
-    created_read, created_write = os.pipe()
-    connected_read, connected_write = os.pipe()
-    ready_read, ready_write = os.pipe()
+    namespaces_created_read_fd, namespaces_created_write_fd = os.pipe()
+    device_connected_read_fd, device_connected_write_fd = os.pipe()
+    network_ready_read_fd, network_ready_write_fd = os.pipe()
     pid = os.fork()
     if pid == 0:
         try:
             unshare(_CLONE_NEWNET | _CLONE_NEWNS)
-            os.write(created_write, b"1")
-            os.read(connected_read, 1)
+            os.write(namespaces_created_write_fd, b"1")
+            os.read(device_connected_read_fd, 1)
             set_up_other_node(node, plan)
-            os.write(ready_write, b"1")
-            os.close(ready_write)
+            os.write(network_ready_write_fd, b"1")
+            os.close(network_ready_write_fd)
             while True:
                 signal.pause()
         finally:
             os._exit(1)
-    for end in (created_write, connected_read, ready_write):
-        os.close(end)
-    os.read(created_read, 1)
+    for fd in (namespaces_created_write_fd, device_connected_read_fd, network_ready_write_fd):
+        os.close(fd)
+    os.read(namespaces_created_read_fd, 1)
     run_setup_command("ip", "link", "add", node.name, "type", "veth", "peer", "name", "eth0", "netns", str(pid))
     run_setup_command("ip", "link", "set", node.name, "master", "lan0", "up")
-    os.write(connected_write, b"1")
-    if os.read(ready_read, 1) != b"1":
+    os.write(device_connected_write_fd, b"1")
+    if os.read(network_ready_read_fd, 1) != b"1":
         raise RuntimeError(f"the network of {node.name} could not be set up")
-    for end in (created_read, connected_write, ready_read):
-        os.close(end)
+    for fd in (namespaces_created_read_fd, device_connected_write_fd, network_ready_read_fd):
+        os.close(fd)
     return pid
 
 

@@ -95,9 +95,9 @@ class NodeCluster:
         endpoint = read_endpoint(self.state_dir, MODE)
         if endpoint is None or not endpoint.is_ready() or not self._machine.is_running(PROCESS_NAMES):
             return False
-        if (count := self.plan.node_count) != self.options.nodes:
+        if (running_node_count := self.plan.node_count) != self.options.nodes:
             raise ClusterDiffers(
-                f"the cluster in {self.state_dir} is running with {count} node(s), but {self.options.nodes} node(s) are requested: "
+                f"the cluster in {self.state_dir} is running with {running_node_count} node(s), but {self.options.nodes} node(s) are requested: "
                 f"run `localcluster down` first"
             )
         return True
@@ -158,13 +158,13 @@ class NodeCluster:
         return self._machine.request("get_exit_codes")[name] is not None
 
     def _load_system_images(self, plan: Plan, pause_program: Path) -> None:
-        folder = pause_program.parent / "image"
-        layout_folders = [write_layout(folder, Image(containerd.PAUSE_IMAGE, {"/pause": pause_program}, ["/pause"])), s3_pod.write_image_layout()]
+        pause_layout_folder = pause_program.parent / "image"
+        layout_folders = [write_layout(pause_layout_folder, Image(containerd.PAUSE_IMAGE, {"/pause": pause_program}, ["/pause"])), s3_pod.write_image_layout()]
         for node in plan.nodes:
             image_store = self.containerd(node)
             self._wait_until(f"containerd of {node.name}", image_store.is_responding)
-            for image in layout_folders[: 2 if node.number == 1 else 1]:
-                image_store.load(image)
+            for layout_folder in layout_folders[: 2 if node.number == 1 else 1]:
+                image_store.load(layout_folder)
 
     def _start_nodes(self, plan: Plan, program_paths: dict[str, Path], endpoint: Endpoint) -> None:
         kube_program, first_node = program_paths[build.KUBE_PROGRAM], plan.nodes[0]
@@ -348,8 +348,8 @@ def list_ready_nodes(endpoint: Endpoint, *, heartbeat_after: datetime | None = N
 
 def find_layout(tag: str) -> Path:
     """Return the OCI layout of an image from `localcluster images build`. Errors: ImageNotFound."""
-    for layout in sorted((paths.cache_folder() / "images").glob("*/index.json")):
+    for index_file in sorted((paths.cache_folder() / "images").glob("*/index.json")):
         with contextlib.suppress(ImageNotFound):
-            find_index_entry(layout.parent, tag)
-            return layout.parent
+            find_index_entry(index_file.parent, tag)
+            return index_file.parent
     raise ImageNotFound(f"image {tag} is not in the cache of this machine: run `localcluster images build`")

@@ -76,10 +76,10 @@ def find_index_entry(layout_folder: Path, tag: str | None = None) -> tuple[str, 
 def _write_layer_blob(blobs_folder: Path, file_by_image_path: Mapping[str, Path]) -> dict[str, Any]:
     unfinished_blob = blobs_folder / "layer"
     with tarfile.open(unfinished_blob, "w") as archive:
-        for name, source in sorted(file_by_image_path.items()):
+        for name, source_file in sorted(file_by_image_path.items()):
             file_entry = tarfile.TarInfo(name.lstrip("/"))
-            file_entry.size, file_entry.mode = source.stat().st_size, 0o755
-            with source.open("rb") as content:
+            file_entry.size, file_entry.mode = source_file.stat().st_size, 0o755
+            with source_file.open("rb") as content:
                 archive.addfile(file_entry, content)
         tmp_folder_entry = tarfile.TarInfo("tmp")
         tmp_folder_entry.type, tmp_folder_entry.mode = tarfile.DIRTYPE, 0o1777

@@ -70,9 +70,9 @@ def spawn(
             os._exit(0)
 
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as out:
+    with log.open("ab") as log_stream:
         process = subprocess.Popen(
-            [str(a) for a in argv], stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
+            [str(a) for a in argv], stdin=subprocess.DEVNULL, stdout=log_stream, stderr=subprocess.STDOUT,
             start_new_session=True, cwd=working_folder, pass_fds=pass_fds,
             env={**(os.environ if env is None else env), OWNER_VARIABLE: str(owner)},
             preexec_fn=bind_to_parent if lifetime is Lifetime.UNTIL_PARENT_ENDS else None,
@@ -137,8 +137,8 @@ def read_environment(pid: int) -> list[bytes] | None:
 
 def is_program(pid: int) -> bool:
     """Whether a process is running and is not a thread of the kernel. Errors: OSError if the process has ended."""
-    state, *fields = _read_stat(pid)
-    return state not in "ZX" and not int(fields[5]) & _KERNEL_THREAD_FLAG
+    state, *other_fields = _read_stat(pid)
+    return state not in "ZX" and not int(other_fields[5]) & _KERNEL_THREAD_FLAG
 
 
 def read_start_time(pid: int) -> str | None:
@@ -146,10 +146,10 @@ def read_start_time(pid: int) -> str | None:
     has used the same pid.
     """
     try:
-        fields = _read_stat(pid)
+        stat_fields = _read_stat(pid)
     except OSError:
         return None
-    return None if fields[0] in "ZX" else fields[19]
+    return None if stat_fields[0] in "ZX" else stat_fields[19]
 
 
 def _read_stat(pid: int) -> list[str]:
@@ -169,11 +169,11 @@ def end_owned_processes(owner: Path, timeout_seconds: float = 20.0) -> int:
     while True:
         found_processes = find_processes(owner)
         for pid in found_processes.owned_pids:
-            if start := read_start_time(pid):
-                start_time_by_pid[pid] = start
+            if start_time := read_start_time(pid):
+                start_time_by_pid[pid] = start_time
             kill(pid)
         now = time.monotonic()
-        remaining_pids = [pid for pid, start in start_time_by_pid.items() if read_start_time(pid) == start]
+        remaining_pids = [pid for pid, start_time in start_time_by_pid.items() if read_start_time(pid) == start_time]
         if remaining_pids or found_processes.owned_pids:
             exec_deadline = now + EXEC_WAIT_SECONDS
             if now > deadline:

@@ -37,9 +37,9 @@ def list_missing_packages(package_by_program: dict[str, str]) -> list[str]:
 
 def check_packages(package_by_program: dict[str, str]) -> None:
     """Check that no package is missing. Errors: MissingRequirement with the names of the missing packages."""
-    if missing := list_missing_packages(package_by_program):
+    if missing_packages := list_missing_packages(package_by_program):
         raise MissingRequirement(
-            f"Debian packages are missing: {' '.join(missing)}: run `localcluster packages --install` as root"
+            f"Debian packages are missing: {' '.join(missing_packages)}: run `localcluster packages --install` as root"
         )
 
 
@@ -60,14 +60,14 @@ def check_kernel() -> None:
         if "overlay" not in Path("/proc/filesystems").read_text():
             raise MissingRequirement("containers need overlayfs, but the kernel does not support it: run `modprobe overlay`")
     shell_command = "ip link add name br0 type bridge && ip link add name v0 type veth && iptables -w -t nat -L -n"
-    result = subprocess.run(
+    completed_process = subprocess.run(
         ["unshare", "-n", "-m", "-p", "-f", "--propagation", "private", "sh", "-c", shell_command],
         capture_output=True, text=True, env={"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"},
     )
-    if result.returncode != 0:
-        reason = (result.stderr.strip().splitlines() or ["no message"])[-1]
+    if completed_process.returncode != 0:
+        error_line = (completed_process.stderr.strip().splitlines() or ["no message"])[-1]
         raise MissingRequirement(
-            f"a node needs namespaces, bridges, veth pairs and iptables NAT, but the kernel refuses one of them: {reason}"
+            f"a node needs namespaces, bridges, veth pairs and iptables NAT, but the kernel refuses one of them: {error_line}"
         )
 
 

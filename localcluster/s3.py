@@ -96,15 +96,15 @@ def make_server_arguments(ports: list[int], *, data_folder: str, config_file: st
 
     `ports` contains eight ports, in this order: S3, master, volume and filer, each followed by its gRPC port.
     """
-    s3, s3_grpc, master, master_grpc, volume, volume_grpc, filer, filer_grpc = ports
+    s3_port, s3_grpc_port, master_port, master_grpc_port, volume_port, volume_grpc_port, filer_port, filer_grpc_port = ports
     return [
         "server", f"-dir={data_folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
-        f"-master.port={master}", f"-master.port.grpc={master_grpc}", "-master.telemetry=false",
+        f"-master.port={master_port}", f"-master.port.grpc={master_grpc_port}", "-master.telemetry=false",
         "-master.volumeSizeLimitMB=1024",
-        f"-volume.port={volume}", f"-volume.port.grpc={volume_grpc}", "-volume.max=200", "-volume.preStopSeconds=0",
+        f"-volume.port={volume_port}", f"-volume.port.grpc={volume_grpc_port}", "-volume.max=200", "-volume.preStopSeconds=0",
         "-volume.minFreeSpace=1GiB",
-        "-filer", f"-filer.port={filer}", f"-filer.port.grpc={filer_grpc}", "-filer.localSocket=filer.sock",
-        "-s3", f"-s3.ip.bind={s3_bind_address}", f"-s3.port={s3}", f"-s3.port.grpc={s3_grpc}", f"-s3.config={config_file}",
+        "-filer", f"-filer.port={filer_port}", f"-filer.port.grpc={filer_grpc_port}", "-filer.localSocket=filer.sock",
+        "-s3", f"-s3.ip.bind={s3_bind_address}", f"-s3.port={s3_port}", f"-s3.port.grpc={s3_grpc_port}", f"-s3.config={config_file}",
         "-s3.localSocket=s3.sock", "-s3.port.iceberg=0", "-s3.port.lance=0", "-s3.autoCreateBucket=false",
     ]
 
@@ -155,11 +155,11 @@ class S3Process:
         config_path = self.directory / "s3.json"
         config_path.write_text(json.dumps(make_identity_config(self.access_key, self.secret_key)))
         config_path.chmod(0o600)
-        self._log.unlink(missing_ok=True)
+        self._log_file.unlink(missing_ok=True)
         self.ports = ports
         arguments = make_server_arguments(ports, data_folder="data", config_file="s3.json", s3_bind_address="127.0.0.1")
         self._server = processes.spawn(
-            "SeaweedFS", [find_seaweedfs_program(), *arguments], owner=self.directory, log=self._log,
+            "SeaweedFS", [find_seaweedfs_program(), *arguments], owner=self.directory, log=self._log_file,
             lifetime=processes.Lifetime.UNTIL_PARENT_ENDS, working_folder=self.directory,
             env={**os.environ, "GOMEMLIMIT": "400MiB", "TMPDIR": "log"},
         )
@@ -170,11 +170,11 @@ class S3Process:
         return endpoint
 
     @property
-    def _log(self) -> Path:
+    def _log_file(self) -> Path:
         return self.directory / "weed.log"
 
     def _has_port_conflict(self) -> bool:
-        return "address already in use" in self._log.read_text(errors="replace")
+        return "address already in use" in self._log_file.read_text(errors="replace")
 
     def stop(self) -> None:
         """Kill the server if it is running. The data stay in `directory`."""

@@ -60,22 +60,22 @@ class ContainerdImageStore:
             except StartFailed as error:
                 if "not found" not in str(error) or not tries_left:
                     raise
-        self._remove_untagged()
+        self._remove_untagged_images()
         return name
 
     def _import_image(self, layout_folder: Path, name: str, index_entry: dict[str, Any]) -> None:
         """Import an image into containerd: hard-link its large blobs, and send its other missing blobs as an archive."""
         missing_digests = self._list_missing_digests(layout_folder, index_entry)
-        digests_to_copy = [digest for digest in missing_digests if not self._hard_link(layout_folder, digest)]
+        digests_to_copy = [digest for digest in missing_digests if not self._try_hard_link(layout_folder, digest)]
         with tempfile.TemporaryFile() as archive:
             _write_archive(archive, layout_folder, name, index_entry, digests_to_copy)
             archive.seek(0)
             self.run_ctr("images", "import", "-", stdin=archive)
 
-    def _remove_untagged(self) -> None:
+    def _remove_untagged_images(self) -> None:
         """Remove images whose tag now belongs to a newer image. Otherwise they would occupy gigabytes of disk under the names `sha256:...`."""
-        images = self.list_images()
-        for name in find_untagged_names(images):
+        digest_by_name = self.list_images()
+        for name in find_untagged_names(digest_by_name):
             self.run_ctr("images", "rm", name)
 
     def _list_missing_digests(self, layout_folder: Path, index_entry: dict[str, Any]) -> list[str]:
@@ -84,7 +84,7 @@ class ContainerdImageStore:
         image_digests = [index_entry["digest"], manifest["config"]["digest"], *(layer["digest"] for layer in manifest["layers"])]
         return [digest for digest in dict.fromkeys(image_digests) if digest not in existing_digests]
 
-    def _hard_link(self, layout_folder: Path, digest: str) -> bool:
+    def _try_hard_link(self, layout_folder: Path, digest: str) -> bool:
         """Hard-link a blob into the content store and register it. Returns False if the blob is small or on another file system."""
         source_blob = get_blob_path(layout_folder, digest)
         if source_blob.stat().st_size < 1 << 20:
@@ -110,10 +110,10 @@ class ContainerdImageStore:
             self.run_ctr("containers", "rm", container)
 
 
-def find_untagged_names(images: dict[str, str]) -> list[str]:
-    """Return the names of the images without a tag, whose only name is their hash. `images` maps names to digests."""
-    tagged_digests = {digest for name, digest in images.items() if not name.startswith("sha256:")}
-    return [name for name, digest in images.items() if name.startswith("sha256:") and digest not in tagged_digests]
+def find_untagged_names(digest_by_name: dict[str, str]) -> list[str]:
+    """Return the names of the images without a tag, whose only name is their hash. `digest_by_name` maps names to digests."""
+    tagged_digests = {digest for name, digest in digest_by_name.items() if not name.startswith("sha256:")}
+    return [name for name, digest in digest_by_name.items() if name.startswith("sha256:") and digest not in tagged_digests]
 
 
 def get_blob_path(layout_folder: Path, digest: str) -> Path:
@@ -127,9 +127,9 @@ def _write_archive(archive_file: BinaryIO, layout_folder: Path, name: str, index
     index = {"schemaVersion": 2, "manifests": [{**index_entry, "annotations": annotations}]}
     with tarfile.open(fileobj=archive_file, mode="w") as archive:
         layout_version = b'{"imageLayoutVersion":"1.0.0"}'
-        for path, data in (("oci-layout", layout_version), ("index.json", json.dumps(index).encode())):
+        for path, content in (("oci-layout", layout_version), ("index.json", json.dumps(index).encode())):
             tar_header = tarfile.TarInfo(path)
-            tar_header.size = len(data)
-            archive.addfile(tar_header, io.BytesIO(data))
+            tar_header.size = len(content)
+            archive.addfile(tar_header, io.BytesIO(content))
         for digest in digests:
             archive.add(get_blob_path(layout_folder, digest), arcname=f"blobs/{digest.replace(':', '/')}")
