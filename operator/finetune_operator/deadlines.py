@@ -24,7 +24,7 @@ def get_start_timeout_seconds(facts: Facts) -> int:
     return facts.spec.policy.start_timeout_seconds or DEFAULT_START_TIMEOUT_SECONDS
 
 
-def compute_start_timeout(facts: Facts) -> datetime | None:
+def compute_start_timeout_end(facts: Facts) -> datetime | None:
     """Return when a job that waits for its pods starts to count as stalled, or None if the job does not wait for pods."""
     waiting_since = find_waiting_start(facts)
     return add_seconds(waiting_since, get_start_timeout_seconds(facts)) if waiting_since else None

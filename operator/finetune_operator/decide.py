@@ -22,7 +22,7 @@ from finetune_operator.deadlines import (
     compute_backoff_interval,
     compute_force_delete_time,
     compute_stall_check_time,
-    compute_start_timeout,
+    compute_start_timeout_end,
     describe_stall,
     get_start_timeout_seconds,
 )
@@ -86,7 +86,7 @@ def _plan_before_attempt(facts: Facts) -> Plan:
         return ending_plan
     if facts.is_suspend_requested:
         return Plan(Situation.SUSPENDED)
-    timeout_at = timeouts.compute_next_reconcile(facts.now, compute_start_timeout(facts))
+    timeout_at = timeouts.compute_next_reconcile(facts.now, compute_start_timeout_end(facts))
     if refusal is not None:
         return Plan(Situation.REFUSED, refusal=refusal, reconcile_at=timeout_at)
     foreign_job = next((job for job in facts.jobs if job.name == attempt_job_name(facts.job.name, facts.attempt)), None)
@@ -118,7 +118,7 @@ def _plan_end_of_earlier_attempts(facts: Facts) -> Plan | None:
         pods_to_delete=tuple(pod for pod in earlier_pods if not pod.deletion_timestamp),
         pods_to_force_delete=_find_pods_of_lost_nodes(facts, facts.owned_pods),
         blocking_condition=BlockingCondition(Reason.PROGRESSING, "waiting for the pods of the last attempt to end"),
-        reconcile_at=timeouts.compute_next_reconcile(facts.now, compute_force_delete_time(facts, facts.owned_pods), compute_start_timeout(facts)),
+        reconcile_at=timeouts.compute_next_reconcile(facts.now, compute_force_delete_time(facts, facts.owned_pods), compute_start_timeout_end(facts)),
     )
 
 
@@ -143,7 +143,7 @@ def _plan_attempt_with_job(facts: Facts, current_job: JobView) -> Plan:
         predict_budget_end(facts),
         compute_force_delete_time(facts, pods),
         compute_stall_check_time(facts),
-        None if all_pods_ready else compute_start_timeout(facts),
+        None if all_pods_ready else compute_start_timeout_end(facts),
     ]
     return Plan(
         Situation.ACTIVE,
@@ -186,7 +186,7 @@ def _describe_incomplete_gang(facts: Facts, current_job: JobView) -> str:
     If two gangs each hold some of the nodes, they wait for each other forever, unless a queue such as Kueue schedules them. If no pod has
     a node, the attempt keeps waiting: the attempt blocks no other job, and an autoscaler may be adding nodes.
     """
-    timeout_at = compute_start_timeout(facts)
+    timeout_at = compute_start_timeout_end(facts)
     if current_job.queue or timeout_at is None or facts.now < timeout_at:
         return ""
     placed_count = sum(bool(pod.node) for pod in facts.active_pods)

@@ -151,7 +151,7 @@ async def test_stopped_target_keeps_its_report_until_it_is_dropped(scraper: Prog
     scraper.drop(KEY)
     assert scraper.last_report(KEY, UID, 1) is None
     assert scraper._subscriptions == {}
-    assert scraper._reports == {}
+    assert scraper._targets_and_reports == {}
 
 
 async def test_unresponsive_pod_does_not_delay_reads_of_other_pods(scraper: ProgressScraper, reports: ReportRecorder, pod: FakeProgressServer) -> None:
