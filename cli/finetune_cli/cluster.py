@@ -100,7 +100,7 @@ class Cluster:
         """Return the FineTuneJobs of this namespace, or of all namespaces."""
         path = self._make_jobs_path(all_namespaces)
         jobs = self.call_api("GET", path, {"labelSelector": label_selector} if label_selector else None).get("items") or []
-        return [{"apiVersion": API_VERSION, "kind": KIND, **item} for item in jobs]
+        return [{"apiVersion": API_VERSION, "kind": KIND, **job} for job in jobs]
 
     def wait_until_created(self, name: str, deadline: float | None) -> bool:
         """Wait until a FineTuneJob exists. Return False if it does not exist at the deadline (in seconds of `time.monotonic`). Raises ClusterError."""
@@ -166,8 +166,8 @@ class Cluster:
 
     def is_allowed_to(self, verb: str, resource: str) -> bool:
         """Whether the user may use a verb on a resource such as `pods/log` or `events.events.k8s.io` in the namespace. Raises ClusterError."""
-        name, _, group = resource.partition(".")
-        plural, _, subresource = name.partition("/")
+        resource_path, _, group = resource.partition(".")
+        plural, _, subresource = resource_path.partition("/")
         resource_attributes = {"namespace": self.namespace, "verb": verb, "group": group, "resource": plural, "subresource": subresource}
         body = {"apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectAccessReview", "spec": {"resourceAttributes": resource_attributes}}
         review = self.call_api("POST", "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews", None, body)
@@ -260,10 +260,10 @@ class Cluster:
                 f"the API server at {self.client.configuration.host} cannot be reached: {find_innermost_cause(error)}"
             ) from None
         if response.status >= 400:
-            raise self._to_cluster_error(response.read(), response.status, path)
+            raise self._make_cluster_error(response.read(), response.status, path)
         return response
 
-    def _to_cluster_error(self, body: bytes, status: int, path: str) -> ClusterError:
+    def _make_cluster_error(self, body: bytes, status: int, path: str) -> ClusterError:
         """Return the error for a failed response.
 
         If the CRD is not installed, the error has code 0 instead of 404, because callers treat 404 as a deleted job.
@@ -392,8 +392,8 @@ POD_NAMESPACE_FILE = "/var/run/secrets/kubernetes.io/serviceaccount/namespace"
 
 def find_innermost_cause(error: Exception) -> str:
     """Return the innermost cause of a network error. The text of a network error lists the nested errors, with the innermost cause last."""
-    text = str(error)
-    return text.rpartition(": ")[2].strip("()<> '\"") or type(error).__name__
+    error_text = str(error)
+    return error_text.rpartition(": ")[2].strip("()<> '\"") or type(error).__name__
 
 
 def _read_lines(response: Any) -> Iterator[str]:
@@ -401,8 +401,8 @@ def _read_lines(response: Any) -> Iterator[str]:
 
     partial_line = b""
     try:
-        for part in response.stream(amt=None, decode_content=True):
-            *complete_lines, partial_line = (partial_line + part).split(b"\n")
+        for chunk in response.stream(amt=None, decode_content=True):
+            *complete_lines, partial_line = (partial_line + chunk).split(b"\n")
             for line in complete_lines:
                 yield line.decode(errors="replace")
     except urllib3.exceptions.HTTPError:

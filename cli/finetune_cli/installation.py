@@ -19,7 +19,7 @@ from finetune_cli.output import CommandError
 DEFAULT_NAMESPACE = "finetune-operator"
 """The namespace that the installation guide uses. If the user may not list objects in all namespaces, no other namespace is searched for the operator."""
 CHART_SELECTOR = "app.kubernetes.io/part-of=finetune-operator"
-"""Label of every object of the chart."""
+"""Label selector that matches all objects of the chart."""
 CONFIG_KEY = "config.yaml"
 DEFAULT_GPU_RESOURCE = "nvidia.com/gpu"
 
@@ -87,7 +87,7 @@ class PoolUsage:
     gpus: int
     free_gpus: int
     free_nodes: int
-    """Number of nodes on which a pod that needs all GPUs of a node has enough free GPUs."""
+    """Number of usable nodes that have enough free GPUs for a pod that needs all GPUs of a node."""
 
 
 def list_chart_objects(cluster: Cluster, plural: str, api_path: str, namespace: str | None) -> list[KubeObject]:
@@ -107,17 +107,24 @@ def list_chart_objects(cluster: Cluster, plural: str, api_path: str, namespace: 
 
 def find_installation(cluster: Cluster, namespace: str | None = None) -> Installation:
     """Read the operator's configuration from its ConfigMap. Raises InstallationMissing, or ClusterError if the user may not read the ConfigMap."""
-    config_maps = [one for one in list_chart_objects(cluster, "configmaps", CORE_API_PATH, namespace) if CONFIG_KEY in (one.get("data") or {})]
-    # If one operator manages all namespaces and another manages only some, the second has precedence in the namespaces that it manages.
-    installations = [Installation(one["metadata"]["namespace"], one["metadata"]["name"], _parse_config(one)) for one in config_maps]
-    suitable_installations = [one for one in installations if one.config.namespaces is None or cluster.namespace in one.config.namespaces]
+    config_maps = [
+        config_map for config_map in list_chart_objects(cluster, "configmaps", CORE_API_PATH, namespace) if CONFIG_KEY in (config_map.get("data") or {})
+    ]
+    installations = [
+        Installation(config_map["metadata"]["namespace"], config_map["metadata"]["name"], _parse_config(config_map)) for config_map in config_maps
+    ]
+    suitable_installations = [
+        installation for installation in installations
+        if installation.config.namespaces is None or cluster.namespace in installation.config.namespaces
+    ]  # fmt: skip
     if not suitable_installations:
         searched_location = f"namespace {namespace}" if namespace else "the namespaces that you may read"
         hint = "install the chart, or name its namespace with --operator-namespace"
         if installations:
             hint = f"the operator found manages only {', '.join(installations[0].config.namespaces or [])}"
         raise InstallationMissing(f"there is no operator for namespace {cluster.namespace} in {searched_location}; {hint}")
-    return sorted(suitable_installations, key=lambda one: one.config.namespaces is None)[0]
+    # An operator that manages only some namespaces has precedence, in these namespaces, over an operator that manages all namespaces.
+    return sorted(suitable_installations, key=lambda installation: installation.config.namespaces is None)[0]
 
 
 def _parse_config(config_map: KubeObject) -> InstalledConfig:
@@ -176,10 +183,11 @@ def count_gpus_of_node(node: KubeObject, resource: str) -> int:
 def is_usable(node: KubeObject, pool: Pool) -> bool:
     """Whether a node is ready, is not cordoned, and has only taints that the pool tolerates."""
     conditions = (node.get("status") or {}).get("conditions") or []
-    is_ready = any(one["type"] == "Ready" and one["status"] == "True" for one in conditions)
+    is_ready = any(condition["type"] == "Ready" and condition["status"] == "True" for condition in conditions)
     spec = node.get("spec") or {}
     taints = [taint for taint in spec.get("taints") or [] if taint.get("effect") != "PreferNoSchedule"]
-    return is_ready and not spec.get("unschedulable") and all(any(_tolerates(one, taint) for one in pool.tolerations) for taint in taints)
+    has_only_tolerated_taints = all(any(_tolerates(toleration, taint) for toleration in pool.tolerations) for taint in taints)
+    return is_ready and not spec.get("unschedulable") and has_only_tolerated_taints
 
 
 def _tolerates(toleration: dict[str, Any], taint: dict[str, Any]) -> bool:
@@ -189,13 +197,17 @@ def _tolerates(toleration: dict[str, Any], taint: dict[str, Any]) -> bool:
 
 
 def count_requested_gpus(pod: KubeObject, resource: str) -> int:
-    """Return the number of GPUs that a pod requests: the sum of its containers, or the largest request of an init container if that is higher."""
+    """Return the number of GPUs that a pod requests.
+
+    This is the sum of the requests of its containers, or the largest request of an init container, whichever is higher.
+    """
     spec = pod.get("spec") or {}
-    container_gpus = sum(_read_requests(spec.get("containers") or [], resource))
-    return max([container_gpus, *_read_requests(spec.get("initContainers") or [], resource)])
+    container_gpus = sum(_iterate_requested_amounts(spec.get("containers") or [], resource))
+    return max([container_gpus, *_iterate_requested_amounts(spec.get("initContainers") or [], resource)])
 
 
-def _read_requests(containers: list[dict[str, Any]], resource: str) -> Iterator[int]:
+def _iterate_requested_amounts(containers: list[dict[str, Any]], resource: str) -> Iterator[int]:
+    """Yield the amount of a resource that each container requests."""
     for container in containers:
         resources = container.get("resources") or {}
         yield int((resources.get("requests") or resources.get("limits") or {}).get(resource, 0))
