@@ -204,11 +204,11 @@ def _report_unknown_key(manifest: Manifest, key: str, known_keys: tuple[str, ...
 
 def _find_unquoted_values(manifest: Manifest, metadata: dict[str, Any]) -> Iterator[Finding]:
     """Yield an error for each number or boolean in labels, annotations and namespace. The API server accepts only strings there."""
-    values: list[tuple[str, Any]] = [("namespace", metadata.get("namespace"))]
+    keys_and_values: list[tuple[str, Any]] = [("namespace", metadata.get("namespace"))]
     for mapping_name in ("labels", "annotations"):
         mapping = metadata.get(mapping_name)
-        values += [(f"{mapping_name}.{key}", value) for key, value in mapping.items()] if isinstance(mapping, dict) else []
-    for key, value in values:
+        keys_and_values += [(f"{mapping_name}.{key}", value) for key, value in mapping.items()] if isinstance(mapping, dict) else []
+    for key, value in keys_and_values:
         if isinstance(value, bool | int | float):
             path, text = f"metadata.{key}", str(value).lower() if isinstance(value, bool) else str(value)
             mistake = Mistake(manifest.location(path), path, f"{text} is not a string", f'quote it: "{text}"')
@@ -224,13 +224,13 @@ def _load_spec(raw_spec: dict[str, Any]) -> tuple[FineTuneJobSpec | None, list[F
     Invalid values are removed, so that the rules can check all other fields.
     """
     errors: list[FieldError] = []
-    remaining_values = raw_spec
+    remaining_spec = raw_spec
     for _ in range(3):
         try:
-            return load_spec(remaining_values), errors
+            return load_spec(remaining_spec), errors
         except ValidationError as error:
             errors += list(iterate_field_errors(error, errors))
-            remaining_values = _remove_locations(remaining_values, list(find_locations_to_remove(error)))
+            remaining_spec = _remove_locations(remaining_spec, list(find_locations_to_remove(error)))
     return None, errors
 
 

@@ -36,7 +36,7 @@ def iterate_field_errors(error: ValidationError, known_errors: Iterable[FieldErr
     for details in error.errors():
         path = to_dotted_path(details["loc"])
         if details["type"] == "missing" and any(
-            is_within(other.path, path.rpartition(".")[0] or path) for other in earlier_errors
+            is_within(earlier_error.path, path.rpartition(".")[0] or path) for earlier_error in earlier_errors
         ):
             continue
         hint = make_hint_for_value(details["type"], details["input"], path, details.get("ctx", {}))

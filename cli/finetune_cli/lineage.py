@@ -206,8 +206,8 @@ class Verifier:
     def _check_files(self) -> None:
         if self._result.manifest is None:
             return
-        folder, total = self._result.folder, 0
-        stored_paths = {one.key.removeprefix(f"{folder}/") for one in self._storage.list_objects(folder)}
+        folder, total_bytes = self._result.folder, 0
+        stored_paths = {stored_object.key.removeprefix(f"{folder}/") for stored_object in self._storage.list_objects(folder)}
         entries = {entry["path"]: entry for entry in self._result.manifest["files"] if _is_inside(entry["path"])}
         for path, entry in entries.items():
             if self._is_linked(f"{folder}/{path}"):
@@ -215,12 +215,12 @@ class Verifier:
             if path not in stored_paths:
                 self._add_finding(CheckName.FILES, Code.FILE_MISSING, f"{path} is missing")
                 continue
-            total += entry["size"]
+            total_bytes += entry["size"]
             self._check_file(folder, path, entry)
         for path in sorted(stored_paths - entries.keys() - {Storage.MANIFEST.value}):
             if not self._is_linked(f"{folder}/{path}"):
                 self._add_finding(CheckName.FILES, Code.FILE_UNEXPECTED, f"{path} is in the model's folder, but not in the manifest")
-        self._add_note(CheckName.FILES, f"{len(entries)} files, {total} bytes read again")
+        self._add_note(CheckName.FILES, f"{len(entries)} files, {total_bytes} bytes read again")
 
     def _check_file(self, folder: str, path: str, entry: dict[str, Any]) -> None:
         sha256, size = hash_object(self._storage, f"{folder}/{path}")
@@ -263,7 +263,7 @@ class Verifier:
 
     def _compare_subjects(self, statement: Statement, manifest: dict[str, Any]) -> None:
         expected_subjects = [(Storage.MANIFEST.value, self._result.manifest_sha256), *((entry["path"], entry["sha256"]) for entry in manifest["files"])]
-        subjects = [(one.name or "", one.digest.get("sha256", "")) for one in statement.subject]
+        subjects = [(subject.name or "", subject.digest.get("sha256", "")) for subject in statement.subject]
         if Counter(expected_subjects) != Counter(subjects):
             name = sorted((Counter(expected_subjects) - Counter(subjects)) + (Counter(subjects) - Counter(expected_subjects)))[0][0]
             self._add_finding(CheckName.STATEMENT, Code.SUBJECT_CHANGED, f"{name} in the statement's subjects differs from the manifest")
@@ -368,11 +368,13 @@ def _has_digest(statement: Statement, digest: Any, name_prefixes: tuple[str, ...
 
     If the statement also has digests of single files of these sources, the hash of these single digests must be equal to the combined digest.
     """
-    resources = [one for one in statement.predicate.build_definition.resolved_dependencies if (one.name or "").startswith(name_prefixes)]
-    combined_digests = [one.annotations["combinedDigest"] for one in resources if "combinedDigest" in one.annotations]
-    file_digests = [one.digest["sha256"] for one in resources if "combinedDigest" not in one.annotations and "sha256" in one.digest]
-    are_files_right = not file_digests or hashlib.sha256("\n".join(file_digests).encode()).hexdigest() == digest
-    return bool(combined_digests) and set(combined_digests) == {digest} and are_files_right
+    resources = [
+        resource for resource in statement.predicate.build_definition.resolved_dependencies if (resource.name or "").startswith(name_prefixes)
+    ]
+    combined_digests = [resource.annotations["combinedDigest"] for resource in resources if "combinedDigest" in resource.annotations]
+    file_digests = [resource.digest["sha256"] for resource in resources if "combinedDigest" not in resource.annotations and "sha256" in resource.digest]
+    do_file_digests_match = not file_digests or hashlib.sha256("\n".join(file_digests).encode()).hexdigest() == digest
+    return bool(combined_digests) and set(combined_digests) == {digest} and do_file_digests_match
 
 
 def read_envelope(storage: JobStorage) -> Envelope | None:

@@ -128,12 +128,12 @@ def compute_key_id(public_key: Any) -> str:
     return hashlib.sha256(public_key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)).hexdigest()
 
 
-def sign(payload: bytes, private_key: Ed25519PrivateKey, other_signatures: list[Signature]) -> Envelope:
-    """Sign a statement. `other_signatures`: earlier signatures of the same payload. The envelope keeps them, except signatures with the ID of this key."""
+def sign(payload: bytes, private_key: Ed25519PrivateKey, earlier_signatures: list[Signature]) -> Envelope:
+    """Sign a statement. `earlier_signatures`: signatures of the same payload. The envelope keeps them, except signatures with the ID of this key."""
     new_signature = Signature(
         keyid=compute_key_id(private_key.public_key()), sig=base64.b64encode(private_key.sign(encode_signed_bytes(PAYLOAD_TYPE, payload))).decode()
     )
-    signatures = [*(one for one in other_signatures if one.keyid != new_signature.keyid), new_signature]
+    signatures = [*(signature for signature in earlier_signatures if signature.keyid != new_signature.keyid), new_signature]
     return Envelope(payload_type=PAYLOAD_TYPE, payload=base64.b64encode(payload).decode(), signatures=signatures)
 
 

@@ -187,8 +187,8 @@ def _format_time_lines(status: FineTuneJobStatus) -> list[str]:
     goodput = status.goodput
     if goodput is None or goodput.wall_seconds <= 0:
         return []
-    parts_and_seconds = sorted(goodput.parts.seconds().items(), key=lambda item: -item[1])
-    share_texts = [f"{part} {seconds / goodput.wall_seconds:.0%}" for part, seconds in parts_and_seconds if seconds >= SMALLEST_TIME_SHARE * goodput.wall_seconds]
+    sorted_parts = sorted(goodput.parts.seconds().items(), key=lambda item: -item[1])
+    share_texts = [f"{part} {seconds / goodput.wall_seconds:.0%}" for part, seconds in sorted_parts if seconds >= SMALLEST_TIME_SHARE * goodput.wall_seconds]
     lines = [f"cost      {status.cost.display} for {status.cost.gpu_hours:g} GPU-hours"] if status.cost is not None else []
     return [*lines, f"time      {goodput.wall_seconds:,.0f} s: {', '.join(share_texts)}"]
 
