@@ -125,14 +125,15 @@ def find_source_of_folder(storage: JobStorage, folder: str) -> Source:
         return make_committed_source(storage, committed_folder)
     if folder in RESULT_FOLDERS and folder != "merged":
         return make_plain_source(storage, folder)
-    available_text = ", ".join(one.folder for one in list_committed_folders(storage)) or "nothing"
+    available_text = ", ".join(available_folder.folder for available_folder in list_committed_folders(storage)) or "nothing"
     raise StorageError(f"{folder} is not committed below {storage.uri}; available: {available_text}")
 
 
 def _find_source_of_uri(uri: str, options: StorageOptions) -> tuple[Source, str]:
     """Return the files at a URI, and the name of the local folder.
 
-    The URI of a checkpoint or model may point to the folder with the commit marker, or to the folder of an incarnation inside it."""
+    The URI of a checkpoint or model may point to the folder with the commit marker, or to the folder of an incarnation inside it.
+    """
     from finetune_api.names import parse_attempt_of_uri
 
     from finetune_cli.downloads import make_committed_source, make_plain_source

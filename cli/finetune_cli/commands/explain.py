@@ -40,24 +40,24 @@ def explain(
 
     all_fields = fields()
     if search is not None:
-        matches = _find_fields_containing(search, all_fields)
-        if not matches:
+        matching_fields = _find_fields_containing(search, all_fields)
+        if not matching_fields:
             raise output.fail(f"no field has {search!r} in its name or description")
-        output.write("\n".join(_format_line(field) for field in matches))
+        output.write("\n".join(_format_line(field) for field in matching_fields))
         return
     field_path = "spec" if path is None else path.replace("[]", "").removeprefix("FineTuneJob.")
-    matches = [
+    matching_fields = [
         field
         for field in all_fields
         if field.path.replace("[]", "") in (field_path, f"spec.{field_path}", f"status.{field_path}")
     ]
-    if not matches:
+    if not matching_fields:
         suggestion = suggest_field(f"spec.{field_path.removeprefix('spec.')}", [field.path for field in all_fields])
         mentioning_fields = [] if suggestion else _find_fields_containing(field_path, all_fields)
         hint = f"did you mean {suggestion}?" if suggestion else "search the descriptions with --search WORD"
         hint = f"these fields mention the word: {', '.join(field.path for field in mentioning_fields)}" if mentioning_fields else hint
         raise output.fail(f"{path} is not a field of a FineTuneJob; {hint}")
-    output.write("\n\n".join(_format_entry(field, all_fields) for field in matches))
+    output.write("\n\n".join(_format_entry(field, all_fields) for field in matching_fields))
 
 
 def _find_fields_containing(word: str, all_fields: tuple[Field, ...]) -> list[Field]:

@@ -129,9 +129,9 @@ def _find_unknown_words(values: dict[str, Any]) -> list[Mistake]:
     from finetune_cli.mistakes import Mistake
 
     return [
-        Mistake("", _make_option_name(key), f"unknown value {values[key]}", f"write one of {', '.join(allowed)}")
-        for key, allowed in (("method", METHOD_TYPES), ("trainer", TRAINER_TYPES))
-        if values[key] not in allowed
+        Mistake("", _make_option_name(key), f"unknown value {values[key]}", f"write one of {', '.join(allowed_words)}")
+        for key, allowed_words in (("method", METHOD_TYPES), ("trainer", TRAINER_TYPES))
+        if values[key] not in allowed_words
     ]
 
 

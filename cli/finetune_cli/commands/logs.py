@@ -41,8 +41,8 @@ def logs(
     job = cluster.get_job(name)
     pods = select_pods(cluster, job, rank, attempt, all_attempts)
     has_several_pods = len(pods) > 1
-    for origin, line in merge_log_lines(cluster, pods, follow=follow, tail=tail):
-        output.write(f"{origin} {line}" if has_several_pods else line)
+    for line_prefix, line in merge_log_lines(cluster, pods, follow=follow, tail=tail):
+        output.write(f"{line_prefix} {line}" if has_several_pods else line)
 
 
 def select_pods(
@@ -82,7 +82,10 @@ def count_ranks_per_pod(job: dict[str, Any]) -> int:
 def merge_log_lines(
     cluster: Cluster, pods: list[dict[str, Any]], *, follow: bool, tail: int | None
 ) -> Iterator[tuple[str, str]]:
-    """Yield (origin, line) for each log line of several pods. With `follow`, the lines have the order of their arrival, otherwise they are sorted by pod."""
+    """Yield (line prefix, line) for each log line of several pods.
+
+    With `follow`, the lines have the order of their arrival. Otherwise, they are sorted by pod.
+    """
     from finetune_cli.cluster import ClusterError, get_attempt, get_pod_index
 
     lines: queue.Queue[tuple[str, str | None]] = queue.Queue(maxsize=1000)

@@ -57,8 +57,8 @@ def rerun(
     if parse_status(old_job).preparation is not None:
         changed_values.setdefault("policy.onExistingResult", OnExistingResult.TRAIN.value)
     taken_names = {job["metadata"]["name"] for job in cluster.list_jobs(all_namespaces=False)}
-    body = build_rerun(old_job, new_name or find_free_name(name, taken_names), changed_values, from_checkpoint)
-    text = to_yaml(body)
+    new_job = build_rerun(old_job, new_name or find_free_name(name, taken_names), changed_values, from_checkpoint)
+    text = to_yaml(new_job)
     _, findings = check_manifest(next(parse_manifests(text, "new job")))
     output.print_warnings(select_warnings(findings))
     if select_errors(findings):
@@ -66,8 +66,8 @@ def rerun(
     if dry_run:
         output.write(text)
         return
-    cluster.create_object(body)
-    output.write(f"{body['metadata']['name']} created from {name} in namespace {cluster.namespace}")
+    cluster.create_object(new_job)
+    output.write(f"{new_job['metadata']['name']} created from {name} in namespace {cluster.namespace}")
 
 
 def find_chosen_values(job: dict[str, Any], changed_values: dict[str, Any]) -> dict[str, Any]:

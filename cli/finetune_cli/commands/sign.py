@@ -57,10 +57,10 @@ def sign(
     from finetune_cli.signing import compute_key_id, read_private_key
 
     private_key = read_private_key(key)
-    opened, job = open_target(target, StorageOptions(use_secret, endpoint, storage, namespace, context, kubeconfig))
-    statement = _verify_statement(opened, job)
-    _store_signature(opened, statement, private_key)
-    output.write(f"{opened.uri}: signed by the key {compute_key_id(private_key.public_key())}")
+    job_storage, job = open_target(target, StorageOptions(use_secret, endpoint, storage, namespace, context, kubeconfig))
+    statement = _verify_statement(job_storage, job)
+    _store_signature(job_storage, statement, private_key)
+    output.write(f"{job_storage.uri}: signed by the key {compute_key_id(private_key.public_key())}")
 
 
 def _create_key(path: Path) -> None:
@@ -91,7 +91,7 @@ def _verify_statement(storage: JobStorage, job: dict[str, Any] | None) -> bytes:
 def _compare_with_status(verification: CheckResults, job: dict[str, Any]) -> None:
     """Raise StorageError if the sha256 of the stored manifest differs from the sha256 in the job's status.
 
-    The pod that committed the model reported this sha256.
+    The sha256 in the status comes from the pod that committed the model.
     """
     from finetune_cli.job_storage import StorageError
     from finetune_cli.status_text import parse_status
@@ -121,7 +121,9 @@ def _add_image_digest(statement: bytes, job: dict[str, Any]) -> bytes:
     image_dependency = Resource(
         name=TRAINER_IMAGE_DEPENDENCY, uri=image.rstrip("@") or resolved_config.image, digest={"sha256": digest}, annotations={"observedBy": "operator"}
     )
-    other_dependencies = [one for one in build_definition["resolvedDependencies"] if one.get("name") != TRAINER_IMAGE_DEPENDENCY]
+    other_dependencies = [
+        dependency for dependency in build_definition["resolvedDependencies"] if dependency.get("name") != TRAINER_IMAGE_DEPENDENCY
+    ]
     build_definition["resolvedDependencies"] = [*other_dependencies, image_dependency.to_wire()]
     return json.dumps(statement_object, indent=1, sort_keys=True, ensure_ascii=False).encode()
 

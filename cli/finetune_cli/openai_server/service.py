@@ -81,7 +81,7 @@ class FineTuningService:
         self._require_right(account, "create")
         manifest = build_job(
             body, self._config, new_id(JOB_PREFIX), find_file=lambda file_id: self._files.find(account.namespace, file_id),
-            read_first_lines=self._files.read_first_lines, make_file_uri=self._files.uri,
+            read_first_lines=self._files.read_first_lines, make_file_uri=self._files.make_uri,
         )  # fmt: skip
         return self._to_api_job(self._connect_as(account).create_object(manifest))
 
@@ -142,12 +142,12 @@ class FineTuningService:
         The page does not contain result files. A client finds the id of a result file in the object of its job.
         """
         refuse_unknown_parameters(query, "limit", "after", "order", "purpose")
-        page, order = read_page_request(query, FILES_PER_PAGE), query.get("order", "desc")
+        page_request, order = read_page_request(query, FILES_PER_PAGE), query.get("order", "desc")
         if order not in ("asc", "desc"):
             raise bad_request(f"order {order} is not accepted: write asc or desc", "order")
         self._require_right(account, "list")
         files = self._files.list_files(account.namespace) if query.get("purpose", UPLOAD_PURPOSE) == UPLOAD_PURPOSE else []
-        return build_page([_to_api_file(file) for file in (files if order == "desc" else reversed(files))], page)
+        return build_page([_to_api_file(file) for file in (files if order == "desc" else reversed(files))], page_request)
 
     def get_file(self, account: Account, file_id: str) -> KubeObject:
         """Return the API's object for a file."""
@@ -228,12 +228,12 @@ class FineTuningService:
         read from another storage or namespace.
         """
         try:
-            root, _ = locate_job_folder(job)
+            job_folder_uri, _ = locate_job_folder(job)
         except StorageError:
             return None
         storage_prefix = f"{str(self._config.storage.uri).rstrip('/')}/"
         folder = f"{job['metadata']['namespace']}/{job['metadata']['name']}/{job['metadata']['uid']}"
-        return folder if root == storage_prefix + folder else None
+        return folder if job_folder_uri == storage_prefix + folder else None
 
     def _read_result(self, account: Account, file_id: str) -> tuple[KubeObject, bytes]:
         """Return the API's object for the job of a result file, and the content of the file."""
