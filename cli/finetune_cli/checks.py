@@ -157,11 +157,11 @@ METADATA_KEYS = (
 
 def _check_metadata(manifest: Manifest) -> Iterator[Finding]:
     """Yield a finding for each problem in the parts of a manifest other than `spec`."""
-    for key, expected, code in (("apiVersion", API_VERSION, "ApiVersion"), ("kind", KIND, "Kind")):
+    for key, expected_value, code in (("apiVersion", API_VERSION, "ApiVersion"), ("kind", KIND, "Kind")):
         value = manifest.value.get(key)
-        if value != expected:
-            message = "this required field is missing" if value is None else f"{value} is not {expected}"
-            yield Finding(Mistake(manifest.location(key), key, message, f"write {key}: {expected}"), code)
+        if value != expected_value:
+            message = "this required field is missing" if value is None else f"{value} is not {expected_value}"
+            yield Finding(Mistake(manifest.location(key), key, message, f"write {key}: {expected_value}"), code)
     yield from (_report_unknown_key(manifest, key, TOP_LEVEL_KEYS, "") for key in manifest.value if key not in TOP_LEVEL_KEYS)
     metadata = manifest.value.get("metadata")
     message = find_name_problem(manifest.name)
@@ -177,12 +177,12 @@ def _check_metadata(manifest: Manifest) -> Iterator[Finding]:
 
 def _make_name_hint(name: str, metadata: Any) -> str:
     """Return a hint for a missing or invalid name: the rule for names, and a corrected name if one can be derived."""
-    rule = f"write at most {MAX_NAME_LENGTH} characters a-z, 0-9 and -, beginning with a letter"
+    name_rule = f"write at most {MAX_NAME_LENGTH} characters a-z, 0-9 and -, beginning with a letter"
     if not name and isinstance(metadata, dict) and metadata.get("generateName"):
-        return f"only `kubectl create` uses generateName, so {rule}"
+        return f"only `kubectl create` uses generateName, so {name_rule}"
     corrected_name = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     can_suggest_name = bool(corrected_name) and corrected_name != name and not find_name_problem(corrected_name)
-    return f"{rule}, for example {corrected_name}" if can_suggest_name else rule
+    return f"{name_rule}, for example {corrected_name}" if can_suggest_name else name_rule
 
 
 def find_name_problem(name: str) -> str:

@@ -131,9 +131,9 @@ class Cluster:
 
     # --- objects of a job
 
-    def list_pods(self, name: str, attempt: int | None = None) -> list[KubeObject]:
+    def list_pods(self, job_name: str, attempt: int | None = None) -> list[KubeObject]:
         """Return the pods of a job, sorted by attempt and completion index."""
-        selector = f"{Label.JOB_NAME}={name}" + (f",{Label.ATTEMPT}={attempt}" if attempt is not None else "")
+        selector = f"{Label.JOB_NAME}={job_name}" + (f",{Label.ATTEMPT}={attempt}" if attempt is not None else "")
         pods = self.call_api("GET", f"{CORE_API_PATH}/{self._make_namespaced_path('pods')}", {"labelSelector": selector}).get("items") or []
         return sorted(
             pods, key=lambda pod: (get_attempt(pod), get_pod_index(pod), pod["metadata"].get("creationTimestamp", ""))
@@ -433,8 +433,8 @@ def get_attempt(pod: KubeObject) -> int:
 def get_pod_index(pod: KubeObject) -> int:
     """Return the completion index of a pod within its attempt."""
     labels, annotations = pod["metadata"].get("labels") or {}, pod["metadata"].get("annotations") or {}
-    key = "batch.kubernetes.io/job-completion-index"
-    return int(labels.get(key) or annotations.get(key) or 0)
+    index_key = "batch.kubernetes.io/job-completion-index"
+    return int(labels.get(index_key) or annotations.get(index_key) or 0)
 
 
 def get_event_time(event: KubeObject) -> str:

@@ -260,9 +260,9 @@ class Doctor:
 def find_pool_problem(pool: Pool, nodes: list[dict[str, Any]]) -> str:
     """Return why jobs cannot run in a pool now, or an empty string."""
     pool_nodes = select_nodes_of_pool(pool, nodes)
-    labels = ", ".join(f"{key}={value}" for key, value in pool.node_selector.items())
+    labels_text = ", ".join(f"{key}={value}" for key, value in pool.node_selector.items())
     if not pool_nodes:
-        return f"pool {pool.name}: no node has the labels {labels}" if labels else f"pool {pool.name}: the cluster has no nodes"
+        return f"pool {pool.name}: no node has the labels {labels_text}" if labels_text else f"pool {pool.name}: the cluster has no nodes"
     largest_gpu_count = max(count_gpus_of_node(node, pool.gpu_resource) for node in pool_nodes)
     if largest_gpu_count < pool.gpus_per_node:
         return f"pool {pool.name}: its nodes have at most {largest_gpu_count} {pool.gpu_resource}, but gpusPerNode is {pool.gpus_per_node}"

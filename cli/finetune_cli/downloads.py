@@ -184,7 +184,7 @@ class Download:
                 file.seek(0)
                 file.truncate()
             report_bytes(file.tell())
-            lost_connections = 0
+            lost_connection_count = 0
             while file.tell() < self._file.size:
                 start_offset = file.tell()
                 try:
@@ -192,8 +192,8 @@ class Download:
                         file.write(chunk)
                         report_bytes(len(chunk))
                 except ConnectionLost:
-                    lost_connections = lost_connections + 1 if file.tell() == start_offset else 0
-                    if lost_connections >= MAX_LOST_CONNECTIONS:
+                    lost_connection_count = lost_connection_count + 1 if file.tell() == start_offset else 0
+                    if lost_connection_count >= MAX_LOST_CONNECTIONS:
                         raise
                 else:
                     if file.tell() < self._file.size:

@@ -64,8 +64,10 @@ class InstalledConfig(LenientModel):
 
     def compute_pod_defaults(self, pool: Pool) -> dict[str, str]:
         """Return the default CPU, memory, disk and shared memory of a pod that uses all GPUs of one node of this pool."""
-        per_gpu = self.resources.get("perGpu") or {}
-        configured_resources = ConfiguredResources(_select_quantities(pool.resources), _select_quantities(per_gpu), _select_quantities(self.resources))
+        resources_per_gpu = self.resources.get("perGpu") or {}
+        configured_resources = ConfiguredResources(
+            _select_quantities(pool.resources), _select_quantities(resources_per_gpu), _select_quantities(self.resources)
+        )
         return choose_pod_resources(count_whole_gpus(pool.gpu_resource, pool.gpus_per_node), pool.gpu_memory, configured_resources)
 
 
@@ -171,7 +173,9 @@ def compute_pool_usage(pool: Pool, nodes: list[KubeObject], pods: list[KubeObjec
         if node_name in used_gpus_by_node:
             used_gpus_by_node[node_name] += count_requested_gpus(pod, pool.gpu_resource)
     free_gpus_by_node = {name: max(0, usable_gpus_by_node[name] - used_gpus_by_node[name]) for name in usable_gpus_by_node}
-    free_nodes = sum(1 for gpus in free_gpus_by_node.values() if gpus >= max(1, pool.gpus_per_node)) if pool.gpus_per_node else len(usable_gpus_by_node)
+    free_nodes = len(usable_gpus_by_node)
+    if pool.gpus_per_node:
+        free_nodes = sum(1 for free_gpus in free_gpus_by_node.values() if free_gpus >= max(1, pool.gpus_per_node))
     return PoolUsage(len(pool_nodes), len(usable_gpus_by_node), sum(usable_gpus_by_node.values()), sum(free_gpus_by_node.values()), free_nodes)
 
 
@@ -191,9 +195,9 @@ def is_usable(node: KubeObject, pool: Pool) -> bool:
 
 
 def _tolerates(toleration: dict[str, Any], taint: dict[str, Any]) -> bool:
-    has_key = toleration.get("key") in (None, "", taint.get("key"))
-    has_value = toleration.get("operator") == "Exists" or toleration.get("value", "") == taint.get("value", "")
-    return has_key and has_value and toleration.get("effect") in (None, "", taint.get("effect"))
+    matches_key = toleration.get("key") in (None, "", taint.get("key"))
+    matches_value = toleration.get("operator") == "Exists" or toleration.get("value", "") == taint.get("value", "")
+    return matches_key and matches_value and toleration.get("effect") in (None, "", taint.get("effect"))
 
 
 def count_requested_gpus(pod: KubeObject, resource: str) -> int:

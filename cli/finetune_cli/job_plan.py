@@ -70,7 +70,7 @@ def read_gpu(gpu: str | None, gpu_memory: str | None, gpus_per_node: int | None 
     return GpuPool(name="the GPU", memory_bytes=given_memory_bytes, gpus_per_node=gpu_count, is_current=True)
 
 
-def plan_job(resolved_spec: ResolvedSpec, shape: ModelShape, pool: GpuPool | None, facts: RunFacts, data: DataSize | None = None) -> MethodPlan:
+def plan_job(resolved_spec: ResolvedSpec, shape: ModelShape, pool: GpuPool | None, facts: RunFacts, data_size: DataSize | None = None) -> MethodPlan:
     """Plan a job.
 
     If `pool` is given, fields that the spec leaves out get the values that the job's preparation in the cluster would choose for this pool. The plan
@@ -83,7 +83,7 @@ def plan_job(resolved_spec: ResolvedSpec, shape: ModelShape, pool: GpuPool | Non
     if pool is None:
         return MethodPlan(resolved_spec.spec, plan_memory(resolved_spec.spec, shape, facts))
     try:
-        decision = choose_values(resolved_spec, shape, [pool], facts, data)
+        decision = choose_values(resolved_spec, shape, [pool], facts, data_size)
     except ConfigError as error:
         if error.code != "ChoicesNotPlanned":
             raise

@@ -152,10 +152,10 @@ class JobStorage:
                 while chunk := file.read(1 << 20):
                     yield chunk
             return
-        options = {"Range": f"bytes={start}-"} if start else {}
-        options |= {"IfMatch": f'"{etag}"'} if etag else {}
+        request_options = {"Range": f"bytes={start}-"} if start else {}
+        request_options |= {"IfMatch": f'"{etag}"'} if etag else {}
         with StorageErrors(self.make_object_uri(key)):
-            yield from self.client.get_object(Bucket=self.bucket, Key=self.make_full_key(key), **options)["Body"].iter_chunks(1 << 20)
+            yield from self.client.get_object(Bucket=self.bucket, Key=self.make_full_key(key), **request_options)["Body"].iter_chunks(1 << 20)
 
     def delete_objects(self, stored_objects: list[StoredObject]) -> None:
         """Delete objects in the given order. Raises StorageError for the first object that could not be deleted."""
@@ -302,8 +302,8 @@ def list_committed_folders(storage: JobStorage) -> list[CommittedFolder]:
 
 def find_committed_folder(storage: JobStorage, folder: str) -> CommittedFolder | None:
     """Return the committed checkpoint or model in a folder, or None if the folder has no commit marker. Raises StorageError."""
-    marker = storage.read_if_exists(f"{folder}/{Storage.COMMITTED}")
-    return None if marker is None else parse_marker(storage, folder, marker)
+    marker_bytes = storage.read_if_exists(f"{folder}/{Storage.COMMITTED}")
+    return None if marker_bytes is None else parse_marker(storage, folder, marker_bytes)
 
 
 def parse_marker(storage: JobStorage, folder: str, content: bytes, is_healthy: bool = False) -> CommittedFolder:

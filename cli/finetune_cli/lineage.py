@@ -188,8 +188,8 @@ class Verifier:
             return
         digest = self._result.manifest_sha256 = hashlib.sha256(manifest_bytes).hexdigest()
         if digest != marker["manifestSha256"]:
-            named_digest = marker["manifestSha256"]
-            self._add_finding(CheckName.MANIFEST, Code.MANIFEST_CHANGED, f"{key} has sha256 {digest[:12]}..., but the marker names {named_digest[:12]}...")
+            digest_in_marker = marker["manifestSha256"]
+            self._add_finding(CheckName.MANIFEST, Code.MANIFEST_CHANGED, f"{key} has sha256 {digest[:12]}..., but the marker names {digest_in_marker[:12]}...")
         manifest = _parse_json_object(manifest_bytes)
         entries = manifest.get("files")
         if not isinstance(entries, list) or not entries or not all(map(_is_file_entry, entries)) or not isinstance(manifest.get("facts"), dict):
@@ -198,7 +198,7 @@ class Verifier:
         self._result.manifest = manifest
         self._add_note(CheckName.MANIFEST, f"sha256 {digest[:12]}..., {len(entries)} files")
         for path, count in Counter(entry["path"] for entry in entries).items():
-            if not _is_inside(path):
+            if not _is_inside_folder(path):
                 self._add_finding(CheckName.MANIFEST, Code.PATH_INVALID, f"the manifest lists {path!r}, which is not inside the model's folder")
             if count > 1:
                 self._add_finding(CheckName.MANIFEST, Code.PATH_DUPLICATE, f"the manifest lists {path} {count} times")
@@ -208,7 +208,7 @@ class Verifier:
             return
         folder, total_bytes = self._result.folder, 0
         stored_paths = {stored_object.key.removeprefix(f"{folder}/") for stored_object in self._storage.list_objects(folder)}
-        entries = {entry["path"]: entry for entry in self._result.manifest["files"] if _is_inside(entry["path"])}
+        entries = {entry["path"]: entry for entry in self._result.manifest["files"] if _is_inside_folder(entry["path"])}
         for path, entry in entries.items():
             if self._is_linked(f"{folder}/{path}"):
                 continue
@@ -286,14 +286,14 @@ class Verifier:
         """
         if self._result.statement is None or self._result.select_findings(CheckName.STATEMENT):
             return
-        byproducts = self._result.statement.predicate.run_details.byproducts
+        named_checkpoints = self._result.statement.predicate.run_details.byproducts
         stored_count = 0
-        for checkpoint in byproducts:
+        for checkpoint in named_checkpoints:
             marker_bytes = self._storage.read_if_exists(f"{checkpoint.name}/{Storage.COMMITTED}")
             stored_count += marker_bytes is not None
             if marker_bytes is not None and _parse_json_object(marker_bytes).get("manifestSha256") != checkpoint.digest.get("sha256"):
                 self._add_finding(CheckName.CHECKPOINTS, Code.CHECKPOINT_CHANGED, f"{checkpoint.name} has another manifest than in the statement")
-        self._add_note(CheckName.CHECKPOINTS, f"{stored_count} of {len(byproducts)} named checkpoints are stored (their files are not read)")
+        self._add_note(CheckName.CHECKPOINTS, f"{stored_count} of {len(named_checkpoints)} named checkpoints are stored (their files are not read)")
 
     # ---- the signature ----
 
@@ -411,7 +411,7 @@ def _is_file_entry(entry: Any) -> bool:
     return is_object and isinstance(entry.get("size"), int) and _is_sha256(entry.get("sha256"))
 
 
-def _is_inside(path: str) -> bool:
+def _is_inside_folder(path: str) -> bool:
     """Return whether a path in a manifest is relative and leads to a file inside the model's folder."""
     return "\\" not in path and "\0" not in path and all(part not in ("", ".", "..") for part in path.split("/"))
 

@@ -119,12 +119,12 @@ def _check_spec(
 # --- the run configuration ------------------------------------------------------------------------------------------
 
 
-def _write_run(name: str, resolution: ResolvedSpec, root: Path, notes: list[str]) -> LocalRun:
+def _write_run(name: str, resolution: ResolvedSpec, output_folder: Path, notes: list[str]) -> LocalRun:
     """Write the run configuration of the next attempt. A run with the same folder and name continues the same job."""
-    uid = str(uuid.uuid5(uuid.NAMESPACE_URL, f"file://{root}/{name}"))
-    state_folder = root / ".finetune" / name
+    uid = str(uuid.uuid5(uuid.NAMESPACE_URL, f"file://{output_folder}/{name}"))
+    state_folder = output_folder / ".finetune" / name
     state_folder.mkdir(parents=True, exist_ok=True)
-    job_folder = root / LOCAL_NAMESPACE / name / uid
+    job_folder = output_folder / LOCAL_NAMESPACE / name / uid
     resolution = _continue_job(state_folder / names.RUN_FILE_NAME, resolution, job_folder, name)
     counter_file = state_folder / "attempt"
     counted_attempts = int(counter_file.read_text(encoding="utf-8")) if counter_file.is_file() else 0
@@ -147,7 +147,7 @@ def _write_run(name: str, resolution: ResolvedSpec, root: Path, notes: list[str]
             master_address="127.0.0.1", master_port=0, rendezvous_id=f"{uid}-{attempt}",
         ),
         storage=StoreTarget(uri=f"file://{job_folder}"),
-        publish=f"file://{root}/{spec.output.dir.strip('/')}" if spec.output.dir else None,
+        publish=f"file://{output_folder}/{spec.output.dir.strip('/')}" if spec.output.dir else None,
         resume=ResumeConfig(mode="auto" if attempt > 1 else spec.checkpoint.resume or "auto"),
         grace_seconds=GRACE_SECONDS,
     )  # fmt: skip

@@ -163,10 +163,10 @@ def _pack_layer(layout_folder: Path, file: ModelFile) -> dict[str, Any]:
     blob_file, tar_file = layout_folder / BLOBS_FOLDER / file.sha256, layout_folder / f"{file.sha256}.tar"
     with tar_file.open("wb") as tar_stream:
         writer = _HashingWriter(tar_stream)
-        with tarfile.open(fileobj=writer, mode="w|", format=tarfile.PAX_FORMAT) as archive, blob_file.open("rb") as content:
+        with tarfile.open(fileobj=writer, mode="w|", format=tarfile.PAX_FORMAT) as archive, blob_file.open("rb") as blob_content:
             tar_entry = tarfile.TarInfo(f"{MODELS_FOLDER}/{file.path}")
             tar_entry.size, tar_entry.mode = file.size, FILE_MODE
-            archive.addfile(tar_entry, content)
+            archive.addfile(tar_entry, blob_content)
     tar_file.rename(layout_folder / BLOBS_FOLDER / writer.sha256)
     return {"mediaType": LAYER_TYPE, "digest": f"sha256:{writer.sha256}", "size": writer.size}
 

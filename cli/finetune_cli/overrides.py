@@ -112,14 +112,14 @@ def _parse_set_text(text: str, fields_by_path: dict[str, Field], mistakes: list[
 
 def _make_hint_for_unknown(path: str, fields_by_path: dict[str, Field]) -> str:
     """Return a hint what to write instead of an unknown path. An option cannot set a part of a list or map, but only the whole list or map."""
-    parent = path
-    while parent and parent not in fields_by_path:
-        parent = parent[: parent.rfind("[")] if parent.endswith("]") else parent.rpartition(".")[0]
-    type_text = fields_by_path[parent].type_text if parent else ""
+    ancestor_path = path
+    while ancestor_path and ancestor_path not in fields_by_path:
+        ancestor_path = ancestor_path[: ancestor_path.rfind("[")] if ancestor_path.endswith("]") else ancestor_path.rpartition(".")[0]
+    type_text = fields_by_path[ancestor_path].type_text if ancestor_path else ""
     if type_text.startswith("list of"):
-        return f"set the whole list: --set '{parent}=[...]'"
+        return f"set the whole list: --set '{ancestor_path}=[...]'"
     if type_text.startswith("map of"):
-        return f"set the whole map: --set '{parent}={{NAME: VALUE}}'"
+        return f"set the whole map: --set '{ancestor_path}={{NAME: VALUE}}'"
     closest_path = suggest_field(path, [field_path for field_path in fields_by_path if "[]" not in field_path])
     return f"did you mean {closest_path}?" if closest_path else "`finetune explain` lists all fields"
 

@@ -175,7 +175,7 @@ def read_result(pod: KubeObject) -> ProbeResult | None:
     waiting, terminated = state.get("waiting") or {}, state.get("terminated")
     if terminated is not None:
         message = str(terminated.get("message") or "").strip()
-        return ProbeResult(ProbeEnd.FINISHED, message or f"exit code {terminated.get('exitCode')}", _parse_message(message))
+        return ProbeResult(ProbeEnd.FINISHED, message or f"exit code {terminated.get('exitCode')}", _parse_storage_result(message))
     ends_of_waiting_pods: tuple[tuple[tuple[str, ...], ProbeEnd], ...] = ((PULL_PROBLEMS, ProbeEnd.NOT_PULLED), (CONFIG_PROBLEMS, ProbeEnd.NOT_CONFIGURED))
     for reasons, end in ends_of_waiting_pods:
         if waiting.get("reason") in reasons:
@@ -183,7 +183,7 @@ def read_result(pod: KubeObject) -> ProbeResult | None:
     return None
 
 
-def _parse_message(message: str) -> StorageCheckResult | None:
+def _parse_storage_result(message: str) -> StorageCheckResult | None:
     try:
         return StorageCheckResult.model_validate_json(message.splitlines()[-1] if message else "")
     except ValidationError:

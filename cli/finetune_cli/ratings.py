@@ -97,7 +97,7 @@ def _read_json_rows(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
     rows = content.get("rows") if isinstance(content, dict) else None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise InvalidInput([Mistake(display_name(path), "rows", "this is not a rating sheet: the list of rows is missing")])
-    return [(f"{display_name(path)}: row {number}", row) for number, row in enumerate(rows, 1)]
+    return [(f"{display_name(path)}: row {row_number}", row) for row_number, row in enumerate(rows, 1)]
 
 
 def _read_csv_rows(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
@@ -187,26 +187,26 @@ def compute_krippendorff_alpha(units: Sequence[Sequence[int]]) -> float | None:
     Krippendorff's Alpha-Reliability", section D). None if all scores are equal, or if no answer has two scores.
     """
     paired_units = [unit for unit in units if len(unit) > 1]
-    counts: dict[int, int] = defaultdict(int)
+    count_by_score: dict[int, int] = defaultdict(int)
     for unit in paired_units:
-        for value in unit:
-            counts[value] += 1
-    value_count = sum(counts.values())
+        for score in unit:
+            count_by_score[score] += 1
+    score_count = sum(count_by_score.values())
 
     def compute_distance(first_score: int, second_score: int) -> float:
         low, high = min(first_score, second_score), max(first_score, second_score)
-        value_count_between = sum(count for value, count in counts.items() if low <= value <= high)
-        return (value_count_between - (counts[low] + counts[high]) / 2) ** 2
+        score_count_between = sum(count for score, count in count_by_score.items() if low <= score <= high)
+        return (score_count_between - (count_by_score[low] + count_by_score[high]) / 2) ** 2
 
     expected_disagreement = sum(
-        counts[first] * counts[second] * compute_distance(first, second) for first, second in product(list(counts), repeat=2)
+        count_by_score[first] * count_by_score[second] * compute_distance(first, second) for first, second in product(list(count_by_score), repeat=2)
     )
     if expected_disagreement == 0:
         return None
     observed_disagreement = sum(
         compute_distance(first, second) / (len(unit) - 1) for unit in paired_units for first, second in product(unit, repeat=2)
     )
-    return 1 - (value_count - 1) * observed_disagreement / expected_disagreement
+    return 1 - (score_count - 1) * observed_disagreement / expected_disagreement
 
 
 def compute_win_rate(ratings: Iterable[Rating]) -> dict[str, Any]:

@@ -105,14 +105,14 @@ def write_new_key(path: Path, password: str) -> Path:
 
     key, public_path = Ed25519PrivateKey.generate(), path.with_name(f"{path.name}.pub")
     encryption = BestAvailableEncryption(password.encode()) if password else NoEncryption()
-    contents = {
+    content_and_mode_by_file = {
         path: (key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, encryption), 0o600),
         public_path: (key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo), 0o644),
     }
-    for file in contents:
+    for file in content_and_mode_by_file:
         if file.exists():
             raise KeyFileError(f"{file} exists already: choose another name, because a lost key cannot be restored")
-    for file, (content, mode) in contents.items():
+    for file, (content, mode) in content_and_mode_by_file.items():
         try:
             with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as stream:
                 stream.write(content)

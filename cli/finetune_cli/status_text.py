@@ -197,7 +197,7 @@ def _format_failure_lines(status: FineTuneJobStatus) -> list[str]:
     failure = status.failure
     if failure is None:
         return []
-    location = ", ".join(
+    location_text = ", ".join(
         f"{name} {value}"
         for name, value in (
             ("rank", failure.rank),
@@ -209,7 +209,7 @@ def _format_failure_lines(status: FineTuneJobStatus) -> list[str]:
     )
     lines = [
         "",
-        f"failure   {failure.class_} {failure.code}: {failure.message}" + (f" ({location})" if location else ""),
+        f"failure   {failure.class_} {failure.code}: {failure.message}" + (f" ({location_text})" if location_text else ""),
     ]
     return [*lines, f"          {failure.hint}"] if failure.hint else lines
 
@@ -221,9 +221,10 @@ def _format_attempt_lines(status: FineTuneJobStatus) -> list[str]:
     for attempt in status.attempts:
         reason = attempt.reason or ("running" if attempt.end_time is None else "-")
         cells = (attempt.exit_code, attempt.resumed_from_step, attempt.last_step, attempt.steps_lost)
-        code, start, last, lost = ("-" if value is None else str(value) for value in cells)
+        exit_code_text, start_step_text, last_step_text, lost_steps_text = ("-" if value is None else str(value) for value in cells)
         lines.append(
-            f"{attempt.number:<8} {reason:<22} {code:<5} {start:<10} {last:<10} {lost:<5} {attempt.node or '-'}"
+            f"{attempt.number:<8} {reason:<22} {exit_code_text:<5} {start_step_text:<10} {last_step_text:<10} "
+            f"{lost_steps_text:<5} {attempt.node or '-'}"
         )
     return lines
 

@@ -81,11 +81,11 @@ def _list_spec_paths() -> list[str]:
 def _list_fields(group_pattern: str) -> str:
     """Return a hint with the fields of a group, or with the command that lists them if the group is large."""
     prefix = f"{group_pattern}."
-    names = [path.removeprefix(prefix) for path in fields_by_path() if path.startswith(prefix) and "." not in path.removeprefix(prefix)]
+    field_names = [path.removeprefix(prefix) for path in fields_by_path() if path.startswith(prefix) and "." not in path.removeprefix(prefix)]
     group = group_pattern.removeprefix("spec.").replace("[]", "")
-    if group_pattern == "spec" or len(names) > MAX_LISTED_FIELDS:
+    if group_pattern == "spec" or len(field_names) > MAX_LISTED_FIELDS:
         return f"`finetune explain{'' if group_pattern == 'spec' else f' {group}'}` lists all fields"
-    return f"the fields of {group} are {', '.join(names)}"
+    return f"the fields of {group} are {', '.join(field_names)}"
 
 
 def _to_nested_yaml(dotted_key: str, value: Any) -> str:

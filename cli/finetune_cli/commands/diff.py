@@ -40,16 +40,16 @@ def diff(
         return dict(connect(namespace, context, kubeconfig).get_job(manifest_or_job).get("spec") or {})
 
     first_values, second_values = flatten(_fill_in_defaults(load_spec(first), first)), flatten(_fill_in_defaults(load_spec(second), second))
-    rows = [
+    differences = [
         (path, first_values.get(path, "-"), second_values.get(path, "-"))
         for path in sorted({*first_values, *second_values})
         if first_values.get(path) != second_values.get(path)
     ]
-    if not rows:
+    if not differences:
         output.print_notes(["both jobs have the same configuration"])
         return
-    path_width = max(len(path) for path, *_ in rows)
-    output.write("\n".join(f"{path:<{path_width}}  {first_value}  ->  {second_value}" for path, first_value, second_value in rows))
+    path_width = max(len(path) for path, *_ in differences)
+    output.write("\n".join(f"{path:<{path_width}}  {first_value}  ->  {second_value}" for path, first_value, second_value in differences))
 
 
 def _fill_in_defaults(spec: dict[str, Any], name: str) -> dict[str, Any]:

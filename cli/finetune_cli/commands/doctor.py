@@ -65,8 +65,8 @@ def doctor(
     timeout_seconds = parse_timeout(timeout) or 0
     results: list[CheckResult] = []
     try:
-        doctor_run = Doctor(connect(namespace, context, kubeconfig), operator_namespace, spec, timeout_seconds, skipped_checks)
-        for result in doctor_run.run():
+        checker = Doctor(connect(namespace, context, kubeconfig), operator_namespace, spec, timeout_seconds, skipped_checks)
+        for result in checker.run():
             results.append(result)
             if output_format is None:
                 _write_line(result)

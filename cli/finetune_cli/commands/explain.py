@@ -74,12 +74,12 @@ def _format_line(field: Field) -> str:
 def _format_entry(field: Field, all_fields: tuple[Field, ...]) -> str:
     lines = [f"{field.path} <{field.type_text}>", f"  {_describe_field(field)}"]
     prefix = field.path + ("[]." if field.type_text.startswith("list of") else ".")
-    children = [child for child in all_fields if child.path.startswith(prefix) and "." not in child.path[len(prefix) :]]
-    if children:
-        name_width = max(len(child.path) - len(prefix) for child in children)
+    inner_fields = [inner_field for inner_field in all_fields if inner_field.path.startswith(prefix) and "." not in inner_field.path[len(prefix) :]]
+    if inner_fields:
+        name_width = max(len(inner_field.path) - len(prefix) for inner_field in inner_fields)
         lines += [
             "",
-            *(f"  {child.path[len(prefix) :]:<{name_width}}  <{child.type_text}>  {_describe_field(child)}" for child in children),
+            *(f"  {inner_field.path[len(prefix) :]:<{name_width}}  <{inner_field.type_text}>  {_describe_field(inner_field)}" for inner_field in inner_fields),
         ]
     return "\n".join(lines)
 
@@ -88,11 +88,11 @@ def _describe_field(field: Field) -> str:
     """Return the description of a field. If this release does not support the field or some of its values, a mark in front of the description says so."""
     from finetune_api.support import UNSUPPORTED_FIELDS, to_wire_path
 
-    for row in UNSUPPORTED_FIELDS:
-        path = f"spec.{to_wire_path(row.path)}"
+    for unsupported_field in UNSUPPORTED_FIELDS:
+        path = f"spec.{to_wire_path(unsupported_field.path)}"
         if field.path == path or field.path.startswith((f"{path}.", f"{path}[")):
             support_mark = (
-                "[not supported yet]" if row.refuses_every_value else f"[some values are not supported yet: {row.hint}]"
+                "[not supported yet]" if unsupported_field.refuses_every_value else f"[some values are not supported yet: {unsupported_field.hint}]"
             )
             return f"{support_mark} {field.description}"
     return field.description

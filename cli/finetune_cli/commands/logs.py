@@ -88,17 +88,17 @@ def merge_log_lines(
     """
     from finetune_cli.cluster import ClusterError, get_attempt, get_pod_index
 
-    lines: queue.Queue[tuple[str, str | None]] = queue.Queue(maxsize=1000)
+    line_queue: queue.Queue[tuple[str, str | None]] = queue.Queue(maxsize=1000)
 
     def queue_log_lines(pod: dict[str, Any]) -> None:
         line_prefix = f"[{get_attempt(pod)}/{get_pod_index(pod)}]"
         try:
             for line in _stream_log(cluster, pod, follow, tail):
-                lines.put((line_prefix, line))
+                line_queue.put((line_prefix, line))
         except ClusterError as error:
-            lines.put((line_prefix, f"({error})"))
+            line_queue.put((line_prefix, f"({error})"))
         finally:
-            lines.put((line_prefix, None))
+            line_queue.put((line_prefix, None))
 
     if not follow:
         for pod in pods:
@@ -112,7 +112,7 @@ def merge_log_lines(
         threading.Thread(target=queue_log_lines, args=(pod,), daemon=True).start()
     running_stream_count = len(pods)
     while running_stream_count:
-        line_prefix, line = lines.get()
+        line_prefix, line = line_queue.get()
         if line is None:
             running_stream_count -= 1
         else:

@@ -99,20 +99,20 @@ def plan(
         raise output.fail("--fit needs the memory of a GPU: add --gpu NAME or --gpu-memory SIZE")
     _check_numbers({"--longest-row": longest_row, "--rows": rows, "--mean-row": mean_row}, price)
     _check_time_options(gpu, rows, mean_row, price)
-    resolved, name = _read_spec(file)
+    resolved_spec, job_name = _read_spec(file)
     try:
-        shape, notes = read_model(resolved.spec, model_config)
-        facts, data_size = RunFacts(longest_tokens=longest_row), _to_data_size(resolved.spec, rows, mean_row)
-        plans = _plan_methods(resolved, shape, _parse_methods(compare), pool, facts, data_size)
+        shape, notes = read_model(resolved_spec.spec, model_config)
+        facts, data_size = RunFacts(longest_tokens=longest_row), _to_data_size(resolved_spec.spec, rows, mean_row)
+        plans = _plan_methods(resolved_spec, shape, _parse_methods(compare), pool, facts, data_size)
         proposals = _propose_changes(next(iter(plans.values())), shape, pool, facts) if fit and pool is not None else []
         time_plans = _plan_times(shape, plans, pool, data_size, price)
     except FineTuneError as error:
         raise output.fail(f"{error.message}; {error.hint}" if error.hint else error.message) from error
     memory_bytes = pool.memory_bytes if pool is not None else None
     if output_format is not None:
-        write_data(_to_dict(name, plans, time_plans, memory_bytes, proposals), output_format)
+        write_data(_to_dict(job_name, plans, time_plans, memory_bytes, proposals), output_format)
     else:
-        summary_lines = _describe_model(name, next(iter(plans.values())).spec, shape)
+        summary_lines = _describe_model(job_name, next(iter(plans.values())).spec, shape)
         lines = [*summary_lines, "", *_format_table(plans, time_plans, memory_bytes, gpu), *_format_choice_lines(plans)]
         output.write("\n".join([*lines, *(["", *proposals] if proposals else [])]))
     notes = [*notes, *(note for method_plan in plans.values() for note in method_plan.notes), *_make_time_notes(time_plans)]
@@ -255,10 +255,10 @@ def _format_table(plans: dict[str, MethodPlan], time_plans: TimeAndCostPlans, me
 
     rows: list[tuple[str, list[str]]] = [("", list(plans))]
     parts = next(iter(plans.values())).plan.memory.parts
-    for part in type(parts).model_fields:
-        sizes_in_bytes = [getattr(method_plan.plan.memory.parts, part) for method_plan in plans.values()]
+    for part_name in type(parts).model_fields:
+        sizes_in_bytes = [getattr(method_plan.plan.memory.parts, part_name) for method_plan in plans.values()]
         if any(sizes_in_bytes):
-            rows.append((part, [format_gigabytes(size_in_bytes) for size_in_bytes in sizes_in_bytes]))
+            rows.append((part_name, [format_gigabytes(size_in_bytes) for size_in_bytes in sizes_in_bytes]))
     rows.append(("expected peak", [format_gigabytes(method_plan.plan.memory.expected_bytes) for method_plan in plans.values()]))
     rows.append(("upper bound", [format_gigabytes(method_plan.plan.memory.upper_bytes) for method_plan in plans.values()]))
     if memory_bytes is not None:

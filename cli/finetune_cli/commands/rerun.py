@@ -91,9 +91,9 @@ def find_chosen_values(job: dict[str, Any], changed_values: dict[str, Any]) -> d
     if PROCESSES_PER_NODE_PATH in changed_values:
         replaced_paths.add(GPUS_PATH)
     resources = {f"resources.{name}": value for name, value in ((job.get("spec") or {}).get("resources") or {}).items()}
-    resource_values = resources | {path: value for path, value in chosen_values.items() if path not in replaced_paths} | changed_values
-    ranks_per_node = resource_values.get(PROCESSES_PER_NODE_PATH) or resource_values.get(GPUS_PATH) or 1
-    if (resource_values.get("resources.nodes") or 1) * ranks_per_node == 1:
+    values_of_new_job = resources | {path: value for path, value in chosen_values.items() if path not in replaced_paths} | changed_values
+    ranks_per_node = values_of_new_job.get(PROCESSES_PER_NODE_PATH) or values_of_new_job.get(GPUS_PATH) or 1
+    if (values_of_new_job.get("resources.nodes") or 1) * ranks_per_node == 1:
         replaced_paths.add(STRATEGY_PATH)
     return {path: value for path, value in chosen_values.items() if path not in replaced_paths}
 
@@ -132,10 +132,10 @@ def find_free_name(name: str, taken_names: set[str]) -> str:
     from finetune_api.names import MAX_NAME_LENGTH
 
     match = re.match(r"^(.*?)-(\d+)$", name)
-    base, number = (match.group(1), int(match.group(2)) + 1) if match else (name, 2)
-    while f"{base[: MAX_NAME_LENGTH - len(str(number)) - 1]}-{number}" in taken_names:
+    base_name, number = (match.group(1), int(match.group(2)) + 1) if match else (name, 2)
+    while f"{base_name[: MAX_NAME_LENGTH - len(str(number)) - 1]}-{number}" in taken_names:
         number += 1
-    return f"{base[: MAX_NAME_LENGTH - len(str(number)) - 1]}-{number}"
+    return f"{base_name[: MAX_NAME_LENGTH - len(str(number)) - 1]}-{number}"
 
 
 def build_rerun(old_job: dict[str, Any], name: str, changed_values: dict[str, Any], step: int | None) -> dict[str, Any]:

@@ -58,8 +58,8 @@ def sign(
 
     private_key = read_private_key(key)
     job_storage, job = open_target(target, StorageOptions(use_secret, endpoint, storage, namespace, context, kubeconfig))
-    statement = _verify_statement(job_storage, job)
-    _store_signature(job_storage, statement, private_key)
+    statement_bytes = _verify_statement(job_storage, job)
+    _store_signature(job_storage, statement_bytes, private_key)
     output.write(f"{job_storage.uri}: signed by the key {compute_key_id(private_key.public_key())}")
 
 
@@ -104,7 +104,7 @@ def _compare_with_status(verification: CheckResults, job: dict[str, Any]) -> Non
         )
 
 
-def _add_image_digest(statement: bytes, job: dict[str, Any]) -> bytes:
+def _add_image_digest(statement_bytes: bytes, job: dict[str, Any]) -> bytes:
     """Add the digest of the trainer image from the job's status to the statement. The pod that wrote the statement does not know this digest."""
     import json
 
@@ -115,8 +115,8 @@ def _add_image_digest(statement: bytes, job: dict[str, Any]) -> bytes:
     resolved_config = parse_status(job).resolved
     image, _, digest = ((resolved_config.image_digest if resolved_config is not None else None) or "").rpartition("sha256:")
     if resolved_config is None or not digest:
-        return statement
-    statement_object = json.loads(statement)
+        return statement_bytes
+    statement_object = json.loads(statement_bytes)
     build_definition = statement_object["predicate"]["buildDefinition"]
     image_dependency = Resource(
         name=TRAINER_IMAGE_DEPENDENCY, uri=image.rstrip("@") or resolved_config.image, digest={"sha256": digest}, annotations={"observedBy": "operator"}

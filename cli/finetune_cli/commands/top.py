@@ -116,10 +116,10 @@ def _read_row(cluster: Cluster, job: dict[str, Any], pod: dict[str, Any]) -> Pod
     from finetune_cli.cluster import ClusterError
 
     try:
-        report = cluster.read_from_pod(pod["metadata"]["namespace"], pod["metadata"]["name"], HttpPath.USAGE)
+        usage_report = cluster.read_from_pod(pod["metadata"]["namespace"], pod["metadata"]["name"], HttpPath.USAGE)
     except ClusterError as error:
         return PodRow(job, pod, None, _explain_error(error, pod["metadata"]["name"]))
-    return PodRow(job, pod, PodUsage.model_validate(report))
+    return PodRow(job, pod, PodUsage.model_validate(usage_report))
 
 
 def _explain_error(error: ClusterError, pod_name: str) -> str:

@@ -51,12 +51,12 @@ def upload(
         raise output.fail(f"{source}: there is no such file or folder")
     with show_progress("upload", is_quiet=output_format is not None) as progress:
         options = StorageOptions(endpoint=endpoint, namespace=namespace, context=context, kubeconfig=kubeconfig, secret_name=secret)
-        uri, files, hint = _upload_source(source, target, options, progress)
+        uri, files, note = _upload_source(source, target, options, progress)
     if output_format is not None:
         write_data(to_dict(uri, source, files), output_format)
         return
     output.write(f"{uri}: {summarise_files(files)}")
-    output.print_notes([hint])
+    output.print_notes([note])
 
 
 def _upload_source(source: Path, target: str, options: StorageOptions, progress: Progress) -> tuple[str, list[TransferredFile], str]:

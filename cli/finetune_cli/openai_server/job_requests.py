@@ -182,8 +182,8 @@ def _check_texts(request: dict[str, Any]) -> None:
         raise bad_request('metadata must be an object with texts: write for example {"team": "support"}', "metadata")
     is_too_long = any(len(key) > MAX_METADATA_KEY or len(value) > MAX_METADATA_VALUE for key, value in metadata.items())
     if len(metadata) > MAX_METADATA or is_too_long:
-        limits = f"at most {MAX_METADATA} pairs, with keys of {MAX_METADATA_KEY} and values of {MAX_METADATA_VALUE} characters"
-        raise bad_request(f"metadata is too large: write {limits}", "metadata")
+        limits_text = f"at most {MAX_METADATA} pairs, with keys of {MAX_METADATA_KEY} and values of {MAX_METADATA_VALUE} characters"
+        raise bad_request(f"metadata is too large: write {limits_text}", "metadata")
     for parameter in ("suffix", "metadata", "integrations"):
         value = request.get(parameter)
         if contains_secret([value, *value] if isinstance(value, dict) else value):

@@ -32,7 +32,7 @@ def build_metrics_csv(storage: JobStorage, job_folder: str) -> bytes:
     and StorageError if S3 fails.
     """
     folder = f"{job_folder}/{Storage.METRICS}"
-    size_by_key = {stored.key: stored.size for stored in storage.list_objects(folder) if ATTEMPT_FILE_PATTERN.search(stored.key)}
+    size_by_key = {stored_object.key: stored_object.size for stored_object in storage.list_objects(folder) if ATTEMPT_FILE_PATTERN.search(stored_object.key)}
     total_bytes = sum(size_by_key.values())
     if total_bytes > MAX_METRICS_BYTES:
         sizes_text = f"{total_bytes / (1 << 20):.1f} MiB, and this server reads at most {MAX_METRICS_BYTES >> 20} MiB"
