@@ -235,7 +235,7 @@ def _load_spec(raw_spec: dict[str, Any]) -> tuple[FineTuneJobSpec | None, list[F
 
 
 def _remove_locations(raw_spec: dict[str, Any], locations: list[tuple[Any, ...]]) -> dict[str, Any]:
-    """Return a copy without the fields at these locations. A list with an invalid item is removed as a whole."""
+    """Return a copy of the spec without the fields at these locations. A list with an invalid item is removed as a whole."""
     remaining_spec = copy.deepcopy(raw_spec)
     for location in locations:
         parent: Any = remaining_spec

@@ -76,7 +76,7 @@ class Cluster:
         return self.call_api("PATCH", path, query, body, "application/apply-patch+yaml")
 
     def delete_object(self, body: KubeObject) -> None:
-        """Delete an object if it still has the uid in `body`. Kubernetes deletes its dependents in the background. Raises ClusterError."""
+        """Delete an object if it still has the uid in `body`. Kubernetes deletes the object's dependents in the background. Raises ClusterError."""
         path = f"{self._make_collection_path(body)}/{quote(str(body['metadata']['name']), safe='')}"
         self.call_api("DELETE", path, None, {"propagationPolicy": "Background", "preconditions": {"uid": body["metadata"]["uid"]}})
 
@@ -91,7 +91,7 @@ class Cluster:
         )
 
     def get_table(self, name: str | None, *, all_namespaces: bool) -> KubeObject:
-        """Return one FineTuneJob or all of them as a Table. The API server chooses its columns, as it does for `kubectl get`."""
+        """Return one FineTuneJob, or all of them, as a Kubernetes `Table`. The API server chooses the columns, as for `kubectl get`."""
         return self.call_api(
             "GET", self._make_job_path(name) if name else self._make_jobs_path(all_namespaces), accept_type=TABLE_CONTENT_TYPE
         )
@@ -359,7 +359,7 @@ def _load_kubeconfig(configuration: Any, context: str | None, kubeconfig_path: s
         except OSError as error:
             raise ClusterError(f"{error.filename or kubeconfig_path or 'the kubeconfig'}: {error.strerror}") from None
         except Exception as error:
-            # The kubernetes library does not catch the exceptions of its parsers. The text of such an exception may quote credentials, so it is not printed.
+            # The kubernetes library does not catch the exceptions of its parsers. Their text is not printed, because it may quote credentials.
             raise ClusterError(
                 f"{kubeconfig_path or '~/.kube/config'} is not a valid kubeconfig ({type(error).__name__})"
             ) from None

@@ -270,7 +270,7 @@ def find_pool_problem(pool: Pool, nodes: list[dict[str, Any]]) -> str:
 
 
 def to_image_result(settings: ProbeSettings, probe_result: ProbeResult, timeout_seconds: float) -> CheckResult:
-    """Return the result of the image check: whether the trainer image was pulled and started."""
+    """Return the result of the image check: whether the trainer image was pulled, and its container was started."""
     image = settings.trainer.image
     if probe_result.end is ProbeEnd.NOT_PULLED:
         cure = "push the image, correct trainer.image in the chart's values, or create the Secret of trainer.imagePullSecrets in this namespace"

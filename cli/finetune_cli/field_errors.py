@@ -30,7 +30,7 @@ def is_within(path: str, group_path: str) -> bool:
 def iterate_field_errors(error: ValidationError, known_errors: Iterable[FieldError] = ()) -> Iterator[FieldError]:
     """Yield every error that pydantic found.
 
-    The caller removed the values with `known_errors` from the spec before the validation. If a field is missing because of this removal, it is not reported.
+    `known_errors`: the errors of values that the caller has already removed from the spec. A field that is missing because of this removal is not reported.
     """
     earlier_errors = list(known_errors)
     for details in error.errors():

@@ -72,7 +72,7 @@ def remove_indexes(path: str) -> str:
 
 
 def find_field(path: str) -> Field | None:
-    """Return the field at a path below spec, which may contain list indexes. None if there is no such field."""
+    """Return the field at a path below spec, or None if there is no such field. The path may contain list indexes."""
     return fields_by_path().get(f"spec.{remove_indexes(path)}")
 
 
@@ -84,9 +84,9 @@ def find_example(path: str) -> str:
 
 
 def make_group_example(path: str) -> str:
-    """Return an example of a group below spec with one of its fields, such as `training: {epochs: 3}`.
+    """Return an example of a group below spec with some of its fields, such as `training: {epochs: 3}`.
 
-    Returns an empty string if the field is not a group.
+    Returns an empty string if the path is neither a group nor a list item, or if no field inside it has an example.
     """
     pattern = f"spec.{remove_indexes(path)}"
     field = fields_by_path().get(pattern.removesuffix("[]"))

@@ -17,7 +17,7 @@ from finetune_cli.cluster import CORE_API_PATH, Cluster, ClusterError, KubeObjec
 from finetune_cli.output import CommandError
 
 DEFAULT_NAMESPACE = "finetune-operator"
-"""The namespace that the installation guide uses. If the user may not list objects in all namespaces, no other namespace is searched for the operator."""
+"""The namespace that the installation guide uses. If the user may not list objects in all namespaces, only this namespace is searched for the operator."""
 CHART_SELECTOR = "app.kubernetes.io/part-of=finetune-operator"
 """Label selector that matches all objects of the chart."""
 CONFIG_KEY = "config.yaml"
@@ -44,7 +44,7 @@ class Pool(LenientModel):
 
 
 class TrainerImage(LenientModel):
-    """The trainer settings in the operator's configuration: how nodes pull the image, and as which user and ServiceAccount pods run."""
+    """The trainer settings in the operator's configuration: the image, how nodes pull it, and the user and the ServiceAccount of the pods."""
 
     image: str = ""
     image_pull_policy: str = "IfNotPresent"

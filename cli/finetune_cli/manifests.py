@@ -34,7 +34,7 @@ class Manifest:
 
     @property
     def is_job(self) -> bool:
-        """Whether the object has the kind FineTuneJob or an apiVersion of its API group. One of the two is enough: the other may be misspelled."""
+        """Whether the object has the kind FineTuneJob or an apiVersion of the same API group. One of the two is enough: the other may be misspelled."""
         kind, version = str(self.value.get("kind")), str(self.value.get("apiVersion"))
         return kind.lower() == KIND.lower() or version.startswith(f"{GROUP}/")
 

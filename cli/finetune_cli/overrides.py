@@ -26,7 +26,7 @@ CONFIG_MAP_KEY_PATTERN = re.compile(r"^[-._a-zA-Z0-9]+$")
 
 
 def parse_overrides(set_texts: Iterable[str], options: Mapping[str, Any] | None = None) -> dict[str, AssignedValue]:
-    """Return the values that `--set` and options such as `--model` give, by spec path. Raises InvalidInput.
+    """Return the values that `--set` and options such as `--model` set, by spec path. Raises InvalidInput.
 
     `options` maps the name of each option to its value, or to None if the user does not give the option.
     """

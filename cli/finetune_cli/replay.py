@@ -114,7 +114,7 @@ def replay(storage: JobStorage, folder: Path, options: ReplayOptions) -> ReplayR
 def _collect_expected_inputs(statement: Statement) -> dict[str, Any]:
     """Return the facts about base model and data that the trainer compares with the downloaded files before it trains.
 
-    The digest of ConfigMaps is left out, because only pods mount ConfigMaps.
+    The digest of the contents of ConfigMaps is left out, because only pods mount ConfigMaps.
     """
     facts = statement.run.facts
     other_digests = {name: digest for name, digest in (facts.get("beside") or {}).items() if name != "contents of ConfigMaps"}
@@ -140,7 +140,7 @@ def _prepare_replay(statement: Statement, folder: Path, options: ReplayOptions) 
 
 
 def make_replay_spec(statement: Statement) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the spec of the replay (the fields that the user has set and that influence the weights), and the defaults of the run by path."""
+    """Return the spec of the replay (the fields that the user has set and that influence the weights), and the defaults of the run by spec path."""
     spec = copy.deepcopy(statement.spec)
     for group in UNUSED_GROUPS:
         spec.pop(group, None)

@@ -57,7 +57,7 @@ class LocalFile:
 
 @dataclass(frozen=True)
 class CommittedUpload:
-    """A checkpoint or model to upload. `folder`: key of its folder in storage. `incarnation`: name of the folder inside it that holds the files."""
+    """A checkpoint or model to upload. `folder`: key of its folder in storage. `incarnation`: name of the folder inside `folder` that holds the files."""
 
     folder: str
     incarnation: str

@@ -1,7 +1,7 @@
 """Reads YAML with line numbers by the rules of YAML 1.1, as kubectl and most other tools do. Duplicate keys are refused.
 
 YAML 1.1 requires a dot in a number with an exponent. Nevertheless, `2e-4` is read as a number, because users who write `2e-4` mean a number. As in
-YAML 1.1, `1_000` is a number, and an unquoted `no` is read as false. If an importer expects a word, it converts false back to `no`.
+YAML 1.1, `1_000` is a number, and an unquoted `no` is read as false. An importer that expects a word converts false back to `no`.
 """
 
 from __future__ import annotations

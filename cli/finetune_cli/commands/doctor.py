@@ -48,7 +48,7 @@ def doctor(
 ) -> None:
     """Check cluster, CRD, operator, your rights, node pools, the trainer image, and storage as a pod reaches it.
 
-    Image and storage are checked by a short Job in the namespace, which is deleted afterwards. It uses no GPU.
+    A short Job in the namespace checks image and storage. The command deletes this Job afterwards. The Job uses no GPU.
 
     Exit code 0: no check failed (a check that could not run is marked with -). 1: wrong usage. 2: a check failed.
 

@@ -85,7 +85,7 @@ def _format_entry(field: Field, all_fields: tuple[Field, ...]) -> str:
 
 
 def _describe_field(field: Field) -> str:
-    """Return the description of a field. If this release does not support the field or some of its values, a mark in front of the description says so."""
+    """Return the description of a field. If this release does not support the field or some of its values, the description begins with a mark that says so."""
     from finetune_api.support import UNSUPPORTED_FIELDS, to_wire_path
 
     for unsupported_field in UNSUPPORTED_FIELDS:

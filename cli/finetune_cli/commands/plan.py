@@ -76,7 +76,7 @@ def plan(
         str | None, typer.Option("--output", "-o", metavar="FORMAT", help="json or yaml.", autocompletion=complete_words("json", "yaml"))
     ] = None,
 ) -> None:
-    """Show the memory that a job needs on each rank, and its time and cost, without a cluster, a GPU or the model's weights.
+    """Show how much memory a job needs on each rank, how long the job takes and what it costs, without a cluster, a GPU or the model's weights.
 
     Exit code 0: the job fits, or no GPU is given; 1: the job does not fit or cannot be planned.
 

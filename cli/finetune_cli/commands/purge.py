@@ -74,7 +74,9 @@ def purge(
 
 
 def _get_finished_job(cluster: Cluster, name: str, uid: str | None) -> dict[str, Any]:
-    """Return the job whose storage is purged. If the job itself is already deleted, the result contains nothing but name, namespace and uid.
+    """Return the job whose storage is purged.
+
+    If `uid` is given, the result has no status and no metadata but name, namespace and this uid. If no job of this name exists, the spec is empty.
 
     Raises ClusterError if the job still exists and has not finished.
     """
@@ -106,7 +108,7 @@ def _sort_markers_first(objects: list[StoredObject]) -> list[StoredObject]:
 
 
 def _confirm_deletion(name: str, objects_text: str, confirmed_name: str | None) -> None:
-    """Ask for confirmation, then for the job's name. Raises StorageError if the user declines."""
+    """Ask for confirmation, then for the job's name. Raises Abort if the user declines, and StorageError for a wrong name or without a terminal."""
     from finetune_cli.job_storage import StorageError
 
     if confirmed_name is not None:

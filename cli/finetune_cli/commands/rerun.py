@@ -30,7 +30,7 @@ def rerun(
     context: ContextOption = None,
     kubeconfig: KubeconfigOption = None,
 ) -> None:
-    """Create a new job from an existing one, which stays unchanged. An annotation of the new job names the existing job.
+    """Create a new job from an existing job. The existing job stays unchanged. An annotation of the new job names the existing job.
 
     Example: finetune rerun support-bot --from-checkpoint 400 --set training.learningRate=1e-4
     """
@@ -76,7 +76,7 @@ def find_chosen_values(job: dict[str, Any], changed_values: dict[str, Any]) -> d
     A new job that resumes from a checkpoint of the old job needs these values, because the operator does not choose values for a resumed job.
 
     If the user changes the batch size or the number of ranks, the chosen batch size is left out. If the user changes `resources.processesPerNode`,
-    the chosen number of GPUs is left out. If the new job has a single rank, the chosen strategy is left out, because it needs several ranks.
+    the chosen number of GPUs is left out. If the new job has a single rank, the chosen strategy is left out, because the chosen strategy needs several ranks.
     """
     from finetune_api.memory.choices import PROCESSES_PER_NODE_PATH
     from finetune_api.memory.plan import BATCH_PATHS, GPUS_PATH, STRATEGY_PATH

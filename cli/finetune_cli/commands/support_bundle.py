@@ -70,7 +70,10 @@ def _write_archive(path: Path, name: str, text_by_file_name: dict[str, str]) -> 
 
 
 def collect_files(cluster: Cluster, job: dict[str, Any]) -> dict[str, str]:
-    """Return the redacted text files of the archive by name. If an object of the cluster cannot be read, the file for this object contains the error."""
+    """Return the redacted text files of the archive by name.
+
+    If pods, events or versions cannot be read, `errors.txt` contains the error. If a log cannot be read, the file of this log contains the error.
+    """
     from finetune_api.names import TRAINER_CONTAINER
 
     from finetune_cli.cluster import ClusterError

@@ -60,7 +60,7 @@ def upload(
 
 
 def _upload_source(source: Path, target: str, options: StorageOptions, progress: Progress) -> tuple[str, list[TransferredFile], str]:
-    """Upload the source. Return its URI for manifests, the uploaded files, and a note that says what to write into a manifest."""
+    """Upload the source. Return the URI that manifests need, the uploaded files, and a note that says which field of a manifest takes the URI."""
     from finetune_cli.job_storage import to_job_folder_uri
     from finetune_cli.uploads import LocalFile, Uploader, list_plain_files, read_committed_upload
 

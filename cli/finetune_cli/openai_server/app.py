@@ -88,7 +88,7 @@ class Handlers:
         return handle
 
     def make_change_handler(self, spec_changes: dict[str, bool]) -> Handler:
-        """Return a handler that sets these fields in the spec of the job that the path of the request names."""
+        """Return a handler that sets these fields in the spec of a job. The path of the request contains the id of the job."""
         return self.make_handler_with_id(lambda account, job_id: self._service.change_job(account, job_id, spec_changes))
 
     async def create_job(self, request: web.Request) -> web.Response:

@@ -22,16 +22,16 @@ SERVER_FIELDS = (
     "dataset.train", "dataset.validation", "dataset.test", "dataset.mixture", "dataset.format", "dataset.fileFormat", "dataset.columns", "trainer.type",
     "storage", "suspend", "cancel",
 )  # fmt: skip
-"""Fields of a job that no model's `spec` may contain, because the server sets them from the client's request or from `storage`."""
+"""Fields of a job that the `spec` of a model may not contain, because the server sets them from the client's request or from `storage`."""
 
 
 UNUSED_STORAGE_FIELDS = {
     "encryption": "remove it, and set the default encryption of the bucket",
     "caBundleRef": "remove it, and write an endpoint whose certificate a public CA has signed",
 }
-"""For each field that is refused in `storage`: a hint what to write instead.
+"""Hints by field of `storage`. The configuration may not contain these fields, because the server's own requests to S3 would ignore them.
 
-These fields are refused, because the server's own requests to S3 would ignore them.
+Each hint says what to do instead.
 """
 
 

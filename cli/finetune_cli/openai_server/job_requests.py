@@ -38,7 +38,7 @@ GRADERS_HINT = (
 )
 
 FindFile = Callable[[str], ClientFile | None]
-"""A function that returns the file with this id in the namespace of the client, or None if there is no such file."""
+"""A function that returns the file with the given id in the namespace of the client, or None if there is no such file."""
 
 
 def build_job(

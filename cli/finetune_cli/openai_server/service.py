@@ -56,7 +56,7 @@ class FineTuningService:
     """The operations on jobs and files that clients may request. Each operation has the rights of the client's ServiceAccount."""
 
     def __init__(self, config: ServerConfig, cluster: Cluster):
-        """`cluster`: the connection with the credentials of the server itself, which need only the right `impersonate`."""
+        """`cluster`: the connection with the credentials of the server itself. These credentials need only the right `impersonate`."""
         self._config, self._cluster = config, cluster
         self._row_check_lock = threading.Lock()
         """This lock makes sure that only one file is checked at a time, because the check of one row can need much memory."""
@@ -167,7 +167,7 @@ class FineTuningService:
         return FileContent(file.name, self._files.read_chunks(file))
 
     def delete_file(self, account: Account, file_id: str) -> KubeObject:
-        """Delete a file, unless it is a result file or an unfinished job reads it."""
+        """Delete a file. Raise RequestFailure for a result file, and for a file that an unfinished job reads."""
         if has_prefix(file_id, RESULT_PREFIX):
             raise bad_request("a result file belongs to its job and cannot be deleted: delete the FineTuneJob instead", "file_id")
         self._require_right(account, "delete")
