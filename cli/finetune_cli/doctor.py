@@ -130,7 +130,7 @@ class Doctor:
         if missing_paths := sorted(known_paths - served_paths):
             return CheckResult(
                 CheckName.CRD, CheckState.FAILED, f"the CRD is older than this program ({RELEASE}): it does not know {_list_first(missing_paths)}",
-                f"upgrade the chart to {RELEASE} (with crds.enabled), or use the program of the chart's release",
+                f"upgrade the chart to {RELEASE} (with crds.enabled), or install this program in the release of the chart",
             )  # fmt: skip
         if extra_paths := sorted(served_paths - known_paths):
             return CheckResult(
@@ -279,7 +279,7 @@ def to_image_result(settings: ProbeSettings, probe_result: ProbeResult, timeout_
         cure = "correct the cause; if the image is large, allow more time with --timeout 30m"
         return CheckResult(CheckName.IMAGE, CheckState.FAILED, f"{image} was not started within {timeout_seconds:g} s: {probe_result.message}", cure)
     if probe_result.end is ProbeEnd.FINISHED and probe_result.storage is None:
-        cure = f"use an image of release {RELEASE}, and see `finetune-trainer` in the message"
+        cure = f"use a trainer image of release {RELEASE}"
         return CheckResult(CheckName.IMAGE, CheckState.FAILED, f"{image} cannot run the check: {probe_result.message}", cure)
     return CheckResult(CheckName.IMAGE, CheckState.OK, image)
 
@@ -291,7 +291,7 @@ def to_storage_result(settings: ProbeSettings, probe_result: ProbeResult) -> Che
         cure = "set storage.uri in the chart's values, or check a job with its own storage: finetune doctor -f job.yaml"
         return CheckResult(CheckName.STORAGE, CheckState.UNKNOWN, "the operator has no default storage", cure)
     if probe_result.end is ProbeEnd.NOT_CONFIGURED:
-        cure = "create the Secret or ConfigMap that storage names, in this namespace"
+        cure = "create the Secret or ConfigMap to which storage refers, in this namespace"
         return CheckResult(CheckName.STORAGE, CheckState.FAILED, f"{uri}: {probe_result.message}", cure)
     if probe_result.storage is None:
         return CheckResult(CheckName.STORAGE, CheckState.UNKNOWN, f"{uri}: not checked, because the pod did not run the check", "correct the image first")

@@ -193,7 +193,7 @@ class Verifier:
         manifest = _parse_json_object(manifest_bytes)
         entries = manifest.get("files")
         if not isinstance(entries, list) or not entries or not all(map(_is_file_entry, entries)) or not isinstance(manifest.get("facts"), dict):
-            self._add_finding(CheckName.MANIFEST, Code.MANIFEST_INVALID, f"{key} does not contain the files with path, size and sha256, and the facts")
+            self._add_finding(CheckName.MANIFEST, Code.MANIFEST_INVALID, f"{key} does not contain a list of files with path, size and sha256, and the facts")
             return
         self._result.manifest = manifest
         self._add_note(CheckName.MANIFEST, f"sha256 {digest[:12]}..., {len(entries)} files")
@@ -292,7 +292,7 @@ class Verifier:
             marker_bytes = self._storage.read_if_exists(f"{checkpoint.name}/{Storage.COMMITTED}")
             stored_count += marker_bytes is not None
             if marker_bytes is not None and _parse_json_object(marker_bytes).get("manifestSha256") != checkpoint.digest.get("sha256"):
-                self._add_finding(CheckName.CHECKPOINTS, Code.CHECKPOINT_CHANGED, f"{checkpoint.name} has another manifest than in the statement")
+                self._add_finding(CheckName.CHECKPOINTS, Code.CHECKPOINT_CHANGED, f"the manifest of {checkpoint.name} has another sha256 than in the statement")
         self._add_note(CheckName.CHECKPOINTS, f"{stored_count} of {len(named_checkpoints)} named checkpoints are stored (their files are not read)")
 
     # ---- the signature ----

@@ -115,7 +115,7 @@ def _select_model(storage: JobStorage) -> tuple[CommittedFolder, dict[str, Any]]
         if model_folder is None or (manifest.get("extra") or {}).get(ADAPTER_SHA256) == model_folder.manifest_sha256:
             return merged_folder, manifest
     if model_folder is None:
-        raise StorageError(f"there is no committed model below {storage.uri}; `finetune checkpoints` lists what is there")
+        raise StorageError(f"there is no committed model below {storage.uri}; `finetune checkpoints` lists the checkpoints of a job")
     return model_folder, read_manifest(storage, model_folder)
 
 

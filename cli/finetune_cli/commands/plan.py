@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     TimeAndCostPlans = dict[str, tuple[TimePlan, CostPlan | None]]
 
 COMPARABLE_METHODS = ("lora", "qlora", "dora", "ia3", "promptTuning", "prefixTuning", "full")
-TIME_CONTENT_NOTE = "the time is only that of the optimizer steps; it does not contain start, evaluation, checkpoints and upload"
+TIME_CONTENT_NOTE = "the planned time contains only the optimizer steps, but not start, evaluation, checkpoints and upload"
 
 
 def plan(
