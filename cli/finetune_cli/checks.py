@@ -157,11 +157,11 @@ METADATA_KEYS = (
 
 def _check_metadata(manifest: Manifest) -> Iterator[Finding]:
     """Yield a finding for each problem in the parts of a manifest other than `spec`."""
-    for key, expected, code in (("apiVersion", API_VERSION, "ApiVersion"), ("kind", KIND, "Kind")):
+    for key, expected_value, code in (("apiVersion", API_VERSION, "ApiVersion"), ("kind", KIND, "Kind")):
         value = manifest.value.get(key)
-        if value != expected:
-            message = "this required field is missing" if value is None else f"{value} is not {expected}"
-            yield Finding(Mistake(manifest.location(key), key, message, f"write {key}: {expected}"), code)
+        if value != expected_value:
+            message = "this required field is missing" if value is None else f"{value} is not {expected_value}"
+            yield Finding(Mistake(manifest.location(key), key, message, f"write {key}: {expected_value}"), code)
     yield from (_report_unknown_key(manifest, key, TOP_LEVEL_KEYS, "") for key in manifest.value if key not in TOP_LEVEL_KEYS)
     metadata = manifest.value.get("metadata")
     message = find_name_problem(manifest.name)
@@ -177,12 +177,12 @@ def _check_metadata(manifest: Manifest) -> Iterator[Finding]:
 
 def _make_name_hint(name: str, metadata: Any) -> str:
     """Return a hint for a missing or invalid name: the rule for names, and a corrected name if one can be derived."""
-    rule = f"write at most {MAX_NAME_LENGTH} characters a-z, 0-9 and -, beginning with a letter"
+    name_rule = f"write at most {MAX_NAME_LENGTH} characters a-z, 0-9 and -, beginning with a letter"
     if not name and isinstance(metadata, dict) and metadata.get("generateName"):
-        return f"only `kubectl create` uses generateName, so {rule}"
+        return f"only `kubectl create` uses generateName, so {name_rule}"
     corrected_name = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     can_suggest_name = bool(corrected_name) and corrected_name != name and not find_name_problem(corrected_name)
-    return f"{rule}, for example {corrected_name}" if can_suggest_name else rule
+    return f"{name_rule}, for example {corrected_name}" if can_suggest_name else name_rule
 
 
 def find_name_problem(name: str) -> str:
@@ -204,11 +204,11 @@ def _report_unknown_key(manifest: Manifest, key: str, known_keys: tuple[str, ...
 
 def _find_unquoted_values(manifest: Manifest, metadata: dict[str, Any]) -> Iterator[Finding]:
     """Yield an error for each number or boolean in labels, annotations and namespace. The API server accepts only strings there."""
-    values: list[tuple[str, Any]] = [("namespace", metadata.get("namespace"))]
+    keys_and_values: list[tuple[str, Any]] = [("namespace", metadata.get("namespace"))]
     for mapping_name in ("labels", "annotations"):
         mapping = metadata.get(mapping_name)
-        values += [(f"{mapping_name}.{key}", value) for key, value in mapping.items()] if isinstance(mapping, dict) else []
-    for key, value in values:
+        keys_and_values += [(f"{mapping_name}.{key}", value) for key, value in mapping.items()] if isinstance(mapping, dict) else []
+    for key, value in keys_and_values:
         if isinstance(value, bool | int | float):
             path, text = f"metadata.{key}", str(value).lower() if isinstance(value, bool) else str(value)
             mistake = Mistake(manifest.location(path), path, f"{text} is not a string", f'quote it: "{text}"')
@@ -224,18 +224,18 @@ def _load_spec(raw_spec: dict[str, Any]) -> tuple[FineTuneJobSpec | None, list[F
     Invalid values are removed, so that the rules can check all other fields.
     """
     errors: list[FieldError] = []
-    remaining_values = raw_spec
+    remaining_spec = raw_spec
     for _ in range(3):
         try:
-            return load_spec(remaining_values), errors
+            return load_spec(remaining_spec), errors
         except ValidationError as error:
             errors += list(iterate_field_errors(error, errors))
-            remaining_values = _remove_locations(remaining_values, list(find_locations_to_remove(error)))
+            remaining_spec = _remove_locations(remaining_spec, list(find_locations_to_remove(error)))
     return None, errors
 
 
 def _remove_locations(raw_spec: dict[str, Any], locations: list[tuple[Any, ...]]) -> dict[str, Any]:
-    """Return a copy without the fields at these locations. A list with an invalid item is removed as a whole."""
+    """Return a copy of the spec without the fields at these locations. A list with an invalid item is removed as a whole."""
     remaining_spec = copy.deepcopy(raw_spec)
     for location in locations:
         parent: Any = remaining_spec

@@ -76,7 +76,7 @@ class Cluster:
         return self.call_api("PATCH", path, query, body, "application/apply-patch+yaml")
 
     def delete_object(self, body: KubeObject) -> None:
-        """Delete an object if it still has the uid in `body`. Kubernetes deletes its dependents in the background. Raises ClusterError."""
+        """Delete an object if it still has the uid in `body`. Kubernetes deletes the object's dependents in the background. Raises ClusterError."""
         path = f"{self._make_collection_path(body)}/{quote(str(body['metadata']['name']), safe='')}"
         self.call_api("DELETE", path, None, {"propagationPolicy": "Background", "preconditions": {"uid": body["metadata"]["uid"]}})
 
@@ -91,7 +91,7 @@ class Cluster:
         )
 
     def get_table(self, name: str | None, *, all_namespaces: bool) -> KubeObject:
-        """Return one FineTuneJob or all of them as a Table. The API server chooses its columns, as it does for `kubectl get`."""
+        """Return one FineTuneJob, or all of them, as a Kubernetes `Table`. The API server chooses the columns, as for `kubectl get`."""
         return self.call_api(
             "GET", self._make_job_path(name) if name else self._make_jobs_path(all_namespaces), accept_type=TABLE_CONTENT_TYPE
         )
@@ -100,7 +100,7 @@ class Cluster:
         """Return the FineTuneJobs of this namespace, or of all namespaces."""
         path = self._make_jobs_path(all_namespaces)
         jobs = self.call_api("GET", path, {"labelSelector": label_selector} if label_selector else None).get("items") or []
-        return [{"apiVersion": API_VERSION, "kind": KIND, **item} for item in jobs]
+        return [{"apiVersion": API_VERSION, "kind": KIND, **job} for job in jobs]
 
     def wait_until_created(self, name: str, deadline: float | None) -> bool:
         """Wait until a FineTuneJob exists. Return False if it does not exist at the deadline (in seconds of `time.monotonic`). Raises ClusterError."""
@@ -131,9 +131,9 @@ class Cluster:
 
     # --- objects of a job
 
-    def list_pods(self, name: str, attempt: int | None = None) -> list[KubeObject]:
+    def list_pods(self, job_name: str, attempt: int | None = None) -> list[KubeObject]:
         """Return the pods of a job, sorted by attempt and completion index."""
-        selector = f"{Label.JOB_NAME}={name}" + (f",{Label.ATTEMPT}={attempt}" if attempt is not None else "")
+        selector = f"{Label.JOB_NAME}={job_name}" + (f",{Label.ATTEMPT}={attempt}" if attempt is not None else "")
         pods = self.call_api("GET", f"{CORE_API_PATH}/{self._make_namespaced_path('pods')}", {"labelSelector": selector}).get("items") or []
         return sorted(
             pods, key=lambda pod: (get_attempt(pod), get_pod_index(pod), pod["metadata"].get("creationTimestamp", ""))
@@ -166,8 +166,8 @@ class Cluster:
 
     def is_allowed_to(self, verb: str, resource: str) -> bool:
         """Whether the user may use a verb on a resource such as `pods/log` or `events.events.k8s.io` in the namespace. Raises ClusterError."""
-        name, _, group = resource.partition(".")
-        plural, _, subresource = name.partition("/")
+        resource_path, _, group = resource.partition(".")
+        plural, _, subresource = resource_path.partition("/")
         resource_attributes = {"namespace": self.namespace, "verb": verb, "group": group, "resource": plural, "subresource": subresource}
         body = {"apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectAccessReview", "spec": {"resourceAttributes": resource_attributes}}
         review = self.call_api("POST", "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews", None, body)
@@ -260,10 +260,10 @@ class Cluster:
                 f"the API server at {self.client.configuration.host} cannot be reached: {find_innermost_cause(error)}"
             ) from None
         if response.status >= 400:
-            raise self._to_cluster_error(response.read(), response.status, path)
+            raise self._make_cluster_error(response.read(), response.status, path)
         return response
 
-    def _to_cluster_error(self, body: bytes, status: int, path: str) -> ClusterError:
+    def _make_cluster_error(self, body: bytes, status: int, path: str) -> ClusterError:
         """Return the error for a failed response.
 
         If the CRD is not installed, the error has code 0 instead of 404, because callers treat 404 as a deleted job.
@@ -359,7 +359,7 @@ def _load_kubeconfig(configuration: Any, context: str | None, kubeconfig_path: s
         except OSError as error:
             raise ClusterError(f"{error.filename or kubeconfig_path or 'the kubeconfig'}: {error.strerror}") from None
         except Exception as error:
-            # The kubernetes library does not catch the exceptions of its parsers. The text of such an exception may quote credentials, so it is not printed.
+            # The kubernetes library does not catch the exceptions of its parsers. Their text is not printed, because it may quote credentials.
             raise ClusterError(
                 f"{kubeconfig_path or '~/.kube/config'} is not a valid kubeconfig ({type(error).__name__})"
             ) from None
@@ -392,8 +392,8 @@ POD_NAMESPACE_FILE = "/var/run/secrets/kubernetes.io/serviceaccount/namespace"
 
 def find_innermost_cause(error: Exception) -> str:
     """Return the innermost cause of a network error. The text of a network error lists the nested errors, with the innermost cause last."""
-    text = str(error)
-    return text.rpartition(": ")[2].strip("()<> '\"") or type(error).__name__
+    error_text = str(error)
+    return error_text.rpartition(": ")[2].strip("()<> '\"") or type(error).__name__
 
 
 def _read_lines(response: Any) -> Iterator[str]:
@@ -401,8 +401,8 @@ def _read_lines(response: Any) -> Iterator[str]:
 
     partial_line = b""
     try:
-        for part in response.stream(amt=None, decode_content=True):
-            *complete_lines, partial_line = (partial_line + part).split(b"\n")
+        for chunk in response.stream(amt=None, decode_content=True):
+            *complete_lines, partial_line = (partial_line + chunk).split(b"\n")
             for line in complete_lines:
                 yield line.decode(errors="replace")
     except urllib3.exceptions.HTTPError:
@@ -433,8 +433,8 @@ def get_attempt(pod: KubeObject) -> int:
 def get_pod_index(pod: KubeObject) -> int:
     """Return the completion index of a pod within its attempt."""
     labels, annotations = pod["metadata"].get("labels") or {}, pod["metadata"].get("annotations") or {}
-    key = "batch.kubernetes.io/job-completion-index"
-    return int(labels.get(key) or annotations.get(key) or 0)
+    index_key = "batch.kubernetes.io/job-completion-index"
+    return int(labels.get(index_key) or annotations.get(index_key) or 0)
 
 
 def get_event_time(event: KubeObject) -> str:

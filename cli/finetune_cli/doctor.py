@@ -33,7 +33,7 @@ from finetune_cli.probe_job import ProbeEnd, ProbeResult, ProbeSettings, run_pro
 
 OLDEST_KUBERNETES = (1, 32)
 INSTALL_CURE = "install the chart of the operator, or choose another cluster with --context"
-ROLE_CURE = "ask the platform team for the role finetune-user of the command line's guide in this namespace"
+ROLE_CURE = "ask the platform team for the role finetune-user in this namespace; the guide for the command line describes this role"
 REQUIRED_RIGHTS = (
     *((f"{PLURAL}.{GROUP}", verb) for verb in ("get", "list", "watch", "create", "patch", "delete")),
     ("pods", "list"), ("pods/log", "get"), ("pods/proxy", "get"), ("events.events.k8s.io", "list"),
@@ -126,47 +126,48 @@ class Doctor:
             if error.code in (0, HTTPStatus.NOT_FOUND):
                 return CheckResult(CheckName.CRD, CheckState.FAILED, f"the cluster has no CRD for {KIND} {API_VERSION}", INSTALL_CURE)
             raise
-        served, known = self._read_served_fields(), {one.path for one in fields() if one.path.startswith("spec.")}
-        if missing := sorted(known - served):
+        served_paths, known_paths = self._read_served_paths(), {known_field.path for known_field in fields() if known_field.path.startswith("spec.")}
+        if missing_paths := sorted(known_paths - served_paths):
             return CheckResult(
-                CheckName.CRD, CheckState.FAILED, f"the CRD is older than this program ({RELEASE}): it does not know {_list_first(missing)}",
-                f"upgrade the chart to {RELEASE} (with crds.enabled), or use the program of the chart's release",
+                CheckName.CRD, CheckState.FAILED, f"the CRD is older than this program ({RELEASE}): it does not know {_list_first(missing_paths)}",
+                f"upgrade the chart to {RELEASE} (with crds.enabled), or install this program in the release of the chart",
             )  # fmt: skip
-        if extra := sorted(served - known):
+        if extra_paths := sorted(served_paths - known_paths):
             return CheckResult(
-                CheckName.CRD, CheckState.FAILED, f"the CRD is newer than this program ({RELEASE}), which does not know {_list_first(extra)}",
+                CheckName.CRD, CheckState.FAILED, f"the CRD is newer than this program ({RELEASE}), which does not know {_list_first(extra_paths)}",
                 "upgrade this program with pip",
             )  # fmt: skip
         return CheckResult(CheckName.CRD, CheckState.OK, f"{PLURAL}.{GROUP} has all fields of {RELEASE}")
 
-    def _read_served_fields(self) -> set[str]:
+    def _read_served_paths(self) -> set[str]:
         """Return the paths of all spec fields from the API server's OpenAPI document. Every user may read this document."""
         openapi_document = self.cluster.call_api("GET", f"/openapi/v3/apis/{API_VERSION}")
         schemas = (openapi_document.get("components") or {}).get("schemas") or {}
         for schema in schemas.values():
-            if any(one.get("kind") == KIND for one in schema.get("x-kubernetes-group-version-kind") or []):
-                return {one.path for one in iterate_fields_below("spec", schema["properties"]["spec"])} - {"spec"}
+            if any(version_kind.get("kind") == KIND for version_kind in schema.get("x-kubernetes-group-version-kind") or []):
+                return {served_field.path for served_field in iterate_fields_below("spec", schema["properties"]["spec"])} - {"spec"}
         return set()
 
     def _check_operator(self) -> CheckResult:
         deployments = list_chart_objects(self.cluster, "deployments", "/apis/apps/v1", self.operator_namespace)
         namespace = self.installation.namespace if self.installation else None
-        deployment = next((one for one in deployments if namespace in (None, one["metadata"]["namespace"])), None)
+        deployment = next((candidate for candidate in deployments if namespace in (None, candidate["metadata"]["namespace"])), None)
         if deployment is None:
             message = "there is no Deployment of the operator in the namespaces that you may read"
             return CheckResult(CheckName.OPERATOR, CheckState.FAILED, message, INSTALL_CURE)
         metadata = deployment["metadata"]
         version, name = (metadata.get("labels") or {}).get("app.kubernetes.io/version", "?"), f"{metadata['namespace']}/{metadata['name']}"
-        ready, replicas = int((deployment.get("status") or {}).get("readyReplicas") or 0), int((deployment.get("spec") or {}).get("replicas") or 0)
-        if ready == 0:
+        ready_count = int((deployment.get("status") or {}).get("readyReplicas") or 0)
+        replica_count = int((deployment.get("spec") or {}).get("replicas") or 0)
+        if ready_count == 0:
             cure = f"read `kubectl -n {metadata['namespace']} logs deployment/{metadata['name']}`"
-            return CheckResult(CheckName.OPERATOR, CheckState.FAILED, f"{name}, release {version}: none of {replicas} pods is ready", cure)
+            return CheckResult(CheckName.OPERATOR, CheckState.FAILED, f"{name}, release {version}: none of {replica_count} pods is ready", cure)
         if _to_minor_release(version) != _to_minor_release(RELEASE):
             cure = "upgrade the chart or this program, so that both have the same release"
             return CheckResult(CheckName.OPERATOR, CheckState.FAILED, f"{name} has release {version}, this program has {RELEASE}", cure)
         if self.installation is None:
             return CheckResult(CheckName.OPERATOR, CheckState.FAILED, self.installation_problem, "correct the chart's values, or name --operator-namespace")
-        return CheckResult(CheckName.OPERATOR, CheckState.OK, f"{name}, release {version}, {ready} of {replicas} pods ready")
+        return CheckResult(CheckName.OPERATOR, CheckState.OK, f"{name}, release {version}, {ready_count} of {replica_count} pods ready")
 
     @cached_property
     def installation(self) -> Installation | None:
@@ -213,15 +214,15 @@ class Doctor:
             yield from (self._report_unreadable_configuration(check) for check in (CheckName.IMAGE, CheckName.STORAGE))
             return
         try:
-            result = run_probe(self.cluster, settings, self.timeout_seconds)
+            probe_result = run_probe(self.cluster, settings, self.timeout_seconds)
         except ClusterError as error:
             state, cure = CheckState.FAILED, "correct the settings that the message names"
             if error.code == HTTPStatus.FORBIDDEN:
                 state, cure = CheckState.UNKNOWN, f"ask for the rights to create and delete jobs in namespace {self.cluster.namespace}"
             yield from (CheckResult(check, state, str(error), cure) for check in (CheckName.IMAGE, CheckName.STORAGE))
             return
-        yield to_image_result(settings, result, self.timeout_seconds)
-        yield to_storage_result(settings, result)
+        yield to_image_result(settings, probe_result, self.timeout_seconds)
+        yield to_storage_result(settings, probe_result)
 
     def _make_probe_settings(self) -> ProbeSettings | None:
         """Return the settings of the pod that checks image and storage.
@@ -231,14 +232,14 @@ class Doctor:
         config = self.installation.config if self.installation else None
         placement = self.spec.placement if self.spec else None
         trainer = config.trainer if config else TrainerImage()
-        changes: dict[str, Any] = {"image": placement.image if placement else None}
-        changes |= {"image_pull_secrets": placement.image_pull_secrets, "service_account_name": placement.service_account_name} if placement else {}
-        trainer = trainer.model_copy(update={name: value for name, value in changes.items() if value})
+        values_of_job: dict[str, Any] = {"image": placement.image if placement else None}
+        values_of_job |= {"image_pull_secrets": placement.image_pull_secrets, "service_account_name": placement.service_account_name} if placement else {}
+        trainer = trainer.model_copy(update={name: value for name, value in values_of_job.items() if value})
         if not trainer.image:
             return None
         pool = self._select_pool(config.node_pools if config else [])
         node_selector = {**(pool.node_selector if pool else {}), **((placement.node_selector or {}) if placement else {})}
-        tolerations = [*(pool.tolerations if pool else []), *(one.to_wire() for one in (placement.tolerations or [] if placement else []))]
+        tolerations = [*(pool.tolerations if pool else []), *(toleration.to_wire() for toleration in (placement.tolerations or [] if placement else []))]
         return ProbeSettings(trainer, node_selector, tolerations, self._resolve_storage(config.storage if config else StorageRoot()))
 
     def _select_pool(self, pools: list[Pool]) -> Pool | None:
@@ -259,53 +260,53 @@ class Doctor:
 def find_pool_problem(pool: Pool, nodes: list[dict[str, Any]]) -> str:
     """Return why jobs cannot run in a pool now, or an empty string."""
     pool_nodes = select_nodes_of_pool(pool, nodes)
-    labels = ", ".join(f"{key}={value}" for key, value in pool.node_selector.items())
+    labels_text = ", ".join(f"{key}={value}" for key, value in pool.node_selector.items())
     if not pool_nodes:
-        return f"pool {pool.name}: no node has the labels {labels}" if labels else f"pool {pool.name}: the cluster has no nodes"
+        return f"pool {pool.name}: no node has the labels {labels_text}" if labels_text else f"pool {pool.name}: the cluster has no nodes"
     largest_gpu_count = max(count_gpus_of_node(node, pool.gpu_resource) for node in pool_nodes)
     if largest_gpu_count < pool.gpus_per_node:
         return f"pool {pool.name}: its nodes have at most {largest_gpu_count} {pool.gpu_resource}, but gpusPerNode is {pool.gpus_per_node}"
     return ""
 
 
-def to_image_result(settings: ProbeSettings, result: ProbeResult, timeout_seconds: float) -> CheckResult:
-    """Return the result of the image check: whether the trainer image was pulled and started."""
+def to_image_result(settings: ProbeSettings, probe_result: ProbeResult, timeout_seconds: float) -> CheckResult:
+    """Return the result of the image check: whether the trainer image was pulled, and its container was started."""
     image = settings.trainer.image
-    if result.end is ProbeEnd.NOT_PULLED:
+    if probe_result.end is ProbeEnd.NOT_PULLED:
         cure = "push the image, correct trainer.image in the chart's values, or create the Secret of trainer.imagePullSecrets in this namespace"
-        return CheckResult(CheckName.IMAGE, CheckState.FAILED, f"{image}: {result.message}", cure)
-    if result.end is ProbeEnd.NOT_STARTED:
+        return CheckResult(CheckName.IMAGE, CheckState.FAILED, f"{image}: {probe_result.message}", cure)
+    if probe_result.end is ProbeEnd.NOT_STARTED:
         cure = "correct the cause; if the image is large, allow more time with --timeout 30m"
-        return CheckResult(CheckName.IMAGE, CheckState.FAILED, f"{image} was not started within {timeout_seconds:g} s: {result.message}", cure)
-    if result.end is ProbeEnd.FINISHED and result.storage is None:
-        cure = f"use an image of release {RELEASE}, and see `finetune-trainer` in the message"
-        return CheckResult(CheckName.IMAGE, CheckState.FAILED, f"{image} cannot run the check: {result.message}", cure)
+        return CheckResult(CheckName.IMAGE, CheckState.FAILED, f"{image} was not started within {timeout_seconds:g} s: {probe_result.message}", cure)
+    if probe_result.end is ProbeEnd.FINISHED and probe_result.storage is None:
+        cure = f"use a trainer image of release {RELEASE}"
+        return CheckResult(CheckName.IMAGE, CheckState.FAILED, f"{image} cannot run the check: {probe_result.message}", cure)
     return CheckResult(CheckName.IMAGE, CheckState.OK, image)
 
 
-def to_storage_result(settings: ProbeSettings, result: ProbeResult) -> CheckResult:
+def to_storage_result(settings: ProbeSettings, probe_result: ProbeResult) -> CheckResult:
     """Return the result of the storage check: whether the pod could write, read and list objects."""
     uri = settings.storage.uri
     if not uri:
         cure = "set storage.uri in the chart's values, or check a job with its own storage: finetune doctor -f job.yaml"
         return CheckResult(CheckName.STORAGE, CheckState.UNKNOWN, "the operator has no default storage", cure)
-    if result.end is ProbeEnd.NOT_CONFIGURED:
-        cure = "create the Secret or ConfigMap that storage names, in this namespace"
-        return CheckResult(CheckName.STORAGE, CheckState.FAILED, f"{uri}: {result.message}", cure)
-    if result.storage is None:
+    if probe_result.end is ProbeEnd.NOT_CONFIGURED:
+        cure = "create the Secret or ConfigMap to which storage refers, in this namespace"
+        return CheckResult(CheckName.STORAGE, CheckState.FAILED, f"{uri}: {probe_result.message}", cure)
+    if probe_result.storage is None:
         return CheckResult(CheckName.STORAGE, CheckState.UNKNOWN, f"{uri}: not checked, because the pod did not run the check", "correct the image first")
-    if not result.storage.ok:
-        return CheckResult(CheckName.STORAGE, CheckState.FAILED, f"{result.storage.code}: {result.storage.message}", result.storage.hint)
-    limits_text = f" ({result.storage.message})" if result.storage.message else ""
+    if not probe_result.storage.ok:
+        return CheckResult(CheckName.STORAGE, CheckState.FAILED, f"{probe_result.storage.code}: {probe_result.storage.message}", probe_result.storage.hint)
+    limits_text = f" ({probe_result.storage.message})" if probe_result.storage.message else ""
     return CheckResult(CheckName.STORAGE, CheckState.OK, f"a pod can write, read and list in {uri}{limits_text}")
 
 
 def _list_first(paths: list[str]) -> str:
     """Return a text with the first three paths and the number of further paths.
 
-    If a field is in `paths`, the fields inside it are neither listed nor counted.
+    If a group is in `paths`, the fields inside this group are neither listed nor counted.
     """
-    outermost_paths = [path for path in paths if not any(path.startswith((f"{other}.", f"{other}[")) for other in paths)]
+    outermost_paths = [path for path in paths if not any(path.startswith((f"{group}.", f"{group}[")) for group in paths)]
     return ", ".join(outermost_paths[:3]) + (f" and {len(outermost_paths) - 3} more fields" if len(outermost_paths) > 3 else "")
 
 

@@ -2,7 +2,7 @@
 
 A download writes to a hidden part file, and renames it when the content is complete and checked. The name of the part file contains a hash of the
 object's sha256 or ETag, so that an interrupted download continues only if the object is unchanged. Files of a checkpoint or model are checked against
-the sha256 in the manifest, and other files against the MD5 digests in the store's ETag.
+the sha256 in the manifest, and other files against the MD5 digests in the ETag of the object.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ from finetune_cli.transfers import (
 
 MAX_LOST_CONNECTIONS = 5
 """A download fails after this number of consecutive lost connections, if none of them delivered a byte."""
-_MULTIPART_ETAG = re.compile(r"^[0-9a-f]{32}-(\d+)$")
-_MD5 = re.compile(r"^[0-9a-f]{32}$")
+_MULTIPART_ETAG_PATTERN = re.compile(r"^[0-9a-f]{32}-(\d+)$")
+_MD5_ETAG_PATTERN = re.compile(r"^[0-9a-f]{32}$")
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def make_committed_source(storage: JobStorage, committed_folder: CommittedFolder
     manifest_bytes = read_manifest_bytes(storage, committed_folder)
     folder = f"{committed_folder.folder}/{committed_folder.path}"
     entries = read_file_list(storage.make_object_uri(folder), parse_manifest(manifest_bytes))
-    files = tuple(RemoteFile(f"{folder}/{one['path']}", str(one["path"]), int(one["size"]), sha256=str(one["sha256"])) for one in entries)
+    files = tuple(RemoteFile(f"{folder}/{entry['path']}", str(entry["path"]), int(entry["size"]), sha256=str(entry["sha256"])) for entry in entries)
     return Source(storage, files, manifest_bytes)
 
 
@@ -87,14 +87,14 @@ def make_plain_source(storage: JobStorage, key: str) -> Source:
     stored_objects = [single_object] if single_object is not None else list(storage.list_objects(key))
     folder = "" if not key else f"{key}/" if single_object is None else key[: -len(key.rpartition("/")[2])]
     files = []
-    for stored in stored_objects:
-        path = stored.key.removeprefix(folder)
+    for stored_object in stored_objects:
+        path = stored_object.key.removeprefix(folder)
         if path.endswith("/") or not path:  # an empty object that stands for a folder
             continue
         if path.startswith("/") or ".." in path.split("/"):
-            raise StorageError(f"{storage.make_object_uri(stored.key)}: the name of the object would be a file outside the target folder")
-        etag = stored.etag if storage.local is None else digest_file(storage.local / stored.key).etag
-        files.append(RemoteFile(stored.key, path, stored.size, etag=etag))
+            raise StorageError(f"{storage.make_object_uri(stored_object.key)}: the name of the object would be a file outside the target folder")
+        etag = stored_object.etag if storage.local is None else digest_file(storage.local / stored_object.key).etag
+        files.append(RemoteFile(stored_object.key, path, stored_object.size, etag=etag))
     if not files:
         raise StorageError(f"{storage.make_object_uri(key)}: there is no object at this URI or below it")
     return Source(storage, tuple(files))
@@ -146,7 +146,7 @@ class Download:
 
     def __init__(self, storage: JobStorage, file: RemoteFile, target: Path):
         self._storage, self._file, self._target = storage, file, target
-        self._part = _make_part_file_path(target, file)
+        self._part_file = _make_part_file_path(target, file)
 
     def run(self, progress: Progress, overwrite: bool) -> TransferredFile:
         """Download the object to the target file, unless the target file already has the content of the object. Raises StorageError, OSError."""
@@ -160,18 +160,18 @@ class Download:
                 problem = "and cannot be compared, because the store gives no digest" if comparison.is_equal else "with other content"
                 raise StorageError(f"{self._target} exists already {problem}; choose another folder with --to, or replace files with --overwrite")
         self._target.parent.mkdir(parents=True, exist_ok=True)
-        is_resumed = self._part.exists() and self._part.stat().st_size > 0
+        is_resumed = self._part_file.exists() and self._part_file.stat().st_size > 0
         self._fetch(report_bytes)
-        comparison = self._compare(self._part)
+        comparison = self._compare(self._part_file)
         if not comparison.is_equal:
-            size = self._part.stat().st_size
-            self._part.unlink()
+            size = self._part_file.stat().st_size
+            self._part_file.unlink()
             expected_text = f"the manifest lists {self._file.size} bytes and {self._file.sha256[:12]}..."
             if not self._file.sha256:
                 expected_text = f"the store lists {self._file.size} bytes and the ETag {self._file.etag}"
             uri = self._storage.make_object_uri(self._file.key)
             raise StorageError(f"{uri} is damaged: the file has {size} bytes and sha256 {comparison.sha256[:12]}..., but {expected_text}")
-        self._part.replace(self._target)
+        self._part_file.replace(self._target)
         return self._make_result(comparison.sha256, FileState.RESUMED if is_resumed else FileState.TRANSFERRED, comparison.check)
 
     def _make_result(self, sha256: str, state: FileState, check: Check) -> TransferredFile:
@@ -179,12 +179,12 @@ class Download:
 
     def _fetch(self, report_bytes: Callable[[int], None]) -> None:
         """Append the missing bytes to the part file. After a lost connection, the download continues with the next missing byte."""
-        with self._part.open("ab") as file:
+        with self._part_file.open("ab") as file:
             if file.tell() > self._file.size:
                 file.seek(0)
                 file.truncate()
             report_bytes(file.tell())
-            lost_connections = 0
+            lost_connection_count = 0
             while file.tell() < self._file.size:
                 start_offset = file.tell()
                 try:
@@ -192,8 +192,8 @@ class Download:
                         file.write(chunk)
                         report_bytes(len(chunk))
                 except ConnectionLost:
-                    lost_connections = lost_connections + 1 if file.tell() == start_offset else 0
-                    if lost_connections >= MAX_LOST_CONNECTIONS:
+                    lost_connection_count = lost_connection_count + 1 if file.tell() == start_offset else 0
+                    if lost_connection_count >= MAX_LOST_CONNECTIONS:
                         raise
                 else:
                     if file.tell() < self._file.size:
@@ -202,7 +202,7 @@ class Download:
     def _compare(self, path: Path) -> _Comparison:
         """Compare a local file with the object."""
         if path.stat().st_size != self._file.size:
-            return _Comparison(Check.SIZE, compute_sha256_of_file(path) if path == self._part else "", False)
+            return _Comparison(Check.SIZE, compute_sha256_of_file(path) if path == self._part_file else "", False)
         if self._file.sha256:
             sha256 = compute_sha256_of_file(path)
             return _Comparison(Check.SHA256, sha256, sha256 == self._file.sha256)
@@ -213,15 +213,15 @@ class Download:
         return _Comparison(Check.ETAG, local_digest.sha256, local_digest.etag == self._file.etag)
 
     def _find_part_bytes(self) -> int | None:
-        """Return the size of the parts in bytes in which the object was uploaded.
+        """Return the size in bytes of the parts in which the object was uploaded.
 
-        The ETag of an object that was uploaded in parts is computed from the MD5 digests of the parts.
+        The store computes the ETag of such an object from the MD5 digests of the parts.
 
         Return None if the ETag contains no digest of the content, or if the part size is unknown.
         """
-        if _MD5.match(self._file.etag):
+        if _MD5_ETAG_PATTERN.match(self._file.etag):
             return max(1, self._file.size)
-        match = _MULTIPART_ETAG.match(self._file.etag)
+        match = _MULTIPART_ETAG_PATTERN.match(self._file.etag)
         if match is None:
             return None
         default_part_bytes = choose_part_bytes(self._file.size)

@@ -30,13 +30,13 @@ def is_within(path: str, group_path: str) -> bool:
 def iterate_field_errors(error: ValidationError, known_errors: Iterable[FieldError] = ()) -> Iterator[FieldError]:
     """Yield every error that pydantic found.
 
-    The caller removed the values with `known_errors` from the spec before the validation. If a field is missing because of this removal, it is not reported.
+    `known_errors`: the errors of values that the caller has already removed from the spec. A field that is missing because of this removal is not reported.
     """
     earlier_errors = list(known_errors)
     for details in error.errors():
         path = to_dotted_path(details["loc"])
         if details["type"] == "missing" and any(
-            is_within(other.path, path.rpartition(".")[0] or path) for other in earlier_errors
+            is_within(earlier_error.path, path.rpartition(".")[0] or path) for earlier_error in earlier_errors
         ):
             continue
         hint = make_hint_for_value(details["type"], details["input"], path, details.get("ctx", {}))

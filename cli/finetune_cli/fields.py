@@ -43,9 +43,9 @@ def iterate_fields_below(path: str, schema: dict[str, Any]) -> Iterator[Field]:
     is_group = bool(schema.get("properties"))
     enum_values = tuple(str(value) for value in schema.get("enum") or schema.get("items", {}).get("enum") or ())
     yield Field(path, describe_type(schema), str(schema.get("description", "")), is_group, enum_values)
-    inner, suffix = (schema["items"], "[]") if schema.get("type") == "array" else (schema, "")
-    for name, value in (inner.get("properties") or {}).items():
-        yield from iterate_fields_below(f"{path}{suffix}.{name}", value)
+    group_schema, suffix = (schema["items"], "[]") if schema.get("type") == "array" else (schema, "")
+    for name, field_schema in (group_schema.get("properties") or {}).items():
+        yield from iterate_fields_below(f"{path}{suffix}.{name}", field_schema)
 
 
 def describe_type(schema: dict[str, Any]) -> str:
@@ -72,7 +72,7 @@ def remove_indexes(path: str) -> str:
 
 
 def find_field(path: str) -> Field | None:
-    """Return the field at a path below spec, which may contain list indexes. None if there is no such field."""
+    """Return the field at a path below spec, or None if there is no such field. The path may contain list indexes."""
     return fields_by_path().get(f"spec.{remove_indexes(path)}")
 
 
@@ -84,16 +84,16 @@ def find_example(path: str) -> str:
 
 
 def make_group_example(path: str) -> str:
-    """Return an example of a group below spec with one of its fields, such as `training: {epochs: 3}`.
+    """Return an example of a group below spec with some of its fields, such as `training: {epochs: 3}`.
 
-    Returns an empty string if the field is not a group.
+    Returns an empty string if the path is neither a group nor a list item, or if no field inside it has an example.
     """
     pattern = f"spec.{remove_indexes(path)}"
     field = fields_by_path().get(pattern.removesuffix("[]"))
     if field is None or not (field.is_group or pattern.endswith("[]")):
         return ""
     prefix = f"{pattern}."
-    inner_paths = [item.path.removeprefix(prefix) for item in fields() if item.path.startswith(prefix)]
+    inner_paths = [inner_field.path.removeprefix(prefix) for inner_field in fields() if inner_field.path.startswith(prefix)]
     examples = [(name, find_example(f"{path}.{name}")) for name in inner_paths if "." not in name]
     pairs = [f"{name}: {example}" for name, example in examples if example]
     # The example shows all fields of a reference, the first two of a list item (the schema lists required fields first), and one of any other group.
@@ -115,32 +115,32 @@ def get_value(spec: dict[str, Any], path: str) -> Any:
 
 def set_value(spec: dict[str, Any], path: str, value: Any) -> None:
     """Set the value at a dotted path of a nested spec. The value None removes the field."""
-    *groups, last = path.split(".")
+    *groups, last_name = path.split(".")
     for name in groups:
         if value is None and name not in spec:
             return
         spec = spec.setdefault(name, {})
     if value is None:
-        spec.pop(last, None)
+        spec.pop(last_name, None)
     else:
-        spec[last] = value
+        spec[last_name] = value
 
 
 def with_values(spec: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     """Return a copy of a spec with values set by dotted path. The value None removes a field."""
-    result = copy.deepcopy(spec)
+    changed_spec = copy.deepcopy(spec)
     for path, value in values.items():
-        set_value(result, path, value)
-    return result
+        set_value(changed_spec, path, value)
+    return changed_spec
 
 
 def flatten(spec: dict[str, Any], prefix: str = "") -> dict[str, str]:
     """Return a dict from the dotted path of every value in a nested spec to the value as JSON. Empty groups are left out."""
-    result: dict[str, str] = {}
+    json_by_path: dict[str, str] = {}
     for key, inner in spec.items():
         path = f"{prefix}{key}"
         if isinstance(inner, dict) and inner:
-            result |= flatten(inner, f"{path}.")
+            json_by_path |= flatten(inner, f"{path}.")
         elif inner != {}:
-            result[path] = json.dumps(inner, ensure_ascii=False)
-    return result
+            json_by_path[path] = json.dumps(inner, ensure_ascii=False)
+    return json_by_path

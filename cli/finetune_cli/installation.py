@@ -17,9 +17,9 @@ from finetune_cli.cluster import CORE_API_PATH, Cluster, ClusterError, KubeObjec
 from finetune_cli.output import CommandError
 
 DEFAULT_NAMESPACE = "finetune-operator"
-"""The namespace that the installation guide uses. If the user may not list objects in all namespaces, no other namespace is searched for the operator."""
+"""The namespace that the installation guide uses. If the user may not list objects in all namespaces, only this namespace is searched for the operator."""
 CHART_SELECTOR = "app.kubernetes.io/part-of=finetune-operator"
-"""Label of every object of the chart."""
+"""Label selector that matches all objects of the chart."""
 CONFIG_KEY = "config.yaml"
 DEFAULT_GPU_RESOURCE = "nvidia.com/gpu"
 
@@ -44,7 +44,7 @@ class Pool(LenientModel):
 
 
 class TrainerImage(LenientModel):
-    """The trainer settings in the operator's configuration: how nodes pull the image, and as which user and ServiceAccount pods run."""
+    """The trainer settings in the operator's configuration: the image, how nodes pull it, and the user and the ServiceAccount of the pods."""
 
     image: str = ""
     image_pull_policy: str = "IfNotPresent"
@@ -64,8 +64,10 @@ class InstalledConfig(LenientModel):
 
     def compute_pod_defaults(self, pool: Pool) -> dict[str, str]:
         """Return the default CPU, memory, disk and shared memory of a pod that uses all GPUs of one node of this pool."""
-        per_gpu = self.resources.get("perGpu") or {}
-        configured_resources = ConfiguredResources(_select_quantities(pool.resources), _select_quantities(per_gpu), _select_quantities(self.resources))
+        resources_per_gpu = self.resources.get("perGpu") or {}
+        configured_resources = ConfiguredResources(
+            _select_quantities(pool.resources), _select_quantities(resources_per_gpu), _select_quantities(self.resources)
+        )
         return choose_pod_resources(count_whole_gpus(pool.gpu_resource, pool.gpus_per_node), pool.gpu_memory, configured_resources)
 
 
@@ -87,7 +89,7 @@ class PoolUsage:
     gpus: int
     free_gpus: int
     free_nodes: int
-    """Number of nodes on which a pod that needs all GPUs of a node has enough free GPUs."""
+    """Number of usable nodes that have enough free GPUs for a pod that needs all GPUs of a node."""
 
 
 def list_chart_objects(cluster: Cluster, plural: str, api_path: str, namespace: str | None) -> list[KubeObject]:
@@ -107,17 +109,24 @@ def list_chart_objects(cluster: Cluster, plural: str, api_path: str, namespace: 
 
 def find_installation(cluster: Cluster, namespace: str | None = None) -> Installation:
     """Read the operator's configuration from its ConfigMap. Raises InstallationMissing, or ClusterError if the user may not read the ConfigMap."""
-    config_maps = [one for one in list_chart_objects(cluster, "configmaps", CORE_API_PATH, namespace) if CONFIG_KEY in (one.get("data") or {})]
-    # If one operator manages all namespaces and another manages only some, the second has precedence in the namespaces that it manages.
-    installations = [Installation(one["metadata"]["namespace"], one["metadata"]["name"], _parse_config(one)) for one in config_maps]
-    suitable_installations = [one for one in installations if one.config.namespaces is None or cluster.namespace in one.config.namespaces]
+    config_maps = [
+        config_map for config_map in list_chart_objects(cluster, "configmaps", CORE_API_PATH, namespace) if CONFIG_KEY in (config_map.get("data") or {})
+    ]
+    installations = [
+        Installation(config_map["metadata"]["namespace"], config_map["metadata"]["name"], _parse_config(config_map)) for config_map in config_maps
+    ]
+    suitable_installations = [
+        installation for installation in installations
+        if installation.config.namespaces is None or cluster.namespace in installation.config.namespaces
+    ]  # fmt: skip
     if not suitable_installations:
         searched_location = f"namespace {namespace}" if namespace else "the namespaces that you may read"
         hint = "install the chart, or name its namespace with --operator-namespace"
         if installations:
             hint = f"the operator found manages only {', '.join(installations[0].config.namespaces or [])}"
         raise InstallationMissing(f"there is no operator for namespace {cluster.namespace} in {searched_location}; {hint}")
-    return sorted(suitable_installations, key=lambda one: one.config.namespaces is None)[0]
+    # An operator that manages only some namespaces has precedence, in these namespaces, over an operator that manages all namespaces.
+    return sorted(suitable_installations, key=lambda installation: installation.config.namespaces is None)[0]
 
 
 def _parse_config(config_map: KubeObject) -> InstalledConfig:
@@ -164,7 +173,9 @@ def compute_pool_usage(pool: Pool, nodes: list[KubeObject], pods: list[KubeObjec
         if node_name in used_gpus_by_node:
             used_gpus_by_node[node_name] += count_requested_gpus(pod, pool.gpu_resource)
     free_gpus_by_node = {name: max(0, usable_gpus_by_node[name] - used_gpus_by_node[name]) for name in usable_gpus_by_node}
-    free_nodes = sum(1 for gpus in free_gpus_by_node.values() if gpus >= max(1, pool.gpus_per_node)) if pool.gpus_per_node else len(usable_gpus_by_node)
+    free_nodes = len(usable_gpus_by_node)
+    if pool.gpus_per_node:
+        free_nodes = sum(1 for free_gpus in free_gpus_by_node.values() if free_gpus >= max(1, pool.gpus_per_node))
     return PoolUsage(len(pool_nodes), len(usable_gpus_by_node), sum(usable_gpus_by_node.values()), sum(free_gpus_by_node.values()), free_nodes)
 
 
@@ -176,26 +187,31 @@ def count_gpus_of_node(node: KubeObject, resource: str) -> int:
 def is_usable(node: KubeObject, pool: Pool) -> bool:
     """Whether a node is ready, is not cordoned, and has only taints that the pool tolerates."""
     conditions = (node.get("status") or {}).get("conditions") or []
-    is_ready = any(one["type"] == "Ready" and one["status"] == "True" for one in conditions)
+    is_ready = any(condition["type"] == "Ready" and condition["status"] == "True" for condition in conditions)
     spec = node.get("spec") or {}
     taints = [taint for taint in spec.get("taints") or [] if taint.get("effect") != "PreferNoSchedule"]
-    return is_ready and not spec.get("unschedulable") and all(any(_tolerates(one, taint) for one in pool.tolerations) for taint in taints)
+    has_only_tolerated_taints = all(any(_tolerates(toleration, taint) for toleration in pool.tolerations) for taint in taints)
+    return is_ready and not spec.get("unschedulable") and has_only_tolerated_taints
 
 
 def _tolerates(toleration: dict[str, Any], taint: dict[str, Any]) -> bool:
-    has_key = toleration.get("key") in (None, "", taint.get("key"))
-    has_value = toleration.get("operator") == "Exists" or toleration.get("value", "") == taint.get("value", "")
-    return has_key and has_value and toleration.get("effect") in (None, "", taint.get("effect"))
+    matches_key = toleration.get("key") in (None, "", taint.get("key"))
+    matches_value = toleration.get("operator") == "Exists" or toleration.get("value", "") == taint.get("value", "")
+    return matches_key and matches_value and toleration.get("effect") in (None, "", taint.get("effect"))
 
 
 def count_requested_gpus(pod: KubeObject, resource: str) -> int:
-    """Return the number of GPUs that a pod requests: the sum of its containers, or the largest request of an init container if that is higher."""
+    """Return the number of GPUs that a pod requests.
+
+    This is the sum of the requests of its containers, or the largest request of an init container, whichever is higher.
+    """
     spec = pod.get("spec") or {}
-    container_gpus = sum(_read_requests(spec.get("containers") or [], resource))
-    return max([container_gpus, *_read_requests(spec.get("initContainers") or [], resource)])
+    container_gpus = sum(_iterate_requested_amounts(spec.get("containers") or [], resource))
+    return max([container_gpus, *_iterate_requested_amounts(spec.get("initContainers") or [], resource)])
 
 
-def _read_requests(containers: list[dict[str, Any]], resource: str) -> Iterator[int]:
+def _iterate_requested_amounts(containers: list[dict[str, Any]], resource: str) -> Iterator[int]:
+    """Yield the amount of a resource that each container requests."""
     for container in containers:
         resources = container.get("resources") or {}
         yield int((resources.get("requests") or resources.get("limits") or {}).get(resource, 0))

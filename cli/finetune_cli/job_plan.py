@@ -61,16 +61,16 @@ def read_gpu(gpu: str | None, gpu_memory: str | None, gpus_per_node: int | None 
         return GpuPool(name=gpu.lower(), memory_bytes=memory_bytes, gpu_type=gpu.lower(), gpus_per_node=gpu_count, is_current=True)
     if gpu_memory is None:
         return None
-    problem = find_quantity_problem(gpu_memory, SIZE_KIND)
-    if problem is not None:
-        raise output.fail(f"--gpu-memory: {'; '.join(problem)}")
+    message_and_hint = find_quantity_problem(gpu_memory, SIZE_KIND)
+    if message_and_hint is not None:
+        raise output.fail(f"--gpu-memory: {'; '.join(message_and_hint)}")
     given_memory_bytes = int(parse_amount(gpu_memory))
     if given_memory_bytes < 1:
         raise output.fail(f"--gpu-memory {gpu_memory}: the size must be above 0; write for example 80Gi")
     return GpuPool(name="the GPU", memory_bytes=given_memory_bytes, gpus_per_node=gpu_count, is_current=True)
 
 
-def plan_job(resolved_spec: ResolvedSpec, shape: ModelShape, pool: GpuPool | None, facts: RunFacts, data: DataSize | None = None) -> MethodPlan:
+def plan_job(resolved_spec: ResolvedSpec, shape: ModelShape, pool: GpuPool | None, facts: RunFacts, data_size: DataSize | None = None) -> MethodPlan:
     """Plan a job.
 
     If `pool` is given, fields that the spec leaves out get the values that the job's preparation in the cluster would choose for this pool. The plan
@@ -83,7 +83,7 @@ def plan_job(resolved_spec: ResolvedSpec, shape: ModelShape, pool: GpuPool | Non
     if pool is None:
         return MethodPlan(resolved_spec.spec, plan_memory(resolved_spec.spec, shape, facts))
     try:
-        decision = choose_values(resolved_spec, shape, [pool], facts, data)
+        decision = choose_values(resolved_spec, shape, [pool], facts, data_size)
     except ConfigError as error:
         if error.code != "ChoicesNotPlanned":
             raise
@@ -93,7 +93,7 @@ def plan_job(resolved_spec: ResolvedSpec, shape: ModelShape, pool: GpuPool | Non
     return MethodPlan(decision.resolved.spec, decision.plan, choices, decision.changes, decision.refusal)
 
 
-def find_model(spec: FineTuneJobSpec, folder: Path | None) -> Path | None:
+def find_model_folder(spec: FineTuneJobSpec, folder: Path | None) -> Path | None:
     """Return the folder with the model's configuration: `folder`, or `model.source` if it is a folder. Return None if neither is a folder."""
     source = (spec.model.source or "").removeprefix("file://")
     return folder or (Path(source) if source and Path(source).is_dir() else None)
@@ -104,7 +104,7 @@ def read_model(spec: FineTuneJobSpec, folder: Path | None) -> tuple[ModelShape, 
     from finetune_api.memory.architecture import read_model_shape, read_stored_bytes
     from finetune_api.memory.plan import count_parameters, format_gigabytes
 
-    model_folder = find_model(spec, folder)
+    model_folder = find_model_folder(spec, folder)
     if model_folder is None:
         source = (spec.model.source or "").removeprefix("file://")
         raise output.fail(
@@ -135,7 +135,7 @@ def find_memory_findings(manifest: Manifest, spec: FineTuneJobSpec, *, pool: Gpu
 
     if gpus_per_node(spec) == 0 or check_spec(spec):
         return
-    model_folder = find_model(spec, folder)
+    model_folder = find_model_folder(spec, folder)
     path, location = "spec", manifest.location("spec")
     if model_folder is None:
         message = f"the memory of the job is not planned, because model.source {spec.model.source} is no folder on this machine"

@@ -1,4 +1,4 @@
-"""Lists, verifies, downloads and deletes the checkpoints and models of a job, from the user's machine.
+"""Reads, writes and deletes the objects of a job in storage from the user's machine, and verifies its checkpoints and models.
 
 The credentials come from the AWS_ environment variables. With `--use-secret`, they come from the Secret that the job's spec names.
 """
@@ -152,19 +152,19 @@ class JobStorage:
                 while chunk := file.read(1 << 20):
                     yield chunk
             return
-        options = {"Range": f"bytes={start}-"} if start else {}
-        options |= {"IfMatch": f'"{etag}"'} if etag else {}
+        request_options = {"Range": f"bytes={start}-"} if start else {}
+        request_options |= {"IfMatch": f'"{etag}"'} if etag else {}
         with StorageErrors(self.make_object_uri(key)):
-            yield from self.client.get_object(Bucket=self.bucket, Key=self.make_full_key(key), **options)["Body"].iter_chunks(1 << 20)
+            yield from self.client.get_object(Bucket=self.bucket, Key=self.make_full_key(key), **request_options)["Body"].iter_chunks(1 << 20)
 
     def delete_objects(self, stored_objects: list[StoredObject]) -> None:
         """Delete objects in the given order. Raises StorageError for the first object that could not be deleted."""
         if self.local is not None:
-            for stored in stored_objects:
-                (self.local / stored.key).unlink(missing_ok=True)
+            for stored_object in stored_objects:
+                (self.local / stored_object.key).unlink(missing_ok=True)
             return
         for start in range(0, len(stored_objects), 1000):
-            batch = [{"Key": self.make_full_key(stored.key)} for stored in stored_objects[start : start + 1000]]
+            batch = [{"Key": self.make_full_key(stored_object.key)} for stored_object in stored_objects[start : start + 1000]]
             with StorageErrors(self.uri):
                 failed_objects = (
                     self.client.delete_objects(Bucket=self.bucket, Delete={"Objects": batch, "Quiet": True}).get(
@@ -240,10 +240,10 @@ def to_job_folder_uri(uri: str) -> str:
     folder = uri.rstrip("/")
     if parse_attempt_of_uri(folder) is not None:
         folder = folder.rpartition("/")[0]
-    return _INNER_PATH.sub("", folder)
+    return _INNER_PATH_PATTERN.sub("", folder)
 
 
-_INNER_PATH = re.compile(rf"(?<=[^/:])/({Storage.MODEL}|{Storage.MERGED}|{Storage.CHECKPOINTS}(/step-\d+)?|{Storage.LINEAGE}(/statement\.[a-z.]+)?)$")
+_INNER_PATH_PATTERN = re.compile(rf"(?<=[^/:])/({Storage.MODEL}|{Storage.MERGED}|{Storage.CHECKPOINTS}(/step-\d+)?|{Storage.LINEAGE}(/statement\.[a-z.]+)?)$")
 
 
 def locate_job_folder(job: dict[str, Any]) -> tuple[str, StorageRoot]:
@@ -262,7 +262,7 @@ def locate_job_folder(job: dict[str, Any]) -> tuple[str, StorageRoot]:
     known_uris = [
         status.get("latestCheckpoint"),
         (status.get("output") or {}).get("uri"),
-        *(c.get("uri") for c in status.get("checkpoints") or []),
+        *(checkpoint.get("uri") for checkpoint in status.get("checkpoints") or []),
     ]
     for uri in known_uris:
         if uri and inner_path in uri:
@@ -287,23 +287,23 @@ class CommittedFolder:
     """Name of the folder inside `folder` that holds the files."""
     manifest_sha256: str
     is_healthy: bool
-    """Whether the folder contains the marker of a healthy checkpoint. This is always false if the object does not come from `list_committed_folders`."""
+    """Whether the folder contains the marker of a healthy checkpoint. Only `list_committed_folders` looks for this marker. Otherwise, the value is false."""
 
 
 def list_committed_folders(storage: JobStorage) -> list[CommittedFolder]:
     """Return every folder with a commit marker: checkpoints by step, then the model. Raises StorageError."""
-    keys = {stored.key for stored in storage.list_objects()}
+    keys = {stored_object.key for stored_object in storage.list_objects()}
     marked_folders = [key.rpartition("/")[0] for key in sorted(keys) if key.rpartition("/")[2] == Storage.COMMITTED]
     committed_folders = [
         parse_marker(storage, folder, storage.read_object(f"{folder}/{Storage.COMMITTED}"), f"{folder}/{Storage.HEALTHY}" in keys) for folder in marked_folders
     ]
-    return sorted(committed_folders, key=lambda committed: (committed.folder.startswith(Storage.MODEL), committed.folder))
+    return sorted(committed_folders, key=lambda committed_folder: (committed_folder.folder.startswith(Storage.MODEL), committed_folder.folder))
 
 
 def find_committed_folder(storage: JobStorage, folder: str) -> CommittedFolder | None:
     """Return the committed checkpoint or model in a folder, or None if the folder has no commit marker. Raises StorageError."""
-    marker = storage.read_if_exists(f"{folder}/{Storage.COMMITTED}")
-    return None if marker is None else parse_marker(storage, folder, marker)
+    marker_bytes = storage.read_if_exists(f"{folder}/{Storage.COMMITTED}")
+    return None if marker_bytes is None else parse_marker(storage, folder, marker_bytes)
 
 
 def parse_marker(storage: JobStorage, folder: str, content: bytes, is_healthy: bool = False) -> CommittedFolder:
@@ -345,8 +345,8 @@ def parse_manifest(content: bytes) -> dict[str, Any]:
 def read_file_list(location: str, manifest: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the files that a manifest lists. Raises StorageError if the list is invalid or a file lies outside the folder; the message names `location`."""
     files: list[dict[str, Any]] = manifest.get("files") or []
-    is_list = isinstance(files, list) and files and all(isinstance(entry, dict) and {"path", "size", "sha256"} <= entry.keys() for entry in files)
-    if not is_list:
+    is_valid_list = isinstance(files, list) and files and all(isinstance(entry, dict) and {"path", "size", "sha256"} <= entry.keys() for entry in files)
+    if not is_valid_list:
         raise StorageError(f"{location}: the manifest is damaged: it has no list of files with path, size and sha256")
     for entry in files:
         name = str(entry["path"])

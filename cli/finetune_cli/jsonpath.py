@@ -35,7 +35,7 @@ class JsonPath:
         """Return all values at the path. A field that does not exist adds no value."""
         found_values = [value]
         for step in self.steps:
-            found_values = [inner for one in found_values for inner in _apply_step(one, step)]
+            found_values = [inner_value for outer_value in found_values for inner_value in _apply_step(outer_value, step)]
         return found_values
 
 
@@ -76,8 +76,8 @@ def _apply_step(value: Any, step: str | int | tuple[JsonPath, str]) -> list[Any]
     if isinstance(step, int):
         return [value[step]] if isinstance(value, list) and -len(value) <= step < len(value) else []
     if isinstance(step, tuple):
-        path, expected = step
-        return [item for item in value if expected in map(to_kubectl_text, path.find(item))] if isinstance(value, list) else []
+        path, expected_text = step
+        return [item for item in value if expected_text in map(to_kubectl_text, path.find(item))] if isinstance(value, list) else []
     if step == "*":
         return list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
     name = step[1:]

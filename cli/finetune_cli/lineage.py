@@ -188,17 +188,17 @@ class Verifier:
             return
         digest = self._result.manifest_sha256 = hashlib.sha256(manifest_bytes).hexdigest()
         if digest != marker["manifestSha256"]:
-            named_digest = marker["manifestSha256"]
-            self._add_finding(CheckName.MANIFEST, Code.MANIFEST_CHANGED, f"{key} has sha256 {digest[:12]}..., but the marker names {named_digest[:12]}...")
+            digest_in_marker = marker["manifestSha256"]
+            self._add_finding(CheckName.MANIFEST, Code.MANIFEST_CHANGED, f"{key} has sha256 {digest[:12]}..., but the marker names {digest_in_marker[:12]}...")
         manifest = _parse_json_object(manifest_bytes)
         entries = manifest.get("files")
         if not isinstance(entries, list) or not entries or not all(map(_is_file_entry, entries)) or not isinstance(manifest.get("facts"), dict):
-            self._add_finding(CheckName.MANIFEST, Code.MANIFEST_INVALID, f"{key} does not contain the files with path, size and sha256, and the facts")
+            self._add_finding(CheckName.MANIFEST, Code.MANIFEST_INVALID, f"{key} does not contain a list of files with path, size and sha256, and the facts")
             return
         self._result.manifest = manifest
         self._add_note(CheckName.MANIFEST, f"sha256 {digest[:12]}..., {len(entries)} files")
         for path, count in Counter(entry["path"] for entry in entries).items():
-            if not _is_inside(path):
+            if not _is_inside_folder(path):
                 self._add_finding(CheckName.MANIFEST, Code.PATH_INVALID, f"the manifest lists {path!r}, which is not inside the model's folder")
             if count > 1:
                 self._add_finding(CheckName.MANIFEST, Code.PATH_DUPLICATE, f"the manifest lists {path} {count} times")
@@ -206,21 +206,21 @@ class Verifier:
     def _check_files(self) -> None:
         if self._result.manifest is None:
             return
-        folder, total = self._result.folder, 0
-        stored_paths = {one.key.removeprefix(f"{folder}/") for one in self._storage.list_objects(folder)}
-        entries = {entry["path"]: entry for entry in self._result.manifest["files"] if _is_inside(entry["path"])}
+        folder, total_bytes = self._result.folder, 0
+        stored_paths = {stored_object.key.removeprefix(f"{folder}/") for stored_object in self._storage.list_objects(folder)}
+        entries = {entry["path"]: entry for entry in self._result.manifest["files"] if _is_inside_folder(entry["path"])}
         for path, entry in entries.items():
             if self._is_linked(f"{folder}/{path}"):
                 continue
             if path not in stored_paths:
                 self._add_finding(CheckName.FILES, Code.FILE_MISSING, f"{path} is missing")
                 continue
-            total += entry["size"]
+            total_bytes += entry["size"]
             self._check_file(folder, path, entry)
         for path in sorted(stored_paths - entries.keys() - {Storage.MANIFEST.value}):
             if not self._is_linked(f"{folder}/{path}"):
                 self._add_finding(CheckName.FILES, Code.FILE_UNEXPECTED, f"{path} is in the model's folder, but not in the manifest")
-        self._add_note(CheckName.FILES, f"{len(entries)} files, {total} bytes read again")
+        self._add_note(CheckName.FILES, f"{len(entries)} files, {total_bytes} bytes read again")
 
     def _check_file(self, folder: str, path: str, entry: dict[str, Any]) -> None:
         sha256, size = hash_object(self._storage, f"{folder}/{path}")
@@ -263,7 +263,7 @@ class Verifier:
 
     def _compare_subjects(self, statement: Statement, manifest: dict[str, Any]) -> None:
         expected_subjects = [(Storage.MANIFEST.value, self._result.manifest_sha256), *((entry["path"], entry["sha256"]) for entry in manifest["files"])]
-        subjects = [(one.name or "", one.digest.get("sha256", "")) for one in statement.subject]
+        subjects = [(subject.name or "", subject.digest.get("sha256", "")) for subject in statement.subject]
         if Counter(expected_subjects) != Counter(subjects):
             name = sorted((Counter(expected_subjects) - Counter(subjects)) + (Counter(subjects) - Counter(expected_subjects)))[0][0]
             self._add_finding(CheckName.STATEMENT, Code.SUBJECT_CHANGED, f"{name} in the statement's subjects differs from the manifest")
@@ -286,14 +286,14 @@ class Verifier:
         """
         if self._result.statement is None or self._result.select_findings(CheckName.STATEMENT):
             return
-        byproducts = self._result.statement.predicate.run_details.byproducts
+        named_checkpoints = self._result.statement.predicate.run_details.byproducts
         stored_count = 0
-        for checkpoint in byproducts:
+        for checkpoint in named_checkpoints:
             marker_bytes = self._storage.read_if_exists(f"{checkpoint.name}/{Storage.COMMITTED}")
             stored_count += marker_bytes is not None
             if marker_bytes is not None and _parse_json_object(marker_bytes).get("manifestSha256") != checkpoint.digest.get("sha256"):
-                self._add_finding(CheckName.CHECKPOINTS, Code.CHECKPOINT_CHANGED, f"{checkpoint.name} has another manifest than in the statement")
-        self._add_note(CheckName.CHECKPOINTS, f"{stored_count} of {len(byproducts)} named checkpoints are stored (their files are not read)")
+                self._add_finding(CheckName.CHECKPOINTS, Code.CHECKPOINT_CHANGED, f"the manifest of {checkpoint.name} has another sha256 than in the statement")
+        self._add_note(CheckName.CHECKPOINTS, f"{stored_count} of {len(named_checkpoints)} named checkpoints are stored (their files are not read)")
 
     # ---- the signature ----
 
@@ -368,11 +368,13 @@ def _has_digest(statement: Statement, digest: Any, name_prefixes: tuple[str, ...
 
     If the statement also has digests of single files of these sources, the hash of these single digests must be equal to the combined digest.
     """
-    resources = [one for one in statement.predicate.build_definition.resolved_dependencies if (one.name or "").startswith(name_prefixes)]
-    combined_digests = [one.annotations["combinedDigest"] for one in resources if "combinedDigest" in one.annotations]
-    file_digests = [one.digest["sha256"] for one in resources if "combinedDigest" not in one.annotations and "sha256" in one.digest]
-    are_files_right = not file_digests or hashlib.sha256("\n".join(file_digests).encode()).hexdigest() == digest
-    return bool(combined_digests) and set(combined_digests) == {digest} and are_files_right
+    resources = [
+        resource for resource in statement.predicate.build_definition.resolved_dependencies if (resource.name or "").startswith(name_prefixes)
+    ]
+    combined_digests = [resource.annotations["combinedDigest"] for resource in resources if "combinedDigest" in resource.annotations]
+    file_digests = [resource.digest["sha256"] for resource in resources if "combinedDigest" not in resource.annotations and "sha256" in resource.digest]
+    do_file_digests_match = not file_digests or hashlib.sha256("\n".join(file_digests).encode()).hexdigest() == digest
+    return bool(combined_digests) and set(combined_digests) == {digest} and do_file_digests_match
 
 
 def read_envelope(storage: JobStorage) -> Envelope | None:
@@ -409,7 +411,7 @@ def _is_file_entry(entry: Any) -> bool:
     return is_object and isinstance(entry.get("size"), int) and _is_sha256(entry.get("sha256"))
 
 
-def _is_inside(path: str) -> bool:
+def _is_inside_folder(path: str) -> bool:
     """Return whether a path in a manifest is relative and leads to a file inside the model's folder."""
     return "\\" not in path and "\0" not in path and all(part not in ("", ".", "..") for part in path.split("/"))
 

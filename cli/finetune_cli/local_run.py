@@ -61,9 +61,9 @@ class LocalRun:
     config: RunConfig
     config_file: Path
     work_folder: Path
-    log: Path
+    log_file: Path
     notes: tuple[str, ...]
-    config_maps: Path
+    config_maps_folder: Path
     """Folder that contains one folder for each ConfigMap."""
 
 
@@ -74,7 +74,7 @@ def prepare_run(
 
     `recorded_defaults`: the defaults of an earlier run, by spec path. They replace the defaults of this release.
 
-    Raises InvalidInput, CommandError, or Exit after printing the errors of the manifest.
+    Raises InvalidInput, CommandError, or CommandExit after printing the errors of the manifest.
     """
     manifest = read_job(file)
     overrides = parse_overrides(set_texts)
@@ -95,7 +95,7 @@ def prepare_run(
     resolution = keep_recorded_defaults(resolution, recorded_defaults or {})
     try:
         run = _write_run(manifest.name, resolution, folder.resolve(), notes)
-        _link_config_maps(run.config_maps, machine.config_maps)
+        _link_config_maps(run.config_maps_folder, machine.config_maps)
         return run
     except OSError as error:
         raise make_unwritable_file_error(folder, error) from None
@@ -104,7 +104,7 @@ def prepare_run(
 def _check_spec(
     manifest: Manifest, spec: dict[str, Any], overrides: dict[str, AssignedValue], only_code: str | None = None
 ) -> FineTuneJobSpec:
-    """Check a manifest with `spec` as its spec, and return the validated spec. Raises Exit.
+    """Check a manifest with `spec` as its spec, and return the validated spec. Raises CommandExit.
 
     If `only_code` is given, errors with another code are not reported. If an invalid value comes from `--set`, the error names this option.
     """
@@ -119,12 +119,12 @@ def _check_spec(
 # --- the run configuration ------------------------------------------------------------------------------------------
 
 
-def _write_run(name: str, resolution: ResolvedSpec, root: Path, notes: list[str]) -> LocalRun:
+def _write_run(name: str, resolution: ResolvedSpec, output_folder: Path, notes: list[str]) -> LocalRun:
     """Write the run configuration of the next attempt. A run with the same folder and name continues the same job."""
-    uid = str(uuid.uuid5(uuid.NAMESPACE_URL, f"file://{root}/{name}"))
-    state_folder = root / ".finetune" / name
+    uid = str(uuid.uuid5(uuid.NAMESPACE_URL, f"file://{output_folder}/{name}"))
+    state_folder = output_folder / ".finetune" / name
     state_folder.mkdir(parents=True, exist_ok=True)
-    job_folder = root / LOCAL_NAMESPACE / name / uid
+    job_folder = output_folder / LOCAL_NAMESPACE / name / uid
     resolution = _continue_job(state_folder / names.RUN_FILE_NAME, resolution, job_folder, name)
     counter_file = state_folder / "attempt"
     counted_attempts = int(counter_file.read_text(encoding="utf-8")) if counter_file.is_file() else 0
@@ -147,22 +147,22 @@ def _write_run(name: str, resolution: ResolvedSpec, root: Path, notes: list[str]
             master_address="127.0.0.1", master_port=0, rendezvous_id=f"{uid}-{attempt}",
         ),
         storage=StoreTarget(uri=f"file://{job_folder}"),
-        publish=f"file://{root}/{spec.output.dir.strip('/')}" if spec.output.dir else None,
+        publish=f"file://{output_folder}/{spec.output.dir.strip('/')}" if spec.output.dir else None,
         resume=ResumeConfig(mode="auto" if attempt > 1 else spec.checkpoint.resume or "auto"),
         grace_seconds=GRACE_SECONDS,
     )  # fmt: skip
     run_file = state_folder / names.RUN_FILE_NAME
     run_file.write_bytes(run.to_bytes())
-    log, all_notes = state_folder / f"attempt-{attempt}.log", (*notes, *resolution.notes)
-    return LocalRun(name, run, run_file, state_folder / "work", log, all_notes, state_folder / CONFIG_MAPS_FOLDER)
+    log_file, all_notes = state_folder / f"attempt-{attempt}.log", (*notes, *resolution.notes)
+    return LocalRun(name, run, run_file, state_folder / "work", log_file, all_notes, state_folder / CONFIG_MAPS_FOLDER)
 
 
 def _link_config_maps(folder: Path, config_maps: dict[str, Path]) -> None:
-    """Create a folder for each ConfigMap that the trainer reads, with links to the files in the user's folder."""
+    """For each ConfigMap, create a folder from which the trainer reads, with links to the files in the user's folder."""
     shutil.rmtree(folder, ignore_errors=True)
-    for name, source in config_maps.items():
+    for name, user_folder in config_maps.items():
         (folder / name).mkdir(parents=True)
-        for file in (path for path in source.iterdir() if path.is_file()):
+        for file in (path for path in user_folder.iterdir() if path.is_file()):
             (folder / name / file.name).symlink_to(file.resolve())
 
 
@@ -173,11 +173,9 @@ def find_last_attempt(job_folder: Path) -> int:
 
 
 def _continue_job(run_file: Path, resolution: ResolvedSpec, job_folder: Path, name: str) -> ResolvedSpec:
-    """Return the resolved spec.
+    """Return the resolved spec. If the job has earlier attempts with stored results, the returned spec has the defaults of these attempts.
 
-    The defaults are those of the job's earlier attempts, because an earlier release with other defaults may have started the job.
-
-    Raise LocalRunError if the folder holds checkpoints of a job with another spec.
+    An earlier release with other defaults may have started the job. Raises LocalRunError if the folder holds results of a job with another spec.
     """
     if not run_file.is_file() or not any(job_folder.rglob(names.Storage.COMMITTED.value)):
         return resolution
@@ -205,7 +203,7 @@ def run_trainer(run: LocalRun, interpreter_path: str | None, variables: dict[str
     interpreter = interpreter_path or sys.executable
     require_trainer(interpreter)
     output.print_notes(run.notes)
-    output.print_notes([f"log: {run.log}"])
+    output.print_notes([f"log: {run.log_file}"])
     run.work_folder.mkdir(parents=True, exist_ok=True)
     termination_file = run.work_folder / "termination-message.json"
     termination_file.unlink(missing_ok=True)
@@ -229,15 +227,15 @@ def run_trainer(run: LocalRun, interpreter_path: str | None, variables: dict[str
         Env.TERMINATION_LOG.value: str(termination_file),
         Env.NODE_NAME.value: socket.gethostname(),
         Env.NODE_RANK.value: "0",
-        Env.CONFIG_MAPS.value: str(run.config_maps),
+        Env.CONFIG_MAPS.value: str(run.config_maps_folder),
     }
-    with run.log.open("wb") as log:
+    with run.log_file.open("wb") as log:
         process = subprocess.Popen(
             command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
         with _treat_termination_as_interrupt():
-            code = _wait_for_trainer(process, port, termination_file)
-    return _print_result(code, termination_file, run)
+            exit_code = _wait_for_trainer(process, port, termination_file)
+    return _print_result(exit_code, termination_file, run)
 
 
 def require_trainer(interpreter: str) -> None:
@@ -281,17 +279,17 @@ def _wait_for_trainer(process: subprocess.Popen[bytes], port: int, termination_f
     interrupt_count = 0
     while True:
         try:
-            code = _poll_trainer(process, port, show_report)
+            exit_code = _poll_trainer(process, port, show_report)
         except KeyboardInterrupt:
             interrupt_count += 1
             process.send_signal(signal.SIGTERM if interrupt_count == 1 else signal.SIGKILL)
             hint = "saving a checkpoint; press Ctrl-C again to stop without saving" if interrupt_count == 1 else "stopped"
             output.print_notes([hint])
             continue
-        if code is not None:
+        if exit_code is not None:
             show_report(read_last_report(termination_file))
             show_report(None)
-            return code
+            return exit_code
 
 
 def _poll_trainer(process: subprocess.Popen[bytes], port: int, show_report: Callable[[ProgressReport | None], None]) -> int | None:
@@ -320,9 +318,10 @@ def make_progress_printer() -> Callable[[ProgressReport | None], None]:
     On a terminal one line is updated. Without a terminal, a line is printed at each change of the stage and every ten percent.
     """
     is_terminal = output.error_console().is_terminal
-    last_values: list[tuple[Any, Any]] = [(None, None)]
+    last_shown_state: tuple[Any, Any] = (None, None)
 
     def show_report(report: ProgressReport | None) -> None:
+        nonlocal last_shown_state
         if report is None:
             if is_terminal:
                 sys.stderr.write("\n")
@@ -331,9 +330,9 @@ def make_progress_printer() -> Callable[[ProgressReport | None], None]:
         if is_terminal:
             sys.stderr.write("\r\033[K" + format_report_line(report))
             sys.stderr.flush()
-        elif shown_state != last_values[0]:
+        elif shown_state != last_shown_state:
             output.error_console().print(format_report_line(report))
-        last_values[0] = shown_state
+        last_shown_state = shown_state
 
     return show_report
 
@@ -369,9 +368,9 @@ def _print_result(exit_code: int, termination_file: Path, run: LocalRun) -> int:
         output.print_errors([f"{termination_message.class_ or ''} {termination_message.code or ''}: {termination_message.message}".strip()])
         output.print_notes([termination_message.hint] if termination_message.hint else [])
     else:
-        output.print_errors([f"the trainer ended with exit code {exit_code}", *_read_last_lines(run.log)])
+        output.print_errors([f"the trainer ended with exit code {exit_code}", *_read_last_lines(run.log_file)])
     output.print_notes([f"report: {report}" for report in [_find_report_file(run)] if report is not None])
-    output.print_notes([f"log: {run.log}"])
+    output.print_notes([f"log: {run.log_file}"])
     return output.JOB_FAILED
 
 
@@ -399,5 +398,5 @@ def _read_termination_message(path: Path) -> TerminationMessage | None:
         return None
 
 
-def _read_last_lines(log: Path) -> Iterator[str]:
-    yield from log.read_text(encoding="utf-8", errors="replace").splitlines()[-5:]
+def _read_last_lines(log_file: Path) -> Iterator[str]:
+    yield from log_file.read_text(encoding="utf-8", errors="replace").splitlines()[-5:]

@@ -47,8 +47,8 @@ def parse_folders(option: str, pair_texts: list[str]) -> dict[str, Path]:
     """Parse `NAME=FOLDER` texts. Raises LocalRunError if a folder does not exist."""
     folders = {}
     for text in pair_texts:
-        name, equals, path = text.partition("=")
-        if not equals or not Path(path).is_dir():
+        name, equals_sign, path = text.partition("=")
+        if not equals_sign or not Path(path).is_dir():
             raise LocalRunError(f"{option} {text}: write NAME=FOLDER with an existing folder")
         folders[name] = Path(path).resolve()
     return folders
@@ -118,14 +118,14 @@ def _to_file_source(text: str, path: str, machine: LocalMachine) -> str:
     )
 
 
-def _find_path_in_folder(folders: dict[str, Path], name: str, inner_path: str, path: str, option: str) -> Path:
+def _find_path_in_folder(folders: dict[str, Path], name: str, inner_path: str, spec_path: str, option: str) -> Path:
     if name not in folders:
         raise LocalRunError(
-            f"spec.{path}: {name} is not on this machine; name a folder that replaces it with {option} {name}=FOLDER"
+            f"spec.{spec_path}: {name} is not on this machine; name a folder that replaces it with {option} {name}=FOLDER"
         )
     file = folders[name] / inner_path
     if not file.exists():
-        raise LocalRunError(f"spec.{path}: {file} does not exist")
+        raise LocalRunError(f"spec.{spec_path}: {file} does not exist")
     return file
 
 

@@ -135,7 +135,7 @@ def main(arguments: list[str] | None = None) -> None:
     sys.exit(_flush_stdout(run(words, tool_arguments)))
 
 
-def _flush_stdout(code: int) -> int:
+def _flush_stdout(exit_code: int) -> int:
     """Flush stdout and return the exit code. This function reports a write error (full disk), because Python ignores write errors when it exits."""
     try:
         if sys.stdout is not None:
@@ -143,11 +143,11 @@ def _flush_stdout(code: int) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        if code == 0:
+        if exit_code == 0:
             sys.stderr.write(f"error: standard output cannot be written: {error.strerror}\n")
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return code or 1
-    return code
+        return exit_code or 1
+    return exit_code
 
 
 def run(arguments: list[str], tool_arguments: list[str]) -> int:

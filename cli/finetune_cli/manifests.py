@@ -34,7 +34,7 @@ class Manifest:
 
     @property
     def is_job(self) -> bool:
-        """Whether the object has the kind FineTuneJob or an apiVersion of its API group. One of the two is enough: the other may be misspelled."""
+        """Whether the object has the kind FineTuneJob or an apiVersion of the same API group. One of the two is enough: the other may be misspelled."""
         kind, version = str(self.value.get("kind")), str(self.value.get("apiVersion"))
         return kind.lower() == KIND.lower() or version.startswith(f"{GROUP}/")
 
@@ -86,7 +86,7 @@ def parse_manifests(text: str, file: str) -> Iterator[Manifest]:
         yaml_trees = read_trees(text)
     except InvalidYaml as error:
         raise UnreadableFile(Mistake(f"{file}:{error.line}" if error.line else file, "", str(error))) from None
-    for number, tree in enumerate(yaml_trees):
+    for document_number, tree in enumerate(yaml_trees):
         for problem in tree.problems:
             raise UnreadableFile(Mistake(f"{file}:{problem.line}", problem.path, problem.message, problem.hint))
         if tree.value is None:
@@ -96,9 +96,9 @@ def parse_manifests(text: str, file: str) -> Iterator[Manifest]:
                 Mistake(f"{file}:{tree.line}", "", "this is not a manifest, because it is not a mapping")
             )
         if tree.value.get("kind") == LIST_KIND and isinstance(tree.value.get("items"), list):
-            yield from _iterate_list_items(file, number, tree)
+            yield from _iterate_list_items(file, document_number, tree)
         elif tree.value:
-            yield Manifest(file, number, tree.value, tree.lines)
+            yield Manifest(file, document_number, tree.value, tree.lines)
 
 
 def _iterate_list_items(file: str, document_number: int, list_document: Tree) -> Iterator[Manifest]:

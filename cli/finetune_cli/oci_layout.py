@@ -85,45 +85,45 @@ def write_layout(storage: JobStorage, target: Path, form: LayoutForm, tag: str, 
 
 
 def _write_files(storage: JobStorage, layout_folder: Path, form: LayoutForm, tag: str, report_file: Callable[[str, int], None]) -> WrittenLayout:
-    committed, manifest = _select_model(storage)
-    files = read_file_list(storage.uri, manifest)
+    committed_folder, manifest = _select_model(storage)
+    file_entries = read_file_list(storage.uri, manifest)
     (layout_folder / BLOBS_FOLDER).mkdir(parents=True)
-    for entry in files:
+    for entry in file_entries:
         report_file(str(entry["path"]), int(entry["size"]))
-        key = f"{committed.folder}/{committed.path}/{entry['path']}"
+        key = f"{committed_folder.folder}/{committed_folder.path}/{entry['path']}"
         file = RemoteFile(key, str(entry["path"]), int(entry["size"]), sha256=str(entry["sha256"]))
         Download(storage, file, layout_folder / BLOBS_FOLDER / file.sha256).run(SilentProgress(), overwrite=False)
-    entries = [ModelFile(str(entry["path"]), int(entry["size"]), str(entry["sha256"])) for entry in files]
-    entry = _pack_image(layout_folder, entries) if form is LayoutForm.IMAGE else _write_modelpack(layout_folder, manifest, entries)
-    entry["annotations"] = {"org.opencontainers.image.ref.name": tag}
-    (layout_folder / "index.json").write_bytes(_build_index([entry]))
+    model_files = [ModelFile(str(entry["path"]), int(entry["size"]), str(entry["sha256"])) for entry in file_entries]
+    descriptor = _pack_image(layout_folder, model_files) if form is LayoutForm.IMAGE else _write_modelpack(layout_folder, manifest, model_files)
+    descriptor["annotations"] = {"org.opencontainers.image.ref.name": tag}
+    (layout_folder / "index.json").write_bytes(_build_index([descriptor]))
     (layout_folder / "oci-layout").write_bytes(to_canonical_json({"imageLayoutVersion": "1.0.0"}))
-    return WrittenLayout(entry["digest"], sum(file.size for file in entries))
+    return WrittenLayout(descriptor["digest"], sum(file.size for file in model_files))
 
 
-def _build_index(entries: list[dict[str, Any]]) -> bytes:
-    return to_canonical_json({"schemaVersion": 2, "mediaType": INDEX_TYPE, "manifests": entries})
+def _build_index(descriptors: list[dict[str, Any]]) -> bytes:
+    return to_canonical_json({"schemaVersion": 2, "mediaType": INDEX_TYPE, "manifests": descriptors})
 
 
 def _select_model(storage: JobStorage) -> tuple[CommittedFolder, dict[str, Any]]:
     """Return the folder and the manifest of the model to export."""
-    folders = {committed.folder: committed for committed in list_committed_folders(storage)}
-    model, merged = folders.get(Storage.MODEL), folders.get(Storage.MERGED)
-    if merged is not None:
-        manifest = read_manifest(storage, merged)
+    committed_folders_by_key = {committed_folder.folder: committed_folder for committed_folder in list_committed_folders(storage)}
+    model_folder, merged_folder = committed_folders_by_key.get(Storage.MODEL), committed_folders_by_key.get(Storage.MERGED)
+    if merged_folder is not None:
+        manifest = read_manifest(storage, merged_folder)
         # A merged model is not exported if a later attempt has replaced the adapter from which it was merged.
-        if model is None or (manifest.get("extra") or {}).get(ADAPTER_SHA256) == model.manifest_sha256:
-            return merged, manifest
-    if model is None:
-        raise StorageError(f"there is no committed model below {storage.uri}; `finetune checkpoints` lists what is there")
-    return model, read_manifest(storage, model)
+        if model_folder is None or (manifest.get("extra") or {}).get(ADAPTER_SHA256) == model_folder.manifest_sha256:
+            return merged_folder, manifest
+    if model_folder is None:
+        raise StorageError(f"there is no committed model below {storage.uri}; `finetune checkpoints` lists the checkpoints of a job")
+    return model_folder, read_manifest(storage, model_folder)
 
 
 def _write_modelpack(layout_folder: Path, manifest: dict[str, Any], files: list[ModelFile]) -> dict[str, Any]:
     """Write the config and the manifest of a ModelPack artefact. Returns the manifest's descriptor."""
-    name = str(manifest.get("job") or "").split("/")[1:2]
+    job_names = str(manifest.get("job") or "").split("/")[1:2]
     kind = OutputKind(manifest.get("kind") or OutputKind.MODEL)
-    artefact = build_modelpack_artefact(name[0] if name else "model", kind, files)
+    artefact = build_modelpack_artefact(job_names[0] if job_names else "model", kind, files)
     _write_blob(layout_folder, artefact.config)
     _write_blob(layout_folder, artefact.manifest)
     return {**build_descriptor(MANIFEST_MEDIA_TYPE, artefact.manifest), "artifactType": MODEL_MEDIA_TYPE}
@@ -160,14 +160,14 @@ def _pack_image(layout_folder: Path, files: list[ModelFile]) -> dict[str, Any]:
 
 def _pack_layer(layout_folder: Path, file: ModelFile) -> dict[str, Any]:
     """Write a tar layer that holds a file. Returns the descriptor of the layer."""
-    source, packed = layout_folder / BLOBS_FOLDER / file.sha256, layout_folder / f"{file.sha256}.tar"
-    with packed.open("wb") as raw:
-        writer = _HashingWriter(raw)
-        with tarfile.open(fileobj=writer, mode="w|", format=tarfile.PAX_FORMAT) as archive, source.open("rb") as content:
-            entry = tarfile.TarInfo(f"{MODELS_FOLDER}/{file.path}")
-            entry.size, entry.mode = file.size, FILE_MODE
-            archive.addfile(entry, content)
-    packed.rename(layout_folder / BLOBS_FOLDER / writer.sha256)
+    blob_file, tar_file = layout_folder / BLOBS_FOLDER / file.sha256, layout_folder / f"{file.sha256}.tar"
+    with tar_file.open("wb") as tar_stream:
+        writer = _HashingWriter(tar_stream)
+        with tarfile.open(fileobj=writer, mode="w|", format=tarfile.PAX_FORMAT) as archive, blob_file.open("rb") as blob_content:
+            tar_entry = tarfile.TarInfo(f"{MODELS_FOLDER}/{file.path}")
+            tar_entry.size, tar_entry.mode = file.size, FILE_MODE
+            archive.addfile(tar_entry, blob_content)
+    tar_file.rename(layout_folder / BLOBS_FOLDER / writer.sha256)
     return {"mediaType": LAYER_TYPE, "digest": f"sha256:{writer.sha256}", "size": writer.size}
 
 

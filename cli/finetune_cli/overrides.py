@@ -26,21 +26,21 @@ CONFIG_MAP_KEY_PATTERN = re.compile(r"^[-._a-zA-Z0-9]+$")
 
 
 def parse_overrides(set_texts: Iterable[str], options: Mapping[str, Any] | None = None) -> dict[str, AssignedValue]:
-    """Return the values that `--set` and options such as `--model` give, by spec path. Raises InvalidInput.
+    """Return the values that `--set` and options such as `--model` set, by spec path. Raises InvalidInput.
 
     `options` maps the name of each option to its value, or to None if the user does not give the option.
     """
     mistakes: list[Mistake] = []
-    result: dict[str, AssignedValue] = {}
+    overrides: dict[str, AssignedValue] = {}
     for option, value in (options or {}).items():
         if value is not None:
-            result |= _parse_option(option, value, mistakes)
+            overrides |= _parse_option(option, value, mistakes)
     fields_by_path = {field.path.removeprefix("spec."): field for field in fields() if field.path.startswith("spec.")}
     for text in set_texts:
-        result |= _parse_set(text, fields_by_path, mistakes)
+        overrides |= _parse_set_text(text, fields_by_path, mistakes)
     if mistakes:
         raise InvalidInput(mistakes)
-    return result
+    return overrides
 
 
 def attribute_to_option(mistake: Mistake, overrides: Mapping[str, AssignedValue]) -> Mistake:
@@ -49,7 +49,7 @@ def attribute_to_option(mistake: Mistake, overrides: Mapping[str, AssignedValue]
     Otherwise return the mistake unchanged.
     """
     path = mistake.key.removeprefix("spec.")
-    assigned_value = next((value for known, value in overrides.items() if is_within(path, known)), None)
+    assigned_value = next((value for overridden_path, value in overrides.items() if is_within(path, overridden_path)), None)
     if assigned_value is None:
         return mistake
     option = assigned_value.origin.location
@@ -75,25 +75,25 @@ def make_hint_for_option(hint: str, option: str, path: str) -> str:
 
 
 def _parse_option(option: str, value: Any, mistakes: list[Mistake]) -> dict[str, AssignedValue]:
-    origin, spelling = ValueOrigin(f"--{option}"), f"--{option}"
+    origin, written_option = ValueOrigin(f"--{option}"), f"--{option}"
     if option in FIELD_OF_OPTION:
         is_path = option in SOURCE_OPTIONS and str(value).startswith((".", "/", "~"))
-        return {FIELD_OF_OPTION[option]: AssignedValue(f"file://{value}" if is_path else value, origin, spelling)}
+        return {FIELD_OF_OPTION[option]: AssignedValue(f"file://{value}" if is_path else value, origin, written_option)}
     name, _, key = str(value).removeprefix("configmap://").partition("/")
     if not CONFIG_MAP_NAME_PATTERN.match(name) or not CONFIG_MAP_KEY_PATTERN.match(key):
-        mistakes.append(Mistake(spelling, str(value), "this is not the name and key of a ConfigMap", "write NAME/KEY"))
+        mistakes.append(Mistake(written_option, str(value), "this is not the name and key of a ConfigMap", "write NAME/KEY"))
         return {}
     path = CONFIG_MAP_OPTIONS[option]
-    return {f"{path}.name": AssignedValue(name, origin, spelling), f"{path}.key": AssignedValue(key, origin, spelling)}
+    return {f"{path}.name": AssignedValue(name, origin, written_option), f"{path}.key": AssignedValue(key, origin, written_option)}
 
 
-def _parse_set(text: str, fields_by_path: dict[str, Field], mistakes: list[Mistake]) -> dict[str, AssignedValue]:
-    written_path, equals, value = text.partition("=")
+def _parse_set_text(text: str, fields_by_path: dict[str, Field], mistakes: list[Mistake]) -> dict[str, AssignedValue]:
+    written_path, equals_sign, value = text.partition("=")
     path = written_path.removeprefix("spec.")
     field = fields_by_path.get(path)
     if field is None:
         mistakes.append(Mistake("--set", written_path, "unknown field", _make_hint_for_unknown(path, fields_by_path)))
-    elif not equals or value == "":
+    elif not equals_sign or value == "":
         mistakes.append(
             Mistake(
                 "--set", path, "the value is missing", f"write --set {path}=VALUE, or {path}=null to remove the field"
@@ -112,14 +112,14 @@ def _parse_set(text: str, fields_by_path: dict[str, Field], mistakes: list[Mista
 
 def _make_hint_for_unknown(path: str, fields_by_path: dict[str, Field]) -> str:
     """Return a hint what to write instead of an unknown path. An option cannot set a part of a list or map, but only the whole list or map."""
-    parent = path
-    while parent and parent not in fields_by_path:
-        parent = parent[: parent.rfind("[")] if parent.endswith("]") else parent.rpartition(".")[0]
-    type_text = fields_by_path[parent].type_text if parent else ""
+    ancestor_path = path
+    while ancestor_path and ancestor_path not in fields_by_path:
+        ancestor_path = ancestor_path[: ancestor_path.rfind("[")] if ancestor_path.endswith("]") else ancestor_path.rpartition(".")[0]
+    type_text = fields_by_path[ancestor_path].type_text if ancestor_path else ""
     if type_text.startswith("list of"):
-        return f"set the whole list: --set '{parent}=[...]'"
+        return f"set the whole list: --set '{ancestor_path}=[...]'"
     if type_text.startswith("map of"):
-        return f"set the whole map: --set '{parent}={{NAME: VALUE}}'"
+        return f"set the whole map: --set '{ancestor_path}={{NAME: VALUE}}'"
     closest_path = suggest_field(path, [field_path for field_path in fields_by_path if "[]" not in field_path])
     return f"did you mean {closest_path}?" if closest_path else "`finetune explain` lists all fields"
 

@@ -22,15 +22,15 @@ class UnusedRows:
     @property
     def objects(self) -> list[StoredObject]:
         """All objects of the unused rows."""
-        return [stored for groups in self.groups_by_digest.values() for group in groups for stored in group]
+        return [stored_object for groups in self.groups_by_digest.values() for group in groups for stored_object in group]
 
     @property
     def bytes(self) -> int:
         """Size of all objects in bytes."""
-        return sum(stored.size for stored in self.objects)
+        return sum(stored_object.size for stored_object in self.objects)
 
     def delete(self, now: datetime) -> UnusedRows:
-        """Delete the rows that are still unused, and return the deleted rows. Rows that a job has used since they were found are kept.
+        """Delete the rows that are still unused, and return the deleted rows. If a job has used rows since they were found, these rows are kept.
 
         Raises StorageError.
 
@@ -53,8 +53,8 @@ def find_unused_rows(job_storage: JobStorage, now: datetime) -> UnusedRows:
     """
     storage = job_storage.open_folder(make_prepared_rows_uri(job_storage.uri))
     objects_by_digest: dict[str, dict[str, StoredObject]] = {}
-    for stored in storage.list_objects():
-        objects_by_digest.setdefault(stored.key.partition("/")[0], {})[stored.key] = stored
+    for stored_object in storage.list_objects():
+        objects_by_digest.setdefault(stored_object.key.partition("/")[0], {})[stored_object.key] = stored_object
     unused_groups_by_digest = {
         digest: [[objects[key] for key in group] for group in group_keys_for_removal(objects)]
         for digest, objects in objects_by_digest.items()

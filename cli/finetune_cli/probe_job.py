@@ -74,14 +74,14 @@ def run_probe(cluster: Cluster, settings: ProbeSettings, timeout_seconds: float)
 def build_job(namespace: str, settings: ProbeSettings, deadline_seconds: int) -> KubeObject:
     """Build the Job. Its pod meets the Pod Security level `restricted`, uses no GPU and mounts no token."""
     trainer = settings.trainer
-    ids = {"runAsUser": names.TRAINER_UID, "runAsGroup": names.TRAINER_UID, "fsGroup": names.TRAINER_UID} if trainer.fixed_user else {}
+    user_and_group_ids = {"runAsUser": names.TRAINER_UID, "runAsGroup": names.TRAINER_UID, "fsGroup": names.TRAINER_UID} if trainer.fixed_user else {}
     volumes, mounts = _build_volumes(settings.storage)
-    pod: KubeObject = {
+    pod_spec: KubeObject = {
         "restartPolicy": "Never",
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
         "terminationGracePeriodSeconds": 1,
-        "securityContext": {"runAsNonRoot": True, **ids, "seccompProfile": {"type": "RuntimeDefault"}},
+        "securityContext": {"runAsNonRoot": True, **user_and_group_ids, "seccompProfile": {"type": "RuntimeDefault"}},
         "containers": [_build_container(namespace, settings, mounts)],
         "volumes": volumes,
         "nodeSelector": settings.node_selector,
@@ -89,7 +89,7 @@ def build_job(namespace: str, settings: ProbeSettings, deadline_seconds: int) ->
         "imagePullSecrets": [{"name": secret} for secret in trainer.image_pull_secrets],
     }
     if trainer.service_account_name:
-        pod["serviceAccountName"] = trainer.service_account_name
+        pod_spec["serviceAccountName"] = trainer.service_account_name
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
@@ -98,7 +98,7 @@ def build_job(namespace: str, settings: ProbeSettings, deadline_seconds: int) ->
             "backoffLimit": 0,
             "activeDeadlineSeconds": deadline_seconds,
             "ttlSecondsAfterFinished": TTL_SECONDS,
-            "template": {"metadata": {"labels": PROBE_LABELS}, "spec": pod},
+            "template": {"metadata": {"labels": PROBE_LABELS}, "spec": pod_spec},
         },
     }
 
@@ -175,15 +175,15 @@ def read_result(pod: KubeObject) -> ProbeResult | None:
     waiting, terminated = state.get("waiting") or {}, state.get("terminated")
     if terminated is not None:
         message = str(terminated.get("message") or "").strip()
-        return ProbeResult(ProbeEnd.FINISHED, message or f"exit code {terminated.get('exitCode')}", _parse_message(message))
-    ends: tuple[tuple[tuple[str, ...], ProbeEnd], ...] = ((PULL_PROBLEMS, ProbeEnd.NOT_PULLED), (CONFIG_PROBLEMS, ProbeEnd.NOT_CONFIGURED))
-    for reasons, end in ends:
+        return ProbeResult(ProbeEnd.FINISHED, message or f"exit code {terminated.get('exitCode')}", _parse_storage_result(message))
+    ends_of_waiting_pods: tuple[tuple[tuple[str, ...], ProbeEnd], ...] = ((PULL_PROBLEMS, ProbeEnd.NOT_PULLED), (CONFIG_PROBLEMS, ProbeEnd.NOT_CONFIGURED))
+    for reasons, end in ends_of_waiting_pods:
         if waiting.get("reason") in reasons:
             return ProbeResult(end, f"{waiting['reason']}: {waiting.get('message') or 'no details'}")
     return None
 
 
-def _parse_message(message: str) -> StorageCheckResult | None:
+def _parse_storage_result(message: str) -> StorageCheckResult | None:
     try:
         return StorageCheckResult.model_validate_json(message.splitlines()[-1] if message else "")
     except ValidationError:
@@ -193,8 +193,8 @@ def _parse_message(message: str) -> StorageCheckResult | None:
 def _make_waiting_message(pod: KubeObject) -> str:
     """Return the reason why a pod waits: the message of the scheduler, or a text that the image is being pulled."""
     status = pod.get("status") or {}
-    is_unscheduled: Callable[[KubeObject], bool] = lambda one: one["type"] == "PodScheduled" and one["status"] == "False"  # noqa: E731
-    message = next((str(one.get("message") or "") for one in filter(is_unscheduled, status.get("conditions") or [])), "")
+    is_unscheduled: Callable[[KubeObject], bool] = lambda condition: condition["type"] == "PodScheduled" and condition["status"] == "False"  # noqa: E731
+    message = next((str(condition.get("message") or "") for condition in filter(is_unscheduled, status.get("conditions") or [])), "")
     if message:
         return f"the pod fits on no node: {message}"
     return "the image is still being pulled" if (pod.get("spec") or {}).get("nodeName") else ""

@@ -43,18 +43,18 @@ class Rating:
 def read_ratings(files: Sequence[Path], key_file: Path | None) -> list[Rating]:
     """Read all sheets. With a key file, each rating names the model that gave the answer. Raises UnreadableFile, or InvalidInput with every mistake."""
     mistakes: list[Mistake] = []
-    models = _read_key(key_file) if key_file else {}
+    model_by_answer = _read_key(key_file) if key_file else {}
     ratings = [rating for file in files for rating in _read_sheet(file, mistakes)]
     if key_file:
         for rating in ratings:
-            if rating.answer not in models:
+            if rating.answer not in model_by_answer:
                 problem = f"the key {display_name(key_file)} does not contain the id {rating.answer!r}"
                 mistakes.append(Mistake(rating.location, "id", problem, "give the human_rating_key.json that was written with these sheets"))
-        ratings = [replace(rating, model=models.get(rating.answer, rating.model)) for rating in ratings]
-    location_by_question: dict[tuple[str, str], str] = {}
+        ratings = [replace(rating, model=model_by_answer.get(rating.answer, rating.model)) for rating in ratings]
+    location_by_rater_and_answer: dict[tuple[str, str], str] = {}
     for rating in ratings:
-        if (first := location_by_question.setdefault((rating.rater, rating.answer), rating.location)) is not rating.location:
-            problem = f"{rating.rater} has rated the row {rating.answer} already, at {first}"
+        if (first_location := location_by_rater_and_answer.setdefault((rating.rater, rating.answer), rating.location)) is not rating.location:
+            problem = f"{rating.rater} has rated the row {rating.answer} already, at {first_location}"
             mistakes.append(Mistake(rating.location, "id", problem, "give each sheet once, and write a different name for each rater"))
     if mistakes:
         raise InvalidInput(mistakes)
@@ -62,12 +62,12 @@ def read_ratings(files: Sequence[Path], key_file: Path | None) -> list[Rating]:
 
 
 def _read_key(path: Path) -> dict[str, str]:
-    value = _parse_json(path)
-    models = value.get("models") if isinstance(value, dict) else None
-    if not isinstance(models, dict) or not all(model in (TRAINED_MODEL, BASE_MODEL) for model in models.values()):
+    content = _parse_json(path)
+    model_by_answer = content.get("models") if isinstance(content, dict) else None
+    if not isinstance(model_by_answer, dict) or not all(model in (TRAINED_MODEL, BASE_MODEL) for model in model_by_answer.values()):
         problem = "this file does not name the model behind each answer of the rating sheets"
         raise InvalidInput([Mistake(display_name(path), "models", problem, "give the file human_rating_key.json")])
-    return models
+    return model_by_answer
 
 
 def _parse_json(path: Path) -> Any:
@@ -93,11 +93,11 @@ def _read_sheet(path: Path, mistakes: list[Mistake]) -> list[Rating]:
 
 
 def _read_json_rows(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
-    value = _parse_json(path)
-    rows = value.get("rows") if isinstance(value, dict) else None
+    content = _parse_json(path)
+    rows = content.get("rows") if isinstance(content, dict) else None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise InvalidInput([Mistake(display_name(path), "rows", "this is not a rating sheet: the list of rows is missing")])
-    return [(f"{display_name(path)}: row {number}", row) for number, row in enumerate(rows, 1)]
+    return [(f"{display_name(path)}: row {row_number}", row) for row_number, row in enumerate(rows, 1)]
 
 
 def _read_csv_rows(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
@@ -109,11 +109,11 @@ def _read_csv_rows(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
     if missing_columns:
         problem = f"this is not a rating sheet: the columns {', '.join(missing_columns)} are missing"
         raise InvalidInput([Mistake(f"{display_name(path)}:1", "", problem, "keep the first line of the sheet")])
-    rows, line = [], reader.line_num + 1
+    rows_with_location, line_number = [], reader.line_num + 1
     for row in reader:
-        rows.append((f"{display_name(path)}:{line}", row))
-        line = reader.line_num + 1
-    return rows
+        rows_with_location.append((f"{display_name(path)}:{line_number}", row))
+        line_number = reader.line_num + 1
+    return rows_with_location
 
 
 def _read_scores(location: str, row: Mapping[str, Any], mistakes: list[Mistake]) -> dict[str, int]:
@@ -173,8 +173,8 @@ def _compute_agreement(ratings: Iterable[Rating], score_name: str) -> dict[str, 
     alpha = compute_krippendorff_alpha(list(scores_by_answer.values()))
     if alpha is not None:
         return {"alpha": alpha}
-    is_rated_twice = any(len(values) > 1 for values in scores_by_answer.values())
-    return {"alpha": None, "reason": "all scores are equal" if is_rated_twice else "no answer has scores by two raters"}
+    has_answer_with_two_scores = any(len(scores) > 1 for scores in scores_by_answer.values())
+    return {"alpha": None, "reason": "all scores are equal" if has_answer_with_two_scores else "no answer has scores by two raters"}
 
 
 def compute_krippendorff_alpha(units: Sequence[Sequence[int]]) -> float | None:
@@ -187,22 +187,26 @@ def compute_krippendorff_alpha(units: Sequence[Sequence[int]]) -> float | None:
     Krippendorff's Alpha-Reliability", section D). None if all scores are equal, or if no answer has two scores.
     """
     paired_units = [unit for unit in units if len(unit) > 1]
-    counts: dict[int, int] = defaultdict(int)
+    count_by_score: dict[int, int] = defaultdict(int)
     for unit in paired_units:
-        for value in unit:
-            counts[value] += 1
-    value_count = sum(counts.values())
+        for score in unit:
+            count_by_score[score] += 1
+    score_count = sum(count_by_score.values())
 
     def compute_distance(first_score: int, second_score: int) -> float:
         low, high = min(first_score, second_score), max(first_score, second_score)
-        value_count_between = sum(count for value, count in counts.items() if low <= value <= high)
-        return (value_count_between - (counts[low] + counts[high]) / 2) ** 2
+        score_count_between = sum(count for score, count in count_by_score.items() if low <= score <= high)
+        return (score_count_between - (count_by_score[low] + count_by_score[high]) / 2) ** 2
 
-    expected_disagreement = sum(counts[one] * counts[other] * compute_distance(one, other) for one, other in product(list(counts), repeat=2))
+    expected_disagreement = sum(
+        count_by_score[first] * count_by_score[second] * compute_distance(first, second) for first, second in product(list(count_by_score), repeat=2)
+    )
     if expected_disagreement == 0:
         return None
-    observed_disagreement = sum(compute_distance(one, other) / (len(unit) - 1) for unit in paired_units for one, other in product(unit, repeat=2))
-    return 1 - (value_count - 1) * observed_disagreement / expected_disagreement
+    observed_disagreement = sum(
+        compute_distance(first, second) / (len(unit) - 1) for unit in paired_units for first, second in product(unit, repeat=2)
+    )
+    return 1 - (score_count - 1) * observed_disagreement / expected_disagreement
 
 
 def compute_win_rate(ratings: Iterable[Rating]) -> dict[str, Any]:
@@ -211,13 +215,13 @@ def compute_win_rate(ratings: Iterable[Rating]) -> dict[str, Any]:
     A tie counts one half. The rate of a question is the mean over its raters, and the win rate is the mean over the questions. The 95 %
     interval is Wilson's score interval (Wilson 1927) with the number of questions, because ratings of the same question are not independent.
     """
-    pairs: dict[tuple[str, str], dict[str, int]] = defaultdict(dict)
+    scores_by_question_and_rater: dict[tuple[str, str], dict[str, int]] = defaultdict(dict)
     for rating in ratings:
         if "overall" in rating.scores:
-            pairs[rating.question, rating.rater][rating.model] = rating.scores["overall"]
+            scores_by_question_and_rater[rating.question, rating.rater][rating.model] = rating.scores["overall"]
     outcomes_by_question: dict[str, list[float]] = defaultdict(list)
     win_count = tie_count = loss_count = 0
-    for (question, _), scores in pairs.items():
+    for (question, _), scores in scores_by_question_and_rater.items():
         if TRAINED_MODEL not in scores or BASE_MODEL not in scores:
             continue
         difference = scores[TRAINED_MODEL] - scores[BASE_MODEL]
@@ -225,7 +229,7 @@ def compute_win_rate(ratings: Iterable[Rating]) -> dict[str, Any]:
         outcomes_by_question[question].append(0.5 if difference == 0 else float(difference > 0))
     if not outcomes_by_question:
         return {"rate": None, "reason": "no rater has given both answers to a question an `overall` score, or --key is missing"}
-    win_rate = statistics.fmean(statistics.fmean(values) for values in outcomes_by_question.values())
+    win_rate = statistics.fmean(statistics.fmean(outcomes) for outcomes in outcomes_by_question.values())
     low, high = compute_wilson_interval(win_rate, len(outcomes_by_question))
     return {"rate": win_rate, "low": low, "high": high, "questions": len(outcomes_by_question), "wins": win_count, "ties": tie_count, "losses": loss_count}
 

@@ -88,7 +88,7 @@ def read_run(storage: JobStorage) -> CheckResults:
 def replay(storage: JobStorage, folder: Path, options: ReplayOptions) -> ReplayResult | int:
     """Repeat the run in `folder`. Returns the comparison, or the exit code of the command if the training failed.
 
-    Raises ReplayRefused, StorageError, LocalRunError, or Exit after printing errors of the spec.
+    Raises ReplayRefused, StorageError, LocalRunError, or CommandExit after printing the errors of the spec.
     """
     interpreter = options.python or sys.executable
     require_trainer(interpreter)
@@ -96,7 +96,7 @@ def replay(storage: JobStorage, folder: Path, options: ReplayOptions) -> ReplayR
     statement = require_statement(verification)
     run = _prepare_replay(statement, folder, options)
     variables = {Env.EXPECTED_INPUTS.value: json.dumps(_collect_expected_inputs(statement))}
-    thread_counts = {one.threads for one in statement.run.attempts if one.threads}
+    thread_counts = {attempt.threads for attempt in statement.run.attempts if attempt.threads}
     if thread_counts:
         variables["OMP_NUM_THREADS"] = str(max(thread_counts))
     exit_code = run_trainer(run, options.python, variables)
@@ -114,7 +114,7 @@ def replay(storage: JobStorage, folder: Path, options: ReplayOptions) -> ReplayR
 def _collect_expected_inputs(statement: Statement) -> dict[str, Any]:
     """Return the facts about base model and data that the trainer compares with the downloaded files before it trains.
 
-    The digest of ConfigMaps is left out, because only pods mount ConfigMaps.
+    The digest of the contents of ConfigMaps is left out, because only pods mount ConfigMaps.
     """
     facts = statement.run.facts
     other_digests = {name: digest for name, digest in (facts.get("beside") or {}).items() if name != "contents of ConfigMaps"}
@@ -140,12 +140,12 @@ def _prepare_replay(statement: Statement, folder: Path, options: ReplayOptions) 
 
 
 def make_replay_spec(statement: Statement) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the spec of the replay (the fields that the user has set and that influence the weights), and the defaults of the run by path."""
+    """Return the spec of the replay (the fields that the user has set and that influence the weights), and the defaults of the run by spec path."""
     spec = copy.deepcopy(statement.spec)
     for group in UNUSED_GROUPS:
         spec.pop(group, None)
-    for group, names in USED_FIELDS.items():
-        spec[group] = {name: value for name, value in (spec.get(group) or {}).items() if name in names}
+    for group, field_names in USED_FIELDS.items():
+        spec[group] = {name: value for name, value in (spec.get(group) or {}).items() if name in field_names}
     recorded_defaults = {}
     for path in statement.predicate.build_definition.internal_parameters.get("defaults") or []:
         value = get_value(spec, path)
@@ -156,17 +156,17 @@ def make_replay_spec(statement: Statement) -> tuple[dict[str, Any], dict[str, An
 
 
 def _require_complete_sources(redacted_fields: list[str], set_texts: list[str]) -> None:
-    given_paths = {text.partition("=")[0] for text in set_texts}
+    paths_set_by_option = {text.partition("=")[0] for text in set_texts}
     for path in redacted_fields:
         is_source = path in SOURCE_FIELDS or path.startswith("dataset.mixture[")
-        if is_source and path not in given_paths:
+        if is_source and path not in paths_set_by_option:
             raise ReplayRefused(
                 "SourceRedacted", f"the statement omits the address in {path}, because it contained a secret; give it with --set {path}=URI"
             )
 
 
 def compare_weights(interpreter: str, left_folder: Path, right_folder: Path) -> WeightComparison:
-    """Compare the weights of two models with the trainer's interpreter, because the command line has no library for tensors. Raises LocalRunError."""
+    """Compare the weights of two models in a process of the trainer's interpreter, because this program has no library for tensors. Raises LocalRunError."""
     command = [interpreter, "-m", "finetune_trainer", "compare-weights", str(left_folder), str(right_folder)]
     process = subprocess.run(command, capture_output=True, text=True, check=False)
     if process.returncode != 0:
@@ -177,15 +177,17 @@ def compare_weights(interpreter: str, left_folder: Path, right_folder: Path) -> 
 
 def find_reasons_to_differ(original_statement: Statement, repeated_statement: Statement) -> Iterator[str]:
     """Yield the known reasons why the weights of two runs may differ."""
-    for name, run in (("the run", original_statement), ("the replay", repeated_statement)):
-        devices = {device for one in run.run.attempts if (device := one.resolved.device) and not device.lower().startswith(CPU)}
+    for run_name, statement in (("the run", original_statement), ("the replay", repeated_statement)):
+        devices = {device for attempt in statement.run.attempts if (device := attempt.resolved.device) and not device.lower().startswith(CPU)}
         if devices:
-            yield f"{name} used {', '.join(sorted(devices))}; equal weights are only expected on CPUs"
-    original_versions, repeated_versions = (run.predicate.run_details.builder.version for run in (original_statement, repeated_statement))
+            yield f"{run_name} used {', '.join(sorted(devices))}; equal weights are only expected on CPUs"
+    original_versions, repeated_versions = (
+        statement.predicate.run_details.builder.version for statement in (original_statement, repeated_statement)
+    )
     changed_versions = [
-        f"{name} {original_versions.get(name, '-')} -> {repeated_versions.get(name, '-')}"
-        for name in sorted(original_versions.keys() | repeated_versions.keys())
-        if original_versions.get(name) != repeated_versions.get(name)
+        f"{library} {original_versions.get(library, '-')} -> {repeated_versions.get(library, '-')}"
+        for library in sorted(original_versions.keys() | repeated_versions.keys())
+        if original_versions.get(library) != repeated_versions.get(library)
     ]
     if changed_versions:
         yield f"library versions differ: {', '.join(changed_versions)}"

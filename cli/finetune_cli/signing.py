@@ -105,14 +105,14 @@ def write_new_key(path: Path, password: str) -> Path:
 
     key, public_path = Ed25519PrivateKey.generate(), path.with_name(f"{path.name}.pub")
     encryption = BestAvailableEncryption(password.encode()) if password else NoEncryption()
-    contents = {
+    content_and_mode_by_file = {
         path: (key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, encryption), 0o600),
         public_path: (key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo), 0o644),
     }
-    for file in contents:
+    for file in content_and_mode_by_file:
         if file.exists():
             raise KeyFileError(f"{file} exists already: choose another name, because a lost key cannot be restored")
-    for file, (content, mode) in contents.items():
+    for file, (content, mode) in content_and_mode_by_file.items():
         try:
             with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as stream:
                 stream.write(content)
@@ -128,12 +128,12 @@ def compute_key_id(public_key: Any) -> str:
     return hashlib.sha256(public_key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)).hexdigest()
 
 
-def sign(payload: bytes, private_key: Ed25519PrivateKey, other_signatures: list[Signature]) -> Envelope:
-    """Sign a statement. `other_signatures`: earlier signatures of the same payload. The envelope keeps them, except signatures with the ID of this key."""
+def sign(payload: bytes, private_key: Ed25519PrivateKey, earlier_signatures: list[Signature]) -> Envelope:
+    """Sign a statement. `earlier_signatures`: signatures of the same payload. The envelope keeps them, except signatures with the ID of this key."""
     new_signature = Signature(
         keyid=compute_key_id(private_key.public_key()), sig=base64.b64encode(private_key.sign(encode_signed_bytes(PAYLOAD_TYPE, payload))).decode()
     )
-    signatures = [*(one for one in other_signatures if one.keyid != new_signature.keyid), new_signature]
+    signatures = [*(signature for signature in earlier_signatures if signature.keyid != new_signature.keyid), new_signature]
     return Envelope(payload_type=PAYLOAD_TYPE, payload=base64.b64encode(payload).decode(), signatures=signatures)
 
 

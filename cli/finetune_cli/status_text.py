@@ -29,8 +29,8 @@ def parse_status(job: dict[str, Any]) -> FineTuneJobStatus:
 
 def get_condition_status(status: FineTuneJobStatus, condition_type: ConditionType) -> bool | None:
     """Whether a condition is true, or None if the condition is absent or Unknown."""
-    entry = status.condition(condition_type)
-    return None if entry is None or entry.status == "Unknown" else entry.status == "True"
+    condition = status.condition(condition_type)
+    return None if condition is None or condition.status == "Unknown" else condition.status == "True"
 
 
 def has_finished(status: FineTuneJobStatus) -> bool:
@@ -62,7 +62,7 @@ def draw_sparkline(values: list[float]) -> str:
 
 def format_stage_line(phase: Phase | None) -> str:
     """List the stages of a job, each with a mark: done, active or not started."""
-    current_index = next((i for i, group in enumerate(STAGE_PHASES) if phase in group), None)
+    current_index = next((i for i, phases in enumerate(STAGE_PHASES) if phase in phases), None)
     if current_index is None:
         return ""
     last_index = len(STAGE_NAMES) - 1
@@ -120,11 +120,11 @@ def describe_job(job: dict[str, Any], losses: list[float] | None = None, now: da
 
 def _find_reason(status: FineTuneJobStatus) -> str:
     """Return the reason why the job waits or has ended, or an empty string if the status has no reason."""
-    for kind in (ConditionType.STALLED, ConditionType.RECONCILING, ConditionType.ACCEPTED, ConditionType.FINISHED):
-        entry = status.condition(kind)
-        expected_status = "False" if kind == ConditionType.ACCEPTED else "True"
-        if entry is not None and entry.status == expected_status and entry.message:
-            return f"{entry.reason}: {entry.message}"
+    for condition_type in (ConditionType.STALLED, ConditionType.RECONCILING, ConditionType.ACCEPTED, ConditionType.FINISHED):
+        condition = status.condition(condition_type)
+        expected_status = "False" if condition_type == ConditionType.ACCEPTED else "True"
+        if condition is not None and condition.status == expected_status and condition.message:
+            return f"{condition.reason}: {condition.message}"
     return ""
 
 
@@ -138,19 +138,19 @@ def _format_model(spec: dict[str, Any], status: FineTuneJobStatus) -> str:
 def _format_model_lines(spec: dict[str, Any], status: FineTuneJobStatus) -> list[str]:
     resolved_config = status.resolved
     method = (resolved_config and resolved_config.method) or (spec.get("method") or {}).get("type") or "lora"
-    parts = [f"model     {_format_model(spec, status)}", f"method    {method}"]
+    lines = [f"model     {_format_model(spec, status)}", f"method    {method}"]
     if resolved_config is not None and resolved_config.world_size:
         strategy = resolved_config.strategy or "-"
-        parts.append(
+        lines.append(
             f"ranks     {resolved_config.world_size} ({strategy}), effective batch {resolved_config.effective_batch or '-'}, on {resolved_config.device or '-'}"
         )
     if resolved_config is not None and resolved_config.trainable_parameters:
-        parts.append(f"trainable {resolved_config.trainable_parameters:,} of {resolved_config.total_parameters or 0:,} parameters")
+        lines.append(f"trainable {resolved_config.trainable_parameters:,} of {resolved_config.total_parameters or 0:,} parameters")
     choices = (status.plan.choices if status.plan is not None else None) or []
     if choices:
-        texts = [f"{choice.field.rpartition('.')[2]} {choice.value}" for choice in choices]
-        parts.append(f"by plan   {', '.join(texts)}")
-    return parts
+        choice_texts = [f"{choice.field.rpartition('.')[2]} {choice.value}" for choice in choices]
+        lines.append(f"by plan   {', '.join(choice_texts)}")
+    return lines
 
 
 def _format_progress_lines(status: FineTuneJobStatus, losses: list[float], now: datetime | None) -> list[str]:
@@ -187,17 +187,17 @@ def _format_time_lines(status: FineTuneJobStatus) -> list[str]:
     goodput = status.goodput
     if goodput is None or goodput.wall_seconds <= 0:
         return []
-    parts = sorted(goodput.parts.seconds().items(), key=lambda item: -item[1])
-    texts = [f"{part} {seconds / goodput.wall_seconds:.0%}" for part, seconds in parts if seconds >= SMALLEST_TIME_SHARE * goodput.wall_seconds]
+    sorted_parts = sorted(goodput.parts.seconds().items(), key=lambda item: -item[1])
+    share_texts = [f"{part} {seconds / goodput.wall_seconds:.0%}" for part, seconds in sorted_parts if seconds >= SMALLEST_TIME_SHARE * goodput.wall_seconds]
     lines = [f"cost      {status.cost.display} for {status.cost.gpu_hours:g} GPU-hours"] if status.cost is not None else []
-    return [*lines, f"time      {goodput.wall_seconds:,.0f} s: {', '.join(texts)}"]
+    return [*lines, f"time      {goodput.wall_seconds:,.0f} s: {', '.join(share_texts)}"]
 
 
 def _format_failure_lines(status: FineTuneJobStatus) -> list[str]:
     failure = status.failure
     if failure is None:
         return []
-    location = ", ".join(
+    location_text = ", ".join(
         f"{name} {value}"
         for name, value in (
             ("rank", failure.rank),
@@ -209,7 +209,7 @@ def _format_failure_lines(status: FineTuneJobStatus) -> list[str]:
     )
     lines = [
         "",
-        f"failure   {failure.class_} {failure.code}: {failure.message}" + (f" ({location})" if location else ""),
+        f"failure   {failure.class_} {failure.code}: {failure.message}" + (f" ({location_text})" if location_text else ""),
     ]
     return [*lines, f"          {failure.hint}"] if failure.hint else lines
 
@@ -221,9 +221,10 @@ def _format_attempt_lines(status: FineTuneJobStatus) -> list[str]:
     for attempt in status.attempts:
         reason = attempt.reason or ("running" if attempt.end_time is None else "-")
         cells = (attempt.exit_code, attempt.resumed_from_step, attempt.last_step, attempt.steps_lost)
-        code, start, last, lost = ("-" if value is None else str(value) for value in cells)
+        exit_code_text, start_step_text, last_step_text, lost_steps_text = ("-" if value is None else str(value) for value in cells)
         lines.append(
-            f"{attempt.number:<8} {reason:<22} {code:<5} {start:<10} {last:<10} {lost:<5} {attempt.node or '-'}"
+            f"{attempt.number:<8} {reason:<22} {exit_code_text:<5} {start_step_text:<10} {last_step_text:<10} "
+            f"{lost_steps_text:<5} {attempt.node or '-'}"
         )
     return lines
 
@@ -235,7 +236,7 @@ def _format_checkpoint_lines(status: FineTuneJobStatus, now: datetime | None) ->
 def format_checkpoint_table(status: FineTuneJobStatus, now: datetime | None = None) -> list[str]:
     """Return a table with one line per checkpoint."""
     lines = ["STEP      HEALTHY  LOSS      SIZE        AGE   URI"]
-    for checkpoint in sorted(status.checkpoints, key=lambda entry: entry.step):
+    for checkpoint in sorted(status.checkpoints, key=lambda checkpoint: checkpoint.step):
         healthy_text = {True: "yes", False: "no", None: "-"}[checkpoint.healthy]
         loss_text = "-" if checkpoint.eval_loss is None else f"{checkpoint.eval_loss:.4g}"
         lines.append(
@@ -277,11 +278,11 @@ def _format_benchmark_lines(evaluation: EvaluationResult) -> list[str]:
     if not evaluation.benchmarks:
         return []
     lines = ["", "benchmarks"]
-    for one in evaluation.benchmarks:
-        text = f"{one.value:.4g}" if one.value is not None else f"- ({one.reason or 'not measured'})"
-        text += f" ± {one.stderr:.2g}" if one.stderr is not None else ""
-        text += f"  (base model {one.base:.4g})" if one.base is not None else ""
-        lines.append(f"  {f'{one.task} {one.metric}':<30} {text}")
+    for benchmark in evaluation.benchmarks:
+        text = f"{benchmark.value:.4g}" if benchmark.value is not None else f"- ({benchmark.reason or 'not measured'})"
+        text += f" ± {benchmark.stderr:.2g}" if benchmark.stderr is not None else ""
+        text += f"  (base model {benchmark.base:.4g})" if benchmark.base is not None else ""
+        lines.append(f"  {f'{benchmark.task} {benchmark.metric}':<30} {text}")
     return lines
 
 

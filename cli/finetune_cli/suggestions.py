@@ -37,37 +37,38 @@ def _find_field_elsewhere(path: str, candidates: list[str]) -> str:
     same_name_fields = [field for field in candidates if normalise(field.rpartition(".")[2]) == normalise(name)]
     fields_below_group = [field for field in same_name_fields if group and field.startswith(f"{group}.")]
     suitable_fields = fields_below_group or (same_name_fields if name not in COMMON_NAMES else [])
-    least_nested_fields = [field for field in suitable_fields if field.count(".") == min(one.count(".") for one in suitable_fields)]
+    smallest_depth = min((field.count(".") for field in suitable_fields), default=0)
+    least_nested_fields = [field for field in suitable_fields if field.count(".") == smallest_depth]
     return least_nested_fields[0] if len(least_nested_fields) == 1 else ""
 
 
 def find_closest_name(word: str, known_names: Iterable[str]) -> str:
     """Return the known name that is most similar to a word, or an empty string. For a dotted word, names of the same group have precedence."""
     candidates = list(dict.fromkeys(known_names))
-    head, dot, last_part = word.rpartition(".")
-    siblings = {
-        candidate.rpartition(".")[2]: candidate for candidate in candidates if candidate.rpartition(".")[0] == head
+    group, dot, last_part = word.rpartition(".")
+    sibling_by_last_part = {
+        candidate.rpartition(".")[2]: candidate for candidate in candidates if candidate.rpartition(".")[0] == group
     }
-    sibling_by_initials = {_get_initials(name): candidate for name, candidate in reversed(siblings.items())}
+    sibling_by_initials = {_get_initials(name): candidate for name, candidate in reversed(sibling_by_last_part.items())}
     if len(last_part.strip("-")) <= 3 and last_part.strip("-").lower() in sibling_by_initials:
         return sibling_by_initials[last_part.strip("-").lower()]
-    similar_name = _find_most_similar(last_part, siblings, 0.55)
+    similar_name = _find_most_similar(last_part, sibling_by_last_part, 0.55)
     if similar_name:
-        return siblings[similar_name]
+        return sibling_by_last_part[similar_name]
     same_prefix_name = next(
-        (candidate for name, candidate in siblings.items() if last_part.startswith(name) or name.startswith(last_part)), ""
+        (candidate for name, candidate in sibling_by_last_part.items() if last_part.startswith(name) or name.startswith(last_part)), ""
     )
     if not dot:
         return same_prefix_name if len(last_part) > 1 else ""
     names_in_other_groups = (candidate for candidate in candidates if candidate.rpartition(".")[2] == last_part and last_part not in COMMON_NAMES)
     name_in_other_group = next(names_in_other_groups, "")
-    return same_prefix_name or name_in_other_group or ("" if siblings else _find_most_similar(word, candidates, 0.8))
+    return same_prefix_name or name_in_other_group or ("" if sibling_by_last_part else _find_most_similar(word, candidates, 0.8))
 
 
 def _find_most_similar(word: str, known_names: Iterable[str], cutoff: float) -> str:
-    names_by_lower_case = {name.lower(): name for name in known_names}
-    matches = difflib.get_close_matches(word.lower(), names_by_lower_case, 1, cutoff)
-    return names_by_lower_case[matches[0]] if matches else ""
+    name_by_lower_case = {name.lower(): name for name in known_names}
+    matches = difflib.get_close_matches(word.lower(), name_by_lower_case, 1, cutoff)
+    return name_by_lower_case[matches[0]] if matches else ""
 
 
 def _get_initials(name: str) -> str:

@@ -17,7 +17,7 @@ MAX_PARTS = 9000
 PARALLEL_TRANSFERS = 4
 """Number of parts (uploads) or files (downloads) that are transferred at the same time."""
 PART_SUFFIX = ".part"
-"""Suffix of files whose download is incomplete."""
+"""Suffix of files whose content is not complete yet."""
 
 
 class FileState(StrEnum):
@@ -32,14 +32,14 @@ class FileState(StrEnum):
 
 
 class Check(StrEnum):
-    """How the content of a downloaded file was checked."""
+    """How the content of a transferred file was checked."""
 
     SHA256 = "sha256"
-    """The file has the sha256 of the manifest."""
+    """The file has the sha256 that the manifest lists for it."""
     ETAG = "etag"
-    """The MD5 digests of the file agree with the store's ETag."""
+    """The MD5 digests of the file agree with the ETag of the object."""
     SIZE = "size"
-    """The content could not be compared, because the store's ETag contains no MD5 digest. The size of the file is correct."""
+    """The content could not be compared, for example because the ETag of the object contains no MD5 digest. The size of the file is correct."""
 
 
 @dataclass(frozen=True)
@@ -118,9 +118,9 @@ def digest_file(path: Path, part_bytes: int | None = None) -> LocalDigest:
     """Read a local file and return its digests. Raises OSError."""
     size = path.stat().st_size
     effective_part_bytes = part_bytes or choose_part_bytes(size)
-    whole, parts = hashlib.sha256(), []
+    file_digest, part_md5s = hashlib.sha256(), []
     with path.open("rb") as file:
         while part := file.read(effective_part_bytes):
-            whole.update(part)
-            parts.append(hashlib.md5(part, usedforsecurity=False).digest())
-    return LocalDigest(size, effective_part_bytes, whole.hexdigest(), tuple(parts) or (hashlib.md5(usedforsecurity=False).digest(),))
+            file_digest.update(part)
+            part_md5s.append(hashlib.md5(part, usedforsecurity=False).digest())
+    return LocalDigest(size, effective_part_bytes, file_digest.hexdigest(), tuple(part_md5s) or (hashlib.md5(usedforsecurity=False).digest(),))

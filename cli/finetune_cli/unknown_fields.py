@@ -20,7 +20,7 @@ HINT_BY_FIELD_PATH = {
     "resources.requests": POD_RESOURCES_HINT,
     "storage.credentialsSecretRef.key": "remove it: the Secret has the keys AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
 }
-"""For the path of each field that other tools have and a FineTuneJob expresses in another way: a hint what to write instead."""
+"""Hints by the path of an unknown field. Other tools have these fields. Each hint says how a FineTuneJob expresses the same setting."""
 MAX_LISTED_FIELDS = 12
 """A hint lists the fields of a group only if the group has at most this number of fields."""
 
@@ -37,10 +37,10 @@ class UnknownField:
 
 def find_unknown_fields(raw_spec: dict[str, Any]) -> Iterator[UnknownField]:
     """Yield each field that the schema does not have, with the most similar field of the schema."""
-    yield from _find_below(raw_spec, "", "spec")
+    yield from _find_unknown_fields_below(raw_spec, "", "spec")
 
 
-def _find_below(group_value: dict[str, Any], path: str, pattern: str) -> Iterator[UnknownField]:
+def _find_unknown_fields_below(group_value: dict[str, Any], path: str, pattern: str) -> Iterator[UnknownField]:
     """Yield the unknown fields of one group. `path` contains list indexes (`rewards[0]`); `pattern` begins with `spec` and has `[]` instead of indexes."""
     for key, field_value in group_value.items():
         field_path, field_pattern = f"{path}.{key}" if path else key, f"{pattern}.{key}"
@@ -48,11 +48,11 @@ def _find_below(group_value: dict[str, Any], path: str, pattern: str) -> Iterato
         if field is None:
             yield _describe_unknown_field(key, field_value, field_path, pattern)
         elif field.type_text == "group" and isinstance(field_value, dict):
-            yield from _find_below(field_value, field_path, field_pattern)
+            yield from _find_unknown_fields_below(field_value, field_path, field_pattern)
         elif field.type_text == "list of group" and isinstance(field_value, list):
             for i, item in enumerate(field_value):
                 if isinstance(item, dict):
-                    yield from _find_below(item, f"{field_path}[{i}]", f"{field_pattern}[]")
+                    yield from _find_unknown_fields_below(item, f"{field_path}[{i}]", f"{field_pattern}[]")
 
 
 def _describe_unknown_field(key: str, value: Any, path: str, group_pattern: str) -> UnknownField:
@@ -81,11 +81,11 @@ def _list_spec_paths() -> list[str]:
 def _list_fields(group_pattern: str) -> str:
     """Return a hint with the fields of a group, or with the command that lists them if the group is large."""
     prefix = f"{group_pattern}."
-    names = [path.removeprefix(prefix) for path in fields_by_path() if path.startswith(prefix) and "." not in path.removeprefix(prefix)]
+    field_names = [path.removeprefix(prefix) for path in fields_by_path() if path.startswith(prefix) and "." not in path.removeprefix(prefix)]
     group = group_pattern.removeprefix("spec.").replace("[]", "")
-    if group_pattern == "spec" or len(names) > MAX_LISTED_FIELDS:
+    if group_pattern == "spec" or len(field_names) > MAX_LISTED_FIELDS:
         return f"`finetune explain{'' if group_pattern == 'spec' else f' {group}'}` lists all fields"
-    return f"the fields of {group} are {', '.join(names)}"
+    return f"the fields of {group} are {', '.join(field_names)}"
 
 
 def _to_nested_yaml(dotted_key: str, value: Any) -> str:

@@ -57,7 +57,7 @@ class LocalFile:
 
 @dataclass(frozen=True)
 class CommittedUpload:
-    """A checkpoint or model to upload. `folder`: key of its folder in storage. `incarnation`: name of the folder inside it that holds the files."""
+    """A checkpoint or model to upload. `folder`: key of its folder in storage. `incarnation`: name of the folder inside `folder` that holds the files."""
 
     folder: str
     incarnation: str
@@ -88,10 +88,10 @@ def list_plain_files(source: Path) -> list[LocalFile]:
 
 def read_committed_upload(source: Path) -> CommittedUpload | None:
     """Return the checkpoint or model in a folder, or None if the folder has no manifest of the trainer. Raises StorageError."""
-    path = source / Storage.MANIFEST
-    if not path.is_file():
+    manifest_path = source / Storage.MANIFEST
+    if not manifest_path.is_file():
         return None
-    manifest_bytes = path.read_bytes()
+    manifest_bytes = manifest_path.read_bytes()
     try:
         manifest = json.loads(manifest_bytes)
     except ValueError:
@@ -100,18 +100,18 @@ def read_committed_upload(source: Path) -> CommittedUpload | None:
         return None
     step, incarnation = manifest["step"], manifest["incarnation"]
     if not manifest.get("kind") and (not isinstance(step, int) or isinstance(step, bool)):
-        raise StorageError(f"{path}: step is {step!r}, which is not a number; download the checkpoint again")
+        raise StorageError(f"{manifest_path}: step is {step!r}, which is not a number; download the checkpoint again")
     if not is_folder_name(incarnation):
-        raise StorageError(f"{path}: incarnation is {incarnation!r}, which is not the name of a folder; download the checkpoint again")
+        raise StorageError(f"{manifest_path}: incarnation is {incarnation!r}, which is not the name of a folder; download the checkpoint again")
     folder = Storage.MODEL.value if manifest.get("kind") else f"{Storage.CHECKPOINTS}/{checkpoint_folder(step)}"
     files = tuple(
         LocalFile(source / str(entry["path"]), f"{folder}/{incarnation}/{entry['path']}", str(entry["sha256"]))
-        for entry in read_file_list(str(path), manifest)
+        for entry in read_file_list(str(manifest_path), manifest)
     )
     missing_paths = [str(file.path) for file in files if not file.path.is_file()]
     if missing_paths:
         raise StorageError(
-            f"{missing_paths[0]} is missing, but {path} lists it ({len(missing_paths)} of {len(files)} files are missing); download the folder again"
+            f"{missing_paths[0]} is missing, but {manifest_path} lists it ({len(missing_paths)} of {len(files)} files are missing); download the folder again"
         )
     return CommittedUpload(folder, incarnation, int(manifest.get("attempt") or 1), manifest_bytes, files)
 
@@ -160,7 +160,7 @@ class Uploader:
         if len(digest.part_md5s) == 1:
             with StorageErrors(self._storage.make_object_uri(file.key)):
                 self._storage.client.put_object(
-                    **self._location(file), Body=file.path.read_bytes(), ContentMD5=base64.b64encode(digest.part_md5s[0]).decode()
+                    **self._make_location(file), Body=file.path.read_bytes(), ContentMD5=base64.b64encode(digest.part_md5s[0]).decode()
                 )
             report_bytes(digest.size)
             return FileState.TRANSFERRED
@@ -179,7 +179,7 @@ class Uploader:
         except StorageError:
             return None
 
-    def _location(self, file: LocalFile) -> dict[str, str]:
+    def _make_location(self, file: LocalFile) -> dict[str, str]:
         return {"Bucket": self._storage.bucket, "Key": self._storage.make_full_key(file.key)}
 
 
@@ -231,10 +231,8 @@ class MultipartUpload:
     def _find_unfinished_upload(self) -> tuple[str | None, dict[int, str]]:
         """Return the ID of the unfinished upload that has the most parts, and the ETags of its parts.
 
-        If there is no unfinished upload, return None and no ETags.
-
-        An upload is ignored if one of its parts differs from the file. If the user may not list uploads, no unfinished upload is found, and the whole
-        file is uploaded.
+        Ignore an upload if one of its parts differs from the file. Return None and no ETags if no upload remains, or if the user may not list uploads.
+        Then the whole file is uploaded.
         """
         from botocore.exceptions import ClientError
 
@@ -242,22 +240,23 @@ class MultipartUpload:
         try:
             for page in self._client.get_paginator("list_multipart_uploads").paginate(Bucket=self._location["Bucket"], Prefix=self._location["Key"]):
                 for entry in page.get("Uploads") or []:
-                    etags = self._find_matching_parts(entry) if entry["Key"] == self._location["Key"] else None
+                    etags = self._read_matching_etags(entry) if entry["Key"] == self._location["Key"] else None
                     if etags and len(etags) > len(best_upload[1]):
                         best_upload = (str(entry["UploadId"]), etags)
         except ClientError:
             return None, {}
         return best_upload
 
-    def _find_matching_parts(self, upload: dict[str, Any]) -> dict[int, str] | None:
-        """Return the ETags of an unfinished upload by part number, or None if a part differs from the file."""
+    def _read_matching_etags(self, upload: dict[str, Any]) -> dict[int, str] | None:
+        """Return the ETag of each part of an unfinished upload by part number, or None if a part differs from the file."""
         etags: dict[int, str] = {}
         for page in self._client.get_paginator("list_parts").paginate(**self._location, UploadId=upload["UploadId"]):
             for part in page.get("Parts") or []:
-                number, md5s = int(part["PartNumber"]), self._digest.part_md5s
-                if number > len(md5s) or str(part["ETag"]).strip('"') != md5s[number - 1].hex() or int(part["Size"]) != self._compute_part_bytes(number):
+                part_number, md5s = int(part["PartNumber"]), self._digest.part_md5s
+                has_same_size = int(part["Size"]) == self._compute_part_bytes(part_number)
+                if part_number > len(md5s) or str(part["ETag"]).strip('"') != md5s[part_number - 1].hex() or not has_same_size:
                     return None
-                etags[number] = str(part["ETag"])
+                etags[part_number] = str(part["ETag"])
         return etags
 
 

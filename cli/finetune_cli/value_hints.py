@@ -75,11 +75,11 @@ def make_hint_for_value(error_type: str, value: Any, path: str, context: Mapping
     return make_field_example_hint(path) if error_type == "value_error" else ""
 
 
-def _make_field_name(path: str) -> str:
+def _get_field_name(path: str) -> str:
     return path.rpartition(".")[2]
 
 
-def _to_yaml(value: Any) -> str:
+def _to_flow_style(value: Any) -> str:
     """Return a value in YAML's flow style."""
     return value if isinstance(value, str) and PLAIN_TEXT_PATTERN.fullmatch(value) else json.dumps(value, ensure_ascii=False)
 
@@ -88,7 +88,7 @@ def _make_hint_to_remove(path: str) -> str:
     """Return a hint to remove a field. The hint names the field's default if it has one."""
     field = find_field(path)
     match = re.search(r"Default: (.*?)\.(?: Example|$)", field.description) if field else None
-    name = _make_field_name(path)
+    name = _get_field_name(path)
     return f"remove {name} to use the default: {match[1]}" if match and match[1] != "none" else f"remove {name}"
 
 
@@ -97,7 +97,7 @@ def _make_hint_to_remove(path: str) -> str:
 
 def _make_hint_for_group(value: Any, path: str) -> str:
     """Return a hint with the group to write instead of a scalar: `storage: {uri: s3://bucket/x}` for `storage: s3://bucket/x`."""
-    name, example, pattern = _make_field_name(path), make_group_example_hint(path), remove_indexes(path)
+    name, example, pattern = _get_field_name(path), make_group_example_hint(path), remove_indexes(path)
     field = find_field(path)
     if field is not None and field.type_text.startswith("map of"):
         return _make_hint_for_map(value, path)
@@ -109,13 +109,13 @@ def _make_hint_for_group(value: Any, path: str) -> str:
         return example
     key, colon, rest = value.partition(":")
     if colon and rest and not rest.startswith("//") and find_field(f"{path}.{key}") is not None:
-        return f"write a space after the colon: {name}: {{{key}: {_to_yaml(rest)}}}"
+        return f"write a space after the colon: {name}: {{{key}: {_to_flow_style(rest)}}}"
     if name.endswith("Ref"):
-        return example.replace(f"name: {find_example(f'{path}.name')}", f"name: {_to_yaml(value)}", 1)
+        return example.replace(f"name: {find_example(f'{path}.name')}", f"name: {_to_flow_style(value)}", 1)
     field_name = FIELD_OF_GROUP.get(pattern)
     if field_name is None:
         return example
-    word = _find_known_word(value, f"{path}.{field_name}") or (value if "://" in value else _to_yaml(value))
+    word = _find_known_word(value, f"{path}.{field_name}") or (value if "://" in value else _to_flow_style(value))
     return f"write {{{field_name}: {word}}}" if path.endswith("]") else f"write {name}: {{{field_name}: {word}}}"
 
 
@@ -124,13 +124,13 @@ def _make_hint_for_map(value: Any, path: str) -> str:
     texts = value if isinstance(value, list) else str(value).split(",")
     pairs = [str(text).strip().partition("=") for text in texts]
     if all(separator and PLAIN_TEXT_PATTERN.fullmatch(key) for key, separator, _ in pairs) and not contains_secret(value):
-        return f"write {_make_field_name(path)}: {{{', '.join(f'{key}: {_to_yaml(inner)}' for key, _, inner in pairs)}}}"
+        return f"write {_get_field_name(path)}: {{{', '.join(f'{key}: {_to_flow_style(inner)}' for key, _, inner in pairs)}}}"
     return make_field_example_hint(path)
 
 
 def _make_hint_for_list(value: Any, path: str) -> str:
     """Return a hint with the list to write instead of a single value: `targetModules: [q_proj, v_proj]` for `q_proj,v_proj`."""
-    name, field = _make_field_name(path), find_field(path)
+    name, field = _get_field_name(path), find_field(path)
     type_text = field.type_text if field else ""
     if isinstance(value, str) and value.lower() in WORDS_FOR_NO_VALUE:
         return f"remove {name}"
@@ -143,7 +143,7 @@ def _make_hint_for_list(value: Any, path: str) -> str:
     if type_text.startswith("list of group") or not is_scalar or contains_secret(value):
         return make_field_example_hint(path)
     items = [part.strip() for part in value.split(",")] if isinstance(value, str) else [value]
-    words = [_find_known_word(str(item), path) or _to_yaml(item) for item in items]
+    words = [_find_known_word(str(item), path) or _to_flow_style(item) for item in items]
     if path == "method.lora.targetModules" and all(normalise(word) in ALL_MODULES for word in words):
         words = ["all-linear"]
     return f"write {name}: [{', '.join(words)}]"
@@ -164,11 +164,11 @@ def _make_hint_for_word(value: Any, path: str) -> str:
     if word:
         return f"write {word}"
     if path.endswith("]") and text.lower() in WORDS_FOR_NO_VALUE:
-        return f"remove {_make_field_name(path).partition('[')[0]}"
+        return f"remove {_get_field_name(path).partition('[')[0]}"
     other_field = _find_field_with_word(text)
     if other_field:
         return f"{text} is a value of {other_field}"
-    word_by_spelling = {normalise(known): known for known in _list_allowed_words(path)}
+    word_by_spelling = {normalise(allowed_word): allowed_word for allowed_word in _list_allowed_words(path)}
     similar_words = difflib.get_close_matches(normalise(text), word_by_spelling, 1, 0.75)
     return f"did you mean {word_by_spelling[similar_words[0]]}?" if similar_words else ""
 
@@ -217,13 +217,13 @@ def _make_hint_for_string(value: Any, path: str) -> str:
     if isinstance(value, dict):
         inner_value = next((value[key] for key in ("name", "claimName", "secretName", "source", "path", "uri") if isinstance(value.get(key), str)), None)
         if inner_value is not None and not contains_secret(inner_value):
-            return f"write {inner_value}" if path.endswith("]") else f"write {_make_field_name(path)}: {_to_yaml(inner_value)}"
+            return f"write {inner_value}" if path.endswith("]") else f"write {_get_field_name(path)}: {_to_flow_style(inner_value)}"
     return make_field_example_hint(path)
 
 
 def _make_hint_for_pattern(value: str, path: str) -> str:
     """Return a hint with the corrected text of a field that requires a pattern, or an empty string."""
-    name = _make_field_name(path)
+    name = _get_field_name(path)
     if contains_secret(value):
         return ""
     if path == "training.optimizer":
@@ -252,7 +252,7 @@ def _make_hint_for_pattern(value: str, path: str) -> str:
 
 
 def _make_hint_for_number(value: Any, path: str) -> str:
-    name, field = _make_field_name(path), find_field(path)
+    name, field = _get_field_name(path), find_field(path)
     is_integer = field is not None and field.type_text.startswith("integer")
     if isinstance(value, float):
         return _make_hint_for_fraction(value, path)
@@ -291,8 +291,8 @@ def _make_hint_for_bound(value: Any, path: str, context: Mapping[str, Any]) -> s
     """Return the hint for a number that is too small or too large."""
     limit = context.get("le", context.get("lt"))
     if limit is not None and limit <= 1 < value <= 100:
-        steps_field = f", or {_make_field_name(path).replace('Ratio', 'Steps')}: {value:g}" if path == "training.warmupRatio" else ""
-        return f"write {value / 100:g} for {value:g} percent{steps_field}"
+        steps_hint = f", or {_get_field_name(path).replace('Ratio', 'Steps')}: {value:g}" if path == "training.warmupRatio" else ""
+        return f"write {value / 100:g} for {value:g} percent{steps_hint}"
     if limit is None and path in FIELDS_WITH_OPTIONAL_LIMIT:
         return _make_hint_to_remove(path)
     if limit is None and path == "checkpoint.keep":

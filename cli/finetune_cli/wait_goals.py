@@ -18,7 +18,7 @@ RUNNING = "running"
 GOAL_EXAMPLES = f"condition=Finished, condition=Suspended=False, jsonpath='{EXAMPLE}'=Running, create, delete"
 OPTIONAL_CONDITIONS = (Condition.SUSPENDED, Condition.RECONCILING, Condition.STALLED)
 """Conditions that a job need not reach to succeed. Every successful job reaches all other conditions."""
-_DURATION = re.compile(r"^(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?$")
+_DURATION_PATTERN = re.compile(r"^(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?$")
 WEEK_SECONDS = 7 * 24 * 3600
 
 
@@ -46,8 +46,8 @@ class ConditionGoal:
 
     def is_reached(self, job: dict[str, Any]) -> bool:
         """Whether the job has the condition with this status."""
-        entry = parse_status(job).condition(self.condition)
-        return entry is not None and entry.status == self.status
+        condition = parse_status(job).condition(self.condition)
+        return condition is not None and condition.status == self.status
 
     def accepts_failed_job(self) -> bool:
         """Return whether the wait succeeds if the job has failed, but has reached the goal."""
@@ -60,7 +60,7 @@ class ConditionGoal:
 
 @dataclass(frozen=True)
 class RunningGoal:
-    """The goal that the model is being trained or evaluated, or the job has succeeded."""
+    """The goal that the model is being trained, evaluated or uploaded. A job that has succeeded has reached this goal earlier."""
 
     ends_with_job: ClassVar[bool] = True
 
@@ -90,8 +90,8 @@ class JsonPathGoal:
         if self.value is None or not found_values:
             return bool(found_values)
         if len(found_values) > 1 or isinstance(found_values[0], dict | list):
-            kind = f"{len(found_values)} values" if len(found_values) > 1 else "an object or a list"
-            raise InvalidGoal(f"{self.path.text} has {kind}, which cannot equal {self.value!r}; write the path of one value, for example {EXAMPLE}")
+            content_text = f"{len(found_values)} values" if len(found_values) > 1 else "an object or a list"
+            raise InvalidGoal(f"{self.path.text} has {content_text}, which cannot equal {self.value!r}; write the path of one value, for example {EXAMPLE}")
         return to_kubectl_text(found_values[0]) == self.value
 
     @property
@@ -113,34 +113,34 @@ Goal = ConditionGoal | RunningGoal | JsonPathGoal | Existence
 
 def parse_goal(text: str) -> Goal:
     """Parse the value of `--for`: the syntax of `kubectl wait`, `running`, or the name of a condition. Raises InvalidGoal, InvalidJsonPath."""
-    kind, has_value, rest = text.partition("=")
+    kind, equals_sign, argument = text.partition("=")
     match kind.lower():
-        case "delete" | "create" if not has_value:
+        case "delete" | "create" if not equals_sign:
             return Existence(kind.lower())
-        case "jsonpath" if rest:
-            return _parse_json_path_goal(rest)
-        case "condition" if rest:
-            name, _, status = rest.partition("=")
+        case "jsonpath" if argument:
+            return _parse_json_path_goal(argument)
+        case "condition" if argument:
+            name, _, status = argument.partition("=")
             return ConditionGoal(_parse_condition(name, text), _parse_status(status, text))
-        case "running" if not has_value:
+        case "running" if not equals_sign:
             return RunningGoal()
-    if has_value:
+    if equals_sign:
         raise InvalidGoal(f"--for {text}: write one of {GOAL_EXAMPLES}")
     return ConditionGoal(_parse_condition(text, text))
 
 
-def _parse_condition(name: str, text: str) -> Condition:
+def _parse_condition(name: str, goal_text: str) -> Condition:
     condition_type = {condition.value.lower(): condition for condition in Condition}.get(name.lower())
     if condition_type is None:
-        raise InvalidGoal(f"--for {text}: unknown condition; write one of {RUNNING}, {', '.join(Condition)}; other forms: {GOAL_EXAMPLES}")
+        raise InvalidGoal(f"--for {goal_text}: unknown condition; write one of {RUNNING}, {', '.join(Condition)}; other forms: {GOAL_EXAMPLES}")
     return condition_type
 
 
-def _parse_status(status: str, text: str) -> str:
-    known_status = next((known for known in ("True", "False", "Unknown") if known.lower() == (status or "True").lower()), None)
-    if known_status is None:
-        raise InvalidGoal(f"--for {text}: {status} is not the status of a condition; write True, False or Unknown")
-    return known_status
+def _parse_status(status: str, goal_text: str) -> str:
+    condition_status = next((allowed_status for allowed_status in ("True", "False", "Unknown") if allowed_status.lower() == (status or "True").lower()), None)
+    if condition_status is None:
+        raise InvalidGoal(f"--for {goal_text}: {status} is not the status of a condition; write True, False or Unknown")
+    return condition_status
 
 
 def _parse_json_path_goal(text: str) -> JsonPathGoal:
@@ -163,8 +163,8 @@ def parse_timeout(text: str | None) -> float | None:
     if text.startswith("-") and text[1:]:
         parse_timeout(text[1:])
         return WEEK_SECONDS
-    match = _DURATION.match(text) if text else None
+    match = _DURATION_PATTERN.match(text) if text else None
     if match is None:
         raise InvalidGoal(f"--timeout {text}: this is not a duration; write for example 90, 30s, 5m or 1h30m")
-    hours, minutes, seconds = (float(part or 0) for part in match.groups())
+    hours, minutes, seconds = (float(amount or 0) for amount in match.groups())
     return hours * 3600 + minutes * 60 + seconds

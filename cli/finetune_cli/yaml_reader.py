@@ -1,7 +1,7 @@
 """Reads YAML with line numbers by the rules of YAML 1.1, as kubectl and most other tools do. Duplicate keys are refused.
 
 YAML 1.1 requires a dot in a number with an exponent. Nevertheless, `2e-4` is read as a number, because users who write `2e-4` mean a number. As in
-YAML 1.1, `1_000` is a number, and an unquoted `no` is read as false. If an importer expects a word, it converts false back to `no`.
+YAML 1.1, `1_000` is a number, and an unquoted `no` is read as false. An importer that expects a word converts false back to `no`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from finetune_cli.redaction import SECRET_NAME_PATTERN
 
 MAX_NODES = 20_000
-"""Maximum number of values after aliases are expanded, more than any configuration has. A few lines with nested aliases could expand to billions of values."""
+"""Maximum number of values after aliases are expanded. Real configurations have fewer. A few lines with nested aliases could expand to billions of values."""
 MAX_QUOTED_CHARACTERS = 80
 TEMPLATE_HINT = "a template must be rendered first, for example with `helm template`"
 SCALAR_TAGS = frozenset({"null", "bool", "int", "float", "str", "timestamp", "value"})
@@ -40,7 +40,7 @@ class Tree:
     line: int = 1
 
     def leaves(self, opaque_paths: frozenset[str] = frozenset()) -> Iterator[tuple[str, Any]]:
-        """Yield the dotted path and the value of everything that is not a mapping. A mapping at one of `opaque_paths` is yielded as one value."""
+        """Yield the dotted path of each value that is not a mapping, and the value. A mapping at one of `opaque_paths` is yielded as one value."""
         yield from _iterate_leaves(self.value, "", opaque_paths)
 
 
@@ -124,7 +124,7 @@ class _NodeReader:
     def __init__(self, tree: Tree):
         self.tree = tree
         self.value_count = 0
-        self.unfinished: set[int] = set()
+        self.enclosing_node_ids: set[int] = set()
         """Python ids of the nodes that enclose the current node. An alias to an enclosing node would cause an endless recursion."""
 
     def read(self, node: Any, path: str) -> Any:
@@ -140,13 +140,13 @@ class _NodeReader:
                 if tag_name in SCALAR_TAGS
                 else self._add_problem(line_number, path, f"the tag {node.tag} is not supported")
             )
-        if id(node) in self.unfinished:
+        if id(node) in self.enclosing_node_ids:
             return self._add_problem(line_number, path, "the alias refers to a value that contains it")
         if tag_name not in ("map", "seq"):
             return self._add_problem(line_number, path, f"the tag {node.tag} is not supported")
-        self.unfinished.add(id(node))
+        self.enclosing_node_ids.add(id(node))
         value = self._read_mapping(node, path) if node.id == "mapping" else self._read_sequence(node, path)
-        self.unfinished.discard(id(node))
+        self.enclosing_node_ids.discard(id(node))
         return value
 
     def _add_problem(self, line: int, path: str, message: str, hint: str = "write the value itself") -> None:
@@ -157,9 +157,9 @@ class _NodeReader:
 
     def _read_mapping(self, node: Any, prefix: str) -> dict[str, Any]:
         """Read a mapping. The mapping's own keys override the keys of merged mappings (`<<`), and an earlier merged mapping overrides a later one."""
-        result: dict[str, Any] = {}
-        for merged in reversed(list(self._find_merged_mappings(node))):
-            result |= self.read(merged, prefix) or {}
+        value_by_key: dict[str, Any] = {}
+        for merged_mapping in reversed(list(self._find_merged_mappings(node))):
+            value_by_key |= self.read(merged_mapping, prefix) or {}
         first_lines: dict[str, int] = {}
         for key_node, value_node in node.value:
             line = key_node.start_mark.line + 1
@@ -175,8 +175,8 @@ class _NodeReader:
                 self._add_problem(line, path, f"the key occurs twice, in lines {first_lines[key]} and {line}", "keep one")
                 continue
             self.tree.lines[path] = first_lines[key] = line
-            result[key] = self.read(value_node, path)
-        return result
+            value_by_key[key] = self.read(value_node, path)
+        return value_by_key
 
     def _find_merged_mappings(self, node: Any) -> Iterator[Any]:
         """Yield the mappings that are merged with `<<`."""

@@ -23,8 +23,8 @@ def needs_quotes(text: str) -> bool:
 def format_number(number: float) -> str:
     """Format a float. If the number has an exponent, a dot is added to the mantissa."""
     text = repr(number)
-    mantissa, exponent, power = text.partition("e")
-    return f"{mantissa}.0e{power}" if exponent and "." not in mantissa else text
+    mantissa, separator, exponent = text.partition("e")
+    return f"{mantissa}.0e{exponent}" if separator and "." not in mantissa else text
 
 
 def make_writer() -> Any:

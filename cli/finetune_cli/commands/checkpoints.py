@@ -58,7 +58,7 @@ def checkpoints(
     if verify:
         _verify_checkpoints(open_storage(cluster, job, use_secret, endpoint, storage))
     elif download is not None:
-        _download_checkpoints(open_storage(cluster, job, use_secret, endpoint, storage), download, to)
+        _download_checkpoint(open_storage(cluster, job, use_secret, endpoint, storage), download, to)
     elif output_format is not None:
         write_data((job.get("status") or {}).get("checkpoints") or [], output_format)
     else:
@@ -75,12 +75,13 @@ def _verify_checkpoints(storage: JobStorage) -> None:
     committed_folders = list_committed_folders(storage)
     if not committed_folders:
         output.print_notes([f"there is no committed checkpoint or model below {storage.uri}"])
-    damaged_folders = [folder for folder in committed_folders if not _is_intact(storage, folder)]
+    damaged_folders = [folder for folder in committed_folders if not _verify_folder(storage, folder)]
     if damaged_folders:
         raise output.CommandExit(output.ERROR)
 
 
-def _is_intact(storage: JobStorage, committed_folder: CommittedFolder) -> bool:
+def _verify_folder(storage: JobStorage, committed_folder: CommittedFolder) -> bool:
+    """Verify the files of a checkpoint or model, and print the result. Returns whether all files are intact."""
     from finetune_cli.job_storage import StorageError, verify_files
     from finetune_cli.status_text import format_bytes
 
@@ -93,7 +94,7 @@ def _is_intact(storage: JobStorage, committed_folder: CommittedFolder) -> bool:
     return True
 
 
-def _download_checkpoints(storage: JobStorage, step_or_model: str, folder_path: Path) -> None:
+def _download_checkpoint(storage: JobStorage, step_or_model: str, folder_path: Path) -> None:
     from finetune_cli.commands.download import find_source_of_folder
     from finetune_cli.commands.transfer_output import show_progress
     from finetune_cli.downloads import download

@@ -53,9 +53,10 @@ def describe_remaining_files(job: dict[str, Any]) -> list[str]:
     except StorageError:
         purge_text = f"finetune purge {metadata['name']} -n {metadata['namespace']} --uid {metadata['uid']} --storage URI"
         return [f"files that the job has stored stay in the operator's default storage; to remove them, run `{purge_text}` with the URI of this storage"]
-    file_texts = [f"{len(status.checkpoints)} checkpoints ({format_bytes(sum(one.bytes or 0 for one in status.checkpoints))})"] if status.checkpoints else []
+    checkpoint_bytes = sum(checkpoint.bytes or 0 for checkpoint in status.checkpoints)
+    file_texts = [f"{len(status.checkpoints)} checkpoints ({format_bytes(checkpoint_bytes)})"] if status.checkpoints else []
     file_texts += [f"the {status.output.kind or 'model'}"] if status.output and status.output.uri else []
-    copy_uris = [str(one) for one in (status.output.published_uri, status.output.hub_uri) if one] if status.output else []
+    copy_uris = [str(copy_uri) for copy_uri in (status.output.published_uri, status.output.hub_uri) if copy_uri] if status.output else []
     storage_root_uri, *_, uid = uri.rsplit("/", 3)
     if not uri.startswith(("s3://", "file://")):
         removal_hint = f"to remove them, delete the folder {uri}"

@@ -31,29 +31,29 @@ def diff(
     def load_spec(manifest_or_job: str) -> dict[str, Any]:
         if manifest_or_job == "-" or Path(manifest_or_job).is_file() or manifest_or_job.endswith((".yaml", ".yml", ".json")):
             manifest = read_job(Path(manifest_or_job))
-            unknown = [finding.mistake for finding in check_manifest(manifest)[1] if finding.code == "UnknownField"]
-            if unknown:
-                raise output.fail(*unknown)
+            unknown_field_mistakes = [finding.mistake for finding in check_manifest(manifest)[1] if finding.code == "UnknownField"]
+            if unknown_field_mistakes:
+                raise output.fail(*unknown_field_mistakes)
             return manifest.spec
         from finetune_cli.cluster import connect
 
         return dict(connect(namespace, context, kubeconfig).get_job(manifest_or_job).get("spec") or {})
 
-    left_values, right_values = flatten(_fill_in_defaults(load_spec(first), first)), flatten(_fill_in_defaults(load_spec(second), second))
-    rows = [
-        (path, left_values.get(path, "-"), right_values.get(path, "-"))
-        for path in sorted({*left_values, *right_values})
-        if left_values.get(path) != right_values.get(path)
+    first_values, second_values = flatten(_fill_in_defaults(load_spec(first), first)), flatten(_fill_in_defaults(load_spec(second), second))
+    differences = [
+        (path, first_values.get(path, "-"), second_values.get(path, "-"))
+        for path in sorted({*first_values, *second_values})
+        if first_values.get(path) != second_values.get(path)
     ]
-    if not rows:
+    if not differences:
         output.print_notes(["both jobs have the same configuration"])
         return
-    path_width = max(len(path) for path, *_ in rows)
-    output.write("\n".join(f"{path:<{path_width}}  {a}  ->  {b}" for path, a, b in rows))
+    path_width = max(len(path) for path, *_ in differences)
+    output.write("\n".join(f"{path:<{path_width}}  {first_value}  ->  {second_value}" for path, first_value, second_value in differences))
 
 
 def _fill_in_defaults(spec: dict[str, Any], name: str) -> dict[str, Any]:
-    """Return a spec with all defaults filled in. Raises Exit for an invalid spec."""
+    """Return a spec with all defaults filled in. Raises CommandExit for an invalid spec."""
     from finetune_api.defaults import resolve_defaults
     from finetune_api.spec import FineTuneJobSpec
     from pydantic import ValidationError

@@ -48,7 +48,7 @@ def doctor(
 ) -> None:
     """Check cluster, CRD, operator, your rights, node pools, the trainer image, and storage as a pod reaches it.
 
-    Image and storage are checked by a short Job in the namespace, which is deleted afterwards. It uses no GPU.
+    A short Job in the namespace checks image and storage. The command deletes this Job afterwards. The Job uses no GPU.
 
     Exit code 0: no check failed (a check that could not run is marked with -). 1: wrong usage. 2: a check failed.
 
@@ -61,12 +61,12 @@ def doctor(
     from finetune_cli.wait_goals import parse_timeout
 
     require_format(output_format, "yaml", "json")
-    skipped, spec = _parse_skipped_checks(skip or []), None if file is None else _read_spec(file)
+    skipped_checks, spec = _parse_skipped_checks(skip or []), None if file is None else _read_spec(file)
     timeout_seconds = parse_timeout(timeout) or 0
     results: list[CheckResult] = []
     try:
-        doctor_run = Doctor(connect(namespace, context, kubeconfig), operator_namespace, spec, timeout_seconds, skipped)
-        for result in doctor_run.run():
+        checker = Doctor(connect(namespace, context, kubeconfig), operator_namespace, spec, timeout_seconds, skipped_checks)
+        for result in checker.run():
             results.append(result)
             if output_format is None:
                 _write_line(result)
@@ -85,10 +85,10 @@ def doctor(
 def _parse_skipped_checks(check_names: list[str]) -> frozenset[CheckName]:
     from finetune_cli.doctor import CheckName
 
-    unknown_names = [word for word in check_names if word not in CHECK_NAMES]
+    unknown_names = [check_name for check_name in check_names if check_name not in CHECK_NAMES]
     if unknown_names:
         raise output.fail(f"--skip {unknown_names[0]}: unknown check; write one of {', '.join(CHECK_NAMES)}")
-    return frozenset(CheckName(word) for word in check_names)
+    return frozenset(CheckName(check_name) for check_name in check_names)
 
 
 def _read_spec(file: Path) -> FineTuneJobSpec:

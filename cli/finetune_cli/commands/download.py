@@ -76,12 +76,12 @@ def download(
     if "://" in target:
         if what is not None or use_secret or storage is not None:
             raise output.fail("with a URI, remove the part of the job, --use-secret and --storage; use --secret to name a Secret")
-        source, name = _find_source_of_uri(target, options)
+        source, folder_name = _find_source_of_uri(target, options)
     else:
         if secret is not None:
             raise output.fail("--secret is for a URI; with the name of a job, write --use-secret for the job's own Secret")
-        source, name = _find_source_of_job(target, what or "model", options)
-    folder = to or Path(name)
+        source, folder_name = _find_source_of_job(target, what or "model", options)
+    folder = to or Path(folder_name)
     with show_progress("download", is_quiet=output_format is not None) as progress:
         files = download_files(source, folder, progress, overwrite=overwrite)
     if output_format is not None:
@@ -125,14 +125,15 @@ def find_source_of_folder(storage: JobStorage, folder: str) -> Source:
         return make_committed_source(storage, committed_folder)
     if folder in RESULT_FOLDERS and folder != "merged":
         return make_plain_source(storage, folder)
-    available_text = ", ".join(one.folder for one in list_committed_folders(storage)) or "nothing"
+    available_text = ", ".join(available_folder.folder for available_folder in list_committed_folders(storage)) or "nothing"
     raise StorageError(f"{folder} is not committed below {storage.uri}; available: {available_text}")
 
 
 def _find_source_of_uri(uri: str, options: StorageOptions) -> tuple[Source, str]:
     """Return the files at a URI, and the name of the local folder.
 
-    The URI of a checkpoint or model may point to the folder with the commit marker, or to the folder of an incarnation inside it."""
+    The URI of a checkpoint or model may point to the folder with the commit marker, or to the folder of an incarnation inside it.
+    """
     from finetune_api.names import parse_attempt_of_uri
 
     from finetune_cli.downloads import make_committed_source, make_plain_source
@@ -140,12 +141,12 @@ def _find_source_of_uri(uri: str, options: StorageOptions) -> tuple[Source, str]
 
     trimmed_uri = uri.rstrip("/")
     outer_uri = trimmed_uri.rpartition("/")[0] if parse_attempt_of_uri(trimmed_uri) is not None else trimmed_uri
-    parent, _, name = outer_uri.rpartition("/")
-    if parent.endswith(("/", ":")):  # the URI is s3://bucket, without a key
+    parent_uri, _, name = outer_uri.rpartition("/")
+    if parent_uri.endswith(("/", ":")):  # the URI is s3://bucket, without a key
         return make_plain_source(open_uri(outer_uri, options), ""), name
-    storage = open_uri(parent, options)
+    storage = open_uri(parent_uri, options)
     committed_folder = find_committed_folder(storage, name)
     if committed_folder is not None and (outer_uri == trimmed_uri or committed_folder.path == trimmed_uri.rpartition("/")[2]):
         return make_committed_source(storage, committed_folder), name
-    source = make_plain_source(storage, trimmed_uri.removeprefix(f"{parent}/"))
+    source = make_plain_source(storage, trimmed_uri.removeprefix(f"{parent_uri}/"))
     return source, "." if [file.path for file in source.files] == [name] else name

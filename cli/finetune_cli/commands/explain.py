@@ -40,24 +40,24 @@ def explain(
 
     all_fields = fields()
     if search is not None:
-        matches = _find_fields_containing(search, all_fields)
-        if not matches:
+        matching_fields = _find_fields_containing(search, all_fields)
+        if not matching_fields:
             raise output.fail(f"no field has {search!r} in its name or description")
-        output.write("\n".join(_format_line(field) for field in matches))
+        output.write("\n".join(_format_line(field) for field in matching_fields))
         return
     field_path = "spec" if path is None else path.replace("[]", "").removeprefix("FineTuneJob.")
-    matches = [
+    matching_fields = [
         field
         for field in all_fields
         if field.path.replace("[]", "") in (field_path, f"spec.{field_path}", f"status.{field_path}")
     ]
-    if not matches:
+    if not matching_fields:
         suggestion = suggest_field(f"spec.{field_path.removeprefix('spec.')}", [field.path for field in all_fields])
         mentioning_fields = [] if suggestion else _find_fields_containing(field_path, all_fields)
         hint = f"did you mean {suggestion}?" if suggestion else "search the descriptions with --search WORD"
         hint = f"these fields mention the word: {', '.join(field.path for field in mentioning_fields)}" if mentioning_fields else hint
         raise output.fail(f"{path} is not a field of a FineTuneJob; {hint}")
-    output.write("\n\n".join(_format_entry(field, all_fields) for field in matches))
+    output.write("\n\n".join(_format_entry(field, all_fields) for field in matching_fields))
 
 
 def _find_fields_containing(word: str, all_fields: tuple[Field, ...]) -> list[Field]:
@@ -74,25 +74,25 @@ def _format_line(field: Field) -> str:
 def _format_entry(field: Field, all_fields: tuple[Field, ...]) -> str:
     lines = [f"{field.path} <{field.type_text}>", f"  {_describe_field(field)}"]
     prefix = field.path + ("[]." if field.type_text.startswith("list of") else ".")
-    children = [child for child in all_fields if child.path.startswith(prefix) and "." not in child.path[len(prefix) :]]
-    if children:
-        name_width = max(len(child.path) - len(prefix) for child in children)
+    inner_fields = [inner_field for inner_field in all_fields if inner_field.path.startswith(prefix) and "." not in inner_field.path[len(prefix) :]]
+    if inner_fields:
+        name_width = max(len(inner_field.path) - len(prefix) for inner_field in inner_fields)
         lines += [
             "",
-            *(f"  {child.path[len(prefix) :]:<{name_width}}  <{child.type_text}>  {_describe_field(child)}" for child in children),
+            *(f"  {inner_field.path[len(prefix) :]:<{name_width}}  <{inner_field.type_text}>  {_describe_field(inner_field)}" for inner_field in inner_fields),
         ]
     return "\n".join(lines)
 
 
 def _describe_field(field: Field) -> str:
-    """Return the description of a field. If this release does not support the field or some of its values, a mark in front of the description says so."""
+    """Return the description of a field. If this release does not support the field or some of its values, the description begins with a mark that says so."""
     from finetune_api.support import UNSUPPORTED_FIELDS, to_wire_path
 
-    for row in UNSUPPORTED_FIELDS:
-        path = f"spec.{to_wire_path(row.path)}"
+    for unsupported_field in UNSUPPORTED_FIELDS:
+        path = f"spec.{to_wire_path(unsupported_field.path)}"
         if field.path == path or field.path.startswith((f"{path}.", f"{path}[")):
             support_mark = (
-                "[not supported yet]" if row.refuses_every_value else f"[some values are not supported yet: {row.hint}]"
+                "[not supported yet]" if unsupported_field.refuses_every_value else f"[some values are not supported yet: {unsupported_field.hint}]"
             )
             return f"{support_mark} {field.description}"
     return field.description

@@ -53,8 +53,8 @@ def export(
         raise output.fail(f"--form {form}: write {' or '.join(LayoutForm)}")
     if to.exists():
         raise output.fail(f"--to {to}: the folder exists already; choose a new one")
-    opened, job = open_target(target, StorageOptions(use_secret, endpoint, storage, namespace, context, kubeconfig))
+    job_storage, job = open_target(target, StorageOptions(use_secret, endpoint, storage, namespace, context, kubeconfig))
     if job is not None and ((job.get("status") or {}).get("output") or {}).get("promoted") is False:
         output.print_warnings([f"the model of {target} has failed a gate of evaluation.gates, but is exported"])
-    layout = write_layout(opened, to, LayoutForm(form), tag, lambda path, size: output.print_notes([f"{path} ({format_bytes(size)})"]))
+    layout = write_layout(job_storage, to, LayoutForm(form), tag, lambda path, size: output.print_notes([f"{path} ({format_bytes(size)})"]))
     output.write(f"{to}: {layout.digest}, {format_bytes(layout.total_bytes)}")

@@ -36,7 +36,7 @@ def get(
 ) -> None:
     """List jobs with the columns of kubectl get.
 
-    `-o cost` shows the GPU-hours and the cost of each job so far, those that its plan expects for the optimizer steps, and `policy.maxCost`.
+    `-o cost` shows for each job its GPU-hours and cost so far, the GPU-hours and cost that its plan expects for the optimizer steps, and `policy.maxCost`.
 
     Example: finetune get -A -o wide
 
@@ -68,11 +68,11 @@ def get(
 def _write_objects(jobs: list[dict[str, Any]], output_format: str, *, is_single: bool) -> None:
     from finetune_api.names import GROUP, PLURAL
 
-    for item in jobs:
-        item.get("metadata", {}).pop("managedFields", None)
+    for job in jobs:
+        job.get("metadata", {}).pop("managedFields", None)
     if output_format == "name":
         if jobs:
-            output.write("\n".join(f"{PLURAL}.{GROUP}/{item['metadata']['name']}" for item in jobs))
+            output.write("\n".join(f"{PLURAL}.{GROUP}/{job['metadata']['name']}" for job in jobs))
         return
     write_data(jobs[0] if is_single else {"apiVersion": "v1", "kind": "List", "items": jobs}, output_format)
 
@@ -98,12 +98,14 @@ def _format_cost_cells(job: dict[str, Any], *, with_namespace: bool) -> list[str
         return "-" if value is None else f"{value:.2f}"
 
     status, metadata = parse_status(job), job["metadata"]
-    spent, planned = status.cost, status.plan.cost if status.plan else None
+    spent_cost, planned_cost = status.cost, status.plan.cost if status.plan else None
     return [
         *([metadata["namespace"]] if with_namespace else []),
-        metadata["name"], str(status.phase or "-"), format_amount(spent.gpu_hours if spent else None), format_amount(planned.gpu_hours if planned else None),
-        format_amount(spent.amount if spent else None), format_amount(planned.expected if planned else None),
-        format_amount((job["spec"].get("policy") or {}).get("maxCost")), (spent and spent.currency) or (planned and planned.currency) or "-",
+        metadata["name"], str(status.phase or "-"),
+        format_amount(spent_cost.gpu_hours if spent_cost else None), format_amount(planned_cost.gpu_hours if planned_cost else None),
+        format_amount(spent_cost.amount if spent_cost else None), format_amount(planned_cost.expected if planned_cost else None),
+        format_amount((job["spec"].get("policy") or {}).get("maxCost")),
+        (spent_cost and spent_cost.currency) or (planned_cost and planned_cost.currency) or "-",
     ]  # fmt: skip
 
 
@@ -111,10 +113,10 @@ def _format_table(columns: list[dict[str, Any]], rows: list[dict[str, Any]], *, 
     """Format the API server's table of jobs. A column with a priority above 0 is left out, except with `-o wide`."""
     shown_column_indexes = [i for i, column in enumerate(columns) if is_wide or not column.get("priority")]
     header_cells = (["NAMESPACE"] if with_namespaces else []) + [str(columns[i]["name"]).upper() for i in shown_column_indexes]
-    lines = [header_cells]
+    cell_rows = [header_cells]
     for row in rows:
         namespace_cells = [row["object"]["metadata"].get("namespace", "")] if with_namespaces else []
-        lines.append(
+        cell_rows.append(
             namespace_cells + ["-" if row["cells"][i] in (None, "") else str(row["cells"][i]) for i in shown_column_indexes]
         )
-    return format_rows(lines)
+    return format_rows(cell_rows)

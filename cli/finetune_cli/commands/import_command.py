@@ -138,16 +138,16 @@ def parse_pairs(option: str, pair_texts: list[str]) -> dict[str, str]:
     """Parse `NAME=VALUE` texts. Raises InvalidInput."""
     from finetune_cli.mistakes import InvalidInput, Mistake
 
-    result: dict[str, str] = {}
+    value_by_name: dict[str, str] = {}
     mistakes = []
     for text in pair_texts:
-        key, equals, value = text.partition("=")
-        if not equals or not key or not value:
+        name, equals_sign, value = text.partition("=")
+        if not equals_sign or not name or not value:
             mistakes.append(Mistake(option, text, "the text does not have the form NAME=VALUE"))
-        result[key] = value
+        value_by_name[name] = value
     if mistakes:
         raise InvalidInput(mistakes)
-    return result
+    return value_by_name
 
 
 def format_options_table(import_result: ImportResult) -> str:

@@ -81,23 +81,24 @@ def init(
 
 def _ask_for_valid_manifest(values: dict[str, Any], is_interactive: bool) -> str:
     """Return the text of a valid manifest. On a terminal, ask for missing and invalid values. Without a terminal, raise CommandExit for them."""
-    for key in ("name", "model", "data"):
-        if not values[key]:
+    for value_name in ("name", "model", "data"):
+        if not values[value_name]:
             if not is_interactive:
-                missing_argument = "NAME" if key == "name" else _make_option_name(key)
+                missing_argument = "NAME" if value_name == "name" else _make_option_name(value_name)
                 raise output.fail(f"{missing_argument} is missing; `finetune init` asks for missing values only on a terminal")
-            values[key] = _ask_for_value(key)
+            values[value_name] = _ask_for_value(value_name)
     while True:
         text = build_manifest_text(**values)
         mistakes = _find_unknown_words(values) or _find_mistakes(text, values)
         if not mistakes:
             return text
-        wrong_keys = [key for key in QUESTION_BY_VALUE_NAME if any(mistake.key == _make_option_name(key) for mistake in mistakes)]
-        if not is_interactive or not wrong_keys:
+        wrong_keys = {mistake.key for mistake in mistakes}
+        names_of_wrong_values = [value_name for value_name in QUESTION_BY_VALUE_NAME if _make_option_name(value_name) in wrong_keys]
+        if not is_interactive or not names_of_wrong_values:
             raise output.fail(*mistakes)
         output.print_errors(mistakes)
-        for key in wrong_keys:
-            values[key] = _ask_for_value(key)
+        for value_name in names_of_wrong_values:
+            values[value_name] = _ask_for_value(value_name)
 
 
 def _make_option_name(value_name: str) -> str:
@@ -129,9 +130,9 @@ def _find_unknown_words(values: dict[str, Any]) -> list[Mistake]:
     from finetune_cli.mistakes import Mistake
 
     return [
-        Mistake("", _make_option_name(key), f"unknown value {values[key]}", f"write one of {', '.join(allowed)}")
-        for key, allowed in (("method", METHOD_TYPES), ("trainer", TRAINER_TYPES))
-        if values[key] not in allowed
+        Mistake("", _make_option_name(key), f"unknown value {values[key]}", f"write one of {', '.join(allowed_words)}")
+        for key, allowed_words in (("method", METHOD_TYPES), ("trainer", TRAINER_TYPES))
+        if values[key] not in allowed_words
     ]
 
 

@@ -57,7 +57,7 @@ def cancel(
 
 
 def _patch_spec(
-    name: str, spec: dict[str, bool], effect: str, namespace: str | None, context: str | None, kubeconfig: Path | None
+    name: str, spec_changes: dict[str, bool], effect_text: str, namespace: str | None, context: str | None, kubeconfig: Path | None
 ) -> None:
     from finetune_cli.cluster import ClusterError, connect
     from finetune_cli.status_text import has_finished, parse_status
@@ -68,9 +68,9 @@ def _patch_spec(
     if has_finished(status):
         raise ClusterError(f"{name} has already ended: {status.phase}")
     old_spec = job.get("spec") or {}
-    if all(bool(old_spec.get(key)) == value for key, value in spec.items()):
-        unchanged_text = ", ".join(f"{key} is already {str(value).lower()}" for key, value in spec.items())
+    if all(bool(old_spec.get(key)) == value for key, value in spec_changes.items()):
+        unchanged_text = ", ".join(f"{key} is already {str(value).lower()}" for key, value in spec_changes.items())
         output.print_notes([f"{name}: nothing to change, {unchanged_text}"])
         return
-    cluster.patch_spec(name, spec)
-    output.write(f"{name}: {effect}")
+    cluster.patch_spec(name, spec_changes)
+    output.write(f"{name}: {effect_text}")

@@ -41,8 +41,8 @@ def logs(
     job = cluster.get_job(name)
     pods = select_pods(cluster, job, rank, attempt, all_attempts)
     has_several_pods = len(pods) > 1
-    for origin, line in merge_log_lines(cluster, pods, follow=follow, tail=tail):
-        output.write(f"{origin} {line}" if has_several_pods else line)
+    for line_prefix, line in merge_log_lines(cluster, pods, follow=follow, tail=tail):
+        output.write(f"{line_prefix} {line}" if has_several_pods else line)
 
 
 def select_pods(
@@ -82,20 +82,23 @@ def count_ranks_per_pod(job: dict[str, Any]) -> int:
 def merge_log_lines(
     cluster: Cluster, pods: list[dict[str, Any]], *, follow: bool, tail: int | None
 ) -> Iterator[tuple[str, str]]:
-    """Yield (origin, line) for each log line of several pods. With `follow`, the lines have the order of their arrival, otherwise they are sorted by pod."""
+    """Yield (line prefix, line) for each log line of several pods.
+
+    With `follow`, the lines have the order of their arrival. Otherwise, they are sorted by pod.
+    """
     from finetune_cli.cluster import ClusterError, get_attempt, get_pod_index
 
-    lines: queue.Queue[tuple[str, str | None]] = queue.Queue(maxsize=1000)
+    line_queue: queue.Queue[tuple[str, str | None]] = queue.Queue(maxsize=1000)
 
     def queue_log_lines(pod: dict[str, Any]) -> None:
         line_prefix = f"[{get_attempt(pod)}/{get_pod_index(pod)}]"
         try:
             for line in _stream_log(cluster, pod, follow, tail):
-                lines.put((line_prefix, line))
+                line_queue.put((line_prefix, line))
         except ClusterError as error:
-            lines.put((line_prefix, f"({error})"))
+            line_queue.put((line_prefix, f"({error})"))
         finally:
-            lines.put((line_prefix, None))
+            line_queue.put((line_prefix, None))
 
     if not follow:
         for pod in pods:
@@ -109,7 +112,7 @@ def merge_log_lines(
         threading.Thread(target=queue_log_lines, args=(pod,), daemon=True).start()
     running_stream_count = len(pods)
     while running_stream_count:
-        line_prefix, line = lines.get()
+        line_prefix, line = line_queue.get()
         if line is None:
             running_stream_count -= 1
         else:

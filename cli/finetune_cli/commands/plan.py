@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     TimeAndCostPlans = dict[str, tuple[TimePlan, CostPlan | None]]
 
 COMPARABLE_METHODS = ("lora", "qlora", "dora", "ia3", "promptTuning", "prefixTuning", "full")
-TIME_CONTENT_NOTE = "the time is only that of the optimizer steps; it does not contain start, evaluation, checkpoints and upload"
+TIME_CONTENT_NOTE = "the planned time contains only the optimizer steps, but not start, evaluation, checkpoints and upload"
 
 
 def plan(
@@ -76,7 +76,7 @@ def plan(
         str | None, typer.Option("--output", "-o", metavar="FORMAT", help="json or yaml.", autocompletion=complete_words("json", "yaml"))
     ] = None,
 ) -> None:
-    """Show the memory that a job needs on each rank, and its time and cost, without a cluster, a GPU or the model's weights.
+    """Show how much memory a job needs on each rank, how long the job takes and what it costs, without a cluster, a GPU or the model's weights.
 
     Exit code 0: the job fits, or no GPU is given; 1: the job does not fit or cannot be planned.
 
@@ -99,20 +99,20 @@ def plan(
         raise output.fail("--fit needs the memory of a GPU: add --gpu NAME or --gpu-memory SIZE")
     _check_numbers({"--longest-row": longest_row, "--rows": rows, "--mean-row": mean_row}, price)
     _check_time_options(gpu, rows, mean_row, price)
-    resolved, name = _read_spec(file)
+    resolved_spec, job_name = _read_spec(file)
     try:
-        shape, notes = read_model(resolved.spec, model_config)
-        facts, data_size = RunFacts(longest_tokens=longest_row), _to_data_size(resolved.spec, rows, mean_row)
-        plans = _plan_methods(resolved, shape, _parse_methods(compare), pool, facts, data_size)
+        shape, notes = read_model(resolved_spec.spec, model_config)
+        facts, data_size = RunFacts(longest_tokens=longest_row), _to_data_size(resolved_spec.spec, rows, mean_row)
+        plans = _plan_methods(resolved_spec, shape, _parse_methods(compare), pool, facts, data_size)
         proposals = _propose_changes(next(iter(plans.values())), shape, pool, facts) if fit and pool is not None else []
         time_plans = _plan_times(shape, plans, pool, data_size, price)
     except FineTuneError as error:
         raise output.fail(f"{error.message}; {error.hint}" if error.hint else error.message) from error
     memory_bytes = pool.memory_bytes if pool is not None else None
     if output_format is not None:
-        write_data(_to_dict(name, plans, time_plans, memory_bytes, proposals), output_format)
+        write_data(_to_dict(job_name, plans, time_plans, memory_bytes, proposals), output_format)
     else:
-        summary_lines = _describe_model(name, next(iter(plans.values())).spec, shape)
+        summary_lines = _describe_model(job_name, next(iter(plans.values())).spec, shape)
         lines = [*summary_lines, "", *_format_table(plans, time_plans, memory_bytes, gpu), *_format_choice_lines(plans)]
         output.write("\n".join([*lines, *(["", *proposals] if proposals else [])]))
     notes = [*notes, *(note for method_plan in plans.values() for note in method_plan.notes), *_make_time_notes(time_plans)]
@@ -127,8 +127,8 @@ def plan(
 def _make_time_notes(time_plans: TimeAndCostPlans) -> list[str]:
     """Return notes about the planned time: what it includes, and whether its bounds are calibrated with measured runs on this type of GPU."""
     run_counts = {time.calibration_runs if time.calibrated else None for time, _ in time_plans.values()}
-    texts = (f"are calibrated with {count} runs on this type of GPU" if count is not None else "are not calibrated for this GPU" for count in run_counts)
-    return [f"{TIME_CONTENT_NOTE}; its bounds {text}" for text in texts]
+    bounds_texts = (f"are calibrated with {count} runs on this type of GPU" if count is not None else "are not calibrated for this GPU" for count in run_counts)
+    return [f"{TIME_CONTENT_NOTE}; its bounds {text}" for text in bounds_texts]
 
 
 def _check_numbers(counts: dict[str, int | None], price: float | None) -> None:
@@ -170,8 +170,8 @@ def _plan_methods(
     from finetune_cli.job_plan import plan_job
 
     spec = resolved_spec.spec
-    specs = {method: change_spec(spec, {"method.type": method}) for method in methods} or {str(spec.method.type): spec}
-    return {method: plan_job(replace(resolved_spec, spec=spec), shape, pool, facts, data_size) for method, spec in specs.items()}
+    spec_by_method = {method: change_spec(spec, {"method.type": method}) for method in methods} or {str(spec.method.type): spec}
+    return {method: plan_job(replace(resolved_spec, spec=method_spec), shape, pool, facts, data_size) for method, method_spec in spec_by_method.items()}
 
 
 def _plan_times(shape: ModelShape, plans: dict[str, MethodPlan], pool: GpuPool | None, data_size: DataSize | None, price: float | None) -> TimeAndCostPlans:
@@ -183,15 +183,15 @@ def _plan_times(shape: ModelShape, plans: dict[str, MethodPlan], pool: GpuPool |
 
     if pool is None or pool.gpu_type is None or data_size is None:
         return {}
-    plans_by_method = {}
+    times_and_costs = {}
     for method, method_plan in plans.items():
         training_work = plan_work(method_plan.spec, shape, data_size, method_plan.plan.recomputed_layer_count / max(method_plan.plan.layer_count, 1))
         if training_work is None:
             raise ConfigError("TimeNotPlanned", "the time of this objective cannot be planned", hint="remove --rows, --mean-row and --price")
         gpu_count = world_size(method_plan.spec)
         time_plan = plan_time(training_work, GPU_TYPES[pool.gpu_type], gpu_count)
-        plans_by_method[method] = (time_plan, plan_cost(time_plan, gpu_count, price, "") if price is not None else None)
-    return plans_by_method
+        times_and_costs[method] = (time_plan, plan_cost(time_plan, gpu_count, price, "") if price is not None else None)
+    return times_and_costs
 
 
 def _read_spec(file: Path) -> tuple[ResolvedSpec, str]:
@@ -216,16 +216,16 @@ def _parse_methods(compare: str | None) -> list[str]:
     return methods
 
 
-def _propose_changes(job_plan: MethodPlan, shape: ModelShape, pool: GpuPool, facts: RunFacts) -> list[str]:
+def _propose_changes(method_plan: MethodPlan, shape: ModelShape, pool: GpuPool, facts: RunFacts) -> list[str]:
     """Return the largest micro-batch if the job fits, otherwise the changes that make it fit, as lines of text."""
     from finetune_api.memory.changes import NO_CHANGE_HINT, format_change
     from finetune_api.memory.plan import find_largest_micro_batch
 
     memory_bytes = pool.memory_bytes or 0
-    if job_plan.plan.fits(memory_bytes):
-        micro_batch_rows = find_largest_micro_batch(job_plan.spec, shape, memory_bytes, facts)
+    if method_plan.plan.fits(memory_bytes):
+        micro_batch_rows = find_largest_micro_batch(method_plan.spec, shape, memory_bytes, facts)
         return [f"largest micro-batch that fits: training.batchSizePerDevice: {micro_batch_rows}"]
-    return ["changes that make the job fit:", *(f"  {format_change(change)}" for change in job_plan.changes)] if job_plan.changes else [NO_CHANGE_HINT]
+    return ["changes that make the job fit:", *(f"  {format_change(change)}" for change in method_plan.changes)] if method_plan.changes else [NO_CHANGE_HINT]
 
 
 def _format_choice_lines(plans: dict[str, MethodPlan]) -> list[str]:
@@ -240,12 +240,12 @@ def _describe_model(name: str, spec: FineTuneJobSpec, shape: ModelShape) -> list
     from finetune_api.objectives import OBJECTIVES
     from finetune_api.rules import trainer_type_of, world_size
 
-    rows, ranks = spec.training.batch_size_per_device or 4, world_size(spec)
+    micro_batch_rows, rank_count = spec.training.batch_size_per_device or 4, world_size(spec)
     sequences_per_row = OBJECTIVES[trainer_type_of(spec)].sequences_per_row
-    batch_text = f"{rows}" if sequences_per_row == 1 else f"{rows} pairs ({sequences_per_row * rows} sequences)"
+    batch_text = f"{micro_batch_rows}" if sequences_per_row == 1 else f"{micro_batch_rows} pairs ({sequences_per_row * micro_batch_rows} sequences)"
     return [
-        f"{name or 'job'}: {shape.model_type} with {count_parameters(shape) / 1e9:.2f} billion parameters, {ranks} {'rank' if ranks == 1 else 'ranks'}, "
-        f"micro-batches of {batch_text} x {spec.dataset.max_sequence_length or 2048} tokens"
+        f"{name or 'job'}: {shape.model_type} with {count_parameters(shape) / 1e9:.2f} billion parameters, "
+        f"{rank_count} {'rank' if rank_count == 1 else 'ranks'}, micro-batches of {batch_text} x {spec.dataset.max_sequence_length or 2048} tokens"
     ]
 
 
@@ -255,10 +255,10 @@ def _format_table(plans: dict[str, MethodPlan], time_plans: TimeAndCostPlans, me
 
     rows: list[tuple[str, list[str]]] = [("", list(plans))]
     parts = next(iter(plans.values())).plan.memory.parts
-    for part in type(parts).model_fields:
-        values = [getattr(method_plan.plan.memory.parts, part) for method_plan in plans.values()]
-        if any(values):
-            rows.append((part, [format_gigabytes(value) for value in values]))
+    for part_name in type(parts).model_fields:
+        sizes_in_bytes = [getattr(method_plan.plan.memory.parts, part_name) for method_plan in plans.values()]
+        if any(sizes_in_bytes):
+            rows.append((part_name, [format_gigabytes(size_in_bytes) for size_in_bytes in sizes_in_bytes]))
     rows.append(("expected peak", [format_gigabytes(method_plan.plan.memory.expected_bytes) for method_plan in plans.values()]))
     rows.append(("upper bound", [format_gigabytes(method_plan.plan.memory.upper_bytes) for method_plan in plans.values()]))
     if memory_bytes is not None:
@@ -266,17 +266,17 @@ def _format_table(plans: dict[str, MethodPlan], time_plans: TimeAndCostPlans, me
         rows.append(("fits", ["yes" if method_plan.plan.fits(memory_bytes) else "no" for method_plan in plans.values()]))
     rows.append(("recomputed layers", [f"{method_plan.plan.recomputed_layer_count} of {method_plan.plan.layer_count}" for method_plan in plans.values()]))
     rows += _format_time_rows(time_plans)
-    width, columns = max(len(label) for label, _ in rows), max(len(cell) for _, cells in rows for cell in cells)
-    return [f"{label:<{width}}  {'  '.join(f'{cell:>{columns}}' for cell in cells)}".rstrip() for label, cells in rows]
+    label_width, cell_width = max(len(label) for label, _ in rows), max(len(cell) for _, cells in rows for cell in cells)
+    return [f"{label:<{label_width}}  {'  '.join(f'{cell:>{cell_width}}' for cell in cells)}".rstrip() for label, cells in rows]
 
 
 def _format_time_rows(time_plans: TimeAndCostPlans) -> list[tuple[str, list[str]]]:
     if not time_plans:
         return []
-    durations, costs = [time for time, _ in time_plans.values()], [cost for _, cost in time_plans.values() if cost is not None]
+    times, costs = [time for time, _ in time_plans.values()], [cost for _, cost in time_plans.values() if cost is not None]
     rows = [
-        ("expected time", [format_hours(time_plan.expected_seconds) for time_plan in durations]),
-        ("time, bounds", [f"{format_hours(time_plan.lower_seconds)} - {format_hours(time_plan.upper_seconds)}" for time_plan in durations]),
+        ("expected time", [format_hours(time_plan.expected_seconds) for time_plan in times]),
+        ("time, bounds", [f"{format_hours(time_plan.lower_seconds)} - {format_hours(time_plan.upper_seconds)}" for time_plan in times]),
     ]
     if costs:
         rows += [("expected cost", [f"{cost_plan.expected:.2f}" for cost_plan in costs]),
@@ -291,7 +291,7 @@ def format_hours(seconds: int) -> str:
 
 
 def _to_dict(name: str, plans: dict[str, MethodPlan], time_plans: TimeAndCostPlans, memory_bytes: int | None, proposals: list[str]) -> dict[str, Any]:
-    data: dict[str, Any] = {"name": name, "plans": []}
+    plans_object: dict[str, Any] = {"name": name, "plans": []}
     for method, method_plan in plans.items():
         entry: dict[str, Any] = {
             "method": method, "memory": method_plan.plan.memory.to_wire(), "recomputedLayers": method_plan.plan.recomputed_layer_count,
@@ -302,5 +302,5 @@ def _to_dict(name: str, plans: dict[str, MethodPlan], time_plans: TimeAndCostPla
         if method in time_plans:
             time, cost = time_plans[method]
             entry |= {"time": time.to_wire()} | ({"cost": cost.to_wire()} if cost is not None else {})
-        data["plans"].append(entry)
-    return data | ({"proposals": proposals} if proposals else {})
+        plans_object["plans"].append(entry)
+    return plans_object | ({"proposals": proposals} if proposals else {})

@@ -52,11 +52,11 @@ def pools(
     cluster = connect(namespace, context, kubeconfig)
     config = find_installation(cluster, operator_namespace).config
     listed_pools = config.node_pools or [Pool(name="-", description=f"no pools are configured: every node with {DEFAULT_GPU_RESOURCE}", gpus_per_node=1)]
-    usages = _read_usages(cluster, listed_pools)
+    usage_by_pool = _read_usages(cluster, listed_pools)
     if output_format is not None:
-        write_data([to_dict(config, pool, usages.get(pool.name)) for pool in config.node_pools], output_format)
+        write_data([to_dict(config, pool, usage_by_pool.get(pool.name)) for pool in config.node_pools], output_format)
         return
-    output.write(format_rows([COLUMN_NAMES, *(_format_row(config, pool, usages.get(pool.name)) for pool in listed_pools)]))
+    output.write(format_rows([COLUMN_NAMES, *(_format_row(config, pool, usage_by_pool.get(pool.name)) for pool in listed_pools)]))
 
 
 def _read_usages(cluster: Cluster, listed_pools: list[Pool]) -> dict[str, PoolUsage]:

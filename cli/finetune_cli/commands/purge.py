@@ -55,26 +55,28 @@ def purge(
         raise StorageError("--uid needs --storage URI: the storage root of a deleted job is unknown")
     job = _get_finished_job(cluster, name, uid)
     job_storage = open_storage(cluster, job, use_secret, endpoint, storage)
-    objects, unused = list(job_storage.list_objects()), find_unused_rows(job_storage, datetime.now(UTC))
+    objects, unused_rows = list(job_storage.list_objects()), find_unused_rows(job_storage, datetime.now(UTC))
     if not objects:
         output.print_notes([f"there are no objects below {job_storage.uri}"])
-    if not objects and not unused.objects:
+    if not objects and not unused_rows.objects:
         return
-    total_size = format_bytes(sum(stored.size for stored in objects))
-    unused_summary = f"{len(unused.objects)} objects, {format_bytes(unused.bytes)}"
+    total_size = format_bytes(sum(stored_object.size for stored_object in objects))
+    unused_summary = f"{len(unused_rows.objects)} objects, {format_bytes(unused_rows.bytes)}"
     object_texts = [f"{len(objects)} objects, {total_size}, below {job_storage.uri}"] if objects else []
-    object_texts += [f"{unused_summary}, of unused prepared rows below {unused.storage.uri}"] if unused.objects else []
+    object_texts += [f"{unused_summary}, of unused prepared rows below {unused_rows.storage.uri}"] if unused_rows.objects else []
     _confirm_deletion(name, " and ".join(object_texts), yes)
     if objects:
         job_storage.delete_objects(_sort_markers_first(objects))
         output.write(f"{name}: {len(objects)} objects, {total_size}, deleted")
-    if unused.objects:
-        deleted_rows = unused.delete(datetime.now(UTC))
+    if unused_rows.objects:
+        deleted_rows = unused_rows.delete(datetime.now(UTC))
         output.write(f"unused prepared rows: {len(deleted_rows.objects)} objects, {format_bytes(deleted_rows.bytes)}, deleted")
 
 
 def _get_finished_job(cluster: Cluster, name: str, uid: str | None) -> dict[str, Any]:
-    """Return the job whose storage is purged. If the job itself is already deleted, the result contains nothing but name, namespace and uid.
+    """Return the job whose storage is purged.
+
+    If `uid` is given, the result has no status and no metadata but name, namespace and this uid. If no job of this name exists, the spec is empty.
 
     Raises ClusterError if the job still exists and has not finished.
     """
@@ -102,11 +104,11 @@ def _sort_markers_first(objects: list[StoredObject]) -> list[StoredObject]:
     """
     from finetune_api.names import Storage
 
-    return sorted(objects, key=lambda stored: not stored.key.endswith((Storage.COMMITTED, Storage.HEALTHY)))
+    return sorted(objects, key=lambda stored_object: not stored_object.key.endswith((Storage.COMMITTED, Storage.HEALTHY)))
 
 
 def _confirm_deletion(name: str, objects_text: str, confirmed_name: str | None) -> None:
-    """Ask for confirmation, then for the job's name. Raises StorageError if the user declines."""
+    """Ask for confirmation, then for the job's name. Raises Abort if the user declines, and StorageError for a wrong name or without a terminal."""
     from finetune_cli.job_storage import StorageError
 
     if confirmed_name is not None:

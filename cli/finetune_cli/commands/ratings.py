@@ -40,20 +40,24 @@ def format_summary(summary: dict[str, Any]) -> list[str]:
     lines = [f"{summary['answers']} answers, {len(summary['raters'])} raters: {', '.join(summary['raters'])}", ""]
     lines.append(f"{'MODEL':<8} {'SCORE':<10} {'COUNT':>5} {'MEAN':>6} {'MEDIAN':>6} {'STD':>6} {'MIN':>4} {'MAX':>4}")
     for model, scores in summary["scores"].items():
-        for name, one in scores.items():
-            score_cells = (_format_number(one["mean"]), _format_number(one["median"]), _format_number(one["std"]), one["min"], one["max"])
+        for score_name, statistics in scores.items():
+            score_cells = (
+                _format_number(statistics["mean"]), _format_number(statistics["median"]), _format_number(statistics["std"]),
+                statistics["min"], statistics["max"],
+            )  # fmt: skip
             mean, median, deviation, low, high = ("-" if number is None else number for number in score_cells)
-            lines.append(f"{model or '-':<8} {name:<10} {one['count']:>5} {mean:>6} {median:>6} {deviation:>6} {low:>4} {high:>4}")
+            lines.append(f"{model or '-':<8} {score_name:<10} {statistics['count']:>5} {mean:>6} {median:>6} {deviation:>6} {low:>4} {high:>4}")
     lines += ["", "agreement of the raters (Krippendorff's alpha: 1 is perfect, 0 is chance)"]
-    lines += [f"  {name:<10} {_format_number(one['alpha']) or '- (' + one['reason'] + ')'}" for name, one in summary["agreement"].items()]
+    for score_name, agreement in summary["agreement"].items():
+        lines.append(f"  {score_name:<10} {_format_number(agreement['alpha']) or '- (' + agreement['reason'] + ')'}")
     win_rate_entry = summary["winRate"]
     if win_rate_entry["rate"] is None:
-        text = f"- ({win_rate_entry['reason']})"
+        win_rate_text = f"- ({win_rate_entry['reason']})"
     else:
-        text = f"{win_rate_entry['rate']:.2f}, 95 % interval {win_rate_entry['low']:.2f} to {win_rate_entry['high']:.2f}"
-        text += f", on {win_rate_entry['questions']} questions"
-        text += f" ({win_rate_entry['wins']} wins, {win_rate_entry['ties']} ties, {win_rate_entry['losses']} losses)"
-    return [*lines, "", f"win rate of the trained model: {text}"]
+        win_rate_text = f"{win_rate_entry['rate']:.2f}, 95 % interval {win_rate_entry['low']:.2f} to {win_rate_entry['high']:.2f}"
+        win_rate_text += f", on {win_rate_entry['questions']} questions"
+        win_rate_text += f" ({win_rate_entry['wins']} wins, {win_rate_entry['ties']} ties, {win_rate_entry['losses']} losses)"
+    return [*lines, "", f"win rate of the trained model: {win_rate_text}"]
 
 
 def _format_number(value: float | None) -> str | None:

@@ -62,11 +62,11 @@ def replay(
 
     if keep is not None and keep.exists() and any(keep.iterdir()):
         raise output.fail(f"--keep {keep}: the folder is not empty; choose a new one")
-    opened, _ = open_target(target, StorageOptions(use_secret, endpoint, storage, namespace, context, kubeconfig))
+    job_storage, _ = open_target(target, StorageOptions(use_secret, endpoint, storage, namespace, context, kubeconfig))
     replay_folder = keep.resolve() if keep is not None else Path(tempfile.mkdtemp(prefix="finetune-replay-"))
     replay_folder.mkdir(parents=True, exist_ok=True)
     try:
-        result = repeat(opened, replay_folder, ReplayOptions(sets or [], config_maps or [], claims or [], python))
+        result = repeat(job_storage, replay_folder, ReplayOptions(sets or [], config_maps or [], claims or [], python))
     finally:
         if keep is None:
             shutil.rmtree(replay_folder, ignore_errors=True)

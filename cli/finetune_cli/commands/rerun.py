@@ -30,7 +30,7 @@ def rerun(
     context: ContextOption = None,
     kubeconfig: KubeconfigOption = None,
 ) -> None:
-    """Create a new job from an existing one, which stays unchanged. An annotation of the new job names the existing job.
+    """Create a new job from an existing job. The existing job stays unchanged. An annotation of the new job names the existing job.
 
     Example: finetune rerun support-bot --from-checkpoint 400 --set training.learningRate=1e-4
     """
@@ -57,8 +57,8 @@ def rerun(
     if parse_status(old_job).preparation is not None:
         changed_values.setdefault("policy.onExistingResult", OnExistingResult.TRAIN.value)
     taken_names = {job["metadata"]["name"] for job in cluster.list_jobs(all_namespaces=False)}
-    body = build_rerun(old_job, new_name or find_free_name(name, taken_names), changed_values, from_checkpoint)
-    text = to_yaml(body)
+    new_job = build_rerun(old_job, new_name or find_free_name(name, taken_names), changed_values, from_checkpoint)
+    text = to_yaml(new_job)
     _, findings = check_manifest(next(parse_manifests(text, "new job")))
     output.print_warnings(select_warnings(findings))
     if select_errors(findings):
@@ -66,8 +66,8 @@ def rerun(
     if dry_run:
         output.write(text)
         return
-    cluster.create_object(body)
-    output.write(f"{body['metadata']['name']} created from {name} in namespace {cluster.namespace}")
+    cluster.create_object(new_job)
+    output.write(f"{new_job['metadata']['name']} created from {name} in namespace {cluster.namespace}")
 
 
 def find_chosen_values(job: dict[str, Any], changed_values: dict[str, Any]) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def find_chosen_values(job: dict[str, Any], changed_values: dict[str, Any]) -> d
     A new job that resumes from a checkpoint of the old job needs these values, because the operator does not choose values for a resumed job.
 
     If the user changes the batch size or the number of ranks, the chosen batch size is left out. If the user changes `resources.processesPerNode`,
-    the chosen number of GPUs is left out. If the new job has a single rank, the chosen strategy is left out, because it needs several ranks.
+    the chosen number of GPUs is left out. If the new job has a single rank, the chosen strategy is left out, because the chosen strategy needs several ranks.
     """
     from finetune_api.memory.choices import PROCESSES_PER_NODE_PATH
     from finetune_api.memory.plan import BATCH_PATHS, GPUS_PATH, STRATEGY_PATH
@@ -91,9 +91,9 @@ def find_chosen_values(job: dict[str, Any], changed_values: dict[str, Any]) -> d
     if PROCESSES_PER_NODE_PATH in changed_values:
         replaced_paths.add(GPUS_PATH)
     resources = {f"resources.{name}": value for name, value in ((job.get("spec") or {}).get("resources") or {}).items()}
-    resource_values = resources | {path: value for path, value in chosen_values.items() if path not in replaced_paths} | changed_values
-    ranks_per_node = resource_values.get(PROCESSES_PER_NODE_PATH) or resource_values.get(GPUS_PATH) or 1
-    if (resource_values.get("resources.nodes") or 1) * ranks_per_node == 1:
+    values_of_new_job = resources | {path: value for path, value in chosen_values.items() if path not in replaced_paths} | changed_values
+    ranks_per_node = values_of_new_job.get(PROCESSES_PER_NODE_PATH) or values_of_new_job.get(GPUS_PATH) or 1
+    if (values_of_new_job.get("resources.nodes") or 1) * ranks_per_node == 1:
         replaced_paths.add(STRATEGY_PATH)
     return {path: value for path, value in chosen_values.items() if path not in replaced_paths}
 
@@ -132,10 +132,10 @@ def find_free_name(name: str, taken_names: set[str]) -> str:
     from finetune_api.names import MAX_NAME_LENGTH
 
     match = re.match(r"^(.*?)-(\d+)$", name)
-    base, number = (match.group(1), int(match.group(2)) + 1) if match else (name, 2)
-    while f"{base[: MAX_NAME_LENGTH - len(str(number)) - 1]}-{number}" in taken_names:
+    base_name, number = (match.group(1), int(match.group(2)) + 1) if match else (name, 2)
+    while f"{base_name[: MAX_NAME_LENGTH - len(str(number)) - 1]}-{number}" in taken_names:
         number += 1
-    return f"{base[: MAX_NAME_LENGTH - len(str(number)) - 1]}-{number}"
+    return f"{base_name[: MAX_NAME_LENGTH - len(str(number)) - 1]}-{number}"
 
 
 def build_rerun(old_job: dict[str, Any], name: str, changed_values: dict[str, Any], step: int | None) -> dict[str, Any]:

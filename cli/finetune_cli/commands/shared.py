@@ -112,5 +112,5 @@ def write_data(value: Any, output_format: str) -> None:
 
 def format_rows(rows: list[list[str]]) -> str:
     """Format rows as aligned columns. All rows must have the same number of cells."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    column_widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("   ".join(cell.ljust(width) for cell, width in zip(row, column_widths, strict=True)).rstrip() for row in rows)

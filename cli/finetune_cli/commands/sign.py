@@ -57,10 +57,10 @@ def sign(
     from finetune_cli.signing import compute_key_id, read_private_key
 
     private_key = read_private_key(key)
-    opened, job = open_target(target, StorageOptions(use_secret, endpoint, storage, namespace, context, kubeconfig))
-    statement = _verify_statement(opened, job)
-    _store_signature(opened, statement, private_key)
-    output.write(f"{opened.uri}: signed by the key {compute_key_id(private_key.public_key())}")
+    job_storage, job = open_target(target, StorageOptions(use_secret, endpoint, storage, namespace, context, kubeconfig))
+    statement_bytes = _verify_statement(job_storage, job)
+    _store_signature(job_storage, statement_bytes, private_key)
+    output.write(f"{job_storage.uri}: signed by the key {compute_key_id(private_key.public_key())}")
 
 
 def _create_key(path: Path) -> None:
@@ -91,7 +91,7 @@ def _verify_statement(storage: JobStorage, job: dict[str, Any] | None) -> bytes:
 def _compare_with_status(verification: CheckResults, job: dict[str, Any]) -> None:
     """Raise StorageError if the sha256 of the stored manifest differs from the sha256 in the job's status.
 
-    The pod that committed the model reported this sha256.
+    The sha256 in the status comes from the pod that committed the model.
     """
     from finetune_cli.job_storage import StorageError
     from finetune_cli.status_text import parse_status
@@ -104,7 +104,7 @@ def _compare_with_status(verification: CheckResults, job: dict[str, Any]) -> Non
         )
 
 
-def _add_image_digest(statement: bytes, job: dict[str, Any]) -> bytes:
+def _add_image_digest(statement_bytes: bytes, job: dict[str, Any]) -> bytes:
     """Add the digest of the trainer image from the job's status to the statement. The pod that wrote the statement does not know this digest."""
     import json
 
@@ -115,13 +115,15 @@ def _add_image_digest(statement: bytes, job: dict[str, Any]) -> bytes:
     resolved_config = parse_status(job).resolved
     image, _, digest = ((resolved_config.image_digest if resolved_config is not None else None) or "").rpartition("sha256:")
     if resolved_config is None or not digest:
-        return statement
-    statement_object = json.loads(statement)
+        return statement_bytes
+    statement_object = json.loads(statement_bytes)
     build_definition = statement_object["predicate"]["buildDefinition"]
     image_dependency = Resource(
         name=TRAINER_IMAGE_DEPENDENCY, uri=image.rstrip("@") or resolved_config.image, digest={"sha256": digest}, annotations={"observedBy": "operator"}
     )
-    other_dependencies = [one for one in build_definition["resolvedDependencies"] if one.get("name") != TRAINER_IMAGE_DEPENDENCY]
+    other_dependencies = [
+        dependency for dependency in build_definition["resolvedDependencies"] if dependency.get("name") != TRAINER_IMAGE_DEPENDENCY
+    ]
     build_definition["resolvedDependencies"] = [*other_dependencies, image_dependency.to_wire()]
     return json.dumps(statement_object, indent=1, sort_keys=True, ensure_ascii=False).encode()
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from finetune_cli.cluster import Cluster
 
 MAX_LOSSES = 60
-"""Number of training losses in the line chart of `--watch`."""
+"""Maximum number of training losses in the sparkline of `--watch`."""
 
 
 def status(

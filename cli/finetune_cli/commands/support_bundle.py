@@ -52,17 +52,17 @@ def support_bundle(
     cluster = connect(namespace, context, kubeconfig)
     job = cluster.get_job(name)
     path = file or Path(f"finetune-support-{name}.tar.gz")
-    files = collect_files(cluster, job)
+    text_by_file_name = collect_files(cluster, job)
     try:
-        _write_archive(path, name, files)
+        _write_archive(path, name, text_by_file_name)
     except OSError as error:
         raise make_unwritable_file_error(path, error) from None
-    output.write(f"{path}: {len(files)} files; look for remaining secrets before you send the archive to others")
+    output.write(f"{path}: {len(text_by_file_name)} files; look for remaining secrets before you send the archive to others")
 
 
-def _write_archive(path: Path, name: str, files: dict[str, str]) -> None:
+def _write_archive(path: Path, name: str, text_by_file_name: dict[str, str]) -> None:
     with tarfile.open(path, "w:gz") as archive:
-        for file_name, text in files.items():
+        for file_name, text in text_by_file_name.items():
             archive_entry = tarfile.TarInfo(f"finetune-support-{name}/{file_name}")
             content = text.encode()
             archive_entry.size, archive_entry.mtime = len(content), int(time.time())
@@ -70,7 +70,10 @@ def _write_archive(path: Path, name: str, files: dict[str, str]) -> None:
 
 
 def collect_files(cluster: Cluster, job: dict[str, Any]) -> dict[str, str]:
-    """Return the redacted text files of the archive by name. If an object of the cluster cannot be read, the file for this object contains the error."""
+    """Return the redacted text files of the archive by name.
+
+    If pods, events or versions cannot be read, `errors.txt` contains the error. If a log cannot be read, the file of this log contains the error.
+    """
     from finetune_api.names import TRAINER_CONTAINER
 
     from finetune_cli.cluster import ClusterError

@@ -102,7 +102,8 @@ def _read_rows(cluster: Cluster, jobs: list[dict[str, Any]], all_namespaces: boo
     ]
     jobs_and_pods = [(jobs_by_uid[pod["metadata"]["labels"][Label.JOB_UID]], pod) for pod in running_pods]
     current_jobs_and_pods = [
-        (job, pod) for job, pod in jobs_and_pods if get_attempt(pod) == max(get_attempt(other) for owner, other in jobs_and_pods if owner is job)
+        (job, pod) for job, pod in jobs_and_pods
+        if get_attempt(pod) == max(get_attempt(other_pod) for other_job, other_pod in jobs_and_pods if other_job is job)
     ]
     with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
         return list(pool.map(lambda pair: _read_row(cluster, *pair), current_jobs_and_pods))
@@ -115,10 +116,10 @@ def _read_row(cluster: Cluster, job: dict[str, Any], pod: dict[str, Any]) -> Pod
     from finetune_cli.cluster import ClusterError
 
     try:
-        report = cluster.read_from_pod(pod["metadata"]["namespace"], pod["metadata"]["name"], HttpPath.USAGE)
+        usage_report = cluster.read_from_pod(pod["metadata"]["namespace"], pod["metadata"]["name"], HttpPath.USAGE)
     except ClusterError as error:
         return PodRow(job, pod, None, _explain_error(error, pod["metadata"]["name"]))
-    return PodRow(job, pod, PodUsage.model_validate(report))
+    return PodRow(job, pod, PodUsage.model_validate(usage_report))
 
 
 def _explain_error(error: ClusterError, pod_name: str) -> str:
@@ -133,7 +134,7 @@ def _format_cells(row: PodRow, with_namespace: bool) -> list[str]:
     status, metadata = parse_status(row.job), row.job["metadata"]
     progress = status.progress
     gpus = row.usage.gpus if row.usage else []
-    utilizations = [gpu.utilization_percent for gpu in gpus if gpu.utilization_percent is not None]
+    utilization_percents = [gpu.utilization_percent for gpu in gpus if gpu.utilization_percent is not None]
     fullest_gpu = max((gpu for gpu in gpus if gpu.memory_used_bytes is not None), key=lambda gpu: gpu.memory_used_bytes or 0, default=None)
     tokens_per_second = progress.tokens_per_second if progress else None
     return [
@@ -141,7 +142,7 @@ def _format_cells(row: PodRow, with_namespace: bool) -> list[str]:
         metadata["name"], str(status.phase or "-"), (progress.display if progress else None) or "-",
         f"{tokens_per_second:,.0f}" if tokens_per_second is not None else "-",
         (progress.eta if progress else None) or "-", row.pod["metadata"]["name"], (row.pod.get("spec") or {}).get("nodeName") or "-",
-        str(len(gpus)) if row.usage else "-", f"{sum(utilizations) / len(utilizations):.0f}" if utilizations else "-",
+        str(len(gpus)) if row.usage else "-", f"{sum(utilization_percents) / len(utilization_percents):.0f}" if utilization_percents else "-",
         f"{format_bytes(fullest_gpu.memory_used_bytes)} of {format_bytes(fullest_gpu.memory_total_bytes)}" if fullest_gpu else "-",
         f"{format_bytes(row.usage.memory_used_bytes)} of {format_bytes(row.usage.memory_total_bytes)}" if row.usage else "-",
     ]  # fmt: skip

@@ -48,8 +48,8 @@ class _ProgressBars:
         self._bars = bars
 
     def begin_file(self, name: str, size: int) -> Callable[[int], None]:
-        task = self._bars.add_task(name, total=size)
-        return lambda byte_count: self._bars.advance(task, byte_count)
+        task_id = self._bars.add_task(name, total=size)
+        return lambda byte_count: self._bars.advance(task_id, byte_count)
 
 
 class _ProgressNotes:
@@ -69,8 +69,8 @@ def summarise_files(files: list[TransferredFile]) -> str:
     """Return a summary of the transferred files, for example `3 files, 12.0 MiB (1 continued, 2 unchanged)`."""
     from finetune_cli.status_text import format_bytes
 
-    counts = {text: sum(1 for file in files if file.state == state) for state, text in STATE_TEXTS.items() if text}
-    details = ", ".join(f"{count} {text}" for text, count in counts.items() if count)
+    count_by_text = {text: sum(1 for file in files if file.state == state) for state, text in STATE_TEXTS.items() if text}
+    details = ", ".join(f"{count} {text}" for text, count in count_by_text.items() if count)
     file_count_text = f"{len(files)} file{'s' if len(files) != 1 else ''}"
     return f"{file_count_text}, {format_bytes(sum(file.size for file in files))}" + (f" ({details})" if details else "")
 

@@ -51,16 +51,16 @@ def upload(
         raise output.fail(f"{source}: there is no such file or folder")
     with show_progress("upload", is_quiet=output_format is not None) as progress:
         options = StorageOptions(endpoint=endpoint, namespace=namespace, context=context, kubeconfig=kubeconfig, secret_name=secret)
-        uri, files, hint = _upload_source(source, target, options, progress)
+        uri, files, note = _upload_source(source, target, options, progress)
     if output_format is not None:
         write_data(to_dict(uri, source, files), output_format)
         return
     output.write(f"{uri}: {summarise_files(files)}")
-    output.print_notes([hint])
+    output.print_notes([note])
 
 
 def _upload_source(source: Path, target: str, options: StorageOptions, progress: Progress) -> tuple[str, list[TransferredFile], str]:
-    """Upload the source. Return its URI for manifests, the uploaded files, and a note that says what to write into a manifest."""
+    """Upload the source. Return the URI that manifests need, the uploaded files, and a note that says which field of a manifest takes the URI."""
     from finetune_cli.job_storage import to_job_folder_uri
     from finetune_cli.uploads import LocalFile, Uploader, list_plain_files, read_committed_upload
 

@@ -112,8 +112,8 @@ def _find_errors(manifest: Manifest, execution_target: object, strict: bool, ext
             return [f"{manifest.file}: kind: this required field is missing; write kind: FineTuneJob"]
         return []
     spec, findings = check_manifest(manifest, ExecutionTarget(str(execution_target)))
-    for check_more in extra_checks if spec is not None else ():
-        findings += check_more(manifest, spec)
+    for find_more_problems in extra_checks if spec is not None else ():
+        findings += find_more_problems(manifest, spec)
     if not strict:
         output.print_warnings(select_warnings(findings))
         findings = select_errors(findings)

@@ -61,10 +61,10 @@ def verify(
     from finetune_cli.signing import read_public_key
 
     public_key = read_public_key(key) if key is not None else None
-    opened, _ = open_target(target, StorageOptions(use_secret, endpoint, storage, namespace, context, kubeconfig))
-    verification = Verifier(opened).verify(public_key, require_signature)
+    job_storage, _ = open_target(target, StorageOptions(use_secret, endpoint, storage, namespace, context, kubeconfig))
+    verification = Verifier(job_storage).verify(public_key, require_signature)
     if output_format is not None:
-        write_data(to_dict(opened.uri, verification), output_format)
+        write_data(to_dict(job_storage.uri, verification), output_format)
     else:
         output.write("\n".join(format_check_lines(verification)))
     if verification.findings:
@@ -104,7 +104,7 @@ def to_dict(uri: str, verification: CheckResults) -> dict[str, Any]:
     checks = [
         {
             "check": check.value, "ok": not verification.select_findings(check), "note": verification.notes.get(check),
-            "findings": [{"code": one.code.value, "message": one.message} for one in verification.select_findings(check)],
+            "findings": [{"code": finding.code.value, "message": finding.message} for finding in verification.select_findings(check)],
         }
         for check in CheckName
     ]  # fmt: skip

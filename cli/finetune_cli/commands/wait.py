@@ -50,17 +50,17 @@ def wait(
     from finetune_cli.cluster import connect
     from finetune_cli.wait_goals import Existence, parse_goal, parse_timeout
 
-    goal, seconds = parse_goal(goal_text), parse_timeout(timeout)
-    deadline = None if seconds is None else time.monotonic() + seconds
+    goal, timeout_seconds = parse_goal(goal_text), parse_timeout(timeout)
+    deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
     cluster = connect(namespace, context, kubeconfig)
     if isinstance(goal, Existence):
-        result = _wait_for_existence(cluster, name, goal, deadline)
+        reached_state = _wait_for_existence(cluster, name, goal, deadline)
     else:
-        result = _wait_for_goal(cluster, name, goal_text, goal, deadline)
-    if result is None:
+        reached_state = _wait_for_goal(cluster, name, goal_text, goal, deadline)
+    if reached_state is None:
         expected_state = f"{goal}d" if isinstance(goal, Existence) else goal_text.removeprefix("condition=")
         raise output.fail(f"{name} is not {expected_state} after {timeout if not str(timeout).isdigit() else f'{timeout} s'}")
-    output.write(f"{name}: {result}")
+    output.write(f"{name}: {reached_state}")
 
 
 def _wait_for_existence(cluster: Cluster, name: str, goal: Existence, deadline: float | None) -> str | None:

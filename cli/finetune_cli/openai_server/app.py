@@ -43,23 +43,23 @@ UPLOAD_HINT = "send multipart/form-data with the fields purpose and file"
 def create_app(service: FineTuningService, key_table: KeyTable) -> web.Application:
     """Return the web application with all paths of the server."""
     handlers = Handlers(service)
-    app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[_answer_failures, _require_key(key_table)])
+    app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[_answer_failures, _make_key_middleware(key_table)])
     job_path = "/v1/fine_tuning/jobs/{id}"
     app.add_routes([
         web.get(HEALTH_PATH, _get_health),
         web.post("/v1/fine_tuning/jobs", handlers.create_job),
-        web.get("/v1/fine_tuning/jobs", handlers.call_with_query(service.list_jobs)),
-        web.get(job_path, handlers.call_with_id(service.get_job)),
-        web.post(f"{job_path}/cancel", handlers.change_job({"cancel": True})),
-        web.post(f"{job_path}/pause", handlers.change_job({"suspend": True})),
-        web.post(f"{job_path}/resume", handlers.change_job({"suspend": False})),
-        web.get(f"{job_path}/events", handlers.call_with_query(service.list_events)),
-        web.get(f"{job_path}/checkpoints", handlers.call_with_query(service.list_checkpoints)),
+        web.get("/v1/fine_tuning/jobs", handlers.make_handler_with_query(service.list_jobs)),
+        web.get(job_path, handlers.make_handler_with_id(service.get_job)),
+        web.post(f"{job_path}/cancel", handlers.make_change_handler({"cancel": True})),
+        web.post(f"{job_path}/pause", handlers.make_change_handler({"suspend": True})),
+        web.post(f"{job_path}/resume", handlers.make_change_handler({"suspend": False})),
+        web.get(f"{job_path}/events", handlers.make_handler_with_query(service.list_events)),
+        web.get(f"{job_path}/checkpoints", handlers.make_handler_with_query(service.list_checkpoints)),
         web.post("/v1/files", handlers.create_file),
-        web.get("/v1/files", handlers.call_with_query(service.list_files)),
-        web.get("/v1/files/{id}", handlers.call_with_id(service.get_file)),
+        web.get("/v1/files", handlers.make_handler_with_query(service.list_files)),
+        web.get("/v1/files/{id}", handlers.make_handler_with_id(service.get_file)),
         web.get("/v1/files/{id}/content", handlers.read_file, allow_head=False),
-        web.delete("/v1/files/{id}", handlers.call_with_id(service.delete_file)),
+        web.delete("/v1/files/{id}", handlers.make_handler_with_id(service.delete_file)),
     ])  # fmt: skip
     return app
 
@@ -71,7 +71,7 @@ class Handlers:
         self._service = service
         self._uploads = asyncio.Semaphore(MAX_UPLOADS)
 
-    def call_with_id(self, service_method: Callable[[Account, str], Any]) -> Handler:
+    def make_handler_with_id(self, service_method: Callable[[Account, str], Any]) -> Handler:
         """Return a handler that calls a method of the service with the account and the id in the path, and sends the result as JSON."""
 
         async def handle(request: web.Request) -> web.Response:
@@ -79,7 +79,7 @@ class Handlers:
 
         return handle
 
-    def call_with_query(self, service_method: Callable[..., Any]) -> Handler:
+    def make_handler_with_query(self, service_method: Callable[..., Any]) -> Handler:
         """Return a handler that calls a method of the service with the account, the id in the path if there is one, and the query parameters."""
 
         async def handle(request: web.Request) -> web.Response:
@@ -87,9 +87,9 @@ class Handlers:
 
         return handle
 
-    def change_job(self, spec_changes: dict[str, bool]) -> Handler:
-        """Return a handler that sets these fields in the spec of the job that the path of the request names."""
-        return self.call_with_id(lambda account, job_id: self._service.change_job(account, job_id, spec_changes))
+    def make_change_handler(self, spec_changes: dict[str, bool]) -> Handler:
+        """Return a handler that sets these fields in the spec of a job. The path of the request contains the id of the job."""
+        return self.make_handler_with_id(lambda account, job_id: self._service.change_job(account, job_id, spec_changes))
 
     async def create_job(self, request: web.Request) -> web.Response:
         try:
@@ -176,11 +176,11 @@ async def serve(app: web.Application, host: str, port: int, on_started: Callable
     await runner.setup()
     try:
         await web.TCPSite(runner, host, port).start()
-        stopped, loop = asyncio.Event(), asyncio.get_running_loop()
+        stop_event, loop = asyncio.Event(), asyncio.get_running_loop()
         for signal_number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(signal_number, stopped.set)
+            loop.add_signal_handler(signal_number, stop_event.set)
         on_started(f"http://{f'[{host}]' if ':' in host else host}:{runner.addresses[0][1]}/v1")
-        await stopped.wait()
+        await stop_event.wait()
     finally:
         await runner.cleanup()
 
@@ -189,11 +189,11 @@ async def _get_health(_: web.Request) -> web.Response:
     return web.Response(text="ok\n")
 
 
-def _require_key(key_table: KeyTable) -> Any:
+def _make_key_middleware(key_table: KeyTable) -> Any:
     """Return a middleware that adds to each request the account of its API key, and refuses a request without a valid key."""
 
     @web.middleware
-    async def find_account(request: web.Request, handler: Handler) -> web.StreamResponse:
+    async def add_account(request: web.Request, handler: Handler) -> web.StreamResponse:
         if request.path == HEALTH_PATH:
             return await handler(request)
         scheme, _, key = request.headers.get("Authorization", "").partition(" ")
@@ -204,7 +204,7 @@ def _require_key(key_table: KeyTable) -> Any:
         request[ACCOUNT] = account
         return await handler(request)
 
-    return find_account
+    return add_account
 
 
 @web.middleware
@@ -230,8 +230,8 @@ async def _answer_failures(request: web.Request, handler: Handler) -> web.Stream
         response = web.Response(status=CLIENT_CLOSED_REQUEST)
     except Exception as error:
         response = _build_error_response(_convert_bug(error))
-    account = f"{request[ACCOUNT].namespace}/{request[ACCOUNT].service_account}" if ACCOUNT in request else "-"
-    logger.info("%s %s %s %s", account, request.method, request.rel_url.raw_path, response.status)
+    account_name = f"{request[ACCOUNT].namespace}/{request[ACCOUNT].service_account}" if ACCOUNT in request else "-"
+    logger.info("%s %s %s %s", account_name, request.method, request.rel_url.raw_path, response.status)
     return response
 
 

@@ -22,16 +22,16 @@ SERVER_FIELDS = (
     "dataset.train", "dataset.validation", "dataset.test", "dataset.mixture", "dataset.format", "dataset.fileFormat", "dataset.columns", "trainer.type",
     "storage", "suspend", "cancel",
 )  # fmt: skip
-"""Fields of a job that no model's `spec` may contain, because the server sets them from the client's request or from `storage`."""
+"""Fields of a job that the `spec` of a model may not contain, because the server sets them from the client's request or from `storage`."""
 
 
 UNUSED_STORAGE_FIELDS = {
     "encryption": "remove it, and set the default encryption of the bucket",
     "caBundleRef": "remove it, and write an endpoint whose certificate a public CA has signed",
 }
-"""For each field that is refused in `storage`: a hint what to write instead.
+"""Hints by field of `storage`. The configuration may not contain these fields, because the server's own requests to S3 would ignore them.
 
-These fields are refused, because the server's own requests to S3 would ignore them.
+Each hint says what to do instead.
 """
 
 
@@ -62,12 +62,12 @@ class ServerConfig(WireModel):
 def load_config(path: Path) -> ServerConfig:
     """Read the configuration file. Raise UnreadableFile, or InvalidInput with all mistakes."""
     values, lines = read_mapping(path, "a configuration of this server", CONFIG_HINT)
-    name = display_name(path)
+    file_name = display_name(path)
     try:
         config = ServerConfig.model_validate(values)
     except ValidationError as error:
-        raise InvalidInput(list(list_mistakes(error, name, lines, f"unknown key; {CONFIG_HINT}"))) from None
-    mistakes = [Mistake(f"{name}:{lines[key]}" if lines.get(key) else name, key, message) for key, message in _find_problems(config)]
+        raise InvalidInput(list(list_mistakes(error, file_name, lines, f"unknown key; {CONFIG_HINT}"))) from None
+    mistakes = [Mistake(f"{file_name}:{lines[key]}" if lines.get(key) else file_name, key, message) for key, message in _find_problems(config)]
     if mistakes:
         raise InvalidInput(mistakes)
     return config
@@ -78,9 +78,9 @@ def _find_problems(config: ServerConfig) -> Iterator[tuple[str, str]]:
     for field, hint in UNUSED_STORAGE_FIELDS.items():
         if field in config.storage.to_wire():
             yield f"storage.{field}", f"the server cannot use this field when it writes the files of clients: {hint}"
-    for model, served_model in config.models.items():
+    for model_name, served_model in config.models.items():
         for path, message in _find_spec_problems(served_model.spec):
-            yield f"models.{model}.spec" + (f".{path}" if path else ""), message
+            yield f"models.{model_name}.spec" + (f".{path}" if path else ""), message
 
 
 def _find_spec_problems(spec: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -97,15 +97,15 @@ def _find_spec_problems(spec: dict[str, Any]) -> Iterator[tuple[str, str]]:
             yield field_error.path, f"{field_error.message}; {field_error.hint}" if field_error.hint else field_error.message
 
 
-def flatten_fields(values: dict[str, Any], model: Any = FineTuneJobSpec, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten_fields(values: dict[str, Any], model_class: Any = FineTuneJobSpec, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the dotted path and the value of each field of a spec. A map such as a node selector is yielded as one value, because its keys may contain dots."""
-    for name, field in model.model_fields.items():
+    for name, field in model_class.model_fields.items():
         key = field.alias or name
         if key not in values:
             continue
         annotations = (field.annotation, *getattr(field.annotation, "__args__", ()))
-        field_model = next((annotation for annotation in annotations if hasattr(annotation, "model_fields")), None)
-        if field_model is not None and isinstance(values[key], dict):
-            yield from flatten_fields(values[key], field_model, f"{prefix}{key}.")
+        class_of_field = next((annotation for annotation in annotations if hasattr(annotation, "model_fields")), None)
+        if class_of_field is not None and isinstance(values[key], dict):
+            yield from flatten_fields(values[key], class_of_field, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", values[key]

@@ -73,7 +73,7 @@ class FileStore:
         files = map(_parse_stored_object, self._storage.list_objects(f"{namespace}/{FILES_FOLDER}/{file_id}"))
         return next((file for file in files if file is not None), None)
 
-    def uri(self, file: ClientFile) -> str:
+    def make_uri(self, file: ClientFile) -> str:
         """Return the S3 URI of a file."""
         return self._storage.make_object_uri(file.key)
 

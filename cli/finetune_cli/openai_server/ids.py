@@ -28,7 +28,7 @@ def read_creation_time(object_id: str) -> int:
 
 
 def to_result_file_id(job_id: str) -> str:
-    """Return the id of the result file of a job, which contains its metrics."""
+    """Return the id of a job's result file, which contains the metrics of the job."""
     return RESULT_PREFIX + job_id.removeprefix(JOB_PREFIX)
 
 

@@ -26,17 +26,17 @@ def read_request(job: dict[str, Any]) -> dict[str, Any]:
     """Return the client's request from the annotation of a job. Users can change the annotation with kubectl, so invalid values count as absent."""
     text = (job["metadata"].get("annotations") or {}).get(Annotation.OPENAI_REQUEST.value, "")
     try:
-        request = _mapping_or_empty(json.loads(text))
+        request = _get_mapping_or_empty(json.loads(text))
     except (ValueError, RecursionError):
         return {}
     return request | {
-        "metadata": {key: str(value) for key, value in _mapping_or_empty(request.get("metadata")).items()},
-        "hyperparameters": _mapping_or_empty(request.get("hyperparameters")),
-        "method": {"type": "supervised"} | {key: value for key, value in _mapping_or_empty(request.get("method")).items() if isinstance(value, str | dict)},
+        "metadata": {key: str(value) for key, value in _get_mapping_or_empty(request.get("metadata")).items()},
+        "hyperparameters": _get_mapping_or_empty(request.get("hyperparameters")),
+        "method": {"type": "supervised"} | {key: value for key, value in _get_mapping_or_empty(request.get("method")).items() if isinstance(value, str | dict)},
     }
 
 
-def _mapping_or_empty(value: Any) -> dict[str, Any]:
+def _get_mapping_or_empty(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
@@ -50,7 +50,7 @@ def get_api_status(job: dict[str, Any], status: FineTuneJobStatus) -> str:
 
 
 def build_api_job(job: dict[str, Any], result_files: list[str]) -> dict[str, Any]:
-    """Return the API's object for a job. `result_files`: the ids of the files with its metrics."""
+    """Return the API's object for a job. `result_files`: the ids of the files with the metrics of the job."""
     request, status, metadata = read_request(job), parse_status(job), job["metadata"]
     api_status = get_api_status(job, status)
     has_ended = has_finished(status)
@@ -87,14 +87,14 @@ def _find_hyperparameters(job: dict[str, Any], request: dict[str, Any], status: 
     """
     requested_values = {
         **request.get("hyperparameters", {}),
-        **{key: value for key, value in _mapping_or_empty(get_value(request, f"method.{method}.hyperparameters")).items() if value not in (None, "auto")},
+        **{key: value for key, value in _get_mapping_or_empty(get_value(request, f"method.{method}.hyperparameters")).items() if value not in (None, "auto")},
     }
     spec, resolved = job.get("spec") or {}, status.resolved
     values_in_use = {"n_epochs": get_value(spec, "training.epochs"), "batch_size": resolved.effective_batch if resolved else None}
     if method == "dpo":
         values_in_use["beta"] = get_value(spec, "trainer.dpo.beta")
-    names = ("n_epochs", "batch_size", "learning_rate_multiplier", *(["beta"] if method == "dpo" else []))
-    return {name: values_in_use.get(name) or requested_values.get(name) or "auto" for name in names}
+    hyperparameter_names = ("n_epochs", "batch_size", "learning_rate_multiplier", *(["beta"] if method == "dpo" else []))
+    return {name: values_in_use.get(name) or requested_values.get(name) or "auto" for name in hyperparameter_names}
 
 
 def _build_error(status: FineTuneJobStatus) -> dict[str, Any]:
@@ -172,5 +172,5 @@ def _to_unix_seconds(time: datetime | str | None) -> int | None:
     """Return a time in whole seconds since 1970, or None for no time. The times of Kubernetes events have fractions of seconds."""
     if time is None or time == "":
         return None
-    value = datetime.fromisoformat(re.sub(r"Z$", "+00:00", time)) if isinstance(time, str) else time
-    return int(value.astimezone(UTC).timestamp())
+    parsed_time = datetime.fromisoformat(re.sub(r"Z$", "+00:00", time)) if isinstance(time, str) else time
+    return int(parsed_time.astimezone(UTC).timestamp())

@@ -1,7 +1,7 @@
 """Turns a client's request for a fine-tuning job into a FineTuneJob.
 
 The importer of `finetune import --from openai` reads the hyperparameters, methods and integrations. Therefore they have the same meaning in a request
-as in an imported file. The configuration of the server lists spec fields for each model, and a job gets the fields of the model that it names. A
+as in an imported file. The configuration of the server lists spec fields for each model, and a job gets the fields of the model that the request names. A
 value from the client's request replaces the value in the configuration, except for the fields below `resources`.
 """
 
@@ -38,7 +38,7 @@ GRADERS_HINT = (
 )
 
 FindFile = Callable[[str], ClientFile | None]
-"""A function that returns the file with this id in the namespace of the client, or None if there is no such file."""
+"""A function that returns the file with the given id in the namespace of the client, or None if there is no such file."""
 
 
 def build_job(
@@ -91,18 +91,18 @@ def check_models(config: ServerConfig) -> list[Mistake]:
 def import_request(request: dict[str, Any], config: ServerConfig, served_model: ServedModel, job_id: str) -> ImportResult:
     """Import a request whose files are S3 URIs. Raise RequestFailure with all mistakes that the importer finds."""
     request_text = json.dumps(request)
-    fields = dict(flatten_fields({**served_model.spec, "storage": config.storage.to_wire()}))
+    value_by_path = dict(flatten_fields({**served_model.spec, "storage": config.storage.to_wire()}))
     origin = ValueOrigin("configuration of the server")
     importer_request = Request(
         files=(),
         name=job_id,
-        overrides={path: AssignedValue(value, origin) for path, value in fields.items() if path.startswith("resources.")},
-        model_map={str(request["model"]): fields.pop("model.source")},
-        base_learning_rate=fields.get("training.learningRate"),
+        overrides={path: AssignedValue(value, origin) for path, value in value_by_path.items() if path.startswith("resources.")},
+        model_map={str(request["model"]): value_by_path.pop("model.source")},
+        base_learning_rate=value_by_path.get("training.learningRate"),
         has_command_line=False,
     )
     try:
-        import_result = import_documents(importer_request, (InputDocument(Path(REQUEST_NAME), request_text),), _build_importer(fields))
+        import_result = import_documents(importer_request, (InputDocument(Path(REQUEST_NAME), request_text),), _build_importer(value_by_path))
     except InvalidInput as error:
         raise _to_failure(error.mistakes) from None
     for warning in import_result.warnings:
@@ -114,10 +114,10 @@ def import_request(request: dict[str, Any], config: ServerConfig, served_model: 
     return import_result
 
 
-def _build_importer(fields: dict[str, Any]) -> Importer:
+def _build_importer(value_by_path: dict[str, Any]) -> Importer:
     """Return the importer of the API.
 
-    The fields in the server's configuration are added as defaults, and have precedence over the importer's own defaults.
+    The fields in the server's configuration (`value_by_path`) are added as defaults, and have precedence over the importer's own defaults.
     """
 
     def to_default(path: str, value: Any) -> ToolDefault:
@@ -125,7 +125,7 @@ def _build_importer(fields: dict[str, Any]) -> Importer:
             return ToolDefault(path, value, "configuration of the server", lambda draft: draft.value("trainer.type") == "dpo")
         return ToolDefault(path, value, "configuration of the server")
 
-    defaults = tuple(to_default(path, value) for path, value in fields.items() if not path.startswith("resources."))
+    defaults = tuple(to_default(path, value) for path, value in value_by_path.items() if not path.startswith("resources."))
     return replace(openai.IMPORTER, defaults=(*defaults, *openai.IMPORTER.defaults))
 
 
@@ -162,9 +162,9 @@ def _check_method(request: dict[str, Any]) -> None:
         raise bad_request("method.type is not a text: write supervised or dpo", "method.type")
     if method_type == "reinforcement":
         raise bad_request(f"reinforcement fine-tuning is not possible: {GRADERS_HINT}", "method.type", "unsupported_value")
-    for other in method:
-        if other not in ("type", method_type):
-            raise bad_request(f"method.{other} has no effect, because method.type is {method_type}: remove it", f"method.{other}")
+    for key in method:
+        if key not in ("type", method_type):
+            raise bad_request(f"method.{key} has no effect, because method.type is {method_type}: remove it", f"method.{key}")
     hyperparameters = (method.get(method_type) or {}).get("hyperparameters") if isinstance(method.get(method_type) or {}, dict) else None
     if method_type == "supervised" and isinstance(hyperparameters, dict) and "beta" in hyperparameters:
         raise bad_request("beta has no effect, because method.type is supervised: remove it", "method.supervised.hyperparameters.beta")
@@ -182,8 +182,8 @@ def _check_texts(request: dict[str, Any]) -> None:
         raise bad_request('metadata must be an object with texts: write for example {"team": "support"}', "metadata")
     is_too_long = any(len(key) > MAX_METADATA_KEY or len(value) > MAX_METADATA_VALUE for key, value in metadata.items())
     if len(metadata) > MAX_METADATA or is_too_long:
-        limits = f"at most {MAX_METADATA} pairs, with keys of {MAX_METADATA_KEY} and values of {MAX_METADATA_VALUE} characters"
-        raise bad_request(f"metadata is too large: write {limits}", "metadata")
+        limits_text = f"at most {MAX_METADATA} pairs, with keys of {MAX_METADATA_KEY} and values of {MAX_METADATA_VALUE} characters"
+        raise bad_request(f"metadata is too large: write {limits_text}", "metadata")
     for parameter in ("suffix", "metadata", "integrations"):
         value = request.get(parameter)
         if contains_secret([value, *value] if isinstance(value, dict) else value):
@@ -216,6 +216,6 @@ def _check_first_rows(parameter: str, file_name: str, lines: list[str], request:
 
 def _to_failure(mistakes: list[Mistake]) -> RequestFailure:
     """Return the failure for all mistakes that the importer found. Its `param` is the key of the first mistake."""
-    texts = [": ".join(part for part in (mistake.key, mistake.message) if part) + (f"; {mistake.hint}" if mistake.hint else "") for mistake in mistakes]
+    mistake_texts = [": ".join(part for part in (mistake.key, mistake.message) if part) + (f"; {mistake.hint}" if mistake.hint else "") for mistake in mistakes]
     first_key = mistakes[0].key
-    return bad_request("\n".join(texts), first_key if first_key and not first_key.startswith("spec.") else None)
+    return bad_request("\n".join(mistake_texts), first_key if first_key and not first_key.startswith("spec.") else None)

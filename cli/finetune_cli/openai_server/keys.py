@@ -56,7 +56,7 @@ class KeyFile(WireModel):
         digests = [entry.sha256 for entry in keys]
         for index, digest in enumerate(digests):
             if digest in digests[:index]:
-                raise ValueError(f"entry {index + 1} has the same sha256 as an earlier entry: each key stands for one ServiceAccount; remove one")
+                raise ValueError(f"entry {index + 1} has the same sha256 as an earlier entry: each key belongs to one ServiceAccount; remove one")
         return keys
 
 

@@ -47,5 +47,5 @@ def build_page(items: list[dict[str, Any]], request: PageRequest) -> dict[str, A
             raise bad_request(f"after: the list has no object with the id {request.after}", "after")
         start_index = ids.index(request.after) + 1
     page_items = items[start_index : start_index + request.limit]
-    end_ids = {"first_id": page_items[0]["id"], "last_id": page_items[-1]["id"]} if page_items else {"first_id": None, "last_id": None}
-    return {"object": "list", "data": page_items, "has_more": start_index + request.limit < len(items), **end_ids}
+    first_and_last_id = {"first_id": page_items[0]["id"], "last_id": page_items[-1]["id"]} if page_items else {"first_id": None, "last_id": None}
+    return {"object": "list", "data": page_items, "has_more": start_index + request.limit < len(items), **first_and_last_id}

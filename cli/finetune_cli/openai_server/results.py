@@ -32,19 +32,19 @@ def build_metrics_csv(storage: JobStorage, job_folder: str) -> bytes:
     and StorageError if S3 fails.
     """
     folder = f"{job_folder}/{Storage.METRICS}"
-    size_by_key = {stored.key: stored.size for stored in storage.list_objects(folder) if ATTEMPT_FILE_PATTERN.search(stored.key)}
+    size_by_key = {stored_object.key: stored_object.size for stored_object in storage.list_objects(folder) if ATTEMPT_FILE_PATTERN.search(stored_object.key)}
     total_bytes = sum(size_by_key.values())
     if total_bytes > MAX_METRICS_BYTES:
-        limit_text = f"{total_bytes / (1 << 20):.1f} MiB, and this server reads at most {MAX_METRICS_BYTES >> 20} MiB"
-        raise bad_request(f"the metrics of this job have {limit_text}: read them in {storage.make_object_uri(folder)}", "file_id", "result_file_too_large")
+        sizes_text = f"{total_bytes / (1 << 20):.1f} MiB, and this server reads at most {MAX_METRICS_BYTES >> 20} MiB"
+        raise bad_request(f"the metrics of this job have {sizes_text}: read them in {storage.make_object_uri(folder)}", "file_id", "result_file_too_large")
     rows: dict[int, dict[str, Any]] = {}
     for key in sorted(size_by_key, key=_get_attempt_sort_key):
         attempt_rows: dict[int, dict[str, Any]] = {}
         for line in storage.read_object(key).split(b"\n"):
-            values = _parse_line(line)
-            api_values = {NAME_BY_METRIC.get(name, name): value for name, value in values.items()}
+            logged_values = _parse_line(line)
+            api_values = {NAME_BY_METRIC.get(name, name): value for name, value in logged_values.items()}
             if api_values:
-                attempt_rows.setdefault(values["step"], {}).update(api_values)
+                attempt_rows.setdefault(logged_values["step"], {}).update(api_values)
         first_step = min(attempt_rows, default=0)
         rows = {step: row for step, row in rows.items() if step < first_step} | attempt_rows
     other_columns = sorted({name for row in rows.values() for name in row} - set(FIRST_COLUMNS))

@@ -56,7 +56,7 @@ class FineTuningService:
     """The operations on jobs and files that clients may request. Each operation has the rights of the client's ServiceAccount."""
 
     def __init__(self, config: ServerConfig, cluster: Cluster):
-        """`cluster`: the connection with the credentials of the server itself, which need only the right `impersonate`."""
+        """`cluster`: the connection with the credentials of the server itself. These credentials need only the right `impersonate`."""
         self._config, self._cluster = config, cluster
         self._row_check_lock = threading.Lock()
         """This lock makes sure that only one file is checked at a time, because the check of one row can need much memory."""
@@ -81,7 +81,7 @@ class FineTuningService:
         self._require_right(account, "create")
         manifest = build_job(
             body, self._config, new_id(JOB_PREFIX), find_file=lambda file_id: self._files.find(account.namespace, file_id),
-            read_first_lines=self._files.read_first_lines, make_file_uri=self._files.uri,
+            read_first_lines=self._files.read_first_lines, make_file_uri=self._files.make_uri,
         )  # fmt: skip
         return self._to_api_job(self._connect_as(account).create_object(manifest))
 
@@ -142,12 +142,12 @@ class FineTuningService:
         The page does not contain result files. A client finds the id of a result file in the object of its job.
         """
         refuse_unknown_parameters(query, "limit", "after", "order", "purpose")
-        page, order = read_page_request(query, FILES_PER_PAGE), query.get("order", "desc")
+        page_request, order = read_page_request(query, FILES_PER_PAGE), query.get("order", "desc")
         if order not in ("asc", "desc"):
             raise bad_request(f"order {order} is not accepted: write asc or desc", "order")
         self._require_right(account, "list")
         files = self._files.list_files(account.namespace) if query.get("purpose", UPLOAD_PURPOSE) == UPLOAD_PURPOSE else []
-        return build_page([_to_api_file(file) for file in (files if order == "desc" else reversed(files))], page)
+        return build_page([_to_api_file(file) for file in (files if order == "desc" else reversed(files))], page_request)
 
     def get_file(self, account: Account, file_id: str) -> KubeObject:
         """Return the API's object for a file."""
@@ -167,7 +167,7 @@ class FineTuningService:
         return FileContent(file.name, self._files.read_chunks(file))
 
     def delete_file(self, account: Account, file_id: str) -> KubeObject:
-        """Delete a file, unless it is a result file or an unfinished job reads it."""
+        """Delete a file. Raise RequestFailure for a result file, and for a file that an unfinished job reads."""
         if has_prefix(file_id, RESULT_PREFIX):
             raise bad_request("a result file belongs to its job and cannot be deleted: delete the FineTuneJob instead", "file_id")
         self._require_right(account, "delete")
@@ -228,12 +228,12 @@ class FineTuningService:
         read from another storage or namespace.
         """
         try:
-            root, _ = locate_job_folder(job)
+            job_folder_uri, _ = locate_job_folder(job)
         except StorageError:
             return None
         storage_prefix = f"{str(self._config.storage.uri).rstrip('/')}/"
         folder = f"{job['metadata']['namespace']}/{job['metadata']['name']}/{job['metadata']['uid']}"
-        return folder if root == storage_prefix + folder else None
+        return folder if job_folder_uri == storage_prefix + folder else None
 
     def _read_result(self, account: Account, file_id: str) -> tuple[KubeObject, bytes]:
         """Return the API's object for the job of a result file, and the content of the file."""
