@@ -120,18 +120,18 @@ def move_spans(spans: Sequence[CharSpan], replacements: Sequence[Mapping[str, An
 class VisionEncoder:
     """Renders and tokenises rows with images, for supervised training."""
 
-    render_with: RenderOptions
+    rendering_options: RenderOptions
     options: TokeniseOptions
     vision: VisionProcessor
 
     def __call__(self, rows: Sequence[tuple[str, Example]]) -> list[EncodedRow | RejectedRow]:
         """Render and tokenise the rows. Errors: ConfigError of `render` and `BoundaryTokens.of`."""
-        boundary = BoundaryTokens.of(self.render_with.tokenizer, self.options)
+        boundary = BoundaryTokens.of(self.rendering_options.tokenizer, self.options)
         return [self._encode(location, example, boundary) for location, example in rows]
 
     def _encode(self, location: str, example: Example, boundary: BoundaryTokens) -> EncodedRow | RejectedRow:
         try:
-            return self.vision.encode_row(location, render(example, self.render_with), images_of(example), boundary)
+            return self.vision.encode_row(location, render(example, self.rendering_options), images_of(example), boundary)
         except RowError as error:
             return RejectedRow.of(location, error)
 

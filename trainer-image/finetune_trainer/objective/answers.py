@@ -209,9 +209,9 @@ def _prepare_splits(context: TrainingContext, layout: RowLayout, is_templated: b
     options = TokeniseOptions(UNLIMITED_LENGTH, OverflowPolicy.TRUNCATE, spec.add_eos_token is not False, spec.add_bos_token)
 
     def make_encoder(summary: DataSummary) -> AnswerEncoder:
-        render_with = render_options(run, context.tokenizer, is_templated, summary.format)
-        render_with = replace(render_with, response_only=True, turn_markers=None, has_content_parts=context.vision is not None)
-        return AnswerEncoder(render_with, options, limits, run.spec.trainer.type, layout, context.vision)
+        rendering_options = render_options(run, context.tokenizer, is_templated, summary.format)
+        rendering_options = replace(rendering_options, response_only=True, turn_markers=None, has_content_parts=context.vision is not None)
+        return AnswerEncoder(rendering_options, options, limits, run.spec.trainer.type, layout, context.vision)
 
     def joins_answer(example: Example) -> bool:
         is_text = isinstance(example, Preference | LabelledAnswer) and isinstance(example.prompt, str)
@@ -282,7 +282,7 @@ def fit_to_limits(location: str, row: EncodedAnswers, limits: LengthLimits, trai
 class AnswerEncoder:
     """Renders and tokenises prompts with their answers, and applies the length limits. Worker processes receive pickled copies of this object."""
 
-    render_with: RenderOptions
+    rendering_options: RenderOptions
     options: TokeniseOptions
     limits: LengthLimits
     trainer_type: TrainerType | None
@@ -306,7 +306,7 @@ class AnswerEncoder:
     def _encode(self, rows: Sequence[tuple[str, Example]]) -> Iterator[tuple[str, EncodedAnswers | RejectedRow]]:
         """Yield the location of each row with its encoded prompt and answers. The length limits are not applied here."""
         if self.vision is not None:
-            boundary = BoundaryTokens.of(self.render_with.tokenizer, self.options)
+            boundary = BoundaryTokens.of(self.rendering_options.tokenizer, self.options)
             yield from ((location, self._encode_with_images(location, example, self.vision, boundary)) for location, example in rows)
             return
         rejected_rows: dict[int, RejectedRow] = {}
@@ -323,7 +323,7 @@ class AnswerEncoder:
                 row_of_text.extend([number] * len(answers))
                 yield from ((location, text) for text in answers)
 
-        for position, (_, ids, labels, *_) in enumerate(encode(render_rows(), self.render_with.tokenizer, self.options)):
+        for position, (_, ids, labels, *_) in enumerate(encode(render_rows(), self.rendering_options.tokenizer, self.options)):
             encoded_answers.setdefault(row_of_text[position], []).append(_split_at_answer(ids, labels))
         for number, (location, example) in enumerate(rows):
             is_rejected = number in rejected_rows
@@ -345,8 +345,8 @@ class AnswerEncoder:
         """Render the prompt with each answer. Texts are joined without a chat template, unless `dataset.useChatTemplate` is true."""
         assert isinstance(example, Preference | LabelledAnswer), "`load` has checked the format"
         answers = (example.chosen, example.rejected) if isinstance(example, Preference) else (example.completion,)
-        is_joined = isinstance(example.prompt, str) and not self.render_with.renders_text_as_turns
-        options = replace(self.render_with, use_chat_template=False) if is_joined else self.render_with
+        is_joined = isinstance(example.prompt, str) and not self.rendering_options.renders_text_as_turns
+        options = replace(self.rendering_options, use_chat_template=False) if is_joined else self.rendering_options
         return [render_answer(example.prompt, answer, options) for answer in answers]
 
 
