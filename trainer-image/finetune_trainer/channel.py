@@ -11,7 +11,7 @@ Example of a rank (`finetune_trainer.rank` calls `train.preload()` if it exists,
     inputs = channel.wait_inputs()           # after the heavy imports
     channel.report_stage(Stage.LOADING)
     channel.report_resolved(ResolvedConfig(device="cpu", trainable_parameters=1))
-    raise DataError("NoTrainableToken", ...)  # any FineTuneError: `rank.main` reports it and exits with its code
+    raise DataError("NoTrainableToken", ...)  # `rank.main` reports any FineTuneError, and exits with the exit code of the error
 
 Step, epoch, throughput, losses and checkpoints are reported by `finetune_trainer.checkpoint.rank.create_callbacks`. The objects that are passed
 to `report_progress`, `report_metrics` and `report_resolved` are merged field by field: a field that is None keeps its earlier value.

@@ -169,7 +169,7 @@ class RowReader:
         return Source(self._source_reader, paths, spec.format, spec.columns)
 
     def detect_formats(self) -> None:
-        """Set `summary.format` and `summary.format_with_turns`, because they are needed before the first row is rendered."""
+        """Add formats to the summary until one of them has turns, because `summary.format_with_turns` is needed before the first row is rendered."""
         for source in self._sources:
             source.open()
             if self.summary.format_with_turns not in FORMATS_WITHOUT_TURNS:
