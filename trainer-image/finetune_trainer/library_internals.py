@@ -145,7 +145,7 @@ def generation_by_server(server: GenerationServer, main_rank_first: Callable[[],
     from trl.generation.vllm_generation import VLLMGeneration
     from trl.trainer import grpo_trainer
 
-    class Client(VLLMClient):  # type: ignore[misc]  # TRL ships no types
+    class ServerClient(VLLMClient):  # type: ignore[misc]  # TRL ships no types
         def __init__(self) -> None:
             self.base_url, self.model = server.url, str(server.model_folder)
 
@@ -155,7 +155,7 @@ def generation_by_server(server: GenerationServer, main_rank_first: Callable[[],
         def get_server_info(self) -> dict[str, Any]:
             return server.get("/server_info?config_format=json")
 
-    class Generation(VLLMGeneration):  # type: ignore[misc]  # TRL ships no types
+    class ServerGeneration(VLLMGeneration):  # type: ignore[misc]  # TRL ships no types
         def _init_vllm(self) -> None:
             self.generation_kwargs = {"stop_token_ids": end_token_ids(self.model, self.processing_class)}
             with main_rank_first():
@@ -163,7 +163,7 @@ def generation_by_server(server: GenerationServer, main_rank_first: Callable[[],
                     self.processing_class.save_pretrained(server.model_folder)
                     self._write_weights()
                     server.start()
-                    self.vllm_client = Client()
+                    self.vllm_client = ServerClient()
 
         def sync_weights(self) -> None:
             if self.accelerator.is_main_process:
@@ -185,7 +185,7 @@ def generation_by_server(server: GenerationServer, main_rank_first: Callable[[],
             base_model.save_pretrained(server.model_folder, state_dict=weights)
 
     original_generation = grpo_trainer.VLLMGeneration
-    grpo_trainer.VLLMGeneration = Generation
+    grpo_trainer.VLLMGeneration = ServerGeneration
     try:
         yield
     finally:
@@ -338,10 +338,10 @@ def deferred_saves(defer: DeferFunction) -> Iterator[None]:
     Objects that are no dictionaries, such as the TrainingArguments, are small and written at once.
     """
     import peft.peft_model
-    import torch.distributed.checkpoint as sharded
+    import torch.distributed.checkpoint as distributed_checkpoint
     import transformers.modeling_utils
 
-    save_object, save_tensors, save_shards = torch.save, transformers.modeling_utils.safe_save_file, sharded.save
+    save_object, save_tensors, save_shards = torch.save, transformers.modeling_utils.safe_save_file, distributed_checkpoint.save
 
     def defer_object(values: Any, file: Any, *args: Any, **options: Any) -> None:
         if isinstance(values, dict):
@@ -357,7 +357,7 @@ def deferred_saves(defer: DeferFunction) -> Iterator[None]:
 
     patches = (
         (torch, "save", defer_object), (transformers.modeling_utils, "safe_save_file", defer_tensors),
-        (peft.peft_model, "safe_save_file", defer_tensors), (sharded, "save", defer_shards),
+        (peft.peft_model, "safe_save_file", defer_tensors), (distributed_checkpoint, "save", defer_shards),
     )  # fmt: skip
     original_functions = [getattr(module, name) for module, name, _ in patches]
     for module, name, function in patches:

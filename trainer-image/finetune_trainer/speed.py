@@ -21,14 +21,14 @@ from typing import Any
 
 from finetune_trainer.model import count_parameter_values
 
-PEAK_BF16 = {
+PEAK_BF16_FLOPS = {
     "GH200": 989e12, "H200 NVL": 835e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H800": 989e12, "B200": 2250e12,
     "A100": 312e12, "A800": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A10G": 70e12, "A10": 125e12, "RTX 4090": 165e12,
     "RTX 3090": 71e12, "V100": 125e12, "T4": 65e12, "MI300X": 1307e12,
 }  # fmt: skip
 """Peak FLOP/s of dense bf16 (or fp16) matrix products, from the vendors' data sheets. Each key is a word, or words, in the name of the device."""
 SLOWER_VARIANTS = re.compile(r"\b(MIG|RTX A\d+|Laptop|Max-Q|4090 D)\b")
-"""Matches names of slower devices (MIG slices, workstation and laptop GPUs) that also contain a key of `PEAK_BF16`."""
+"""Matches names of slower devices (MIG slices, workstation and laptop GPUs) that also contain a key of `PEAK_BF16_FLOPS`."""
 
 EXPERT_COUNT_FIELDS = ("num_local_experts", "num_experts", "n_routed_experts")
 """Fields of a model's configuration that hold the number of experts in a layer."""
@@ -100,7 +100,7 @@ def peak_flops_of(device: str) -> float | None:
     """Return the peak FLOP/s of the device with this name. None for unknown devices, so that no wrong utilisation is reported."""
     if SLOWER_VARIANTS.search(device):
         return None
-    return next((peak for words, peak in PEAK_BF16.items() if re.search(rf"\b{words}\b", device)), None)
+    return next((peak for words, peak in PEAK_BF16_FLOPS.items() if re.search(rf"\b{words}\b", device)), None)
 
 
 class SpeedMeter:

@@ -217,19 +217,19 @@ class RowReader:
 
 def _mix_sources(summary: DataSummary, run: RunConfig, sources: Sequence[Sequence[Item]]) -> list[Item]:
     """Mix the sources of `dataset.mixture` by their weights and the seed. Errors: DataError DatasetEmpty."""
-    items = run.spec.dataset.mixture or []
-    weights = [1.0 if item.weight is None else item.weight for item in items]
-    for item, rows, weight in zip(items, sources, weights, strict=True):
+    mixture_items = run.spec.dataset.mixture or []
+    weights = [1.0 if mixture_item.weight is None else mixture_item.weight for mixture_item in mixture_items]
+    for mixture_item, rows, weight in zip(mixture_items, sources, weights, strict=True):
         if weight and not rows:
             raise DataError(
-                "DatasetEmpty", f"{redact_source(item.source)}: no row is left to train on after duplicates and held-out rows were removed",
+                "DatasetEmpty", f"{redact_source(mixture_item.source)}: no row is left to train on after duplicates and held-out rows were removed",
                 hint="add rows to this source, or remove the source from dataset.mixture",
             )  # fmt: skip
     seed = 42 if run.spec.training.seed is None else run.spec.training.seed
     mixed_rows = mix(sources, weights, seed)
     shares = ", ".join(
-        f"{redact_source(item.source)} {len(rows)} rows, weight {weight:g}"
-        for item, rows, weight in zip(items, sources, weights, strict=True)
+        f"{redact_source(mixture_item.source)} {len(rows)} rows, weight {weight:g}"
+        for mixture_item, rows, weight in zip(mixture_items, sources, weights, strict=True)
     )
     summary.notes.append(f"mixture of {len(mixed_rows)} rows: {shares}")
     return mixed_rows

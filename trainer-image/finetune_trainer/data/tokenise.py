@@ -142,14 +142,14 @@ def _count_predicted_tokens(labels: list[int]) -> int:
     return len(labels) - 1 - labels.count(IGNORED_LABEL) + (labels[0] == IGNORED_LABEL) if labels else 0
 
 
-def encode(texts: Iterable[tuple[str, Rendered]], tokenizer: Any, options: TokeniseOptions) -> Iterator[EncodedRow]:
+def encode(located_renderings: Iterable[tuple[str, Rendered]], tokenizer: Any, options: TokeniseOptions) -> Iterator[EncodedRow]:
     """Yield the location, token ids and labels of every text. Texts are tokenised in batches, because a fast tokenizer uses all cores for a batch.
 
     Errors: ConfigError BosMissing, EosMissing.
     """
     boundary = BoundaryTokens.of(tokenizer, options)
-    stream = iter(texts)
-    while batch := list(islice(stream, BATCH_ROWS)):
+    rendering_iterator = iter(located_renderings)
+    while batch := list(islice(rendering_iterator, BATCH_ROWS)):
         encodings = tokenizer(
             [rendered.text for _, rendered in batch],
             add_special_tokens=False,

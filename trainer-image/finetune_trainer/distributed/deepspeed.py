@@ -140,23 +140,23 @@ def build_options(run: RunConfig, inputs: Inputs, hardware: Hardware, world_size
     API rule that a value of the file breaks; NotFoundError ConfigMapMissing.
     """
     spec = run.spec.distributed.deepspeed
-    merge = FileMerge(run)
+    file_merge = FileMerge(run)
     has_file = spec is not None and spec.config_ref is not None
     file_config = read_config_file(spec.config_ref, inputs.config_maps, CONFIG_FILE_FIELD) if has_file else {}
-    config = _check_config(file_config, merge)
+    config = _check_config(file_config, file_merge)
     options = DeepspeedOptions(DEFAULT_STAGE, config)
-    _merge_batch_sizes(config, merge, run, options, world_size)
-    _merge_precision(config, merge, hardware)
-    _merge_optimizer(config, merge, run, options)
-    _merge_scheduler(config, merge, run, options)
-    _merge_zero_options(config, merge, run, options)
-    merge.check_merged_values("the DeepSpeed JSON")
-    options.notes += merge.notes
+    _merge_batch_sizes(config, file_merge, run, options, world_size)
+    _merge_precision(config, file_merge, hardware)
+    _merge_optimizer(config, file_merge, run, options)
+    _merge_scheduler(config, file_merge, run, options)
+    _merge_zero_options(config, file_merge, run, options)
+    file_merge.check_merged_values("the DeepSpeed JSON")
+    options.notes += file_merge.notes
     _require_no_auto(config)
     return options
 
 
-def _check_config(file_config: dict[str, Any], merge: FileMerge) -> dict[str, Any]:
+def _check_config(file_config: dict[str, Any], file_merge: FileMerge) -> dict[str, Any]:
     """Check the file, and return a copy without null values and disabled sections. Errors: ConfigError ConfigFileInvalid."""
     config: dict[str, Any] = _remove_nulls(file_config)
     disabled_sections = [
@@ -165,7 +165,7 @@ def _check_config(file_config: dict[str, Any], merge: FileMerge) -> dict[str, An
     for key in disabled_sections:
         del config[key]
     if disabled_sections:
-        merge.notes.append(f"sections that the DeepSpeed JSON disables are ignored: {', '.join(disabled_sections)}")
+        file_merge.notes.append(f"sections that the DeepSpeed JSON disables are ignored: {', '.join(disabled_sections)}")
     _refuse_keys(REFUSED_SECTIONS, "", config)
     check_keys(CONFIG_FILE_FIELD, "", config, TOP_LEVEL_KEYS, allows_auto=True)
     for name in ("bf16", "fp16"):
@@ -224,13 +224,13 @@ def _check_read_keys(section_path: str, section: Any, value_types: dict[str, Val
     )
 
 
-def _merge_batch_sizes(config: dict[str, Any], merge: FileMerge, run: RunConfig, options: DeepspeedOptions, world_size: int) -> None:
-    rows, steps = _merge_rows_and_steps(config, merge, run)
-    max_gradient_norm = merge.merge(
+def _merge_batch_sizes(config: dict[str, Any], file_merge: FileMerge, run: RunConfig, options: DeepspeedOptions, world_size: int) -> None:
+    rows, steps = _merge_rows_and_steps(config, file_merge, run)
+    max_gradient_norm = file_merge.merge(
         "gradient_clipping", config.get("gradient_clipping"), "training.maxGradNorm", run.spec.training.max_grad_norm
     )
     effective_batch = rows * steps * world_size // (run.spec.distributed.context_parallel_size or 1)
-    merge.require_equal(
+    file_merge.require_equal(
         "train_batch_size", config.get("train_batch_size"), "micro-batch x accumulation x ranks", effective_batch
     )
     # transformers and DeepSpeed check train_batch_size before they know the groups of context parallelism. accelerate corrects train_batch_size later.
@@ -242,23 +242,23 @@ def _merge_batch_sizes(config: dict[str, Any], merge: FileMerge, run: RunConfig,
     }
 
 
-def _merge_rows_and_steps(config: dict[str, Any], merge: FileMerge, run: RunConfig) -> tuple[int, int]:
+def _merge_rows_and_steps(config: dict[str, Any], file_merge: FileMerge, run: RunConfig) -> tuple[int, int]:
     """Return the micro-batch (rows) and the number of accumulation steps.
 
     If the operator reduced the spec's micro-batch, the file's micro-batch is reduced too, and more accumulation steps keep the effective batch the same.
     """
     training = run.spec.training
     requested_rows = training.batch_size_per_device
-    rows_before_adaptation = merge.before_adaptation(MICRO_BATCH_PATH, requested_rows)
+    rows_before_adaptation = file_merge.before_adaptation(MICRO_BATCH_PATH, requested_rows)
     is_adapted = rows_before_adaptation != requested_rows
     requested_steps = training.gradient_accumulation_steps
-    spec_steps = merge.before_adaptation(ACCUMULATION_PATH, requested_steps) if is_adapted else requested_steps
-    rows = merge.merge(MICRO_BATCH_KEY, config.get(MICRO_BATCH_KEY), MICRO_BATCH_PATH, rows_before_adaptation)
-    steps = merge.merge(ACCUMULATION_KEY, config.get(ACCUMULATION_KEY), ACCUMULATION_PATH, spec_steps)
-    if not is_adapted or merge.conflicts:
+    spec_steps = file_merge.before_adaptation(ACCUMULATION_PATH, requested_steps) if is_adapted else requested_steps
+    rows = file_merge.merge(MICRO_BATCH_KEY, config.get(MICRO_BATCH_KEY), MICRO_BATCH_PATH, rows_before_adaptation)
+    steps = file_merge.merge(ACCUMULATION_KEY, config.get(ACCUMULATION_KEY), ACCUMULATION_PATH, spec_steps)
+    if not is_adapted or file_merge.conflicts:
         return rows, steps
-    merge.file_values |= {MICRO_BATCH_PATH: rows, ACCUMULATION_PATH: steps}
-    reduced_rows = _reduce_rows(rows, steps, rows * requested_rows / rows_before_adaptation, merge, run)
+    file_merge.file_values |= {MICRO_BATCH_PATH: rows, ACCUMULATION_PATH: steps}
+    reduced_rows = _reduce_rows(rows, steps, rows * requested_rows / rows_before_adaptation, file_merge, run)
     if (rows, steps) != (rows_before_adaptation, spec_steps):
         change_text = f"the operator changed {MICRO_BATCH_PATH} from {rows_before_adaptation} to {requested_rows}"
         if reduced_rows == rows:
@@ -268,13 +268,13 @@ def _merge_rows_and_steps(config: dict[str, Any], merge: FileMerge, run: RunConf
                 f"{change_text}; {MICRO_BATCH_KEY} in the file therefore changes from {rows} to {reduced_rows}, and {ACCUMULATION_KEY} "
                 f"from {steps} to {steps * rows // reduced_rows}"
             )
-        merge.notes.append(note)
+        file_merge.notes.append(note)
     steps = steps * rows // reduced_rows
-    merge.file_values |= {MICRO_BATCH_PATH: reduced_rows, ACCUMULATION_PATH: steps}
+    file_merge.file_values |= {MICRO_BATCH_PATH: reduced_rows, ACCUMULATION_PATH: steps}
     return reduced_rows, steps
 
 
-def _reduce_rows(rows: int, steps: int, limit: float, merge: FileMerge, run: RunConfig) -> int:
+def _reduce_rows(rows: int, steps: int, limit: float, file_merge: FileMerge, run: RunConfig) -> int:
     """Return the largest allowed divisor of the micro-batch `rows` that is at most `limit`.
 
     If all allowed divisors are above the limit, return the smallest one; if no divisor is allowed, return `rows`. A divisor that breaks a rule of the
@@ -285,15 +285,15 @@ def _reduce_rows(rows: int, steps: int, limit: float, merge: FileMerge, run: Run
         for divisor in range(min_batch_size_per_device(run.spec), rows)
         if rows % divisor == 0
         and steps * rows // divisor <= MAX_BATCH_VALUE
-        and merge.allows({MICRO_BATCH_PATH: divisor, ACCUMULATION_PATH: steps * rows // divisor})
+        and file_merge.allows({MICRO_BATCH_PATH: divisor, ACCUMULATION_PATH: steps * rows // divisor})
     ]
     return max((divisor for divisor in divisors if divisor <= limit), default=min(divisors, default=rows))
 
 
-def _merge_precision(config: dict[str, Any], merge: FileMerge, hardware: Hardware) -> None:
+def _merge_precision(config: dict[str, Any], file_merge: FileMerge, hardware: Hardware) -> None:
     for name, is_active in (("bf16", hardware.computes_in_bf16), ("fp16", hardware.computes_in_fp16)):
         section = config.setdefault(name, {})
-        merge.require_equal(
+        file_merge.require_equal(
             f"{name}.enabled",
             section.get("enabled"),
             f"{name} on {hardware.name}, from training.mixedPrecision,",
@@ -302,7 +302,7 @@ def _merge_precision(config: dict[str, Any], merge: FileMerge, hardware: Hardwar
         section["enabled"] = is_active
 
 
-def _merge_optimizer(config: dict[str, Any], merge: FileMerge, run: RunConfig, options: DeepspeedOptions) -> None:
+def _merge_optimizer(config: dict[str, Any], file_merge: FileMerge, run: RunConfig, options: DeepspeedOptions) -> None:
     """Replace the Adam optimizer of the JSON with torch's AdamW with the same parameters."""
     section = config.pop("optimizer", None)
     if section is None:
@@ -321,21 +321,21 @@ def _merge_optimizer(config: dict[str, Any], merge: FileMerge, run: RunConfig, o
     check_keys(CONFIG_FILE_FIELD, "optimizer.params", parameters, ADAM_PARAMETERS, allows_auto=True)
     optimizer_name = training.optimizer
     if optimizer_name not in TORCH_ADAMW:
-        optimizer_name = merge.merge("optimizer.type", FUSED_ADAMW, "training.optimizer", optimizer_name, file_text=optimizer_type)
+        optimizer_name = file_merge.merge("optimizer.type", FUSED_ADAMW, "training.optimizer", optimizer_name, file_text=optimizer_type)
     betas = parameters.get("betas", AUTO_VALUE)
     beta1, beta2 = (AUTO_VALUE, AUTO_VALUE) if betas == AUTO_VALUE else betas
     options.training_arguments |= {
         "optim": optimizer_name,
-        "adam_beta1": merge.merge("optimizer.params.betas[0]", beta1, "training.adamBeta1", training.adam_beta1),
-        "adam_beta2": merge.merge("optimizer.params.betas[1]", beta2, "training.adamBeta2", training.adam_beta2),
-        "learning_rate": merge.merge("optimizer.params.lr", parameters.get("lr"), "training.learningRate", training.learning_rate),
-        "adam_epsilon": merge.merge("optimizer.params.eps", parameters.get("eps"), "training.adamEpsilon", training.adam_epsilon),
-        "weight_decay": merge.merge("optimizer.params.weight_decay", parameters.get("weight_decay"), "training.weightDecay", training.weight_decay),
+        "adam_beta1": file_merge.merge("optimizer.params.betas[0]", beta1, "training.adamBeta1", training.adam_beta1),
+        "adam_beta2": file_merge.merge("optimizer.params.betas[1]", beta2, "training.adamBeta2", training.adam_beta2),
+        "learning_rate": file_merge.merge("optimizer.params.lr", parameters.get("lr"), "training.learningRate", training.learning_rate),
+        "adam_epsilon": file_merge.merge("optimizer.params.eps", parameters.get("eps"), "training.adamEpsilon", training.adam_epsilon),
+        "weight_decay": file_merge.merge("optimizer.params.weight_decay", parameters.get("weight_decay"), "training.weightDecay", training.weight_decay),
     }  # fmt: skip
-    merge.notes.append(f"optimizer {optimizer_type} of the DeepSpeed JSON runs as torch's AdamW ({optimizer_name})")
+    file_merge.notes.append(f"optimizer {optimizer_type} of the DeepSpeed JSON runs as torch's AdamW ({optimizer_name})")
 
 
-def _merge_scheduler(config: dict[str, Any], merge: FileMerge, run: RunConfig, options: DeepspeedOptions) -> None:
+def _merge_scheduler(config: dict[str, Any], file_merge: FileMerge, run: RunConfig, options: DeepspeedOptions) -> None:
     """Replace the scheduler of the JSON with the equivalent scheduler of transformers."""
     section = config.pop("scheduler", None)
     if section is None:
@@ -355,7 +355,7 @@ def _merge_scheduler(config: dict[str, Any], merge: FileMerge, run: RunConfig, o
     check_keys(CONFIG_FILE_FIELD, "scheduler.params", parameters, WARMUP_PARAMETERS, allows_auto=True)
     from finetune_trainer.schedules import SCHEDULER_NAMES
 
-    scheduler = merge.merge(
+    scheduler = file_merge.merge(
         "scheduler.type",
         DEEPSPEED_SCHEDULERS[scheduler_type],
         "training.scheduler",
@@ -363,8 +363,8 @@ def _merge_scheduler(config: dict[str, Any], merge: FileMerge, run: RunConfig, o
         file_text=f"{scheduler_type} ({DEEPSPEED_SCHEDULERS[scheduler_type]})",
     )
     options.training_arguments["lr_scheduler_type"] = SCHEDULER_NAMES[scheduler]
-    _merge_warmup(parameters.get("warmup_num_steps"), merge, run, options)
-    learning_rate = merge.undo_adaptation(
+    _merge_warmup(parameters.get("warmup_num_steps"), file_merge, run, options)
+    learning_rate = file_merge.undo_adaptation(
         "training.learningRate", training.learning_rate, options.training_arguments.get("learning_rate", training.learning_rate)
     )
     for key, path, actual_value in (
@@ -373,26 +373,26 @@ def _merge_scheduler(config: dict[str, Any], merge: FileMerge, run: RunConfig, o
         ("total_num_steps", "training.maxSteps", training.max_steps),
         ("warmup_type", "the shape of the warm-up", "linear"),
     ):
-        merge.require_equal(f"scheduler.params.{key}", parameters.get(key), path, actual_value)
-    merge.notes.append(f"scheduler {scheduler_type} of the DeepSpeed JSON runs as {scheduler}")
+        file_merge.require_equal(f"scheduler.params.{key}", parameters.get(key), path, actual_value)
+    file_merge.notes.append(f"scheduler {scheduler_type} of the DeepSpeed JSON runs as {scheduler}")
 
 
-def _merge_warmup(steps: Any, merge: FileMerge, run: RunConfig, options: DeepspeedOptions) -> None:
+def _merge_warmup(steps: Any, file_merge: FileMerge, run: RunConfig, options: DeepspeedOptions) -> None:
     """Use the file's warm-up steps, if it has any. These steps conflict with a warm-up ratio that the user set, but replace a default ratio."""
     training, key = run.spec.training, "scheduler.params.warmup_num_steps"
     if steps in (None, AUTO_VALUE):
         return
     if training.warmup_ratio and "training.warmupRatio" not in run.defaults:
-        merge.conflicts.append(f"{key} is {steps}, training.warmupRatio is {training.warmup_ratio:g}")
-    options.training_arguments["warmup_steps"] = merge.merge(key, steps, "training.warmupSteps", training.warmup_steps)
-    if "training.warmupSteps" in merge.file_values:
-        merge.file_values["training.warmupRatio"] = None
+        file_merge.conflicts.append(f"{key} is {steps}, training.warmupRatio is {training.warmup_ratio:g}")
+    options.training_arguments["warmup_steps"] = file_merge.merge(key, steps, "training.warmupSteps", training.warmup_steps)
+    if "training.warmupSteps" in file_merge.file_values:
+        file_merge.file_values["training.warmupRatio"] = None
 
 
-def _merge_zero_options(config: dict[str, Any], merge: FileMerge, run: RunConfig, options: DeepspeedOptions) -> None:
+def _merge_zero_options(config: dict[str, Any], file_merge: FileMerge, run: RunConfig, options: DeepspeedOptions) -> None:
     spec = run.spec.distributed.deepspeed
     zero_section = config.setdefault("zero_optimization", {})
-    stage = merge.merge(
+    stage = file_merge.merge(
         "zero_optimization.stage",
         zero_section.get("stage"),
         "distributed.deepspeed.zeroStage",
@@ -408,7 +408,7 @@ def _merge_zero_options(config: dict[str, Any], merge: FileMerge, run: RunConfig
                 hint="write cpu",
             )
         file_value = None if key not in zero_section else section.get("device", "none") != "none"
-        if merge.merge(f"zero_optimization.{key}", file_value, f"distributed.deepspeed.{path}", requested_offload):
+        if file_merge.merge(f"zero_optimization.{key}", file_value, f"distributed.deepspeed.{path}", requested_offload):
             zero_section[key] = {**section, "device": "cpu"}
         else:
             zero_section.pop(key, None)
@@ -423,14 +423,14 @@ def _merge_zero_options(config: dict[str, Any], merge: FileMerge, run: RunConfig
             hint="write `zeroStage: 1` or more, or remove offloadOptimizer",
         )  # fmt: skip
     if options.stage == 3:
-        merge.require_equal(
+        file_merge.require_equal(
             "zero_optimization.stage3_gather_16bit_weights_on_model_save", zero_section.get("stage3_gather_16bit_weights_on_model_save"),
             "the value that a loadable checkpoint needs", True,
         )  # fmt: skip
         zero_section["stage3_gather_16bit_weights_on_model_save"] = True
     # With these two values, DeepSpeed accepts torch's optimizer even with offloading. Otherwise, DeepSpeed would compile its own optimizer.
     for key, value in (("zero_allow_untested_optimizer", True), ("zero_force_ds_cpu_optimizer", False)):
-        merge.require_equal(key, config.get(key), "the value that torch's optimizer needs", value)
+        file_merge.require_equal(key, config.get(key), "the value that torch's optimizer needs", value)
         config[key] = value
 
 

@@ -119,25 +119,25 @@ def build_options(run: RunConfig, inputs: Inputs, hardware: Hardware, world_size
 
 def _merge_file(options: FsdpOptions, file_config: dict[str, Any], run: RunConfig, hardware: Hardware, world_size: int) -> None:
     """Merge the user's accelerate file into `options`. A note lists the keys that have no effect; unknown keys are refused."""
-    merge = FileMerge(run)
+    file_merge = FileMerge(run)
     fsdp_config = _read_fsdp_section(file_config)
     distributed_type = file_config.get("distributed_type", "FSDP")
     if str(distributed_type).upper() != "FSDP":
-        merge.conflicts.append(f"distributed_type is {distributed_type}, distributed.strategy is fsdp")
-    merge.require_equal("num_processes", file_config.get("num_processes"), "the number of ranks", world_size)
-    merge.require_equal("num_machines", file_config.get("num_machines"), "resources.nodes", run.world.nodes)
+        file_merge.conflicts.append(f"distributed_type is {distributed_type}, distributed.strategy is fsdp")
+    file_merge.require_equal("num_processes", file_config.get("num_processes"), "the number of ranks", world_size)
+    file_merge.require_equal("num_machines", file_config.get("num_machines"), "resources.nodes", run.world.nodes)
     active_precision = "bf16" if hardware.computes_in_bf16 else "fp16" if hardware.computes_in_fp16 else "no"
     file_precision = file_config.get("mixed_precision")
     file_precision = "no" if file_precision is False else file_precision  # YAML parses an unquoted `no` as false.
-    merge.require_equal("mixed_precision", file_precision, "the precision from training.mixedPrecision", active_precision)
-    _merge_fsdp(options, fsdp_config, merge, run)
+    file_merge.require_equal("mixed_precision", file_precision, "the precision from training.mixedPrecision", active_precision)
+    _merge_fsdp(options, fsdp_config, file_merge, run)
     launcher_keys = sorted(set(file_config) & set(LAUNCHER_KEYS))
     if launcher_keys:
-        merge.notes.append(
+        file_merge.notes.append(
             f"keys of the accelerate file for its launcher are ignored, because the operator starts the ranks: {', '.join(launcher_keys)}"
         )
-    merge.check_merged_values("the accelerate file")
-    options.notes += merge.notes
+    file_merge.check_merged_values("the accelerate file")
+    options.notes += file_merge.notes
 
 
 def _read_fsdp_section(file_config: dict[str, Any]) -> dict[str, Any]:
@@ -150,7 +150,7 @@ def _read_fsdp_section(file_config: dict[str, Any]) -> dict[str, Any]:
     return fsdp_config
 
 
-def _merge_fsdp(options: FsdpOptions, fsdp_config: dict[str, Any], merge: FileMerge, run: RunConfig) -> None:
+def _merge_fsdp(options: FsdpOptions, fsdp_config: dict[str, Any], file_merge: FileMerge, run: RunConfig) -> None:
     if str(fsdp_config.get("version", 2)) != "2":
         raise ConfigError(
             "ConfigFileInvalid",
@@ -162,22 +162,22 @@ def _merge_fsdp(options: FsdpOptions, fsdp_config: dict[str, Any], merge: FileMe
     }
     sharding_by_file_key = {key: sharding for key, sharding in shardings.items() if sharding is not None}
     if len(set(sharding_by_file_key.values())) > 1:
-        merge.conflicts.append(
+        file_merge.conflicts.append(
             f"fsdp_sharding_strategy means {sharding_by_file_key['sharding_strategy']}, "
             f"fsdp_reshard_after_forward means {sharding_by_file_key['reshard_after_forward']}"
         )
     for key, sharding in sharding_by_file_key.items():
-        options.sharding = merge.merge(f"fsdp_{key}", sharding, "distributed.fsdp.sharding", options.sharding)
+        options.sharding = file_merge.merge(f"fsdp_{key}", sharding, "distributed.fsdp.sharding", options.sharding)
     state_dict_type = _find_spec_value(fsdp_config.get("state_dict_type"), STATE_DICT_BY_FILE_VALUE, "fsdp_state_dict_type")
-    options.state_dict = merge.merge(
+    options.state_dict = file_merge.merge(
         "fsdp_state_dict_type", state_dict_type, "distributed.fsdp.stateDict", options.state_dict
     )
     options.offloads_to_cpu = _is_true(fsdp_config.get("offload_params"))
     options.wrap_policy = _read_wrap_policy(fsdp_config)
     if (file_recomputes := fsdp_config.get("activation_checkpointing")) is not None:
-        checkpointing_before_adaptation = merge.before_adaptation("training.gradientCheckpointing", run.spec.training.gradient_checkpointing)
+        checkpointing_before_adaptation = file_merge.before_adaptation("training.gradientCheckpointing", run.spec.training.gradient_checkpointing)
         is_enabled = checkpointing_before_adaptation not in (None, GradientCheckpointing.DISABLED)
-        merge.require_equal(
+        file_merge.require_equal(
             "fsdp_activation_checkpointing", _is_true(file_recomputes), "training.gradientCheckpointing", is_enabled
         )
     if _is_true(fsdp_config.get("cpu_ram_efficient_loading")):
@@ -188,7 +188,7 @@ def _merge_fsdp(options: FsdpOptions, fsdp_config: dict[str, Any], merge: FileMe
         )  # fmt: skip
     built_in_keys = [f"fsdp_{key}" for key in VERSION_1_KEYS if key in fsdp_config]
     if built_in_keys:
-        merge.notes.append(
+        file_merge.notes.append(
             f"{', '.join(built_in_keys)} belong to FSDP version 1 and are ignored, because version 2 always behaves as if they were set"
         )
 

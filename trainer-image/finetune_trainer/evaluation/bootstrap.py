@@ -41,8 +41,8 @@ RELATIVE_STEP = 1e-5
 ROUNDING_ERROR = 1e-11
 """A variance below this fraction of its terms is a rounding error and counts as 0."""
 
-TOO_FEW_ROWS = "a confidence interval needs at least 2 rows"
-NOT_FINITE = "a score is not a finite number"
+TOO_FEW_ROWS_REASON = "a confidence interval needs at least 2 rows"
+NOT_FINITE_REASON = "a score is not a finite number"
 
 
 @dataclass(frozen=True)
@@ -107,16 +107,16 @@ def _compare(
 ) -> MetricComparison:
     row_count = len(base_values)
     if not np.isfinite(base_values).all() or not np.isfinite(trained_values).all():
-        return MetricComparison(row_count, None, None, None, reason=NOT_FINITE)
+        return MetricComparison(row_count, None, None, None, reason=NOT_FINITE_REASON)
     if row_count == 0:
-        return MetricComparison(row_count, None, None, None, reason=TOO_FEW_ROWS)
+        return MetricComparison(row_count, None, None, None, reason=TOO_FEW_ROWS_REASON)
     with np.errstate(all="ignore"):
         base_value, trained_value = float(metric(base_values.sum(axis=0))), float(metric(trained_values.sum(axis=0)))
     if not math.isfinite(base_value) or not math.isfinite(trained_value):
         return MetricComparison(row_count, None, None, None, reason="the metric of the rows is not a finite number")
     difference = trained_value - base_value
     if row_count == 1:
-        return MetricComparison(row_count, base_value, trained_value, difference, reason=TOO_FEW_ROWS)
+        return MetricComparison(row_count, base_value, trained_value, difference, reason=TOO_FEW_ROWS_REASON)
     difference_metric = _build_difference_metric(metric, base_values.shape[1])
     interval_ends = _compute_studentised_ends(np.hstack([base_values, trained_values - base_values]), difference_metric, confidence, seed)
     if not math.isfinite(interval_ends[0]) or not math.isfinite(interval_ends[1]):

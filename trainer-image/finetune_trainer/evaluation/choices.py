@@ -16,7 +16,7 @@ from finetune_api.errors import DataError
 
 from finetune_trainer.evaluation.values import MetricValue, mean_of_rows
 
-NO_ROWS = "the evaluation set has no multiple-choice rows"
+NO_ROWS_REASON = "the evaluation set has no multiple-choice rows"
 
 
 @torch.inference_mode()
@@ -90,7 +90,7 @@ def letter_metrics(rows: Sequence[Mapping[str, float]], correct_letters: Sequenc
             raise DataError("ChoiceUnknown", f"multiple-choice row {number}: the correct letter {correct_letter!r} is not one of {', '.join(row)}")
     metric_names = ("accuracy", "precision", "recall", "f1")
     if not rows:
-        return dict.fromkeys(metric_names, MetricValue.missing(NO_ROWS))
+        return dict.fromkeys(metric_names, MetricValue.missing(NO_ROWS_REASON))
     undecided_row_numbers = [number for number, row in enumerate(rows, start=1) if any(math.isnan(score) for score in row.values())]
     if undecided_row_numbers:
         reason = f"the model's output is NaN in {len(undecided_row_numbers)} of {len(rows)} multiple-choice rows (first: row {undecided_row_numbers[0]})"

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from finetune_trainer.addresses import refuse_metadata_address
 from finetune_trainer.evaluation.predictions import Prediction
-from finetune_trainer.evaluation.text_metrics import NO_REFERENCE, cosine
+from finetune_trainer.evaluation.text_metrics import NO_REFERENCE_REASON, cosine
 from finetune_trainer.evaluation.values import MetricValue, NotComputedError, mean_of_rows
 
 FACTUAL_CORRECTNESS_WEIGHT = 0.75
@@ -376,12 +376,12 @@ def answer_correctness(factual: MetricValue, similarity: MetricValue) -> MetricV
     return _compute_mean_of_judged_rows(scores, {**similarity.row_reasons, **factual.row_reasons}, applicable_count=applicable_count)
 
 
-NO_GROUND_TRUTH = "the row has no ground_truth"
+NO_GROUND_TRUTH_REASON = "the row has no ground_truth"
 
 
 def _list_row_applicability(metric: MetricValue, rows: Sequence[float | None]) -> Iterable[bool]:
     """Yield for each row whether it can have a score. A row without a correct answer cannot have a score."""
-    return (metric.row_reasons.get(index) != NO_GROUND_TRUTH for index in range(len(rows)))
+    return (metric.row_reasons.get(index) != NO_GROUND_TRUTH_REASON for index in range(len(rows)))
 
 
 def _judge_rows(
@@ -393,7 +393,7 @@ def _judge_rows(
     """
     indices = [index for index, row in enumerate(predictions) if row.ground_truth is not None or not needs_reference]
     if not indices:
-        return MetricValue.missing(NO_REFERENCE if predictions else "there are no predictions")
+        return MetricValue.missing(NO_REFERENCE_REASON if predictions else "there are no predictions")
     stop_event = threading.Event()
 
     def score_row(index: int) -> float | str:
@@ -410,7 +410,7 @@ def _judge_rows(
     with ThreadPoolExecutor(max_workers=judge.settings.parallel_requests) as pool:
         score_or_reason_by_index = dict(zip(indices, pool.map(score_row, indices), strict=True))
     scores = [score_or_reason if isinstance(score_or_reason := score_or_reason_by_index.get(index), float) else None for index in range(len(predictions))]
-    reasons = {index: str(score_or_reason_by_index.get(index, NO_GROUND_TRUTH)) for index, row in enumerate(scores) if row is None}
+    reasons = {index: str(score_or_reason_by_index.get(index, NO_GROUND_TRUTH_REASON)) for index, row in enumerate(scores) if row is None}
     return _compute_mean_of_judged_rows(scores, reasons, applicable_count=len(indices))
 
 
@@ -420,12 +420,12 @@ def _compute_mean_of_judged_rows(rows: Sequence[float | None], reasons: dict[int
     `applicable_count`: the number of rows that can have a score. If fewer than half of these rows are judged, the metric has no value.
     """
     judged_count = sum(row is not None for row in rows)
-    first_reason = next((reasons[index] for index, row in enumerate(rows) if row is None and reasons.get(index) not in (None, NO_GROUND_TRUTH)), "")
+    first_reason = next((reasons[index] for index, row in enumerate(rows) if row is None and reasons.get(index) not in (None, NO_GROUND_TRUTH_REASON)), "")
     unjudged_remark = None
     if judged_count < applicable_count:
         unjudged_remark = f"{applicable_count - judged_count} of {applicable_count} rows could not be judged (first: {first_reason})"
     if not judged_count or 2 * judged_count < applicable_count:
         return MetricValue(None, unjudged_remark or "no row could be judged", list(rows), reasons)
     skipped_count = len(rows) - applicable_count
-    remarks = [unjudged_remark, f"{skipped_count} of {len(rows)} rows are not scored (first: {NO_GROUND_TRUTH})" if skipped_count else None]
+    remarks = [unjudged_remark, f"{skipped_count} of {len(rows)} rows are not scored (first: {NO_GROUND_TRUTH_REASON})" if skipped_count else None]
     return mean_of_rows(rows, reasons, reason="; ".join(remark for remark in remarks if remark) or None)

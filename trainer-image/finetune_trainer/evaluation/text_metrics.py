@@ -18,7 +18,7 @@ from finetune_trainer.evaluation.predictions import Prediction, rows_with_refere
 from finetune_trainer.evaluation.values import MetricValue, NotComputedError, mean_of_rows
 from finetune_trainer.imports import hide_temporarily
 
-NO_REFERENCE = "no row of the predictions has a ground_truth"
+NO_REFERENCE_REASON = "no row of the predictions has a ground_truth"
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL")
 BERTSCORE_NAMES = ("precision", "recall", "f1")
 
@@ -36,7 +36,7 @@ def bleu(predictions: Sequence[Prediction]) -> MetricValue:
     """
     scored_indices = rows_with_reference(predictions)
     if not scored_indices:
-        return MetricValue.missing(NO_REFERENCE)
+        return MetricValue.missing(NO_REFERENCE_REASON)
     from sacrebleu.metrics import BLEU
 
     answers = [predictions[index].assistant_response for index in scored_indices]
@@ -87,25 +87,25 @@ def rouge(predictions: Sequence[Prediction]) -> dict[str, MetricValue]:
     """Return the F-measures of ROUGE-1, ROUGE-2 and ROUGE-L from 0 to 1, by rouge-score (Lin 2004). Each value is the mean over the rows."""
     scored_indices = rows_with_reference(predictions)
     if not scored_indices:
-        return dict.fromkeys(ROUGE_TYPES, MetricValue.missing(NO_REFERENCE))
+        return dict.fromkeys(ROUGE_TYPES, MetricValue.missing(NO_REFERENCE_REASON))
     # nltk would import scipy and scikit-learn, which takes two seconds, but its stemmer needs neither of them.
     with hide_temporarily("scipy", "sklearn", module_that_needs_it="nltk"):
         from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(list(ROUGE_TYPES), tokenizer=_RougeTokenizer())
-    rows: dict[str, list[float | None]] = {name: [None] * len(predictions) for name in ROUGE_TYPES}
+    scores_by_type: dict[str, list[float | None]] = {name: [None] * len(predictions) for name in ROUGE_TYPES}
     for index in scored_indices:
         scores = scorer.score(_require_reference(predictions[index]), predictions[index].assistant_response)
         for name in ROUGE_TYPES:
-            rows[name][index] = float(scores[name].fmeasure)
+            scores_by_type[name][index] = float(scores[name].fmeasure)
     reasons = _list_reasons_without_reference(predictions)
-    return {name: mean_of_rows(rows[name], reasons, reason=_describe_unscored_rows(predictions)) for name in ROUGE_TYPES}
+    return {name: mean_of_rows(scores_by_type[name], reasons, reason=_describe_unscored_rows(predictions)) for name in ROUGE_TYPES}
 
 
 def exact_match(predictions: Sequence[Prediction]) -> MetricValue:
     """Return the share of answers that equal the correct answer, apart from white space at the start and the end."""
     if not rows_with_reference(predictions):
-        return MetricValue.missing(NO_REFERENCE)
+        return MetricValue.missing(NO_REFERENCE_REASON)
     rows = [
         None if row.ground_truth is None else float(row.assistant_response.strip() == row.ground_truth.strip())
         for row in predictions
@@ -136,19 +136,19 @@ def bertscore(
         return dict.fromkeys(BERTSCORE_NAMES, MetricValue.missing(f"BERTScore needs a local encoder model: set {field}"))
     scored_indices = rows_with_reference(predictions)
     if not scored_indices:
-        return dict.fromkeys(BERTSCORE_NAMES, MetricValue.missing(NO_REFERENCE))
-    pairs = {index: (predictions[index].assistant_response.strip(), _require_reference(predictions[index]).strip()) for index in scored_indices}
-    filled_indices = [index for index, texts in pairs.items() if all(texts)]  # bert-score fails on empty texts with transformers 5
-    scores: dict[int, Sequence[float]] = dict.fromkeys(scored_indices, (0.0, 0.0, 0.0))
+        return dict.fromkeys(BERTSCORE_NAMES, MetricValue.missing(NO_REFERENCE_REASON))
+    texts_by_index = {index: (predictions[index].assistant_response.strip(), _require_reference(predictions[index]).strip()) for index in scored_indices}
+    filled_indices = [index for index, texts in texts_by_index.items() if all(texts)]  # bert-score fails on empty texts with transformers 5
+    scores_by_index: dict[int, Sequence[float]] = dict.fromkeys(scored_indices, (0.0, 0.0, 0.0))
     if filled_indices:
-        answers, references = ([pairs[index][side] for index in filled_indices] for side in (0, 1))
-        results = _compute_bertscores(answers, references, folder, layer, model_name, device, batch_size)
-        scores.update(zip(filled_indices, results, strict=True))
-    if not all(math.isfinite(score) for row in scores.values() for score in row):  # bert-score replaces NaN with 0 only in F1
+        answers, references = ([texts_by_index[index][side] for index in filled_indices] for side in (0, 1))
+        computed_scores = _compute_bertscores(answers, references, folder, layer, model_name, device, batch_size)
+        scores_by_index.update(zip(filled_indices, computed_scores, strict=True))
+    if not all(math.isfinite(score) for row in scores_by_index.values() for score in row):  # bert-score replaces NaN with 0 only in F1
         return dict.fromkeys(BERTSCORE_NAMES, MetricValue.missing(f"the model in {field} computes embeddings that are not finite"))
     metrics = {}
     for column, name in enumerate(BERTSCORE_NAMES):
-        rows = [scores[index][column] if index in scores else None for index in range(len(predictions))]
+        rows = [scores_by_index[index][column] if index in scores_by_index else None for index in range(len(predictions))]
         metrics[name] = mean_of_rows(rows, _list_reasons_without_reference(predictions), reason=_describe_unscored_rows(predictions))
     return metrics
 
@@ -231,7 +231,7 @@ def semantic_similarity(predictions: Sequence[Prediction], embed: Embedder | Non
         return MetricValue.missing(f"semantic similarity needs an embedding model: set {field}")
     scored_indices = rows_with_reference(predictions)
     if not scored_indices:
-        return MetricValue.missing(NO_REFERENCE)
+        return MetricValue.missing(NO_REFERENCE_REASON)
     rows: list[float | None] = [0.0 if index in set(scored_indices) else None for index in range(len(predictions))]
     filled_indices = [index for index in scored_indices if predictions[index].assistant_response.strip() and _require_reference(predictions[index]).strip()]
     answers = [predictions[index].assistant_response for index in filled_indices]

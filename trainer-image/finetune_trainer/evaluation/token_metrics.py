@@ -23,7 +23,7 @@ IGNORED_LABEL = -100
 """Label of a position that does not count, such as a prompt token or padding."""
 LOGITS_PER_CHUNK = 1 << 25
 """Maximum number of logits in memory at a time: 128 MiB in float32."""
-NO_TOKENS = "no token of the evaluation set counts: all labels are masked"
+NO_TOKENS_REASON = "no token of the evaluation set counts: all labels are masked"
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class TokenCounts:
     def loss(self) -> MetricValue:
         """Mean negative log-likelihood per counted token in nats."""
         if not self.tokens:
-            return MetricValue.missing(NO_TOKENS)
+            return MetricValue.missing(NO_TOKENS_REASON)
         loss = float(self.loss_sum) / self.tokens
         if not math.isfinite(loss):
             return MetricValue.missing(f"the loss is not finite ({loss}): the model assigns probability 0 to a token, or its output is NaN")
@@ -203,7 +203,7 @@ class TokenCounts:
 
     def _share(self, weighted_sum: Callable[[], float]) -> MetricValue:
         """Return `weighted_sum()` divided by the number of counted tokens. `weighted_sum` is not called if no tokens are counted."""
-        return MetricValue(weighted_sum() / self.tokens) if self.tokens else MetricValue.missing(NO_TOKENS)
+        return MetricValue(weighted_sum() / self.tokens) if self.tokens else MetricValue.missing(NO_TOKENS_REASON)
 
 
 class RowCounts:

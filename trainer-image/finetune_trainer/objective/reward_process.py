@@ -84,7 +84,7 @@ class RewardProcess:
             raise _NoAnswerError(f"{problem} for {seconds:g} s")
 
     def _no_answer_error(self, problem: str, arguments: Mapping[str, Any]) -> ConfigError:
-        """Return the error for a call without an answer. The error names the first completion for which the function also fails in a call of its own."""
+        """Return the error for a call without an answer. The error names the first completion that also fails as the only completion of a call."""
         index = self._find_first_bad_completion(arguments)
         cause = "no single completion causes it" if index is None else f"completion {index + 1} of {len(arguments['completions'])} alone causes it"
         if index is not None and "prompts" in arguments:
