@@ -67,7 +67,7 @@ def _supervise(command: str, arguments: list[str]) -> int:
     parser.add_argument("--work-dir", help="folder for all files that the pod writes (default: FINETUNE_WORK_DIR)")
     parser.add_argument("--port", type=int, help="port of /progress; 0 chooses a free port (default: FINETUNE_PORT)")
     options = parser.parse_args(arguments)
-    stop_requests = _record_early_stop_requests()
+    stop_request_times = _record_early_stop_requests()
     from finetune_trainer.logs import configure_logging
 
     configure_logging("supervisor")
@@ -82,7 +82,7 @@ def _supervise(command: str, arguments: list[str]) -> int:
     except ImportError as error:
         return _exit_code_of_failed_import(error)
 
-    exit_code = run_pod(Settings.from_env(run_file=options.run_file, work_folder=options.work_dir, port=options.port), stop_requests)
+    exit_code = run_pod(Settings.from_env(run_file=options.run_file, work_folder=options.work_dir, port=options.port), stop_request_times)
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -124,10 +124,10 @@ def _exit_code_of_failed_import(error: ImportError) -> int:
 
 def _record_early_stop_requests() -> list[float]:
     """Record the time of each SIGTERM that arrives during the imports. Without a handler, the kernel discards signals to PID 1."""
-    requests: list[float] = []
+    request_times: list[float] = []
     for signal_number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signal_number, lambda _number, _frame: requests.append(time.monotonic()))
-    return requests
+        signal.signal(signal_number, lambda _number, _frame: request_times.append(time.monotonic()))
+    return request_times
 
 
 if __name__ == "__main__":

@@ -43,8 +43,8 @@ class KeptValues:
     per_feed_forward_unit: int
 
 
-KEPT_WITH_TORCH_KERNELS, KEPT_WITH_LIGER_KERNELS = KeptValues(5, 8, 6), KeptValues(4, 6, 4)
-KEPT_ADDITIONALLY_WITH_DROPOUT = KeptValues(4, 0, 2)
+VALUES_KEPT_WITH_TORCH_KERNELS, VALUES_KEPT_WITH_LIGER_KERNELS = KeptValues(5, 8, 6), KeptValues(4, 6, 4)
+ADDITIONAL_VALUES_KEPT_WITH_DROPOUT = KeptValues(4, 0, 2)
 """Additional values that a layer keeps if its adapters use dropout: the masked inputs of the adapters."""
 
 
@@ -82,7 +82,7 @@ def choose_kept_activations(
     GPU. (The free memory is not used, so that all ranks and attempts on the same type of GPU make the same choice.) `uses_liger`: whether
     the model computes with Liger's kernels.
     """
-    if not _may_trainer_choose(run) or not _is_estimated(run, hardware, strategy_name, config):
+    if not _may_trainer_choose(run) or not _is_estimate_valid(run, hardware, strategy_name, config):
         return None
     estimate = estimate_memory(run, hardware, strategy_name, config, batch_tokens, uses_liger=uses_liger)
     available_bytes = int(USABLE_GPU_MEMORY_SHARE * gpu_bytes)
@@ -93,14 +93,14 @@ def choose_kept_activations(
         ))  # fmt: skip
     layer_count = config.num_hidden_layers
     bytes_per_layer_token = estimate.activation_bytes / (layer_count * batch_tokens)
-    layer_tokens = int((available_bytes - estimate.state_bytes - FIXED_OVERHEAD_BYTES) // bytes_per_layer_token)
-    kept_layer_count = count_kept_layers(layer_count, batch_tokens, layer_tokens)
+    kept_layer_tokens = int((available_bytes - estimate.state_bytes - FIXED_OVERHEAD_BYTES) // bytes_per_layer_token)
+    kept_layer_count = count_kept_layers(layer_count, batch_tokens, kept_layer_tokens)
     # All packed micro-batches have the same length. Other micro-batches have at least one token per row.
     smallest_batch_tokens = batch_tokens if run.spec.dataset.packing else run.spec.training.batch_size_per_device or 1
-    if count_kept_layers(layer_count, smallest_batch_tokens, layer_tokens) == 0:
+    if count_kept_layers(layer_count, smallest_batch_tokens, kept_layer_tokens) == 0:
         return None
-    smaller_batch_note = "" if run.spec.dataset.packing else f" (no layer does in micro-batches of up to {layer_tokens // layer_count} tokens)"
-    return ActivationChoice(layer_tokens, (
+    smaller_batch_note = "" if run.spec.dataset.packing else f" (no layer does in micro-batches of up to {kept_layer_tokens // layer_count} tokens)"
+    return ActivationChoice(kept_layer_tokens, (
         f"{layer_count - kept_layer_count} of {layer_count} layers recompute their activations"
         f"{' in the largest micro-batch' if smaller_batch_note else ''}{smaller_batch_note}, because by the trainer's "
         f"estimate only the activations of the other layers fit into {gpu_bytes / 1e9:.0f} GB of GPU memory "
@@ -125,7 +125,7 @@ def _may_trainer_choose(run: RunConfig) -> bool:
     )
 
 
-def _is_estimated(run: RunConfig, hardware: Hardware, strategy_name: str, config: Any) -> bool:
+def _is_estimate_valid(run: RunConfig, hardware: Hardware, strategy_name: str, config: Any) -> bool:
     """Whether `estimate_memory` is valid for the run."""
     lora = run.spec.method.lora
     return (
@@ -150,14 +150,14 @@ def estimate_memory(
     attention_size = max(hidden_size, config.num_attention_heads * head_size)
     key_size = (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * head_size
     lora = run.spec.method.lora
-    kept_value_counts = [KEPT_WITH_LIGER_KERNELS if uses_liger else KEPT_WITH_TORCH_KERNELS]
+    kept_value_counts = [VALUES_KEPT_WITH_LIGER_KERNELS if uses_liger else VALUES_KEPT_WITH_TORCH_KERNELS]
     if lora is not None and lora.dropout:
-        kept_value_counts.append(KEPT_ADDITIONALLY_WITH_DROPOUT)
+        kept_value_counts.append(ADDITIONAL_VALUES_KEPT_WITH_DROPOUT)
     values_per_layer_token = sum(
         counts.per_hidden_unit * hidden_size + counts.per_attention_unit * attention_size + counts.per_feed_forward_unit * feed_forward_size
         for counts in kept_value_counts
     )
-    value_bytes = 2 if hardware.computes_in_bf16 or hardware.computes_in_fp16 else 4
+    bytes_per_value = 2 if hardware.computes_in_bf16 or hardware.computes_in_fp16 else 4
     layer_parameter_count = layer_count * (2 * hidden_size * (attention_size + key_size) + 3 * hidden_size * feed_forward_size)
     lora_rank = (lora.rank if lora is not None else None) or 16
     adapter_parameter_count = lora_rank * layer_count * (4 * (hidden_size + attention_size) + 3 * (hidden_size + feed_forward_size))
@@ -167,7 +167,7 @@ def estimate_memory(
         state_bytes = _estimate_bytes_of_full_training(run, hardware, model_size, has_buckets=has_buckets)
     else:
         state_bytes = _estimate_bytes_of_adapter_training(run, hardware, model_size, adapter_parameter_count, has_buckets=has_buckets)
-    return MemoryEstimate(state_bytes, value_bytes * values_per_layer_token * layer_count * batch_tokens)
+    return MemoryEstimate(state_bytes, bytes_per_value * values_per_layer_token * layer_count * batch_tokens)
 
 
 @dataclass(frozen=True)
@@ -189,21 +189,22 @@ def _estimate_bytes_of_full_training(run: RunConfig, hardware: Hardware, model_s
     the next gradients. Only the head's gradients are allocated before any activations are freed.
     `has_buckets`: whether DDP holds a second copy of all gradients.
     """
-    weight_bytes = _weight_bytes(hardware)
-    cast_bytes = 2 if weight_bytes == 4 else 0  # autocast's copy of 32-bit weights
+    bytes_per_weight = _count_bytes_per_weight(hardware)
+    cast_bytes_per_weight = 2 if bytes_per_weight == 4 else 0  # autocast's copy of 32-bit weights
     parameter_count = model_size.layer_parameters + model_size.embedding_parameters
     keeps_gradients = has_buckets or value_or_default(run.spec.training, "gradient_accumulation_steps") > 1
     gradient_count = (parameter_count if keeps_gradients else model_size.head_parameters) + (parameter_count if has_buckets else 0)
-    return parameter_count * (3 * weight_bytes + cast_bytes) + gradient_count * weight_bytes
+    return parameter_count * (3 * bytes_per_weight + cast_bytes_per_weight) + gradient_count * bytes_per_weight
 
 
-def _estimate_bytes_of_adapter_training(run: RunConfig, hardware: Hardware, model_size: _ModelSize, adapter_parameters: int, *, has_buckets: bool) -> int:
-    bits, weight_bytes = base_bits(run.spec), _weight_bytes(hardware)
-    base_bytes = model_size.layer_parameters * (weight_bytes if bits is None else 1.2 * bits / 8) + model_size.embedding_parameters * weight_bytes
-    return int(base_bytes) + (20 if has_buckets else 16) * adapter_parameters
+def _estimate_bytes_of_adapter_training(run: RunConfig, hardware: Hardware, model_size: _ModelSize, adapter_parameter_count: int, *, has_buckets: bool) -> int:
+    bits_per_base_weight, bytes_per_weight = base_bits(run.spec), _count_bytes_per_weight(hardware)
+    bytes_per_layer_weight = bytes_per_weight if bits_per_base_weight is None else 1.2 * bits_per_base_weight / 8
+    base_bytes = model_size.layer_parameters * bytes_per_layer_weight + model_size.embedding_parameters * bytes_per_weight
+    return int(base_bytes) + (20 if has_buckets else 16) * adapter_parameter_count
 
 
-def _weight_bytes(hardware: Hardware) -> int:
+def _count_bytes_per_weight(hardware: Hardware) -> int:
     import torch
 
     return 4 if hardware.dtype in (torch.float32, "auto") else 2

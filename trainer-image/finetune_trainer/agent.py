@@ -47,9 +47,9 @@ def main(arguments: list[str]) -> int:
 
 
 def _run_single_rank() -> FailuresByRank:
-    rank = subprocess.Popen(RANK_COMMAND)
-    exit_code = rank.wait()
-    return {"0": {"exitCode": exit_code, "pid": rank.pid, "time": int(time.time())}} if exit_code else {}
+    rank_process = subprocess.Popen(RANK_COMMAND)
+    exit_code = rank_process.wait()
+    return {"0": {"exitCode": exit_code, "pid": rank_process.pid, "time": int(time.time())}} if exit_code else {}
 
 
 def _run_ranks(options: argparse.Namespace) -> FailuresByRank:

@@ -22,7 +22,7 @@ def write_failures(work_folder: Path, failures: FailuresByRank) -> None:
 def read_exit_codes(work_folder: Path) -> dict[int, int] | None:
     """Return the exit codes of the ranks that failed, by rank; None if the agent ended before it wrote the file."""
     try:
-        value = json.loads((work_folder / RESULT_FILE).read_text())
+        agent_result = json.loads((work_folder / RESULT_FILE).read_text())
     except (OSError, ValueError):
         return None
-    return {int(rank): int(failure["exitCode"]) for rank, failure in value["failures"].items()}
+    return {int(rank): int(failure["exitCode"]) for rank, failure in agent_result["failures"].items()}

@@ -65,8 +65,8 @@ def shared_arguments(
     Errors: ConfigError OptimizerUnknown, SchedulerParameterInvalid, EvaluationWithoutData.
     """
     training = run.spec.training
-    savers = MemorySavers.choose(run, hardware)
-    strategy.notes += [note for note in (*savers.notes, *unused_warmup_notes(run)) if note not in strategy.notes]
+    memory_savers = MemorySavers.choose(run, hardware)
+    strategy.notes += [note for note in (*memory_savers.notes, *unused_warmup_notes(run)) if note not in strategy.notes]
     return {
         "output_dir": str(inputs.output_dir),
         "per_device_train_batch_size": training.batch_size_per_device or 4,
@@ -78,17 +78,17 @@ def shared_arguments(
         "lr_scheduler_kwargs": scheduler_parameters(run),
         "warmup_steps": _choose_warmup_steps(run),
         "max_grad_norm": 1.0 if training.max_grad_norm is None else training.max_grad_norm,
-        "optim": require_optimizer(savers.optimizer),
-        "use_liger_kernel": savers.uses_liger,
-        "liger_kernel_config": dict(kernels.LIGER_OPTIONS) if savers.uses_liger else None,
+        "optim": require_optimizer(memory_savers.optimizer),
+        "use_liger_kernel": memory_savers.uses_liger,
+        "liger_kernel_config": dict(kernels.LIGER_OPTIONS) if memory_savers.uses_liger else None,
         "adam_beta1": 0.9 if training.adam_beta1 is None else training.adam_beta1,
         "adam_beta2": 0.999 if training.adam_beta2 is None else training.adam_beta2,
         "adam_epsilon": 1e-8 if training.adam_epsilon is None else training.adam_epsilon,
         "weight_decay": training.weight_decay or 0.0,
         "neftune_noise_alpha": training.neftune_noise_alpha,
         "train_sampling_strategy": "group_by_length" if training.group_by_length else "random",
-        "seed": _seed(run),
-        "data_seed": _seed(run),
+        "seed": _choose_seed(run),
+        "data_seed": _choose_seed(run),
         "bf16": hardware.computes_in_bf16,
         "fp16": hardware.computes_in_fp16,
         "use_cpu": hardware.is_cpu,
@@ -97,13 +97,13 @@ def shared_arguments(
         "report_to": [],
         # If logging_nan_inf_filter were on, transformers would log the last finite loss instead of a NaN or infinite loss.
         "logging_nan_inf_filter": False,
-        **_build_checkpointing_arguments(run, savers.gradient_checkpointing),
+        **_build_checkpointing_arguments(run, memory_savers.gradient_checkpointing),
         **_build_interval_arguments(run, has_validation_data),
         **strategy.training_arguments(),
     }
 
 
-def _seed(run: RunConfig) -> int:
+def _choose_seed(run: RunConfig) -> int:
     return 42 if run.spec.training.seed is None else run.spec.training.seed
 
 
@@ -123,7 +123,7 @@ def unused_warmup_notes(run: RunConfig) -> list[str]:
 
 
 def _choose_warmup_steps(run: RunConfig) -> float | int:
-    """Return the number of warm-up steps, or (below 1) their fraction of all steps: transformers has one field for both."""
+    """Return the number of warm-up steps, or a number below 1 for their fraction of all steps, because transformers has one field for both."""
     training = run.spec.training
     if training.warmup_steps is not None:
         return training.warmup_steps

@@ -88,8 +88,8 @@ def choose_attention(
         require_divisible_attention(config, ranks_per_sequence)
         return "sdpa", []
     attention, notes = require_supported_attention(run, config, hardware.attention)
-    is_requested = requested_attention in (AttentionImplementation.SDPA, AttentionImplementation.EAGER)
-    if is_requested or attention == FLASH_ATTENTION:
+    is_sdpa_or_eager_requested = requested_attention in (AttentionImplementation.SDPA, AttentionImplementation.EAGER)
+    if is_sdpa_or_eager_requested or attention == FLASH_ATTENTION:
         return attention, notes
     is_on_gpu = hardware.device.type == "cuda"
     if is_on_gpu and trainer_type_of(run.spec) is TrainerType.SFT:
@@ -239,7 +239,7 @@ def _list_head_sizes(config: Any) -> list[int]:
     head_size, head_count = getattr(config, "head_dim", None), getattr(config, "num_attention_heads", None)
     if head_size is None and head_count:
         head_size = config.hidden_size // head_count
-    return [int(one) for one in (head_size, getattr(config, "global_head_dim", None)) if one]
+    return [int(size) for size in (head_size, getattr(config, "global_head_dim", None)) if size]
 
 
 def _is_supported_head_size(size: int) -> bool:
@@ -306,7 +306,7 @@ def compute_varlen_attention(
         and _kernel_supports(query, key, value, dropout, scaling, options)
     ):
         return _call_kernel(query, key, value, boundaries, int(options["max_length_q"]), scaling, sliding_window), None
-    if attention_mask is None and is_causal and _mask_was_omitted(query, key):
+    if attention_mask is None and is_causal and _may_lack_mask(query, key):
         attention_mask = _create_mask(query, boundaries, options.get("position_ids"), sliding_window)
     return sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, sliding_window=sliding_window,
@@ -352,7 +352,7 @@ def _call_kernel(
     tokens_before = sliding_window - 1 if sliding_window is not None and sliding_window < max_length else -1
     # `boundaries` is passed twice (for queries and for keys), because newer versions of torch use cuDNN's faster kernel only if both arguments are
     # the same object.
-    result: Any = varlen_attn(
+    attention_output: Any = varlen_attn(
         query,
         key,
         value,
@@ -364,10 +364,10 @@ def _call_kernel(
         window_size=(tokens_before, 0),
         **GQA_OPTIONS,
     )
-    return result.unsqueeze(0)
+    return attention_output.unsqueeze(0)
 
 
-def _mask_was_omitted(query: torch.Tensor, key: torch.Tensor) -> bool:
+def _may_lack_mask(query: torch.Tensor, key: torch.Tensor) -> bool:
     """Whether it is possible that `create_varlen_mask` created no mask for these inputs, because it expected the kernel to compute them."""
     return device_has_kernel(query.device) and query.shape[0] == 1 and query.shape[2] == key.shape[2]
 

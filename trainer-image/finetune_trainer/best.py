@@ -32,7 +32,7 @@ class KeepBest(TrainerCallback):
     """Hard-links the best weights whenever a checkpoint is saved. One rank per node creates the links; every rank reads the files at the end."""
 
     def __init__(self, resumed_checkpoint: Path | None) -> None:
-        self._resumed = resumed_checkpoint
+        self._resumed_checkpoint = resumed_checkpoint
         self._trainer: Any = None
 
     def on_trainer_created(self, trainer: Any) -> None:
@@ -47,77 +47,77 @@ class KeepBest(TrainerCallback):
 
         transformers drops `best_model_checkpoint` if its folder is not on this disk, but keeps `best_global_step`.
         """
-        if self._resumed is None or not state.best_global_step:
+        if self._resumed_checkpoint is None or not state.best_global_step:
             return
-        best_weights = Path(str(args.output_dir)) / BEST_FOLDER
-        resumed_is_best = state.best_global_step == state.global_step
-        files = list(_weight_files(self._resumed) if resumed_is_best else _list_included_best_files(self._resumed))
+        best_folder = Path(str(args.output_dir)) / BEST_FOLDER
+        is_resumed_best = state.best_global_step == state.global_step
+        files = list(_list_weight_files(self._resumed_checkpoint) if is_resumed_best else _list_included_best_files(self._resumed_checkpoint))
         if not files:  # If the best loss was measured between two checkpoints, no checkpoint contains the best weights.
             return
         if args.local_process_index == 0:
-            _replace_files(best_weights, iter(files))
-        state.best_model_checkpoint = str(best_weights)
+            _replace_files(best_folder, iter(files))
+        state.best_model_checkpoint = str(best_folder)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Keep this checkpoint's weights as the best weights, or store the best weights of an earlier checkpoint in this checkpoint."""
         if args.local_process_index > 0 or not state.best_global_step:
             return
-        step, is_best, root = state.global_step, state.best_global_step == state.global_step, Path(str(args.output_dir))
-        self._trainer.run_after_files(lambda: _link_best_weights(root, step, is_best))
+        step, is_best, output_folder = state.global_step, state.best_global_step == state.global_step, Path(str(args.output_dir))
+        self._trainer.run_after_files(lambda: _link_best_weights(output_folder, step, is_best))
 
 
-def _link_best_weights(root: Path, step: int, is_best: bool) -> None:
+def _link_best_weights(output_folder: Path, step: int, is_best: bool) -> None:
     """If the checkpoint of `step` is the best, link its weights into the folder of the best weights.
 
     If it is not the best, link the best weights into this checkpoint.
     """
-    folder, best_weights = root / f"checkpoint-{step}", root / BEST_FOLDER
+    checkpoint_folder, best_folder = output_folder / f"checkpoint-{step}", output_folder / BEST_FOLDER
     if is_best:
-        _replace_files(best_weights, _weight_files(folder))
-    elif folder.is_dir():
-        for name, file in _weight_files(best_weights):
-            _link_or_copy(file, folder / (BEST_PREFIX + name))
+        _replace_files(best_folder, _list_weight_files(checkpoint_folder))
+    elif checkpoint_folder.is_dir():
+        for name, file in _list_weight_files(best_folder):
+            _link_or_copy(file, checkpoint_folder / (BEST_PREFIX + name))
 
 
 def copy_to_all_nodes(args: TrainingArguments) -> None:
     """Copy the best weights from rank 0's disk to the disks of the other nodes. All ranks must call this function, because it is a collective."""
     if args.world_size == int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size)):
         return
-    best_weights = Path(str(args.output_dir)) / BEST_FOLDER
-    received_folder = best_weights.with_name(BEST_FOLDER + ".received")
+    best_folder = Path(str(args.output_dir)) / BEST_FOLDER
+    received_folder = best_folder.with_name(BEST_FOLDER + ".received")
     is_writer = args.local_process_index == 0 and args.process_index > 0
     if is_writer:
         shutil.rmtree(received_folder, ignore_errors=True)
         received_folder.mkdir(parents=True)
-    chunks = _read_chunks(best_weights) if args.process_index == 0 else iter(())
+    chunks = _read_chunks(best_folder) if args.process_index == 0 else iter(())
     while True:
         broadcast_values = [next(chunks, None)]
         distributed.broadcast_object_list(broadcast_values, src=0, device=args.device)
         if broadcast_values[0] is None:
             break
-        name, data = broadcast_values[0]
+        name, chunk = broadcast_values[0]
         if is_writer:
             with (received_folder / name).open("ab") as file:
-                file.write(data)
+                file.write(chunk)
     if is_writer:
-        _replace_files(best_weights, _weight_files(received_folder))
+        _replace_files(best_folder, _list_weight_files(received_folder))
         shutil.rmtree(received_folder)
     distributed.barrier()
 
 
 def _read_chunks(folder: Path) -> Iterator[tuple[str, bytes]]:
     """Yield the weight files in chunks: file name and at most `CHUNK_BYTES` of its contents."""
-    for name, file in _weight_files(folder):
+    for name, file in _list_weight_files(folder):
         with file.open("rb") as source:
-            while data := source.read(CHUNK_BYTES):
-                yield name, data
+            while chunk := source.read(CHUNK_BYTES):
+                yield name, chunk
 
 
 def find_best_folder(trainer: Any) -> Path:
     """Return the folder with the best weights. Errors: NoCheckpointError BestCheckpointMissing."""
-    best_weights = Path(str(trainer.args.output_dir)) / BEST_FOLDER
-    for folder in (best_weights, Path(str(trainer.state.best_model_checkpoint))):
-        if any(True for _ in _weight_files(folder)):
+    best_folder = Path(str(trainer.args.output_dir)) / BEST_FOLDER
+    for folder in (best_folder, Path(str(trainer.state.best_model_checkpoint))):
+        if any(True for _ in _list_weight_files(folder)):
             return folder
     raise NoCheckpointError(
         "BestCheckpointMissing", f"the best checkpoint (step {trainer.state.best_global_step}) is no longer on this disk",
@@ -136,7 +136,7 @@ def _replace_files(folder: Path, files: Iterator[tuple[str, Path]]) -> None:
     temporary_folder.rename(folder)
 
 
-def _weight_files(folder: Path) -> Iterator[tuple[str, Path]]:
+def _list_weight_files(folder: Path) -> Iterator[tuple[str, Path]]:
     """Yield name and path of each weight file of a checkpoint."""
     if folder.is_dir():
         yield from ((file.name, file) for file in sorted(folder.iterdir()) if WEIGHT_FILE.match(file.name))

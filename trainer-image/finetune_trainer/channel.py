@@ -11,7 +11,7 @@ Example of a rank (`finetune_trainer.rank` calls `train.preload()` if it exists,
     inputs = channel.wait_inputs()           # after the heavy imports
     channel.report_stage(Stage.LOADING)
     channel.report_resolved(ResolvedConfig(device="cpu", trainable_parameters=1))
-    raise DataError("NoTrainableToken", ...)  # any FineTuneError: `rank.main` reports it and exits with its code
+    raise DataError("NoTrainableToken", ...)  # `rank.main` reports any FineTuneError, and exits with the exit code of the error
 
 Step, epoch, throughput, losses and checkpoints are reported by `finetune_trainer.checkpoint.rank.create_callbacks`. The objects that are passed
 to `report_progress`, `report_metrics` and `report_resolved` are merged field by field: a field that is None keeps its earlier value.
@@ -69,7 +69,7 @@ class Channel:
     @classmethod
     def from_env(cls) -> Channel:
         """Create the channel of this process from the environment variables that the supervisor and torchrun set."""
-        rank_values = {name: int(os.environ.get(name.upper(), default)) for name, default in _RANK_VARIABLES.items()}
+        rank_values = {name: int(os.environ.get(name.upper(), default)) for name, default in _RANK_VARIABLE_DEFAULTS.items()}
         node_rank = int(os.environ.get("GROUP_RANK", os.environ.get(Env.NODE_RANK, "0")))
         work_folder = Path(os.environ.get(Env.WORK_DIR, WORK_MOUNT))
         address = os.environ.get(SOCKET_VARIABLE)
@@ -104,10 +104,10 @@ class Channel:
     def stop_deadline(self) -> float | None:
         """Return the time (seconds since 1970) by which a checkpoint must be saved, or None if no stop was requested."""
         try:
-            text = (self.work_folder / STOP_FILE).read_text()
+            deadline_text = (self.work_folder / STOP_FILE).read_text()
         except FileNotFoundError:
             return None
-        return float(text) if text else math.inf
+        return float(deadline_text) if deadline_text else math.inf
 
     # ---- reports, dropped while the supervisor is busy ----
 
@@ -198,7 +198,7 @@ class Channel:
         return header | {name: _to_json_value(value) for name, value in fields.items() if value is not None}
 
 
-_RANK_VARIABLES = {"rank": "0", "local_rank": "0", "world_size": "1"}
+_RANK_VARIABLE_DEFAULTS = {"rank": "0", "local_rank": "0", "world_size": "1"}
 
 
 def _to_json_value(value: Any) -> Any:
@@ -224,17 +224,17 @@ def create_socket_sender(address: str) -> Sender:
     connection.setblocking(False)
 
     def send(message: dict[str, Any], timeout: float) -> bool:
-        data = json.dumps(message, separators=(",", ":"), default=str).encode()
-        if len(data) > MAX_MESSAGE_BYTES:
+        encoded_message = json.dumps(message, separators=(",", ":"), default=str).encode()
+        if len(encoded_message) > MAX_MESSAGE_BYTES:
             try:
-                data = _write_spill_file(data, Path(address).parent)
+                encoded_message = _write_spill_file(encoded_message, Path(address).parent)
             except OSError:  # The supervisor has ended, or the disk is full.
                 return False
         deadline = time.monotonic() + timeout
         while True:
             with contextlib.suppress(OSError):
                 try:
-                    connection.sendto(data, address)
+                    connection.sendto(encoded_message, address)
                 except (FileNotFoundError, ConnectionRefusedError):
                     return False
                 return True
@@ -245,12 +245,12 @@ def create_socket_sender(address: str) -> Sender:
     return send
 
 
-def _write_spill_file(data: bytes, folder: Path) -> bytes:
+def _write_spill_file(encoded_message: bytes, folder: Path) -> bytes:
     """Write a message that is too large for a datagram to a file next to the socket. Return a short message that names this file."""
-    name = f"{uuid.uuid4().hex}{SPILL_SUFFIX}"
-    (folder / f".{name}").write_bytes(data)
-    (folder / f".{name}").rename(folder / name)
-    return json.dumps({"spilled": name}).encode()
+    file_name = f"{uuid.uuid4().hex}{SPILL_SUFFIX}"
+    (folder / f".{file_name}").write_bytes(encoded_message)
+    (folder / f".{file_name}").rename(folder / file_name)
+    return json.dumps({"spilled": file_name}).encode()
 
 
 def read_spilled(message: dict[str, Any], folder: Path) -> Any:
@@ -258,10 +258,10 @@ def read_spilled(message: dict[str, Any], folder: Path) -> Any:
 
     Errors: OSError, ValueError.
     """
-    name = message.get("spilled")
-    if not (isinstance(name, str) and name.endswith(SPILL_SUFFIX)):
+    file_name = message.get("spilled")
+    if not (isinstance(file_name, str) and file_name.endswith(SPILL_SUFFIX)):
         return message
-    spill_file = folder / Path(name).name
+    spill_file = folder / Path(file_name).name
     try:
         return json.loads(spill_file.read_bytes())
     finally:

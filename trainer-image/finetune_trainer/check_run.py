@@ -62,7 +62,7 @@ def check(run: RunConfig, channel: Channel, inputs: Inputs, preparation: Supervi
 
     channel.report_stage(Stage.CHECKING, "rows and tokens")
     objective = load_objective(rules.trainer_type_of(run.spec))
-    hardware = _meta_hardware()
+    hardware = _describe_meta_hardware()
     strategy = DistributedStrategy(run, hardware, 1)
     strategy.prepare_process()
     tokenizer, notes = model.load_tokenizer(run, inputs)
@@ -71,30 +71,30 @@ def check(run: RunConfig, channel: Channel, inputs: Inputs, preparation: Supervi
         run, inputs, hardware, strategy, tokenizer, channel.work_folder / TOKENS_FOLDER, model.max_positions(config),
         vision=model.load_processor(run, inputs, config, tokenizer), preparation=preparation or NoPreparationCallbacks(),
     )  # fmt: skip
-    data_report, facts = objective.load_data(context)
+    splits, facts = objective.load_data(context)
     for note in (*notes, *facts.notes):
         channel.report_note(note)
     if preparation is not None and template_writes_date(tokenizer):
         channel.report_note("prepared rows are neither stored nor used, because the chat template can write the date; the training pods tokenise the data")
     channel.report_stage(Stage.CHECKING, "model and method")
-    trainable, total = _check_method(run, channel, inputs, context, config, objective.model_kind)
+    trainable_count, total_count = _check_method(run, channel, inputs, context, config, objective.model_kind)
     memory_facts = RunFacts(longest_tokens=facts.longest_sequence or None)
-    channel.report_plan(choose_and_plan(run, config, memory_facts, facts.report, trainable))
+    channel.report_plan(choose_and_plan(run, config, memory_facts, facts.report, trainable_count))
     channel.report_stage(Stage.CHECKING, "one step with a small copy of the model")
-    note = trial_step.try_step(context, objective, data_report, model.load_config(run, inputs))
+    note = trial_step.try_step(context, objective, splits, model.load_config(run, inputs))
     if note is not None:
         channel.report_note(note)
     resolved_config = ResolvedConfig(
         dataset_digest=inputs.dataset_digest, dataset_rows=facts.rows, dataset_format=facts.format.value,
-        trainable_parameters=trainable, total_parameters=total,
+        trainable_parameters=trainable_count, total_parameters=total_count,
     )  # fmt: skip
-    data_report = _data_report(facts)
+    data_report = _build_data_report(facts)
     if preparation is not None and preparation.digest is not None:
         data_report = data_report.model_copy(update={"digest": preparation.digest, "tokenised_rows": preparation.tokenised_rows})
     channel.send_message("checked", value={"data": data_report.to_wire(), "resolved": resolved_config.to_wire()})
 
 
-def _meta_hardware() -> Hardware:
+def _describe_meta_hardware() -> Hardware:
     import torch
 
     from finetune_trainer.hardware import Hardware
@@ -102,7 +102,7 @@ def _meta_hardware() -> Hardware:
     return Hardware(torch.device("meta"), "none", torch.float32, computes_in_bf16=False, computes_in_fp16=False, attention="eager")
 
 
-def _data_report(facts: DataFacts) -> DataReport:
+def _build_data_report(facts: DataFacts) -> DataReport:
     train_tokens = facts.report.get("tokens", {}).get("train", {})
     return DataReport(
         rows=facts.report.get("rows"), tokens=train_tokens.get("tokens"), trained_tokens=train_tokens.get("trained_tokens"),
@@ -113,7 +113,7 @@ def _data_report(facts: DataFacts) -> DataReport:
 def _check_method(run: RunConfig, channel: Channel, inputs: Inputs, context: Any, config: Any, model_kind: str) -> tuple[int | None, int | None]:
     """Apply the method to the model on the meta device. Returns the number of trained values and of all values; both are None if the method was not checked.
 
-    Errors: ConfigError of the method, for example if no module has a name of `method.lora.targetModules`.
+    Errors: ConfigError of the method, for example if no module has a name that `method.lora.targetModules` contains.
     """
     from finetune_trainer import vocabulary
     from finetune_trainer.method.base import MethodContext

@@ -24,32 +24,32 @@ class WeightComparison(LenientModel):
 
 def compare(left_folder: Path, right_folder: Path) -> WeightComparison:
     """Compare the models in two folders. Raises ValueError if one of them has no safetensors file."""
-    left_names, right_names = _files_by_tensor(left_folder), _files_by_tensor(right_folder)
-    if not left_names or not right_names:
-        raise ValueError(f"{left_folder if not left_names else right_folder} has no weights in safetensors files")
-    mismatched_names = sorted(left_names.keys() ^ right_names.keys())
-    different, largest, largest_in = 0, 0.0, None
-    for name in sorted(left_names.keys() & right_names.keys()):
-        difference = _largest_difference(_load_tensor(left_names[name], name), _load_tensor(right_names[name], name))
+    left_files, right_files = _map_tensors_to_files(left_folder), _map_tensors_to_files(right_folder)
+    if not left_files or not right_files:
+        raise ValueError(f"{left_folder if not left_files else right_folder} has no weights in safetensors files")
+    mismatched_names = sorted(left_files.keys() ^ right_files.keys())
+    different_count, largest_difference, largest_in = 0, 0.0, None
+    for name in sorted(left_files.keys() & right_files.keys()):
+        difference = _largest_difference(_load_tensor(left_files[name], name), _load_tensor(right_files[name], name))
         if difference is None:
             mismatched_names.append(name)
         elif difference > 0:
-            different += 1
-            if difference > largest:
-                largest, largest_in = difference, name
+            different_count += 1
+            if difference > largest_difference:
+                largest_difference, largest_in = difference, name
     return WeightComparison(
-        tensors=len(left_names.keys() & right_names.keys()), equal=not different and not mismatched_names, different_tensors=different,
-        largest_difference=min(largest, 1.7e308), largest_in=largest_in, mismatched=mismatched_names,
+        tensors=len(left_files.keys() & right_files.keys()), equal=not different_count and not mismatched_names, different_tensors=different_count,
+        largest_difference=min(largest_difference, 1.7e308), largest_in=largest_in, mismatched=mismatched_names,
     )  # fmt: skip
 
 
-def _files_by_tensor(folder: Path) -> dict[str, Path]:
+def _map_tensors_to_files(folder: Path) -> dict[str, Path]:
     from safetensors import safe_open
 
-    return {name: file for file in _weight_files(folder) for name in safe_open(file, "pt").keys()}  # noqa: SIM118  not a dict
+    return {name: file for file in _list_weight_files(folder) for name in safe_open(file, "pt").keys()}  # noqa: SIM118  not a dict
 
 
-def _weight_files(folder: Path) -> Iterator[Path]:
+def _list_weight_files(folder: Path) -> Iterator[Path]:
     yield from sorted(folder.glob("*.safetensors"))
 
 
@@ -77,6 +77,6 @@ def _largest_difference(left_tensor: Any, right_tensor: Any) -> float | None:
 
 def main(arguments: list[str]) -> int:
     """Compare the models in two folders and print the result. Returns 0, even if the models differ."""
-    left, right = map(Path, arguments)
-    print(json.dumps(compare(left, right).to_wire()))
+    left_folder, right_folder = map(Path, arguments)
+    print(json.dumps(compare(left_folder, right_folder).to_wire()))
     return 0

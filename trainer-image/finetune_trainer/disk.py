@@ -17,12 +17,12 @@ def free_bytes(work_folder: Path) -> int:
     existing_folder = work_folder
     while not existing_folder.exists():
         existing_folder = existing_folder.parent
-    free_on_disk = shutil.disk_usage(existing_folder).free
-    limit = os.environ.get(Env.DISK_LIMIT)
-    return free_on_disk if limit is None else min(free_on_disk, int(limit) - _used_bytes(work_folder))
+    free_bytes_on_disk = shutil.disk_usage(existing_folder).free
+    limit_text = os.environ.get(Env.DISK_LIMIT)
+    return free_bytes_on_disk if limit_text is None else min(free_bytes_on_disk, int(limit_text) - _measure_used_bytes(work_folder))
 
 
-def _used_bytes(folder: Path) -> int:
+def _measure_used_bytes(folder: Path) -> int:
     """Return the bytes on disk below a folder. A file with several hard links counts once, as in the kubelet's measurement."""
     sizes: dict[tuple[int, int], int] = {}
     for parent, _, names in os.walk(folder):

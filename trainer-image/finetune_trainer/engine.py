@@ -43,7 +43,7 @@ QUANTIZATION_KEY_PARTS = (".absmax", ".quant_map", ".quant_state.", ".nested_")
 
 
 class GuardedTrainer(OpenTrainer):
-    """Mix-in for TRL trainers. `distributed.connect_trainer_class` derives a class from this one and sets its `strategy`."""
+    """Mixin for TRL trainers. `distributed.connect_trainer_class` derives a class from a trainer with this mixin, and sets `strategy` in the derived class."""
 
     strategy: DistributedStrategy
     meter: SpeedMeter | None = None
@@ -57,7 +57,7 @@ class GuardedTrainer(OpenTrainer):
     checkpoint_writer: BackgroundWriter | None = None
     """Writes checkpoints in the background. None: each checkpoint is written before training continues."""
     _recomputation: RecomputationPerBatch | None = None
-    _collected: CollectedModel | None = None
+    _collected_model: CollectedModel | None = None
     """Lists of the model's modules and parameters, while an epoch runs. None between epochs, and with FSDP and DeepSpeed."""
     _operations_per_value: int | None = None
     """transformers' estimate of the floating-point operations for one token (or another input value) of a micro-batch."""
@@ -80,9 +80,9 @@ class GuardedTrainer(OpenTrainer):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super().run_epoch(*args, **options)
         else:
-            with collected_model(self.model_wrapped) as self._collected:
+            with collected_model(self.model_wrapped) as self._collected_model:
                 super().run_epoch(*args, **options)
-            self._collected = None
+            self._collected_model = None
         if self.checkpoint_writer is not None and (self._is_complete() or self.control.should_training_stop):
             self.checkpoint_writer.wait()
             self.accelerator.wait_for_everyone()  # From here on, every rank can read the best weights.
@@ -97,26 +97,26 @@ class GuardedTrainer(OpenTrainer):
 
     def clip_gradients(self, model: Any) -> Any:
         """Clip the gradients and return their norm, without a walk over all modules."""
-        return super().clip_gradients(model) if self._collected is None else self._clip_collected(self.args.max_grad_norm)
+        return super().clip_gradients(model) if self._collected_model is None else self._clip_collected_gradients(self.args.max_grad_norm)
 
     def gradient_norm(self, model: Any, norm: Any = None) -> Any:
         """Return the gradient norm, without a walk over all modules. `norm`: the gradient norm if clipping has already computed it, else None."""
-        if self._collected is None or norm is not None:
+        if self._collected_model is None or norm is not None:
             return super().gradient_norm(model, norm)
-        return self._clip_collected(math.inf)
+        return self._clip_collected_gradients(math.inf)
 
-    def _clip_collected(self, max_norm: float) -> Any:
+    def _clip_collected_gradients(self, max_norm: float) -> Any:
         """Clip the gradients as accelerate does for models that are complete on each rank. Returns the gradient norm."""
-        assert self._collected is not None
+        assert self._collected_model is not None
         self.accelerator.unscale_gradients()
-        return torch.nn.utils.clip_grad_norm_(self._collected.trained_parameters, max_norm)
+        return torch.nn.utils.clip_grad_norm_(self._collected_model.trained_parameters, max_norm)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Return transformers' estimate of the floating-point operations for a micro-batch. This method counts the model's parameters only once per run."""
-        main_input = getattr(self.model, "main_input_name", "input_ids")
-        if main_input not in inputs or self._collected is None:
+        main_input_name = getattr(self.model, "main_input_name", "input_ids")
+        if main_input_name not in inputs or self._collected_model is None:
             return int(super().floating_point_ops(inputs))
-        value_count = inputs[main_input].numel()
+        value_count = inputs[main_input_name].numel()
         if self._operations_per_value is None and value_count:
             self._operations_per_value = super().floating_point_ops(inputs) // value_count
         return (self._operations_per_value or 0) * value_count
@@ -228,10 +228,10 @@ class GuardedTrainer(OpenTrainer):
             )  # fmt: skip
         super().load_checkpoint_weights(folder, model)
 
-    def check_loaded_keys(self, missing: list[str], unexpected_keys: list[str]) -> None:
+    def check_loaded_keys(self, missing_keys: list[str], unexpected_keys: list[str]) -> None:
         """Refuse a checkpoint with missing or unexpected weights. Errors: NoCheckpointError CheckpointForeign."""
         tied_names = tied_weight_names(self.model)
-        mismatched_names = [key for key in missing if key not in tied_names]
+        mismatched_names = [key for key in missing_keys if key not in tied_names]
         mismatched_names += [key for key in unexpected_keys if not any(part in key for part in QUANTIZATION_KEY_PARTS)]
         if mismatched_names:
             raise NoCheckpointError(
@@ -249,13 +249,13 @@ class TrainingClock:
 
     def __init__(self, earlier_seconds: float) -> None:
         """`earlier_seconds`: seconds of training of the earlier attempts."""
-        self._seconds_before, self._started = earlier_seconds, time.perf_counter()
+        self._seconds_before, self._start_time = earlier_seconds, time.perf_counter()
         self._last_reading = earlier_seconds
 
     def read(self, *, is_training: bool) -> float:
         """Return the seconds of training until now. After training (`is_training` is false), return the result of the last call."""
         if is_training:
-            self._last_reading = round(self._seconds_before + time.perf_counter() - self._started, 3)
+            self._last_reading = round(self._seconds_before + time.perf_counter() - self._start_time, 3)
         return self._last_reading
 
 
@@ -270,9 +270,9 @@ def _measure_waiting(batches: Iterator[Any], meter: SpeedMeter) -> Iterator[Any]
     The duration of `get_batch_samples` would be too long: `get_batch_samples` also counts the tokens of all ranks, so it waits for the slowest rank.
     """
     while True:
-        wait_started = time.perf_counter()
+        wait_start = time.perf_counter()
         batch = next(batches, None)
-        meter.waited_seconds += time.perf_counter() - wait_started
+        meter.waited_seconds += time.perf_counter() - wait_start
         if batch is None:
             return
         yield batch
@@ -319,9 +319,9 @@ class LogLineWriter(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        values = [f"{key} {logs[key]:.4g}" for key in self.METRICS if logs and isinstance(logs.get(key), float | int)]
-        if state.is_world_process_zero and values:
-            logger.info("step %d/%d  %s", state.global_step, state.max_steps, "  ".join(values))
+        metric_texts = [f"{key} {logs[key]:.4g}" for key in self.METRICS if logs and isinstance(logs.get(key), float | int)]
+        if state.is_world_process_zero and metric_texts:
+            logger.info("step %d/%d  %s", state.global_step, state.max_steps, "  ".join(metric_texts))
 
 
 def require_finite_weights(model: Any) -> None:

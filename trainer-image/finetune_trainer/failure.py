@@ -116,16 +116,16 @@ def classify_error(error: BaseException) -> tuple[FineTuneError, bool]:
     """Return the failure for a rank's exception, and whether the failure began on this rank (False: another rank caused it)."""
     if isinstance(error, FineTuneError):
         return error, not error.follows_other_rank
-    name, text = type(error).__name__, str(error).lower()
+    type_name, lower_message = type(error).__name__, str(error).lower()
     # Errors of collectives are excluded, because their messages may name optional NCCL libraries that are not installed.
-    if name not in PEER_ERROR_TYPES and (broken := installation_error(error)) is not None:
-        return broken, True
-    if any(message in text for message in NODE_DRIVER_MESSAGES):
+    if type_name not in PEER_ERROR_TYPES and (installation_failure := installation_error(error)) is not None:
+        return installation_failure, True
+    if any(message in lower_message for message in NODE_DRIVER_MESSAGES):
         return node_driver_error(_first_line(error)), True
-    if name == "OutOfMemoryError" or isinstance(error, MemoryError) or any(message in text for message in OUT_OF_MEMORY_MESSAGES):
+    if type_name == "OutOfMemoryError" or isinstance(error, MemoryError) or any(message in lower_message for message in OUT_OF_MEMORY_MESSAGES):
         return _memory_exhausted_error(error), True
-    if name in PEER_ERROR_TYPES or (
-        isinstance(error, RuntimeError | ConnectionError) and any(message in text for message in PEER_ERROR_MESSAGES)
+    if type_name in PEER_ERROR_TYPES or (
+        isinstance(error, RuntimeError | ConnectionError) and any(message in lower_message for message in PEER_ERROR_MESSAGES)
     ):
         return PeerError(
             "PeerLost", f"a collective failed: {_first_line(error)}", hint="see the other ranks' logs"
@@ -139,7 +139,7 @@ def classify_error(error: BaseException) -> tuple[FineTuneError, bool]:
     frames = traceback.extract_tb(error.__traceback__)
     location = f" at {frames[-1].filename.rpartition('/')[2]}:{frames[-1].lineno}" if frames else ""
     return InternalError(
-        "TrainerCrashed", f"{name}: {_first_line(error)}{location}", hint="the traceback is in the pod's log"
+        "TrainerCrashed", f"{type_name}: {_first_line(error)}{location}", hint="the traceback is in the pod's log"
     ), True
 
 
@@ -177,10 +177,10 @@ def _find_missing_part(error: BaseException) -> tuple[str | None, str]:
     if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in TRAINER_IMAGE_PACKAGES:
         return f"the Python package {error.name}", _first_line(error)
     text = str(error)
-    for pattern, part in MISSING_PART_PATTERNS:
+    for pattern, part_name in MISSING_PART_PATTERNS:
         if match := pattern.search(text):
             line_start = text.rfind("\n", 0, match.end()) + 1
-            return part.format(match.group(1) if match.groups() else ""), text[line_start:].splitlines()[0].strip()[:1000]
+            return part_name.format(match.group(1) if match.groups() else ""), text[line_start:].splitlines()[0].strip()[:1000]
     if isinstance(error, ImportError) and (match := INSTALL_ADVICE_PATTERN.search(text)):
         return f"the Python package {match.group(1)}", _first_line(error)
     if isinstance(error, ImportError) and (error.name or "").partition(".")[0] in TRAINER_IMAGE_PACKAGES:
@@ -270,7 +270,7 @@ def failure_from_exit_code(rank: int, exit_code: int, *, is_host_out_of_memory: 
     if exit_code < 0:
         signal_name = signal.Signals(-exit_code).name if -exit_code in list(signal.Signals) else f"signal {-exit_code}"
         return RankFailure(
-            _error_of_signal(rank, -exit_code, signal_name, is_host_out_of_memory), rank, is_reported=False, is_origin=-exit_code != signal.SIGTERM
+            _build_error_of_signal(rank, -exit_code, signal_name, is_host_out_of_memory), rank, is_reported=False, is_origin=-exit_code != signal.SIGTERM
         )
     error_class = ERROR_OF_EXIT_CODE.get(exit_code)
     if error_class is not None and exit_code != ExitCode.INTERNAL_ERROR:
@@ -281,7 +281,7 @@ def failure_from_exit_code(rank: int, exit_code: int, *, is_host_out_of_memory: 
     )  # fmt: skip
 
 
-def _error_of_signal(rank: int, signal_number: int, signal_name: str, is_host_out_of_memory: bool) -> FineTuneError:
+def _build_error_of_signal(rank: int, signal_number: int, signal_name: str, is_host_out_of_memory: bool) -> FineTuneError:
     if signal_number == signal.SIGKILL and is_host_out_of_memory:
         return MemoryExhaustedError(
             "HostMemory", f"rank {rank} was killed because the pod's memory is exhausted", hint="raise resources.memory"
@@ -301,6 +301,6 @@ def choose_root_cause(failures: Iterable[RankFailure]) -> RankFailure | None:
     """
     ordered_failures = sorted(
         failures,
-        key=lambda one: (not one.is_origin, EXIT_POLICIES[one.error.exit_code].precedence, not one.is_reported, one.time_ns),
+        key=lambda failure: (not failure.is_origin, EXIT_POLICIES[failure.error.exit_code].precedence, not failure.is_reported, failure.time_ns),
     )
     return ordered_failures[0] if ordered_failures else None

@@ -169,14 +169,14 @@ class GenerationServer:
 
     def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """Send a POST request with a JSON object. Return the JSON object of the answer, or an empty object if the answer has none."""
-        data = json.dumps(body).encode()
-        return self._send(urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"}))  # noqa: S310 -- http, from run.json
+        encoded_body = json.dumps(body).encode()
+        return self._send(urllib.request.Request(self.url + path, encoded_body, {"Content-Type": "application/json"}))  # noqa: S310 -- http, from run.json
 
     def _send(self, request: urllib.request.Request) -> dict[str, Any]:
         path = urlsplit(request.full_url).path
         try:
             with DIRECT_OPENER.open(request, timeout=self.request_timeout_seconds) as answer:
-                body = answer.read()
+                answer_body = answer.read()
         except urllib.error.HTTPError as error:
             detail = error.read().decode(errors="replace")[:MAX_DETAIL_CHARACTERS]
             raise _server_error(f"answered {path} with status {error.code}: {detail}") from error
@@ -193,10 +193,10 @@ class GenerationServer:
                 hint="read the log of the container `generation`",
             ) from error  # fmt: skip
         try:
-            value = json.loads(body) if body.strip() else {}
+            answer_object = json.loads(answer_body) if answer_body.strip() else {}
         except ValueError as error:
             raise _server_error(f"answered {path} with a text that is not JSON") from error
-        return value if isinstance(value, dict) else {}
+        return answer_object if isinstance(answer_object, dict) else {}
 
 
 def _server_error(problem: str) -> GenerationServerError:
@@ -204,5 +204,7 @@ def _server_error(problem: str) -> GenerationServerError:
 
 
 def _is_supported(version: str) -> bool:
-    parts = version.split(".")[:2]
-    return len(parts) == 2 and all(part.isdecimal() for part in parts) and OLDEST_VLLM_VERSION <= (int(parts[0]), int(parts[1])) <= NEWEST_VLLM_VERSION
+    version_parts = version.split(".")[:2]
+    if len(version_parts) != 2 or not all(part.isdecimal() for part in version_parts):
+        return False
+    return OLDEST_VLLM_VERSION <= (int(version_parts[0]), int(version_parts[1])) <= NEWEST_VLLM_VERSION

@@ -66,7 +66,7 @@ def detect_hardware(run: RunConfig, local_rank: int) -> Hardware:
         )  # fmt: skip
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    return Hardware(device, _device_name(device), dtype, precision.computes_in_bf16, precision.computes_in_fp16, attention)
+    return Hardware(device, _get_device_name(device), dtype, precision.computes_in_bf16, precision.computes_in_fp16, attention)
 
 
 def trains_on_quantized_base(run: RunConfig) -> bool:
@@ -138,7 +138,7 @@ def _choose_precision(run: RunConfig, device: torch.device) -> _ComputePrecision
             "PrecisionUnavailable", "training.mixedPrecision is fp16, but fp16 needs a GPU", hint="write bf16, no or auto"
         )
     if requested_precision is MixedPrecision.BF16 and not supports_bf16:
-        raise ConfigError("PrecisionUnavailable", f"{_device_name(device)} cannot compute in bf16", hint="write fp16 or auto")
+        raise ConfigError("PrecisionUnavailable", f"{_get_device_name(device)} cannot compute in bf16", hint="write fp16 or auto")
     return _ComputePrecision(requested_precision is MixedPrecision.BF16, requested_precision is MixedPrecision.FP16)
 
 
@@ -164,7 +164,7 @@ def _choose_attention(run: RunConfig, device: torch.device) -> str:
     return "eager" if requested_attention is AttentionImplementation.EAGER else "sdpa"
 
 
-def _device_name(device: torch.device) -> str:
+def _get_device_name(device: torch.device) -> str:
     import torch
 
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -19,16 +19,16 @@ RECLAIMABLE_FIELDS = ("inactive_file", "total_inactive_file")
 
 def available_bytes(cgroup: Path = CGROUP_FOLDER) -> int:
     """Return the bytes that processes of this pod may still allocate."""
-    available_on_machine = psutil.virtual_memory().available
-    return min([available_on_machine, *_bytes_below_limit(cgroup)])
+    available_bytes_of_machine = psutil.virtual_memory().available
+    return min([available_bytes_of_machine, *_list_bytes_below_limit(cgroup)])
 
 
-def _bytes_below_limit(cgroup: Path) -> list[int]:
+def _list_bytes_below_limit(cgroup: Path) -> list[int]:
     """Return a list with the bytes that are left below the cgroup's limit. Empty if the cgroup has no limit."""
     for limit_file, usage_file, details_file in CGROUP_FILES:
         with contextlib.suppress(OSError, ValueError):  # version 2 writes `max` if there is no limit
-            limit, usage = int((cgroup / limit_file).read_text()), int((cgroup / usage_file).read_text())
+            limit_bytes, usage_bytes = int((cgroup / limit_file).read_text()), int((cgroup / usage_file).read_text())
             details = dict(line.split() for line in (cgroup / details_file).read_text().splitlines())
-            reclaimable = next((int(details[name]) for name in RECLAIMABLE_FIELDS if name in details), 0)
-            return [limit - usage + reclaimable]
+            reclaimable_bytes = next((int(details[name]) for name in RECLAIMABLE_FIELDS if name in details), 0)
+            return [limit_bytes - usage_bytes + reclaimable_bytes]
     return []

@@ -76,23 +76,23 @@ def reuse_list_of_models() -> None:
     """
     if "transformers.models" in sys.modules:
         return
-    lists: Any = importlib.import_module("transformers.utils.import_utils")
-    folder = Path(lists.__file__).parents[1] / "models"
-    make_list, prefix = lists.define_import_structure, f"{folder.name}."
-    with_prefix = make_list(folder, prefix=folder.name)  # returns a cached result, because transformers has already made the same call
-    names = {
+    import_utils: Any = importlib.import_module("transformers.utils.import_utils")
+    folder = Path(import_utils.__file__).parents[1] / "models"
+    define_structure, prefix = import_utils.define_import_structure, f"{folder.name}."
+    prefixed_structure = define_structure(folder, prefix=folder.name)  # returns a cached result, because transformers has already made the same call
+    models_structure = {
         requirements: {module.removeprefix(prefix): classes for module, classes in modules.items() if module.startswith(prefix)}
-        for requirements, modules in with_prefix.items()
+        for requirements, modules in prefixed_structure.items()
     }  # Modules without the prefix are left out: transformers has added them, but they hold no models.
 
     def list_models(path: str, prefix: str | None = None) -> object:
-        return names if prefix is None and Path(path) == folder / "__init__.py" else make_list(path, prefix)
+        return models_structure if prefix is None and Path(path) == folder / "__init__.py" else define_structure(path, prefix)
 
-    lists.define_import_structure = list_models
+    import_utils.define_import_structure = list_models
     try:
         importlib.import_module("transformers.models")
     finally:
-        lists.define_import_structure = make_list
+        import_utils.define_import_structure = define_structure
 
 
 def hide_unneeded_libraries(run: RunConfig, *, keeps_bitsandbytes: bool = False) -> None:
@@ -102,9 +102,9 @@ def hide_unneeded_libraries(run: RunConfig, *, keeps_bitsandbytes: bool = False)
     """
     for name, value in LIBRARY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    threads = run.spec.dataset.num_proc
-    if threads is not None:
-        os.environ["RAYON_NUM_THREADS"] = str(threads)  # The thread pool of tokenizers reads this variable only once.
+    thread_count = run.spec.dataset.num_proc
+    if thread_count is not None:
+        os.environ["RAYON_NUM_THREADS"] = str(thread_count)  # The thread pool of tokenizers reads this variable only once.
     needed_packages = {
         "bitsandbytes": keeps_bitsandbytes or needs_bitsandbytes(run),
         "deepspeed": needs_deepspeed(run),
@@ -112,8 +112,8 @@ def hide_unneeded_libraries(run: RunConfig, *, keeps_bitsandbytes: bool = False)
         "wandb": False,  # Another process sends values to trackers (`finetune_trainer.trackers`).
         "mlflow": False,
     }
-    for name, needed in needed_packages.items():
-        if not needed:
+    for name, is_needed in needed_packages.items():
+        if not is_needed:
             _hide_package(name)
 
 

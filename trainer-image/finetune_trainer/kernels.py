@@ -66,11 +66,11 @@ def choose_kernels(args: Any, run: RunConfig, hardware: Hardware, config: Any, m
     """
     if not args.use_liger_kernel:
         return []
-    reason = _why_kernels_cannot_work(hardware, config, model_kind)
+    reason = _find_reason_against_kernels(hardware, config, model_kind)
     if reason is None and not are_kernels_requested(run) and not _are_kernels_chosen_by_backend(run):
-        reason = _why_kernels_are_not_chosen(run, config)
+        reason = _find_reason_not_to_choose_kernels(run, config)
     if reason is None:
-        reason = _first_reason_of_all_ranks(_run_test_kernel(hardware))
+        reason = _gather_first_reason(_run_test_kernel(hardware))
     if reason is None:
         return []
     if are_kernels_requested(run):
@@ -89,7 +89,7 @@ def notes_about_active_kernels(run: RunConfig, model_type: str) -> list[str]:
     return [f"{LIGER_PATH} is on: {reason} ({LIGER_PATH}: false turns them off)"]
 
 
-def _why_kernels_cannot_work(hardware: Hardware, config: Any, model_kind: str) -> str | None:
+def _find_reason_against_kernels(hardware: Hardware, config: Any, model_kind: str) -> str | None:
     """Return why the kernels would fail, or would compute other results than the model's own layers. None if they work."""
     if hardware.device.type != "cuda":
         return f"the run trains on {hardware.device.type}, and Liger's kernels need a CUDA GPU"
@@ -110,7 +110,7 @@ def _why_kernels_cannot_work(hardware: Hardware, config: Any, model_kind: str) -
     return None
 
 
-def _why_kernels_are_not_chosen(run: RunConfig, config: Any) -> str | None:
+def _find_reason_not_to_choose_kernels(run: RunConfig, config: Any) -> str | None:
     """Return why the trainer uses the kernels only if the user requests them. None if the trainer also uses the kernels without a request."""
     import torch
 
@@ -139,11 +139,11 @@ def _run_test_kernel(hardware: Hardware) -> str | None:
     return None
 
 
-def _first_reason_of_all_ranks(reason: str | None) -> str | None:
+def _gather_first_reason(reason: str | None) -> str | None:
     """Return the reason of the first rank that has a reason, so that all ranks make the same choice."""
     from accelerate.utils import gather_object
 
-    return next((one for one in gather_object([reason]) if one is not None), None)
+    return next((rank_reason for rank_reason in gather_object([reason]) if rank_reason is not None), None)
 
 
 def _first_line(error: Exception) -> str:

@@ -46,8 +46,8 @@ class OpenTrainer(Trainer):  # type: ignore[misc]  # transformers ships no types
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         self.check_loaded_keys(list(load_result.missing_keys), list(load_result.unexpected_keys))
 
-    def check_loaded_keys(self, missing: list[str], unexpected_keys: list[str]) -> None:
-        """Handle the names of weights that only the model (`missing`) or only the checkpoint (`unexpected_keys`) has. transformers only logs a warning."""
+    def check_loaded_keys(self, missing_keys: list[str], unexpected_keys: list[str]) -> None:
+        """Handle the names of weights that only the model (`missing_keys`) or only the checkpoint (`unexpected_keys`) has. transformers only logs a warning."""
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         self.load_optimizer_and_scheduler(checkpoint)
@@ -145,7 +145,7 @@ def generation_by_server(server: GenerationServer, main_rank_first: Callable[[],
     from trl.generation.vllm_generation import VLLMGeneration
     from trl.trainer import grpo_trainer
 
-    class Client(VLLMClient):  # type: ignore[misc]  # TRL ships no types
+    class ServerClient(VLLMClient):  # type: ignore[misc]  # TRL ships no types
         def __init__(self) -> None:
             self.base_url, self.model = server.url, str(server.model_folder)
 
@@ -155,7 +155,7 @@ def generation_by_server(server: GenerationServer, main_rank_first: Callable[[],
         def get_server_info(self) -> dict[str, Any]:
             return server.get("/server_info?config_format=json")
 
-    class Generation(VLLMGeneration):  # type: ignore[misc]  # TRL ships no types
+    class ServerGeneration(VLLMGeneration):  # type: ignore[misc]  # TRL ships no types
         def _init_vllm(self) -> None:
             self.generation_kwargs = {"stop_token_ids": end_token_ids(self.model, self.processing_class)}
             with main_rank_first():
@@ -163,7 +163,7 @@ def generation_by_server(server: GenerationServer, main_rank_first: Callable[[],
                     self.processing_class.save_pretrained(server.model_folder)
                     self._write_weights()
                     server.start()
-                    self.vllm_client = Client()
+                    self.vllm_client = ServerClient()
 
         def sync_weights(self) -> None:
             if self.accelerator.is_main_process:
@@ -185,7 +185,7 @@ def generation_by_server(server: GenerationServer, main_rank_first: Callable[[],
             base_model.save_pretrained(server.model_folder, state_dict=weights)
 
     original_generation = grpo_trainer.VLLMGeneration
-    grpo_trainer.VLLMGeneration = Generation
+    grpo_trainer.VLLMGeneration = ServerGeneration
     try:
         yield
     finally:
@@ -251,13 +251,13 @@ def cheap_reference_passes(trainer: Any) -> Iterator[None]:
         "is_peft_model": cache(namespace["is_peft_model"]), "use_adapter": AdapterSwitch(namespace["use_adapter"]).use_adapter,
         "disable_gradient_checkpointing": lambda model, options=None: nullcontext(),
     }  # fmt: skip
-    originals = {name: namespace[name] for name in replacements}
+    original_functions = {name: namespace[name] for name in replacements}
     namespace.update(replacements)
     accelerator.unwrap_model = lambda model, *args, **options: unwrap(model, *args, **options) if args or options else unwrap_once(model)
     try:
         yield
     finally:
-        namespace.update(originals)
+        namespace.update(original_functions)
         del accelerator.unwrap_model
 
 
@@ -272,7 +272,7 @@ class AdapterSwitch:
         self._use_adapter = use_adapter
         self._holders: dict[int, list[tuple[Any, str]]] = {}
         """Objects that have an active adapter, by the id of their model."""
-        self._values: dict[tuple[int, str], list[Any]] = {}
+        self._recorded_adapters: dict[tuple[int, str], list[Any]] = {}
         """The active adapter of each object in `_holders`, by the id of the model and the adapter's name."""
 
     @contextmanager
@@ -283,26 +283,26 @@ class AdapterSwitch:
                 yield
             return
         key = (id(model), adapter_name)
-        if key not in self._values:
+        if key not in self._recorded_adapters:
             self._holders.setdefault(id(model), _find_adapter_holders(model))
             with self._use_adapter(model, adapter_name):
-                self._values[key] = self._active_adapters(model)
+                self._recorded_adapters[key] = self._list_active_adapters(model)
                 yield
             return
-        previous_values = self._active_adapters(model)
-        self._activate(model, self._values[key])
+        previous_adapters = self._list_active_adapters(model)
+        self._activate(model, self._recorded_adapters[key])
         try:
             yield
         finally:
-            self._activate(model, previous_values)
+            self._activate(model, previous_adapters)
 
-    def _active_adapters(self, model: Any) -> list[Any]:
+    def _list_active_adapters(self, model: Any) -> list[Any]:
         return [vars(holder).get(name, NO_ACTIVE_ADAPTER) for holder, name in self._holders[id(model)]]
 
-    def _activate(self, model: Any, values: list[Any]) -> None:
-        for (holder, name), value in zip(self._holders[id(model)], values, strict=True):
-            if value is not NO_ACTIVE_ADAPTER:
-                vars(holder)[name] = value
+    def _activate(self, model: Any, active_adapters: list[Any]) -> None:
+        for (holder, name), active_adapter in zip(self._holders[id(model)], active_adapters, strict=True):
+            if active_adapter is not NO_ACTIVE_ADAPTER:
+                vars(holder)[name] = active_adapter
             else:
                 vars(holder).pop(name, None)
 
@@ -338,10 +338,10 @@ def deferred_saves(defer: DeferFunction) -> Iterator[None]:
     Objects that are no dictionaries, such as the TrainingArguments, are small and written at once.
     """
     import peft.peft_model
-    import torch.distributed.checkpoint as sharded
+    import torch.distributed.checkpoint as distributed_checkpoint
     import transformers.modeling_utils
 
-    save_object, save_tensors, save_shards = torch.save, transformers.modeling_utils.safe_save_file, sharded.save
+    save_object, save_tensors, save_shards = torch.save, transformers.modeling_utils.safe_save_file, distributed_checkpoint.save
 
     def defer_object(values: Any, file: Any, *args: Any, **options: Any) -> None:
         if isinstance(values, dict):
@@ -357,15 +357,15 @@ def deferred_saves(defer: DeferFunction) -> Iterator[None]:
 
     patches = (
         (torch, "save", defer_object), (transformers.modeling_utils, "safe_save_file", defer_tensors),
-        (peft.peft_model, "safe_save_file", defer_tensors), (sharded, "save", defer_shards),
+        (peft.peft_model, "safe_save_file", defer_tensors), (distributed_checkpoint, "save", defer_shards),
     )  # fmt: skip
-    originals = [getattr(module, name) for module, name, _ in patches]
+    original_functions = [getattr(module, name) for module, name, _ in patches]
     for module, name, function in patches:
         setattr(module, name, function)
     try:
         yield
     finally:
-        for (module, name, _), original in zip(patches, originals, strict=True):
+        for (module, name, _), original in zip(patches, original_functions, strict=True):
             setattr(module, name, original)
 
 
@@ -443,9 +443,9 @@ def build_processor(processor_class: type[Any], folder: Any, tokenizer: Any) -> 
         raise ImportError(f"the packages of {classes_without_packages.group(1).rpartition(' ')[2]}") from error
     processor_parts = {"image_processor": image_processor, "tokenizer": tokenizer}
     settings, _ = processor_class.get_processor_dict(folder)
-    unchecked: Any = type(processor_class.__name__, (processor_class,), {"check_argument_for_proper_class": lambda self, name, part: None})
-    processor = unchecked.from_args_and_dict([processor_parts.get(name) for name in processor_class.get_attributes()], settings)
-    processor.__class__ = processor_class  # An instance of the temporary class `unchecked` could not be sent to worker processes.
+    unchecked_class: Any = type(processor_class.__name__, (processor_class,), {"check_argument_for_proper_class": lambda self, name, part: None})
+    processor = unchecked_class.from_args_and_dict([processor_parts.get(name) for name in processor_class.get_attributes()], settings)
+    processor.__class__ = processor_class  # An instance of the temporary class `unchecked_class` could not be sent to worker processes.
     return processor
 
 

@@ -89,12 +89,12 @@ def choose_and_plan(run: RunConfig, config: Any, facts: RunFacts, counts: Mappin
     Errors: ConfigError DoesNotFit if the job fits on none of the pools that it may use.
     """
     try:
-        resolved = ResolvedSpec(run.spec, {path: run.spec.value(path) for path in run.defaults})
-        decision = choose_values(resolved, parse_model_shape(config.to_dict()), run.pools, facts, data_size(counts), trained_parameters or 0)
+        resolved_spec = ResolvedSpec(run.spec, {path: run.spec.value(path) for path in run.defaults})
+        decision = choose_values(resolved_spec, parse_model_shape(config.to_dict()), run.pools, facts, data_size(counts), trained_parameters or 0)
     except ConfigError as error:
         log.info("the plan chooses no values: %s", error.message)
-        memory, work_plan = plan_memory_of_run(run, config, facts), plan_work_of_run(run, config, counts, trained_parameters)
-        return RunPlan(memory=memory, work=work_plan, no_choices=error.message)
+        memory_plan, work_plan = plan_memory_of_run(run, config, facts), plan_work_of_run(run, config, counts, trained_parameters)
+        return RunPlan(memory=memory_plan, work=work_plan, no_choices=error.message)
     if decision.refusal is not None:
         raise decision.refusal
     run_with_chosen_values = run.model_copy(update={"spec": decision.resolved.spec})

@@ -51,10 +51,10 @@ def _choose_pad_token(tokenizer: Any, requested_token: str | None) -> list[str]:
 
     The pad token is the first of these that exists: the requested token, the tokenizer's own pad token, a reserved token, the end token.
     """
-    vocabulary = tokenizer.get_vocab()
+    vocabulary_tokens = tokenizer.get_vocab()
     if requested_token is not None:
         token = tokenizer.eos_token if requested_token == END_OF_SEQUENCE else requested_token
-        if token not in vocabulary:
+        if token not in vocabulary_tokens:
             raise ConfigError(
                 "PadTokenUnknown", f"model.padToken {requested_token!r} is not in the vocabulary",
                 hint=f"write a token of the vocabulary, write {END_OF_SEQUENCE} for the end token, or remove the field",
@@ -63,7 +63,7 @@ def _choose_pad_token(tokenizer: Any, requested_token: str | None) -> list[str]:
         return []
     if tokenizer.pad_token is not None and tokenizer.pad_token != tokenizer.eos_token:
         return []
-    reserved_tokens = sorted(token for token in vocabulary if RESERVED_TOKEN.match(token) and token != tokenizer.eos_token)
+    reserved_tokens = sorted(token for token in vocabulary_tokens if RESERVED_TOKEN.match(token) and token != tokenizer.eos_token)
     tokenizer.pad_token = reserved_tokens[0] if reserved_tokens else tokenizer.eos_token
     if tokenizer.pad_token is None:
         raise ConfigError(
@@ -153,11 +153,11 @@ def load_model(
         "attn_implementation": hardware.attention,
         "trust_remote_code": bool(spec.trust_remote_code),
     }
-    quantization = quantization_config(run, hardware, skipped_modules=skip_quantization, is_sharded=is_sharded) if quantize else None
+    quantization_options = quantization_config(run, hardware, skipped_modules=skip_quantization, is_sharded=is_sharded) if quantize else None
     if is_spread:
         options["device_map"] = "auto"
-    if quantization is not None:
-        options |= {"quantization_config": quantization, "device_map": {"": str(hardware.device)}}
+    if quantization_options is not None:
+        options |= {"quantization_config": quantization_options, "device_map": {"": str(hardware.device)}}
     if model_kind == "reward":
         options["num_labels"] = 1
     try:
@@ -228,29 +228,30 @@ def _check_prequantized(config: Any, run: RunConfig) -> list[str]:
     stored_quantization = getattr(config, "quantization_config", None)
     if stored_quantization is None:
         return []
-    method = stored_quantization.get("quant_method") if isinstance(stored_quantization, dict) else getattr(stored_quantization, "quant_method", "unknown")
+    is_dictionary = isinstance(stored_quantization, dict)
+    quantization_method = stored_quantization.get("quant_method") if is_dictionary else getattr(stored_quantization, "quant_method", "unknown")
     if trains_base_weights(run.spec):
         raise ConfigError(
-            "QuantizedBase", f"the model is stored quantised ({method}), but method {run.spec.method.type} trains the base weights",
+            "QuantizedBase", f"the model is stored quantised ({quantization_method}), but method {run.spec.method.type} trains the base weights",
             hint="give the unquantised model, or write method lora",
         )  # fmt: skip
     if uses_loftq(run.spec):
         raise ConfigError(
-            "QuantizedBase", f"the model is stored quantised ({method}), but method.lora.init loftq needs the unquantised weights",
+            "QuantizedBase", f"the model is stored quantised ({quantization_method}), but method.lora.init loftq needs the unquantised weights",
             hint="give the unquantised model, or remove init",
         )  # fmt: skip
     if run.spec.output.merge_adapter:
         raise ConfigError(
-            "QuantizedBase", f"the model is stored quantised ({method}), but output.mergeAdapter needs the unquantised weights",
+            "QuantizedBase", f"the model is stored quantised ({quantization_method}), but output.mergeAdapter needs the unquantised weights",
             hint="give the unquantised model (with model.quantization, the trainer quantises it for the training), or remove mergeAdapter",
         )  # fmt: skip
-    if method == "bitsandbytes" and not needs_bitsandbytes(run):  # module `imports` hides bitsandbytes from this job
+    if quantization_method == "bitsandbytes" and not needs_bitsandbytes(run):  # module `imports` hides bitsandbytes from this job
         bits = 8 if _loads_in_8_bits(stored_quantization) else 4
         raise ConfigError(
             "QuantizedBase", f"the model is stored in {bits} bits by bitsandbytes, but model.quantization is not set",
             hint=f"write `model: {{quantization: {{bits: {bits}}}}}`, or give the unquantised model",
         )  # fmt: skip
-    return [f"the model is stored quantised ({method}) and stays quantised"]
+    return [f"the model is stored quantised ({quantization_method}) and stays quantised"]
 
 
 def _loads_in_8_bits(quantization: Any) -> bool:
@@ -265,10 +266,10 @@ def _check_complete(loading_info: Any, run: RunConfig, expected_missing: tuple[s
     missing_keys = sorted(set(loading_info.get("missing_keys", ())) - set(expected_missing))
     mismatched_keys = sorted(str(key[0] if isinstance(key, tuple) else key) for key in loading_info.get("mismatched_keys", ()))
     if missing_keys or mismatched_keys:
-        names = ", ".join((missing_keys + mismatched_keys)[:5])
+        example_names = ", ".join((missing_keys + mismatched_keys)[:5])
         raise NotFoundError(
             "ModelIncomplete", f"{redact_source(run.spec.model.source or '')}: {len(missing_keys)} weights are missing, {len(mismatched_keys)} have a "
-            f"different shape than in config.json, for example {names}",
+            f"different shape than in config.json, for example {example_names}",
             hint="upload all weight files of one model together with its config.json",
         )  # fmt: skip
 

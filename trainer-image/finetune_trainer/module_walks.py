@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 REPEATABLE_TRAIN_METHODS = (nn.Module.train, PreTrainedModel.train, DistributedDataParallel.train)
 """Implementations of `train` that change nothing if the module and all its children are already in training mode."""
-IS_TRAINING = attrgetter("training")
+read_training_flag = attrgetter("training")
 
 
 class CollectedModel:
@@ -31,7 +31,7 @@ class CollectedModel:
 
     def train(self, mode: bool = True) -> nn.Module:
         """Set all modules to training mode, or to evaluation mode if `mode` is False. Does nothing if all modules are in training mode already."""
-        if mode and all(map(IS_TRAINING, self._modules)):
+        if mode and all(map(read_training_flag, self._modules)):
             return self._model
         model: nn.Module = type(self._model).train(self._model, mode)
         return model

@@ -33,9 +33,9 @@ def adopt_orphans() -> None:
 
 def seconds_since_process_start() -> float:
     """Return the seconds since the start of this process."""
-    fields = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-    started_after_boot = int(fields[19]) / os.sysconf("SC_CLK_TCK")
-    return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started_after_boot)
+    stat_fields = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    start_seconds_after_boot = int(stat_fields[19]) / os.sysconf("SC_CLK_TCK")
+    return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - start_seconds_after_boot)
 
 
 def die_with_parent() -> None:
@@ -98,18 +98,18 @@ def descendants(root: int | None = None, *, without: Collection[int] = ()) -> li
             state, parent = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
             if state not in "ZX":
                 parent_pids[int(folder.name)] = int(parent)
-    known_pids, new_pids = set(), {root or os.getpid()}
+    found_pids, new_pids = set(), {root or os.getpid()}
     while new_pids:
-        new_pids = {pid for pid, parent in parent_pids.items() if parent in new_pids and pid not in known_pids and pid not in without}
-        known_pids |= new_pids
-    return sorted(known_pids)
+        new_pids = {pid for pid, parent in parent_pids.items() if parent in new_pids and pid not in found_pids and pid not in without}
+        found_pids |= new_pids
+    return sorted(found_pids)
 
 
 def kill_all_descendants(timeout: float = 10.0) -> None:
     """Send SIGKILL to all descendants of this process, except spared ones, and reap them."""
     deadline = time.monotonic() + timeout
-    while (running := descendants(without=_spared_pids)) and time.monotonic() < deadline:
-        for pid in running:
+    while (running_pids := descendants(without=_spared_pids)) and time.monotonic() < deadline:
+        for pid in running_pids:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
         reap_children()
@@ -121,10 +121,10 @@ def reap_children() -> None:
     """Collect the exit status of all ended children."""
     with contextlib.suppress(ChildProcessError):
         for folder in Path(f"/proc/{os.getpid()}/task").iterdir():
-            children: list[str] = []
+            child_pids: list[str] = []
             with contextlib.suppress(OSError):  # the thread may have ended; its children then belong to another thread
-                children = (folder / "children").read_text().split()
-            for pid in map(int, children):
+                child_pids = (folder / "children").read_text().split()
+            for pid in map(int, child_pids):
                 with contextlib.suppress(ChildProcessError, OSError):
                     os.waitpid(pid, os.WNOHANG)
 

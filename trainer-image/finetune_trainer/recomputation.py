@@ -13,13 +13,13 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
-def count_kept_layers(layers: int, tokens: int, layer_tokens: int) -> int:
-    """Return how many of the layers keep their activations in a micro-batch with `tokens` tokens.
+def count_kept_layers(layer_count: int, token_count: int, layer_tokens: int) -> int:
+    """Return how many of `layer_count` layers keep their activations in a micro-batch with `token_count` tokens.
 
     `layer_tokens`: the largest product (number of layers times number of tokens) whose activations fit into memory. If some layers recompute, the
     number of layers that keep their activations is one less than this product permits, because the layer that is being recomputed needs memory too.
     """
-    return layers if layers * tokens <= layer_tokens else max(0, layer_tokens // tokens - 1)
+    return layer_count if layer_count * token_count <= layer_tokens else max(0, layer_tokens // token_count - 1)
 
 
 class RecomputationPerBatch:
@@ -33,13 +33,13 @@ class RecomputationPerBatch:
         """`model`: a model with gradient checkpointing enabled. `kept_layer_tokens`: see `layer_tokens` of `count_kept_layers`."""
         self._kept_layer_tokens = kept_layer_tokens
         self._layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing]
-        self._kept = 0
+        self._kept_layer_count = 0
 
     def prepare(self, batch: dict[str, Any]) -> None:
         """Set the flags of all layers for the micro-batch `batch`. Padding counts as tokens."""
         kept_layer_count = count_kept_layers(len(self._layers), batch["input_ids"].numel(), self._kept_layer_tokens)
-        if kept_layer_count == self._kept:
+        if kept_layer_count == self._kept_layer_count:
             return
         for number, layer in enumerate(self._layers):
             layer.gradient_checkpointing = number < len(self._layers) - kept_layer_count
-        self._kept = kept_layer_count
+        self._kept_layer_count = kept_layer_count

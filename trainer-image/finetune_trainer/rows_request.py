@@ -20,9 +20,9 @@ ROWS_NEEDED, ROWS_TOKENISED = "rowsNeeded", "rowsTokenised"
 ANSWER_FILES = "stored-rows-*"
 """Pattern of the names of the files with which the supervisor answers. The star stands for the first 24 digits of the digest."""
 RESEND_SECONDS = 30.0
-"""Interval at which the request is repeated, because the supervisor may have lost it."""
+"""Interval at which the request is repeated, because the supervisor may have lost an earlier request."""
 SILENCE_SECONDS = 600.0
-"""How long the process waits without an answer or a sign of work from the supervisor. After this time, the process tokenises the data itself."""
+"""How long the process waits without an answer or a heartbeat from the supervisor. After this time, the process tokenises the data itself."""
 
 
 class SupervisorRowPreparation:
@@ -36,18 +36,18 @@ class SupervisorRowPreparation:
     def provide_rows(self, digest: str) -> None:
         """Ask the supervisor for the rows with this digest. Return when the supervisor has answered, or has been silent for `SILENCE_SECONDS`."""
         self.digest = digest
-        answer, working = answer_file(self._channel.work_folder, digest), working_file(self._channel.work_folder, digest)
-        sent_at, heard_at, last_sign = float("-inf"), time.monotonic(), 0
-        while not answer.exists():
-            now, sign = time.monotonic(), _modified_at(working)
-            if sign != last_sign:
-                heard_at, last_sign = now, sign
-            if now - heard_at >= SILENCE_SECONDS:
+        answer_path, working_path = answer_file(self._channel.work_folder, digest), working_file(self._channel.work_folder, digest)
+        last_request_time, last_heartbeat_time, last_modification_time = float("-inf"), time.monotonic(), 0
+        while not answer_path.exists():
+            now, modification_time = time.monotonic(), _read_modification_time(working_path)
+            if modification_time != last_modification_time:
+                last_heartbeat_time, last_modification_time = now, modification_time
+            if now - last_heartbeat_time >= SILENCE_SECONDS:
                 log.warning("the supervisor did not answer for %.0f s, so this process tokenises the data", SILENCE_SECONDS)
                 return
-            if now - sent_at >= RESEND_SECONDS:
+            if now - last_request_time >= RESEND_SECONDS:
                 self._channel.send_message(ROWS_NEEDED, digest=digest)
-                sent_at = now
+                last_request_time = now
             time.sleep(POLL_SECONDS)
 
     def count_rows(self, rows: int) -> None:
@@ -74,7 +74,7 @@ def is_digest(value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
-def _modified_at(file: Path) -> int:
+def _read_modification_time(file: Path) -> int:
     """Return when the file was touched last, in ns since 1970; 0 if it does not exist."""
     try:
         return file.stat().st_mtime_ns

@@ -92,12 +92,12 @@ def load_run(settings: Settings) -> tuple[RunConfig, str]:
     `TrainerTooOld` if the user set a field that this trainer does not know.
     """
     try:
-        data = settings.run_file.read_bytes()
+        run_file_bytes = settings.run_file.read_bytes()
     except OSError as error:
         raise InternalError("RunFileMissing", f"{settings.run_file} cannot be read: {error.strerror}") from error
-    config_sha256 = RunConfig.sha256(data)
+    config_sha256 = RunConfig.sha256(run_file_bytes)
     if settings.run_sha256 and config_sha256 != settings.run_sha256:
         raise InternalError(
             "RunFileDamaged", f"{settings.run_file} has sha256 {config_sha256} instead of {settings.run_sha256}"
         )
-    return read_run_config(data), config_sha256
+    return read_run_config(run_file_bytes), config_sha256

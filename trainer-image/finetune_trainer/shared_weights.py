@@ -58,12 +58,12 @@ def _convert_model(model_folder: Path, folder: Path) -> bool:
     weights_by_file: dict[Path, dict[str, StoredTensor]] = {}
     for name, tensor in read_folder(model_folder).items():
         weights_by_file.setdefault(tensor.path, {})[name] = tensor
-    needed_bytes = sum(_converted_bytes(tensor) for weights in weights_by_file.values() for tensor in weights.values())
+    needed_bytes = sum(_compute_converted_bytes(tensor) for weights in weights_by_file.values() for tensor in weights.values())
     if free_bytes(folder.parent) < needed_bytes + DISK_RESERVE_BYTES:
         return False
     partial_folder = folder.with_name(folder.name + ".part")
-    for leftover in (partial_folder, folder):
-        shutil.rmtree(leftover, ignore_errors=True)
+    for leftover_folder in (partial_folder, folder):
+        shutil.rmtree(leftover_folder, ignore_errors=True)
     partial_folder.mkdir(parents=True)
     for path in model_folder.iterdir():
         if path in weights_by_file:
@@ -83,21 +83,21 @@ def write_as_float32(source_file: Path, weights: Mapping[str, StoredTensor], tar
     import torch
     from safetensors import safe_open
 
-    with safe_open(source_file, framework="pt") as stored, target_file.open("wb") as file:
-        header: dict[str, Any] = {"__metadata__": stored.metadata() or {"format": "pt"}}
+    with safe_open(source_file, framework="pt") as source_tensors, target_file.open("wb") as file:
+        header: dict[str, Any] = {"__metadata__": source_tensors.metadata() or {"format": "pt"}}
         end_offset = 0
         for name, tensor in weights.items():
-            start, end_offset = end_offset, end_offset + _converted_bytes(tensor)
+            start, end_offset = end_offset, end_offset + _compute_converted_bytes(tensor)
             dtype = "F32" if tensor.dtype in SIXTEEN_BIT_FORMATS else tensor.dtype
             header[name] = {"dtype": dtype, "shape": tensor.shape, "data_offsets": [start, end_offset]}
         header_bytes = json.dumps(header).encode()
         header_bytes += b" " * (-len(header_bytes) % 8)  # the file format aligns the start of the values to 8 bytes
         file.write(len(header_bytes).to_bytes(8, "little") + header_bytes)
         for name, tensor in weights.items():
-            stored_values = stored.get_tensor(name)
+            stored_values = source_tensors.get_tensor(name)
             converted_values = stored_values.to(torch.float32) if tensor.dtype in SIXTEEN_BIT_FORMATS else stored_values
             file.write(converted_values.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
-def _converted_bytes(tensor: StoredTensor) -> int:
+def _compute_converted_bytes(tensor: StoredTensor) -> int:
     return tensor.size * 2 if tensor.dtype in SIXTEEN_BIT_FORMATS else tensor.size

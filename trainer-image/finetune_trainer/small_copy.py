@@ -22,9 +22,9 @@ def shrink_config(config: Any) -> Any:
     """
     small_config = copy.deepcopy(config)
     text_config = small_config.get_text_config()
-    for holder in {id(one): one for one in (small_config, text_config)}.values():
-        if getattr(holder, "quantization_config", None) is not None:
-            del holder.quantization_config
+    for each_config in (small_config, text_config):
+        if getattr(each_config, "quantization_config", None) is not None:
+            del each_config.quantization_config
     _shrink_heads(text_config)
     _limit_fields(text_config, FEED_FORWARD_FIELDS, FEED_FORWARD_SIZE)
     _limit_fields(text_config, EXPERT_FIELDS, max(MOST_EXPERTS, getattr(text_config, "num_experts_per_tok", None) or 1))
@@ -72,7 +72,7 @@ def _shrink_layers(text_config: Any) -> None:
     """
     layer_count = text_config.num_hidden_layers
     layer_types = getattr(text_config, "layer_types", None) or []
-    kept_layers = sorted({layer_types.index(kind) for kind in layer_types})[:MOST_LAYERS] if len(layer_types) == layer_count else []
+    kept_layers = sorted({layer_types.index(layer_type) for layer_type in layer_types})[:MOST_LAYERS] if len(layer_types) == layer_count else []
     kept_layers = sorted({*kept_layers, *[number for number in range(layer_count) if number not in kept_layers][: max(0, FEWEST_LAYERS - len(kept_layers))]})
     lists_per_layer = {
         name: value for name, value in vars(text_config).items()
@@ -81,5 +81,5 @@ def _shrink_layers(text_config: Any) -> None:
     if len(layer_types) == layer_count:
         lists_per_layer["layer_types"] = layer_types
     text_config.num_hidden_layers = len(kept_layers)
-    for name, values in lists_per_layer.items():
-        setattr(text_config, name, [values[number] for number in kept_layers])
+    for name, layer_values in lists_per_layer.items():
+        setattr(text_config, name, [layer_values[number] for number in kept_layers])

@@ -21,14 +21,14 @@ from typing import Any
 
 from finetune_trainer.model import count_parameter_values
 
-PEAK_BF16 = {
+PEAK_BF16_FLOPS = {
     "GH200": 989e12, "H200 NVL": 835e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H800": 989e12, "B200": 2250e12,
     "A100": 312e12, "A800": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A10G": 70e12, "A10": 125e12, "RTX 4090": 165e12,
     "RTX 3090": 71e12, "V100": 125e12, "T4": 65e12, "MI300X": 1307e12,
 }  # fmt: skip
 """Peak FLOP/s of dense bf16 (or fp16) matrix products, from the vendors' data sheets. Each key is a word, or words, in the name of the device."""
 SLOWER_VARIANTS = re.compile(r"\b(MIG|RTX A\d+|Laptop|Max-Q|4090 D)\b")
-"""Matches names of slower devices (MIG slices, workstation and laptop GPUs) that also contain a key of `PEAK_BF16`."""
+"""Matches names of slower devices (MIG slices, workstation and laptop GPUs) that also contain a key of `PEAK_BF16_FLOPS`."""
 
 EXPERT_COUNT_FIELDS = ("num_local_experts", "num_experts", "n_routed_experts")
 """Fields of a model's configuration that hold the number of experts in a layer."""
@@ -62,17 +62,17 @@ def trained_parameters(model: Any) -> int:
 def _count_matrix_parameters(model: Any) -> Iterator[tuple[Any, int]]:
     """Yield each parameter of the base model that is used in matrix products, with the number of its values that one token uses."""
     config, head = model.config.get_text_config(), model.get_output_embeddings()
-    head_ids = {id(one) for _, one in _effective_parameters(head)} if head is not None else set()
-    lookup_ids = {id(one) for one in model.get_input_embeddings().parameters()} - head_ids
+    head_ids = {id(head_parameter) for _, head_parameter in _list_effective_parameters(head)} if head is not None else set()
+    lookup_ids = {id(embedding_parameter) for embedding_parameter in model.get_input_embeddings().parameters()} - head_ids
     expert_count = next((count for name in EXPERT_COUNT_FIELDS if (count := getattr(config, name, None))), None)
     experts_per_token = getattr(config, "num_experts_per_tok", None)
-    for name, parameter in _effective_parameters(model, head_ids):
+    for name, parameter in _list_effective_parameters(model, head_ids):
         if ".lora_" not in name and id(parameter) not in lookup_ids:
             used_count = count_parameter_values(parameter)
             yield parameter, used_count * experts_per_token // expert_count if expert_count and experts_per_token and ".experts." in name else used_count
 
 
-def _effective_parameters(module: Any, kept_ids: Collection[int] = ()) -> Iterator[tuple[str, Any]]:
+def _list_effective_parameters(module: Any, kept_ids: Collection[int] = ()) -> Iterator[tuple[str, Any]]:
     """Yield the named parameters of a module, without those that PEFT has replaced by a trained copy (`modules_to_save`).
 
     A replaced parameter is also yielded if its id is in `kept_ids`.
@@ -100,22 +100,22 @@ def peak_flops_of(device: str) -> float | None:
     """Return the peak FLOP/s of the device with this name. None for unknown devices, so that no wrong utilisation is reported."""
     if SLOWER_VARIANTS.search(device):
         return None
-    return next((peak for words, peak in PEAK_BF16.items() if re.search(rf"\b{words}\b", device)), None)
+    return next((peak for words, peak in PEAK_BF16_FLOPS.items() if re.search(rf"\b{words}\b", device)), None)
 
 
 class SpeedMeter:
     """Measures the throughput between two log lines. Tokens are counted over all ranks."""
 
     def __init__(self, *, flops_of_token: float, peak_flops: float | None, rank_count: int):
-        self._flops, self._peak, self._ranks = flops_of_token, peak_flops, rank_count
-        self._since: tuple[float, int] | None = None
+        self._flops_of_token, self._peak_flops, self._rank_count = flops_of_token, peak_flops, rank_count
+        self._last_reading: tuple[float, int] | None = None
         """Time and tokens at the last log line."""
         self.waited_seconds = 0.0
         """Seconds spent waiting for data since the last log line."""
 
     def start(self, tokens: int, now: float | None = None) -> None:
         """Start a new measurement. `tokens`: number of tokens processed so far."""
-        self._since, self.waited_seconds = (time.perf_counter() if now is None else now, tokens), 0.0
+        self._last_reading, self.waited_seconds = (time.perf_counter() if now is None else now, tokens), 0.0
 
     def read(self, tokens: int, now: float | None = None) -> dict[str, float]:
         """Return the throughput since the last call, by the names of the logged values.
@@ -123,13 +123,13 @@ class SpeedMeter:
         The result is empty on the first call, and if no token was counted.
         """
         now = time.perf_counter() if now is None else now
-        last_reading, waited_seconds = self._since, self.waited_seconds
+        last_reading, waited_seconds = self._last_reading, self.waited_seconds
         self.start(tokens, now)
         if last_reading is None or now <= last_reading[0] or tokens <= last_reading[1]:
             return {}
         seconds = now - last_reading[0]
         tokens_per_second = (tokens - last_reading[1]) / seconds
-        values = {"tokens_per_second": tokens_per_second, "data_wait_share": min(1.0, waited_seconds / seconds)}
-        if self._peak:
-            values["mfu"] = tokens_per_second * self._flops / (self._peak * self._ranks)
-        return values
+        value_by_name = {"tokens_per_second": tokens_per_second, "data_wait_share": min(1.0, waited_seconds / seconds)}
+        if self._peak_flops:
+            value_by_name["mfu"] = tokens_per_second * self._flops_of_token / (self._peak_flops * self._rank_count)
+        return value_by_name

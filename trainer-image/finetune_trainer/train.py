@@ -91,7 +91,7 @@ def main(run: RunConfig, channel: Channel, inputs: Inputs, hooks: TrainingHooks 
     """
     imports.preload(run, objective_module(rules.trainer_type_of(run.spec)))
     try:
-        TrainingSession(run, channel, inputs, hooks or _checkpoint_hooks()).execute()
+        TrainingSession(run, channel, inputs, hooks or _load_checkpoint_hooks()).execute()
     except FineTuneError:
         raise
     except Exception as error:
@@ -166,28 +166,28 @@ class TrainingSession:
 
         tokenizer, notes = model.load_tokenizer(self.run, self.inputs)
         context, args = self._choose_arguments(tokenizer, [*self._create_own_callbacks(), *callbacks])
-        data, self.facts = self.objective.load_data(context)
+        splits, self.facts = self.objective.load_data(context)
         self.late_defaults = late_defaults(self.run, tokenizer, context.max_positions)
-        self.training_rows, self.test_rows, self.datasets = data.train, data.test, (data.test, data.validation, data.train)
-        if data.test is not None:
+        self.training_rows, self.test_rows, self.datasets = splits.train, splits.test, (splits.test, splits.validation, splits.train)
+        if splits.test is not None:
             with distributed.local_rank_0_first():
                 if self.channel.rank == 0:
                     self._write_test_split()
         self._emit_notes(*notes, *self.facts.notes)
         kept_layer_tokens = self._choose_checkpointing(args)
         set_seed(args.seed)
-        method = create_method(self._method_context(tokenizer))
+        method = create_method(self._build_method_context(tokenizer))
         context.unquantized = method.before_load()
         with self._shared_weights() as (context.inputs, sharing_notes):
             base_model, notes = model.load_model(
                 self.run, context.inputs, self.hardware, is_sharded=self.strategy.shards_weights, model_kind=self.objective.model_kind,
                 skip_quantization=context.unquantized,
             )  # fmt: skip
-            vocabulary.fit_embeddings(base_model, tokenizer, self.run, [data.train, data.validation, data.test])
+            vocabulary.fit_embeddings(base_model, tokenizer, self.run, [splits.train, splits.validation, splits.test])
             trainable_model = method.make_trainable(base_model)
             self._emit_notes(*notes, *sharing_notes, *trainable_model.notes, *self.strategy.notes)
             with method.trainer_construction(base_model):  # Building dpo's Trainer also loads the reference model.
-                trainer = self.objective.build_trainer(context, args, trainable_model.model, data)
+                trainer = self.objective.build_trainer(context, args, trainable_model.model, splits)
         context.inputs = self.inputs
         trainer.kept_layer_tokens = kept_layer_tokens
         method.on_trainer_created(trainer)
@@ -268,7 +268,7 @@ class TrainingSession:
             args.activation_checkpointing = args.gradient_checkpointing = False
         return choice.kept_layer_tokens
 
-    def _method_context(self, tokenizer: Any) -> MethodContext:
+    def _build_method_context(self, tokenizer: Any) -> MethodContext:
         from finetune_trainer import vocabulary
         from finetune_trainer.method.base import MethodContext
 
@@ -416,11 +416,11 @@ class TrainingSession:
             copy_processor_files(self.inputs.model, folder)
         last_losses = {name: line[name] for line in state.log_history for name in ("loss", "eval_loss") if name in line}
         card_metrics = {"last training loss": last_losses.get("loss"), "last validation loss": last_losses.get("eval_loss"), **test_metrics}
-        facts = TrainingFacts(
+        card_facts = TrainingFacts(
             self.facts.rows, self.facts.format.value, state.global_step, self.trainable.trainable_count, self.trainable.total_count,
             {name: value for name, value in card_metrics.items() if value is not None},
         )  # fmt: skip
-        (folder / CARD_FILE).write_text(build_model_card(self.run, self.inputs, self.trainable.output_kind, facts), encoding="utf-8")
+        (folder / CARD_FILE).write_text(build_model_card(self.run, self.inputs, self.trainable.output_kind, card_facts), encoding="utf-8")
 
     def _write_reference_values(self, trainer: Any) -> dict[str, str]:
         """Write the reference values, which the stage `verifying` compares with the values of the stored model.
@@ -465,7 +465,7 @@ class TrainingSession:
                     self.channel.report_note(note)
 
 
-def _checkpoint_hooks() -> TrainingHooks:
+def _load_checkpoint_hooks() -> TrainingHooks:
     from finetune_trainer.checkpoint import rank
 
     return rank  # type: ignore[return-value]  # the module has the functions of TrainingHooks
@@ -490,21 +490,21 @@ def _name_base_by_source(folder: Path, run: RunConfig) -> None:
     """Write the base model's source into the adapter's configuration, where PEFT has written the base model's path on this pod's disk."""
     config_file = folder / "adapter_config.json"
     if config_file.exists():
-        value = json.loads(config_file.read_text())
-        value["base_model_name_or_path"] = redact_source(run.spec.model.source or "").removeprefix("hf://")
-        config_file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+        adapter_config = json.loads(config_file.read_text())
+        adapter_config["base_model_name_or_path"] = redact_source(run.spec.model.source or "").removeprefix("hf://")
+        config_file.write_text(json.dumps(adapter_config, indent=2, sort_keys=True) + "\n")
 
 
 def to_finetune_error(error: Exception) -> FineTuneError:
     """Convert a library's exception to MemoryExhaustedError GpuOutOfMemory, or to InternalError with the exception's type and first line."""
     import torch
 
-    text = str(error).strip().split("\n")[0][:500]
+    first_line = str(error).strip().split("\n")[0][:500]
     if isinstance(error, torch.OutOfMemoryError) or OUT_OF_GPU_MEMORY_PATTERN.search(str(error)):
         return MemoryExhaustedError(
-            "GpuOutOfMemory", text, hint="lower training.batchSizePerDevice, raise gradientAccumulationSteps, or enable gradientCheckpointing"
+            "GpuOutOfMemory", first_line, hint="lower training.batchSizePerDevice, raise gradientAccumulationSteps, or enable gradientCheckpointing"
         )  # fmt: skip
-    return InternalError(type(error).__name__, text or type(error).__name__)
+    return InternalError(type(error).__name__, first_line or type(error).__name__)
 
 
 def _disable_progress_bars() -> None:

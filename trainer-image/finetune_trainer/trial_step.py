@@ -72,12 +72,12 @@ def try_step(context: TrainingContext, objective: Objective[Any, Any], data: Any
 
 def reason_against_trial_step(context: TrainingContext) -> str | None:
     """Return why a small copy of the model cannot train the job's step. None if no such reason is known."""
-    spec, method = context.run.spec, rules.method_type_of(context.run.spec)
+    spec, method_type = context.run.spec, rules.method_type_of(context.run.spec)
     if context.vision is not None:
         return "it is a model for images and text"
     if rules.trainer_type_of(spec) is TrainerType.GRPO:
         return "grpo generates answers and calls rewards"
-    if method is MethodType.SPECTRUM or context.inputs.adapter is not None:
+    if method_type is MethodType.SPECTRUM or context.inputs.adapter is not None:
         return "the method needs the weights of the model"
     has_reference = rules.trainer_type_of(spec) in (TrainerType.DPO, TrainerType.KTO)
     if has_reference and (context.inputs.reference is not None or rules.trains_base_weights(spec)):
@@ -86,7 +86,7 @@ def reason_against_trial_step(context: TrainingContext) -> str | None:
 
 
 def _run_forked(action: Callable[[], FineTuneError | str | None], limit_seconds: float) -> FineTuneError | str | None:
-    """Run an action in a forked process. Returns the action's result or, if the process returned none, the reason as a text."""
+    """Run an action in a forked process. Returns the result of the action or, if the process sent no result, the reason as a text."""
     fork_context = multiprocessing.get_context("fork")
     receiver, sender = fork_context.Pipe(duplex=False)
     process = fork_context.Process(target=_report_result, args=(action, sender), name="trial-step")
@@ -95,8 +95,8 @@ def _run_forked(action: Callable[[], FineTuneError | str | None], limit_seconds:
     try:
         if not receiver.poll(limit_seconds):
             return f"it did not end within {limit_seconds:g} seconds"
-        result: FineTuneError | str | None = receiver.recv()
-        return result
+        action_result: FineTuneError | str | None = receiver.recv()
+        return action_result
     except EOFError:
         process.join()
         return f"its process ended with exit code {process.exitcode}"
@@ -122,22 +122,22 @@ def _try_step(context: TrainingContext, objective: Objective[Any, Any], data: An
     short_rows = _select_short_rows(data)
     if short_rows is None:
         return f"the shortest rows have more than {MAX_TRIAL_ROW_TOKENS} tokens"
-    small, has_own_code = shrink_config(config), bool(getattr(config, "auto_map", None))
+    small_config, has_own_code = shrink_config(config), bool(getattr(config, "auto_map", None))
     try:
-        _run_plain_step(_build_small_copy(context, objective, small), short_rows)
+        _run_plain_step(_build_small_copy(context, objective, small_config), short_rows)
     except Exception as error:
         if isinstance(error, CODE_FAULT_EXCEPTIONS) or (has_own_code and isinstance(error, AttributeError | TypeError)):
             return _code_error(context, error)
         log.warning("the small copy cannot be trained", exc_info=error)
         return f"the small copy cannot be trained ({_first_line(error)})"
     try:
-        _run_job_step(context, objective, short_rows, _build_small_copy(context, objective, small))
+        _run_job_step(context, objective, short_rows, _build_small_copy(context, objective, small_config))
     except REFUSAL_EXCEPTIONS as error:
         if isinstance(error, NotImplementedError) and BACKEND_MESSAGE in str(error):
             return _first_line(error)
-        if not _works_with_llama(context, objective, short_rows, small):
+        if not _works_with_llama(context, objective, short_rows, small_config):
             raise
-        return _step_error(context, error, small)
+        return _step_error(context, error, small_config)
     return None
 
 
@@ -146,7 +146,7 @@ def _select_short_rows(data: Any) -> Any:
     first_rows = data.train.select(range(min(SEARCHED_ROW_COUNT, len(data.train))))
     lengths = [sum(len(value) for value in row.values() if isinstance(value, list)) for row in first_rows.with_format(None)]
     shortest_indices = sorted(sorted(range(len(lengths)), key=lengths.__getitem__)[:TRIAL_ROW_COUNT])
-    if sum(lengths[number] for number in shortest_indices) > MAX_TRIAL_ROW_TOKENS:
+    if sum(lengths[index] for index in shortest_indices) > MAX_TRIAL_ROW_TOKENS:
         return None
     return replace(data, train=first_rows.select(shortest_indices), validation=None, test=None)
 
@@ -199,22 +199,22 @@ def _run_job_step(context: TrainingContext, objective: Objective[Any, Any], data
 
 def make_small_run(run: RunConfig) -> RunConfig:
     """Return the run configuration for a single step on the CPU, without checkpoints, evaluations and GPU options."""
-    values: dict[str, Any] = {
+    values_by_path: dict[str, Any] = {
         "training.device": "cpu", "training.mixedPrecision": "no", "training.batchSizePerDevice": TRIAL_ROW_COUNT, "training.gradientAccumulationSteps": 1,
         "training.maxSteps": 1, "training.optimizer": "adamw_torch", "training.earlyStopping": None, "checkpoint.strategy": "no",
         "checkpoint.loadBestAtEnd": False, "evaluation.strategy": "no", "trainer.backend": "transformers", "model.ligerKernels": False,
         "model.quantization": None,
     }  # fmt: skip
     if run.spec.training.gradient_checkpointing is GradientCheckpointing.UNSLOTH:
-        values["training.gradientCheckpointing"] = GradientCheckpointing.ENABLED.value
-    return run.model_copy(update={"spec": run.spec.with_values(values)})
+        values_by_path["training.gradientCheckpointing"] = GradientCheckpointing.ENABLED.value
+    return run.model_copy(update={"spec": run.spec.with_values(values_by_path)})
 
 
-def _works_with_llama(context: TrainingContext, objective: Objective[Any, Any], data: Any, small_model: Any) -> bool:
+def _works_with_llama(context: TrainingContext, objective: Objective[Any, Any], data: Any, small_config: Any) -> bool:
     """Whether a small Llama model computes the same step. If it does not, this check may be the cause of a failure, instead of the model's class."""
     from transformers import LlamaConfig
 
-    text_config = small_model.get_text_config()
+    text_config = small_config.get_text_config()
     config = LlamaConfig(
         vocab_size=text_config.vocab_size, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         max_position_embeddings=getattr(text_config, "max_position_embeddings", None) or 2048, pad_token_id=getattr(text_config, "pad_token_id", None),
@@ -234,18 +234,18 @@ def _works_with_llama(context: TrainingContext, objective: Objective[Any, Any], 
 def _code_error(context: TrainingContext, error: Exception) -> ConfigError:
     source = redact_source(context.run.spec.model.source or "")
     return ConfigError(
-        "ModelCodeFails", f"the code of the model {source} fails in a plain forward and backward pass{_error_location(error)}: {_first_line(error)}",
+        "ModelCodeFails", f"the code of the model {source} fails in a plain forward and backward pass{_format_error_location(error)}: {_first_line(error)}",
         hint=f"give a model whose code fits the libraries of the trainer image, or set placement.image to an image that fits the code{_skip_hint()}",
         failure_class=FailureClass.MODEL,
     )  # fmt: skip
 
 
-def _step_error(context: TrainingContext, error: Exception, small_model: Any) -> ConfigError:
-    spec, model_type = context.run.spec, small_model.model_type
+def _step_error(context: TrainingContext, error: Exception, small_config: Any) -> ConfigError:
+    spec, model_type = context.run.spec, small_config.model_type
     combination = f"trainer.type {rules.trainer_type_of(spec)} and method.type {rules.method_type_of(spec)}"
     return ConfigError(
         "TrainingStepFails", f"a model of type {model_type} cannot be trained with {combination}: one step with a small copy fails"
-        f"{_error_location(error)}: {_first_line(error)}. The same step works with a Llama model",
+        f"{_format_error_location(error)}: {_first_line(error)}. The same step works with a Llama model",
         hint=f"choose another model, trainer.type or method.type{_skip_hint()}", failure_class=FailureClass.MODEL,
     )  # fmt: skip
 
@@ -254,7 +254,7 @@ def _skip_hint() -> str:
     return "; to train without this check, write prepare.strategy: never"
 
 
-def _error_location(error: Exception) -> str:
+def _format_error_location(error: Exception) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     return f" at {frames[-1].filename.rpartition('/')[2]}:{frames[-1].lineno}" if frames else ""
 

@@ -27,8 +27,8 @@ class UsageReader:
             if not self._is_open:
                 self._nvml, self._is_open = open_nvml(), True
             gpu_usages = self._nvml.read() if self._nvml is not None else []
-        used, total = read_container_memory()
-        return PodUsage(memory_used_bytes=used, memory_total_bytes=total, gpus=gpu_usages)
+        used_bytes, total_bytes = read_container_memory()
+        return PodUsage(memory_used_bytes=used_bytes, memory_total_bytes=total_bytes, gpus=gpu_usages)
 
 
 def read_container_memory(cgroup: Path = CGROUP_FOLDER) -> tuple[int, int]:

@@ -32,7 +32,7 @@ def add_tokens(tokenizer: Any, new_tokens: Sequence[str] | None) -> list[int]:
 
 
 def new_token_ids(tokenizer: Any, new_tokens: Sequence[str] | None) -> list[int]:
-    """Return the ids of the new tokens, in the given order."""
+    """Return the ids of the new tokens, in the order of `new_tokens`."""
     return [int(tokenizer.convert_tokens_to_ids(token)) for token in new_tokens or ()]
 
 
@@ -42,11 +42,11 @@ def fit_embeddings(model: Any, tokenizer: Any, run: RunConfig, datasets: Sequenc
     A tokenizer with more tokens than the model has rows is accepted if the additional tokens (for example image tokens) do not occur in
     `datasets` and are not the pad token. Errors: ConfigError VocabularyDiffers, NewTokensSharded.
     """
-    ids = new_token_ids(tokenizer, run.spec.model.new_tokens)
-    embeddings = model.get_input_embeddings().weight
-    row_count = int((getattr(embeddings, "ds_shape", None) or embeddings.shape)[0])
-    if not ids:
-        highest_id = max([tokenizer.pad_token_id, *map(_highest_id, datasets)]) if row_count < len(tokenizer) else 0
+    new_ids = new_token_ids(tokenizer, run.spec.model.new_tokens)
+    embedding_weight = model.get_input_embeddings().weight
+    row_count = int((getattr(embedding_weight, "ds_shape", None) or embedding_weight.shape)[0])
+    if not new_ids:
+        highest_id = max([tokenizer.pad_token_id, *map(_find_highest_id, datasets)]) if row_count < len(tokenizer) else 0
         if highest_id >= row_count:
             raise ConfigError(
                 "VocabularyDiffers", f"{redact_source(run.spec.model.source or '')} has {row_count} embedding rows, and "
@@ -54,17 +54,17 @@ def fit_embeddings(model: Any, tokenizer: Any, run: RunConfig, datasets: Sequenc
                 hint="give the model's own tokenizer, and name additional tokens in model.newTokens",
             )  # fmt: skip
         return
-    if hasattr(embeddings, "ds_id"):
+    if hasattr(embedding_weight, "ds_id"):
         raise ConfigError(
             "NewTokensSharded", "model.newTokens enlarges the embeddings, and with ZeRO stage 3 no rank holds all of their rows",
             hint="write zeroStage 2, or fsdp with method full",
         )  # fmt: skip
     if row_count < len(tokenizer):
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    _set_rows_to_mean(model, ids)
+    _set_rows_to_mean(model, new_ids)
 
 
-def _highest_id(dataset: Any) -> int:
+def _find_highest_id(dataset: Any) -> int:
     """Return the highest token id in the token columns of a data set, or -1 if the data set has no token columns."""
     import pyarrow.compute
 

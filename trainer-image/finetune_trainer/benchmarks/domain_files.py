@@ -58,28 +58,29 @@ def select_domains(folder: Path, field: str, domains: list[str] | None) -> list[
 
     Errors: ConfigError DomainFileMissing, DomainFileInvalid.
     """
-    files = find_domain_files(folder)
-    if not files:
+    files_by_domain = find_domain_files(folder)
+    if not files_by_domain:
         raise ConfigError("DomainFileMissing", f"{field} contains no domain file", hint="add a file such as domain_medical.json")
     for domain in domains or ():
-        if domain not in files:
+        if domain not in files_by_domain:
             raise ConfigError(
-                "DomainFileMissing", f"{field} contains no file for the domain {domain}, only for {', '.join(sorted(files))}",
+                "DomainFileMissing", f"{field} contains no file for the domain {domain}, only for {', '.join(sorted(files_by_domain))}",
                 hint=f"add {DOMAIN_FILE_PREFIX}{domain}.json, or remove {domain} from tasks",
             )  # fmt: skip
-    selected_domains = list(dict.fromkeys(domains)) if domains else sorted(files)
+    selected_domains = list(dict.fromkeys(domains)) if domains else sorted(files_by_domain)
     for domain in selected_domains:
-        read_domain(files[domain])
+        read_domain(files_by_domain[domain])
     return selected_domains
 
 
 def read_domain(path: Path) -> list[DomainQuestion]:
     """Read the questions of a domain file. Errors: ConfigError DomainFileInvalid, which names the number of the question."""
     try:
-        value = json.loads(path.read_bytes())
+        file_contents = json.loads(path.read_bytes())
     except ValueError as error:
         raise _domain_file_error(path, f"is not valid JSON: {error}") from error
-    candidate_lists = [value] if isinstance(value, list) else [inner for inner in value.values() if isinstance(inner, list)] if isinstance(value, dict) else []
+    candidates = [file_contents] if isinstance(file_contents, list) else list(file_contents.values()) if isinstance(file_contents, dict) else []
+    candidate_lists = [candidate for candidate in candidates if isinstance(candidate, list)]
     if len(candidate_lists) != 1 or not candidate_lists[0]:
         raise _domain_file_error(path, "contains neither a list of questions nor an object with one such list")
     return [_read_question(path, number, entry) for number, entry in enumerate(candidate_lists[0], 1)]

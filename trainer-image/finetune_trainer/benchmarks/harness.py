@@ -96,17 +96,18 @@ def _measure_task(loaded_model: LoadedModel, task: BenchmarkTask) -> TaskRecord:
             "ChatTemplateMissing", f"{task.field}.applyChatTemplate is true, but the tokenizer has no chat template",
             hint="remove applyChatTemplate, or give a template in dataset.chatTemplate",
         )  # fmt: skip
-    loaded_model.model.tie_weights = lambda *_, **__: None  # The harness would tie the weights again, and so undo that an adapter replaced a tied weight.
-    model = HFLM(pretrained=loaded_model.model, tokenizer=loaded_model.tokenizer, backend="causal", batch_size=loaded_model.batch_size)
+    # Otherwise, the harness would tie the weights again. An adapter may have replaced a tied weight, and this replacement would be lost.
+    loaded_model.model.tie_weights = lambda *_, **__: None
+    harness_model = HFLM(pretrained=loaded_model.model, tokenizer=loaded_model.tokenizer, backend="causal", batch_size=loaded_model.batch_size)
     tasks = _create_task_manager(task).load([task.name])
     for harness_task in tasks["tasks"].values():
-        task_few_shot = harness_task.get_config("num_fewshot")
-        harness_task.set_config(key="num_fewshot", value=task_few_shot or 0 if benchmark.few_shot is None or task_few_shot == 0 else benchmark.few_shot)
+        task_shot_count = harness_task.get_config("num_fewshot")
+        harness_task.set_config(key="num_fewshot", value=task_shot_count or 0 if benchmark.few_shot is None or task_shot_count == 0 else benchmark.few_shot)
         harness_task.set_fewshot_seed(seed=loaded_model.seed)
     set_seed(loaded_model.seed)
     # The harness's `simple_evaluate` also calls `evaluate`, but then runs pip, git and compilers to describe the machine.
     harness_results = evaluate(
-        lm=model, task_dict=tasks, limit=benchmark.limit, bootstrap_iters=BOOTSTRAP_ITERATIONS, log_samples=False,
+        lm=harness_model, task_dict=tasks, limit=benchmark.limit, bootstrap_iters=BOOTSTRAP_ITERATIONS, log_samples=False,
         apply_chat_template=benchmark.apply_chat_template is True, fewshot_as_multiturn=True,
         confirm_run_unsafe_code=benchmark.allow_code_execution is True,
     )  # fmt: skip
@@ -131,11 +132,11 @@ def _create_task_manager(task: BenchmarkTask) -> Any:
 def _to_measurements(harness_results: Any) -> list[Measurement]:
     """Return the metrics in the harness's results: first the metrics of groups, then the metrics of tasks."""
     groups = harness_results.get("groups") or {}
-    all_results = groups | {name: values for name, values in harness_results["results"].items() if name not in groups}
+    metrics_by_task = groups | {name: metric_values for name, metric_values in harness_results["results"].items() if name not in groups}
     sample_counts = harness_results.get("n-samples") or {}
     measurements = []
-    for name, values in all_results.items():
-        for key, value in values.items():
+    for name, metric_values in metrics_by_task.items():
+        for key, value in metric_values.items():
             metric, comma, filter_name = key.partition(",")
             if not comma or metric.endswith("_stderr"):
                 continue
@@ -143,7 +144,7 @@ def _to_measurements(harness_results: Any) -> list[Measurement]:
             measurements.append(
                 Measurement(
                     task=name, metric=metric if filter_name == UNFILTERED_NAME else f"{metric},{filter_name}", value=finite_value,
-                    stderr=finite_number_or_none(values.get(f"{metric}_stderr,{filter_name}")), samples=(sample_counts.get(name) or {}).get("effective"),
+                    stderr=finite_number_or_none(metric_values.get(f"{metric}_stderr,{filter_name}")), samples=(sample_counts.get(name) or {}).get("effective"),
                     reason=None if finite_value is not None else f"the task reports no number for {metric}",
                     is_part_of_group=bool(groups) and name not in groups,
                 )

@@ -37,8 +37,10 @@ class SheetRow:
 
     def cells(self) -> dict[str, object]:
         """Return the values of the row by column. The columns that raters fill in are empty."""
-        values: dict[str, object] = {"id": self.number, "promptID": self.prompt_number, "model": self.model, "prompt": self.prompt, "response": self.response}
-        return values | dict.fromkeys(SCORE_COLUMNS) | {"rater": "", "comments": ""}
+        known_cells: dict[str, object] = {
+            "id": self.number, "promptID": self.prompt_number, "model": self.model, "prompt": self.prompt, "response": self.response,
+        }  # fmt: skip
+        return known_cells | dict.fromkeys(SCORE_COLUMNS) | {"rater": "", "comments": ""}
 
 
 def build_sheet_rows(
@@ -50,18 +52,18 @@ def build_sheet_rows(
     """
     random_generator = random.Random(seed)  # noqa: S311  no secret
     rows: list[SheetRow] = []
-    models: dict[int, str] = {}
+    model_by_row: dict[int, str] = {}
     for prompt_index, prompt in enumerate(prompts):
         answers = [(TRAINED_MODEL, trained_answers[prompt_index])] + ([(BASE_MODEL, base_answers[prompt_index])] if base_answers is not None else [])
         random_generator.shuffle(answers)
         for letter, (model, answer) in zip("AB", answers, strict=False):
             row = SheetRow(len(rows) + 1, prompt_index + 1, TRAINED_MODEL if base_answers is None else letter, prompt, answer)
             rows.append(row)
-            models[row.number] = model
-    return rows, models
+            model_by_row[row.number] = model
+    return rows, model_by_row
 
 
-def write_sheets(folder: Path, rows: Sequence[SheetRow], models: dict[int, str]) -> None:
+def write_sheets(folder: Path, rows: Sequence[SheetRow], model_by_row: dict[int, str]) -> None:
     """Write the sheet as JSON and CSV, the instructions, and a separate file that says which model gave which answer."""
     scale = {"lowest": LOWEST_SCORE, "highest": HIGHEST_SCORE}
     sheet = {"instructions": INSTRUCTIONS, "scale": scale, "scores": list(SCORE_COLUMNS), "rows": [row.cells() for row in rows]}
@@ -73,4 +75,4 @@ def write_sheets(folder: Path, rows: Sequence[SheetRow], models: dict[int, str])
         for row in rows:
             writer.writerow({name: to_plain_cell(value) if isinstance(value, str) else value for name, value in row.cells().items()})
     (folder / INSTRUCTIONS_FILE).write_text(INSTRUCTIONS)
-    (folder / KEY_FILE).write_text(json.dumps({"models": {str(number): model for number, model in models.items()}}, indent=1))
+    (folder / KEY_FILE).write_text(json.dumps({"models": {str(number): model for number, model in model_by_row.items()}}, indent=1))

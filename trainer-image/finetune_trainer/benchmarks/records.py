@@ -53,7 +53,7 @@ class FinishedTasks:
 
     def read(self, task: BenchmarkTask) -> TaskRecord | None:
         """Return the record of a task, or None if the task is not finished."""
-        path = self._path(task)
+        path = self._build_record_path(task)
         try:
             return TaskRecord.model_validate_json(path.read_text())
         except (FileNotFoundError, ValueError):
@@ -61,10 +61,10 @@ class FinishedTasks:
 
     def write(self, task: BenchmarkTask, record: TaskRecord) -> None:
         """Write the record atomically, because the supervisor may read the folder at any time."""
-        with replace_file(self._path(task)) as partial_file:
+        with replace_file(self._build_record_path(task)) as partial_file:
             partial_file.write_text(record.model_dump_json(by_alias=True))
 
-    def _path(self, task: BenchmarkTask) -> Path:
+    def _build_record_path(self, task: BenchmarkTask) -> Path:
         """Return the path of a task's record. The file name is a hash of all inputs of the task except the model.
 
         The hash need not depend on the model, because the supervisor restores only records of the same model.
@@ -98,14 +98,15 @@ def combine_results(tasks: Sequence[BenchmarkTask], records: Sequence[TaskRecord
     return entries
 
 
-def _build_result_entry(task: BenchmarkTask, trained_measurement: Measurement, base: Measurement | None) -> dict[str, Any]:
-    has_both = base is not None and base.value is not None and trained_measurement.value is not None
+def _build_result_entry(task: BenchmarkTask, trained_measurement: Measurement, base_measurement: Measurement | None) -> dict[str, Any]:
+    has_both_values = base_measurement is not None and base_measurement.value is not None and trained_measurement.value is not None
     return {
         "name": task.benchmark.name, "task": trained_measurement.task, "group": task.name if trained_measurement.is_part_of_group else None,
         "metric": trained_measurement.metric,
-        "value": trained_measurement.value, "stderr": trained_measurement.stderr, "samples": trained_measurement.samples, "base": base.value if base else None,
-        "baseStderr": base.stderr if base else None, "difference": trained_measurement.value - base.value if has_both else None,  # type: ignore[operator,union-attr]
-        "reason": trained_measurement.reason or (base.reason if base else None),
+        "value": trained_measurement.value, "stderr": trained_measurement.stderr, "samples": trained_measurement.samples,
+        "base": base_measurement.value if base_measurement else None, "baseStderr": base_measurement.stderr if base_measurement else None,
+        "difference": trained_measurement.value - base_measurement.value if has_both_values else None,  # type: ignore[operator,union-attr]
+        "reason": trained_measurement.reason or (base_measurement.reason if base_measurement else None),
     }  # fmt: skip
 
 
@@ -121,17 +122,17 @@ def to_status_results(entries: Iterable[dict[str, Any]]) -> list[BenchmarkResult
 def write_results(folder: Path, tasks: Sequence[BenchmarkTask], entries: Sequence[dict[str, Any]]) -> None:
     """Write `benchmark_results.json`. Also write the results of the harness and of domains to files with the names that other tools expect."""
     (folder / RESULTS_FILE).write_text(json.dumps({"benchmarks": entries}, indent=1))
-    names = {task.benchmark.name for task in tasks if task.kind is BenchmarkKind.HARNESS}
-    harness: dict[str, dict[str, float | None]] = {}
+    harness_benchmarks = {task.benchmark.name for task in tasks if task.kind is BenchmarkKind.HARNESS}
+    harness_values: dict[str, dict[str, float | None]] = {}
     for entry in entries:
-        if entry["name"] in names:
-            harness.setdefault(entry["task"], {})[entry["metric"]] = entry["value"]
-    if harness:
-        (folder / HARNESS_FILE).write_text(json.dumps(harness, indent=1))
+        if entry["name"] in harness_benchmarks:
+            harness_values.setdefault(entry["task"], {})[entry["metric"]] = entry["value"]
+    if harness_values:
+        (folder / HARNESS_FILE).write_text(json.dumps(harness_values, indent=1))
     for task in tasks:
         if task.kind is BenchmarkKind.DOMAINS and not task.uses_base:
-            values = {entry["metric"]: entry["value"] for entry in entries if (entry["name"], entry["task"]) == (task.benchmark.name, task.name)}
-            values_by_result_key = {DOMAIN_RESULT_KEYS.get(metric, metric): value for metric, value in values.items()}
+            values_by_metric = {entry["metric"]: entry["value"] for entry in entries if (entry["name"], entry["task"]) == (task.benchmark.name, task.name)}
+            values_by_result_key = {DOMAIN_RESULT_KEYS.get(metric, metric): value for metric, value in values_by_metric.items()}
             (folder / f"{DOMAIN_FILE_PREFIX}{task.name}_results.json").write_text(json.dumps(values_by_result_key, indent=1))
 
 

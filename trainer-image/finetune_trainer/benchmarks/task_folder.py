@@ -57,7 +57,7 @@ class TaskFolder:
         if not allows_code:
             _require_no_code(path, field, reader)
         for definition in definitions:
-            for settings in _settings_with_data(definition.settings):
+            for settings in _find_settings_with_data(definition.settings):
                 _check_data(path, field, definition.file, settings)
         return cls(path, field, definitions)
 
@@ -99,7 +99,8 @@ class TaskFolder:
                 "TaskNotInFolder", f"the task {name} needs the data set {dataset}, but {self.field} does not contain the folder {dataset}",
                 hint=f"copy the files of the hub's data set repository {dataset} to {dataset}/ in this folder, or remove {name} from tasks",
             )  # fmt: skip
-        known_names = sorted({name for definition in self.definitions for name in definition.names} | {one for one in BUNDLED_TASKS if self._has_data_of(one)})
+        defined_names = {name for definition in self.definitions for name in definition.names}
+        known_names = sorted(defined_names | {bundled_name for bundled_name in BUNDLED_TASKS if self._has_data_of(bundled_name)})
         similar_names = difflib.get_close_matches(name, known_names, n=1)
         listed_names = ", ".join(known_names[:MAX_LISTED_NAMES])
         if len(known_names) > MAX_LISTED_NAMES:
@@ -136,7 +137,7 @@ class _DefinitionReader:
         for path in sorted(self.folder.rglob("*.yaml"), key=lambda file: file.as_posix()):
             if IGNORED_FOLDERS & set(path.parts) or not path.is_file():
                 continue
-            settings = self._merge(path, ())
+            settings = self._merge_included_files(path, ())
             name = settings.get("group") or settings.get("task")
             if not isinstance(name, str):  # The file defines neither a task nor a group, and is only included by other files.
                 continue
@@ -144,38 +145,38 @@ class _DefinitionReader:
             names = (name, *([tags] if isinstance(tags, str) else map(str, tags)))
             yield TaskDefinition(self._make_relative(path), names, "group" not in settings, settings)
 
-    def _merge(self, path: Path, including: tuple[Path, ...]) -> dict[str, Any]:
+    def _merge_included_files(self, path: Path, including_files: tuple[Path, ...]) -> dict[str, Any]:
         """Return the settings of a file, merged with the settings of the files that it includes. The file's own settings take precedence."""
-        if path in including:
-            raise self._invalid(path, "includes itself")
-        settings = self._load(path)
-        merged_definition: dict[str, Any] = {}
+        if path in including_files:
+            raise self._invalid_file_error(path, "includes itself")
+        settings = self._load_settings(path)
+        merged_settings: dict[str, Any] = {}
         included_names = settings.get("include", [])
         for name in included_names if isinstance(included_names, list) else [included_names]:
-            target = Path(os.path.normpath(path.parent / str(name)))
-            if not target.is_relative_to(self.folder) or not target.is_file():
-                raise self._invalid(path, f"includes {name}, which is not a file of the folder")
-            included_settings = self._merge(target, (*including, path))
-            merged_definition |= {key: value for key, value in included_settings.items() if key != "task_list"}
-        return merged_definition | {key: value for key, value in settings.items() if key != "include"}
+            included_file = Path(os.path.normpath(path.parent / str(name)))
+            if not included_file.is_relative_to(self.folder) or not included_file.is_file():
+                raise self._invalid_file_error(path, f"includes {name}, which is not a file of the folder")
+            included_settings = self._merge_included_files(included_file, (*including_files, path))
+            merged_settings |= {key: value for key, value in included_settings.items() if key != "task_list"}
+        return merged_settings | {key: value for key, value in settings.items() if key != "include"}
 
-    def _load(self, path: Path) -> dict[str, Any]:
+    def _load_settings(self, path: Path) -> dict[str, Any]:
         try:
             settings = yaml.load(path.read_bytes(), Loader=_DefinitionLoader)  # noqa: S506  a subclass of the safe loader
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             mark = getattr(error, "problem_mark", None)
             line = f"line {mark.line + 1}: " if mark else ""
             problem = getattr(error, "problem", None) or "unreadable text"
-            raise self._invalid(path, f"is not valid YAML: {line}{problem}") from error
+            raise self._invalid_file_error(path, f"is not valid YAML: {line}{problem}") from error
         if not isinstance(settings, dict):
-            raise self._invalid(path, "does not contain a YAML mapping")
+            raise self._invalid_file_error(path, "does not contain a YAML mapping")
         self.settings_by_file[self._make_relative(path)] = settings
         return settings
 
     def _make_relative(self, path: Path) -> str:
         return path.relative_to(self.folder).as_posix()
 
-    def _invalid(self, path: Path, problem: str) -> ConfigError:
+    def _invalid_file_error(self, path: Path, problem: str) -> ConfigError:
         message = f"{self.field}: the file {self._make_relative(path)} {problem}"
         return ConfigError("TaskFolderInvalid", message, hint="correct the file, or remove it from the folder")
 
@@ -217,14 +218,14 @@ def _find_code(value: Any) -> Iterator[str]:
 # ---- data ----
 
 
-def _settings_with_data(settings: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Yield the settings of each task that names a data set. `settings`: the settings of a task, or of a group, which may define tasks itself."""
+def _find_settings_with_data(settings: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Yield the settings of each task that names a data set. `settings`: the settings of a task, or of a group. A group may define tasks itself."""
     if "dataset_path" in settings:
         yield settings
     members = settings.get("task")
     for member in members if isinstance(members, list) else []:
         if isinstance(member, Mapping):
-            yield from _settings_with_data({key: value for key, value in settings.items() if key != "task"} | dict(member))
+            yield from _find_settings_with_data({key: value for key, value in settings.items() if key != "task"} | dict(member))
 
 
 def _check_data(folder: Path, field: str, file: str, settings: Mapping[str, Any]) -> None:

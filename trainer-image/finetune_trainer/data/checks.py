@@ -58,8 +58,8 @@ class CheckFindings:
         if self.duplicate_count is not None:
             notes.append(f"{self.duplicate_count} duplicate rows were left out")
         if self.personal_data_counts is not None:
-            hit_counts = ", ".join(f"{kind} in {count}" for kind, count in self.personal_data_counts.items() if count)
-            notes.append(f"rows that may hold personal data: {hit_counts or 'none'}")
+            counts_text = ", ".join(f"{kind} in {count}" for kind, count in self.personal_data_counts.items() if count)
+            notes.append(f"rows that may hold personal data: {counts_text or 'none'}")
         if self.top_answer_counts:
             most_frequent_answer = next(iter(self.top_answer_counts))
             notes.append(f"most frequent answer: {most_frequent_answer!r}, {self.share_of_top_answer:.1%} of all answers")
@@ -73,8 +73,8 @@ class RowChecks:
         self.options = options or Checks()
         self._seen_digests: set[bytes] = set()
         self._duplicate_count = self._answer_count = 0
-        self._personal_data: Counter[str] = Counter(dict.fromkeys(PERSONAL_DATA_PATTERNS, 0))
-        self._answers: Counter[str] = Counter()
+        self._personal_data_counts: Counter[str] = Counter(dict.fromkeys(PERSONAL_DATA_PATTERNS, 0))
+        self._answer_counts: Counter[str] = Counter()
 
     def accept(self, example: Example) -> bool:
         """Count the row. Return False if the row must be left out because it equals an earlier row of any source."""
@@ -86,9 +86,9 @@ class RowChecks:
             self._seen_digests.add(digest)
         if self.options.pii_scan:
             text = "\n".join(all_texts(example))
-            self._personal_data.update(kind for kind, pattern in PERSONAL_DATA_PATTERNS.items() if pattern.search(text))
+            self._personal_data_counts.update(kind for kind, pattern in PERSONAL_DATA_PATTERNS.items() if pattern.search(text))
         if self.options.balance:
-            self._answers.update(answer.strip()[:ANSWER_CHARACTERS] for answer in answer_texts(example))
+            self._answer_counts.update(answer.strip()[:ANSWER_CHARACTERS] for answer in answer_texts(example))
         return True
 
     def findings(self) -> CheckFindings:
@@ -97,11 +97,11 @@ class RowChecks:
         if self.options.deduplicate:
             findings.duplicate_count = self._duplicate_count
         if self.options.pii_scan:
-            findings.personal_data_counts = dict(self._personal_data)
+            findings.personal_data_counts = dict(self._personal_data_counts)
         if self.options.balance:
-            most_frequent_answers = self._answers.most_common(TOP_ANSWERS)
+            most_frequent_answers = self._answer_counts.most_common(TOP_ANSWERS)
             findings.top_answer_counts = dict(most_frequent_answers)
-            findings.share_of_top_answer = most_frequent_answers[0][1] / self._answers.total() if most_frequent_answers else 0.0
+            findings.share_of_top_answer = most_frequent_answers[0][1] / self._answer_counts.total() if most_frequent_answers else 0.0
         return findings
 
 

@@ -34,11 +34,11 @@ def find_column(role: ColumnRole, row_columns: Collection[str], columns: Columns
     configured_name = getattr(columns, role.field, None)
     if configured_name is not None:
         return configured_name if configured_name in row_columns else None
-    for known in role.names:
-        if known in row_columns:
-            return known
+    for default_name in role.names:
+        if default_name in row_columns:
+            return default_name
     name_by_lower_case = {name.lower(): name for name in reversed(list(row_columns))}
-    return next((name_by_lower_case[known] for known in role.names if known in name_by_lower_case), None)
+    return next((name_by_lower_case[default_name] for default_name in role.names if default_name in name_by_lower_case), None)
 
 
 def column_value(role: ColumnRole, row: Mapping[str, Any], columns: Columns) -> Any:
@@ -60,7 +60,7 @@ def required_value(role: ColumnRole, row: Mapping[str, Any], columns: Columns) -
 def missing_column_error(role: ColumnRole, row_columns: Collection[str], columns: Columns) -> RowError:
     """Return the error for a row without a column for the role. `row_columns`: the columns that the row has."""
     configured_name = getattr(columns, role.field, None)
-    expected = (
+    expected_column = (
         f"column `{configured_name}` (dataset.columns.{role.field})"
         if configured_name
         else f"a column `{'` or `'.join(role.names)}`"
@@ -68,7 +68,7 @@ def missing_column_error(role: ColumnRole, row_columns: Collection[str], columns
     present_columns = ", ".join(f"`{name}`" for name in row_columns) or "no columns"
     return RowError(
         "ColumnMissing",
-        f"{expected} is missing; the row has {present_columns}",
+        f"{expected_column} is missing; the row has {present_columns}",
         f"name the right column in dataset.columns.{role.field}",
     )
 

@@ -53,5 +53,5 @@ def is_alpaca_despite_spec(sample: Sequence[RawRow], spec_format: DatasetFormat,
     named_columns = [name for name in (columns.question, columns.answer) if name is not None]
     if spec_format is not DatasetFormat.QA or not named_columns or not sample:
         return False
-    rows = [row.value.keys() for row in sample[:SAMPLE_ROWS]]
-    return all({"instruction", "output"} <= row and not row & set(named_columns) for row in rows)
+    columns_of_rows = [row.value.keys() for row in sample[:SAMPLE_ROWS]]
+    return all({"instruction", "output"} <= row_columns and not row_columns & set(named_columns) for row_columns in columns_of_rows)

@@ -106,21 +106,21 @@ def encode_sources(
     reader.detect_formats()
 
     def rows() -> Iterator[tuple[str, Example]]:
-        for raw, example in reader.rows():
+        for raw_row, example in reader.rows():
             facts.is_joined.append(joins_answer(example))
-            yield raw.location, example
+            yield raw_row.location, example
 
-    processes = run.spec.dataset.num_proc or count_usable_cpus()
+    process_count = run.spec.dataset.num_proc or count_usable_cpus()
     try:
         with ShardWriter(folder, "rows", is_hashed=False) as writer:
-            for batch in encode_rows(rows(), make_encoder(reader.summary), processes=processes, rows_without_workers=rows_without_workers):
+            for batch in encode_rows(rows(), make_encoder(reader.summary), processes=process_count, rows_without_workers=rows_without_workers):
                 if batch.rejected and not skips_bad_rows(run):
                     raise bad_row_error(next(iter(batch.rejected.values())))
                 facts.add(batch)
                 count_rows(len(batch.outcomes))
                 if batch.kept_rows.num_rows:
                     writer.add(batch.kept_rows)
-        splits = [_select_split(name, numpy.asarray(numbers), facts) for name, numbers in reader.splits().items() if numbers]
+        splits = [_select_split(name, numpy.asarray(row_numbers), facts) for name, row_numbers in reader.splits().items() if row_numbers]
         yield EncodedRows(reader.summary, splits, ShardReader(folder, writer.files))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -157,14 +157,14 @@ def require_few_bad_rows(run: RunConfig, rejected_rows: Sequence[RejectedRow], r
     """
     if not rejected_rows:
         return []
-    first_rejected = rejected_rows[0]
+    first_rejected_row = rejected_rows[0]
     if not skips_bad_rows(run):
-        raise bad_row_error(first_rejected)
+        raise bad_row_error(first_rejected_row)
     max_ratio = value_or_default(run.spec.dataset, "max_bad_row_ratio")
     if len(rejected_rows) > max_ratio * row_count:
         raise DataError(
             "TooManyBadRows", f"{len(rejected_rows)} of {row_count} rows cannot be used, more than {max_ratio:.1%}; the first: "
-            f"{first_rejected.location}: {first_rejected.message}",
-            hint=f"{first_rejected.hint}; or raise dataset.maxBadRowRatio",
+            f"{first_rejected_row.location}: {first_rejected_row.message}",
+            hint=f"{first_rejected_row.hint}; or raise dataset.maxBadRowRatio",
         )  # fmt: skip
-    return [f"{split}: {len(rejected_rows)} rows were left out; the first: {first_rejected.location}: {first_rejected.message}"]
+    return [f"{split}: {len(rejected_rows)} rows were left out; the first: {first_rejected_row.location}: {first_rejected_row.message}"]

@@ -96,36 +96,39 @@ class ImageReader:
     def image_names(self, example: Example, row: RawRow) -> dict[Path, str]:
         """Return the image files of the example, each with its path relative to the image folder."""
         paths = (image.path for image in images_of(example) if image.path is not None)
-        return {path: path.relative_to(self._folder(row)).as_posix() for path in paths}
+        return {path: path.relative_to(self._find_image_folder(row)).as_posix() for path in paths}
 
-    def _folder(self, row: RawRow) -> Path:
+    def _find_image_folder(self, row: RawRow) -> Path:
         """Return the image folder: the local copy of `dataset.images.root`, else the folder of the data file."""
         return (self.root or row.file.parent).resolve()
 
-    def _resolve_path(self, text: str, row: RawRow) -> Path:
+    def _resolve_path(self, path_or_address: str, row: RawRow) -> Path:
         """Return the file for a path or address. The file must be in the image folder. Errors: RowError ImageOutsideRoot, ImageMissing."""
         root_address = (self.options.root or "").rstrip("/")
-        root = self._folder(row)
-        relative_path = text.removeprefix(f"{root_address}/") if root_address else text
+        root = self._find_image_folder(row)
+        relative_path = path_or_address.removeprefix(f"{root_address}/") if root_address else path_or_address
         if "://" in relative_path:
             problem = f"does not begin with dataset.images.root {root_address}/" if root_address else "is an address, but dataset.images.root is not set"
-            raise RowError("ImageOutsideRoot", f"{text[:200]!r} {problem}", "the trainer reads images only from dataset.images.root: copy them there")
+            hint = "the trainer reads images only from dataset.images.root: copy them there"
+            raise RowError("ImageOutsideRoot", f"{path_or_address[:200]!r} {problem}", hint)
         path = (root / relative_path).resolve()
         if not path.is_relative_to(root):
-            raise RowError("ImageOutsideRoot", f"{text[:200]!r} is not in the image folder", "write a path below this folder")
+            raise RowError("ImageOutsideRoot", f"{path_or_address[:200]!r} is not in the image folder", "write a path below this folder")
         if not path.is_file():
             folder_name = "dataset.images.root" if self.root else "the folder of the data file"
-            raise RowError("ImageMissing", f"{text[:200]!r} does not exist in {folder_name}", "upload the image, or set dataset.images.root to its folder")
+            problem = f"{path_or_address[:200]!r} does not exist in {folder_name}"
+            raise RowError("ImageMissing", problem, "upload the image, or set dataset.images.root to its folder")
         return path
 
     def check(self, image: ImageFile) -> None:
         """Check the size of the file, and the number of pixels that its header gives. Errors: RowError ImageTooLarge, ImageUnreadable."""
-        size, max_pixels = len(image.content) if image.content is not None else _file_size(image), value_or_default(self.options, "max_bytes")
-        if size > max_pixels:
-            raise RowError("ImageTooLarge", f"the file has {size} bytes, more than {max_pixels}", "write a smaller image, or raise dataset.images.maxBytes")
+        file_bytes, max_bytes = len(image.content) if image.content is not None else _get_file_size(image), value_or_default(self.options, "max_bytes")
+        if file_bytes > max_bytes:
+            problem = f"the file has {file_bytes} bytes, more than {max_bytes}"
+            raise RowError("ImageTooLarge", problem, "write a smaller image, or raise dataset.images.maxBytes")
         max_pixels = value_or_default(self.options, "max_pixels")
-        with _open_image(image) as opened:
-            width, height = opened.size
+        with _open_image(image) as opened_image:
+            width, height = opened_image.size
         if width * height > max_pixels:
             raise RowError(
                 "ImageTooLarge", f"the image has {width} x {height} = {width * height} pixels, more than {max_pixels}",
@@ -154,15 +157,15 @@ class _ImageFinder:
 
 def require_no_images(example: Example) -> RowError | None:
     """Return an error if the row of a text job has an image in a message, else None."""
-    if any(turn.parts for turn in _turns_of(example)):
+    if any(turn.parts for turn in _list_turns(example)):
         return RowError("ImageInTextJob", "a message has an image, but model.modality is text", HINT_FOR_TEXT_JOBS)
     return None
 
 
-def _turns_of(example: Example) -> list[Turn]:
+def _list_turns(example: Example) -> list[Turn]:
     """Return all turns of an example."""
-    values = [getattr(example, name, ()) for name in ("turns", "prompt", "chosen", "rejected", "completion")]
-    return [turn for value in values if isinstance(value, tuple) for turn in value]
+    fields = [getattr(example, name, ()) for name in ("turns", "prompt", "chosen", "rejected", "completion")]
+    return [turn for field_value in fields if isinstance(field_value, tuple) for turn in field_value]
 
 
 def _convert_texts_to_turns(example: Example) -> Example:
@@ -177,15 +180,15 @@ def _convert_texts_to_turns(example: Example) -> Example:
 
 def images_of(example: Example) -> list[ImageFile]:
     """Return the found images (`ImageFile`) of an example, in order."""
-    return [image for turn in _turns_of(example) for image in turn.images]
+    return [image for turn in _list_turns(example) for image in turn.images]
 
 
 def load_image(image: ImageFile) -> Image:
     """Decode an image as RGB, rotated according to its EXIF data. Errors: RowError ImageUnreadable."""
     from PIL import ImageOps
 
-    with _open_image(image) as opened:
-        return ImageOps.exif_transpose(opened).convert("RGB")
+    with _open_image(image) as opened_image:
+        return ImageOps.exif_transpose(opened_image).convert("RGB")
 
 
 @contextmanager
@@ -195,8 +198,8 @@ def _open_image(image: ImageFile) -> Iterator[Image]:
 
     stream: Any = io.BytesIO(image.content) if image.content is not None else image.path
     try:
-        with images.open(stream, formats=IMAGE_FORMATS) as opened:
-            yield opened
+        with images.open(stream, formats=IMAGE_FORMATS) as opened_image:
+            yield opened_image
     except images.DecompressionBombError:
         raise RowError("ImageTooLarge", "the image has more than 178 million pixels", "write a smaller image") from None
     except (OSError, SyntaxError, ValueError, EOFError, IndexError) as error:  # Pillow's decoders raise any of these errors for damaged files.
@@ -212,7 +215,7 @@ def read_content(image: ImageFile) -> bytes:
     return image.path.read_bytes()
 
 
-def _file_size(image: ImageFile) -> int:
+def _get_file_size(image: ImageFile) -> int:
     assert image.path is not None, "an image without content has a path"
     return image.path.stat().st_size
 
@@ -276,6 +279,6 @@ def _put_before_first_question(turns: tuple[Turn, ...], count: int) -> tuple[Tur
     question_index = next((index for index, turn in enumerate(turns) if turn.role == "user"), None)
     if question_index is None:
         return turns
-    text = (turns[question_index].content,) if turns[question_index].content else ()
-    question_with_images = replace(turns[question_index], parts=(*[GivenImage()] * count, *text))
+    text_parts = (turns[question_index].content,) if turns[question_index].content else ()
+    question_with_images = replace(turns[question_index], parts=(*[GivenImage()] * count, *text_parts))
     return (*turns[:question_index], question_with_images, *turns[question_index + 1 :])

@@ -111,9 +111,9 @@ def load(run: RunConfig, inputs: Inputs, *, training_rows: int | None = None) ->
     else:
         for _ in reader.rows():
             pass
-        splits = {name: numbers[:training_rows] if name == "train" else numbers for name, numbers in reader.splits().items()}
-        wanted_numbers = {number for numbers in splits.values() for number in numbers}
-        rows = {number: row for number, row in enumerate(RowReader(run, inputs).rows()) if number in wanted_numbers}
+        splits = {name: row_numbers[:training_rows] if name == "train" else row_numbers for name, row_numbers in reader.splits().items()}
+        wanted_row_numbers = {number for row_numbers in splits.values() for number in row_numbers}
+        rows = {number: row for number, row in enumerate(RowReader(run, inputs).rows()) if number in wanted_row_numbers}
     train, validation, test = ([rows[number] for number in splits[name]] for name in ("train", "validation", "test"))
     return LoadedData(train, validation, test, reader.summary)
 
@@ -123,12 +123,12 @@ def trains_on_answers_only(run: RunConfig, dataset_format: DatasetFormat) -> boo
 
     Errors: ConfigError ResponseOnlyWithoutTurns.
     """
-    option = run.spec.dataset.response_only
-    is_enabled = option is None or option.enabled is not False
+    response_only = run.spec.dataset.response_only
+    is_enabled = response_only is None or response_only.enabled is not False
     if not is_enabled or dataset_format not in FORMATS_WITHOUT_TURNS:
         return is_enabled
-    has_markers = option is not None and bool(option.question_marker or option.answer_marker)
-    if has_markers or RESPONSE_ONLY in run.defaults or option is None:
+    has_markers = response_only is not None and bool(response_only.question_marker or response_only.answer_marker)
+    if has_markers or RESPONSE_ONLY in run.defaults or response_only is None:
         return has_markers
     raise ConfigError(
         "ResponseOnlyWithoutTurns", f"dataset.responseOnly.enabled is true, but rows of format {dataset_format} have no turns and therefore no answers",
@@ -150,8 +150,8 @@ class RowReader:
         self._checks = checks.RowChecks(run.spec.dataset.checks)
         self._source_reader = SourceReader(run, self.summary, inputs.images)
         self._sources = self._list_sources(inputs)
-        self._held_out = [self._new_source(paths) if paths else None for paths in (inputs.validation, inputs.test)]
-        self._counts: list[int] = []
+        self._held_out_sources = [self._create_source(paths) if paths else None for paths in (inputs.validation, inputs.test)]
+        self._row_counts: list[int] = []
         """Number of usable rows of each training source, then of the validation files, then of the test files."""
 
     def _list_sources(self, inputs: Inputs) -> list[Source]:
@@ -162,21 +162,21 @@ class RowReader:
             return [Source(self._source_reader, paths, item.format or spec.format, item.columns or spec.columns) for paths, item in paths_and_items]
         if not inputs.train and self.run.spec.phases.train is False:
             return []
-        return [self._new_source(inputs.train)]
+        return [self._create_source(inputs.train)]
 
-    def _new_source(self, paths: list[Path]) -> Source:
+    def _create_source(self, paths: list[Path]) -> Source:
         spec = self.run.spec.dataset
         return Source(self._source_reader, paths, spec.format, spec.columns)
 
     def detect_formats(self) -> None:
-        """Set `summary.format` and `summary.format_with_turns`, because they are needed before the first row is rendered."""
+        """Add formats to the summary until one of them has turns, because `summary.format_with_turns` is needed before the first row is rendered."""
         for source in self._sources:
             source.open()
             if self.summary.format_with_turns not in FORMATS_WITHOUT_TURNS:
                 return
-        for held_out in self._held_out:
-            if held_out is not None:
-                held_out.open()
+        for held_out_source in self._held_out_sources:
+            if held_out_source is not None:
+                held_out_source.open()
 
     def rows(self) -> Iterator[Row]:
         """Yield every usable row. May be called only once. Errors: see `check_files`."""
@@ -186,50 +186,50 @@ class RowReader:
                 if self._checks.accept(example):
                     row_count += 1
                     yield row, example
-            self._counts.append(row_count)
+            self._row_counts.append(row_count)
         self.summary.findings = self._checks.findings()
         self.summary.notes += self.summary.findings.notes()
         self._source_reader.image_names = self.summary.held_out_images
-        for held_out in self._held_out:
+        for held_out_source in self._held_out_sources:
             row_count = 0
-            for pair in held_out.rows() if held_out is not None else ():
+            for row_and_example in held_out_source.rows() if held_out_source is not None else ():
                 row_count += 1
-                yield pair
-            self._counts.append(row_count)
+                yield row_and_example
+            self._row_counts.append(row_count)
 
     def splits(self) -> dict[str, array[int]]:
         """Return the row numbers of train, validation and test, in the order of use. Call this method after all rows have been read.
 
         Errors: DataError SplitEmpty, DatasetEmpty.
         """
-        ends = list(accumulate(self._counts))
-        *sources, validation, test = (range(end - count, end) for end, count in zip(ends, self._counts, strict=True))
-        held_out: dict[str, Sequence[int]] = {"validation": validation, "test": test}
+        ends = list(accumulate(self._row_counts))
+        *rows_of_sources, validation, test = (range(end - count, end) for end, count in zip(ends, self._row_counts, strict=True))
+        held_out_splits: dict[str, Sequence[int]] = {"validation": validation, "test": test}
         if self.run.spec.dataset.split is not None:
-            training, *cut_splits = cut_into_splits(range(sum(map(len, sources))), self.run.spec.dataset.split)
-            sources = [training[bisect_left(training, source.start) : bisect_left(training, source.stop)] for source in sources]
-            held_out = {name: from_files or cut for (name, from_files), cut in zip(held_out.items(), cut_splits, strict=True)}
+            training, *cut_splits = cut_into_splits(range(sum(map(len, rows_of_sources))), self.run.spec.dataset.split)
+            rows_of_sources = [training[bisect_left(training, source_rows.start) : bisect_left(training, source_rows.stop)] for source_rows in rows_of_sources]
+            held_out_splits = {name: rows_of_files or cut_rows for (name, rows_of_files), cut_rows in zip(held_out_splits.items(), cut_splits, strict=True)}
         is_mixture = bool(self.run.spec.dataset.mixture)
-        train: Sequence[int] = _mix_sources(self.summary, self.run, sources) if is_mixture else sources[0] if sources else ()
-        self.summary.rows = {"train": len(train), **{name: len(numbers) for name, numbers in held_out.items()}}
-        return {"train": array("q", train), **{name: array("q", numbers) for name, numbers in held_out.items()}}
+        train: Sequence[int] = _mix_sources(self.summary, self.run, rows_of_sources) if is_mixture else rows_of_sources[0] if rows_of_sources else ()
+        self.summary.rows = {"train": len(train), **{name: len(row_numbers) for name, row_numbers in held_out_splits.items()}}
+        return {"train": array("q", train), **{name: array("q", row_numbers) for name, row_numbers in held_out_splits.items()}}
 
 
 def _mix_sources(summary: DataSummary, run: RunConfig, sources: Sequence[Sequence[Item]]) -> list[Item]:
     """Mix the sources of `dataset.mixture` by their weights and the seed. Errors: DataError DatasetEmpty."""
-    items = run.spec.dataset.mixture or []
-    weights = [1.0 if item.weight is None else item.weight for item in items]
-    for item, rows, weight in zip(items, sources, weights, strict=True):
+    mixture_items = run.spec.dataset.mixture or []
+    weights = [1.0 if mixture_item.weight is None else mixture_item.weight for mixture_item in mixture_items]
+    for mixture_item, rows, weight in zip(mixture_items, sources, weights, strict=True):
         if weight and not rows:
             raise DataError(
-                "DatasetEmpty", f"{redact_source(item.source)}: no row is left to train on after duplicates and held-out rows were removed",
+                "DatasetEmpty", f"{redact_source(mixture_item.source)}: no row is left to train on after duplicates and held-out rows were removed",
                 hint="add rows to this source, or remove the source from dataset.mixture",
             )  # fmt: skip
     seed = 42 if run.spec.training.seed is None else run.spec.training.seed
     mixed_rows = mix(sources, weights, seed)
     shares = ", ".join(
-        f"{redact_source(item.source)} {len(rows)} rows, weight {weight:g}"
-        for item, rows, weight in zip(items, sources, weights, strict=True)
+        f"{redact_source(mixture_item.source)} {len(rows)} rows, weight {weight:g}"
+        for mixture_item, rows, weight in zip(mixture_items, sources, weights, strict=True)
     )
     summary.notes.append(f"mixture of {len(mixed_rows)} rows: {shares}")
     return mixed_rows
@@ -243,8 +243,8 @@ def convert_to_prompt(example: Example, row: RawRow) -> Example | RowError:
             if last_answer_index == 0:
                 return RowError("PromptMissing", "the conversation begins with the answer", "put a question before the answer")
             answer = {"answer": turns[last_answer_index].content} if last_answer_index < len(turns) else {}
-            scalars = {key: value for key, value in row.value.items() if isinstance(value, str | int | float | bool)}
-            return Prompt(turns[:last_answer_index], {**scalars, **answer})
+            scalar_columns = {key: value for key, value in row.value.items() if isinstance(value, str | int | float | bool)}
+            return Prompt(turns[:last_answer_index], {**scalar_columns, **answer})
         case Completion(prompt, completion):
             return Prompt(prompt, {"answer": completion})
         case _:
@@ -258,34 +258,34 @@ class Source:
         self._reader, self._paths = reader, paths
         self._spec_format, self._columns = spec_format, columns or Columns()
         self._bad_rows = SkippedRows()
-        self._stream: Iterator[RawRow] | None = None
+        self._row_stream: Iterator[RawRow] | None = None
 
     def open(self) -> None:
         """Read the first rows and choose the format from them. Errors: ConfigError, DataError."""
-        if self._stream is not None:
+        if self._row_stream is not None:
             return
         reader, files = self._reader, data_files(self._paths)
         stream = read_rows(
             files, reader.spec.file_format or FileFormat.AUTO, bad_rows=self._bad_rows if reader.skips_bad_rows else None
         )
         sample = list(islice(stream, SAMPLE_ROWS))
-        self._names = ", ".join(file.name for file in files)
+        self._file_names = ", ".join(file.name for file in files)
         if not sample and not self._bad_rows.count:
-            raise DataError("DatasetEmpty", f"{self._names}: no rows", hint="give a file with at least one row")
+            raise DataError("DatasetEmpty", f"{self._file_names}: no rows", hint="give a file with at least one row")
         self._format, self._columns = reader.choose_format(sample, self._spec_format, self._columns)
-        self._stream = chain(sample, stream)
+        self._row_stream = chain(sample, stream)
 
     def rows(self) -> Iterator[Row]:
         """Yield the usable rows. May be called only once. Errors: ConfigError, DataError."""
         self.open()
-        assert self._stream is not None, "`open` has opened it"
+        assert self._row_stream is not None, "`open` has opened it"
         row_count = 0
-        for row in self._reader.read_examples(self._stream, self._format, self._columns, self._bad_rows):
+        for row in self._reader.read_examples(self._row_stream, self._format, self._columns, self._bad_rows):
             row_count += 1
             yield row
         self._reader.require_few_bad_rows(self._bad_rows, row_count + self._bad_rows.count)
         if not row_count:
-            raise DataError("DatasetEmpty", f"{self._names}: no usable rows", hint="fix the rows")
+            raise DataError("DatasetEmpty", f"{self._file_names}: no usable rows", hint="fix the rows")
 
 
 class SourceReader:
@@ -341,7 +341,7 @@ class SourceReader:
                 hint=f"give data in a format of this trainer, or choose a trainer that learns from {dataset_format} data",
             )  # fmt: skip
 
-    def _read_options(self, row_format: Format, columns: Columns) -> ReadOptions:
+    def _build_read_options(self, row_format: Format, columns: Columns) -> ReadOptions:
         multiple_choice = self.spec.mcq
         return ReadOptions(
             columns=columns, system_prompt=self.spec.system_prompt, template=self.spec.template,
@@ -352,22 +352,22 @@ class SourceReader:
     def read_examples(self, rows: Iterable[RawRow], row_format: Format, columns: Columns, bad_rows: SkippedRows) -> Iterator[Row]:
         """Yield the usable rows with their examples, and add bad rows to `bad_rows`. Errors: DataError for a bad row if bad rows are not skipped."""
         needs_json = self.spec.checks is not None and self.spec.checks.validate_json is True
-        options = self._read_options(row_format, columns)
-        for row, result in row_format.read_all(rows, options):
-            if not isinstance(result, RowError):
-                result = self._with_images(result, row, options.columns)
-            if self.trainer_type is TrainerType.GRPO and not isinstance(result, RowError):
-                result = convert_to_prompt(result, row)
-            if needs_json and not isinstance(result, RowError):
-                result = checks.find_json_error(result) or result
-            if not isinstance(result, RowError):
-                yield row, result
+        options = self._build_read_options(row_format, columns)
+        for row, example_or_error in row_format.read_all(rows, options):
+            if not isinstance(example_or_error, RowError):
+                example_or_error = self._attach_images(example_or_error, row, options.columns)
+            if self.trainer_type is TrainerType.GRPO and not isinstance(example_or_error, RowError):
+                example_or_error = convert_to_prompt(example_or_error, row)
+            if needs_json and not isinstance(example_or_error, RowError):
+                example_or_error = checks.find_json_error(example_or_error) or example_or_error
+            if not isinstance(example_or_error, RowError):
+                yield row, example_or_error
             elif self.skips_bad_rows:
-                bad_rows.add(row, result)
+                bad_rows.add(row, example_or_error)
             else:
-                raise row_error_as_data_error(row, result)
+                raise row_error_as_data_error(row, example_or_error)
 
-    def _with_images(self, example: Example, row: RawRow, columns: Columns) -> Example | RowError:
+    def _attach_images(self, example: Example, row: RawRow, columns: Columns) -> Example | RowError:
         """Return the example with its image files, or the error of the row. Rows of a text job must not have images."""
         if self.images is None:
             return require_no_images(example) or example

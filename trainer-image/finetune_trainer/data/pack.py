@@ -29,24 +29,24 @@ def pack(row_lengths: Sequence[int], bin_capacity: int) -> list[list[int]]:
     free_spaces: list[int] = []
     """The keys of `bins_by_space`, sorted."""
     bins: list[list[int]] = []
-    for row in sorted(range(len(row_lengths)), key=lambda row: (-row_lengths[row], row)):
-        length = row_lengths[row]
-        position = bisect_left(free_spaces, length)
-        if position == len(free_spaces):
-            bins.append([row])
-            remaining_space, target = bin_capacity - length, len(bins) - 1
+    for row_index in sorted(range(len(row_lengths)), key=lambda row_index: (-row_lengths[row_index], row_index)):
+        length = row_lengths[row_index]
+        space_index = bisect_left(free_spaces, length)
+        if space_index == len(free_spaces):
+            bins.append([row_index])
+            remaining_space, bin_index = bin_capacity - length, len(bins) - 1
         else:
-            space = free_spaces[position]
-            target = bins_by_space[space].pop()
+            space = free_spaces[space_index]
+            bin_index = bins_by_space[space].pop()
             if not bins_by_space[space]:
                 del bins_by_space[space]
-                free_spaces.pop(position)
-            bins[target].append(row)
+                free_spaces.pop(space_index)
+            bins[bin_index].append(row_index)
             remaining_space = space - length
         if remaining_space > 0:
             if remaining_space not in bins_by_space:
                 insort(free_spaces, remaining_space)
-            bins_by_space.setdefault(remaining_space, []).append(target)
+            bins_by_space.setdefault(remaining_space, []).append(bin_index)
     return bins
 
 

@@ -65,22 +65,22 @@ def encode_rows(
         yield encoder(batch)
 
 
-def _encode_in_workers(batches: Iterable[Batch], encoder: BatchEncoder, workers: int) -> Iterator[EncodedBatch]:
-    pending: deque[Future[EncodedBatch]] = deque()
-    with _start_pool(encoder, workers) as pool:
+def _encode_in_workers(batches: Iterable[Batch], encoder: BatchEncoder, worker_count: int) -> Iterator[EncodedBatch]:
+    pending_batches: deque[Future[EncodedBatch]] = deque()
+    with _start_pool(encoder, worker_count) as pool:
         try:
             for batch in batches:
-                pending.append(pool.submit(_encode_batch, batch))
-                if len(pending) >= BATCHES_PER_WORKER * workers:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
+                pending_batches.append(pool.submit(_encode_batch, batch))
+                if len(pending_batches) >= BATCHES_PER_WORKER * worker_count:
+                    yield pending_batches.popleft().result()
+            while pending_batches:
+                yield pending_batches.popleft().result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _start_pool(encoder: BatchEncoder, workers: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (encoder,))
+def _start_pool(encoder: BatchEncoder, worker_count: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(worker_count, multiprocessing.get_context("spawn"), _start_worker, (encoder,))
 
 
 def _split_into_batches(rows: Iterable[tuple[str, Example]]) -> Iterator[Batch]:
@@ -89,7 +89,7 @@ def _split_into_batches(rows: Iterable[tuple[str, Example]]) -> Iterator[Batch]:
     for location, example in rows:
         batch.append((location, example))
         batch_characters += len(example.ids) if isinstance(example, TokenSequence) else sum(map(len, all_texts(example)))
-        image_bytes += _image_bytes(example)
+        image_bytes += _count_image_bytes(example)
         if len(batch) >= BATCH_ROWS or batch_characters >= BATCH_CHARACTERS or image_bytes >= BATCH_IMAGE_BYTES:
             yield batch
             batch, batch_characters, image_bytes = [], 0, 0
@@ -97,7 +97,7 @@ def _split_into_batches(rows: Iterable[tuple[str, Example]]) -> Iterator[Batch]:
         yield batch
 
 
-def _image_bytes(example: Example) -> int:
+def _count_image_bytes(example: Example) -> int:
     """Return the number of bytes of the images inside the row. Images in files do not count, because the worker reads them."""
     turns = example.turns if isinstance(example, Conversation) else ()
     parts = (part for turn in turns for part in turn.parts)

@@ -133,11 +133,11 @@ def prepare(
         preparation.provide_rows(digest)
     rank_order = one_rank_first or nullcontext()
     with rank_order:
-        stored_rows = find_prepared(cache_folder, digest)
-        prepared_folder = stored_rows or _prepare_splits(run, inputs, tokenizer, max_length, is_templated, vision, cache_folder, digest, preparation)
-    data = _load_prepared(prepared_folder, max_length, is_from_cache=stored_rows is not None)
-    data.notes = [*data.notes, *notes_on_stored_rows(inputs, digest)]
-    return data
+        stored_folder = find_prepared(cache_folder, digest)
+        prepared_folder = stored_folder or _prepare_splits(run, inputs, tokenizer, max_length, is_templated, vision, cache_folder, digest, preparation)
+    prepared_data = _load_prepared(prepared_folder, max_length, is_from_cache=stored_folder is not None)
+    prepared_data.notes = [*prepared_data.notes, *notes_on_stored_rows(inputs, digest)]
+    return prepared_data
 
 
 def max_sequence_length(run: RunConfig, tokenizer: Any, max_positions: int | None) -> int:
@@ -149,23 +149,23 @@ def max_sequence_length(run: RunConfig, tokenizer: Any, max_positions: int | Non
     """
     requested_length = run.spec.dataset.max_sequence_length
     tokenizer_limit = getattr(tokenizer, "model_max_length", None)
-    limit = max_positions or (tokenizer_limit if tokenizer_limit and tokenizer_limit < UNLIMITED_TOKENIZER_LENGTH else None)
-    if limit is None:
+    position_limit = max_positions or (tokenizer_limit if tokenizer_limit and tokenizer_limit < UNLIMITED_TOKENIZER_LENGTH else None)
+    if position_limit is None:
         return requested_length or DEFAULT_MAX_SEQUENCE_LENGTH
-    virtual_count = count_virtual_tokens(run)
-    available_length = limit - virtual_count
-    taken_by_prompt = f" and method.promptLength takes {virtual_count} of them" if virtual_count else ""
-    if virtual_count and available_length < MIN_TOKENS_PER_ROW:
+    virtual_token_count = count_virtual_tokens(run)
+    available_length = position_limit - virtual_token_count
+    prompt_length_note = f" and method.promptLength takes {virtual_token_count} of them" if virtual_token_count else ""
+    if virtual_token_count and available_length < MIN_TOKENS_PER_ROW:
         raise ConfigError(
-            "SequenceTooLong", f"the model has {limit} positions{taken_by_prompt}, so no row fits",
-            hint=f"write method.promptLength {limit // 2} or less, or choose a model with a longer context",
+            "SequenceTooLong", f"the model has {position_limit} positions{prompt_length_note}, so no row fits",
+            hint=f"write method.promptLength {position_limit // 2} or less, or choose a model with a longer context",
         )  # fmt: skip
     if requested_length is None or MAX_SEQUENCE_LENGTH_FIELD in run.defaults:
         return min(DEFAULT_MAX_SEQUENCE_LENGTH, available_length)
     if requested_length <= available_length:
         return requested_length
     raise ConfigError(
-        "SequenceTooLong", f"{MAX_SEQUENCE_LENGTH_FIELD} is {requested_length}, but the model has {limit} positions{taken_by_prompt}",
+        "SequenceTooLong", f"{MAX_SEQUENCE_LENGTH_FIELD} is {requested_length}, but the model has {position_limit} positions{prompt_length_note}",
         hint=f"write {available_length} or less, or choose a model with a longer context",
     )  # fmt: skip
 
@@ -178,12 +178,12 @@ def count_virtual_tokens(run: RunConfig) -> int:
 def late_defaults(run: RunConfig, tokenizer: Any, max_positions: int | None) -> dict[str, Any]:
     """Return the defaults that depend on the model or the pod, by spec path. Call this function after `choose_chat_template`."""
     dataset = run.spec.dataset
-    values = {
+    spec_value_and_default_by_path = {
         MAX_SEQUENCE_LENGTH_FIELD: (dataset.max_sequence_length, max_sequence_length(run, tokenizer, max_positions)),
         "dataset.useChatTemplate": (dataset.use_chat_template, bool(tokenizer.chat_template)),
         "dataset.numProc": (dataset.num_proc, count_usable_cpus()),
     }
-    return {path: default for path, (given, default) in values.items() if given is None}
+    return {path: default for path, (spec_value, default) in spec_value_and_default_by_path.items() if spec_value is None}
 
 
 def choose_chat_template(run: RunConfig, inputs: Inputs, tokenizer: Any, *, needs_template: bool = False) -> bool:
@@ -258,24 +258,24 @@ def _to_jinja_literal(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _read_chat_template(option: Any, config_maps: Path) -> str:
-    if option.text is not None:
-        return str(option.text)
-    ref = option.config_map_ref
+def _read_chat_template(template_option: Any, config_maps: Path) -> str:
+    if template_option.text is not None:
+        return str(template_option.text)
+    config_map_ref = template_option.config_map_ref
     try:
-        return (config_maps / ref.name / ref.key).read_text(encoding="utf-8")
+        return (config_maps / config_map_ref.name / config_map_ref.key).read_text(encoding="utf-8")
     except OSError:
         raise NotFoundError(
-            "ConfigMapMissing", f"dataset.chatTemplate: there is no ConfigMap {ref.name} with key {ref.key}", hint="create the ConfigMap with this key",
-            failure_class=FailureClass.USER,
+            "ConfigMapMissing", f"dataset.chatTemplate: there is no ConfigMap {config_map_ref.name} with key {config_map_ref.key}",
+            hint="create the ConfigMap with this key", failure_class=FailureClass.USER,
         ) from None  # fmt: skip
 
 
 def render_options(run: RunConfig, tokenizer: Any, is_templated: bool, dataset_format: DatasetFormat) -> RenderOptions:
     """Return the options for rendering the rows of this run. `is_templated`: whether turns are rendered with the tokenizer's chat template."""
-    option = run.spec.dataset.response_only
-    markers = (option.question_marker or "", option.answer_marker or "") if option else ("", "")
-    special_tokens = sorted((t.content for t in tokenizer.added_tokens_decoder.values() if t.special), key=len, reverse=True)
+    response_only = run.spec.dataset.response_only
+    markers = (response_only.question_marker or "", response_only.answer_marker or "") if response_only else ("", "")
+    special_tokens = sorted((token.content for token in tokenizer.added_tokens_decoder.values() if token.special), key=len, reverse=True)
     return RenderOptions(
         tokenizer, is_templated, trains_on_answers_only(run, dataset_format), markers if markers[1] else None, tuple(special_tokens),
         renders_text_as_turns=run.spec.dataset.use_chat_template is True,
@@ -295,10 +295,10 @@ def _prepare_splits(
     joins_by_default = is_templated and spec.use_chat_template is None
 
     def make_encoder(summary: DataSummary) -> FittingEncoder:
-        render_with = render_options(run, tokenizer, is_templated, summary.format_with_turns)
-        encoder: RowEncoder = SupervisedEncoder(render_with, options)
+        rendering_options = render_options(run, tokenizer, is_templated, summary.format_with_turns)
+        encoder: RowEncoder = SupervisedEncoder(rendering_options, options)
         if vision is not None:
-            encoder = VisionEncoder(replace(render_with, has_content_parts=True), options, vision)
+            encoder = VisionEncoder(replace(rendering_options, has_content_parts=True), options, vision)
         return FittingEncoder(encoder, options, has_images=vision is not None)
 
     def joins_answer(example: Example) -> bool:
@@ -307,11 +307,11 @@ def _prepare_splits(
     with encode_sources(
         run, inputs, make_encoder, rows_folder(folder), joins_answer=joins_answer, count_rows=preparation.count_rows,
         rows_without_workers=None if vision is None else ROWS_WITHOUT_WORKERS,
-    ) as encoded:
-        splits, reports, notes = _build_splits(run, encoded, options)
+    ) as encoded_rows:
+        splits, reports, notes = _build_splits(run, encoded_rows, options)
         summary = {
-            "format": encoded.summary.format, "rows": encoded.summary.rows, "notes": notes,
-            "multipleChoice": set(encoded.summary.formats) == {DatasetFormat.MCQ}, "reports": {name: asdict(report) for name, report in reports.items()},
+            "format": encoded_rows.summary.format, "rows": encoded_rows.summary.rows, "notes": notes,
+            "multipleChoice": set(encoded_rows.summary.formats) == {DatasetFormat.MCQ}, "reports": {name: asdict(report) for name, report in reports.items()},
         }  # fmt: skip
         return write_prepared(folder, splits, inputs_digest=digest, summary=summary)
 
@@ -350,12 +350,12 @@ def _count_tokens(split: EncodedSplit, options: TokeniseOptions) -> TokenReport:
     """Return the row and token counts of a split. Errors: DataError NoTrainableToken."""
     lengths = split.lengths[split.kept_mask]
     lengths.sort()
-    dropped, answerless = split.count(RowOutcome.TOO_LONG), split.count(RowOutcome.ANSWERLESS)
+    too_long_count, answerless_count = split.count(RowOutcome.TOO_LONG), split.count(RowOutcome.ANSWERLESS)
     row_count = len(lengths)
     if not row_count:
-        raise no_row_left_error(dropped, answerless, options.max_length)
+        raise no_row_left_error(too_long_count, answerless_count, options.max_length)
     return TokenReport(
-        rows=row_count, truncated=split.count(RowOutcome.CUT), dropped=dropped, answerless=answerless,
+        rows=row_count, truncated=split.count(RowOutcome.CUT), dropped=too_long_count, answerless=answerless_count,
         tokens=int(lengths.sum()), trained_tokens=int(split.trained_counts[split.kept_mask].sum()),
         longest=int(lengths[-1]), median=int(lengths[(row_count - 1) // 2]), percentile95=int(lengths[min(row_count - 1, int(0.95 * row_count))]),
         sequences=row_count,
@@ -399,7 +399,7 @@ def inputs_digest(run: RunConfig, inputs: Inputs, tokenizer: Any, max_length: in
     The addresses of the files are not part of the hash, except those of a mixture, because the mixture's note contains them. The names of the files
     are part of the hash, because they decide the file format and occur in notes.
     """
-    facts = {
+    digest_inputs = {
         "version": [TOKENISING_VERSION, LAYOUT_VERSION, RELEASE, *(f"{name} {version(name)}" for name in LIBRARIES_IN_DIGEST)],
         "train": _compute_file_hashes(inputs, inputs.train),
         "mixture": [_compute_file_hashes(inputs, files) for files in inputs.mixture],
@@ -415,7 +415,7 @@ def inputs_digest(run: RunConfig, inputs: Inputs, tokenizer: Any, max_length: in
         # The number of an image's tokens depends on its size.
         "vision": [vision.identity, inputs.image_digests] if vision is not None else None,
     }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(digest_inputs, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _compute_file_hashes(inputs: Inputs, files: Sequence[Path]) -> list[list[str]]:

@@ -69,7 +69,7 @@ class PreparedFolder:
         """Read all shards and compare their sha256 with the manifest. Errors: StorageError PreparedDataDamaged."""
         for file in self.manifest.files:
             if sha256_file(self.folder / file.path) != file.sha256:
-                raise _damaged(self.folder, f"{file.path} does not have the sha256 of the manifest")
+                raise _damaged_error(self.folder, f"{file.path} does not have the sha256 of the manifest")
 
 
 def write_prepared(
@@ -79,17 +79,17 @@ def write_prepared(
 
     `splits`: the batches of rows of each split, by split name. Each split has at least one batch. The iterables are read once, one after the other.
     """
-    partial = partial_folder(folder)
-    manifests: dict[str, SplitManifest] = {}
+    temporary_folder = partial_folder(folder)
+    manifest_by_split: dict[str, SplitManifest] = {}
     for name, batches in splits.items():
-        with ShardWriter(partial, name) as writer:
+        with ShardWriter(temporary_folder, name) as writer:
             for batch in batches:
                 writer.add(batch)
-        manifests[name] = writer.manifest()
-    manifest = PreparedManifest(inputs_digest=inputs_digest, splits=manifests, summary=dict(summary))
-    (partial / MANIFEST_FILE).write_bytes(manifest.to_bytes())
+        manifest_by_split[name] = writer.manifest()
+    manifest = PreparedManifest(inputs_digest=inputs_digest, splits=manifest_by_split, summary=dict(summary))
+    (temporary_folder / MANIFEST_FILE).write_bytes(manifest.to_bytes())
     shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    temporary_folder.rename(folder)
     return PreparedFolder(folder, manifest)
 
 
@@ -106,7 +106,7 @@ def open_prepared(folder: Path, inputs_digest: str | None = None) -> PreparedFol
             "PreparedDataMissing", f"{folder.name} has no {MANIFEST_FILE}, so it holds no prepared rows", hint="prepare the data again"
         ) from None
     except ValidationError:
-        raise _damaged(folder, f"{MANIFEST_FILE} is not readable") from None
+        raise _damaged_error(folder, f"{MANIFEST_FILE} is not readable") from None
     if manifest.version != LAYOUT_VERSION or inputs_digest not in (None, manifest.inputs_digest):
         raise StorageError(
             "PreparedDataDiffers", f"the rows in {folder.name} were prepared from other inputs or by another version", hint="prepare the data again"
@@ -114,7 +114,7 @@ def open_prepared(folder: Path, inputs_digest: str | None = None) -> PreparedFol
     for file in manifest.files:
         shard_file = folder / file.path
         if not shard_file.resolve().is_relative_to(folder.resolve()) or not shard_file.is_file() or shard_file.stat().st_size != file.size:
-            raise _damaged(folder, f"{file.path} is missing or has another size")
+            raise _damaged_error(folder, f"{file.path} is missing or has another size")
     return PreparedFolder(folder, manifest)
 
 
@@ -128,5 +128,5 @@ def partial_folder(folder: Path) -> Path:
     return folder.with_name(folder.name + ".part")
 
 
-def _damaged(folder: Path, problem: str) -> StorageError:
+def _damaged_error(folder: Path, problem: str) -> StorageError:
     return StorageError("PreparedDataDamaged", f"the prepared rows in {folder.name} are damaged: {problem}", hint="prepare the data again")

@@ -51,7 +51,7 @@ def data_files(paths: list[Path]) -> list[Path]:
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            files += sorted(p for p in path.rglob("*") if p.is_file() and _file_extension(p) in FILE_FORMATS)
+            files += sorted(p for p in path.rglob("*") if p.is_file() and _get_file_extension(p) in FILE_FORMATS)
         else:
             files.append(path)
     if not files:
@@ -91,7 +91,7 @@ def choose_file_format(file: Path, spec_format: FileFormat) -> FileFormat:
     """Return the file's format: from the spec; else from the file name; else from the first bytes. Errors: FileFormatUnknown."""
     if spec_format is not FileFormat.AUTO:
         return spec_format
-    format_by_name = FILE_FORMATS.get(_file_extension(file))
+    format_by_name = FILE_FORMATS.get(_get_file_extension(file))
     if format_by_name is not None:
         return format_by_name
     with _open_decompressed(file) as stream:
@@ -107,7 +107,7 @@ def choose_file_format(file: Path, spec_format: FileFormat) -> FileFormat:
     )  # fmt: skip
 
 
-def _file_extension(file: Path) -> str:
+def _get_file_extension(file: Path) -> str:
     name = file.name.lower().removesuffix(".gz")
     return Path(name).suffix
 
@@ -127,14 +127,14 @@ def _open_decompressed(file: Path) -> Iterator[IO[bytes]]:
 
 def _check_expansion(file: Path, byte_count: int) -> None:
     """Check the number of decompressed bytes of a .gz file. Errors: DatasetExpandsTooMuch."""
-    if byte_count > _max_decompressed_bytes(file):
+    if byte_count > _compute_max_decompressed_bytes(file):
         raise DataError(
-            "DatasetExpandsTooMuch", f"{file.name} has {file.stat().st_size} bytes, but expands to more than {_max_decompressed_bytes(file)} bytes",
+            "DatasetExpandsTooMuch", f"{file.name} has {file.stat().st_size} bytes, but expands to more than {_compute_max_decompressed_bytes(file)} bytes",
             hint="upload the file without compression",
         )  # fmt: skip
 
 
-def _max_decompressed_bytes(file: Path) -> float:
+def _compute_max_decompressed_bytes(file: Path) -> float:
     is_compressed = file.name.lower().endswith(".gz")
     return max(SMALL_FILE_BYTES, MAX_EXPANSION * file.stat().st_size) if is_compressed else float("inf")
 
@@ -183,13 +183,13 @@ def _encoding_error(file: Path, byte_offset: int, first_bytes: bytes) -> DataErr
 
 def _read_text(file: Path) -> str:
     with _open_decompressed(file) as stream:
-        limit = _max_decompressed_bytes(file)
-        data = stream.read() if limit == float("inf") else stream.read(int(limit) + 1)
-    _check_expansion(file, len(data))
+        limit = _compute_max_decompressed_bytes(file)
+        file_bytes = stream.read() if limit == float("inf") else stream.read(int(limit) + 1)
+    _check_expansion(file, len(file_bytes))
     try:
-        return data.decode("utf-8-sig")
+        return file_bytes.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise _encoding_error(file, error.start, data[:4]) from None
+        raise _encoding_error(file, error.start, file_bytes[:4]) from None
 
 
 def _parse_object_row(file: Path, number: int, value: Any, *, has_surrogates: bool) -> RawRow | tuple[RawRow, RowError]:
@@ -198,7 +198,7 @@ def _parse_object_row(file: Path, number: int, value: Any, *, has_surrogates: bo
     `has_surrogates`: whether the JSON text contains escapes for UTF-16 surrogates.
     """
     if isinstance(value, dict):
-        error = _surrogate_error(value) if has_surrogates else None
+        error = _find_surrogate_error(value) if has_surrogates else None
         return (RawRow(file, number, {}), error) if error else RawRow(file, number, value)
     message = f"a JSON object was expected, found {_name_json_type(value)}"
     return RawRow(file, number, {}), RowError(
@@ -206,7 +206,7 @@ def _parse_object_row(file: Path, number: int, value: Any, *, has_surrogates: bo
     )
 
 
-def _surrogate_error(value: Any) -> RowError | None:
+def _find_surrogate_error(value: Any) -> RowError | None:
     """Return an error if the value has an unpaired UTF-16 surrogate, such as `\\ud83d` alone. Tokenizers reject unpaired surrogates."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
@@ -293,10 +293,10 @@ def _read_csv(file: Path) -> Iterator[RawRow | tuple[RawRow, RowError]]:
 
 def _require_unique_names(header: list[str], file: Path) -> None:
     """Refuse a header with two equal column names, because only the last of the two columns would be read. Errors: DatasetRowInvalid."""
-    duplicate = next((name for name in header if name and header.count(name) > 1), None)
-    if duplicate is not None:
+    duplicate_name = next((name for name in header if name and header.count(name) > 1), None)
+    if duplicate_name is not None:
         raise DataError(
-            "DatasetRowInvalid", f"{file.name}: the header names column {duplicate!r} twice", hint="give each column its own name"
+            "DatasetRowInvalid", f"{file.name}: the header names column {duplicate_name!r} twice", hint="give each column its own name"
         )  # fmt: skip
 
 

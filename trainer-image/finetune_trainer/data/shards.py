@@ -138,10 +138,10 @@ class ShardWriter:
         import pyarrow
 
         if self._file is None:
-            self._file = _CountedFile(self.folder / self._path, self.is_hashed)
+            self._file = _CountedFile(self.folder / self._shard_path, self.is_hashed)
             self._stream = pyarrow.ipc.new_stream(pyarrow.PythonFile(self._file, "w"), batch.schema)
         self._stream.write_batch(batch)
-        self._count(batch)
+        self._count_rows_and_tokens(batch)
         if self._file.size >= MAX_SHARD_BYTES:
             self._close_shard()
 
@@ -151,10 +151,10 @@ class ShardWriter:
         return SplitManifest(rows=self.rows, tokens=self.tokens, lengths=lengths, files=self.files)
 
     @property
-    def _path(self) -> str:
+    def _shard_path(self) -> str:
         return f"{self.name}/{len(self.files):05}.arrow"
 
-    def _count(self, batch: pyarrow.RecordBatch) -> None:
+    def _count_rows_and_tokens(self, batch: pyarrow.RecordBatch) -> None:
         import numpy
 
         lengths = row_lengths(batch)
@@ -168,7 +168,7 @@ class ShardWriter:
             return
         self._stream.close()
         self._file.close()
-        self.files.append(FileEntry(path=self._path, size=self._file.size, sha256=self._file.sha256))
+        self.files.append(FileEntry(path=self._shard_path, size=self._file.size, sha256=self._file.sha256))
         self._file = self._stream = None
 
 
@@ -226,13 +226,13 @@ class ShardReader:
         import pyarrow
 
         batch_indices = numpy.searchsorted(self._ends, positions, side="right")
-        begins_run = numpy.flatnonzero((numpy.diff(positions, prepend=-2) != 1) | (numpy.diff(batch_indices, prepend=-1) != 0))
-        ends = numpy.append(begins_run[1:], len(positions))
+        run_starts = numpy.flatnonzero((numpy.diff(positions, prepend=-2) != 1) | (numpy.diff(batch_indices, prepend=-1) != 0))
+        run_ends = numpy.append(run_starts[1:], len(positions))
         slices = []
-        for begin, end in zip(begins_run.tolist(), ends.tolist(), strict=True):
-            batch = self._batches[int(batch_indices[begin])]
-            first = int(positions[begin]) - (int(self._ends[batch_indices[begin]]) - batch.num_rows)
-            slices.append(batch.slice(first, end - begin))
+        for start, end in zip(run_starts.tolist(), run_ends.tolist(), strict=True):
+            batch = self._batches[int(batch_indices[start])]
+            first_row = int(positions[start]) - (int(self._ends[batch_indices[start]]) - batch.num_rows)
+            slices.append(batch.slice(first_row, end - start))
         joined_batch = pyarrow.Table.from_batches(slices).combine_chunks().to_batches()[0]
         # A slice of a batch keeps the buffers of the whole batch. A copy holds only the values of its rows, so that equal rows give equal bytes.
         return joined_batch.take(pyarrow.array(range(len(positions)), pyarrow.int64()))

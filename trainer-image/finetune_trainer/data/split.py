@@ -22,21 +22,21 @@ def split_sizes(row_count: int, split: Split) -> tuple[int, int, int]:
     ratios = [Fraction(str(x or 0)) for x in (split.train, split.validation, split.test)]
     if split.train is None:
         ratios[0] = 1 - sum(ratios, Fraction(0))
-        rest_index = 0
+        remainder_index = 0
     else:
-        rest_index = max(index for index, ratio in enumerate(ratios) if ratio)
-    total = sum(ratios, Fraction(0))
-    is_whole = abs(total - 1) <= Fraction(1, 10**6)
-    sizes = [int(ratio / total * row_count if is_whole else ratio * row_count) for ratio in ratios]
-    if is_whole:
-        sizes[rest_index] += row_count - sum(sizes)
+        remainder_index = max(index for index, ratio in enumerate(ratios) if ratio)
+    ratio_sum = sum(ratios, Fraction(0))
+    uses_all_rows = abs(ratio_sum - 1) <= Fraction(1, 10**6)
+    sizes = [int(ratio / ratio_sum * row_count if uses_all_rows else ratio * row_count) for ratio in ratios]
+    if uses_all_rows:
+        sizes[remainder_index] += row_count - sum(sizes)
     train, validation, test = sizes
-    for name, size, is_asked in (
+    for name, size, is_requested in (
         ("training", train, True),
         ("validation", validation, ratios[1] > 0),
         ("test", test, ratios[2] > 0),
     ):
-        if is_asked and size < 1:
+        if is_requested and size < 1:
             raise DataError(
                 "SplitEmpty",
                 f"dataset.split leaves no row for {name}: of {row_count} rows, {train} are for training, {validation} for validation, {test} for test",
@@ -47,11 +47,11 @@ def split_sizes(row_count: int, split: Split) -> tuple[int, int, int]:
 
 def cut_into_splits(items: Sequence[Item], split: Split) -> tuple[list[Item], list[Item], list[Item]]:
     """Return the training, validation and test rows, each in file order. Equal seeds, ratios and numbers of rows give equal splits."""
-    train, validation, test = split_sizes(len(items), split)
+    train_count, validation_count, test_count = split_sizes(len(items), split)
     order = list(range(len(items)))
     random.Random(42 if split.seed is None else split.seed).shuffle(order)
-    held_out = validation + test
-    indices_of_splits = (order[held_out : held_out + train], order[:validation], order[validation:held_out])
+    held_out_count = validation_count + test_count
+    indices_of_splits = (order[held_out_count : held_out_count + train_count], order[:validation_count], order[validation_count:held_out_count])
     in_train, in_validation, in_test = ([items[i] for i in sorted(indices)] for indices in indices_of_splits)
     return in_train, in_validation, in_test
 
@@ -62,11 +62,11 @@ def mix(sources: Sequence[Sequence[Item]], weights: Sequence[float], seed: int) 
     A source with fewer rows than its share is repeated. From a source with more rows than its share, rows are drawn at random with `seed`.
     Within each repetition, the rows of a source stay in file order.
     """
-    total = sum(len(source) for source in sources)
-    shares = [Fraction(str(w)) for w in weights]
-    exact_shares = [total * share / sum(shares) for share in shares]
-    quotas = [int(x) for x in exact_shares]
-    for i in sorted(range(len(sources)), key=lambda i: (quotas[i] - exact_shares[i], i))[: total - sum(quotas)]:
+    row_count = sum(len(source) for source in sources)
+    exact_weights = [Fraction(str(w)) for w in weights]
+    exact_quotas = [row_count * exact_weight / sum(exact_weights) for exact_weight in exact_weights]
+    quotas = [int(x) for x in exact_quotas]
+    for i in sorted(range(len(sources)), key=lambda i: (quotas[i] - exact_quotas[i], i))[: row_count - sum(quotas)]:
         quotas[i] += 1
     mixed_items: list[Item] = []
     for number, (source, quota) in enumerate(zip(sources, quotas, strict=True)):

@@ -23,38 +23,38 @@ RowEncoder = Callable[[Sequence[tuple[str, Example]]], list[EncodedRow | Rejecte
 class SupervisedEncoder:
     """Renders and tokenises rows of supervised training."""
 
-    render_with: RenderOptions
+    rendering_options: RenderOptions
     options: TokeniseOptions
 
     def __call__(self, rows: Sequence[tuple[str, Example]]) -> list[EncodedRow | RejectedRow]:
         """Render and tokenise the rows. Errors: ConfigError of `render` and `encode`."""
-        encoded_rows: list[tuple[int, EncodedRow | RejectedRow]] = []
+        finished_rows: list[tuple[int, EncodedRow | RejectedRow]] = []
 
         def render_rows() -> Iterator[tuple[str, Rendered]]:
             for number, (location, example) in enumerate(rows):
                 if isinstance(example, TokenSequence):
-                    encoded_rows.append((number, self._check_tokens(location, example)))
+                    finished_rows.append((number, self._check_tokens(location, example)))
                     continue
                 try:
-                    yield location, render(example, self.render_with)
+                    yield location, render(example, self.rendering_options)
                 except RowError as error:
-                    encoded_rows.append((number, RejectedRow.of(location, error)))
+                    finished_rows.append((number, RejectedRow.of(location, error)))
 
-        results: list[EncodedRow | RejectedRow] = list(encode(render_rows(), self.render_with.tokenizer, self.options))
-        for number, row in encoded_rows:
+        results: list[EncodedRow | RejectedRow] = list(encode(render_rows(), self.rendering_options.tokenizer, self.options))
+        for number, row in finished_rows:
             results.insert(number, row)
         return results
 
     @cached_property
     def _vocabulary_size(self) -> int:
-        tokenizer: Any = self.render_with.tokenizer
+        tokenizer: Any = self.rendering_options.tokenizer
         return len(tokenizer)
 
     def _check_tokens(self, location: str, row: TokenSequence) -> EncodedRow | RejectedRow:
         """Return an already tokenised row. The row is rejected if one of its token ids is not in the vocabulary."""
-        highest, vocabulary_size = max(row.ids), self._vocabulary_size
-        if highest >= vocabulary_size:
-            message = f"token {highest} is not in the model's vocabulary of {vocabulary_size} tokens"
+        highest_id, vocabulary_size = max(row.ids), self._vocabulary_size
+        if highest_id >= vocabulary_size:
+            message = f"token {highest_id} is not in the model's vocabulary of {vocabulary_size} tokens"
             return RejectedRow.of(location, RowError("TokenUnknown", message, "tokenise the row with the model's tokenizer"))
         return EncodedRow(location, list(row.ids), list(row.labels))
 

@@ -168,8 +168,8 @@ def _find_spans_from_generation_markers(
         weights = weights[:1] * len(marked_spans)
     return [
         _with_end_token(text, span, options.special_tokens)
-        for span, own_weight in zip(marked_spans, weights, strict=True)
-        if own_weight == weight
+        for span, answer_weight in zip(marked_spans, weights, strict=True)
+        if answer_weight == weight
     ]
 
 
@@ -180,18 +180,18 @@ def _find_generation_spans(
     from transformers.utils.chat_template_utils import render_jinja_template
 
     any_tokenizer: Any = options.tokenizer
-    functions = list(tools) or None
-    source = any_tokenizer.get_chat_template(None, functions)
-    if not _GENERATION_TAG_PATTERN.search(source):
+    tool_descriptions = list(tools) or None
+    template_source = any_tokenizer.get_chat_template(None, tool_descriptions)
+    if not _GENERATION_TAG_PATTERN.search(template_source):
         return None
     rendering: Any = render_jinja_template(
         [[dict(turn.to_message(has_content_parts=options.has_content_parts)) for turn in turns]],
-        tools=functions, chat_template=source, return_assistant_tokens_mask=True,
+        tools=tool_descriptions, chat_template=template_source, return_assistant_tokens_mask=True,
         **any_tokenizer.special_tokens_map,
     )  # fmt: skip
-    (rendered,), (spans,) = rendering  # a batch of one conversation
-    nonempty = [(start, end) for start, end in spans if end > start]
-    return nonempty if nonempty and rendered == text else None
+    (rendered_text,), (spans,) = rendering  # a batch of one conversation
+    nonempty_spans = [(start, end) for start, end in spans if end > start]
+    return nonempty_spans if nonempty_spans and rendered_text == text else None
 
 
 def _find_answer_span(example: Conversation, index: int, text: str, options: RenderOptions) -> CharSpan:
@@ -243,17 +243,17 @@ def _with_end_token(text: str, span: CharSpan, special_tokens: tuple[str, ...]) 
 
 def _find_spans_from_markers(rendering: Rendered, turn_markers: tuple[str, str]) -> Rendered:
     """Set the trained spans to the texts from each answer marker to the next question marker. Errors: RowError MarkerAbsent."""
-    question, answer = turn_markers
+    question_marker, answer_marker = turn_markers
     spans, position = [], 0
-    while answer and (marker_start := rendering.text.find(answer, position)) >= 0:
-        start = marker_start + len(answer)
-        end = rendering.text.find(question, start) if question else -1
+    while answer_marker and (marker_start := rendering.text.find(answer_marker, position)) >= 0:
+        start = marker_start + len(answer_marker)
+        end = rendering.text.find(question_marker, start) if question_marker else -1
         end = len(rendering.text) if end < 0 else end
         spans.append((start, end))
         position = end
     if not spans:
         raise RowError(
-            "MarkerAbsent", f"the answer marker {answer!r} does not occur in the rendered row: {rendering.text[:120]!r}...",
+            "MarkerAbsent", f"the answer marker {answer_marker!r} does not occur in the rendered row: {rendering.text[:120]!r}...",
             "copy the marker from the rendered row, or leave out the markers of dataset.responseOnly",
         )  # fmt: skip
     return Rendered(rendering.text, tuple(spans), rendering.is_templated)

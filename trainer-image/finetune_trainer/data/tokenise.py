@@ -105,7 +105,7 @@ def fit_row(row: EncodedRow, options: TokeniseOptions) -> FittedRow | RejectedRo
     Errors: DataError RowTooLong (`overflow: fail`).
     """
     location, ids, labels, _, image_end = row
-    if _count_predicted(labels) == 0:
+    if _count_predicted_tokens(labels) == 0:
         error = RowError("NoTrainableToken", "no token of the row is trained on", "write an answer, or remove the row")
         return RejectedRow.of(location, error)
     if len(ids) <= options.max_length:
@@ -124,32 +124,32 @@ def fit_row(row: EncodedRow, options: TokeniseOptions) -> FittedRow | RejectedRo
         )  # fmt: skip
         return RejectedRow.of(location, error)
     ids, labels = ids[: options.max_length], labels[: options.max_length]
-    if _count_predicted(labels) == 0:
+    if _count_predicted_tokens(labels) == 0:
         return FittedRow(RowOutcome.ANSWERLESS, [], [])
     return FittedRow(RowOutcome.CUT, ids, labels)
 
 
-def no_row_left_error(dropped_row_count: int, answerless: int, max_length: int) -> DataError:
-    """Return the error for a split that has no row left to train on. `dropped_row_count`, `answerless`: see `TokenReport`."""
+def no_row_left_error(dropped_row_count: int, answerless_row_count: int, max_length: int) -> DataError:
+    """Return the error for a split that has no row left to train on. `dropped_row_count`, `answerless_row_count`: see `TokenReport`."""
     return DataError(
-        "NoTrainableToken", f"no row is left to train on: {dropped_row_count} are too long, {answerless} have no answer after truncation",
+        "NoTrainableToken", f"no row is left to train on: {dropped_row_count} are too long, {answerless_row_count} have no answer after truncation",
         hint=f"raise dataset.maxSequenceLength (now {max_length}), or shorten the rows",
     )  # fmt: skip
 
 
-def _count_predicted(labels: list[int]) -> int:
+def _count_predicted_tokens(labels: list[int]) -> int:
     """Return the number of tokens that the model learns to predict. The first token never counts, because no token precedes it."""
     return len(labels) - 1 - labels.count(IGNORED_LABEL) + (labels[0] == IGNORED_LABEL) if labels else 0
 
 
-def encode(texts: Iterable[tuple[str, Rendered]], tokenizer: Any, options: TokeniseOptions) -> Iterator[EncodedRow]:
+def encode(located_renderings: Iterable[tuple[str, Rendered]], tokenizer: Any, options: TokeniseOptions) -> Iterator[EncodedRow]:
     """Yield the location, token ids and labels of every text. Texts are tokenised in batches, because a fast tokenizer uses all cores for a batch.
 
     Errors: ConfigError BosMissing, EosMissing.
     """
     boundary = BoundaryTokens.of(tokenizer, options)
-    stream = iter(texts)
-    while batch := list(islice(stream, BATCH_ROWS)):
+    rendering_iterator = iter(located_renderings)
+    while batch := list(islice(rendering_iterator, BATCH_ROWS)):
         encodings = tokenizer(
             [rendered.text for _, rendered in batch],
             add_special_tokens=False,
@@ -209,24 +209,24 @@ class BoundaryTokens:
                 "the tokenizer has no end token",
                 hint="set dataset.addEosToken: false, or give another model.tokenizer",
             )
-        adds_bos_itself = bos_id is not None and tokenizer("a")["input_ids"][:1] == [bos_id]
+        tokenizer_adds_bos = bos_id is not None and tokenizer("a")["input_ids"][:1] == [bos_id]
         blank_ids = frozenset(token for text in ("\n", " ", "\n\n") for token in _as_single_token(tokenizer, text))
         return BoundaryTokens(
-            bos_id, eos_id if options.add_eos else None, frozenset(tokenizer.all_special_ids) | _added_special_ids(tokenizer), blank_ids,
-            adds_bos_itself if options.add_bos is None else options.add_bos, options.add_bos,
+            bos_id, eos_id if options.add_eos else None, frozenset(tokenizer.all_special_ids) | _list_added_special_ids(tokenizer), blank_ids,
+            tokenizer_adds_bos if options.add_bos is None else options.add_bos, options.add_bos,
         )  # fmt: skip
 
     def add_boundary_tokens(self, ids: list[int], labels: list[int], *, is_templated: bool) -> tuple[list[int], list[int]]:
         """Add or remove beginning and end tokens. Returns the new ids and labels."""
         adds_bos = self.add_bos_to_templated if is_templated else self.add_bos_to_plain
-        leading_count = 0
-        while self.bos_id is not None and leading_count < len(ids) and ids[leading_count] == self.bos_id:
-            leading_count += 1
-        bos_count = (1 if leading_count else 0) if adds_bos is None else int(adds_bos)
-        if self.bos_id is not None and leading_count != bos_count:
-            ids, labels = [self.bos_id] * bos_count + ids[leading_count:], [IGNORED_LABEL] * bos_count + labels[leading_count:]
+        leading_bos_count = 0
+        while self.bos_id is not None and leading_bos_count < len(ids) and ids[leading_bos_count] == self.bos_id:
+            leading_bos_count += 1
+        bos_count = (1 if leading_bos_count else 0) if adds_bos is None else int(adds_bos)
+        if self.bos_id is not None and leading_bos_count != bos_count:
+            ids, labels = [self.bos_id] * bos_count + ids[leading_bos_count:], [IGNORED_LABEL] * bos_count + labels[leading_bos_count:]
         if self.eos_id is not None and not self._has_end_token(ids, is_templated):
-            last_index = self._last_nonblank_index(ids)
+            last_index = self._find_last_nonblank_index(ids)
             is_trained = last_index < 0 or labels[last_index] != IGNORED_LABEL  # If the answer is not trained on, its end token is not trained on either.
             ids, labels = [*ids, self.eos_id], [*labels, self.eos_id if is_trained else IGNORED_LABEL]
         return ids, labels
@@ -235,10 +235,10 @@ class BoundaryTokens:
         """Whether the row already has an end token: `eos_id` for plain text, any special token for text from a chat template."""
         if not is_templated:
             return bool(ids) and ids[-1] == self.eos_id
-        last_index = self._last_nonblank_index(ids)
+        last_index = self._find_last_nonblank_index(ids)
         return last_index >= 0 and ids[last_index] in self.special_ids
 
-    def _last_nonblank_index(self, ids: list[int]) -> int:
+    def _find_last_nonblank_index(self, ids: list[int]) -> int:
         """Return the index of the last token that is not blank, or -1 if all tokens are blank."""
         return next((index for index in range(len(ids) - 1, -1, -1) if ids[index] not in self.blank_ids), -1)
 
@@ -249,5 +249,5 @@ def _as_single_token(tokenizer: Any, text: str) -> list[int]:
     return list(ids) if len(ids) == 1 else []
 
 
-def _added_special_ids(tokenizer: Any) -> frozenset[int]:
+def _list_added_special_ids(tokenizer: Any) -> frozenset[int]:
     return frozenset(index for index, token in tokenizer.added_tokens_decoder.items() if token.special)

@@ -71,8 +71,8 @@ class VisionProcessor:
             replacements = tokenised["text_replacement_offsets"][0]
         ids, offsets = list(tokenised["input_ids"][0]), tokenised["offset_mapping"][0]
         labels = make_labels(ids, offsets, move_spans(rendering.spans, replacements))
-        is_image = make_labels([IMAGE_LABEL] * len(ids), offsets, [item["new_span"] for item in replacements])
-        return ids, [IMAGE_LABEL if mark == IMAGE_LABEL else label for label, mark in zip(labels, is_image, strict=True)]
+        image_marks = make_labels([IMAGE_LABEL] * len(ids), offsets, [replacement["new_span"] for replacement in replacements])
+        return ids, [IMAGE_LABEL if mark == IMAGE_LABEL else label for label, mark in zip(labels, image_marks, strict=True)]
 
     def encode_row(self, location: str, rendering: Rendered, images: Sequence[ImageFile], boundary: BoundaryTokens) -> EncodedRow:
         """Tokenise a rendered row. The tokens of images are not trained on. Errors: RowError of `encode`, ImageUnreadable."""
@@ -92,17 +92,17 @@ class VisionProcessor:
         inputs: dict[str, Any] = {}
         if any(images):
             placeholders = [self.processor.image_token * len(row_images) for row_images in images]
-            output = self.processor(text=placeholders, images=[list(row_images) for row_images in images], padding=True, return_tensors="pt")
+            processor_output = self.processor(text=placeholders, images=[list(row_images) for row_images in images], padding=True, return_tensors="pt")
             # Llama 4's processor returns pixels in bfloat16, but the model's vision layers do not convert them to the type of their weights.
             inputs = {
                 name: value.float() if torch.is_floating_point(value) else value
-                for name, value in output.items()
+                for name, value in processor_output.items()
                 if name not in TEXT_INPUT_NAMES
             }
-        names = set(self.processor.model_input_names)
-        type_name = next((name for name in ("token_type_ids", "mm_token_type_ids") if name in names), None)
-        if type_name is not None:
-            inputs[type_name] = torch.tensor(self.processor.create_mm_token_type_ids([list(map(int, row)) for row in ids]))
+        input_names = set(self.processor.model_input_names)
+        token_type_name = next((name for name in ("token_type_ids", "mm_token_type_ids") if name in input_names), None)
+        if token_type_name is not None:
+            inputs[token_type_name] = torch.tensor(self.processor.create_mm_token_type_ids([list(map(int, row)) for row in ids]))
         return inputs
 
 
@@ -110,8 +110,9 @@ def move_spans(spans: Sequence[CharSpan], replacements: Sequence[Mapping[str, An
     """Return the spans of a text after its placeholders were replaced. `replacements`: the old and the new span of each placeholder."""
 
     def move_position(position: int) -> int:
-        earlier_replacements = [item for item in replacements if item["span"][1] <= position]
-        return position + sum((item["new_span"][1] - item["new_span"][0]) - (item["span"][1] - item["span"][0]) for item in earlier_replacements)
+        earlier_spans = [(replacement["span"], replacement["new_span"]) for replacement in replacements if replacement["span"][1] <= position]
+        added_lengths = (new_end - new_start - (old_end - old_start) for (old_start, old_end), (new_start, new_end) in earlier_spans)
+        return position + sum(added_lengths)
 
     return [(move_position(start), move_position(end)) for start, end in spans]
 
@@ -120,18 +121,18 @@ def move_spans(spans: Sequence[CharSpan], replacements: Sequence[Mapping[str, An
 class VisionEncoder:
     """Renders and tokenises rows with images, for supervised training."""
 
-    render_with: RenderOptions
+    rendering_options: RenderOptions
     options: TokeniseOptions
     vision: VisionProcessor
 
     def __call__(self, rows: Sequence[tuple[str, Example]]) -> list[EncodedRow | RejectedRow]:
         """Render and tokenise the rows. Errors: ConfigError of `render` and `BoundaryTokens.of`."""
-        boundary = BoundaryTokens.of(self.render_with.tokenizer, self.options)
+        boundary = BoundaryTokens.of(self.rendering_options.tokenizer, self.options)
         return [self._encode(location, example, boundary) for location, example in rows]
 
     def _encode(self, location: str, example: Example, boundary: BoundaryTokens) -> EncodedRow | RejectedRow:
         try:
-            return self.vision.encode_row(location, render(example, self.render_with), images_of(example), boundary)
+            return self.vision.encode_row(location, render(example, self.rendering_options), images_of(example), boundary)
         except RowError as error:
             return RejectedRow.of(location, error)
 

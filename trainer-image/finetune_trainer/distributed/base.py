@@ -73,13 +73,13 @@ class DistributedStrategy:
 
     def verify_active(self, trainer: Any) -> str:
         """Check that this strategy is active, and return its name. This method is called when training begins. Errors: InternalError StrategyNotActive."""
-        active = detect_strategy(trainer)
-        if active != self.name:
+        active_strategy = detect_strategy(trainer)
+        if active_strategy != self.name:
             raise InternalError(
-                "StrategyNotActive", f"{self.name} was requested over {self.world_size} ranks, but {active} is active",
+                "StrategyNotActive", f"{self.name} was requested over {self.world_size} ranks, but {active_strategy} is active",
                 hint="this is a bug of the trainer image: report it with the versions of its packages",
             )  # fmt: skip
-        return active
+        return active_strategy
 
 
 class Ddp(DistributedStrategy):
@@ -119,6 +119,6 @@ def detect_strategy(trainer: Any) -> str:
         return "fsdp"
     if isinstance(wrapped_model, DistributedDataParallel):
         return "ddp" if distributed.get_world_size() > 1 else "single"
-    connected_ranks = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
-    launched_ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    return "single" if max(connected_ranks, launched_ranks) == 1 else "independent"
+    connected_rank_count = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+    launched_rank_count = int(os.environ.get("WORLD_SIZE", "1"))
+    return "single" if max(connected_rank_count, launched_rank_count) == 1 else "independent"

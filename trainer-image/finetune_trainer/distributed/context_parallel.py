@@ -1,8 +1,8 @@
 """Context parallelism: several ranks compute each sequence together, for sequences that do not fit on one GPU.
 
 Each rank of a group computes a part of the tokens of each sequence. Before each attention, DeepSpeed's Ulysses exchanges data between the ranks,
-so that a rank has all tokens, but only some of the attention heads. DeepSpeed's own data loader is not used: with it, each rank loads other rows
-and sends them to all ranks, and a run cannot be resumed within an epoch. Here, the ranks of a group load the same rows, and each rank takes its
+so that a rank has all tokens, but only some of the attention heads. DeepSpeed's own data loader is not used: it loads different rows
+on each rank, sends the rows to all ranks, and cannot resume a run within an epoch. Here, the ranks of a group load the same rows, and each rank takes its
 part of the batch.
 """
 
@@ -31,11 +31,11 @@ class SequencePart:
         """
         import torch
 
-        values = dict(batch)
+        tensors = dict(batch)
         # transformers counts the trained tokens only if a batch also has the column `labels`.
-        values["shift_labels"] = torch.nn.functional.pad(values["labels"], (0, 1), value=-100)[:, 1:]
-        part_length = values["input_ids"].shape[1] // self.count
-        return {name: value[:, self.index * part_length : (self.index + 1) * part_length].contiguous() for name, value in values.items()}
+        tensors["shift_labels"] = torch.nn.functional.pad(tensors["labels"], (0, 1), value=-100)[:, 1:]
+        part_length = tensors["input_ids"].shape[1] // self.count
+        return {name: tensor[:, self.index * part_length : (self.index + 1) * part_length].contiguous() for name, tensor in tensors.items()}
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def context_parallel_mixin() -> type:
 
     from finetune_trainer.library_internals import OpenTrainer
 
-    class SharesSequences(OpenTrainer):
+    class SequenceSharingTrainer(OpenTrainer):
         """Loads the same rows on all ranks of a group, and trains on this rank's part of the tokens. Evaluations use whole sequences."""
 
         strategy: Any
@@ -116,14 +116,14 @@ def context_parallel_mixin() -> type:
 
         def get_train_dataloader(self) -> Any:
             """Return the loader that yields this rank's parts of the batches. The ranks of a group get the same rows."""
-            size, collator = self.strategy.context_parallel_size, self.data_collator
-            rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
-            self.data_collator = PartCollator(collator, SequencePart(rank % size, size))
+            group_size, collator = self.strategy.context_parallel_size, self.data_collator
+            rank, rank_count = self.accelerator.process_index, self.accelerator.num_processes
+            self.data_collator = PartCollator(collator, SequencePart(rank % group_size, group_size))
             try:
                 loader = super().get_train_dataloader()
             finally:
                 self.data_collator = collator
-            loader.batch_sampler.num_processes, loader.batch_sampler.process_index = ranks // size, rank // size
+            loader.batch_sampler.num_processes, loader.batch_sampler.process_index = rank_count // group_size, rank // group_size
             return loader
 
         def get_sp_size(self) -> int:
@@ -137,4 +137,4 @@ def context_parallel_mixin() -> type:
             """Return the number of rows per optimizer step. The ranks of a group load the same rows, so a group counts as one rank."""
             return super().get_total_train_batch_size(args) // self.strategy.context_parallel_size
 
-    return SharesSequences
+    return SequenceSharingTrainer

@@ -94,7 +94,7 @@ TOP_LEVEL_KEYS = {
     "disable_python_gc": BOOLEAN_TYPE, "log_level": TEXT_TYPE,
 }  # fmt: skip
 """The type of each key at the top level of the JSON. Keys inside the sections are checked by DeepSpeed: see `validate_with_deepspeed`."""
-TYPED_SECTION = {"type": TEXT_TYPE, "params": MAPPING_TYPE}
+TYPED_SECTION_KEYS = {"type": TEXT_TYPE, "params": MAPPING_TYPE}
 BETA_TYPE = ValueType(
     "a number from 0 to below 1", lambda value: value == AUTO_VALUE or NOT_NEGATIVE_TYPE.accepts(value) and value < 1
 )
@@ -110,7 +110,7 @@ WARMUP_PARAMETERS = {
     "warmup_num_steps": STEP_COUNT_TYPE, "warmup_min_lr": NOT_NEGATIVE_TYPE, "warmup_max_lr": NOT_NEGATIVE_TYPE, "total_num_steps": COUNT_TYPE,
     "warmup_type": TEXT_TYPE,
 }  # fmt: skip
-OFFLOAD_DEVICE = one_of("none", "cpu", "nvme")
+OFFLOAD_DEVICE_TYPE = one_of("none", "cpu", "nvme")
 FUSED_ADAMW = "adamw_torch_fused"
 TORCH_ADAMW = ("adamw_torch", FUSED_ADAMW)
 OFFLOAD_FIELDS = (
@@ -140,32 +140,32 @@ def build_options(run: RunConfig, inputs: Inputs, hardware: Hardware, world_size
     API rule that a value of the file breaks; NotFoundError ConfigMapMissing.
     """
     spec = run.spec.distributed.deepspeed
-    merge = FileMerge(run)
+    file_merge = FileMerge(run)
     has_file = spec is not None and spec.config_ref is not None
     file_config = read_config_file(spec.config_ref, inputs.config_maps, CONFIG_FILE_FIELD) if has_file else {}
-    config = _check_config(file_config, merge)
-    result = DeepspeedOptions(DEFAULT_STAGE, config)
-    _merge_batch_sizes(config, merge, run, result, world_size)
-    _merge_precision(config, merge, hardware)
-    _merge_optimizer(config, merge, run, result)
-    _merge_scheduler(config, merge, run, result)
-    _merge_zero_options(config, merge, run, result)
-    merge.check_merged_values("the DeepSpeed JSON")
-    result.notes += merge.notes
+    config = _check_config(file_config, file_merge)
+    options = DeepspeedOptions(DEFAULT_STAGE, config)
+    _merge_batch_sizes(config, file_merge, run, options, world_size)
+    _merge_precision(config, file_merge, hardware)
+    _merge_optimizer(config, file_merge, run, options)
+    _merge_scheduler(config, file_merge, run, options)
+    _merge_zero_options(config, file_merge, run, options)
+    file_merge.check_merged_values("the DeepSpeed JSON")
+    options.notes += file_merge.notes
     _require_no_auto(config)
-    return result
+    return options
 
 
-def _check_config(file_config: dict[str, Any], merge: FileMerge) -> dict[str, Any]:
+def _check_config(file_config: dict[str, Any], file_merge: FileMerge) -> dict[str, Any]:
     """Check the file, and return a copy without null values and disabled sections. Errors: ConfigError ConfigFileInvalid."""
-    config: dict[str, Any] = _without_nulls(file_config)
+    config: dict[str, Any] = _remove_nulls(file_config)
     disabled_sections = [
         key for key in REFUSED_SECTIONS if isinstance(config.get(key), dict) and config[key].get("enabled") is False
     ]
     for key in disabled_sections:
         del config[key]
     if disabled_sections:
-        merge.notes.append(f"sections that the DeepSpeed JSON disables are ignored: {', '.join(disabled_sections)}")
+        file_merge.notes.append(f"sections that the DeepSpeed JSON disables are ignored: {', '.join(disabled_sections)}")
     _refuse_keys(REFUSED_SECTIONS, "", config)
     check_keys(CONFIG_FILE_FIELD, "", config, TOP_LEVEL_KEYS, allows_auto=True)
     for name in ("bf16", "fp16"):
@@ -177,14 +177,14 @@ def _check_config(file_config: dict[str, Any], merge: FileMerge) -> dict[str, An
     )
     for section, _, _ in OFFLOAD_FIELDS:
         _check_read_keys(
-            f"zero_optimization.{section}", zero_section.get(section), {"device": OFFLOAD_DEVICE}, allows_auto=False
+            f"zero_optimization.{section}", zero_section.get(section), {"device": OFFLOAD_DEVICE_TYPE}, allows_auto=False
         )
     _refuse_compiled_options(config)
     return config
 
 
 def _refuse_compiled_options(config: dict[str, Any]) -> None:
-    requested_options = [".".join(path) for path in COMPILED_OPTIONS if _value_at(config, path) not in (None, False)]
+    requested_options = [".".join(path) for path in COMPILED_OPTIONS if _find_value_at(config, path) not in (None, False)]
     if requested_options:
         raise ConfigError(
             "ConfigFileInvalid",
@@ -193,7 +193,7 @@ def _refuse_compiled_options(config: dict[str, Any]) -> None:
         )
 
 
-def _value_at(section: Any, path: tuple[str, ...]) -> Any:
+def _find_value_at(section: Any, path: tuple[str, ...]) -> Any:
     """Return the value at a path of nested sections; None if a section or the value is absent."""
     for key in path:
         section = section.get(key) if isinstance(section, dict) else None
@@ -206,10 +206,10 @@ def _refuse_keys(keys: dict[str, str], prefix: str, section: dict[str, Any]) -> 
         raise ConfigError("ConfigFileInvalid", f"{CONFIG_FILE_FIELD}: {'; '.join(refused_keys)}", hint="remove it")
 
 
-def _without_nulls(value: Any) -> Any:
+def _remove_nulls(value: Any) -> Any:
     """Return a copy of the value without null values, which stand for DeepSpeed's defaults."""
     if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+        return {key: _remove_nulls(item) for key, item in value.items() if item is not None}
     return copy.deepcopy(value)
 
 
@@ -224,57 +224,57 @@ def _check_read_keys(section_path: str, section: Any, value_types: dict[str, Val
     )
 
 
-def _merge_batch_sizes(config: dict[str, Any], merge: FileMerge, run: RunConfig, result: DeepspeedOptions, world_size: int) -> None:
-    rows, steps = _merge_rows_and_steps(config, merge, run)
-    max_gradient_norm = merge.merge(
+def _merge_batch_sizes(config: dict[str, Any], file_merge: FileMerge, run: RunConfig, options: DeepspeedOptions, world_size: int) -> None:
+    rows, steps = _merge_rows_and_steps(config, file_merge, run)
+    max_gradient_norm = file_merge.merge(
         "gradient_clipping", config.get("gradient_clipping"), "training.maxGradNorm", run.spec.training.max_grad_norm
     )
     effective_batch = rows * steps * world_size // (run.spec.distributed.context_parallel_size or 1)
-    merge.require_equal(
+    file_merge.require_equal(
         "train_batch_size", config.get("train_batch_size"), "micro-batch x accumulation x ranks", effective_batch
     )
     # transformers and DeepSpeed check train_batch_size before they know the groups of context parallelism. accelerate corrects train_batch_size later.
     config |= {MICRO_BATCH_KEY: rows, ACCUMULATION_KEY: steps, "train_batch_size": rows * steps * world_size, "gradient_clipping": max_gradient_norm}
-    result.training_arguments |= {
+    options.training_arguments |= {
         "per_device_train_batch_size": rows,
         "gradient_accumulation_steps": steps,
         "max_grad_norm": max_gradient_norm,
     }
 
 
-def _merge_rows_and_steps(config: dict[str, Any], merge: FileMerge, run: RunConfig) -> tuple[int, int]:
+def _merge_rows_and_steps(config: dict[str, Any], file_merge: FileMerge, run: RunConfig) -> tuple[int, int]:
     """Return the micro-batch (rows) and the number of accumulation steps.
 
     If the operator reduced the spec's micro-batch, the file's micro-batch is reduced too, and more accumulation steps keep the effective batch the same.
     """
     training = run.spec.training
     requested_rows = training.batch_size_per_device
-    rows_before_adaptation = merge.before_adaptation(MICRO_BATCH_PATH, requested_rows)
+    rows_before_adaptation = file_merge.before_adaptation(MICRO_BATCH_PATH, requested_rows)
     is_adapted = rows_before_adaptation != requested_rows
     requested_steps = training.gradient_accumulation_steps
-    spec_steps = merge.before_adaptation(ACCUMULATION_PATH, requested_steps) if is_adapted else requested_steps
-    rows = merge.merge(MICRO_BATCH_KEY, config.get(MICRO_BATCH_KEY), MICRO_BATCH_PATH, rows_before_adaptation)
-    steps = merge.merge(ACCUMULATION_KEY, config.get(ACCUMULATION_KEY), ACCUMULATION_PATH, spec_steps)
-    if not is_adapted or merge.conflicts:
+    spec_steps = file_merge.before_adaptation(ACCUMULATION_PATH, requested_steps) if is_adapted else requested_steps
+    rows = file_merge.merge(MICRO_BATCH_KEY, config.get(MICRO_BATCH_KEY), MICRO_BATCH_PATH, rows_before_adaptation)
+    steps = file_merge.merge(ACCUMULATION_KEY, config.get(ACCUMULATION_KEY), ACCUMULATION_PATH, spec_steps)
+    if not is_adapted or file_merge.conflicts:
         return rows, steps
-    merge.file_values |= {MICRO_BATCH_PATH: rows, ACCUMULATION_PATH: steps}
-    reduced_rows = _reduce_rows(rows, steps, rows * requested_rows / rows_before_adaptation, merge, run)
+    file_merge.file_values |= {MICRO_BATCH_PATH: rows, ACCUMULATION_PATH: steps}
+    reduced_rows = _reduce_rows(rows, steps, rows * requested_rows / rows_before_adaptation, file_merge, run)
     if (rows, steps) != (rows_before_adaptation, spec_steps):
-        change = f"the operator changed {MICRO_BATCH_PATH} from {rows_before_adaptation} to {requested_rows}"
+        change_text = f"the operator changed {MICRO_BATCH_PATH} from {rows_before_adaptation} to {requested_rows}"
         if reduced_rows == rows:
-            note = f"{MICRO_BATCH_KEY} of the file stays {rows}, although {change}: no smaller divisor of {rows} is allowed"
+            note = f"{MICRO_BATCH_KEY} of the file stays {rows}, although {change_text}: no smaller divisor of {rows} is allowed"
         else:
             note = (
-                f"{change}; {MICRO_BATCH_KEY} in the file therefore changes from {rows} to {reduced_rows}, and {ACCUMULATION_KEY} "
+                f"{change_text}; {MICRO_BATCH_KEY} in the file therefore changes from {rows} to {reduced_rows}, and {ACCUMULATION_KEY} "
                 f"from {steps} to {steps * rows // reduced_rows}"
             )
-        merge.notes.append(note)
+        file_merge.notes.append(note)
     steps = steps * rows // reduced_rows
-    merge.file_values |= {MICRO_BATCH_PATH: reduced_rows, ACCUMULATION_PATH: steps}
+    file_merge.file_values |= {MICRO_BATCH_PATH: reduced_rows, ACCUMULATION_PATH: steps}
     return reduced_rows, steps
 
 
-def _reduce_rows(rows: int, steps: int, limit: float, merge: FileMerge, run: RunConfig) -> int:
+def _reduce_rows(rows: int, steps: int, limit: float, file_merge: FileMerge, run: RunConfig) -> int:
     """Return the largest allowed divisor of the micro-batch `rows` that is at most `limit`.
 
     If all allowed divisors are above the limit, return the smallest one; if no divisor is allowed, return `rows`. A divisor that breaks a rule of the
@@ -285,15 +285,15 @@ def _reduce_rows(rows: int, steps: int, limit: float, merge: FileMerge, run: Run
         for divisor in range(min_batch_size_per_device(run.spec), rows)
         if rows % divisor == 0
         and steps * rows // divisor <= MAX_BATCH_VALUE
-        and merge.allows({MICRO_BATCH_PATH: divisor, ACCUMULATION_PATH: steps * rows // divisor})
+        and file_merge.allows({MICRO_BATCH_PATH: divisor, ACCUMULATION_PATH: steps * rows // divisor})
     ]
     return max((divisor for divisor in divisors if divisor <= limit), default=min(divisors, default=rows))
 
 
-def _merge_precision(config: dict[str, Any], merge: FileMerge, hardware: Hardware) -> None:
+def _merge_precision(config: dict[str, Any], file_merge: FileMerge, hardware: Hardware) -> None:
     for name, is_active in (("bf16", hardware.computes_in_bf16), ("fp16", hardware.computes_in_fp16)):
         section = config.setdefault(name, {})
-        merge.require_equal(
+        file_merge.require_equal(
             f"{name}.enabled",
             section.get("enabled"),
             f"{name} on {hardware.name}, from training.mixedPrecision,",
@@ -302,12 +302,12 @@ def _merge_precision(config: dict[str, Any], merge: FileMerge, hardware: Hardwar
         section["enabled"] = is_active
 
 
-def _merge_optimizer(config: dict[str, Any], merge: FileMerge, run: RunConfig, result: DeepspeedOptions) -> None:
+def _merge_optimizer(config: dict[str, Any], file_merge: FileMerge, run: RunConfig, options: DeepspeedOptions) -> None:
     """Replace the Adam optimizer of the JSON with torch's AdamW with the same parameters."""
     section = config.pop("optimizer", None)
     if section is None:
         return
-    check_keys(CONFIG_FILE_FIELD, "optimizer", section, TYPED_SECTION, allows_auto=True)
+    check_keys(CONFIG_FILE_FIELD, "optimizer", section, TYPED_SECTION_KEYS, allows_auto=True)
     optimizer_type, parameters, training = (
         str(section.get("type", "without a type")),
         dict(section.get("params") or {}),
@@ -319,28 +319,28 @@ def _merge_optimizer(config: dict[str, Any], merge: FileMerge, run: RunConfig, r
             hint="write AdamW, or remove the section and name training.optimizer",
         )  # fmt: skip
     check_keys(CONFIG_FILE_FIELD, "optimizer.params", parameters, ADAM_PARAMETERS, allows_auto=True)
-    name = training.optimizer
-    if name not in TORCH_ADAMW:
-        name = merge.merge("optimizer.type", FUSED_ADAMW, "training.optimizer", name, file_text=optimizer_type)
+    optimizer_name = training.optimizer
+    if optimizer_name not in TORCH_ADAMW:
+        optimizer_name = file_merge.merge("optimizer.type", FUSED_ADAMW, "training.optimizer", optimizer_name, file_text=optimizer_type)
     betas = parameters.get("betas", AUTO_VALUE)
-    first, second = (AUTO_VALUE, AUTO_VALUE) if betas == AUTO_VALUE else betas
-    result.training_arguments |= {
-        "optim": name,
-        "adam_beta1": merge.merge("optimizer.params.betas[0]", first, "training.adamBeta1", training.adam_beta1),
-        "adam_beta2": merge.merge("optimizer.params.betas[1]", second, "training.adamBeta2", training.adam_beta2),
-        "learning_rate": merge.merge("optimizer.params.lr", parameters.get("lr"), "training.learningRate", training.learning_rate),
-        "adam_epsilon": merge.merge("optimizer.params.eps", parameters.get("eps"), "training.adamEpsilon", training.adam_epsilon),
-        "weight_decay": merge.merge("optimizer.params.weight_decay", parameters.get("weight_decay"), "training.weightDecay", training.weight_decay),
+    beta1, beta2 = (AUTO_VALUE, AUTO_VALUE) if betas == AUTO_VALUE else betas
+    options.training_arguments |= {
+        "optim": optimizer_name,
+        "adam_beta1": file_merge.merge("optimizer.params.betas[0]", beta1, "training.adamBeta1", training.adam_beta1),
+        "adam_beta2": file_merge.merge("optimizer.params.betas[1]", beta2, "training.adamBeta2", training.adam_beta2),
+        "learning_rate": file_merge.merge("optimizer.params.lr", parameters.get("lr"), "training.learningRate", training.learning_rate),
+        "adam_epsilon": file_merge.merge("optimizer.params.eps", parameters.get("eps"), "training.adamEpsilon", training.adam_epsilon),
+        "weight_decay": file_merge.merge("optimizer.params.weight_decay", parameters.get("weight_decay"), "training.weightDecay", training.weight_decay),
     }  # fmt: skip
-    merge.notes.append(f"optimizer {optimizer_type} of the DeepSpeed JSON runs as torch's AdamW ({name})")
+    file_merge.notes.append(f"optimizer {optimizer_type} of the DeepSpeed JSON runs as torch's AdamW ({optimizer_name})")
 
 
-def _merge_scheduler(config: dict[str, Any], merge: FileMerge, run: RunConfig, result: DeepspeedOptions) -> None:
+def _merge_scheduler(config: dict[str, Any], file_merge: FileMerge, run: RunConfig, options: DeepspeedOptions) -> None:
     """Replace the scheduler of the JSON with the equivalent scheduler of transformers."""
     section = config.pop("scheduler", None)
     if section is None:
         return
-    check_keys(CONFIG_FILE_FIELD, "scheduler", section, TYPED_SECTION, allows_auto=True)
+    check_keys(CONFIG_FILE_FIELD, "scheduler", section, TYPED_SECTION_KEYS, allows_auto=True)
     scheduler_type, parameters, training = (
         str(section.get("type", "without a type")),
         dict(section.get("params") or {}),
@@ -355,52 +355,52 @@ def _merge_scheduler(config: dict[str, Any], merge: FileMerge, run: RunConfig, r
     check_keys(CONFIG_FILE_FIELD, "scheduler.params", parameters, WARMUP_PARAMETERS, allows_auto=True)
     from finetune_trainer.schedules import SCHEDULER_NAMES
 
-    scheduler = merge.merge(
+    scheduler = file_merge.merge(
         "scheduler.type",
         DEEPSPEED_SCHEDULERS[scheduler_type],
         "training.scheduler",
         training.scheduler,
         file_text=f"{scheduler_type} ({DEEPSPEED_SCHEDULERS[scheduler_type]})",
     )
-    result.training_arguments["lr_scheduler_type"] = SCHEDULER_NAMES[scheduler]
-    _merge_warmup(parameters.get("warmup_num_steps"), merge, run, result)
-    learning_rate = merge.undo_adaptation(
-        "training.learningRate", training.learning_rate, result.training_arguments.get("learning_rate", training.learning_rate)
+    options.training_arguments["lr_scheduler_type"] = SCHEDULER_NAMES[scheduler]
+    _merge_warmup(parameters.get("warmup_num_steps"), file_merge, run, options)
+    learning_rate = file_merge.undo_adaptation(
+        "training.learningRate", training.learning_rate, options.training_arguments.get("learning_rate", training.learning_rate)
     )
-    for key, path, actual in (
+    for key, path, actual_value in (
         ("warmup_max_lr", "training.learningRate", learning_rate),
         ("warmup_min_lr", "the first learning rate of the warm-up", 0),
         ("total_num_steps", "training.maxSteps", training.max_steps),
         ("warmup_type", "the shape of the warm-up", "linear"),
     ):
-        merge.require_equal(f"scheduler.params.{key}", parameters.get(key), path, actual)
-    merge.notes.append(f"scheduler {scheduler_type} of the DeepSpeed JSON runs as {scheduler}")
+        file_merge.require_equal(f"scheduler.params.{key}", parameters.get(key), path, actual_value)
+    file_merge.notes.append(f"scheduler {scheduler_type} of the DeepSpeed JSON runs as {scheduler}")
 
 
-def _merge_warmup(steps: Any, merge: FileMerge, run: RunConfig, result: DeepspeedOptions) -> None:
+def _merge_warmup(steps: Any, file_merge: FileMerge, run: RunConfig, options: DeepspeedOptions) -> None:
     """Use the file's warm-up steps, if it has any. These steps conflict with a warm-up ratio that the user set, but replace a default ratio."""
     training, key = run.spec.training, "scheduler.params.warmup_num_steps"
     if steps in (None, AUTO_VALUE):
         return
     if training.warmup_ratio and "training.warmupRatio" not in run.defaults:
-        merge.conflicts.append(f"{key} is {steps}, training.warmupRatio is {training.warmup_ratio:g}")
-    result.training_arguments["warmup_steps"] = merge.merge(key, steps, "training.warmupSteps", training.warmup_steps)
-    if "training.warmupSteps" in merge.file_values:
-        merge.file_values["training.warmupRatio"] = None
+        file_merge.conflicts.append(f"{key} is {steps}, training.warmupRatio is {training.warmup_ratio:g}")
+    options.training_arguments["warmup_steps"] = file_merge.merge(key, steps, "training.warmupSteps", training.warmup_steps)
+    if "training.warmupSteps" in file_merge.file_values:
+        file_merge.file_values["training.warmupRatio"] = None
 
 
-def _merge_zero_options(config: dict[str, Any], merge: FileMerge, run: RunConfig, result: DeepspeedOptions) -> None:
+def _merge_zero_options(config: dict[str, Any], file_merge: FileMerge, run: RunConfig, options: DeepspeedOptions) -> None:
     spec = run.spec.distributed.deepspeed
     zero_section = config.setdefault("zero_optimization", {})
-    stage = merge.merge(
+    stage = file_merge.merge(
         "zero_optimization.stage",
         zero_section.get("stage"),
         "distributed.deepspeed.zeroStage",
         spec.zero_stage if spec else None,
     )
-    result.stage = zero_section["stage"] = DEFAULT_STAGE if stage is None else stage
+    options.stage = zero_section["stage"] = DEFAULT_STAGE if stage is None else stage
     for key, path, attribute in OFFLOAD_FIELDS:
-        section, requested = zero_section.get(key) or {}, getattr(spec, attribute) if spec else None
+        section, requested_offload = zero_section.get(key) or {}, getattr(spec, attribute) if spec else None
         if section.get("device") == "nvme":
             raise ConfigError(
                 "ConfigFileInvalid",
@@ -408,34 +408,34 @@ def _merge_zero_options(config: dict[str, Any], merge: FileMerge, run: RunConfig
                 hint="write cpu",
             )
         file_value = None if key not in zero_section else section.get("device", "none") != "none"
-        if merge.merge(f"zero_optimization.{key}", file_value, f"distributed.deepspeed.{path}", requested):
+        if file_merge.merge(f"zero_optimization.{key}", file_value, f"distributed.deepspeed.{path}", requested_offload):
             zero_section[key] = {**section, "device": "cpu"}
         else:
             zero_section.pop(key, None)
-    if "offload_param" in zero_section and result.stage != 3:
+    if "offload_param" in zero_section and options.stage != 3:
         raise ConfigError(
-            "OffloadNeedsStage3", f"offloadParameters is true, but the ZeRO stage is {result.stage}, which does not shard parameters",
+            "OffloadNeedsStage3", f"offloadParameters is true, but the ZeRO stage is {options.stage}, which does not shard parameters",
             hint="write `zeroStage: 3`, or remove offloadParameters",
         )  # fmt: skip
-    if "offload_optimizer" in zero_section and result.stage == 0:
+    if "offload_optimizer" in zero_section and options.stage == 0:
         raise ConfigError(
             "OffloadNeedsStage1", "offloadOptimizer is true, but with ZeRO stage 0 DeepSpeed does not hold the optimizer's state",
             hint="write `zeroStage: 1` or more, or remove offloadOptimizer",
         )  # fmt: skip
-    if result.stage == 3:
-        merge.require_equal(
+    if options.stage == 3:
+        file_merge.require_equal(
             "zero_optimization.stage3_gather_16bit_weights_on_model_save", zero_section.get("stage3_gather_16bit_weights_on_model_save"),
             "the value that a loadable checkpoint needs", True,
         )  # fmt: skip
         zero_section["stage3_gather_16bit_weights_on_model_save"] = True
     # With these two values, DeepSpeed accepts torch's optimizer even with offloading. Otherwise, DeepSpeed would compile its own optimizer.
     for key, value in (("zero_allow_untested_optimizer", True), ("zero_force_ds_cpu_optimizer", False)):
-        merge.require_equal(key, config.get(key), "the value that torch's optimizer needs", value)
+        file_merge.require_equal(key, config.get(key), "the value that torch's optimizer needs", value)
         config[key] = value
 
 
 def _require_no_auto(config: dict[str, Any]) -> None:
-    unset_keys = [key for key in _auto_keys(config) if key.removeprefix("zero_optimization.") not in KEYS_THAT_MAY_BE_AUTO]
+    unset_keys = [key for key in _find_auto_keys(config) if key.removeprefix("zero_optimization.") not in KEYS_THAT_MAY_BE_AUTO]
     if unset_keys:
         raise ConfigError(
             "ConfigFileInvalid",
@@ -444,12 +444,12 @@ def _require_no_auto(config: dict[str, Any]) -> None:
         )
 
 
-def _auto_keys(value: Any, path: str = "") -> list[str]:
+def _find_auto_keys(value: Any, path: str = "") -> list[str]:
     if isinstance(value, dict):
         return [
-            nested
+            nested_key
             for key, inner in value.items()
-            for nested in _auto_keys(inner, f"{path}.{key}" if path else str(key))
+            for nested_key in _find_auto_keys(inner, f"{path}.{key}" if path else str(key))
         ]
     return [path] if value == AUTO_VALUE else []
 
@@ -495,7 +495,7 @@ class Deepspeed(DistributedStrategy):
     @property
     def trainer_mixins(self) -> tuple[type, ...]:
         """The mixin that loads the best weights and, with context parallelism, the mixin that shares sequences between ranks."""
-        return (_best_weights_mixin(), *([context_parallel.context_parallel_mixin()] if self.context_parallel_size > 1 else []))
+        return (_create_best_weights_mixin(), *([context_parallel.context_parallel_mixin()] if self.context_parallel_size > 1 else []))
 
     def prepare_process(self) -> None:
         """Create the process group that DeepSpeed needs, even for one rank. On a CPU, accelerate would create the process group too late."""
@@ -521,17 +521,17 @@ class Deepspeed(DistributedStrategy):
         return arguments
 
     def verify_active(self, trainer: Any) -> str:
-        """In addition to the strategy, check the engine's stage, its ranks and the number of sharded parameters. Errors: InternalError StrategyNotActive."""
+        """In addition to the strategy, check the stage, the number of ranks and the number of sharded parameters. Errors: InternalError StrategyNotActive."""
         strategy_name = super().verify_active(trainer)
         engine = trainer.deepspeed
-        stage, ranks = engine.zero_optimization_stage(), engine.world_size
+        stage, rank_count = engine.zero_optimization_stage(), engine.world_size
         sharded_count = sum(hasattr(parameter, "ds_id") for parameter in trainer.model.parameters())
         parameter_count = sum(1 for _ in trainer.model.parameters())
         expected_count = parameter_count if self.options.stage == 3 else 0
-        if (stage, ranks, sharded_count) != (self.options.stage, self.world_size, expected_count):
+        if (stage, rank_count, sharded_count) != (self.options.stage, self.world_size, expected_count):
             raise InternalError(
                 "StrategyNotActive",
-                f"ZeRO stage {self.options.stage} over {self.world_size} ranks was requested; active: stage {stage} over {ranks} ranks, "
+                f"ZeRO stage {self.options.stage} over {self.world_size} ranks was requested; active: stage {stage} over {rank_count} ranks, "
                 f"{sharded_count} of {parameter_count} parameters sharded",
                 hint="this is a bug of the trainer image: report it with the versions of its packages",
             )  # fmt: skip
@@ -540,7 +540,7 @@ class Deepspeed(DistributedStrategy):
         return strategy_name
 
 
-def _best_weights_mixin() -> type:
+def _create_best_weights_mixin() -> type:
     """Return the mixin class. The class is defined in a function so that importing this module does not import torch."""
     from finetune_trainer.best import find_best_folder
     from finetune_trainer.distributed.weights import load_into_deepspeed

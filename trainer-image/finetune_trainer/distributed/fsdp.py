@@ -100,57 +100,57 @@ def build_options(run: RunConfig, inputs: Inputs, hardware: Hardware, world_size
     file breaks.
     """
     spec = run.spec.distributed.fsdp
-    result = FsdpOptions()
+    options = FsdpOptions()
     if spec is None:
-        return result
-    result.sharding = spec.sharding or result.sharding
-    result.state_dict = spec.state_dict or result.state_dict
+        return options
+    options.sharding = spec.sharding or options.sharding
+    options.state_dict = spec.state_dict or options.state_dict
     if spec.config_ref is not None:
         _merge_file(
-            result, read_config_file(spec.config_ref, inputs.config_maps, CONFIG_FILE_FIELD), run, hardware, world_size
+            options, read_config_file(spec.config_ref, inputs.config_maps, CONFIG_FILE_FIELD), run, hardware, world_size
         )
-    if result.state_dict is FsdpStateDict.LOCAL:
+    if options.state_dict is FsdpStateDict.LOCAL:
         raise ConfigError(
             "StateDictUnavailable", "distributed.fsdp.stateDict is local, which FSDP version 2 does not have",
             hint="write sharded (one file per rank) or full",
         )  # fmt: skip
-    return result
+    return options
 
 
-def _merge_file(result: FsdpOptions, file: dict[str, Any], run: RunConfig, hardware: Hardware, world_size: int) -> None:
-    """Merge the user's accelerate file into `result`. A note lists the keys that have no effect; unknown keys are refused."""
-    merge = FileMerge(run)
-    fsdp_config = _read_fsdp_section(file)
-    distributed_type = file.get("distributed_type", "FSDP")
+def _merge_file(options: FsdpOptions, file_config: dict[str, Any], run: RunConfig, hardware: Hardware, world_size: int) -> None:
+    """Merge the user's accelerate file into `options`. A note lists the keys that have no effect; unknown keys are refused."""
+    file_merge = FileMerge(run)
+    fsdp_config = _read_fsdp_section(file_config)
+    distributed_type = file_config.get("distributed_type", "FSDP")
     if str(distributed_type).upper() != "FSDP":
-        merge.conflicts.append(f"distributed_type is {distributed_type}, distributed.strategy is fsdp")
-    merge.require_equal("num_processes", file.get("num_processes"), "the number of ranks", world_size)
-    merge.require_equal("num_machines", file.get("num_machines"), "resources.nodes", run.world.nodes)
+        file_merge.conflicts.append(f"distributed_type is {distributed_type}, distributed.strategy is fsdp")
+    file_merge.require_equal("num_processes", file_config.get("num_processes"), "the number of ranks", world_size)
+    file_merge.require_equal("num_machines", file_config.get("num_machines"), "resources.nodes", run.world.nodes)
     active_precision = "bf16" if hardware.computes_in_bf16 else "fp16" if hardware.computes_in_fp16 else "no"
-    file_precision = file.get("mixed_precision")
+    file_precision = file_config.get("mixed_precision")
     file_precision = "no" if file_precision is False else file_precision  # YAML parses an unquoted `no` as false.
-    merge.require_equal("mixed_precision", file_precision, "the precision from training.mixedPrecision", active_precision)
-    _merge_fsdp(result, fsdp_config, merge, run)
-    launcher_keys = sorted(set(file) & set(LAUNCHER_KEYS))
+    file_merge.require_equal("mixed_precision", file_precision, "the precision from training.mixedPrecision", active_precision)
+    _merge_fsdp(options, fsdp_config, file_merge, run)
+    launcher_keys = sorted(set(file_config) & set(LAUNCHER_KEYS))
     if launcher_keys:
-        merge.notes.append(
+        file_merge.notes.append(
             f"keys of the accelerate file for its launcher are ignored, because the operator starts the ranks: {', '.join(launcher_keys)}"
         )
-    merge.check_merged_values("the accelerate file")
-    result.notes += merge.notes
+    file_merge.check_merged_values("the accelerate file")
+    options.notes += file_merge.notes
 
 
-def _read_fsdp_section(file: dict[str, Any]) -> dict[str, Any]:
+def _read_fsdp_section(file_config: dict[str, Any]) -> dict[str, Any]:
     """Return the section fsdp_config without the prefixes of its keys and without null values. Errors: ConfigError ConfigFileInvalid."""
-    check_keys(CONFIG_FILE_FIELD, "", file, TOP_LEVEL_KEYS)
+    check_keys(CONFIG_FILE_FIELD, "", file_config, TOP_LEVEL_KEYS)
     fsdp_config = {
-        key.removeprefix("fsdp_"): value for key, value in (file.get("fsdp_config") or {}).items() if value is not None
+        key.removeprefix("fsdp_"): value for key, value in (file_config.get("fsdp_config") or {}).items() if value is not None
     }
     check_keys(CONFIG_FILE_FIELD, "fsdp_config", fsdp_config, FSDP_KEYS)
     return fsdp_config
 
 
-def _merge_fsdp(result: FsdpOptions, fsdp_config: dict[str, Any], merge: FileMerge, run: RunConfig) -> None:
+def _merge_fsdp(options: FsdpOptions, fsdp_config: dict[str, Any], file_merge: FileMerge, run: RunConfig) -> None:
     if str(fsdp_config.get("version", 2)) != "2":
         raise ConfigError(
             "ConfigFileInvalid",
@@ -160,25 +160,25 @@ def _merge_fsdp(result: FsdpOptions, fsdp_config: dict[str, Any], merge: FileMer
     shardings = {
         key: _find_spec_value(fsdp_config.get(key), SHARDING_BY_FILE_VALUE, f"fsdp_{key}") for key in ("sharding_strategy", "reshard_after_forward")
     }
-    shardings_set = {key: sharding for key, sharding in shardings.items() if sharding is not None}
-    if len(set(shardings_set.values())) > 1:
-        merge.conflicts.append(
-            f"fsdp_sharding_strategy means {shardings_set['sharding_strategy']}, "
-            f"fsdp_reshard_after_forward means {shardings_set['reshard_after_forward']}"
+    sharding_by_file_key = {key: sharding for key, sharding in shardings.items() if sharding is not None}
+    if len(set(sharding_by_file_key.values())) > 1:
+        file_merge.conflicts.append(
+            f"fsdp_sharding_strategy means {sharding_by_file_key['sharding_strategy']}, "
+            f"fsdp_reshard_after_forward means {sharding_by_file_key['reshard_after_forward']}"
         )
-    for key, sharding in shardings_set.items():
-        result.sharding = merge.merge(f"fsdp_{key}", sharding, "distributed.fsdp.sharding", result.sharding)
+    for key, sharding in sharding_by_file_key.items():
+        options.sharding = file_merge.merge(f"fsdp_{key}", sharding, "distributed.fsdp.sharding", options.sharding)
     state_dict_type = _find_spec_value(fsdp_config.get("state_dict_type"), STATE_DICT_BY_FILE_VALUE, "fsdp_state_dict_type")
-    result.state_dict = merge.merge(
-        "fsdp_state_dict_type", state_dict_type, "distributed.fsdp.stateDict", result.state_dict
+    options.state_dict = file_merge.merge(
+        "fsdp_state_dict_type", state_dict_type, "distributed.fsdp.stateDict", options.state_dict
     )
-    result.offloads_to_cpu = _is_true(fsdp_config.get("offload_params"))
-    result.wrap_policy = _read_wrap_policy(fsdp_config)
-    if (recompute := fsdp_config.get("activation_checkpointing")) is not None:
-        checkpointing_before_adaptation = merge.before_adaptation("training.gradientCheckpointing", run.spec.training.gradient_checkpointing)
+    options.offloads_to_cpu = _is_true(fsdp_config.get("offload_params"))
+    options.wrap_policy = _read_wrap_policy(fsdp_config)
+    if (file_recomputes := fsdp_config.get("activation_checkpointing")) is not None:
+        checkpointing_before_adaptation = file_merge.before_adaptation("training.gradientCheckpointing", run.spec.training.gradient_checkpointing)
         is_enabled = checkpointing_before_adaptation not in (None, GradientCheckpointing.DISABLED)
-        merge.require_equal(
-            "fsdp_activation_checkpointing", _is_true(recompute), "training.gradientCheckpointing", is_enabled
+        file_merge.require_equal(
+            "fsdp_activation_checkpointing", _is_true(file_recomputes), "training.gradientCheckpointing", is_enabled
         )
     if _is_true(fsdp_config.get("cpu_ram_efficient_loading")):
         raise ConfigError(
@@ -188,7 +188,7 @@ def _merge_fsdp(result: FsdpOptions, fsdp_config: dict[str, Any], merge: FileMer
         )  # fmt: skip
     built_in_keys = [f"fsdp_{key}" for key in VERSION_1_KEYS if key in fsdp_config]
     if built_in_keys:
-        merge.notes.append(
+        file_merge.notes.append(
             f"{', '.join(built_in_keys)} belong to FSDP version 1 and are ignored, because version 2 always behaves as if they were set"
         )
 
@@ -201,32 +201,32 @@ def _read_wrap_policy(fsdp_config: dict[str, Any]) -> dict[str, Any]:
     policy = str(fsdp_config.get("auto_wrap_policy", WRAP_BY_LAYER)).upper()
     named_layers, min_parameters = fsdp_config.get("transformer_layer_cls_to_wrap") or (), int(fsdp_config.get("min_num_params") or 0)
     layer_classes = [name.strip() for name in (named_layers.split(",") if isinstance(named_layers, str) else named_layers) if name.strip()]
-    for key, value, reader in (
+    for key, value, reading_policy in (
         ("transformer_layer_cls_to_wrap", layer_classes, WRAP_BY_LAYER),
         ("min_num_params", min_parameters, WRAP_BY_SIZE),
     ):
-        if value and policy != reader:
+        if value and policy != reading_policy:
             raise ConfigError(
-                "ConfigFileInvalid", f"{CONFIG_FILE_FIELD}: fsdp_{key} is only read with {reader}, and fsdp_auto_wrap_policy is {policy}",
-                hint=f"remove it, or write `fsdp_auto_wrap_policy: {reader}`",
+                "ConfigFileInvalid", f"{CONFIG_FILE_FIELD}: fsdp_{key} is only read with {reading_policy}, and fsdp_auto_wrap_policy is {policy}",
+                hint=f"remove it, or write `fsdp_auto_wrap_policy: {reading_policy}`",
             )  # fmt: skip
-    wrap: dict[str, Any] = {"auto_wrap_policy": policy}
+    wrap_policy: dict[str, Any] = {"auto_wrap_policy": policy}
     if layer_classes:
-        wrap["transformer_layer_cls_to_wrap"] = layer_classes
+        wrap_policy["transformer_layer_cls_to_wrap"] = layer_classes
     if min_parameters:
-        wrap["min_num_params"] = min_parameters
-    return wrap
+        wrap_policy["min_num_params"] = min_parameters
+    return wrap_policy
 
 
 def _find_spec_value(file_value: Any, values_by_name: dict[str, Any], key: str) -> Any:
     """Return the value of the spec that means the same as `file_value`; None if the file does not set `key`. Errors: ConfigError ConfigFileInvalid."""
     if file_value is None:
         return None
-    text = str(file_value)
-    value = values_by_name.get(text.upper(), values_by_name.get(text.lower()))
+    file_text = str(file_value)
+    value = values_by_name.get(file_text.upper(), values_by_name.get(file_text.lower()))
     if value is None:
-        names = ", ".join(name for name in values_by_name if name.isupper())
-        raise ConfigError("ConfigFileInvalid", f"{CONFIG_FILE_FIELD}: {key} is {file_value}", hint=f"write one of {names}")
+        accepted_names = ", ".join(name for name in values_by_name if name.isupper())
+        raise ConfigError("ConfigFileInvalid", f"{CONFIG_FILE_FIELD}: {key} is {file_value}", hint=f"write one of {accepted_names}")
     return value
 
 
@@ -249,7 +249,7 @@ class Fsdp(DistributedStrategy):
     @property
     def trainer_mixins(self) -> tuple[type, ...]:
         """The mixin that saves and loads sharded weights and optimizer states."""
-        return (_sharded_checkpoints_mixin(),)
+        return (_create_sharded_checkpoints_mixin(),)
 
     def prepare_process(self) -> None:
         """Create the process group that FSDP needs, even for one rank. On a CPU, accelerate would not create a process group."""
@@ -324,7 +324,7 @@ class Fsdp(DistributedStrategy):
         return super().verify_active(trainer)
 
 
-def _sharded_checkpoints_mixin() -> type:
+def _create_sharded_checkpoints_mixin() -> type:
     """Return the mixin class. The class is defined in a function so that importing this module does not import torch."""
     from finetune_trainer.best import find_best_folder
     from finetune_trainer.distributed.weights import load_into_fsdp
@@ -346,8 +346,8 @@ def _sharded_checkpoints_mixin() -> type:
             has_adapter = hasattr(self.model, "peft_config")
             state_dict_options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=has_adapter)
             with torch.no_grad():
-                state = get_model_state_dict(self.model, options=state_dict_options)
-            self.save_files(output_dir or self.args.output_dir, state)
+                state_dict = get_model_state_dict(self.model, options=state_dict_options)
+            self.save_files(output_dir or self.args.output_dir, state_dict)
             self.accelerator.wait_for_everyone()
 
         def save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -355,7 +355,7 @@ def _sharded_checkpoints_mixin() -> type:
             from accelerate.utils import save_fsdp_optimizer
 
             plugin = self.accelerator.state.fsdp_plugin
-            with self._optimizer_layout(plugin):
+            with self._use_optimizer_state_type(plugin):
                 save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
             if self.args.should_save:
                 torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
@@ -363,7 +363,7 @@ def _sharded_checkpoints_mixin() -> type:
         def load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
             if checkpoint is None:
                 return
-            with self._optimizer_layout(self.accelerator.state.fsdp_plugin, checkpoint):
+            with self._use_optimizer_state_type(self.accelerator.state.fsdp_plugin, checkpoint):
                 super().load_optimizer_and_scheduler(checkpoint)
 
         def load_checkpoint_weights(self, folder: str, model: Any = None) -> None:
@@ -377,7 +377,7 @@ def _sharded_checkpoints_mixin() -> type:
             self.accelerator.wait_for_everyone()
 
         @contextmanager
-        def _optimizer_layout(self, plugin: Any, checkpoint: str | None = None) -> Iterator[None]:
+        def _use_optimizer_state_type(self, plugin: Any, checkpoint: str | None = None) -> Iterator[None]:
             """Within the context, set accelerate's state dict type to the type for the optimizer, because accelerate has one setting for model and optimizer.
 
             If `checkpoint` is given, its files decide the type. Without `checkpoint`, the spec decides the type.

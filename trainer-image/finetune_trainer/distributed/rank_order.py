@@ -60,11 +60,11 @@ def local_rank_0_first(pause: Callable[[float], None] = time.sleep) -> Iterator[
     In every rank, the context ends after the block has ended in local rank 0 of all nodes, so collectives may follow. `pause` sleeps for a
     number of seconds. Errors: PeerError PeerLost.
     """
-    position, number = RankPosition.from_env(), next(_use_numbers)
+    position, use_number = RankPosition.from_env(), next(_use_numbers)
     if position.world_size == 1:
         yield
         return
-    with order_ranks(TcpGangStore(f"rank-order-{number}"), position, pause):
+    with order_ranks(TcpGangStore(f"rank-order-{use_number}"), position, pause):
         yield
 
 
@@ -90,7 +90,7 @@ def order_ranks(
 
 def _wait_for_working_ranks(store: GangStore, ranks: range, pause: Callable[[float], None], now: Callable[[], float]) -> None:
     """Wait until all working ranks are done. Errors: PeerError PeerLost if a rank has failed, or has sent no heartbeat for `HEARTBEAT_TIMEOUT_SECONDS`."""
-    last_check_time, changes = now(), dict.fromkeys(ranks, ("", now()))
+    last_check_time, last_heartbeats = now(), dict.fromkeys(ranks, ("", now()))
     while not store.has(*map(_done_key, ranks)):
         if store.has(FAILED_KEY):
             failed_rank = store.get_all([FAILED_KEY], HEARTBEAT_SECONDS)[0]
@@ -101,9 +101,9 @@ def _wait_for_working_ranks(store: GangStore, ranks: range, pause: Callable[[flo
         last_check_time = now()
         for rank in ranks:
             heartbeat_value = store.get_all([_heartbeat_key(rank)], HEARTBEAT_SECONDS)[0] if store.has(_heartbeat_key(rank)) else ""
-            if heartbeat_value != changes[rank][0]:
-                changes[rank] = (heartbeat_value, last_check_time)
-            elif last_check_time - changes[rank][1] > HEARTBEAT_TIMEOUT_SECONDS and not store.has(_done_key(rank)):
+            if heartbeat_value != last_heartbeats[rank][0]:
+                last_heartbeats[rank] = (heartbeat_value, last_check_time)
+            elif last_check_time - last_heartbeats[rank][1] > HEARTBEAT_TIMEOUT_SECONDS and not store.has(_done_key(rank)):
                 raise PeerError(
                     "PeerLost", f"rank {rank}, which prepares data for other ranks, has sent no heartbeat for {HEARTBEAT_TIMEOUT_SECONDS:g} s",
                     hint="see the log of that rank",

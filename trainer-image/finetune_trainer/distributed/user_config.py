@@ -62,9 +62,9 @@ def check_keys(
     of each known key. `allows_auto`: whether `auto` is accepted for every key whose value is not a mapping.
     Errors: ConfigError ConfigFileInvalid with every wrong key and value.
     """
-    unknown_keys = [f"{_key_path(section_path, key)}{_suggest_key(key, types)}" for key in section if key not in types]
+    unknown_keys = [f"{_join_key_path(section_path, key)}{_suggest_key(key, types)}" for key in section if key not in types]
     wrong_values = [
-        f"{_key_path(section_path, key)} is {_as_text(value)}, not {value_type.description}"
+        f"{_join_key_path(section_path, key)} is {_as_text(value)}, not {value_type.description}"
         for key, value_type, value in ((key, types[key], value) for key, value in section.items() if key in types)
         if value is not None and not (allows_auto and value == AUTO_VALUE and value_type is not MAPPING_TYPE) and not value_type.accepts(value)
     ]
@@ -74,7 +74,7 @@ def check_keys(
         raise ConfigError("ConfigFileInvalid", f"{file}: {'; '.join(problems)}", hint=hint)
 
 
-def _key_path(section_path: str, key: str) -> str:
+def _join_key_path(section_path: str, key: str) -> str:
     return f"{section_path}.{key}" if section_path else key
 
 
@@ -83,36 +83,36 @@ def _suggest_key(key: str, known_keys: Iterable[str]) -> str:
     return f" (did you mean {similar_keys[0]}?)" if similar_keys else ""
 
 
-def read_config_file(ref: ConfigMapKeyRef, config_maps: Path, field_path: str) -> dict[str, Any]:
+def read_config_file(config_map_ref: ConfigMapKeyRef, config_maps: Path, field_path: str) -> dict[str, Any]:
     """Return the content of a YAML or JSON file as nested dictionaries. Errors: NotFoundError ConfigMapMissing; ConfigError ConfigFileInvalid."""
-    location = f"{field_path}: ConfigMap {ref.name}, key {ref.key}"
+    location = f"{field_path}: ConfigMap {config_map_ref.name}, key {config_map_ref.key}"
     try:
-        text = (config_maps / ref.name / ref.key).read_text(encoding="utf-8")
+        file_text = (config_maps / config_map_ref.name / config_map_ref.key).read_text(encoding="utf-8")
     except OSError:
         raise NotFoundError(
             "ConfigMapMissing", f"{location} does not exist", hint="create it", failure_class=FailureClass.USER
         ) from None
     try:
-        value = json.loads(text)
+        content = json.loads(file_text)
     except ValueError:
-        value = _parse_yaml(text, location)
-    if not isinstance(value, dict):
+        content = _parse_yaml(file_text, location)
+    if not isinstance(content, dict):
         raise ConfigError(
-            "ConfigFileInvalid", f"{location} holds {type(value).__name__}, not a mapping", hint="write keys and values"
+            "ConfigFileInvalid", f"{location} holds {type(content).__name__}, not a mapping", hint="write keys and values"
         )
-    non_text_keys = [_as_text(key) for key in _all_keys(value) if not isinstance(key, str)]
+    non_text_keys = [_as_text(key) for key in _list_all_keys(content) if not isinstance(key, str)]
     if non_text_keys:
         raise ConfigError(
             "ConfigFileInvalid", f"{location} has keys that are not text: {', '.join(non_text_keys)}", hint="write them in quotes"
         )  # fmt: skip
-    return value
+    return content
 
 
-def _all_keys(value: Any) -> list[Any]:
+def _list_all_keys(value: Any) -> list[Any]:
     """Return the keys at every level of nested dictionaries and lists."""
     if isinstance(value, list):
-        return [key for item in value for key in _all_keys(item)]
-    return [*value, *(key for item in value.values() for key in _all_keys(item))] if isinstance(value, dict) else []
+        return [key for item in value for key in _list_all_keys(item)]
+    return [*value, *(key for item in value.values() for key in _list_all_keys(item))] if isinstance(value, dict) else []
 
 
 def _parse_yaml(text: str, location: str) -> Any:
@@ -180,12 +180,12 @@ class FileMerge:
         """Return the file's value multiplied by the factor by which the operator adapted the spec's value. Record a note."""
         if not all(_is_number(value) and value for value in (file_value, value_before_adaptation, spec_value)):
             return spec_value
-        value = file_value * spec_value / value_before_adaptation
+        adapted_value = file_value * spec_value / value_before_adaptation
         self.notes.append(
             f"the operator changed {path} from {_as_text(value_before_adaptation)} to {_as_text(spec_value)}; {key} in the file therefore changes from "
-            f"{_as_text(file_value)} to {value:.10g}"
+            f"{_as_text(file_value)} to {adapted_value:.10g}"
         )
-        return value
+        return adapted_value
 
     def require_equal(self, key: str, file_value: Any, actual_name: str, actual_value: Any) -> None:
         """Record a conflict if the file's value differs from a value that the file cannot change, such as the number of ranks."""

@@ -77,8 +77,8 @@ def map_saved_names(model: Any) -> dict[str, str]:
     from peft import get_peft_model_state_dict
 
     saved_tensors = get_peft_model_state_dict(model, state_dict=placeholders, save_embedding_layers=False)
-    model_names = {id(value): name for name, value in placeholders.items()}
-    return {saved: model_names[id(value)] for saved, value in saved_tensors.items()}
+    model_name_by_id = {id(value): name for name, value in placeholders.items()}
+    return {saved_name: model_name_by_id[id(value)] for saved_name, value in saved_tensors.items()}
 
 
 def read_weights(folder: Path) -> dict[str, Any]:

@@ -41,8 +41,8 @@ RELATIVE_STEP = 1e-5
 ROUNDING_ERROR = 1e-11
 """A variance below this fraction of its terms is a rounding error and counts as 0."""
 
-TOO_FEW_ROWS = "a confidence interval needs at least 2 rows"
-NOT_FINITE = "a score is not a finite number"
+TOO_FEW_ROWS_REASON = "a confidence interval needs at least 2 rows"
+NOT_FINITE_REASON = "a score is not a finite number"
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class MetricComparison:
 
 
 def compare_rows(base_values: Sequence[float], trained_values: Sequence[float], *, confidence: float = 0.95, seed: int = RESAMPLE_SEED) -> MetricComparison:
-    """Compare the mean scores of two models. `base[i]` and `trained[i]` are the scores of row i.
+    """Compare the mean scores of two models. `base_values[i]` and `trained_values[i]` are the scores of row i.
 
     Errors: ValueError if the lists have different lengths.
     """
@@ -107,17 +107,17 @@ def _compare(
 ) -> MetricComparison:
     row_count = len(base_values)
     if not np.isfinite(base_values).all() or not np.isfinite(trained_values).all():
-        return MetricComparison(row_count, None, None, None, reason=NOT_FINITE)
+        return MetricComparison(row_count, None, None, None, reason=NOT_FINITE_REASON)
     if row_count == 0:
-        return MetricComparison(row_count, None, None, None, reason=TOO_FEW_ROWS)
+        return MetricComparison(row_count, None, None, None, reason=TOO_FEW_ROWS_REASON)
     with np.errstate(all="ignore"):
         base_value, trained_value = float(metric(base_values.sum(axis=0))), float(metric(trained_values.sum(axis=0)))
     if not math.isfinite(base_value) or not math.isfinite(trained_value):
         return MetricComparison(row_count, None, None, None, reason="the metric of the rows is not a finite number")
     difference = trained_value - base_value
     if row_count == 1:
-        return MetricComparison(row_count, base_value, trained_value, difference, reason=TOO_FEW_ROWS)
-    difference_metric = _difference_between_models(metric, base_values.shape[1])
+        return MetricComparison(row_count, base_value, trained_value, difference, reason=TOO_FEW_ROWS_REASON)
+    difference_metric = _build_difference_metric(metric, base_values.shape[1])
     interval_ends = _compute_studentised_ends(np.hstack([base_values, trained_values - base_values]), difference_metric, confidence, seed)
     if not math.isfinite(interval_ends[0]) or not math.isfinite(interval_ends[1]):
         largest_difference = max(abs(base_value), abs(trained_value)) if changed_rows.largest_difference is None else changed_rows.largest_difference
@@ -157,7 +157,7 @@ def bleu_of_sums(sums: FloatArray) -> FloatArray:
     return np.where(has_score, brevity_penalty * np.exp(log_precisions.mean(axis=-1)), 0.0)
 
 
-def _difference_between_models(metric: MetricOfSums, sum_count: int) -> MetricOfSums:
+def _build_difference_metric(metric: MetricOfSums, sum_count: int) -> MetricOfSums:
     """Return a function that computes the difference between the metrics of the two models.
 
     The input of the function contains the `sum_count` sums of the base model, and then the differences between the sums of both models. With differences as
@@ -174,37 +174,37 @@ def _compute_studentised_ends(rows: FloatArray, statistic: MetricOfSums, confide
     first, second = np.triu_indices(rows.shape[1])
     columns = np.hstack([rows, rows[:, first] * rows[:, second]])
     with np.errstate(all="ignore"):
-        estimate, error = _estimate_and_error(columns.sum(axis=0), statistic, rows.shape)
-        if error == 0:
+        estimate, standard_error = _compute_estimate_and_error(columns.sum(axis=0), statistic, rows.shape)
+        if standard_error == 0:
             return -math.inf, math.inf
-        sums = np.concatenate([counts @ columns for counts in _resample(len(rows), seed)])
-        resampled, resampled_errors = _estimate_and_error(sums, statistic, rows.shape)
+        sums = np.concatenate([counts @ columns for counts in _draw_resamples(len(rows), seed)])
+        resampled_estimates, resampled_errors = _compute_estimate_and_error(sums, statistic, rows.shape)
         # If the rows of a resample have no variation, the standard error of the resample is 0, and its t value is infinite, or NaN for 0/0.
-        shifts = np.where(np.abs(resampled - estimate) <= ROUNDING_ERROR * np.abs(estimate), 0, resampled - estimate)
+        shifts = np.where(np.abs(resampled_estimates - estimate) <= ROUNDING_ERROR * np.abs(estimate), 0, resampled_estimates - estimate)
         t_values = shifts / resampled_errors
     tail_probability = (1 - confidence) / 2
     t_quantile = student_quantile(1 - tail_probability, len(rows) - 1)
     low_quantile = float(np.quantile(np.where(np.isnan(t_values), -np.inf, t_values), tail_probability, method="lower"))
     high_quantile = float(np.quantile(np.where(np.isnan(t_values), np.inf, t_values), 1 - tail_probability, method="higher"))
-    return float(estimate - max(high_quantile, t_quantile) * error), float(estimate - min(low_quantile, -t_quantile) * error)
+    return float(estimate - max(high_quantile, t_quantile) * standard_error), float(estimate - min(low_quantile, -t_quantile) * standard_error)
 
 
-def _estimate_and_error(sums: FloatArray, statistic: MetricOfSums, shape: tuple[int, ...]) -> tuple[FloatArray, FloatArray]:
+def _compute_estimate_and_error(sums: FloatArray, statistic: MetricOfSums, shape: tuple[int, ...]) -> tuple[FloatArray, FloatArray]:
     """Return the statistic and its standard error by the delta method, for one or several sets of sums.
 
     `sums`: the sums of the k columns, then the sums of the products of each two columns. `shape`: (number of rows, k). The delta method
     uses the rows' linear contributions to the statistic. The variance of their sum over n rows is
     n/(n-1) * (sum of squares - square of the sum / n).
     """
-    count, width = shape
-    totals, products = sums[..., :width], sums[..., width:]
-    first, second = np.triu_indices(width)
+    row_count, column_count = shape
+    totals, products = sums[..., :column_count], sums[..., column_count:]
+    first, second = np.triu_indices(column_count)
     gradient = _compute_gradient(statistic, totals, np.sqrt(products[..., first == second]))
     terms = gradient[..., first] * gradient[..., second] * products * np.where(first == second, 1, 2)
-    square = (gradient * totals).sum(axis=-1) ** 2 / count
-    variance = terms.sum(axis=-1) - square
-    is_rounding_error = variance <= ROUNDING_ERROR * (np.abs(terms).sum(axis=-1) + square)
-    return statistic(totals), np.sqrt(np.where(is_rounding_error, 0, variance) * count / (count - 1))
+    scaled_square = (gradient * totals).sum(axis=-1) ** 2 / row_count
+    variance = terms.sum(axis=-1) - scaled_square
+    is_rounding_error = variance <= ROUNDING_ERROR * (np.abs(terms).sum(axis=-1) + scaled_square)
+    return statistic(totals), np.sqrt(np.where(is_rounding_error, 0, variance) * row_count / (row_count - 1))
 
 
 def _compute_gradient(statistic: MetricOfSums, totals: FloatArray, scales: FloatArray) -> FloatArray:
@@ -218,7 +218,7 @@ def _compute_gradient(statistic: MetricOfSums, totals: FloatArray, scales: Float
     return gradient
 
 
-def _resample(row_count: int, seed: int) -> Iterator[FloatArray]:
+def _draw_resamples(row_count: int, seed: int) -> Iterator[FloatArray]:
     """Yield how often each row is drawn in each resample, in blocks of shape (resamples, rows)."""
     if row_count * RESAMPLE_COUNT <= MAX_COUNTS_IN_MEMORY:
         yield _draw_row_counts_cached(row_count, RESAMPLE_COUNT, seed, 0)
@@ -228,10 +228,10 @@ def _resample(row_count: int, seed: int) -> Iterator[FloatArray]:
         yield _draw_row_counts(row_count, min(block_size, RESAMPLE_COUNT - start), seed, start)
 
 
-def _draw_row_counts(row_count: int, resamples: int, seed: int, start: int) -> FloatArray:
-    drawn_rows = np.random.default_rng([seed, start]).integers(0, row_count, size=(resamples, row_count))
-    drawn_rows += np.arange(resamples)[:, None] * row_count
-    return np.bincount(drawn_rows.ravel(), minlength=resamples * row_count).reshape(resamples, row_count).astype(np.float64)
+def _draw_row_counts(row_count: int, resample_count: int, seed: int, start: int) -> FloatArray:
+    drawn_rows = np.random.default_rng([seed, start]).integers(0, row_count, size=(resample_count, row_count))
+    drawn_rows += np.arange(resample_count)[:, None] * row_count
+    return np.bincount(drawn_rows.ravel(), minlength=resample_count * row_count).reshape(resample_count, row_count).astype(np.float64)
 
 
 _draw_row_counts_cached = lru_cache(maxsize=2)(_draw_row_counts)
@@ -267,10 +267,10 @@ def _compute_ends_with_few_changed_rows(
     return middle - half_width, middle + half_width
 
 
-def _find_highest_fraction(row_count: int, affected_count: int, tail: float) -> float:
+def _find_highest_fraction(row_count: int, affected_count: int, tail_probability: float) -> float:
     """Return the highest plausible fraction of affected rows among all possible rows, if `affected_count` of `row_count` rows are affected.
 
-    At this fraction, a sample would have at most `affected_count` affected rows with probability `tail`. The fraction is computed by bisection.
+    At this fraction, a sample would have at most `affected_count` affected rows with probability `tail_probability`. The fraction is computed by bisection.
     """
     if affected_count >= row_count:
         return 1.0
@@ -279,7 +279,7 @@ def _find_highest_fraction(row_count: int, affected_count: int, tail: float) -> 
     for _ in range(60):
         middle = (low + high) / 2
         terms = (c + k * math.log(middle) + (row_count - k) * math.log1p(-middle) for k, c in enumerate(coefficients))
-        if sum(map(math.exp, terms)) > tail:
+        if sum(map(math.exp, terms)) > tail_probability:
             low = middle
         else:
             high = middle
@@ -301,14 +301,14 @@ def _compare_fractions(base_values: FloatArray, trained_values: FloatArray, conf
 def _find_lowest_difference(wins: int, losses: int, row_count: int, confidence: float) -> float:
     """Return the lowest difference of two paired fractions that the score test does not reject. This difference is computed by bisection."""
     critical_value = NormalDist().inv_cdf((1 + confidence) / 2)
-    rejected, accepted = -1.0, (wins - losses) / row_count
+    rejected_difference, accepted_difference = -1.0, (wins - losses) / row_count
     for _ in range(60):
-        middle = (rejected + accepted) / 2
+        middle = (rejected_difference + accepted_difference) / 2
         if _compute_score_statistic(wins, losses, row_count, middle) > critical_value:
-            rejected = middle
+            rejected_difference = middle
         else:
-            accepted = middle
-    return accepted
+            accepted_difference = middle
+    return accepted_difference
 
 
 def _compute_score_statistic(wins: int, losses: int, row_count: int, difference: float) -> float:

@@ -16,7 +16,7 @@ from finetune_api.errors import DataError
 
 from finetune_trainer.evaluation.values import MetricValue, mean_of_rows
 
-NO_ROWS = "the evaluation set has no multiple-choice rows"
+NO_ROWS_REASON = "the evaluation set has no multiple-choice rows"
 
 
 @torch.inference_mode()
@@ -37,12 +37,12 @@ def letter_log_probabilities(
     def encode(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
 
-    prompt_tokens, options = encode(prompt), [encode(prompt + letter) for letter in letters]
-    shared_length = min(_count_common_tokens(prompt_tokens, option) for option in options)
-    shared_length = min(shared_length, min(map(len, options)) - 1)  # Leave at least one token of each option to score.
+    prompt_tokens, option_tokens = encode(prompt), [encode(prompt + letter) for letter in letters]
+    shared_length = min(_count_common_tokens(prompt_tokens, tokens_of_option) for tokens_of_option in option_tokens)
+    shared_length = min(shared_length, min(map(len, option_tokens)) - 1)  # Leave at least one token of each option to score.
     if shared_length < 1:
         raise DataError("ChoicePromptEmpty", "a multiple-choice row has no token in front of its option letters")
-    suffixes = [option[shared_length:] for option in options]
+    suffixes = [tokens_of_option[shared_length:] for tokens_of_option in option_tokens]
     longest_suffix_length = max(map(len, suffixes))
     device = model.get_input_embeddings().weight.device
     if longest_suffix_length == 1:  # one forward pass over the prompt is enough to score all options
@@ -65,11 +65,11 @@ def _count_common_tokens(first: Sequence[int], second: Sequence[int]) -> int:
 
 def _compute_last_log_probabilities(model: Any, tokens: torch.Tensor, position_count: int) -> torch.Tensor:
     """Return float32 log-probabilities at the last `position_count` positions: shape (rows, positions, vocabulary size)."""
-    options: dict[str, Any] = {"attention_mask": torch.ones_like(tokens), "use_cache": False}
-    base = getattr(model, "get_base_model", lambda: model)()
-    if "logits_to_keep" in inspect.signature(base.forward).parameters:  # avoids the computation of the prompt's logits
-        options["logits_to_keep"] = position_count
-    logits = model(input_ids=tokens, **options).logits[:, -position_count:]
+    forward_options: dict[str, Any] = {"attention_mask": torch.ones_like(tokens), "use_cache": False}
+    base_model = getattr(model, "get_base_model", lambda: model)()
+    if "logits_to_keep" in inspect.signature(base_model.forward).parameters:  # avoids the computation of the prompt's logits
+        forward_options["logits_to_keep"] = position_count
+    logits = model(input_ids=tokens, **forward_options).logits[:, -position_count:]
     return logits.float().log_softmax(dim=-1)
 
 
@@ -85,25 +85,25 @@ def letter_metrics(rows: Sequence[Mapping[str, float]], correct_letters: Sequenc
     averages with zero_division=0: the plain mean over all letters that are correct or chosen in at least one row. Only the
     accuracy has scores of single rows: 1 or 0. Errors: DataError ChoiceUnknown if a correct letter is not one of the row's options.
     """
-    for number, (row, correct) in enumerate(zip(rows, correct_letters, strict=True), start=1):
-        if correct not in row:
-            raise DataError("ChoiceUnknown", f"multiple-choice row {number}: the correct letter {correct!r} is not one of {', '.join(row)}")
-    names = ("accuracy", "precision", "recall", "f1")
+    for number, (row, correct_letter) in enumerate(zip(rows, correct_letters, strict=True), start=1):
+        if correct_letter not in row:
+            raise DataError("ChoiceUnknown", f"multiple-choice row {number}: the correct letter {correct_letter!r} is not one of {', '.join(row)}")
+    metric_names = ("accuracy", "precision", "recall", "f1")
     if not rows:
-        return dict.fromkeys(names, MetricValue.missing(NO_ROWS))
-    undecided_rows = [number for number, row in enumerate(rows, start=1) if any(math.isnan(score) for score in row.values())]
-    if undecided_rows:
-        reason = f"the model's output is NaN in {len(undecided_rows)} of {len(rows)} multiple-choice rows (first: row {undecided_rows[0]})"
-        return dict.fromkeys(names, MetricValue.missing(reason))
-    pairs = [(chosen_letter(row), correct) for row, correct in zip(rows, correct_letters, strict=True)]
+        return dict.fromkeys(metric_names, MetricValue.missing(NO_ROWS_REASON))
+    undecided_row_numbers = [number for number, row in enumerate(rows, start=1) if any(math.isnan(score) for score in row.values())]
+    if undecided_row_numbers:
+        reason = f"the model's output is NaN in {len(undecided_row_numbers)} of {len(rows)} multiple-choice rows (first: row {undecided_row_numbers[0]})"
+        return dict.fromkeys(metric_names, MetricValue.missing(reason))
+    pairs = [(chosen_letter(row), correct_letter) for row, correct_letter in zip(rows, correct_letters, strict=True)]
     precisions, recalls, f1_scores = [], [], []
     for letter in sorted({letter for pair in pairs for letter in pair}):
         hit_count = sum(pair == (letter, letter) for pair in pairs)
-        chosen_count = sum(choice == letter for choice, _ in pairs)
-        correct_count = sum(correct == letter for _, correct in pairs)
+        chosen_count = sum(letter_choice == letter for letter_choice, _ in pairs)
+        correct_count = sum(correct_letter == letter for _, correct_letter in pairs)
         precisions.append(hit_count / chosen_count if chosen_count else 0.0)
         recalls.append(hit_count / correct_count if correct_count else 0.0)
         f1_scores.append(2 * hit_count / (chosen_count + correct_count))
     macro_averages = (MetricValue(math.fsum(scores) / len(scores)) for scores in (precisions, recalls, f1_scores))
-    accuracy = mean_of_rows([float(choice == correct) for choice, correct in pairs], {})
-    return dict(zip(names, (accuracy, *macro_averages), strict=True))
+    accuracy = mean_of_rows([float(letter_choice == correct_letter) for letter_choice, correct_letter in pairs], {})
+    return dict(zip(metric_names, (accuracy, *macro_averages), strict=True))

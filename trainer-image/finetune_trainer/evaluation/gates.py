@@ -37,7 +37,7 @@ class MeasuredMetric(Protocol):
 
 @dataclass(frozen=True)
 class PairedSums:
-    """What each row adds to the sums from which a metric is computed, for both models.
+    """The summands of each row, for both models. The metric is computed from the sums of the summands over all rows.
 
     Both arrays have the shape (rows, number of sums).
     """
@@ -51,28 +51,28 @@ class PairedSums:
 def evaluate_gates(
     gates: Sequence[Gate],
     trained_metrics: Mapping[str, MeasuredMetric],
-    base: Mapping[str, MeasuredMetric],
-    sums: Mapping[str, PairedSums] | None = None,
+    base_metrics: Mapping[str, MeasuredMetric],
+    sums_by_metric: Mapping[str, PairedSums] | None = None,
 ) -> list[GateResult]:
     """Return one result per gate, in the order of the gates.
 
-    `trained_metrics`, `base`: the metrics of both models on the same rows, by name. `sums`: the sums of loss, perplexity, BLEU and other metrics
-    that are not the mean of their rows, by name. A gate with `notWorseThanBase` needs these sums if its metric is not the mean of its rows.
+    `trained_metrics`, `base_metrics`: the metrics of both models on the same rows, by name. `sums_by_metric`: the sums of the metrics that are not
+    the mean of their rows, such as loss, perplexity and BLEU. A gate with `notWorseThanBase` needs these sums if its metric is not the mean of its rows.
     """
-    return [_evaluate_gate(gate, trained_metrics.get(gate.metric), base.get(gate.metric), (sums or {}).get(gate.metric)) for gate in gates]
+    return [_evaluate_gate(gate, trained_metrics.get(gate.metric), base_metrics.get(gate.metric), (sums_by_metric or {}).get(gate.metric)) for gate in gates]
 
 
-def _evaluate_gate(gate: Gate, trained_metric: MeasuredMetric | None, base: MeasuredMetric | None, sums: PairedSums | None) -> GateResult:
+def _evaluate_gate(gate: Gate, trained_metric: MeasuredMetric | None, base_metric: MeasuredMetric | None, paired_sums: PairedSums | None) -> GateResult:
     problem = _explain_missing_value(gate.metric, trained_metric, "the trained model")
     if gate.not_worse_than_base is not None:
-        problem = problem or _explain_missing_value(gate.metric, base, "the base model")
+        problem = problem or _explain_missing_value(gate.metric, base_metric, "the base model")
     if problem:
         return _build_gate_result(gate, False, problem)
     assert trained_metric is not None and trained_metric.value is not None, "checked above"
     if gate.not_worse_than_base is None:
         return _compare_with_value(gate, trained_metric.value)
-    assert base is not None, "checked above"
-    return _compare_with_base(gate, gate.not_worse_than_base, trained_metric, base, sums)
+    assert base_metric is not None, "checked above"
+    return _compare_with_base(gate, gate.not_worse_than_base, trained_metric, base_metric, paired_sums)
 
 
 def _explain_missing_value(metric: str, measured_metric: MeasuredMetric | None, model: str) -> str | None:
@@ -108,14 +108,14 @@ def _compare_with_value(gate: Gate, value: float) -> GateResult:
 
 
 def _compare_with_base(
-    gate: Gate, requirement: NotWorseThanBase, trained_metric: MeasuredMetric, base: MeasuredMetric, sums: PairedSums | None
+    gate: Gate, requirement: NotWorseThanBase, trained_metric: MeasuredMetric, base_metric: MeasuredMetric, paired_sums: PairedSums | None
 ) -> GateResult:
     """Return whether the trained model is, with the required confidence, worse than the base model by at most the margin.
 
     The result follows from a one-sided bound. With confidence 0.95, this bound is one end of the two-sided interval with confidence 0.90.
     """
     margin, confidence = value_or_default(requirement, "margin"), value_or_default(requirement, "confidence")
-    comparison = compare_metric(trained_metric, base, sums, 2 * confidence - 1)
+    comparison = compare_metric(trained_metric, base_metric, paired_sums, 2 * confidence - 1)
     if isinstance(comparison, str) or comparison.low is None or comparison.high is None:
         reason = comparison if isinstance(comparison, str) else comparison.reason
         return _build_gate_result(gate, False, f"{gate.metric} of both models cannot be compared, so the gate cannot pass: {reason}")
@@ -131,20 +131,20 @@ def _compare_with_base(
     )  # fmt: skip
 
 
-def compare_metric(trained_metric: MeasuredMetric, base: MeasuredMetric, sums: PairedSums | None, confidence: float) -> MetricComparison | str:
+def compare_metric(trained_metric: MeasuredMetric, base_metric: MeasuredMetric, paired_sums: PairedSums | None, confidence: float) -> MetricComparison | str:
     """Return the comparison of both models, or a sentence that says why they cannot be compared.
 
-    `sums`: None for a metric that is the mean of its rows. `confidence`: confidence of the two-sided interval, from 0 to 1.
+    `paired_sums`: None for a metric that is the mean of its rows. `confidence`: confidence of the two-sided interval, from 0 to 1.
     """
-    if sums is not None:
-        return compare_sums(sums.base, sums.trained, sums.metric, confidence=confidence)
-    if trained_metric.rows is None or base.rows is None:
+    if paired_sums is not None:
+        return compare_sums(paired_sums.base, paired_sums.trained, paired_sums.metric, confidence=confidence)
+    if trained_metric.rows is None or base_metric.rows is None:
         return "the metric has no scores of single rows"
-    if len(trained_metric.rows) != len(base.rows):
-        return f"the trained model has {len(trained_metric.rows)} rows, but the base model has {len(base.rows)}"
-    if not _is_mean_of_rows(trained_metric) or not _is_mean_of_rows(base):
+    if len(trained_metric.rows) != len(base_metric.rows):
+        return f"the trained model has {len(trained_metric.rows)} rows, but the base model has {len(base_metric.rows)}"
+    if not _is_mean_of_rows(trained_metric) or not _is_mean_of_rows(base_metric):
         return "the metric is not the mean of its rows, and the sums of its rows are missing"
-    pairs = [(b, t) for b, t in zip(base.rows, trained_metric.rows, strict=True) if b is not None and t is not None]
+    pairs = [(b, t) for b, t in zip(base_metric.rows, trained_metric.rows, strict=True) if b is not None and t is not None]
     return compare_rows([b for b, _ in pairs], [t for _, t in pairs], confidence=confidence)
 
 

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from finetune_trainer.addresses import refuse_metadata_address
 from finetune_trainer.evaluation.predictions import Prediction
-from finetune_trainer.evaluation.text_metrics import NO_REFERENCE, cosine
+from finetune_trainer.evaluation.text_metrics import NO_REFERENCE_REASON, cosine
 from finetune_trainer.evaluation.values import MetricValue, NotComputedError, mean_of_rows
 
 FACTUAL_CORRECTNESS_WEIGHT = 0.75
@@ -134,8 +134,8 @@ class Judge:
         )  # fmt: skip
         self._lock = threading.Lock()
         self._usage = JudgeUsage()
-        self._failed_in_a_row = 0
-        self._sampling: dict[str, Any] = {"temperature": 0}
+        self._consecutive_failure_count = 0
+        self._sampling_options: dict[str, Any] = {"temperature": 0}
 
     def close(self) -> None:
         """Close the connections to the endpoint."""
@@ -152,18 +152,18 @@ class Judge:
         ]
 
         def send() -> Any:
-            return self._client.chat.completions.create(model=self.settings.model, messages=messages, **self._sampling)
+            return self._client.chat.completions.create(model=self.settings.model, messages=messages, **self._sampling_options)
 
         try:
             response = self._request(send)
         except _TemperatureRefusedError:
-            self._sampling = {}  # some models accept only their default temperature
+            self._sampling_options = {}  # some models accept only their default temperature
             response = self._request(send)
         try:
-            text = response.choices[0].message.content
+            answer_text = response.choices[0].message.content
         except (AttributeError, IndexError, TypeError):
-            text = None
-        return parse_verdict(text, verdict)
+            answer_text = None
+        return parse_verdict(answer_text, verdict)
 
     def embed(self, texts: list[str]) -> list[list[float]]:
         """Return one embedding for each text. Errors: those of `ask`; ConfigError JudgeEmbeddingMissing if there is no embedding model."""
@@ -214,23 +214,23 @@ class Judge:
         import openai
 
         with self._lock:
-            if self._failed_in_a_row >= MAX_FAILED_REQUESTS:
+            if self._consecutive_failure_count >= MAX_FAILED_REQUESTS:
                 raise UnjudgedError("the judge's endpoint is unavailable")
         try:
             response = send()
         except (openai.APIConnectionError, openai.RateLimitError, openai.InternalServerError, openai.ConflictError) as error:
             with self._lock:
-                self._failed_in_a_row += 1
-            attempts = self.settings.max_retries + 1
-            raise UnjudgedError(f"the judge's endpoint failed after {attempts} attempt(s): {_describe_error(error)}") from None
+                self._consecutive_failure_count += 1
+            attempt_count = self.settings.max_retries + 1
+            raise UnjudgedError(f"the judge's endpoint failed after {attempt_count} attempt(s): {_describe_error(error)}") from None
         except openai.APIStatusError as error:
-            raise self._permanent_error(error) from None
+            raise self._build_permanent_error(error) from None
         except (openai.OpenAIError, ValueError) as error:  # the client does not wrap the ValueError of a body that is not JSON
             raise UnjudgedError(f"the judge's response could not be read ({type(error).__name__})") from None
         self._add_usage(response)
         return response
 
-    def _permanent_error(self, error: Any) -> Exception:
+    def _build_permanent_error(self, error: Any) -> Exception:
         """Return the error for a request that would fail again if repeated. The error omits the endpoint's text, which may contain a part of the API key."""
         host = urlsplit(self.settings.base_url).hostname or "the judge's endpoint"
         if error.status_code in (401, 403):
@@ -249,7 +249,7 @@ class Judge:
                 "JudgeNotFound", f"{host} has no model {models}, or no OpenAI-compatible API at the base URL (status {error.status_code})",
                 hint="check evaluation.judge.model, evaluation.judge.embedding and the base URL, which usually ends with /v1",
             )  # fmt: skip
-        if error.status_code == 400 and error.param == "temperature" and self._sampling:
+        if error.status_code == 400 and error.param == "temperature" and self._sampling_options:
             return _TemperatureRefusedError()
         return UnjudgedError(f"the judge's endpoint refused the request: {_describe_error(error)}")
 
@@ -260,7 +260,7 @@ class Judge:
         output_tokens = getattr(reported_usage, "completion_tokens", 0) or 0
         has_usage = isinstance(input_tokens, int)
         with self._lock:
-            self._failed_in_a_row = 0
+            self._consecutive_failure_count = 0
             self._usage = JudgeUsage(
                 self._usage.input_tokens + (input_tokens if isinstance(input_tokens, int) else 0),
                 self._usage.output_tokens + output_tokens,
@@ -309,8 +309,8 @@ def factual_correctness(judge: Judge, predictions: Sequence[Prediction]) -> Metr
         missed_count = sum(not claim.supported for claim in claims.reference_claims)
         if not claims.answer_claims and not claims.reference_claims:
             raise UnjudgedError("the judge found no claims")
-        total = 2 * supported_count + unsupported_count + missed_count
-        return 2 * supported_count / total if total else 0.0
+        denominator = 2 * supported_count + unsupported_count + missed_count
+        return 2 * supported_count / denominator if denominator else 0.0
 
     return _judge_rows(judge, predictions, score)
 
@@ -348,8 +348,8 @@ def answer_relevancy(judge: Judge, predictions: Sequence[Prediction]) -> MetricV
         verdict = judge.ask(QUESTIONS_PROMPT, {"answer": prediction.assistant_response}, Questions)
         if verdict.noncommittal:
             return 0.0
-        question, *generated = judge.embed([prediction.user_prompt, *verdict.questions])
-        cosines = [cosine(question, embedding) for embedding in generated]
+        prompt_embedding, *question_embeddings = judge.embed([prediction.user_prompt, *verdict.questions])
+        cosines = [cosine(prompt_embedding, embedding) for embedding in question_embeddings]
         if any(value is None for value in cosines):
             raise UnjudgedError("an embedding is zero or not finite")
         return sum(value or 0.0 for value in cosines) / len(cosines)
@@ -367,19 +367,21 @@ def answer_correctness(factual: MetricValue, similarity: MetricValue) -> MetricV
             return MetricValue.missing(f"answer correctness needs the {name}: {metric.reason}")
     assert factual.rows is not None and similarity.rows is not None
     pairs = list(zip(factual.rows, similarity.rows, strict=True))
-    rows = [
-        None if claims is None or cosines is None else FACTUAL_CORRECTNESS_WEIGHT * claims + (1 - FACTUAL_CORRECTNESS_WEIGHT) * cosines
-        for claims, cosines in pairs
+    similarity_weight = 1 - FACTUAL_CORRECTNESS_WEIGHT
+    scores = [
+        None if claim_score is None or similarity_score is None else FACTUAL_CORRECTNESS_WEIGHT * claim_score + similarity_weight * similarity_score
+        for claim_score, similarity_score in pairs
     ]
-    return _judged_mean(rows, {**similarity.row_reasons, **factual.row_reasons}, applicable_count=sum(_applicable_rows(factual, rows)))
+    applicable_count = sum(_list_row_applicability(factual, scores))
+    return _compute_mean_of_judged_rows(scores, {**similarity.row_reasons, **factual.row_reasons}, applicable_count=applicable_count)
 
 
-NO_GROUND_TRUTH = "the row has no ground_truth"
+NO_GROUND_TRUTH_REASON = "the row has no ground_truth"
 
 
-def _applicable_rows(metric: MetricValue, rows: Sequence[float | None]) -> Iterable[bool]:
+def _list_row_applicability(metric: MetricValue, rows: Sequence[float | None]) -> Iterable[bool]:
     """Yield for each row whether it can have a score. A row without a correct answer cannot have a score."""
-    return (metric.row_reasons.get(index) != NO_GROUND_TRUTH for index in range(len(rows)))
+    return (metric.row_reasons.get(index) != NO_GROUND_TRUTH_REASON for index in range(len(rows)))
 
 
 def _judge_rows(
@@ -391,10 +393,10 @@ def _judge_rows(
     """
     indices = [index for index, row in enumerate(predictions) if row.ground_truth is not None or not needs_reference]
     if not indices:
-        return MetricValue.missing(NO_REFERENCE if predictions else "there are no predictions")
+        return MetricValue.missing(NO_REFERENCE_REASON if predictions else "there are no predictions")
     stop_event = threading.Event()
 
-    def score_one(index: int) -> float | str:
+    def score_row(index: int) -> float | str:
         if stop_event.is_set():
             return "not judged"
         try:
@@ -406,24 +408,24 @@ def _judge_rows(
             raise
 
     with ThreadPoolExecutor(max_workers=judge.settings.parallel_requests) as pool:
-        results = dict(zip(indices, pool.map(score_one, indices), strict=True))
-    rows = [result if isinstance(result := results.get(index), float) else None for index in range(len(predictions))]
-    reasons = {index: str(results.get(index, NO_GROUND_TRUTH)) for index, row in enumerate(rows) if row is None}
-    return _judged_mean(rows, reasons, applicable_count=len(indices))
+        score_or_reason_by_index = dict(zip(indices, pool.map(score_row, indices), strict=True))
+    scores = [score_or_reason if isinstance(score_or_reason := score_or_reason_by_index.get(index), float) else None for index in range(len(predictions))]
+    reasons = {index: str(score_or_reason_by_index.get(index, NO_GROUND_TRUTH_REASON)) for index, row in enumerate(scores) if row is None}
+    return _compute_mean_of_judged_rows(scores, reasons, applicable_count=len(indices))
 
 
-def _judged_mean(rows: Sequence[float | None], reasons: dict[int, str], *, applicable_count: int) -> MetricValue:
+def _compute_mean_of_judged_rows(rows: Sequence[float | None], reasons: dict[int, str], *, applicable_count: int) -> MetricValue:
     """Return the mean of the judged rows.
 
     `applicable_count`: the number of rows that can have a score. If fewer than half of these rows are judged, the metric has no value.
     """
     judged_count = sum(row is not None for row in rows)
-    first_reason = next((reasons[index] for index, row in enumerate(rows) if row is None and reasons.get(index) not in (None, NO_GROUND_TRUTH)), "")
+    first_reason = next((reasons[index] for index, row in enumerate(rows) if row is None and reasons.get(index) not in (None, NO_GROUND_TRUTH_REASON)), "")
     unjudged_remark = None
     if judged_count < applicable_count:
         unjudged_remark = f"{applicable_count - judged_count} of {applicable_count} rows could not be judged (first: {first_reason})"
     if not judged_count or 2 * judged_count < applicable_count:
         return MetricValue(None, unjudged_remark or "no row could be judged", list(rows), reasons)
     skipped_count = len(rows) - applicable_count
-    remarks = [unjudged_remark, f"{skipped_count} of {len(rows)} rows are not scored (first: {NO_GROUND_TRUTH})" if skipped_count else None]
+    remarks = [unjudged_remark, f"{skipped_count} of {len(rows)} rows are not scored (first: {NO_GROUND_TRUTH_REASON})" if skipped_count else None]
     return mean_of_rows(rows, reasons, reason="; ".join(remark for remark in remarks if remark) or None)

@@ -55,7 +55,7 @@ class Measurements(LenientModel):
     @property
     def values(self) -> dict[str, MetricValue]:
         """The metrics, by name."""
-        return {name: MetricValue(stored.value, stored.reason, stored.rows) for name, stored in self.metrics.items()}
+        return {name: MetricValue(stored_metric.value, stored_metric.reason, stored_metric.rows) for name, stored_metric in self.metrics.items()}
 
     @property
     def gate_values(self) -> dict[str, MetricValue]:
@@ -74,19 +74,19 @@ class Measurements(LenientModel):
         return cls.model_validate_json(path.read_bytes())
 
 
-def paired_sums(base: Measurements, trained_measurements: Measurements) -> dict[str, PairedSums]:
+def paired_sums(base_measurements: Measurements, trained_measurements: Measurements) -> dict[str, PairedSums]:
     """Return the sums of each metric that is not the mean of its rows, by name. A metric is left out if the models have different numbers of rows."""
-    result: dict[str, PairedSums] = {}
-    if trained_measurements.token_sums and len(base.token_sums) == len(trained_measurements.token_sums):
-        base_sums, trained_sums = np.array(base.token_sums), np.array(trained_measurements.token_sums)
+    sums_by_metric: dict[str, PairedSums] = {}
+    if trained_measurements.token_sums and len(base_measurements.token_sums) == len(trained_measurements.token_sums):
+        base_sums, trained_sums = np.array(base_measurements.token_sums), np.array(trained_measurements.token_sums)
         ones = np.ones((len(base_sums), 1))
-        result["loss"] = PairedSums(base_sums[:, :2], trained_sums[:, :2], ratio_of_sums)
-        result["perplexity"] = PairedSums(base_sums[:, :2], trained_sums[:, :2], perplexity_of_sums)
+        sums_by_metric["loss"] = PairedSums(base_sums[:, :2], trained_sums[:, :2], ratio_of_sums)
+        sums_by_metric["perplexity"] = PairedSums(base_sums[:, :2], trained_sums[:, :2], perplexity_of_sums)
         for name in ("accuracy", "recall"):
-            result[name] = PairedSums(base_sums[:, [2, 1]], trained_sums[:, [2, 1]], ratio_of_sums)
+            sums_by_metric[name] = PairedSums(base_sums[:, [2, 1]], trained_sums[:, [2, 1]], ratio_of_sums)
         for name, column in (("precision", 3), ("f1", 4)):
             base_shares, trained_shares = (np.hstack([sums[:, [column]], ones]) for sums in (base_sums, trained_sums))
-            result[name] = PairedSums(base_shares, trained_shares, ratio_of_sums)
-    if trained_measurements.bleu_sums and len(base.bleu_sums) == len(trained_measurements.bleu_sums):
-        result["bleu"] = PairedSums(np.array(base.bleu_sums), np.array(trained_measurements.bleu_sums), bleu_of_sums)
-    return result
+            sums_by_metric[name] = PairedSums(base_shares, trained_shares, ratio_of_sums)
+    if trained_measurements.bleu_sums and len(base_measurements.bleu_sums) == len(trained_measurements.bleu_sums):
+        sums_by_metric["bleu"] = PairedSums(np.array(base_measurements.bleu_sums), np.array(trained_measurements.bleu_sums), bleu_of_sums)
+    return sums_by_metric

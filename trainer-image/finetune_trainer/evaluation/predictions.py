@@ -28,10 +28,10 @@ class Prediction:
 def write_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
     """Write a JSON Lines file with one prediction per line and the keys of `PREDICTION_KEYS`. An existing file is replaced."""
     with replace_file(path) as partial_file, partial_file.open("w", encoding="utf-8", newline="\n") as file:
-        file.writelines(_as_line(prediction) for prediction in predictions)
+        file.writelines(_format_line(prediction) for prediction in predictions)
 
 
-def _as_line(prediction: Prediction) -> str:
+def _format_line(prediction: Prediction) -> str:
     """Return one line of JSON. A row with an unpaired surrogate is written with escapes, because UTF-8 cannot encode the surrogate."""
     line = json.dumps(asdict(prediction), ensure_ascii=False) + "\n"
     try:
@@ -47,11 +47,11 @@ def read_predictions(path: Path) -> list[Prediction]:
     with path.open(encoding="utf-8", newline="\n") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                predictions.append(_parse(line, f"{path.name}, line {number}"))
+                predictions.append(_parse_line(line, f"{path.name}, line {number}"))
     return predictions
 
 
-def _parse(line: str, location: str) -> Prediction:
+def _parse_line(line: str, location: str) -> Prediction:
     """Return the prediction of one line of JSON. `location`: file and line for messages. Errors: DataError PredictionsInvalid."""
     try:
         row = json.loads(line)

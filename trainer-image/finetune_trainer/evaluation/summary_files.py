@@ -28,17 +28,17 @@ FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 
 def write_summary(path: Path, metrics: Mapping[str, MetricValue]) -> None:
     """Write `evaluation_summary.json`: for each metric its value, or null if it could not be computed. BLEU is on the scale 0 to 100."""
-    _write_json(path, {_name_in_file(metric, SUMMARY_NAMES): result.value for metric, result in metrics.items()})
+    _write_json(path, {_choose_name_in_file(metric, SUMMARY_NAMES): result.value for metric, result in metrics.items()})
 
 
 def write_results(path: Path, metrics: Mapping[str, MetricValue]) -> None:
     """Write `evaluation_results.json`: for each metric its value or null, and the object `reasons` with the reason of each metric that has one."""
-    result_by_name = {_name_in_file(metric, RESULT_NAMES): result for metric, result in metrics.items()}
+    result_by_name = {_choose_name_in_file(metric, RESULT_NAMES): result for metric, result in metrics.items()}
     reasons = {name: result.reason for name, result in result_by_name.items() if result.reason}
     _write_json(path, {**{name: result.value for name, result in result_by_name.items()}, REASONS_KEY: reasons})
 
 
-def _name_in_file(metric: str, names: Mapping[str, str]) -> str:
+def _choose_name_in_file(metric: str, names: Mapping[str, str]) -> str:
     """Return the name of a metric in a file: its name in `names`, else its name in snake case, such as `semantic_similarity`."""
     return names.get(metric) or re.sub(r"(?<=[a-z0-9])([A-Z])", lambda match: "_" + match[1].lower(), metric)
 
@@ -58,14 +58,14 @@ def write_workbook(path: Path, predictions: Sequence[Prediction], metrics: Mappi
     from openpyxl import Workbook
     from openpyxl.cell import WriteOnlyCell
 
-    columns = {_name_in_file(metric, SUMMARY_NAMES): result.rows for metric, result in metrics.items() if result.rows is not None}
-    for name, rows in columns.items():
+    scores_by_column = {_choose_name_in_file(metric, SUMMARY_NAMES): result.rows for metric, result in metrics.items() if result.rows is not None}
+    for name, rows in scores_by_column.items():
         if len(rows) != len(predictions):
             raise ValueError(f"metric {name} has {len(rows)} row scores for {len(predictions)} predictions")
     workbook = Workbook(write_only=True)
     sheet: Any = None
 
-    def text_cell(text: str) -> Any:
+    def create_text_cell(text: str) -> Any:
         cell = WriteOnlyCell(sheet, value=to_cell_text(text))
         cell.data_type = "s"  # openpyxl treats a text that starts with = as a formula
         cell.quotePrefix = text.startswith(FORMULA_STARTS)  # With quotePrefix, the cell stays text even if it is edited or exported as CSV.
@@ -74,11 +74,11 @@ def write_workbook(path: Path, predictions: Sequence[Prediction], metrics: Mappi
     for index in range(max(1, len(predictions))):
         if index % (MAX_SHEET_ROWS - 1) == 0:
             sheet = workbook.create_sheet("samples" if index == 0 else f"samples {index // (MAX_SHEET_ROWS - 1) + 1}")
-            sheet.append([text_cell(name) for name in (*PREDICTION_KEYS, *columns)])
+            sheet.append([create_text_cell(name) for name in (*PREDICTION_KEYS, *scores_by_column)])
         if predictions:
             texts = (getattr(predictions[index], column) for column in PREDICTION_KEYS)
-            scores = (rows[index] for rows in columns.values())
-            sheet.append([*(None if text is None else text_cell(text) for text in texts), *scores])
+            scores = (rows[index] for rows in scores_by_column.values())
+            sheet.append([*(None if text is None else create_text_cell(text) for text in texts), *scores])
 
     with replace_file(path) as partial_file, partial_file.open("wb") as file:
         workbook.save(file)
@@ -90,12 +90,12 @@ def to_cell_text(text: str) -> str:
 
     text = ILLEGAL_CHARACTERS_RE.sub("\ufffd", text)
     text = re.sub("[\ud800-\udfff\ufffe\uffff]", "\ufffd", text)
-    if _utf16_length(text) <= MAX_CELL_LENGTH:
+    if _count_utf16_units(text) <= MAX_CELL_LENGTH:
         return text
     remark = f" … [cut: the text has {len(text)} characters]"
-    kept_text = text.encode("utf-16-le")[: 2 * (MAX_CELL_LENGTH - _utf16_length(remark))].decode("utf-16-le", "ignore")
+    kept_text = text.encode("utf-16-le")[: 2 * (MAX_CELL_LENGTH - _count_utf16_units(remark))].decode("utf-16-le", "ignore")
     return kept_text + remark
 
 
-def _utf16_length(text: str) -> int:
+def _count_utf16_units(text: str) -> int:
     return len(text) + sum(character > "\uffff" for character in text)

@@ -18,7 +18,7 @@ from finetune_trainer.evaluation.predictions import Prediction, rows_with_refere
 from finetune_trainer.evaluation.values import MetricValue, NotComputedError, mean_of_rows
 from finetune_trainer.imports import hide_temporarily
 
-NO_REFERENCE = "no row of the predictions has a ground_truth"
+NO_REFERENCE_REASON = "no row of the predictions has a ground_truth"
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL")
 BERTSCORE_NAMES = ("precision", "recall", "f1")
 
@@ -36,17 +36,17 @@ def bleu(predictions: Sequence[Prediction]) -> MetricValue:
     """
     scored_indices = rows_with_reference(predictions)
     if not scored_indices:
-        return MetricValue.missing(NO_REFERENCE)
+        return MetricValue.missing(NO_REFERENCE_REASON)
     from sacrebleu.metrics import BLEU
 
     answers = [predictions[index].assistant_response for index in scored_indices]
-    references = [_reference(predictions[index]) for index in scored_indices]
+    references = [_require_reference(predictions[index]) for index in scored_indices]
     sentence_bleu = BLEU(effective_order=True)
     rows: list[float | None] = [None] * len(predictions)
     for index, answer, reference in zip(scored_indices, answers, references, strict=True):
         rows[index] = _limit_score(sentence_bleu.sentence_score(answer, [reference]).score, 100.0)
     value = _limit_score(BLEU().corpus_score(answers, [references]).score, 100.0)
-    return MetricValue(value, _unscored_reason(predictions), rows, _reasons_without_reference(predictions))
+    return MetricValue(value, _describe_unscored_rows(predictions), rows, _list_reasons_without_reference(predictions))
 
 
 def bleu_sums(predictions: Sequence[Prediction]) -> list[list[float]]:
@@ -56,7 +56,7 @@ def bleu_sums(predictions: Sequence[Prediction]) -> list[list[float]]:
     metric = BLEU()
     rows: list[list[float]] = [[0.0] * 10 for _ in predictions]
     for index in rows_with_reference(predictions):
-        score = metric.corpus_score([predictions[index].assistant_response], [[_reference(predictions[index])]])
+        score = metric.corpus_score([predictions[index].assistant_response], [[_require_reference(predictions[index])]])
         rows[index] = [float(number) for number in (score.sys_len, score.ref_len, *score.counts, *score.totals)]
     return rows
 
@@ -87,30 +87,30 @@ def rouge(predictions: Sequence[Prediction]) -> dict[str, MetricValue]:
     """Return the F-measures of ROUGE-1, ROUGE-2 and ROUGE-L from 0 to 1, by rouge-score (Lin 2004). Each value is the mean over the rows."""
     scored_indices = rows_with_reference(predictions)
     if not scored_indices:
-        return dict.fromkeys(ROUGE_TYPES, MetricValue.missing(NO_REFERENCE))
+        return dict.fromkeys(ROUGE_TYPES, MetricValue.missing(NO_REFERENCE_REASON))
     # nltk would import scipy and scikit-learn, which takes two seconds, but its stemmer needs neither of them.
     with hide_temporarily("scipy", "sklearn", module_that_needs_it="nltk"):
         from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(list(ROUGE_TYPES), tokenizer=_RougeTokenizer())
-    rows: dict[str, list[float | None]] = {name: [None] * len(predictions) for name in ROUGE_TYPES}
+    scores_by_type: dict[str, list[float | None]] = {name: [None] * len(predictions) for name in ROUGE_TYPES}
     for index in scored_indices:
-        scores = scorer.score(_reference(predictions[index]), predictions[index].assistant_response)
+        scores = scorer.score(_require_reference(predictions[index]), predictions[index].assistant_response)
         for name in ROUGE_TYPES:
-            rows[name][index] = float(scores[name].fmeasure)
-    reasons = _reasons_without_reference(predictions)
-    return {name: mean_of_rows(rows[name], reasons, reason=_unscored_reason(predictions)) for name in ROUGE_TYPES}
+            scores_by_type[name][index] = float(scores[name].fmeasure)
+    reasons = _list_reasons_without_reference(predictions)
+    return {name: mean_of_rows(scores_by_type[name], reasons, reason=_describe_unscored_rows(predictions)) for name in ROUGE_TYPES}
 
 
 def exact_match(predictions: Sequence[Prediction]) -> MetricValue:
     """Return the share of answers that equal the correct answer, apart from white space at the start and the end."""
     if not rows_with_reference(predictions):
-        return MetricValue.missing(NO_REFERENCE)
+        return MetricValue.missing(NO_REFERENCE_REASON)
     rows = [
         None if row.ground_truth is None else float(row.assistant_response.strip() == row.ground_truth.strip())
         for row in predictions
     ]
-    return mean_of_rows(rows, _reasons_without_reference(predictions), reason=_unscored_reason(predictions))
+    return mean_of_rows(rows, _list_reasons_without_reference(predictions), reason=_describe_unscored_rows(predictions))
 
 
 def bertscore(
@@ -136,20 +136,20 @@ def bertscore(
         return dict.fromkeys(BERTSCORE_NAMES, MetricValue.missing(f"BERTScore needs a local encoder model: set {field}"))
     scored_indices = rows_with_reference(predictions)
     if not scored_indices:
-        return dict.fromkeys(BERTSCORE_NAMES, MetricValue.missing(NO_REFERENCE))
-    pairs = {index: (predictions[index].assistant_response.strip(), _reference(predictions[index]).strip()) for index in scored_indices}
-    filled_indices = [index for index, texts in pairs.items() if all(texts)]  # bert-score fails on empty texts with transformers 5
-    scores: dict[int, Sequence[float]] = dict.fromkeys(scored_indices, (0.0, 0.0, 0.0))
+        return dict.fromkeys(BERTSCORE_NAMES, MetricValue.missing(NO_REFERENCE_REASON))
+    texts_by_index = {index: (predictions[index].assistant_response.strip(), _require_reference(predictions[index]).strip()) for index in scored_indices}
+    filled_indices = [index for index, texts in texts_by_index.items() if all(texts)]  # bert-score fails on empty texts with transformers 5
+    scores_by_index: dict[int, Sequence[float]] = dict.fromkeys(scored_indices, (0.0, 0.0, 0.0))
     if filled_indices:
-        answers, references = ([pairs[index][side] for index in filled_indices] for side in (0, 1))
-        results = _compute_bertscores(answers, references, folder, layer, model_name, device, batch_size)
-        scores.update(zip(filled_indices, results, strict=True))
-    if not all(math.isfinite(score) for row in scores.values() for score in row):  # bert-score replaces NaN with 0 only in F1
+        answers, references = ([texts_by_index[index][side] for index in filled_indices] for side in (0, 1))
+        computed_scores = _compute_bertscores(answers, references, folder, layer, model_name, device, batch_size)
+        scores_by_index.update(zip(filled_indices, computed_scores, strict=True))
+    if not all(math.isfinite(score) for row in scores_by_index.values() for score in row):  # bert-score replaces NaN with 0 only in F1
         return dict.fromkeys(BERTSCORE_NAMES, MetricValue.missing(f"the model in {field} computes embeddings that are not finite"))
     metrics = {}
     for column, name in enumerate(BERTSCORE_NAMES):
-        rows = [scores[index][column] if index in scores else None for index in range(len(predictions))]
-        metrics[name] = mean_of_rows(rows, _reasons_without_reference(predictions), reason=_unscored_reason(predictions))
+        rows = [scores_by_index[index][column] if index in scores_by_index else None for index in range(len(predictions))]
+        metrics[name] = mean_of_rows(rows, _list_reasons_without_reference(predictions), reason=_describe_unscored_rows(predictions))
     return metrics
 
 
@@ -176,32 +176,32 @@ def _compute_bertscores(
     from transformers import AutoConfig, AutoModel, AutoTokenizer
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    layer_count = min(layer or _recommended_layer(model_name, folder) or config.num_hidden_layers, config.num_hidden_layers)
+    layer_count = min(layer or _find_recommended_layer(model_name, folder) or config.num_hidden_layers, config.num_hidden_layers)
     # bert-score would choose the architecture by the name: if the name of the folder contains `t5`, it would load a T5 model.
-    with _without_warnings():  # transformers warns that the weights of the layers above are unused.
+    with _suppress_warnings():  # transformers warns that the weights of the layers above are unused.
         model = AutoModel.from_pretrained(folder, local_files_only=True, num_hidden_layers=layer_count, dtype=torch.float32)
     if config.is_encoder_decoder:
         model = model.get_encoder()
     model = model.to(device).eval()
     # The tokenizers of RoBERTa and GPT-2 distinguish words with and without a leading space. As in bert-score, each text starts with a space.
-    options = {"add_prefix_space": True} if config.model_type in ("roberta", "gpt2") else {}
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **options)
-    weights: dict[int, float] = defaultdict(lambda: 1.0)
+    tokenizer_options = {"add_prefix_space": True} if config.model_type in ("roberta", "gpt2") else {}
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **tokenizer_options)
+    weight_by_token: dict[int, float] = defaultdict(lambda: 1.0)
     for token in (tokenizer.cls_token_id, tokenizer.sep_token_id):
         if token is not None:
-            weights[token] = 0.0
+            weight_by_token[token] = 0.0
     max_positions = getattr(config, "max_position_embeddings", None) or 512
     if config.model_type in ("roberta", "xlm-roberta", "camembert"):
         max_positions -= config.pad_token_id + 1  # In these models, the first position is the padding id plus 1.
     max_length = min(tokenizer.model_max_length, max_positions)
     scores: torch.Tensor = bert_cos_score_idf(
-        model, list(references), list(answers), _BertScoreTokenizer(tokenizer, max_length), weights, batch_size=batch_size, device=device,
+        model, list(references), list(answers), _BertScoreTokenizer(tokenizer, max_length), weight_by_token, batch_size=batch_size, device=device,
     )  # fmt: skip
     return scores.double().tolist()
 
 
 @contextmanager
-def _without_warnings() -> Iterator[None]:
+def _suppress_warnings() -> Iterator[None]:
     """Suppress the warnings of transformers."""
     from transformers.utils import logging
 
@@ -213,12 +213,12 @@ def _without_warnings() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
-def _recommended_layer(model_name: str | None, folder: Path) -> int | None:
+def _find_recommended_layer(model_name: str | None, folder: Path) -> int | None:
     """Return the layer that bert-score recommends, because it agrees best with human ratings; None if bert-score does not know the model."""
     from bert_score.utils import model2layers
 
-    names = (model_name or "", folder.name)
-    return next((model2layers[name] for name in names if name in model2layers), None)
+    candidate_names = (model_name or "", folder.name)
+    return next((model2layers[name] for name in candidate_names if name in model2layers), None)
 
 
 def semantic_similarity(predictions: Sequence[Prediction], embed: Embedder | None, *, field: str) -> MetricValue:
@@ -231,23 +231,23 @@ def semantic_similarity(predictions: Sequence[Prediction], embed: Embedder | Non
         return MetricValue.missing(f"semantic similarity needs an embedding model: set {field}")
     scored_indices = rows_with_reference(predictions)
     if not scored_indices:
-        return MetricValue.missing(NO_REFERENCE)
+        return MetricValue.missing(NO_REFERENCE_REASON)
     rows: list[float | None] = [0.0 if index in set(scored_indices) else None for index in range(len(predictions))]
-    filled_indices = [index for index in scored_indices if predictions[index].assistant_response.strip() and _reference(predictions[index]).strip()]
+    filled_indices = [index for index in scored_indices if predictions[index].assistant_response.strip() and _require_reference(predictions[index]).strip()]
     answers = [predictions[index].assistant_response for index in filled_indices]
-    references = [_reference(predictions[index]) for index in filled_indices]
+    references = [_require_reference(predictions[index]) for index in filled_indices]
     try:
         embeddings = embed(answers + references) if filled_indices else []
     except NotComputedError as error:
         return MetricValue.missing(str(error))
-    reasons = _reasons_without_reference(predictions)
+    reasons = _list_reasons_without_reference(predictions)
     for position, index in enumerate(filled_indices):
         rows[index] = cosine(embeddings[position], embeddings[len(filled_indices) + position])
         if rows[index] is None:
             reasons[index] = "an embedding is zero or not finite"
     if all(score is None for score in rows):
         return MetricValue(None, "all embeddings are zero or not finite", rows, reasons)
-    return mean_of_rows(rows, reasons, reason=_unscored_reason(predictions, reasons))
+    return mean_of_rows(rows, reasons, reason=_describe_unscored_rows(predictions, reasons))
 
 
 def sentence_embedder(folder: Path, *, device: str = "cpu", batch_size: int = 32) -> Embedder:
@@ -259,8 +259,8 @@ def sentence_embedder(folder: Path, *, device: str = "cpu", batch_size: int = 32
 
     model = SentenceTransformer(str(folder), device=device, local_files_only=True, trust_remote_code=False)
     if not 0 < (model.max_seq_length or 0) < 1 << 20:  # The tokenizer's files do not limit the length.
-        positions = getattr(getattr(model[0], "auto_model", None), "config", None)
-        model.max_seq_length = getattr(positions, "max_position_embeddings", None) or 512
+        encoder_config = getattr(getattr(model[0], "auto_model", None), "config", None)
+        model.max_seq_length = getattr(encoder_config, "max_position_embeddings", None) or 512
 
     def embed(texts: list[str]) -> list[list[float]]:
         embeddings = model.encode(texts, batch_size=batch_size, convert_to_numpy=True, show_progress_bar=False)
@@ -276,21 +276,21 @@ def cosine(first: Sequence[float], second: Sequence[float]) -> float | None:
     return max(-1.0, min(1.0, dot_product / norm_product)) if norm_product and math.isfinite(dot_product) else None
 
 
-def _reference(prediction: Prediction) -> str:
+def _require_reference(prediction: Prediction) -> str:
     """Return the correct answer of a row that has one."""
     assert prediction.ground_truth is not None
     return prediction.ground_truth
 
 
-def _reasons_without_reference(predictions: Sequence[Prediction]) -> dict[int, str]:
+def _list_reasons_without_reference(predictions: Sequence[Prediction]) -> dict[int, str]:
     """Return the reason for each row that has no correct answer, by row index."""
     return {index: "the row has no ground_truth" for index, row in enumerate(predictions) if row.ground_truth is None}
 
 
-def _unscored_reason(predictions: Sequence[Prediction], reasons: Mapping[int, str] | None = None) -> str | None:
+def _describe_unscored_rows(predictions: Sequence[Prediction], reasons: Mapping[int, str] | None = None) -> str | None:
     """Return a sentence about the rows without a score; None if all rows have one.
 
     `reasons`: why rows have no score, by row index. None: only the rows without a correct answer have no score.
     """
-    reasons = _reasons_without_reference(predictions) if reasons is None else reasons
+    reasons = _list_reasons_without_reference(predictions) if reasons is None else reasons
     return f"{len(reasons)} of {len(predictions)} rows are not scored (first: {next(iter(reasons.values()))})" if reasons else None

@@ -23,7 +23,7 @@ IGNORED_LABEL = -100
 """Label of a position that does not count, such as a prompt token or padding."""
 LOGITS_PER_CHUNK = 1 << 25
 """Maximum number of logits in memory at a time: 128 MiB in float32."""
-NO_TOKENS = "no token of the evaluation set counts: all labels are masked"
+NO_TOKENS_REASON = "no token of the evaluation set counts: all labels are masked"
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class OutputHead:
         layer, config = model.get_output_embeddings(), model.config.get_text_config()
         vocabulary_size = getattr(layer, "out_features", None) or layer.weight.shape[0]
         softcap = getattr(config, "final_logit_softcapping", None)
-        return cls(layer, int(vocabulary_size), _logit_scale(config), None if softcap is None else float(softcap))
+        return cls(layer, int(vocabulary_size), _read_logit_scale(config), None if softcap is None else float(softcap))
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """Return float32 logits, shape (positions, vocabulary size)."""
@@ -57,7 +57,7 @@ class OutputHead:
         return logits
 
 
-def _logit_scale(config: Any) -> float:
+def _read_logit_scale(config: Any) -> float:
     """Return the factor by which the model multiplies the logits. The name of this factor in the configuration depends on the architecture.
 
     Cohere: `logit_scale`. Muse Glimmer: `output_multiplier`. Falcon-H1: `lm_head_multiplier`. Granite and MiniCPM3 divide by
@@ -96,13 +96,13 @@ def shifted_predictions(
     """
     targets = labels[:, 1:]
     is_counted = targets != IGNORED_LABEL
-    states, targets = hidden_states[:, :-1][is_counted.to(hidden_states.device)], targets[is_counted].to(hidden_states.device)
+    counted_states, targets = hidden_states[:, :-1][is_counted.to(hidden_states.device)], targets[is_counted].to(hidden_states.device)
     predicted = torch.empty_like(targets)
     losses = torch.empty(targets.shape, dtype=torch.float32, device=hidden_states.device)
     chunk_size = max(1, logits_per_chunk // head.vocabulary_size)
     for start in range(0, len(targets), chunk_size):
         chunk = slice(start, start + chunk_size)
-        logits = head.logits(states[chunk])
+        logits = head.logits(counted_states[chunk])
         predicted[chunk] = logits.argmax(dim=-1)
         losses[chunk] = logits.logsumexp(dim=-1) - logits.gather(-1, targets[chunk, None]).squeeze(-1)
     return TokenPredictions(predicted, targets, losses)
@@ -133,8 +133,8 @@ class TokenCounts:
 
     def merge(self, other: TokenCounts) -> None:
         """Add the sums of another part of the evaluation set."""
-        for own, others in zip(self._sums(), other._sums(), strict=True):
-            own += others.to(own.device)
+        for own_sum, other_sum in zip(self._sums(), other._sums(), strict=True):
+            own_sum += other_sum.to(own_sum.device)
 
     def reduce(self, add_up: Callable[[Tensor], Tensor]) -> None:
         """Replace each sum with `add_up(sum)`, for example the sum over all ranks. If `add_up` is a collective, all ranks must call this method."""
@@ -152,7 +152,7 @@ class TokenCounts:
     def loss(self) -> MetricValue:
         """Mean negative log-likelihood per counted token in nats."""
         if not self.tokens:
-            return MetricValue.missing(NO_TOKENS)
+            return MetricValue.missing(NO_TOKENS_REASON)
         loss = float(self.loss_sum) / self.tokens
         if not math.isfinite(loss):
             return MetricValue.missing(f"the loss is not finite ({loss}): the model assigns probability 0 to a token, or its output is NaN")
@@ -203,7 +203,7 @@ class TokenCounts:
 
     def _share(self, weighted_sum: Callable[[], float]) -> MetricValue:
         """Return `weighted_sum()` divided by the number of counted tokens. `weighted_sum` is not called if no tokens are counted."""
-        return MetricValue(weighted_sum() / self.tokens) if self.tokens else MetricValue.missing(NO_TOKENS)
+        return MetricValue(weighted_sum() / self.tokens) if self.tokens else MetricValue.missing(NO_TOKENS_REASON)
 
 
 class RowCounts:
@@ -249,7 +249,7 @@ def row_shares(labels: TokenArray, predicted: TokenArray, row_lengths: Sequence[
     number.
     """
     vocabulary_size = int(max(labels.max(), predicted.max())) + 1
-    total, is_correct = len(labels), labels == predicted
+    token_count, is_correct = len(labels), labels == predicted
     label_counts, predicted_counts, correct_counts = (
         np.bincount(tokens, minlength=vocabulary_size).astype(np.float64) for tokens in (labels, predicted, labels[is_correct])
     )
@@ -257,11 +257,11 @@ def row_shares(labels: TokenArray, predicted: TokenArray, row_lengths: Sequence[
     for divisor, factor, divisor_has_labels in ((predicted_counts, 1.0, False), (label_counts + predicted_counts, 2.0, True)):
         scores = np.divide(factor * correct_counts, divisor, out=np.zeros(vocabulary_size), where=divisor > 0)
         slopes = np.divide(label_counts, divisor, out=np.zeros(vocabulary_size), where=divisor > 0)
-        value = float((label_counts * scores).sum()) / total
+        metric_value = float((label_counts * scores).sum()) / token_count
         contribution_by_choice = -slopes * scores
-        contribution_by_label = scores - value + (contribution_by_choice if divisor_has_labels else 0.0)
+        contribution_by_label = scores - metric_value + (contribution_by_choice if divisor_has_labels else 0.0)
         token_contributions = contribution_by_label[labels] + contribution_by_choice[predicted] + np.where(is_correct, factor * slopes[labels], 0.0)
-        ends = np.cumsum([0, *row_lengths])
-        sums = np.concatenate([[0.0], np.cumsum(token_contributions)])[ends]
-        shares.append((value + len(row_lengths) * np.diff(sums) / total).tolist())
+        row_ends = np.cumsum([0, *row_lengths])
+        cumulative_contributions = np.concatenate([[0.0], np.cumsum(token_contributions)])[row_ends]
+        shares.append((metric_value + len(row_lengths) * np.diff(cumulative_contributions) / token_count).tolist())
     return shares[0], shares[1]

@@ -79,7 +79,7 @@ class ExistingAdapter(PeftMethod, types=(MethodType.ADAPTER,)):
         from peft.utils.save_and_load import set_peft_model_state_dict
 
         base_parameters = dict(model.named_parameters(remove_duplicate=False))
-        base_weights = {name: base_parameters[name] for name in map(_base_name, weights) if name in base_parameters}
+        base_weights = {name: base_parameters[name] for name in map(_to_base_name, weights) if name in base_parameters}
         weights_before = {name: parameter.detach().clone() for name, parameter in base_weights.items()}
         peft_model = PeftModel.from_pretrained(
             model, folder, is_trainable=True, autocast_adapter_dtype=not self.keeps_base_dtype
@@ -122,7 +122,7 @@ def _require_continuable(config: Mapping[str, Any], run: RunConfig, source: str)
 
     Errors: ConfigError AdapterNotContinuable.
     """
-    peft_type, bias, init = config.get("peft_type", ""), config.get("bias") or "none", config.get("init_lora_weights")
+    peft_type, bias, init_method = config.get("peft_type", ""), config.get("bias") or "none", config.get("init_lora_weights")
     if peft_type in PROMPT_LEARNING or peft_type not in continuable_adapter_types():
         raise ConfigError(
             "AdapterNotContinuable", f"{source} is a {str(peft_type).lower().replace('_', ' ') or 'nameless'} adapter, and PEFT cannot continue its training",
@@ -131,8 +131,8 @@ def _require_continuable(config: Mapping[str, Any], run: RunConfig, source: str)
     if not keeps_reference_adapter(run.spec):
         return
     reason = f"PEFT supports only one copy of trained biases (bias {bias})" if bias != "none" else ""
-    if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS):
-        reason = f"the second copy would change the base model again (init {init})"
+    if isinstance(init_method, str) and init_method.lower().startswith(BASE_CHANGING_INITS):
+        reason = f"the second copy would change the base model again (init {init_method})"
     if reason:
         raise ConfigError(
             "AdapterNotContinuable", f"{run.spec.trainer.type} keeps a second copy of {source} as the reference, but {reason}",
@@ -178,13 +178,13 @@ def _list_absent_weights(peft_model: Any, missing_names: set[str]) -> list[str]:
 
     A parameter that layers share, such as VB-LoRA's vector bank, has several names. The adapter file needs to contain only one of these names.
     """
-    names: dict[int, list[str]] = {}
+    names_by_parameter: dict[int, list[str]] = {}
     for name, parameter in peft_model.named_parameters(remove_duplicate=False):
         if parameter.requires_grad:
-            names.setdefault(id(parameter), []).append(name)
-    return sorted(aliases[0] for aliases in names.values() if missing_names.issuperset(aliases))
+            names_by_parameter.setdefault(id(parameter), []).append(name)
+    return sorted(aliases[0] for aliases in names_by_parameter.values() if missing_names.issuperset(aliases))
 
 
-def _base_name(name: str) -> str:
+def _to_base_name(name: str) -> str:
     """Convert the name of a weight in an adapter file to its name in the base model."""
     return name.removeprefix("base_model.model.").replace(".base_layer.", ".")

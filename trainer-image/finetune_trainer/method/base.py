@@ -125,8 +125,8 @@ def require_unshared_saved_modules(model: Any) -> None:
     if not hasattr(model, "peft_config"):
         return
     use_counts = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    for name, original in find_copied_modules(model).items():
-        if any(use_counts[id(parameter)] > 1 for parameter in original.parameters()):
+    for name, original_module in find_copied_modules(model).items():
+        if any(use_counts[id(parameter)] > 1 for parameter in original_module.parameters()):
             raise ConfigError(
                 "StrategyAndMethod",
                 f"method.lora.modulesToSave names {name.rsplit('.', 1)[-1]}, but this module shares its weight with another module: FSDP cannot shard it",

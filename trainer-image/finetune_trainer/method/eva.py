@@ -35,11 +35,11 @@ def initialize_from_inputs(trainer: Any) -> None:
         )  # fmt: skip
     model, device = trainer.model, next(trainer.model.parameters()).device
     rank = model.peft_config[ADAPTER_NAME].r
-    fewest_inputs = min(layer.in_features for layer in model.modules() if isinstance(layer, LoraLayer))
-    if rank > fewest_inputs:
+    smallest_input_count = min(layer.in_features for layer in model.modules() if isinstance(layer, LoraLayer))
+    if rank > smallest_input_count:
         raise ConfigError(
-            "InitUnavailable", f"method.lora.init eva needs {rank} directions (method.lora.rank), but a layer has only {fewest_inputs} inputs",
-            hint=f"write a rank of at most {fewest_inputs}, or another init",
+            "InitUnavailable", f"method.lora.init eva needs {rank} directions (method.lora.rank), but a layer has only {smallest_input_count} inputs",
+            hint=f"write a rank of at most {smallest_input_count}, or another init",
         )  # fmt: skip
     if device != trainer.args.device:  # a model that will be sharded is moved to the GPU when training begins
         model.to(trainer.args.device)

@@ -23,12 +23,12 @@ class Ia3(PeftMethod, types=(MethodType.IA3,)):
         """Add scaling factors to the layers with known names. Errors: ConfigError TargetModulesMissing if the model has no such layers."""
         from peft import IA3Config, get_peft_model
 
-        names = linear_layer_names(model)
-        mlp_names = [name for name in MLP_OUTPUT_LAYERS if name in names][:1]
-        attention_names = [name for name in KEY_AND_VALUE_LAYERS if name in names]
+        layer_names = linear_layer_names(model)
+        mlp_names = [name for name in MLP_OUTPUT_LAYERS if name in layer_names][:1]
+        attention_names = [name for name in KEY_AND_VALUE_LAYERS if name in layer_names]
         if not mlp_names or not attention_names:
             raise ConfigError(
-                "TargetModulesMissing", f"ia3 needs key, value and MLP layers with known names, but the model only has {', '.join(names)}",
+                "TargetModulesMissing", f"ia3 needs key, value and MLP layers with known names, but the model only has {', '.join(layer_names)}",
                 hint="write method lora, which finds the layers by type",
             )  # fmt: skip
         config = IA3Config(task_type=peft_task_type(model), target_modules=[*attention_names, *mlp_names], feedforward_modules=mlp_names)

@@ -46,9 +46,9 @@ def low_rank_factors(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, tor
     if matrix.shape[0] > matrix.shape[1]:
         b, a = low_rank_factors(matrix.T, rank)
         return a.T, b.T
-    values, vectors = torch.linalg.eigh(matrix @ matrix.T)
-    sizes = values[-rank:].clamp(min=0).sqrt()
-    b = vectors[:, -rank:]
+    eigenvalues, eigenvectors = torch.linalg.eigh(matrix @ matrix.T)
+    singular_values = eigenvalues[-rank:].clamp(min=0).sqrt()
+    b = eigenvectors[:, -rank:]
     a = b.T @ matrix
-    root = sizes.clamp(min=torch.finfo(torch.float32).tiny).sqrt()
-    return b * root, a / root[:, None]
+    root_scale = singular_values.clamp(min=torch.finfo(torch.float32).tiny).sqrt()
+    return b * root_scale, a / root_scale[:, None]

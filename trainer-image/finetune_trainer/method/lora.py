@@ -78,10 +78,10 @@ class Lora(PeftMethod, types=(MethodType.LORA, MethodType.QLORA, MethodType.DORA
         """Set dtypes and initial values. For LoftQ, also load the unquantised model and correct the quantisation error."""
         context = self.context
         if self.init is LoraInit.LOFTQ and not context.is_resumed:
-            unquantized, _ = load_model(
+            unquantized_model, _ = load_model(
                 context.run, context.inputs, context.hardware, model_kind=context.model_kind, quantize=False
             )
-            loftq.correct_quantization_error(trainable.model, unquantized)
+            loftq.correct_quantization_error(trainable.model, unquantized_model)
             trainable.notes.append("init loftq: the adapter corrects the 4-bit quantisation error of this base model")
         super().after_apply(trainable)
         if (context.hardware.computes_in_bf16 or context.hardware.computes_in_fp16) and context.strategy.uses_autocast:
@@ -189,17 +189,18 @@ def require_splittable_layers(model: Any, init: LoraInit, rank: int) -> None:
     for name, layer in model.get_base_model().named_modules():
         if not isinstance(layer, LoraLayer):
             continue
-        inputs, outputs = layer.in_features, layer.out_features
+        input_count, output_count = layer.in_features, layer.out_features
         shapes = [
             tuple(matrices[ADAPTER_NAME].weight.shape)
             for matrices in (layer.lora_A, layer.lora_B)
             if ADAPTER_NAME in matrices
         ]
         is_transposed = getattr(layer, "fan_in_fan_out", False)
-        if (init == LoraInit.OLORA and is_transposed) or shapes != [(rank, inputs), (outputs, rank)]:
+        if (init == LoraInit.OLORA and is_transposed) or shapes != [(rank, input_count), (output_count, rank)]:
             layer_class = type(layer.get_base_layer()).__name__
             raise ConfigError(
-                "InitUnavailable", f"method.lora.init {init} cannot initialise an adapter of rank {rank} on {name} ({layer_class}, {inputs} x {outputs})",
+                "InitUnavailable",
+                f"method.lora.init {init} cannot initialise an adapter of rank {rank} on {name} ({layer_class}, {input_count} x {output_count})",
                 hint="name linear layers in method.lora.targetModules, write a rank that is not above their smaller dimension, or remove init",
             )  # fmt: skip
 
@@ -213,8 +214,8 @@ def target_modules(model: Any, requested_names: Sequence[str] | None) -> str | l
     if _selects_all_layers(requested_names):
         left_out_names = [name for names in layers_without_adapter(model).values() for name in names]
         # With `all-linear`, PEFT would also put adapters on the experts and routers of some model types, so the layers are named instead.
-        is_special = left_out_names or expert_parameter_names(model)
-        return [name for name in linear_layer_names(model) if name not in (*left_out_names, *HEAD_NAMES)] if is_special else ALL_LINEAR
+        must_name_layers = left_out_names or expert_parameter_names(model)
+        return [name for name in linear_layer_names(model) if name not in (*left_out_names, *HEAD_NAMES)] if must_name_layers else ALL_LINEAR
     head_names = [name for name in requested_names if name.rsplit(".", 1)[-1] in HEAD_NAMES and _is_head(model, name)]
     if head_names:
         raise ConfigError(
@@ -231,10 +232,10 @@ def target_parameters(model: Any, requested_names: Sequence[str] | None) -> list
     if not requested_names:
         return None
     expert_names = expert_parameter_names(model)
-    names = [name for name, _ in model.named_parameters()]
+    parameter_names = [name for name, _ in model.named_parameters()]
     absent_names = [
         name for name in requested_names
-        if not (expert_names if name == ALL_EXPERTS else any(full == name or full.endswith("." + name) for full in names))
+        if not (expert_names if name == ALL_EXPERTS else any(full_name == name or full_name.endswith("." + name) for full_name in parameter_names))
     ]  # fmt: skip
     if absent_names:
         hint = f"name parameters of the model, such as {', '.join(expert_names)}" if expert_names else "the model has no routed experts"
@@ -249,17 +250,17 @@ def modules_to_save(model: Any, requested_names: Sequence[str] | None) -> list[s
     """Return the modules to train in full together with the adapter. Errors: ConfigError TargetModulesMissing for unknown names."""
     if not requested_names:
         return None
-    last_parts = sorted({name.rsplit(".", 1)[-1] for name, _ in model.named_modules() if name})
-    available_names = [name for name in last_parts if not name.isdigit()]
+    last_name_parts = sorted({name.rsplit(".", 1)[-1] for name, _ in model.named_modules() if name})
+    available_names = [name for name in last_name_parts if not name.isdigit()]
     _require_modules(model, requested_names, "method.lora.modulesToSave", available_names)
     return list(requested_names)
 
 
 def _require_modules(model: Any, requested_names: Sequence[str], field: str, available_names: Sequence[str]) -> None:
     """Refuse names in `field` that no module of the model has. Errors: ConfigError TargetModulesMissing with `available_names`."""
-    names = [name for name, _ in model.named_modules()]
+    module_names = [name for name, _ in model.named_modules()]
     absent_names = [
-        module for module in requested_names if not any(name == module or name.endswith("." + module) for name in names)
+        module for module in requested_names if not any(name == module or name.endswith("." + module) for name in module_names)
     ]
     if absent_names:
         raise ConfigError(
@@ -271,5 +272,5 @@ def _require_modules(model: Any, requested_names: Sequence[str], field: str, ava
 def _is_head(model: Any, name: str) -> bool:
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return head is not None and any(
-        module is head for full, module in model.named_modules() if full == name or full.endswith("." + name)
+        module is head for full_name, module in model.named_modules() if full_name == name or full_name.endswith("." + name)
     )

@@ -16,7 +16,7 @@ class PeftMethod(Method):
 
     def __init__(self, context: MethodContext):
         super().__init__(context)
-        self._before_construction: TrainedWeightsCopy | None = None
+        self._weights_before_construction: TrainedWeightsCopy | None = None
 
     @property
     def keeps_base_dtype(self) -> bool:
@@ -30,11 +30,11 @@ class PeftMethod(Method):
         hardware = self.context.hardware
         if (hardware.computes_in_bf16 or hardware.computes_in_fp16) and not self.keeps_base_dtype:
             widen_trained_weights(trainable.model)
-        self._before_construction = TrainedWeightsCopy(trainable.model)
+        self._weights_before_construction = TrainedWeightsCopy(trainable.model)
 
     def on_trainer_created(self, trainer: Any) -> None:
-        assert self._before_construction is not None, "after_apply runs before the Trainer is built"
-        self._before_construction.restore(trainer.model)
+        assert self._weights_before_construction is not None, "after_apply runs before the Trainer is built"
+        self._weights_before_construction.restore(trainer.model)
         super().on_trainer_created(trainer)
         lora = self.context.run.spec.method.lora
         if lora is not None and lora.plus_ratio is not None:

@@ -83,14 +83,14 @@ class Spectrum(Method, types=(MethodType.SPECTRUM,)):
         self._selection: ModuleSelection | None = None
         """The modules that `before_load` selects for a quantised base model. None for an unquantised base model, because `apply` selects the modules
         of such a model."""
-        self._before_construction: TrainedWeightsCopy | None = None
+        self._weights_before_construction: TrainedWeightsCopy | None = None
 
     def before_load(self) -> tuple[str, ...]:
         context = self.context
         if not trains_on_quantized_base(context.run):
             return ()
-        unquantized, _ = load_model(context.run, context.inputs, context.hardware, quantize=False)
-        self._selection = select_modules(context.run, context.inputs, unquantized)
+        unquantized_model, _ = load_model(context.run, context.inputs, context.hardware, quantize=False)
+        self._selection = select_modules(context.run, context.inputs, unquantized_model)
         return self._selection.modules
 
     def apply(self, model: Any) -> TrainableModel:
@@ -111,14 +111,14 @@ class Spectrum(Method, types=(MethodType.SPECTRUM,)):
 
     def after_apply(self, trainable: TrainableModel) -> None:
         if self._selection is not None:
-            self._before_construction = TrainedWeightsCopy(trainable.model)
+            self._weights_before_construction = TrainedWeightsCopy(trainable.model)
 
     def trainer_construction(self, model: Any) -> AbstractContextManager[None]:
         return nullcontext() if self._selection is None else accept_quantized_model(model)
 
     def on_trainer_created(self, trainer: Any) -> None:
-        if self._before_construction is not None:
-            self._before_construction.restore(trainer.model)
+        if self._weights_before_construction is not None:
+            self._weights_before_construction.restore(trainer.model)
         super().on_trainer_created(trainer)
 
 
@@ -141,7 +141,7 @@ def select_modules(run: RunConfig, inputs: Inputs, model: Any) -> ModuleSelectio
         return ModuleSelection(tuple(name for name, (layer, _) in modules.items() if layer in spec.layers))
     metric = (spec.metric if spec else None) or SpectrumMetric.MARCHENKO_PASTUR
     threshold = 0.5 if spec is None or spec.snr_threshold is None else spec.snr_threshold
-    scan_file = inputs.output_dir.parent / f"spectrum-{SCAN_CACHE_VERSION}-{metric}-{_as_file_name(inputs.model_revision)}.json"
+    scan_file = inputs.output_dir.parent / f"spectrum-{SCAN_CACHE_VERSION}-{metric}-{_to_file_name(inputs.model_revision)}.json"
     with local_rank_0_first():
         scan = _load_or_make_scan(scan_file, model, metric, torch.device("cuda") if uses_gpu(run) else torch.device("cpu"))
     selects_whole_layers = metric is SpectrumMetric.MEAN_OVER_STD
@@ -204,12 +204,12 @@ def _choose_best_of_each_type(scanned_modules: Sequence[ScannedModule], selected
     modules_by_type: dict[str, list[ScannedModule]] = {}
     for module in scanned_modules:
         modules_by_type.setdefault(module.type, []).append(module)
-    selected_modules = {
+    selected_names = {
         m.name
-        for same_type in modules_by_type.values()
-        for m in sorted(same_type, key=lambda m: (-m.snr, m.layer))[: _round_down(len(same_type) * selected_share)]
+        for modules_of_type in modules_by_type.values()
+        for m in sorted(modules_of_type, key=lambda m: (-m.snr, m.layer))[: _round_down(len(modules_of_type) * selected_share)]
     }
-    return [module.name for module in scanned_modules if module.name in selected_modules]
+    return [module.name for module in scanned_modules if module.name in selected_names]
 
 
 def _choose_best_layers(scanned_modules: Sequence[ScannedModule], quantile: float) -> list[str]:
@@ -220,9 +220,9 @@ def _choose_best_layers(scanned_modules: Sequence[ScannedModule], quantile: floa
     snrs_by_layer: dict[int, list[float]] = {}
     for module in scanned_modules:
         snrs_by_layer.setdefault(module.layer, []).append(module.snr)
-    means: Mapping[int, float] = {layer: sum(snrs) / len(snrs) for layer, snrs in snrs_by_layer.items()}
-    lowest_mean = float(torch.quantile(torch.tensor(sorted(means.values()), dtype=torch.float64), quantile))
-    return [module.name for module in scanned_modules if means[module.layer] >= lowest_mean - 1e-12]
+    mean_by_layer: Mapping[int, float] = {layer: sum(snrs) / len(snrs) for layer, snrs in snrs_by_layer.items()}
+    lowest_mean = float(torch.quantile(torch.tensor(sorted(mean_by_layer.values()), dtype=torch.float64), quantile))
+    return [module.name for module in scanned_modules if mean_by_layer[module.layer] >= lowest_mean - 1e-12]
 
 
 def _round_down(count: float) -> int:
@@ -230,5 +230,5 @@ def _round_down(count: float) -> int:
     return int(count + 1e-9)
 
 
-def _as_file_name(text: str) -> str:
+def _to_file_name(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]", "_", text)[:80]

@@ -52,9 +52,9 @@ class TrainedParts:
 
     def excluded_names_pattern(self, model: Any) -> str:
         """Return a regular expression that matches the names of all modules and parameters outside of the trained parts."""
-        language, vision = language_part_names(model), vision_part_names(model)
-        frozen_parts = [] if self.vision_layers else vision
-        frozen_parts = frozen_parts if self.language_layers else [*frozen_parts, *language]
+        language_names, vision_names = language_part_names(model), vision_part_names(model)
+        frozen_parts = [] if self.vision_layers else vision_names
+        frozen_parts = frozen_parts if self.language_layers else [*frozen_parts, *language_names]
         frozen_modules = ([] if self.attention_modules else list(ATTENTION_NAMES)) + ([] if self.mlp_modules else list(MLP_NAMES))
         patterns = [rf"{re.escape(name)}(\..*)?" for name in frozen_parts] + [rf"(.*\.)?{name}(\..*)?" for name in frozen_modules]
         return "|".join(patterns) or PATTERN_WITHOUT_MATCH
@@ -75,14 +75,14 @@ class TrainedParts:
     def require_targets(self, model: Any, targets: str | list[str], linear_names: list[str]) -> None:
         """Check that at least one module would get an adapter. Errors: ConfigError TargetModulesMissing.
 
-        `targets`: names of modules, or PEFT's word for all linear layers. `linear_names`: names of the linear layers.
+        `targets`: names of modules, or PEFT's value for all linear layers. `linear_names`: names of the linear layers.
         """
         excluded_pattern = re.compile(self.excluded_names_pattern(model))
-        names = linear_names if isinstance(targets, str) else targets
-        modules = (name for name, _ in model.named_modules() if any(name == target or name.endswith(f".{target}") for target in names))
-        if all(excluded_pattern.fullmatch(name) for name in modules):
+        target_names = linear_names if isinstance(targets, str) else targets
+        matching_names = (name for name, _ in model.named_modules() if any(name == target or name.endswith(f".{target}") for target in target_names))
+        if all(excluded_pattern.fullmatch(name) for name in matching_names):
             raise ConfigError(
-                "TargetModulesMissing", f"no module would have an adapter: method.vision leaves out all of {', '.join(names)}",
+                "TargetModulesMissing", f"no module would have an adapter: method.vision leaves out all of {', '.join(target_names)}",
                 hint="change method.vision, or remove method.lora.targetModules",
             )  # fmt: skip
 
@@ -112,9 +112,9 @@ def _list_names_outside(module: Any, prefix: str, skipped_modules: list[Any]) ->
     """Yield the names of the outermost children and parameters of `module` that neither are nor contain a skipped module."""
     yield from (prefix + name for name, _ in module.named_parameters(recurse=False))
     for name, child in module.named_children():
-        if any(child is other for other in skipped_modules):
+        if any(child is skipped_module for skipped_module in skipped_modules):
             continue
-        if any(inner is other for inner in child.modules() for other in skipped_modules):
+        if any(inner is skipped_module for inner in child.modules() for skipped_module in skipped_modules):
             yield from _list_names_outside(child, f"{prefix}{name}.", skipped_modules)
         else:
             yield prefix + name

@@ -144,8 +144,8 @@ class RowLayout(Enum):
         """Return the row's value for each column."""
         answers = row.answers if self is not RowLayout.WHOLE_PAIRS else [row.prompt + answer for answer in row.answers]
         tokens = {"prompt_ids": row.prompt, "completion_ids": answers[0], "chosen_ids": answers[0], "rejected_ids": answers[-1]}
-        values = {"label": row.label, IMAGE_SOURCES_COLUMN: to_image_column(row.images), **tokens}
-        return {name: values.get(name, "") for name in self.value}
+        value_by_column = {"label": row.label, IMAGE_SOURCES_COLUMN: to_image_column(row.images), **tokens}
+        return {name: value_by_column.get(name, "") for name in self.value}
 
 
 def length_limits(context: TrainingContext) -> LengthLimits:
@@ -209,9 +209,9 @@ def _prepare_splits(context: TrainingContext, layout: RowLayout, is_templated: b
     options = TokeniseOptions(UNLIMITED_LENGTH, OverflowPolicy.TRUNCATE, spec.add_eos_token is not False, spec.add_bos_token)
 
     def make_encoder(summary: DataSummary) -> AnswerEncoder:
-        render_with = render_options(run, context.tokenizer, is_templated, summary.format)
-        render_with = replace(render_with, response_only=True, turn_markers=None, has_content_parts=context.vision is not None)
-        return AnswerEncoder(render_with, options, limits, run.spec.trainer.type, layout, context.vision)
+        rendering_options = render_options(run, context.tokenizer, is_templated, summary.format)
+        rendering_options = replace(rendering_options, response_only=True, turn_markers=None, has_content_parts=context.vision is not None)
+        return AnswerEncoder(rendering_options, options, limits, run.spec.trainer.type, layout, context.vision)
 
     def joins_answer(example: Example) -> bool:
         is_text = isinstance(example, Preference | LabelledAnswer) and isinstance(example.prompt, str)
@@ -220,29 +220,29 @@ def _prepare_splits(context: TrainingContext, layout: RowLayout, is_templated: b
     with encode_sources(
         run, context.inputs, make_encoder, rows_folder(folder), joins_answer=joins_answer, count_rows=context.preparation.count_rows,
         rows_without_workers=None if context.vision is None else ROWS_WITHOUT_WORKERS,
-    ) as encoded:  # fmt: skip
-        counts, notes = _count_splits(context, encoded, limits)
+    ) as encoded_rows:  # fmt: skip
+        counts_by_split, notes = _count_splits(context, encoded_rows, limits)
         summary = {
-            "format": encoded.summary.format, "rows": encoded.summary.rows, "notes": notes,
-            "tokens": {name: vars(split_counts) for name, split_counts in counts.items()},
+            "format": encoded_rows.summary.format, "rows": encoded_rows.summary.rows, "notes": notes,
+            "tokens": {name: vars(split_counts) for name, split_counts in counts_by_split.items()},
         }  # fmt: skip
-        splits = {split.name: encoded.shards.read(split.positions[split.kept_mask], split.lengths[split.kept_mask]) for split in encoded.splits}
+        splits = {split.name: encoded_rows.shards.read(split.positions[split.kept_mask], split.lengths[split.kept_mask]) for split in encoded_rows.splits}
         return write_prepared(folder, splits, inputs_digest=digest, summary=summary)
 
 
 def _count_splits(context: TrainingContext, encoded_rows: EncodedRows, limits: LengthLimits) -> tuple[dict[str, SplitCounts], list[str]]:
     """Return the counts of each split by its name, and the notes for the status. Errors: DataError TooManyBadRows, NoTrainableToken."""
     notes = list(encoded_rows.summary.notes)
-    counts: dict[str, SplitCounts] = {}
+    counts_by_split: dict[str, SplitCounts] = {}
     for split in encoded_rows.splits:
         notes += require_few_bad_rows(context.run, split.rejected, len(split), split.name)
-        counts[split.name] = _count_split(split, limits)
+        counts_by_split[split.name] = _count_split(split, limits)
         if split.has_joined_rows:
             notes.append(
                 "prompts and answers are joined without a chat template; dataset.useChatTemplate: true renders them as turns"
             )
-        notes += counts[split.name].notes(split.name, limits)
-    return counts, list(dict.fromkeys(notes))
+        notes += counts_by_split[split.name].notes(split.name, limits)
+    return counts_by_split, list(dict.fromkeys(notes))
 
 
 def _count_split(split: EncodedSplit, limits: LengthLimits) -> SplitCounts:
@@ -282,7 +282,7 @@ def fit_to_limits(location: str, row: EncodedAnswers, limits: LengthLimits, trai
 class AnswerEncoder:
     """Renders and tokenises prompts with their answers, and applies the length limits. Worker processes receive pickled copies of this object."""
 
-    render_with: RenderOptions
+    rendering_options: RenderOptions
     options: TokeniseOptions
     limits: LengthLimits
     trainer_type: TrainerType | None
@@ -296,9 +296,9 @@ class AnswerEncoder:
             if isinstance(row, RejectedRow):
                 batch.reject(row)
                 continue
-            outcome, fitted = fit_to_limits(location, row, self.limits, self.trainer_type)
+            outcome, fitted_row = fit_to_limits(location, row, self.limits, self.trainer_type)
             if outcome in (RowOutcome.KEPT, RowOutcome.CUT):
-                batch.keep(outcome, row.longest_row, **self.layout.column_values(fitted))
+                batch.keep(outcome, row.longest_row, **self.layout.column_values(fitted_row))
             else:
                 batch.leave_out(outcome, row.longest_row)
         return batch.build()
@@ -306,12 +306,12 @@ class AnswerEncoder:
     def _encode(self, rows: Sequence[tuple[str, Example]]) -> Iterator[tuple[str, EncodedAnswers | RejectedRow]]:
         """Yield the location of each row with its encoded prompt and answers. The length limits are not applied here."""
         if self.vision is not None:
-            boundary = BoundaryTokens.of(self.render_with.tokenizer, self.options)
+            boundary = BoundaryTokens.of(self.rendering_options.tokenizer, self.options)
             yield from ((location, self._encode_with_images(location, example, self.vision, boundary)) for location, example in rows)
             return
         rejected_rows: dict[int, RejectedRow] = {}
         encoded_answers: dict[int, list[tuple[list[int], list[int]]]] = {}
-        row_of_text: list[int] = []
+        row_numbers_of_texts: list[int] = []
 
         def render_rows() -> Iterator[tuple[str, Rendered]]:
             for number, (location, example) in enumerate(rows):
@@ -320,11 +320,11 @@ class AnswerEncoder:
                 except RowError as error:
                     rejected_rows[number] = RejectedRow.of(location, error)
                     continue
-                row_of_text.extend([number] * len(answers))
+                row_numbers_of_texts.extend([number] * len(answers))
                 yield from ((location, text) for text in answers)
 
-        for position, (_, ids, labels, *_) in enumerate(encode(render_rows(), self.render_with.tokenizer, self.options)):
-            encoded_answers.setdefault(row_of_text[position], []).append(_split_at_answer(ids, labels))
+        for text_index, (_, ids, labels, *_) in enumerate(encode(render_rows(), self.rendering_options.tokenizer, self.options)):
+            encoded_answers.setdefault(row_numbers_of_texts[text_index], []).append(_split_at_answer(ids, labels))
         for number, (location, example) in enumerate(rows):
             is_rejected = number in rejected_rows
             yield location, rejected_rows[number] if is_rejected else with_shared_prompt(encoded_answers[number], getattr(example, "label", None))
@@ -345,8 +345,8 @@ class AnswerEncoder:
         """Render the prompt with each answer. Texts are joined without a chat template, unless `dataset.useChatTemplate` is true."""
         assert isinstance(example, Preference | LabelledAnswer), "`load` has checked the format"
         answers = (example.chosen, example.rejected) if isinstance(example, Preference) else (example.completion,)
-        is_joined = isinstance(example.prompt, str) and not self.render_with.renders_text_as_turns
-        options = replace(self.render_with, use_chat_template=False) if is_joined else self.render_with
+        is_joined = isinstance(example.prompt, str) and not self.rendering_options.renders_text_as_turns
+        options = replace(self.rendering_options, use_chat_template=False) if is_joined else self.rendering_options
         return [render_answer(example.prompt, answer, options) for answer in answers]
 
 

@@ -55,31 +55,31 @@ class GrpoObjective(Objective[Splits, GRPOConfig]):
         is_templated = choose_chat_template(context.run, context.inputs, context.tokenizer)
         loaded_data = load(context.run, context.inputs)
         notes = list(loaded_data.summary.notes)
-        functions = reward_functions(context)
-        datasets: dict[str, Dataset] = {}
+        rewards = reward_functions(context)
+        dataset_by_split: dict[str, Dataset] = {}
         for name, rows in loaded_data.splits():
             options = replace(
                 render_options(context.run, context.tokenizer, is_templated, loaded_data.summary.format), turn_markers=None
             )
-            prompts = _make_prompt_rows(rows, options, context.run.spec.dataset.use_chat_template is True)
-            require_columns(functions, [column for column in prompts[0] if column != "prompt"])
-            datasets[name] = _make_pickled_dataset(_drop_long_prompts(prompts, context, notes, name))
-        splits = Splits(datasets["train"], datasets.get("validation"), datasets.get("test"))
+            prompt_rows = _make_prompt_rows(rows, options, context.run.spec.dataset.use_chat_template is True)
+            require_columns(rewards, [column for column in prompt_rows[0] if column != "prompt"])
+            dataset_by_split[name] = _make_pickled_dataset(_drop_long_prompts(prompt_rows, context, notes, name))
+        splits = Splits(dataset_by_split["train"], dataset_by_split.get("validation"), dataset_by_split.get("test"))
         return splits, DataFacts(len(splits.train), loaded_data.summary.format, notes, {"rows": loaded_data.summary.rows})
 
     def training_arguments(self, context: TrainingContext, *, has_validation_data: bool) -> GRPOConfig:
         """Create TRL's configuration. Errors: ConfigError CompletionTooLong; errors of `reward_functions`."""
         run, spec = context.run, context.run.spec.trainer.grpo or GrpoSpec()
-        fields = shared_arguments(run, context.inputs, context.hardware, context.strategy, has_validation_data=has_validation_data)
-        del fields["train_sampling_strategy"]
+        argument_fields = shared_arguments(run, context.inputs, context.hardware, context.strategy, has_validation_data=has_validation_data)
+        del argument_fields["train_sampling_strategy"]
         generation_count = spec.num_generations or 8
-        if fields["metric_for_best_model"] is not None:
-            fields |= {"metric_for_best_model": "eval_reward", "greater_is_better": True}
-        if fields["eval_strategy"] != "no" or has_test_set(run.spec):
-            batch_size = fields["per_device_eval_batch_size"] * context.strategy.world_size
-            fields["num_generations_eval"] = _generations_for_evaluation(batch_size, generation_count)
+        if argument_fields["metric_for_best_model"] is not None:
+            argument_fields |= {"metric_for_best_model": "eval_reward", "greater_is_better": True}
+        if argument_fields["eval_strategy"] != "no" or has_test_set(run.spec):
+            batch_size = argument_fields["per_device_eval_batch_size"] * context.strategy.world_size
+            argument_fields["num_generations_eval"] = _choose_generation_count_for_evaluation(batch_size, generation_count)
         return GRPOConfig(
-            **fields,
+            **argument_fields,
             num_generations=generation_count,
             max_completion_length=_compute_length_limits(context)[1],
             temperature=1.0 if spec.temperature is None else spec.temperature,
@@ -129,13 +129,13 @@ def _create_generation_server(context: TrainingContext, args: GRPOConfig) -> Gen
 def _make_prompt_rows(rows: Rows, options: RenderOptions, renders_text_as_turns: bool) -> list[dict[str, Any]]:
     """Convert rows to dictionaries with a column `prompt` and the columns for the rewards. Every row gets all columns; missing values are None."""
     reserved_names = ("prompt", *RESERVED_ARGUMENTS)
-    prompts = []
+    prompt_rows = []
     for _, example in rows:
         assert isinstance(example, Prompt), "`load` has checked the format"
         columns = {name: value for name, value in example.columns.items() if name not in reserved_names}
-        prompts.append({"prompt": _convert_prompt(example.prompt, options, renders_text_as_turns), **columns})
-    all_columns = dict.fromkeys(name for row in prompts for name in row)
-    return [{**all_columns, **row} for row in prompts]
+        prompt_rows.append({"prompt": _convert_prompt(example.prompt, options, renders_text_as_turns), **columns})
+    all_columns = dict.fromkeys(name for row in prompt_rows for name in row)
+    return [{**all_columns, **row} for row in prompt_rows]
 
 
 def _convert_prompt(prompt: tuple[Turn, ...] | str, options: RenderOptions, renders_text_as_turns: bool) -> str | list[dict[str, Any]]:
@@ -189,7 +189,7 @@ def reward_functions(context: TrainingContext) -> list[RewardFunction]:
     return build_rewards(reward_specs, context.inputs.config_maps)
 
 
-def _generations_for_evaluation(batch_size: int, generation_count: int) -> int:
+def _choose_generation_count_for_evaluation(batch_size: int, generation_count: int) -> int:
     """Return the number of answers per prompt in evaluations: the largest divisor of `batch_size` from 2 to `generation_count`.
 
     `batch_size`: the evaluation batch size of all ranks together.
@@ -201,26 +201,26 @@ def _generations_for_evaluation(batch_size: int, generation_count: int) -> int:
 
 def _compute_length_limits(context: TrainingContext) -> tuple[int, int]:
     """Return the maximum number of tokens of a prompt, and of an answer."""
-    max_sequence = max_sequence_length(context.run, context.tokenizer, context.max_positions)
-    max_answer = answers.max_answer_length(context, max_sequence)
-    assert max_answer is not None, "the API's defaults fill in trainer.maxCompletionLength for grpo"
-    return max_sequence - max_answer, max_answer
+    max_row_length = max_sequence_length(context.run, context.tokenizer, context.max_positions)
+    max_answer_length = answers.max_answer_length(context, max_row_length)
+    assert max_answer_length is not None, "the API's defaults fill in trainer.maxCompletionLength for grpo"
+    return max_row_length - max_answer_length, max_answer_length
 
 
 def _drop_long_prompts(
-    prompts: list[dict[str, Any]], context: TrainingContext, notes: list[str], split: str
+    prompt_rows: list[dict[str, Any]], context: TrainingContext, notes: list[str], split: str
 ) -> list[dict[str, Any]]:
     """Drop prompts that leave too few tokens for an answer, and add a note. Prompts are not cut, because a cut prompt would ask for something else.
 
     Errors: DataError RowTooLong, NoTrainableToken.
     """
-    limit, answer = _compute_length_limits(context)
-    fitting_rows = [row for row in prompts if _count_tokens(row["prompt"], context.tokenizer) <= limit]
-    if len(fitting_rows) == len(prompts):
-        return prompts
-    limit_text = f"dataset.maxSequenceLength {limit + answer} minus {answer} for the answer"
+    max_prompt_length, max_answer_length = _compute_length_limits(context)
+    fitting_rows = [row for row in prompt_rows if _count_tokens(row["prompt"], context.tokenizer) <= max_prompt_length]
+    if len(fitting_rows) == len(prompt_rows):
+        return prompt_rows
+    limit_text = f"dataset.maxSequenceLength {max_prompt_length + max_answer_length} minus {max_answer_length} for the answer"
     problem = (
-        f"{split}: {len(prompts) - len(fitting_rows)} of {len(prompts)} prompts have more than {limit} tokens ({limit_text})"
+        f"{split}: {len(prompt_rows) - len(fitting_rows)} of {len(prompt_rows)} prompts have more than {max_prompt_length} tokens ({limit_text})"
     )
     if context.run.spec.dataset.overflow is OverflowPolicy.FAIL:
         raise DataError("RowTooLong", problem, hint="raise maxSequenceLength, or set dataset.overflow to drop")

@@ -36,7 +36,7 @@ def measure_test_set(trainer: Any, test_rows: Any, metrics: Sequence[HeldOutMetr
 
 def format_note(measured_values: dict[str, float], metrics: Sequence[HeldOutMetric]) -> str:
     """Return a note for the status, such as `test: 12 rows, loss 1.2340, token accuracy 0.5000`."""
-    values = [
+    value_texts = [
         f"{metric.label} {measured_values[metric.status_name]:.4f}" for metric in metrics if metric.status_name in measured_values
     ]
-    return ", ".join([f"test: {measured_values[ROW_COUNT_KEY]:g} rows", *values])
+    return ", ".join([f"test: {measured_values[ROW_COUNT_KEY]:g} rows", *value_texts])

@@ -26,9 +26,9 @@ class KtoTrainer(GuardedTrainer, ReferenceModelMixin, OwnDatasetPreparation, KTO
     before training, so the rows must keep their order during training. Therefore `load_data` shuffles the rows in advance.
     """
 
-    def prepare_rows(self, rows: Dataset, args: KTOConfig, part: str) -> Dataset:
-        """Add a mismatched answer to each row of a batch. `part`: `train` for the batch size of training; any other text for that of evaluation."""
-        batch_size = args.per_device_train_batch_size if part == "train" else args.per_device_eval_batch_size
+    def prepare_rows(self, rows: Dataset, args: KTOConfig, dataset_name: str) -> Dataset:
+        """Add a mismatched answer to each row. `dataset_name`: if it is `train`, the batches have the size of training, otherwise the size of evaluation."""
+        batch_size = args.per_device_train_batch_size if dataset_name == "train" else args.per_device_eval_batch_size
         return rows.map(_add_mismatched_answers, batched=True, batch_size=batch_size)
 
 
@@ -60,9 +60,9 @@ class KtoObjective(Objective[answers.Splits, KTOConfig]):
 
     def training_arguments(self, context: TrainingContext, *, has_validation_data: bool) -> KTOConfig:
         spec = context.run.spec.trainer.dpo or DpoSpec()
-        fields = shared_arguments(context.run, context.inputs, context.hardware, context.strategy, has_validation_data=has_validation_data)
+        argument_fields = shared_arguments(context.run, context.inputs, context.hardware, context.strategy, has_validation_data=has_validation_data)
         return KTOConfig(
-            **{**fields, "train_sampling_strategy": "sequential"},
+            **{**argument_fields, "train_sampling_strategy": "sequential"},
             beta=0.1 if spec.beta is None else spec.beta,
             max_length=None,
         )

@@ -71,15 +71,15 @@ def _require_same_vocabulary(reference: Any, context: TrainingContext) -> None:
 
     The data can contain tokens for which such a reference model has no row.
 
-    A token without a row in both the reference model and the base model is ignored, unless the job adds new tokens. Errors: ConfigError VocabularyDiffers.
+    Tokens for which the base model has no row are ignored, unless the job adds new tokens. Errors: ConfigError VocabularyDiffers.
     """
-    embedding = reference.get_input_embeddings().weight
-    row_count = (getattr(embedding, "ds_shape", None) or embedding.shape)[0]
-    needed_count = len(context.tokenizer)
+    embedding_weight = reference.get_input_embeddings().weight
+    row_count = (getattr(embedding_weight, "ds_shape", None) or embedding_weight.shape)[0]
+    needed_row_count = len(context.tokenizer)
     if not context.run.spec.model.new_tokens:
-        needed_count = min(needed_count, load_config(context.run, context.inputs).get_text_config().vocab_size)
-    if row_count < needed_count:
+        needed_row_count = min(needed_row_count, load_config(context.run, context.inputs).get_text_config().vocab_size)
+    if row_count < needed_row_count:
         raise ConfigError(
-            "VocabularyDiffers", f"the reference model has {row_count} tokens, but the trained model uses {needed_count}",
+            "VocabularyDiffers", f"the reference model has {row_count} tokens, but the trained model uses {needed_row_count}",
             hint="give a reference model with the same tokenizer as model.source, such as an earlier checkpoint of the same model",
         )  # fmt: skip

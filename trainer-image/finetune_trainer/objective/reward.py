@@ -33,8 +33,8 @@ class RewardObjective(Objective[answers.Splits, RewardConfig]):
     def training_arguments(self, context: TrainingContext, *, has_validation_data: bool) -> RewardConfig:
         """Create TRL's configuration. Errors: ConfigError AdapterWithoutHead."""
         _require_score_head(context)
-        fields = shared_arguments(context.run, context.inputs, context.hardware, context.strategy, has_validation_data=has_validation_data)
-        return RewardConfig(**fields, max_length=None)
+        argument_fields = shared_arguments(context.run, context.inputs, context.hardware, context.strategy, has_validation_data=has_validation_data)
+        return RewardConfig(**argument_fields, max_length=None)
 
 
 def _require_score_head(context: TrainingContext) -> None:

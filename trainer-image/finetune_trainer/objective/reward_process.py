@@ -38,9 +38,9 @@ class _NoAnswerError(Exception):
 class RewardProcess:
     """A callable that calls a function of a user's file in another process."""
 
-    def __init__(self, name: str, file: Path, function: str, timeout_seconds: float) -> None:
+    def __init__(self, name: str, file: Path, function_name: str, timeout_seconds: float) -> None:
         """`name`: the name of the reward in error messages. `timeout_seconds`: the time limit of each call."""
-        self._name, self._file, self._function, self._timeout = name, file, function, timeout_seconds
+        self._name, self._file, self._function_name, self._timeout_seconds = name, file, function_name, timeout_seconds
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
 
@@ -53,29 +53,29 @@ class RewardProcess:
 
     def _call_in_process(self, arguments: Mapping[str, Any]) -> Any:
         """Call the function once. Errors: _NoAnswerError; ConfigError RewardFailed."""
-        connection, limit = self._connection, self._timeout
+        connection, limit_seconds = self._connection, self._timeout_seconds
         sent_arguments = {name: value for name, value in arguments.items() if name not in LOGGING_ARGUMENTS}
         try:
             if connection is None:
-                connection, limit = self._start(), self._timeout + START_SECONDS
+                connection, limit_seconds = self._start(), self._timeout_seconds + START_SECONDS
                 self._require_answer(connection, START_SECONDS, "has not imported its file")
                 connection.recv_bytes()
             connection.send_bytes(pickle.dumps(sent_arguments))
-            self._require_answer(connection, limit, "has not answered")
-            answer_type, value, calls = pickle.loads(connection.recv_bytes())  # noqa: S301 -- the rank itself has run the same file
+            self._require_answer(connection, limit_seconds, "has not answered")
+            answer_type, result_or_error, logging_calls = pickle.loads(connection.recv_bytes())  # noqa: S301 -- the rank itself has run the same file
         except (EOFError, ConnectionError):
             exit_code = self.close()
             exit_description = f"by signal {signal.Signals(-exit_code).name}" if exit_code < 0 else f"with exit code {exit_code}"
             raise _NoAnswerError(f"ended its process {exit_description}") from None
         if answer_type == "error":
             raise ConfigError(
-                "RewardFailed", f"reward {self._name} raised {value}",
+                "RewardFailed", f"reward {self._name} raised {result_or_error}",
                 hint="fix the function: it must return a list with one number, or None, for every completion",
             )  # fmt: skip
-        for name, positional, named in calls:
+        for name, positional, named in logging_calls:
             if callable(arguments.get(name)):
                 arguments[name](*positional, **named)
-        return value
+        return result_or_error
 
     def _require_answer(self, connection: Connection, seconds: float, problem: str) -> None:
         """Wait until the process sends a message. If the process sends no message in time, end the process. Errors: _NoAnswerError."""
@@ -84,8 +84,8 @@ class RewardProcess:
             raise _NoAnswerError(f"{problem} for {seconds:g} s")
 
     def _no_answer_error(self, problem: str, arguments: Mapping[str, Any]) -> ConfigError:
-        """Return the error for a call without an answer. The error names the first completion that causes the failure even when it is the only one."""
-        index = self._first_bad_completion(arguments)
+        """Return the error for a call without an answer. The error names the first completion that also fails as the only completion of a call."""
+        index = self._find_first_bad_completion(arguments)
         cause = "no single completion causes it" if index is None else f"completion {index + 1} of {len(arguments['completions'])} alone causes it"
         if index is not None and "prompts" in arguments:
             cause += f" (prompt: {str(arguments['prompts'][index])[:120]!r})"
@@ -94,7 +94,7 @@ class RewardProcess:
             hint="call the function with this completion on your machine and fix it, or raise timeoutSeconds of the reward",
         )  # fmt: skip
 
-    def _first_bad_completion(self, arguments: Mapping[str, Any]) -> int | None:
+    def _find_first_bad_completion(self, arguments: Mapping[str, Any]) -> int | None:
         """Call the function with one completion at a time. Return the index of the first call without an answer; None if all are answered.
 
         If the failed call had only one completion, return 0 without another call.
@@ -115,11 +115,11 @@ class RewardProcess:
 
     def _start(self) -> Connection:
         """Start the reward process. The output of this process goes to the log of the rank."""
-        self._connection, other_end = multiprocessing.Pipe()
+        self._connection, end_of_process = multiprocessing.Pipe()
         python_path = os.pathsep.join(filter(None, sys.path))
-        command = [sys.executable, "-m", __name__, str(other_end.fileno()), str(self._file), self._function]
-        self._process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": python_path}, pass_fds=[other_end.fileno()], stdin=subprocess.DEVNULL)
-        other_end.close()
+        command = [sys.executable, "-m", __name__, str(end_of_process.fileno()), str(self._file), self._function_name]
+        self._process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": python_path}, pass_fds=[end_of_process.fileno()], stdin=subprocess.DEVNULL)
+        end_of_process.close()
         return self._connection
 
     def close(self) -> int:
@@ -170,17 +170,17 @@ def _call(function: Callable[..., Any], arguments: dict[str, Any]) -> tuple[str,
     """
     from finetune_trainer.objective.rewards import describe_error
 
-    calls: list[tuple[str, Any, Any]] = []
+    logging_calls: list[tuple[str, Any, Any]] = []
 
     def make_recorder(name: str) -> Callable[..., None]:
-        return lambda *positional, **named: calls.append((name, positional, named))
+        return lambda *positional, **named: logging_calls.append((name, positional, named))
 
     try:
-        value = function(**arguments, **{name: make_recorder(name) for name in LOGGING_ARGUMENTS})
-        is_iterable = hasattr(value, "__iter__") and not isinstance(value, str | bytes)
-        return "value", [_to_plain_value(reward) for reward in value] if is_iterable else value, calls
+        function_result = function(**arguments, **{name: make_recorder(name) for name in LOGGING_ARGUMENTS})
+        is_iterable = hasattr(function_result, "__iter__") and not isinstance(function_result, str | bytes)
+        return "value", [_to_plain_value(reward) for reward in function_result] if is_iterable else function_result, logging_calls
     except Exception as error:  # the user's code may raise anything
-        return "error", describe_error(error), calls
+        return "error", describe_error(error), logging_calls
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -189,8 +189,8 @@ def main(arguments: Sequence[str]) -> None:
 
     processes.die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    descriptor, file, name = arguments
-    _answer_calls(Connection(int(descriptor)), run_user_file(Path(file), file)[name])
+    descriptor, file, function_name = arguments
+    _answer_calls(Connection(int(descriptor)), run_user_file(Path(file), file)[function_name])
 
 
 if __name__ == "__main__":

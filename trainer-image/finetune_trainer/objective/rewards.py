@@ -64,10 +64,10 @@ def build_rewards(specs: Sequence[Reward], config_maps: Path) -> list[RewardFunc
         for i, spec in enumerate(specs)
     ]
     names = [function.__name__ for function in functions]
-    duplicate = next((name for name in names if names.count(name) > 1), None)
-    if duplicate is not None:
+    duplicate_name = next((name for name in names if names.count(name) > 1), None)
+    if duplicate_name is not None:
         raise ConfigError(
-            "RewardNameTwice", f"two of trainer.rewards have the name {duplicate!r}, but metrics are stored by name",
+            "RewardNameTwice", f"two of trainer.rewards have the name {duplicate_name!r}, but metrics are stored by name",
             hint="give each reward its own `name`",
         )  # fmt: skip
     return functions
@@ -75,12 +75,12 @@ def build_rewards(specs: Sequence[Reward], config_maps: Path) -> list[RewardFunc
 
 def require_columns(reward_functions: Sequence[RewardFunction], present_columns: Sequence[str]) -> None:
     """Refuse data without a column that a built-in reward reads. Errors: ConfigError RewardColumnMissing."""
-    columns = ", ".join(sorted(present_columns)) or "no other columns"
+    present_columns_text = ", ".join(sorted(present_columns)) or "no other columns"
     for function in reward_functions:
         for column in function.columns:
             if column not in present_columns:
                 raise ConfigError(
-                    "RewardColumnMissing", f"reward {function.__name__} reads column {column!r}, but the rows have {columns}",
+                    "RewardColumnMissing", f"reward {function.__name__} reads column {column!r}, but the rows have {present_columns_text}",
                     hint="name an existing column in the reward's `parameters: {column: ...}`, or add the column to the data",
                 )  # fmt: skip
 
@@ -195,8 +195,8 @@ def _build_regex_reward(parameters: RewardParameters) -> ScoreFunction:
     flags |= re.DOTALL if parameters.read_flag("dotAll", False) else 0
     flags |= re.MULTILINE if parameters.read_flag("multiline", False) else 0
     pattern = parameters.read_pattern("pattern", flags=flags)
-    is_full = parameters.read_choice("match", "search", ("search", "full")) == "full"
-    match = pattern.fullmatch if is_full else pattern.search
+    must_match_fully = parameters.read_choice("match", "search", ("search", "full")) == "full"
+    match = pattern.fullmatch if must_match_fully else pattern.search
     return lambda text, **_: float(match(text) is not None)
 
 
@@ -274,15 +274,15 @@ def _build_json_schema_reward(parameters: RewardParameters) -> ScoreFunction:
 
     def score(text: str, **_: Any) -> float:
         try:
-            value = json.loads(_without_fence(text))
+            parsed_json = json.loads(_remove_fence(text))
         except ValueError:
             return 0.0
-        return 1.0 if validator.is_valid(value) else float(reward_for_json or 0.0)
+        return 1.0 if validator.is_valid(parsed_json) else float(reward_for_json or 0.0)
 
     return score
 
 
-def _without_fence(text: str) -> str:
+def _remove_fence(text: str) -> str:
     """Remove a Markdown code fence around the text, because models often write JSON inside a fence."""
     fence_match = re.fullmatch(r"\s*```(?:json)?\s*\n(.*?)\n?\s*```\s*", text, re.DOTALL)
     return fence_match.group(1) if fence_match else text
@@ -315,15 +315,15 @@ def _build_builtin_reward(spec: Reward, path: str) -> RewardFunction:
             rewards.append(score(completion_text(completion), ids=ids[index], row=row))
         return rewards
 
-    return RewardFunction(spec.name or spec.builtin.value, _reward_weight(spec), score_completions, columns)
+    return RewardFunction(spec.name or spec.builtin.value, _choose_reward_weight(spec), score_completions, columns)
 
 
 # ---- the user's own functions
 
 
 def _build_user_reward(spec: Reward, index: int, config_maps: Path) -> RewardFunction:
-    ref, path = spec.config_map_ref, f"trainer.rewards[{index}]"
-    if ref is None:
+    config_map_ref, path = spec.config_map_ref, f"trainer.rewards[{index}]"
+    if config_map_ref is None:
         raise ConfigError(
             "RewardIncomplete",
             f"{path} has neither `builtin` nor `configMapRef`",
@@ -331,22 +331,22 @@ def _build_user_reward(spec: Reward, index: int, config_maps: Path) -> RewardFun
         )
     if spec.parameters:
         raise ConfigError(
-            "RewardParameterInvalid", f"{path}.parameters is only for built-in rewards, but this reward is a function from ConfigMap {ref.name}",
+            "RewardParameterInvalid", f"{path}.parameters is only for built-in rewards, but this reward is a function from ConfigMap {config_map_ref.name}",
             hint="remove the parameters, and write the values into the function",
         )  # fmt: skip
-    name = spec.function or DEFAULT_FUNCTION
-    location = f"{path}: ConfigMap {ref.name}, key {ref.key}"
-    function: Any = run_user_file(config_maps / ref.name / ref.key, location).get(name)
+    function_name = spec.function or DEFAULT_FUNCTION
+    location = f"{path}: ConfigMap {config_map_ref.name}, key {config_map_ref.key}"
+    function: Any = run_user_file(config_maps / config_map_ref.name / config_map_ref.key, location).get(function_name)
     if not callable(function):
         raise ConfigError(
             "RewardFunctionMissing",
-            f"{location} defines no function {name}",
+            f"{location} defines no function {function_name}",
             hint=f"define the function, or name another function in {path}.function",
         )
-    _check_signature(function, location, name)
+    _check_signature(function, location, function_name)
     if spec.timeout_seconds is not None:
-        function = RewardProcess(spec.name or name, config_maps / ref.name / ref.key, name, spec.timeout_seconds)
-    return RewardFunction(spec.name or name, _reward_weight(spec), function)
+        function = RewardProcess(spec.name or function_name, config_maps / config_map_ref.name / config_map_ref.key, function_name, spec.timeout_seconds)
+    return RewardFunction(spec.name or function_name, _choose_reward_weight(spec), function)
 
 
 def run_user_file(file: Path, location: str) -> dict[str, Any]:
@@ -357,15 +357,15 @@ def run_user_file(file: Path, location: str) -> dict[str, Any]:
         raise NotFoundError(
             "ConfigMapMissing", f"{location} does not exist", hint="create the ConfigMap with this key", failure_class=FailureClass.USER
         ) from None
-    scope: dict[str, Any] = {"__name__": "finetune_user_reward", "__file__": file.name}
+    global_names: dict[str, Any] = {"__name__": "finetune_user_reward", "__file__": file.name}
     try:
-        exec(compile(source, file.name, "exec"), scope)
+        exec(compile(source, file.name, "exec"), global_names)
     except Exception as error:  # the user's code may raise anything
         raise ConfigError(
             "RewardFileInvalid", f"{location} fails as a Python program: {describe_error(error)}",
             hint="run the file with Python on your machine; it can only import packages of the trainer image",
         ) from error  # fmt: skip
-    return scope
+    return global_names
 
 
 def _check_signature(function: Callable[..., Any], location: str, name: str) -> None:
@@ -382,7 +382,7 @@ def _check_signature(function: Callable[..., Any], location: str, name: str) -> 
     )  # fmt: skip
 
 
-def _reward_weight(spec: Reward) -> float:
+def _choose_reward_weight(spec: Reward) -> float:
     return 1.0 if spec.weight is None else spec.weight
 
 
@@ -419,7 +419,7 @@ def _check_returned_values(name: str, returned_values: Any, completion_count: in
 
 def describe_error(error: BaseException) -> str:
     """Describe an exception of the user's code: its type, the first line of its message, and the line number in the user's file."""
-    return f"{type(error).__name__}: {_first_line(error)}{_line_in_user_file(error)}"
+    return f"{type(error).__name__}: {_first_line(error)}{_describe_line_in_user_file(error)}"
 
 
 def _first_line(error: BaseException) -> str:
@@ -427,16 +427,16 @@ def _first_line(error: BaseException) -> str:
     return (lines[0] if lines else "")[:300]
 
 
-def _line_in_user_file(error: BaseException) -> str:
+def _describe_line_in_user_file(error: BaseException) -> str:
     """Return the line of the user's file that raised the error, as ` (line 2)`; an empty text if no line of the file raised it.
 
     If several frames of the traceback are in the user's file, the innermost one counts.
     """
     if isinstance(error, SyntaxError):
         return f" (line {error.lineno})" if error.lineno else ""
-    line, trace = 0, error.__traceback__
-    while trace is not None:
-        if trace.tb_frame.f_globals.get("__name__") == "finetune_user_reward":
-            line = trace.tb_lineno
-        trace = trace.tb_next
-    return f" (line {line})" if line else ""
+    line_number, traceback_entry = 0, error.__traceback__
+    while traceback_entry is not None:
+        if traceback_entry.tb_frame.f_globals.get("__name__") == "finetune_user_reward":
+            line_number = traceback_entry.tb_lineno
+        traceback_entry = traceback_entry.tb_next
+    return f" (line {line_number})" if line_number else ""

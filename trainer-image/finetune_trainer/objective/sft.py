@@ -45,11 +45,11 @@ class SftTrainer(GuardedTrainer, SFTTrainer):
     """TRL's trainer for already tokenised rows, with two changes.
 
     The sums for metrics stay on the device, and the ranks add them up once per log line. TRL's own code synchronises with the device
-    several times per micro-batch. And the evaluation loss is the mean over all tokens; TRL's own code computes a mean of batch means.
+    several times per micro-batch. The evaluation loss is the mean over all tokens; TRL's own code computes a mean of batch means.
     """
 
     is_multiple_choice = False
-    """Whether the answer of every row is one letter. If the answer of every row is one letter, evaluations measure the share of correct letters."""
+    """Whether the answer of every row is one letter. If this is the case, evaluations measure the share of correct letters."""
     measures_classification = False
     """Whether evaluations also measure precision, recall and F1 of the predicted tokens. To measure them, each batch needs a second pass through the head."""
 
@@ -67,10 +67,10 @@ class SftTrainer(GuardedTrainer, SFTTrainer):
         inputs["use_cache"] = False
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
-        with self._keep_hidden_states() as hidden:
+        with self._keep_hidden_states() as kept_states:
             outputs = model(**inputs, fused_lm_head=True)
-        if hidden:
-            self._count_predictions(inputs, hidden[0], outputs.label_mask)
+        if kept_states:
+            self._count_predictions(inputs, kept_states[0], outputs.label_mask)
         total_loss = -outputs.log_probs.sum()
         token_count = (
             outputs.label_mask.sum()
@@ -83,9 +83,8 @@ class SftTrainer(GuardedTrainer, SFTTrainer):
             if self.strategy.gradient_factor > 1:  # Only the gradients are divided by `gradient_factor`; the logged loss keeps its value.
                 divided_loss = loss / self.strategy.gradient_factor
                 loss = divided_loss + (loss - divided_loss).detach()
-        if (
-            self.aux_loss_enabled
-        ):  # `aux_loss`, the load-balancing loss of the experts, is a mean over one micro-batch. So `aux_loss` is averaged over the micro-batches.
+        if self.aux_loss_enabled:
+            # `aux_loss`, the load-balancing loss of the experts, is a mean over one micro-batch. So `aux_loss` is averaged over the micro-batches.
             accumulation_steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss / accumulation_steps
         self._add_to_sums(inputs, outputs, total_loss)
@@ -114,24 +113,24 @@ class SftTrainer(GuardedTrainer, SFTTrainer):
         head, labels = OutputHead.of(self.model), inputs["labels"].clone()
         if self._token_counts is None:
             self._token_counts = TokenCounts(head.vocabulary_size, hidden_states.device)
-        counted_mask = self._counted_mask(inputs, label_mask[:, -(labels.shape[1] - 1) :])
+        counted_mask = self._build_counted_mask(inputs, label_mask[:, -(labels.shape[1] - 1) :])
         labels[:, 1:].masked_fill_(torch.as_tensor(counted_mask, device=labels.device) == 0, IGNORED_LABEL)
         with self.accelerator.autocast():
             self._token_counts.add(shifted_predictions(hidden_states[:, -labels.shape[1] :], labels, head))
 
-    def _classification_metrics(self) -> dict[str, float]:
+    def _compute_classification_metrics(self) -> dict[str, float]:
         """Return precision, recall and F1 of the evaluation that has just ended. This is a collective operation: every rank must call this function."""
         counts, self._token_counts = self._token_counts, None
         if counts is None:
             return {}
         counts.reduce(lambda total: self.accelerator.reduce(total, reduction="sum"))
-        values = {"precision": counts.precision.value, "recall": counts.recall.value, "f1": counts.f1.value}
-        return {name: value for name, value in values.items() if value is not None}
+        value_by_metric = {"precision": counts.precision.value, "recall": counts.recall.value, "f1": counts.f1.value}
+        return {name: value for name, value in value_by_metric.items() if value is not None}
 
     def _add_to_sums(self, inputs: dict[str, Any], outputs: Any, total_loss: torch.Tensor) -> None:
         """Add one micro-batch to the sums for metrics, without waiting for the device."""
         sums = self._sums["train" if self.model.training else "eval"]
-        counted_mask = self._counted_mask(inputs, outputs.label_mask)
+        counted_mask = self._build_counted_mask(inputs, outputs.label_mask)
         sums["trained"] += (outputs.label_mask * counted_mask).sum()
         sums["nll"] += total_loss.detach() if self.model.training else -(outputs.log_probs.detach() * counted_mask).sum()
         sums["correct"] += (outputs.is_top1 * counted_mask).sum()
@@ -146,21 +145,21 @@ class SftTrainer(GuardedTrainer, SFTTrainer):
             sums["letters"] += (letter_mask * counted_mask).sum()
             sums["correct_letters"] += (outputs.is_top1 * letter_mask * counted_mask).sum()
 
-    def _counted_mask(self, inputs: dict[str, Any], label_mask: torch.Tensor) -> Any:
+    def _build_counted_mask(self, inputs: dict[str, Any], label_mask: torch.Tensor) -> Any:
         """Return a mask of the positions that count in an evaluation, with the shape of `label_mask`; the number 1 if all positions count.
 
         The last batches of an evaluation repeat some rows, so that all ranks have equally many rows. Repeated rows do not count.
         """
-        state, documents = self.accelerator.gradient_state, inputs.get("cu_seq_lens_q")
-        if self.model.training or not state.end_of_dataloader or state.remainder <= 0:
+        gradient_state, document_boundaries = self.accelerator.gradient_state, inputs.get("cu_seq_lens_q")
+        if self.model.training or not gradient_state.end_of_dataloader or gradient_state.remainder <= 0:
             return 1
-        row_count = len(inputs["input_ids"]) if documents is None else len(documents) - 1
-        counted_row_count = max(0, min(row_count, state.remainder - self.accelerator.process_index * row_count))
+        row_count = len(inputs["input_ids"]) if document_boundaries is None else len(document_boundaries) - 1
+        counted_row_count = max(0, min(row_count, gradient_state.remainder - self.accelerator.process_index * row_count))
         mask = torch.zeros_like(label_mask)
-        if documents is None:
+        if document_boundaries is None:
             mask[:counted_row_count] = 1
         else:
-            mask[:, : int(documents[counted_row_count])] = 1
+            mask[:, : int(document_boundaries[counted_row_count])] = 1
         return mask
 
     def evaluation_loop(self, *args: Any, **options: Any) -> Any:
@@ -173,11 +172,11 @@ class SftTrainer(GuardedTrainer, SFTTrainer):
             output.metrics[f"{prefix}_mean_token_accuracy"] = sums["correct"] / sums["trained"]
             if sums.get("letters"):
                 output.metrics[f"{prefix}_answer_accuracy"] = sums["correct_letters"] / sums["letters"]
-            output.metrics.update({f"{prefix}_{name}": value for name, value in self._classification_metrics().items()})
+            output.metrics.update({f"{prefix}_{name}": value for name, value in self._compute_classification_metrics().items()})
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log with additional values: the number of tokens seen, and token accuracy, entropy and share of padding since the last log line.
+        """Add to the logged values: the number of tokens seen, and token accuracy, entropy and share of padding since the last log line.
 
         The number of tokens seen is part of the Trainer's state, which checkpoints contain. So a resumed run continues to count from the number in
         the checkpoint.
@@ -197,13 +196,13 @@ class SftTrainer(GuardedTrainer, SFTTrainer):
         sums = self._sums[mode]
         if not sums:
             return {}
-        names = sorted(sums)
+        sum_names = sorted(sums)
         sums_of_this_rank = torch.stack(
-            [torch.as_tensor(sums[name], dtype=torch.float64, device=self.args.device) for name in names]
+            [torch.as_tensor(sums[name], dtype=torch.float64, device=self.args.device) for name in sum_names]
         )
         sums_of_all_ranks = self.accelerator.reduce(sums_of_this_rank, reduction="sum")
         sums.clear()
-        return dict(zip(names, sums_of_all_ranks.tolist(), strict=True))
+        return dict(zip(sum_names, sums_of_all_ranks.tolist(), strict=True))
 
 
 class SftObjective(Objective[PreparedData, SFTConfig]):
@@ -300,30 +299,30 @@ def require_isolated_documents(trainer: Any) -> None:
     the head computes logits, because with torch 2.11, FSDP fails in the backward pass if the head was never called.
     Errors: ConfigError PackingLeaks for packing, which the user chose; InternalError PackingLeaks for padding-free batches.
     """
-    model, size = trainer.model, min(trainer.model.config.get_text_config().vocab_size, 200)
-    first, second = ([index % size for index in range(start, start + 16)] for start in (10, 40))
+    model, token_id_limit = trainer.model, min(trainer.model.config.get_text_config().vocab_size, 200)
+    first_tokens, second_tokens = ([index % token_id_limit for index in range(start, start + 16)] for start in (10, 40))
 
     def score_second_document(first_document: list[int], lengths: list[int]) -> torch.Tensor:
         """Return the log-probabilities of the second document's tokens (DeepSpeed), or the logits at its positions."""
-        ids = first_document + second
+        ids = first_document + second_tokens
         batch = trainer.prepare_inputs(trainer.data_collator([{"input_ids": ids, "labels": ids, "seq_lengths": lengths}]))
         with trainer.accelerator.autocast():
             if trainer.is_deepspeed_enabled:
                 log_probs: torch.Tensor = model(**batch, use_cache=False, fused_lm_head=True).log_probs
-                return log_probs[0, 1 - len(second) :].float()
+                return log_probs[0, 1 - len(second_tokens) :].float()
             del batch["labels"]
             logits: torch.Tensor = model(**batch, use_cache=False).logits
-        return logits[0, -len(second) :].float()
+        return logits[0, -len(second_tokens) :].float()
 
     def measure_score_change(document_lengths: list[int]) -> torch.Tensor:
         """Return the mean change of the second document's scores when the tokens before it are reversed."""
-        return (score_second_document(first, document_lengths) - score_second_document(first[::-1], document_lengths)).abs().mean()
+        return (score_second_document(first_tokens, document_lengths) - score_second_document(first_tokens[::-1], document_lengths)).abs().mean()
 
     was_training = model.training
     model.eval()
     try:
-        change_as_two_documents = measure_score_change([len(first), len(second)])
-        change_as_one_document = measure_score_change([len(first) + len(second)])
+        change_as_two_documents = measure_score_change([len(first_tokens), len(second_tokens)])
+        change_as_one_document = measure_score_change([len(first_tokens) + len(second_tokens)])
     except ValueError as error:
         if NO_PACKING_TEXT not in str(error):
             raise

@@ -68,7 +68,7 @@ class ShareGpt(Messages):
         return isinstance(first_message, dict) and ("from" in first_message or "value" in first_message)
 
 
-def _has_question_instead_of_messages(names: Collection[str], columns: Columns) -> bool:
+def _has_question_instead_of_messages(row_columns: Collection[str], columns: Columns) -> bool:
     """Whether `dataset.columns` names a question or answer column, and the row has no column of messages."""
-    is_named = columns.question is not None or columns.answer is not None
-    return is_named and find_column(MESSAGES_COLUMN, names, columns) is None
+    names_question_or_answer = columns.question is not None or columns.answer is not None
+    return names_question_or_answer and find_column(MESSAGES_COLUMN, row_columns, columns) is None

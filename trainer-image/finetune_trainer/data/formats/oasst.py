@@ -42,14 +42,14 @@ def best_paths(rows: Iterable[RawRow]) -> Iterator[tuple[RawRow, MessagePath | R
     """Yield the root row of each tree with the messages on the tree's best path. Yield an error for each message that has no root."""
     flat_rows_by_id: dict[str, RawRow] = {}
     for row in rows:
-        value = row.value
-        if isinstance(value.get("prompt"), Mapping):
-            yield row, list(_find_best_path_of_tree(value["prompt"]))
-        elif "message_id" not in value or "text" not in value or "role" not in value:
-            present_columns = ", ".join(value) or "no columns"
+        columns = row.value
+        if isinstance(columns.get("prompt"), Mapping):
+            yield row, list(_find_best_path_of_tree(columns["prompt"]))
+        elif "message_id" not in columns or "text" not in columns or "role" not in columns:
+            present_columns = ", ".join(columns) or "no columns"
             yield row, RowError("ColumnMissing", f"the row is neither a tree nor a message; it has {present_columns}", _COLUMNS_HINT)
-        elif (first := flat_rows_by_id.setdefault(str(value["message_id"]), row)) is not row:
-            message = f"message_id {value['message_id']!r} is also the id of {first.location}"
+        elif (first_row := flat_rows_by_id.setdefault(str(columns["message_id"]), row)) is not row:
+            message = f"message_id {columns['message_id']!r} is also the id of {first_row.location}"
             yield row, RowError("MessageIdTwice", message, "give each message its own id, or remove one of the two messages")
     yield from _find_paths_of_flat_rows(flat_rows_by_id)
 
@@ -58,7 +58,7 @@ def _find_paths_of_flat_rows(rows_by_id: Mapping[str, RawRow]) -> Iterator[tuple
     """Yield an error for each message without a root, then the best path from each root."""
     replies_by_parent: dict[str, list[RawRow]] = {}
     for row in rows_by_id.values():
-        replies_by_parent.setdefault(_parent_id(row), []).append(row)
+        replies_by_parent.setdefault(_read_parent_id(row), []).append(row)
     roots = replies_by_parent.pop("", [])
     yielded_or_reachable_ids = {id(row) for root in roots for row in _list_messages_below(root, replies_by_parent)}
     for parent_id in [row_id for row_id in replies_by_parent if row_id not in rows_by_id]:
@@ -76,13 +76,13 @@ def _find_paths_of_flat_rows(rows_by_id: Mapping[str, RawRow]) -> Iterator[tuple
                     yield row, RowError("ParentMissing", message, "add the missing parent, or remove all replies below the missing parent")
     for row in rows_by_id.values():
         if id(row) not in yielded_or_reachable_ids:
-            message = f"the chain of parents that starts at parent_id {_parent_id(row)!r} is a cycle"
+            message = f"the chain of parents that starts at parent_id {_read_parent_id(row)!r} is a cycle"
             yield row, RowError("ParentsInCircle", message, "leave parent_id of each tree's first message empty")
     for root in roots:
         yield root, list(_find_best_path_of_rows(root, replies_by_parent))
 
 
-def _parent_id(row: RawRow) -> str:
+def _read_parent_id(row: RawRow) -> str:
     """Return the id of the row's parent message; an empty text for a root."""
     parent = row.value.get("parent_id")
     return "" if parent is None else str(parent)

@@ -50,7 +50,7 @@ class PromptCompletion(Format):
         if isinstance(prompt, str) and isinstance(completion, str):
             if not completion.strip():
                 raise RowError("NoTrainableToken", "the completion is empty", "write a text, or remove the row")
-            return Completion(_with_leading_system_prompt(prompt, options, system), completion)
+            return Completion(_prepend_system_prompt(prompt, options, system), completion)
         question, answer = _remove_prompt_from_answers(
             () if _is_prompt_in_answers(prompt, completion) else _to_turns(prompt, "user"),
             completion=_to_turns(completion, "assistant"),
@@ -70,8 +70,8 @@ class PairedPreference(Format):
     def read(self, row: Mapping[str, Any], options: ReadOptions) -> Preference:
         chosen_turns = _parse_turns_or_text(required_value(CHOSEN_COLUMN, row, options.columns), "chosen")
         rejected_turns = _parse_turns_or_text(required_value(REJECTED_COLUMN, row, options.columns), "rejected")
-        given_prompt = column_value(PROMPT_COLUMN, row, options.columns)
-        prompt = _parse_turns_or_text(given_prompt, "prompt") if given_prompt is not None else None
+        prompt_value = column_value(PROMPT_COLUMN, row, options.columns)
+        prompt = _parse_turns_or_text(prompt_value, "prompt") if prompt_value is not None else None
         is_prompt_in_answers = prompt is None or _is_prompt_in_answers(prompt, chosen_turns, rejected_turns)
         if is_prompt_in_answers:
             prompt, chosen_turns, rejected_turns = _split_shared_beginning(chosen_turns, rejected_turns)
@@ -83,9 +83,9 @@ class PairedPreference(Format):
             raise RowError(
                 "DatasetRowInvalid", "chosen and rejected are equal", "give two different answers, or remove the row"
             )
-        for name, answer in (("chosen", chosen_turns), ("rejected", rejected_turns)):
+        for column, answer in (("chosen", chosen_turns), ("rejected", rejected_turns)):
             if not (answer.strip() if isinstance(answer, str) else any(is_trainable(turn) for turn in answer)):
-                raise RowError("NoTrainableToken", f"the {name} answer is empty", "write a text, or remove the row")
+                raise RowError("NoTrainableToken", f"the {column} answer is empty", "write a text, or remove the row")
         return Preference(prompt, chosen_turns, rejected_turns)
 
 
@@ -102,13 +102,13 @@ class UnpairedPreference(Format):
     def read(self, row: Mapping[str, Any], options: ReadOptions) -> LabelledAnswer:
         prompt = _parse_turns_or_text(required_value(PROMPT_COLUMN, row, options.columns), "prompt")
         completion = _parse_turns_or_text(required_value(self.answer, row, options.columns), "completion")
-        value = required_value(LABEL_COLUMN, row, options.columns)
-        label = {"true": True, "false": False, "1": True, "0": False}.get(str(value).strip().lower())
+        label_value = required_value(LABEL_COLUMN, row, options.columns)
+        label = {"true": True, "false": False, "1": True, "0": False}.get(str(label_value).strip().lower())
         if label is None:
-            raise RowError("DatasetRowInvalid", f"label is {value!r}", "write true or false")
+            raise RowError("DatasetRowInvalid", f"label is {label_value!r}", "write true or false")
         system = optional_text(SYSTEM_COLUMN, row, options.columns)
-        names = row.keys()
-        is_same_column = find_column(PROMPT_COLUMN, names, options.columns) == find_column(self.answer, names, options.columns)
+        row_columns = row.keys()
+        is_same_column = find_column(PROMPT_COLUMN, row_columns, options.columns) == find_column(self.answer, row_columns, options.columns)
         is_prompt_in_answer = is_same_column or _is_prompt_in_answers(prompt, completion)
         if is_prompt_in_answer and not isinstance(completion, str):
             prompt, completion = _split_at_first_answer(completion)
@@ -124,11 +124,11 @@ class PromptOnly(Format):
 
     def read(self, row: Mapping[str, Any], options: ReadOptions) -> Prompt:
         prompt = _parse_turns_or_text(required_value(PROMPT_COLUMN, row, options.columns), "prompt")
-        name = find_column(PROMPT_COLUMN, row.keys(), options.columns)
+        prompt_column = find_column(PROMPT_COLUMN, row.keys(), options.columns)
         (prompt,) = _to_same_type(prompt, options, optional_text(SYSTEM_COLUMN, row, options.columns))
         if not prompt or (isinstance(prompt, str) and not prompt.strip()):
             raise RowError("RowEmpty", "the prompt is empty", "write a text, or remove the row")
-        return Prompt(prompt, {key: value for key, value in row.items() if key != name})
+        return Prompt(prompt, {key: value for key, value in row.items() if key != prompt_column})
 
 
 def _parse_turns_or_text(value: Any, column: str) -> TurnsOrText:
@@ -136,7 +136,7 @@ def _parse_turns_or_text(value: Any, column: str) -> TurnsOrText:
     if isinstance(value, str):
         return value
     if isinstance(value, Mapping) and isinstance(value.get("messages"), list):
-        value = _messages_of_object(value, column)
+        value = _read_messages_of_object(value, column)
     if isinstance(value, Mapping) and ("role" in value or "from" in value):
         value = [value]
     if isinstance(value, list) and value:
@@ -148,7 +148,7 @@ def _parse_turns_or_text(value: Any, column: str) -> TurnsOrText:
     )
 
 
-def _messages_of_object(value: Mapping[str, Any], column: str) -> list[Any]:
+def _read_messages_of_object(value: Mapping[str, Any], column: str) -> list[Any]:
     """Return the messages of an object `{messages, tools, ...}`, as in OpenAI's preference files. Errors: RowError if the object has tools."""
     if value.get("tools"):
         raise RowError(
@@ -162,7 +162,7 @@ def _to_turns(value: TurnsOrText, role: str) -> tuple[Turn, ...]:
     return (Turn(role, value),) if isinstance(value, str) else value
 
 
-def _with_leading_system_prompt(prompt: str, options: ReadOptions, system: str | None) -> str:
+def _prepend_system_prompt(prompt: str, options: ReadOptions, system: str | None) -> str:
     """Put a system prompt before a text prompt. The spec's system prompt takes precedence over the column's."""
     system = options.system_prompt if options.system_prompt is not None else system
     return f"{system}\n\n{prompt}" if system else prompt
@@ -216,7 +216,7 @@ def _to_same_type(
     `is_prompt_removed`: whether the answers no longer begin with the prompt.
     """
     if all(isinstance(part, str) for part in (prompt, *answers.values())):
-        return (_with_leading_system_prompt(prompt, options, system), *answers.values())
+        return (_prepend_system_prompt(prompt, options, system), *answers.values())
     answer_turns = {name: _to_turns(answer, "assistant") for name, answer in answers.items()}
     turns, answers_after_prompt = _to_turns(prompt, "user"), list(answer_turns.values())
     if not is_prompt_removed:
@@ -236,35 +236,35 @@ def _remove_prompt_from_answers(
     answer may begin with a user message other than the prompt. An answer that contains the prompt anywhere but at its beginning is always refused.
     Errors: RowError PromptMismatch, NoTrainableToken (nothing follows the prompt).
     """
-    system, question = _split_system_prompt(prompt)
+    system_turns, question = _split_system_prompt(prompt)
     remaining_answers = []
-    for name, answer in answers.items():
-        own_system, turns = _split_system_prompt(answer)
-        if question and _has_same_contents(turns[: len(question)], question):
-            turns = turns[len(question) :]
-            if not turns:
+    for column, answer in answers.items():
+        answer_system_turns, answer_turns = _split_system_prompt(answer)
+        if question and _has_same_contents(answer_turns[: len(question)], question):
+            answer_turns = answer_turns[len(question) :]
+            if not answer_turns:
                 raise RowError(
-                    "NoTrainableToken", f"`{name}` ends with the prompt and has no answer", "write an answer, or remove the row"
+                    "NoTrainableToken", f"`{column}` ends with the prompt and has no answer", "write an answer, or remove the row"
                 )
         elif (
             question
-            and turns
-            and question[-1].role == turns[0].role == "user"
-            and (not allows_further_question or _contains_turns(turns, question))
+            and answer_turns
+            and question[-1].role == answer_turns[0].role == "user"
+            and (not allows_further_question or _contains_turns(answer_turns, question))
         ):
             raise RowError(
-                "PromptMismatch", f"`{name}` begins with a user message that is not the prompt",
-                f"begin `{name}` with the whole prompt or with the answer; or leave out `prompt` if chosen and rejected contain the prompt",
+                "PromptMismatch", f"`{column}` begins with a user message that is not the prompt",
+                f"begin `{column}` with the whole prompt or with the answer; or leave out `prompt` if chosen and rejected contain the prompt",
             )  # fmt: skip
-        if own_system and system and not ignores_system_prompts and not _has_same_contents(own_system, system):
+        if answer_system_turns and system_turns and not ignores_system_prompts and not _has_same_contents(answer_system_turns, system_turns):
             raise RowError(
                 "PromptMismatch",
-                f"`{name}` has a system prompt that differs from another system prompt of the row",
+                f"`{column}` has a system prompt that differs from another system prompt of the row",
                 "write one system prompt",
             )
-        system = system or own_system
-        remaining_answers.append(turns)
-    return ((*system, *question), *remaining_answers)
+        system_turns = system_turns or answer_system_turns
+        remaining_answers.append(answer_turns)
+    return ((*system_turns, *question), *remaining_answers)
 
 
 def _split_system_prompt(turns: tuple[Turn, ...]) -> tuple[tuple[Turn, ...], tuple[Turn, ...]]:
@@ -273,8 +273,8 @@ def _split_system_prompt(turns: tuple[Turn, ...]) -> tuple[tuple[Turn, ...], tup
     return turns[:system_turn_count], turns[system_turn_count:]
 
 
-def _contains_turns(turns: tuple[Turn, ...], sought_turns: tuple[Turn, ...]) -> bool:
-    return any(_has_same_contents(turns[start : start + len(sought_turns)], sought_turns) for start in range(len(turns)))
+def _contains_turns(turns: tuple[Turn, ...], searched_turns: tuple[Turn, ...]) -> bool:
+    return any(_has_same_contents(turns[start : start + len(searched_turns)], searched_turns) for start in range(len(turns)))
 
 
 def _has_same_contents(left: tuple[Turn, ...], right: tuple[Turn, ...]) -> bool:
