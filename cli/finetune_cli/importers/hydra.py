@@ -22,7 +22,7 @@ from finetune_cli.importers.hydra_compose import (
     has_dashed_flags,
     list_group_options,
     normalise_key,
-    read_composed,
+    read_composed_options,
     read_default_options,
     split_hydra_flags,
 )
@@ -153,7 +153,7 @@ def recognises_input(documents: tuple[InputDocument, ...], command_words: tuple[
         model = content.get("model")
         if any(isinstance(content.get(group), dict) for group in TRAINING_GROUP_NAMES[:2]):
             return True
-        if any(mark in content for mark in RECOGNISED_KEYS) or any(
+        if any(key in content for key in RECOGNISED_KEYS) or any(
             isinstance(entry, str) and re.match(r"^(training_configs?|training)(:|$)", str(entry))
             for entry in content.get("defaults") or []
         ):
@@ -192,10 +192,10 @@ def _read_entries(draft: JobDraft) -> Iterator[OptionEntry]:
         return
     if uses_dashed_flags:
         if base_documents:
-            yield from read_composed(draft, base_documents[0], [], config_name)
+            yield from read_composed_options(draft, base_documents[0], [], config_name)
         yield from _read_flags(draft, command_words)
     elif base_documents:
-        yield from read_composed(draft, base_documents[0], command_words, config_name)
+        yield from read_composed_options(draft, base_documents[0], command_words, config_name)
     else:
         yield from read_default_options(draft, command_words, DEFAULT_CONFIG)
 

@@ -141,7 +141,7 @@ OPTION_TABLE: tuple[OptionRow, ...] = (
     OptionRow("evaluation.eval_steps", "evaluation.steps", to_integer(1), is_set_by_combine=True),
     OptionRow("evaluation.benchmarks", "evaluation.benchmarks", to_list_of(to_choice(BENCHMARK_NAMES)), is_set_by_combine=True),
     OptionRow("pruning.enabled", convert=refuse_true("pruning")),
-    *(OptionRow(key, convert=keep_value, no_effect=LATER_REVISION_REASON) for key in UNUSED_KEYS),
+    *(OptionRow(key, convert=keep_value, no_effect_reason=LATER_REVISION_REASON) for key in UNUSED_KEYS),
     OptionRow("--eval_only", "phases.train", to_boolean, is_set_by_combine=True),
 )  # fmt: skip
 
