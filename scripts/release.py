@@ -65,8 +65,8 @@ def build_release(folder: Path, url: str | None, images: Iterable[str]) -> list[
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     epoch_seconds = read_source_date_epoch()
-    with tempfile.TemporaryDirectory() as temporary:
-        source_folder = Path(temporary) / "source"
+    with tempfile.TemporaryDirectory() as temporary_folder:
+        source_folder = Path(temporary_folder) / "source"
         export_commit(source_folder)
         wheel_file = build_wheel(source_folder, folder, epoch_seconds)
         write_tar(folder / f"finetune-operator-{RELEASE}.tgz", read_chart_files(source_folder / CHART_FOLDER), epoch_seconds)
@@ -156,7 +156,7 @@ def write_tar(path: Path, files: Iterable[ReleaseFile], epoch_seconds: int) -> N
 
 def make_krew_manifest(plugin: Path, url: str) -> str:
     """Return the manifest of the kubectl plugin for a krew index."""
-    platform = {
+    platform_entry = {
         "selector": {"matchExpressions": [{"key": "os", "operator": "In", "values": ["darwin", "linux"]}]},
         "uri": f"{url}/{plugin.name}", "sha256": hashlib.sha256(plugin.read_bytes()).hexdigest(),
         "files": [{"from": "*", "to": "."}], "bin": "kubectl-finetune",
@@ -167,7 +167,7 @@ def make_krew_manifest(plugin: Path, url: str) -> str:
             "version": f"v{RELEASE}", "homepage": url, "shortDescription": "Create, watch and import fine-tuning jobs",
             "description": "Creates, validates, watches and imports FineTuneJobs of the finetune-operator, and reads their results from storage.",
             "caveats": "Needs Python 3.11 or newer. The first start installs locked Python packages from your package index.",
-            "platforms": [platform],
+            "platforms": [platform_entry],
         },
     }  # fmt: skip
     return str(yaml.safe_dump(manifest, sort_keys=False, width=160))
