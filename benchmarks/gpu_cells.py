@@ -130,10 +130,10 @@ def describe_environment() -> dict[str, Any]:
         return description | {"device": "cpu"}
     gpu_properties = torch.cuda.get_device_properties(0)
     description |= {"device": gpu_properties.name, "memoryGb": round(gpu_properties.total_memory / 1e9, 1)}
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    left_matrix, right_matrix = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     source_tensor = torch.randn(2**30, device="cuda")
     target_tensor = torch.empty_like(source_tensor)
-    description["matmulTeraflops"] = round(2 * 8192**3 / _measure_seconds(lambda: torch.matmul(a, b)) / 1e12, 1)
+    description["matmulTeraflops"] = round(2 * 8192**3 / _measure_seconds(lambda: torch.matmul(left_matrix, right_matrix)) / 1e12, 1)
     description["copyTerabytesPerSecond"] = round(2 * 4 * 2**30 / _measure_seconds(lambda: target_tensor.copy_(source_tensor)) / 1e12, 2)
     return description
 

@@ -265,8 +265,8 @@ class LoadBenchmark:
         await self._create_namespace(namespace)
         collection_path = f"{FINETUNEJOB_API_PATH}/namespaces/{namespace}/{names.PLURAL}"
         await self._client.create_all(collection_path, [make_finetunejob(f"j{n}") for n in range(options.job_count)], options.client_count)
-        for body in await self._client.list(collection_path):
-            progress_server.uids[namespace, body["metadata"]["name"]] = body["metadata"]["uid"]
+        for job in await self._client.list(collection_path):
+            progress_server.uids[namespace, job["metadata"]["name"]] = job["metadata"]["uid"]
         with self._control_plane.run_scheduler():
             async with FirstSeenWatch(self._client, collection_path, _has_step) as step_watch:
                 await step_watch.wait_for_count(options.job_count, options.timeout_seconds)
@@ -276,8 +276,8 @@ class LoadBenchmark:
             async with LagSampler(operator) as lag_sampler:
                 while time.monotonic() - began_at < options.steady_seconds:
                     await asyncio.sleep(min(5.0, options.steady_seconds / 2))
-                    for body in await self._client.list(collection_path):
-                        report_ages.append(progress_server.compute_current_step() - body["status"]["progress"]["step"])
+                    for job in await self._client.list(collection_path):
+                        report_ages.append(progress_server.compute_current_step() - job["status"]["progress"]["step"])
             measured_seconds = time.monotonic() - began_at
             new_requests, cpu_seconds = operator.count_requests() - requests_at_start, self._measure_usage(operator).compute_seconds_since(usage_at_start)
         return {
@@ -291,8 +291,8 @@ class LoadBenchmark:
         }  # fmt: skip
 
 
-def _has_step(body: Object) -> bool:
-    return bool(((body.get("status") or {}).get("progress") or {}).get("step"))
+def _has_step(job: Object) -> bool:
+    return bool(((job.get("status") or {}).get("progress") or {}).get("step"))
 
 
 def compute_medians(round_figures: list[dict[str, Any]]) -> dict[str, float]:

@@ -32,7 +32,10 @@ class StepFailed(Exception):
 
 @dataclass
 class Step:
-    """A slow step. The function `run` gets a Commands object, with which it starts programs. The step starts when the steps in `required_steps` have ended."""
+    """A slow step.
+
+    The function `run` gets a Commands object, which it calls to run programs. The step starts when the steps in `required_steps` have ended.
+    """
 
     name: str
     run: Callable[[Commands], None]

@@ -288,9 +288,9 @@ class JobDraft:
 
 @dataclass(frozen=True)
 class Importer:
-    """The import of one tool's files.
+    """The importer of one tool.
 
-    It has the options and defaults of the tool, and the functions that recognise its files, read them and combine their options.
+    It has the options and defaults of the tool, and the functions that recognise the tool's files, read them and combine their options.
     """
 
     name: str

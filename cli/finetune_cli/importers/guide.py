@@ -1,4 +1,4 @@
-"""`guide`: the importer for the configuration of one fine-tuning guide's script: a flat or nested YAML file, and the flags of the script."""
+"""`guide`: the importer for the script of a fine-tuning guide. The script is configured with a flat or nested YAML file, and with flags."""
 
 from __future__ import annotations
 

@@ -171,8 +171,8 @@ def read_options(draft: JobDraft) -> Iterator[OptionEntry]:
     """Yield the options of files, overrides and dashed flags. The words `None` and `null`, in any letter case, count as no value."""
     for entry in _read_entries(draft):
         is_none = entry.value is None or str(entry.value).strip().lower() in ("none", "null")
-        value = "none" if normalise_key(entry.key).endswith("report_to") else None
-        yield replace(entry, value=value) if is_none else entry
+        value_for_none = "none" if normalise_key(entry.key).endswith("report_to") else None
+        yield replace(entry, value=value_for_none) if is_none else entry
 
 
 def _read_entries(draft: JobDraft) -> Iterator[OptionEntry]:
@@ -310,8 +310,8 @@ def _set_objective(draft: JobDraft) -> None:
         path = {"dpo": "trainer.dpo.beta", "grpo": "trainer.grpo.beta"}.get(trainer)
         _assign_or_warn(draft, "training_config.beta", path)
     for key in ("num_generations", "temperature"):
-        name = {"num_generations": "numGenerations"}.get(key, key)
-        _assign_or_warn(draft, f"training_config.{key}", f"trainer.grpo.{name}" if trainer == "grpo" else None)
+        field_name = {"num_generations": "numGenerations"}.get(key, key)
+        _assign_or_warn(draft, f"training_config.{key}", f"trainer.grpo.{field_name}" if trainer == "grpo" else None)
     if trainer != "sft":
         _set_completion_length(draft)
     if trainer == "grpo":

@@ -491,11 +491,11 @@ def _check_spec(draft: JobDraft, *, counts_problems_as_features: bool = False) -
     The tool may accept values that break a rule of the API. `counts_problems_as_features`: whether a broken rule is reported as a feature that a
     FineTuneJob does not have.
     """
-    values = dict(draft.values)
+    valid_values = dict(draft.values)
     reported_errors: list[FieldError] = []
     for _ in range(3):
         try:
-            spec = FineTuneJobSpec.model_validate(nest_values(values))
+            spec = FineTuneJobSpec.model_validate(nest_values(valid_values))
             break
         except ValidationError as error:
             new_errors = list(iterate_field_errors(error, reported_errors))
@@ -510,12 +510,12 @@ def _check_spec(draft: JobDraft, *, counts_problems_as_features: bool = False) -
             for path_to_remove in map(to_dotted_path, find_locations_to_remove(error)):
                 for invalid_path in [
                     value_path
-                    for value_path in values
+                    for value_path in valid_values
                     if is_within(path_to_remove, value_path) or is_within(value_path, path_to_remove)
                 ]:
-                    del values[invalid_path]
+                    del valid_values[invalid_path]
     else:
-        return nest_values(values)
+        return nest_values(valid_values)
     for problem in _find_problems(spec, draft):
         _record_problem(problem, draft, is_missing_feature=counts_problems_as_features)
     if not draft.mistakes:
