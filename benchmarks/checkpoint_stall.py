@@ -40,13 +40,13 @@ STEPS_PER_CHECKPOINT_BY_METHOD = {"lora": 10, "full": 15}
 class TimedTraining:
     """The times of one run, in seconds."""
 
-    steps: list[float]
+    step_seconds: list[float]
     """Durations of the steps that do not follow a checkpoint."""
-    stalls: list[float]
+    stall_seconds: list[float]
     """Stalls of all checkpoints except the checkpoint of the last step, because the files of the last checkpoint are not copied."""
     checkpoint_bytes: int
     """Size of the largest checkpoint."""
-    total: float
+    total_seconds: float
     """Time from the end of the first step to the end of the last step."""
 
 
@@ -54,7 +54,7 @@ def run_training(
     workspace: Workspace, name: str, spec: dict[str, Any], *, endpoint_url: str | None = None, writes_in_background: bool = True
 ) -> TimedTraining:
     """Train once and return the times. If `writes_in_background` is false, training waits until each checkpoint is written."""
-    target = workspace.target(name, endpoint_url=endpoint_url)
+    target = workspace.make_target(name, endpoint_url=endpoint_url)
     environment = {"OMP_NUM_THREADS": "1", "BENCHMARK_CHECKPOINTS": "background" if writes_in_background else "blocking"}
     with workspace.create_pod(name, spec, target, "benchmarks.lib.timed_train", env=environment) as pod:
         exit_code = pod.end(580)
@@ -71,7 +71,7 @@ def run_training(
 
 def make_training_spec(workspace: Workspace, method: str, model_shape: dict[str, Any], step_count: int, steps_per_checkpoint: int | None) -> dict[str, Any]:
     checkpoint_settings = {"steps": steps_per_checkpoint, "keep": 2} if steps_per_checkpoint else {"strategy": "no"}
-    return workspace.spec(
+    return workspace.make_spec(
         model_shape, method={"type": method}, checkpoint=checkpoint_settings, tracking={"loggingSteps": 10},
         training={"maxSteps": step_count, "batchSizePerDevice": 1, "gradientAccumulationSteps": 1, "learningRate": 1e-4},
         policy={"stallTimeoutSeconds": 600},
@@ -80,24 +80,27 @@ def make_training_spec(workspace: Workspace, method: str, model_shape: dict[str,
 
 def measure_stalls(workspace: Workspace, method: str, model_shape: dict[str, Any], step_count: int, round_count: int) -> dict[str, Any]:
     """Measure the stalls for one method. Runs that write checkpoints in the background alternate with blocking runs."""
-    runs: dict[bool, list[TimedTraining]] = {True: [], False: []}
+    # The key says whether the run writes its checkpoints in the background.
+    runs_by_background: dict[bool, list[TimedTraining]] = {True: [], False: []}
     for round_number in range(round_count):
         for writes_in_background in (True, False) if round_number % 2 == 0 else (False, True):
             spec = make_training_spec(workspace, method, model_shape, step_count, STEPS_PER_CHECKPOINT_BY_METHOD[method])
             run_name = f"stall-{method}-{round_number}-{writes_in_background}"
-            runs[writes_in_background].append(run_training(workspace, run_name, spec, writes_in_background=writes_in_background))
-            newest_run = runs[writes_in_background][-1]
-            print(f"{run_name}: stalls {[round(stall, 3) for stall in newest_run.stalls]}, {newest_run.total:.1f} s", flush=True)
-    run_pairs = list(zip(runs[True], runs[False], strict=True))
-    stall_ratios = [statistics.median(background_run.stalls) / statistics.median(blocking_run.stalls) for background_run, blocking_run in run_pairs]
-    time_ratios = [background_run.total / blocking_run.total for background_run, blocking_run in run_pairs]
+            runs_by_background[writes_in_background].append(run_training(workspace, run_name, spec, writes_in_background=writes_in_background))
+            newest_run = runs_by_background[writes_in_background][-1]
+            print(f"{run_name}: stalls {[round(stall, 3) for stall in newest_run.stall_seconds]}, {newest_run.total_seconds:.1f} s", flush=True)
+    run_pairs = list(zip(runs_by_background[True], runs_by_background[False], strict=True))
+    stall_ratios = [
+        statistics.median(background_run.stall_seconds) / statistics.median(blocking_run.stall_seconds) for background_run, blocking_run in run_pairs
+    ]
+    time_ratios = [background_run.total_seconds / blocking_run.total_seconds for background_run, blocking_run in run_pairs]
     return {
-        "checkpointBytes": runs[True][0].checkpoint_bytes, "stepsPerCheckpoint": STEPS_PER_CHECKPOINT_BY_METHOD[method], "rounds": round_count,
+        "checkpointBytes": runs_by_background[True][0].checkpoint_bytes, "stepsPerCheckpoint": STEPS_PER_CHECKPOINT_BY_METHOD[method], "rounds": round_count,
         "stallRatio": round(statistics.median(stall_ratios), 4), "stallRatios": [round(ratio, 4) for ratio in stall_ratios],
         "trainingTimeRatio": round(statistics.median(time_ratios), 4), "trainingTimeRatios": [round(ratio, 4) for ratio in time_ratios],
-        "stallSeconds": summarize([stall for run in runs[True] for stall in run.stalls], 4),
-        "blockingStallSeconds": summarize([stall for run in runs[False] for stall in run.stalls], 4),
-        "stepSeconds": round(statistics.median(step for run in runs[False] for step in run.steps), 4),
+        "stallSeconds": summarize([stall for run in runs_by_background[True] for stall in run.stall_seconds], 4),
+        "blockingStallSeconds": summarize([stall for run in runs_by_background[False] for stall in run.stall_seconds], 4),
+        "stepSeconds": round(statistics.median(step for run in runs_by_background[False] for step in run.step_seconds), 4),
     }  # fmt: skip
 
 
@@ -108,20 +111,21 @@ def measure_save_stalls(folder: Path, megabytes: int, round_count: int) -> dict[
 
     torch.set_num_threads(1)
     state = {f"tensor{number}": torch.full((4_000_000,), float(number)) for number in range(max(1, megabytes // 16))}
-    writer, seconds = BackgroundWriter(), {True: [], False: []}  # type: tuple[BackgroundWriter, dict[bool, list[float]]]
+    writer, seconds_by_background = BackgroundWriter(), {True: [], False: []}  # type: tuple[BackgroundWriter, dict[bool, list[float]]]
     for number in range(round_count + 1):
         for writer.writes_in_background in (True, False) if number % 2 == 0 else (False, True):
             started_at = time.monotonic()
             with writer.begin_checkpoint():
                 torch.save(state, folder / "state.pt")
             writer.finish_checkpoint()
-            seconds[writer.writes_in_background].append(time.monotonic() - started_at)
+            seconds_by_background[writer.writes_in_background].append(time.monotonic() - started_at)
             writer.wait()
-    ratios = [background_seconds / blocking_seconds for background_seconds, blocking_seconds in zip(seconds[True][1:], seconds[False][1:], strict=True)]
+    seconds_pairs = zip(seconds_by_background[True][1:], seconds_by_background[False][1:], strict=True)
+    ratios = [background_seconds / blocking_seconds for background_seconds, blocking_seconds in seconds_pairs]
     return {
         "stateBytes": sum(tensor.nbytes for tensor in state.values()), "rounds": round_count, "stallRatio": round(statistics.median(ratios), 4),
-        "stallRatios": [round(ratio, 4) for ratio in ratios], "stallSeconds": summarize(seconds[True][1:], 4),
-        "blockingStallSeconds": summarize(seconds[False][1:], 4),
+        "stallRatios": [round(ratio, 4) for ratio in ratios], "stallSeconds": summarize(seconds_by_background[True][1:], 4),
+        "blockingStallSeconds": summarize(seconds_by_background[False][1:], 4),
     }  # fmt: skip
 
 
@@ -137,14 +141,14 @@ def measure_slow_store(workspace: Workspace, round_count: int, step_count: int) 
             for steps_per_checkpoint in checkpoint_intervals:
                 spec = make_training_spec(workspace, "lora", {}, step_count, steps_per_checkpoint)
                 timed_training = run_training(workspace, f"slow-{round_number}-{steps_per_checkpoint}", spec, endpoint_url=proxy.url)
-                median_step_seconds_by_interval[steps_per_checkpoint] = statistics.median(timed_training.steps)
+                median_step_seconds_by_interval[steps_per_checkpoint] = statistics.median(timed_training.step_seconds)
             without, with_checkpoints = median_step_seconds_by_interval[None], median_step_seconds_by_interval[STEPS_PER_CHECKPOINT]
             median_pairs.append((without, with_checkpoints))
             print(f"round {round_number}: {without * 1000:.2f} ms without, {with_checkpoints * 1000:.2f} ms with", flush=True)
     ratios = [with_checkpoints / without for without, with_checkpoints in median_pairs]
     return {
         "bytesPerSecond": SLOW_STORE_BYTES_PER_SECOND, "rounds": round_count, "stepsEach": step_count, "ratio": round(statistics.median(ratios), 4),
-        "ratios": [round(ratio, 4) for ratio in ratios], "stepMsWithout": round(1000 * statistics.median(a for a, _ in median_pairs), 2),
+        "ratios": [round(ratio, 4) for ratio in ratios], "stepMsWithout": round(1000 * statistics.median(without for without, _ in median_pairs), 2),
     }  # fmt: skip
 
 

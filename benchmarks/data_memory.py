@@ -23,7 +23,7 @@ from types import SimpleNamespace
 from typing import Any
 
 WORD_COUNT = 30_000
-END, PAD, UNKNOWN = "<|im_end|>", "<|pad|>", "<|unknown|>"
+END_TOKEN, PAD_TOKEN, UNKNOWN_TOKEN = "<|im_end|>", "<|pad|>", "<|unknown|>"
 WORDS_PER_ROW = 1000
 ROW_COUNTS = (1000, 3000)
 CHAT_TEMPLATE = (
@@ -36,11 +36,11 @@ def make_tokenizer() -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    token_texts = [END, PAD, UNKNOWN, "user", "assistant", *(f"w{number}" for number in range(WORD_COUNT))]
-    word_tokenizer = Tokenizer(models.WordLevel({name: number for number, name in enumerate(token_texts)}, unk_token=UNKNOWN))
+    token_texts = [END_TOKEN, PAD_TOKEN, UNKNOWN_TOKEN, "user", "assistant", *(f"w{number}" for number in range(WORD_COUNT))]
+    word_tokenizer = Tokenizer(models.WordLevel({name: number for number, name in enumerate(token_texts)}, unk_token=UNKNOWN_TOKEN))
     word_tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
-        tokenizer_object=word_tokenizer, eos_token=END, pad_token=PAD, chat_template=CHAT_TEMPLATE, clean_up_tokenization_spaces=False
+        tokenizer_object=word_tokenizer, eos_token=END_TOKEN, pad_token=PAD_TOKEN, chat_template=CHAT_TEMPLATE, clean_up_tokenization_spaces=False
     )
 
 
@@ -53,17 +53,17 @@ def make_chat_row(row_number: int) -> dict[str, Any]:
 
 def make_pair_row(row_number: int) -> dict[str, Any]:
     """Return a row with a prompt, a preferred answer and a rejected answer."""
-    first, second = make_chat_row(row_number)["messages"], make_chat_row(row_number + 1)["messages"]
-    return {"prompt": first[:1], "chosen": first[1:], "rejected": second[1:]}
+    first_messages, second_messages = make_chat_row(row_number)["messages"], make_chat_row(row_number + 1)["messages"]
+    return {"prompt": first_messages[:1], "chosen": first_messages[1:], "rejected": second_messages[1:]}
 
 
-def prepare_supervised(folder: Path, tokenizer: Any, row_count: int, **dataset: Any) -> int:
+def prepare_supervised(folder: Path, tokenizer: Any, row_count: int, **dataset_options: Any) -> int:
     """Prepare chat rows for supervised training. Returns the number of tokens of all splits."""
     from finetune_trainer.data.prepare import prepare
 
     from tests.support.learning import make_run
 
-    run, inputs = make_run(folder, folder / "model", {"dataset": {"maxSequenceLength": 4096, "numProc": 1, **dataset}}, rows=())
+    run, inputs = make_run(folder, folder / "model", {"dataset": {"maxSequenceLength": 4096, "numProc": 1, **dataset_options}}, rows=())
     write_rows(inputs.train[0], make_chat_row, row_count)
     start_memory_counters()
     prepared_data = prepare(run, inputs, tokenizer, max_positions=4096, cache_folder=folder / "tokens")

@@ -48,7 +48,7 @@ class Timeline:
     running_seen_at: float | None = None
     first_step_at: float | None = None
     pod_name: str | None = None
-    timings: dict[str, float] = field(default_factory=dict)
+    pod_timings: dict[str, float] = field(default_factory=dict)
 
     def compute_stage_seconds(self) -> dict[str, float]:
         """Return the duration of each stage in seconds."""
@@ -57,7 +57,7 @@ class Timeline:
             "admission": self.job_seen_at - self.applied_at, "podStart": self.running_seen_at - self.job_seen_at,
             "inPod": self.first_step_at - self.running_seen_at, "total": self.first_step_at - self.applied_at,
         }  # fmt: skip
-        pod_seconds = {f"pod.{name}": seconds for name, seconds in self.timings.items()}
+        pod_seconds = {f"pod.{name}": seconds for name, seconds in self.pod_timings.items()}
         return {name: round(seconds, 2) for name, seconds in (observed_seconds | pod_seconds).items()}
 
 
@@ -65,7 +65,7 @@ class Run:
     """One run: applies the manifest under a new name, and measures the stages."""
 
     def __init__(self, manifest: dict[str, Any], namespace: str, name: str) -> None:
-        self._core, self._batch, self._jobs = client.CoreV1Api(), client.BatchV1Api(), client.CustomObjectsApi()
+        self._core_api, self._batch_api, self._custom_objects_api = client.CoreV1Api(), client.BatchV1Api(), client.CustomObjectsApi()
         self._namespace, self._name = namespace, name
         self._manifest = manifest | {"metadata": {"name": name}}
         self._timeline = Timeline()
@@ -78,31 +78,31 @@ class Run:
             threading.Thread(target=target, args=(selector,), daemon=True).start()
         self._timeline.applied_at = time.monotonic()
         collection_arguments = (names.GROUP, names.VERSION, self._namespace, names.PLURAL)
-        self._jobs.create_namespaced_custom_object(*collection_arguments, self._manifest)
+        self._custom_objects_api.create_namespaced_custom_object(*collection_arguments, self._manifest)
         try:
             if not self._pod_is_running.wait(TIMEOUT_SECONDS):
                 raise FirstStepNotReached(f"no pod of {self._name} ran within {TIMEOUT_SECONDS} s")
-            self._wait_for_step()
+            self._wait_for_first_step()
         finally:
-            self._jobs.delete_namespaced_custom_object(*collection_arguments, self._name)
+            self._custom_objects_api.delete_namespaced_custom_object(*collection_arguments, self._name)
             self._wait_until_pods_are_gone(selector)
         return self._timeline.compute_stage_seconds()
 
     def _wait_until_pods_are_gone(self, selector: str) -> None:
         """Wait until the run has no pods. Errors: FirstStepNotReached."""
         deadline = time.monotonic() + TIMEOUT_SECONDS
-        while self._core.list_namespaced_pod(self._namespace, label_selector=selector).items:
+        while self._core_api.list_namespaced_pod(self._namespace, label_selector=selector).items:
             if time.monotonic() > deadline:
                 raise FirstStepNotReached(f"pods of {self._name} still exist {TIMEOUT_SECONDS} s after its deletion")
             time.sleep(DELETION_POLL_SECONDS)
 
     def _watch_jobs(self, selector: str) -> None:
-        for _ in watch.Watch().stream(self._batch.list_namespaced_job, self._namespace, label_selector=selector):
+        for _ in watch.Watch().stream(self._batch_api.list_namespaced_job, self._namespace, label_selector=selector):
             self._timeline.job_seen_at = time.monotonic()
             return
 
     def _watch_pods(self, selector: str) -> None:
-        for event in watch.Watch().stream(self._core.list_namespaced_pod, self._namespace, label_selector=selector):
+        for event in watch.Watch().stream(self._core_api.list_namespaced_pod, self._namespace, label_selector=selector):
             pod = event["object"]
             if pod.status.phase == "Running":
                 self._timeline.running_seen_at, self._timeline.pod_name = time.monotonic(), pod.metadata.name
@@ -111,15 +111,15 @@ class Run:
 
     def _add_token_header(self) -> None:
         """Derive the progress token from the attempt's Secret, and add it to the headers of all further requests."""
-        pod = self._core.read_namespaced_pod(self._timeline.pod_name, self._namespace)
-        job = self._batch.read_namespaced_job(pod.metadata.labels["batch.kubernetes.io/job-name"], self._namespace)
+        pod = self._core_api.read_namespaced_pod(self._timeline.pod_name, self._namespace)
+        job = self._batch_api.read_namespaced_job(pod.metadata.labels["batch.kubernetes.io/job-name"], self._namespace)
         secret_name = job.metadata.annotations.get(names.Annotation.ATTEMPT_SECRET)
         if secret_name is not None:
-            secret_data = self._core.read_namespaced_secret(secret_name, self._namespace).data
+            secret_data = self._core_api.read_namespaced_secret(secret_name, self._namespace).data
             attempt_secret = base64.b64decode(secret_data[names.ATTEMPT_SECRET_KEY]).decode()
-            self._core.api_client.set_default_header(names.PROGRESS_TOKEN_HEADER, derive_progress_token(attempt_secret))
+            self._core_api.api_client.set_default_header(names.PROGRESS_TOKEN_HEADER, derive_progress_token(attempt_secret))
 
-    def _wait_for_step(self) -> None:
+    def _wait_for_first_step(self) -> None:
         """Request the pod's progress until it reports a finished step."""
         self._add_token_header()
         deadline = time.monotonic() + TIMEOUT_SECONDS
@@ -127,7 +127,7 @@ class Run:
             report = self._read_report()
             if report is not None and (report.progress.step or 0) >= 1:
                 self._timeline.first_step_at = time.monotonic()
-                self._timeline.timings = report.timings
+                self._timeline.pod_timings = report.timings
                 return
             time.sleep(POLL_SECONDS)
         raise FirstStepNotReached(f"pod {self._timeline.pod_name} has finished no step within {TIMEOUT_SECONDS} s")
@@ -135,7 +135,7 @@ class Run:
     def _read_report(self) -> ProgressReport | None:
         pod_address = f"{self._timeline.pod_name}:{names.PROGRESS_PORT}"
         try:
-            response = self._core.connect_get_namespaced_pod_proxy_with_path(
+            response = self._core_api.connect_get_namespaced_pod_proxy_with_path(
                 pod_address, self._namespace, names.HttpPath.PROGRESS.value.lstrip("/"), _preload_content=False
             )
             return ProgressReport.model_validate_json(response.data)  # type: ignore[attr-defined]  # the stub does not know `_preload_content`

@@ -43,7 +43,11 @@ CELL_TIME_LIMIT_SECONDS = 90.0
 
 @dataclass(frozen=True)
 class Cell:
-    """A named cell. `command` receives the path of the cell's JSON file, and whether this is a rehearsal on a CPU. `seconds`: its time limit."""
+    """A named cell.
+
+    `make_command` returns the command of the cell. Its arguments are the path of the cell's JSON file, and whether this is a rehearsal on a CPU.
+    `seconds`: the time limit of the cell.
+    """
 
     name: str
     make_command: Callable[[Path, bool], Sequence[str]]
@@ -121,17 +125,17 @@ def describe_environment() -> dict[str, Any]:
     """Return the versions of the libraries, the device, and two measured limits of the GPU: bf16 matrix products and memory bandwidth."""
     import torch
 
-    result: dict[str, Any] = {"cores": os.cpu_count(), "versions": record.read_package_versions(RECORDED_PACKAGES) | {"cuda": torch.version.cuda}}
+    description: dict[str, Any] = {"cores": os.cpu_count(), "versions": record.read_package_versions(RECORDED_PACKAGES) | {"cuda": torch.version.cuda}}
     if not torch.cuda.is_available():
-        return result | {"device": "cpu"}
+        return description | {"device": "cpu"}
     gpu_properties = torch.cuda.get_device_properties(0)
-    result |= {"device": gpu_properties.name, "memoryGb": round(gpu_properties.total_memory / 1e9, 1)}
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    description |= {"device": gpu_properties.name, "memoryGb": round(gpu_properties.total_memory / 1e9, 1)}
+    left_matrix, right_matrix = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     source_tensor = torch.randn(2**30, device="cuda")
     target_tensor = torch.empty_like(source_tensor)
-    result["matmulTeraflops"] = round(2 * 8192**3 / _measure_seconds(lambda: torch.matmul(a, b)) / 1e12, 1)
-    result["copyTerabytesPerSecond"] = round(2 * 4 * 2**30 / _measure_seconds(lambda: target_tensor.copy_(source_tensor)) / 1e12, 2)
-    return result
+    description["matmulTeraflops"] = round(2 * 8192**3 / _measure_seconds(lambda: torch.matmul(left_matrix, right_matrix)) / 1e12, 1)
+    description["copyTerabytesPerSecond"] = round(2 * 4 * 2**30 / _measure_seconds(lambda: target_tensor.copy_(source_tensor)) / 1e12, 2)
+    return description
 
 
 def _measure_seconds(action: Callable[[], Any]) -> float:
@@ -190,7 +194,7 @@ def has_result(figures: Any) -> bool:
         return False
     if "arms" in figures:
         return any(arm["error"] is None for arm in figures["arms"].values())
-    return not all(isinstance(one, dict) and one.get("status", "passed") != "passed" for one in figures.values())
+    return not all(isinstance(figure, dict) and figure.get("status", "passed") != "passed" for figure in figures.values())
 
 
 def summarise(cell_results: Mapping[str, Any]) -> str:
@@ -200,11 +204,11 @@ def summarise(cell_results: Mapping[str, Any]) -> str:
         lines.append(f"{cell_result['status']:12} {name} ({cell_result['seconds']} s)")
         figures = cell_result["figures"] or {}
         if "arms" in figures:
-            lines += [f"    {arm}: {_describe_arm(one)}" for arm, one in figures["arms"].items()]
+            lines += [f"    {arm}: {_describe_arm(arm_result)}" for arm, arm_result in figures["arms"].items()]
         elif name.startswith("tests-"):
-            failed_tests = {test: one for test, one in figures.items() if one["status"] != "passed"}
+            failed_tests = {test: test_result for test, test_result in figures.items() if test_result["status"] != "passed"}
             lines.append(f"    {len(figures) - len(failed_tests)} of {len(figures)} tests passed")
-            lines += [f"    {one['status']}: {test}: {one['text'][-400:]!r}" for test, one in failed_tests.items()]
+            lines += [f"    {test_result['status']}: {test}: {test_result['text'][-400:]!r}" for test, test_result in failed_tests.items()]
         else:
             lines.append(f"    {json.dumps(figures)[:900]}")
     return "\n".join(lines)
@@ -220,19 +224,20 @@ def run_cells(options: argparse.Namespace) -> int:
     deadline = time.monotonic() + options.seconds
     options.output.mkdir(parents=True, exist_ok=True)
     passed_cell_names = {name for file in options.done for name, cell in json.loads(file.read_text())["cells"].items() if cell["status"] == "passed"}
-    results: dict[str, Any] = {}
+    result_by_cell: dict[str, Any] = {}
     for cell in CELLS:
         remaining_seconds = deadline - time.monotonic()
         if (options.only and cell.name not in options.only) or cell.name in passed_cell_names or remaining_seconds < 20:
             continue
         print(f"--- {cell.name}", flush=True)
-        results[cell.name] = run_cell(cell, options.output, min(cell.seconds, options.cell_seconds, remaining_seconds - 5), is_rehearsal=options.rehearse)
-        (options.output / "gpu_cells.json").write_text(json.dumps({"cells": results}, indent=1))
-        if not has_result(results[cell.name]["figures"]):
+        time_limit_seconds = min(cell.seconds, options.cell_seconds, remaining_seconds - 5)
+        result_by_cell[cell.name] = run_cell(cell, options.output, time_limit_seconds, is_rehearsal=options.rehearse)
+        (options.output / "gpu_cells.json").write_text(json.dumps({"cells": result_by_cell}, indent=1))
+        if not has_result(result_by_cell[cell.name]["figures"]):
             print(f"{cell.name} has no result: the other cells are skipped, because the kit may not work on this machine")
             break
-    print(summarise(results))
-    return int(any(cell["status"] != "passed" for cell in results.values()))
+    print(summarise(result_by_cell))
+    return int(any(cell["status"] != "passed" for cell in result_by_cell.values()))
 
 
 def merge_results(result_files: Sequence[Path]) -> dict[str, Any]:
@@ -247,9 +252,9 @@ def merge_results(result_files: Sequence[Path]) -> dict[str, Any]:
 
 def write_results(result_name: str, result_files: Sequence[Path]) -> Path:
     """Write the merged results to `results/<name>.json`, without logs and tracebacks. The cell `environment` describes the machine."""
-    cells = {cell: {key: value for key, value in result.items() if key != "log"} for cell, result in merge_results(result_files).items()}
-    for test in (test for cell in cells.values() for test in cell["figures"].values() if isinstance(test, dict) and "text" in test):
-        test["text"] = "\n".join(line for line in test["text"].splitlines() if line.startswith("E ") and "Error" in line)[-500:]
+    cells = {name: {key: value for key, value in cell.items() if key != "log"} for name, cell in merge_results(result_files).items()}
+    for figure in (figure for cell in cells.values() for figure in cell["figures"].values() if isinstance(figure, dict) and "text" in figure):
+        figure["text"] = "\n".join(line for line in figure["text"].splitlines() if line.startswith("E ") and "Error" in line)[-500:]
     if "environment" not in cells:
         raise SystemExit("the results lack the cell environment, which describes the machine: run this cell with --only environment, and add its result file")
     machine = cells.pop("environment")["figures"]

@@ -27,4 +27,4 @@ def pytest_runtest_logreport(report: Any) -> None:
 def read_report(report_file: Path) -> dict[str, dict[str, Any]]:
     """Return the results in a report by test name."""
     test_results = [json.loads(line) for line in report_file.read_text().splitlines()]
-    return {line.pop("name"): line for line in test_results}
+    return {test_result.pop("name"): test_result for test_result in test_results}

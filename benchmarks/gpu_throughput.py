@@ -88,9 +88,9 @@ class Workload:
 class TrlArm:
     """Settings of an arm that runs TRL's SFTTrainer without this trainer."""
 
-    checkpointing: bool
+    checkpoints_activations: bool
     attention: str = "sdpa"
-    liger: bool = False
+    uses_liger: bool = False
     compiles: bool = False
     packs: bool = False
     """Whether the arm also packs chat data."""
@@ -108,12 +108,12 @@ OUR_ARMS: dict[str, dict[str, Any]] = {
 }
 """Arms of this trainer, with the settings that differ from the defaults."""
 TRL_ARMS = {
-    "bare": TrlArm(checkpointing=True),
-    "tuned": TrlArm(checkpointing=False, attention="varlen", packs=True, dropout=0.0, liger=True),
-    "tuned, without liger": TrlArm(checkpointing=False, attention="varlen", packs=True, dropout=0.0),
-    "tuned, sdpa": TrlArm(checkpointing=False, packs=True, dropout=0.0),
-    "tuned, checkpointing on": TrlArm(checkpointing=True, attention="varlen", packs=True, dropout=0.0, liger=True),
-    "tuned, compiled": TrlArm(checkpointing=False, attention="varlen", packs=True, dropout=0.0, liger=True, compiles=True),
+    "bare": TrlArm(checkpoints_activations=True),
+    "tuned": TrlArm(checkpoints_activations=False, attention="varlen", packs=True, dropout=0.0, uses_liger=True),
+    "tuned, without liger": TrlArm(checkpoints_activations=False, attention="varlen", packs=True, dropout=0.0),
+    "tuned, sdpa": TrlArm(checkpoints_activations=False, packs=True, dropout=0.0),
+    "tuned, checkpointing on": TrlArm(checkpoints_activations=True, attention="varlen", packs=True, dropout=0.0, uses_liger=True),
+    "tuned, compiled": TrlArm(checkpoints_activations=False, attention="varlen", packs=True, dropout=0.0, uses_liger=True, compiles=True),
 }
 
 
@@ -135,16 +135,16 @@ class ArmResult:
 class CountingCollator:
     """A collator that also counts the tokens of each batch that are not padding."""
 
-    inner: Any
-    counts: list[int] = field(default_factory=list)
+    collator: Any
+    token_counts: list[int] = field(default_factory=list)
 
     def __call__(self, rows: Any) -> Any:
-        batch = self.inner(rows)
-        self.counts.append(int(batch["attention_mask"].sum() if "attention_mask" in batch else batch["input_ids"].numel()))
+        batch = self.collator(rows)
+        self.token_counts.append(int(batch["attention_mask"].sum() if "attention_mask" in batch else batch["input_ids"].numel()))
         return batch
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.inner, name)
+        return getattr(self.collator, name)
 
 
 def make_window_timer(workload: Workload, result: ArmResult) -> Any:
@@ -159,7 +159,7 @@ def make_window_timer(workload: Workload, result: ArmResult) -> Any:
             self.collator = trainer.data_collator = CountingCollator(trainer.data_collator)
 
         def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-            self.collator.counts.clear()
+            self.collator.token_counts.clear()
             result.attention = str(model.config._attn_implementation)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -171,7 +171,7 @@ def make_window_timer(workload: Workload, result: ArmResult) -> Any:
             if state.global_step == workload.warmup_steps:
                 self.started_at = now
                 return
-            token_count = sum(self.collator.counts[workload.warmup_steps : workload.steps])
+            token_count = sum(self.collator.token_counts[workload.warmup_steps : workload.steps])
             result.tokens_per_second = token_count / (now - self.started_at)
             result.step_seconds = (now - self.started_at) / (workload.steps - workload.warmup_steps)
 
@@ -271,7 +271,7 @@ def run_our_arm(workload: Workload, changed_settings: Mapping[str, Any], folder:
 class PreparedTokens:
     """The training data of the TRL arms."""
 
-    tokens: Any
+    token_dataset: Any
     """Dataset of token sequences."""
     run: Any
     """The run configuration of the arm `ours`, with which the data were tokenised."""
@@ -294,8 +294,8 @@ def prepare_tokens(workload: Workload, folder: Path, model_folder: Path) -> Prep
     context = TrainingContext(
         run, inputs, detected_hardware, DistributedStrategy(run, detected_hardware, 1), tokenizer, folder / "work" / "tokens", workload.length, []
     )
-    data, _ = OBJECTIVE.load_data(context)
-    return PreparedTokens(data.train, run)
+    splits, _ = OBJECTIVE.load_data(context)
+    return PreparedTokens(splits.train, run)
 
 
 def run_trl_arm(
@@ -309,7 +309,7 @@ def run_trl_arm(
     from trl import SFTConfig, SFTTrainer, pack_dataset
 
     attention.register()
-    token_dataset = prepared_tokens.tokens
+    token_dataset = prepared_tokens.token_dataset
     is_packed = workload.data == "packed" or arm.packs
     if is_packed and workload.data != "packed":
         token_dataset = pack_dataset(token_dataset.select_columns(["input_ids", "labels"]), workload.length, "bfd")
@@ -330,8 +330,8 @@ def run_trl_arm(
         output_dir=str(folder / "bare"), per_device_train_batch_size=workload.batch if is_packed else workload.chat_rows_per_step,
         gradient_accumulation_steps=1, max_steps=workload.steps, learning_rate=1e-5, logging_steps=workload.steps, logging_first_step=True,
         save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=not workload.is_gpu, bf16=workload.is_gpu,
-        gradient_checkpointing=arm.checkpointing, use_liger_kernel=arm.liger,
-        liger_kernel_config=dict(kernels.LIGER_OPTIONS) if arm.liger else None, torch_compile=arm.compiles, tf32=workload.is_gpu or None,
+        gradient_checkpointing=arm.checkpoints_activations, use_liger_kernel=arm.uses_liger,
+        liger_kernel_config=dict(kernels.LIGER_OPTIONS) if arm.uses_liger else None, torch_compile=arm.compiles, tf32=workload.is_gpu or None,
         dataset_kwargs={"skip_prepare_dataset": True}, packing=is_packed, max_length=workload.length if is_packed else None,
     )  # fmt: skip
     timer = make_window_timer(workload, result)
@@ -389,7 +389,7 @@ def compute_flops_per_token(workload: Workload, document_lengths: Sequence[int])
 
 def uses_liger(arm_name: str) -> bool:
     """Whether an arm uses Liger's kernels on a GPU."""
-    return TRL_ARMS[arm_name].liger if arm_name in TRL_ARMS else OUR_ARMS[arm_name].get("model", {}).get("ligerKernels") is not False
+    return TRL_ARMS[arm_name].uses_liger if arm_name in TRL_ARMS else OUR_ARMS[arm_name].get("model", {}).get("ligerKernels") is not False
 
 
 def measure_arms(workload: Workload, arm_names: Sequence[str], round_count: int, model_cache_folder: Path) -> Iterator[dict[str, Any]]:
@@ -401,7 +401,7 @@ def measure_arms(workload: Workload, arm_names: Sequence[str], round_count: int,
     device_name = torch.cuda.get_device_name() if workload.is_gpu else "cpu"
     model_folder = make_model(model_cache_folder / workload.shape, workload)
     prepared_tokens = prepare_tokens(workload, folder / "tokens", model_folder)
-    token_dataset = prepared_tokens.tokens
+    token_dataset = prepared_tokens.token_dataset
     if workload.data == "packed":
         document_lengths = [length for row in token_dataset["seq_lengths"] for length in row]
     else:
@@ -415,7 +415,7 @@ def measure_arms(workload: Workload, arm_names: Sequence[str], round_count: int,
         for round_number in range(round_count):
             result = run_arm(workload, arm_name, folder / f"{round_number}-{arm_names.index(arm_name)}", model_folder, prepared_tokens)
             results_by_arm[arm_name].append(result)
-            speeds = [one.tokens_per_second for one in results_by_arm[arm_name] if one.tokens_per_second]
+            speeds = [arm_result.tokens_per_second for arm_result in results_by_arm[arm_name] if arm_result.tokens_per_second]
             median_speed = statistics.median(speeds) if speeds else None
             figures["arms"][arm_name] = {
                 "tokensPerSecond": median_speed and round(median_speed, 1),

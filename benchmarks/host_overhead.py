@@ -38,18 +38,18 @@ LAYER_COUNT = 32
 class StepTimes:
     """Durations in seconds and losses of the steps of one run."""
 
-    total: list[float] = field(default_factory=list)
-    computation: list[float] = field(default_factory=list)
+    total_seconds: list[float] = field(default_factory=list)
+    computation_seconds: list[float] = field(default_factory=list)
     """Duration of forward pass, backward pass, gradient norm and optimizer."""
-    data: list[float] = field(default_factory=list)
+    data_seconds: list[float] = field(default_factory=list)
     """Duration of fetching and collating the batch."""
     losses: list[float] = field(default_factory=list)
-    modules: int = 0
+    module_count: int = 0
 
     def remove_warmup_steps(self) -> StepTimes:
         """Remove the times of the warm-up steps, and return this object."""
-        for values in (self.total, self.computation, self.data):
-            del values[:WARMUP_STEPS]
+        for durations in (self.total_seconds, self.computation_seconds, self.data_seconds):
+            del durations[:WARMUP_STEPS]
         return self
 
 
@@ -74,7 +74,7 @@ class StepTimer:
                 trainer.get_batch_samples = timer.wrap_with_timer(trainer.get_batch_samples, is_data=True)
 
             def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any) -> None:
-                timer.times.modules = sum(1 for _ in model.modules())
+                timer.times.module_count = sum(1 for _ in model.modules())
                 model.register_forward_pre_hook(timer._begin_forward)
                 model.register_forward_hook(timer._end_forward)
                 optimizer.step = timer.wrap_with_timer(optimizer.step)
@@ -129,9 +129,9 @@ class StepTimer:
     def end_step(self) -> None:
         ended_at = time.perf_counter()
         if self._step_began_at:
-            self.times.total.append(ended_at - self._step_began_at)
-            self.times.computation.append(self._computation_seconds)
-            self.times.data.append(self._data_seconds)
+            self.times.total_seconds.append(ended_at - self._step_began_at)
+            self.times.computation_seconds.append(self._computation_seconds)
+            self.times.data_seconds.append(self._data_seconds)
         self._step_began_at, self._computation_seconds, self._data_seconds = ended_at, 0.0, 0.0
 
 
@@ -220,19 +220,19 @@ def measure(round_count: int, step_count: int, *, layer_count: int = LAYER_COUNT
                 results_by_program[name].append(programs[name]())
     shutil.rmtree(folder)
     losses_of_runs = [times.losses for name in ("ours", "libraries") for times in results_by_program[name]]
-    if any(one != losses_of_runs[0] for one in losses_of_runs):
+    if any(losses != losses_of_runs[0] for losses in losses_of_runs):
         raise SystemExit(f"the losses of the runs differ: {losses_of_runs}")
     figures_by_program = {name: _summarise(runs) for name, runs in results_by_program.items()}
     overhead_by_program = {name: round(figures_by_program[name]["outsideMs"] - figures_by_program["plain"]["outsideMs"], 3) for name in ("ours", "libraries")}
     return {
-        "overheadMs": overhead_by_program, **figures_by_program, "modules": results_by_program["ours"][0].modules, "rounds": round_count,
+        "overheadMs": overhead_by_program, **figures_by_program, "modules": results_by_program["ours"][0].module_count, "rounds": round_count,
         "stepsEach": step_count, "layers": layer_count, "threads": torch.get_num_threads(),
     }  # fmt: skip
 
 
 def _summarise(runs: list[StepTimes]) -> dict[str, float]:
     """Return the medians over all steps of all runs, in milliseconds."""
-    step_durations = [step for times in runs for step in zip(times.total, times.computation, times.data, strict=True)]
+    step_durations = [step for times in runs for step in zip(times.total_seconds, times.computation_seconds, times.data_seconds, strict=True)]
     median_seconds = {
         "outsideMs": statistics.median(total - computation - data for total, computation, data in step_durations),
         "dataMs": statistics.median(data for *_, data in step_durations), "stepMs": statistics.median(total for total, *_ in step_durations),

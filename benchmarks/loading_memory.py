@@ -34,7 +34,7 @@ def create_16_bit_model(workspace: Workspace) -> Path:
     import torch
     from transformers import AutoModelForCausalLM
 
-    source_folder = Path(workspace.spec(MODEL_SHAPE)["model"]["source"].removeprefix("file://"))
+    source_folder = Path(workspace.make_spec(MODEL_SHAPE)["model"]["source"].removeprefix("file://"))
     copy_folder = source_folder.with_name(source_folder.name + "-bf16")
     shutil.copytree(source_folder, copy_folder)
     AutoModelForCausalLM.from_pretrained(source_folder, dtype=torch.bfloat16).save_pretrained(copy_folder)
@@ -44,7 +44,7 @@ def create_16_bit_model(workspace: Workspace) -> Path:
 def run_training(workspace: Workspace, model_folder: Path, strategy: str, loading_mode: str, round_number: int) -> list[dict[str, Any]]:
     """Train two steps. Returns the measurements of each rank, as `benchmarks.lib.measured_loading` writes them."""
     name = f"{strategy}-{loading_mode}-{round_number}"
-    spec = workspace.spec(
+    spec = workspace.make_spec(
         MODEL_SHAPE, method={"type": "full"}, checkpoint={"strategy": "no"}, tracking={"loggingSteps": 1}, distributed=STRATEGIES[strategy],
         training={"maxSteps": 2, "batchSizePerDevice": 1, "gradientAccumulationSteps": 1, "learningRate": 1e-4},
     ) | {"model": {"source": f"file://{model_folder}"}}  # fmt: skip
@@ -52,7 +52,7 @@ def run_training(workspace: Workspace, model_folder: Path, strategy: str, loadin
         "PYTHONPATH": POD_PYTHONPATH, "FINETUNE_TRAINER_MODULE": "benchmarks.lib.measured_loading", "BENCHMARK_LOADING": loading_mode,
         **workspace.credentials,
     }  # fmt: skip
-    with Pod(run_config(spec, workspace.target(name), processes=RANK_COUNT), workspace.folder / name, environment) as pod:
+    with Pod(run_config(spec, workspace.make_target(name), processes=RANK_COUNT), workspace.folder / name, environment) as pod:
         assert pod.end(580) == 0, pod.text[-3000:]
     return [json.loads((pod.folder / "work" / f"memory-{rank}.json").read_text()) for rank in range(RANK_COUNT)]
 
@@ -66,11 +66,11 @@ def measure_strategy(workspace: Workspace, model_folder: Path, strategy: str, ro
             rank_measurements = run_training(workspace, model_folder, strategy, loading_mode, round_number)
             measurements_by_mode[loading_mode] += rank_measurements
             losses.add(tuple(rank_measurements[0]["losses"]))
-            print(f"{strategy} {loading_mode}: {[round((one['peak'] - one['before']) / 1e6) for one in rank_measurements]} MB", flush=True)
+            print(f"{strategy} {loading_mode}: {[round((rank['peak'] - rank['before']) / 1e6) for rank in rank_measurements]} MB", flush=True)
     assert len(losses) == 1, f"the losses differ: {losses}"
     return {"losses": list(losses.pop())} | {
         f"{loading_mode}Megabytes": {
-            until: summarize_increases([one[until] - one["before"] for one in rank_measurements]) for until in ("loaded", "peak")
+            name: summarize_increases([rank[name] - rank["before"] for rank in rank_measurements]) for name in ("loaded", "peak")
         }
         for loading_mode, rank_measurements in measurements_by_mode.items()
     }  # fmt: skip

@@ -40,9 +40,9 @@ def main() -> None:
         peaks.append(measure(seed))
         print(seed, peaks[-1]["objective"], f"{peaks[-1]['expectedBytes'] / peaks[-1]['measuredBytes'] - 1:+.2%}", flush=True)
     errors_by_objective = {
-        objective.value: summarise_errors([one for one in peaks if one["objective"] == objective.value])
+        objective.value: summarise_errors([peak for peak in peaks if peak["objective"] == objective.value])
         for objective in PREFERENCE_OBJECTIVES
-        if any(one["objective"] == objective.value for one in peaks)
+        if any(peak["objective"] == objective.value for peak in peaks)
     }
     figures = {**summarise_errors(peaks), "byObjective": errors_by_objective, "peaks": peaks}
     record.write_result("memory_peaks_preferences", figures, method=record.extract_method(__doc__), versions=record.read_package_versions(RECORDED_PACKAGES))

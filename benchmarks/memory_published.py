@@ -22,26 +22,26 @@ ROW_LENGTHS = range(SMALLEST_LENGTH, LARGEST_LENGTH + 1, 12)
 
 
 @cache
-def _estimate_bytes_by_name(run_name: str, row_length: int) -> float:
-    run = next(one for one in PUBLISHED_RUNS if one.name == run_name)
+def _estimate_bytes_of_run(run_name: str, row_length: int) -> float:
+    run = next(run for run in PUBLISHED_RUNS if run.name == run_name)
     return replay(run.as_step(row_length)).total_bytes * (1 + FRAGMENTATION)
 
 
 def estimate_bytes(run: PublishedRun, row_length: int) -> float:
     """Return the expected peak of reserved memory in bytes. Runs with equal settings share the cached result."""
-    return _estimate_bytes_by_name(next(one.name for one in PUBLISHED_RUNS if one.weights == run.weights), row_length)
+    return _estimate_bytes_of_run(next(published_run.name for published_run in PUBLISHED_RUNS if published_run.weights == run.weights), row_length)
 
 
 def fit_length(runs: list[PublishedRun]) -> int:
     """Return the length of the longest row for which the estimates of these runs have the smallest mean error."""
-    return min(ROW_LENGTHS, key=lambda length: statistics.mean(abs(estimate_bytes(one, length) / one.reserved_bytes - 1) for one in runs))
+    return min(ROW_LENGTHS, key=lambda length: statistics.mean(abs(estimate_bytes(run, length) / run.reserved_bytes - 1) for run in runs))
 
 
 def main() -> None:
     """Estimate the peaks of all runs and write the result."""
     figures_by_run, errors, upper_ratios = {}, [], []
     for run in PUBLISHED_RUNS:
-        row_length = fit_length([one for one in PUBLISHED_RUNS if one.weights != run.weights])
+        row_length = fit_length([other_run for other_run in PUBLISHED_RUNS if other_run.weights != run.weights])
         expected_bytes = estimate_bytes(run, row_length)
         errors.append(abs(expected_bytes / run.reserved_bytes - 1))
         upper_ratios.append(expected_bytes * (1 + UPPER_MARGIN) / run.reserved_bytes)

@@ -148,21 +148,21 @@ class LoadBenchmark:
 
     async def _measure_burst(self, operator: Operator) -> dict[str, Any]:
         variants = (BARE_JOB_VARIANT, make_same_pod_variant(await self._create_operator_job()), FINETUNEJOB_VARIANT)
-        rounds: dict[str, list[dict[str, Any]]] = {variant.name: [] for variant in variants}
+        rounds_by_variant: dict[str, list[dict[str, Any]]] = {variant.name: [] for variant in variants}
         async with LagSampler(operator) as lag_sampler:
             for number in range(self._options.round_count):
                 for variant in variants:
                     print_progress(f"burst {number + 1}/{self._options.round_count}: {variant.name}")
-                    rounds[variant.name].append(await self._run_burst(operator, variant, f"{variant.name}-{number}"))
-                    print_progress(f"  {rounds[variant.name][-1]}")
-        medians_by_variant = {name: compute_medians(results) for name, results in rounds.items()}
+                    rounds_by_variant[variant.name].append(await self._run_burst(operator, variant, f"{variant.name}-{number}"))
+                    print_progress(f"  {rounds_by_variant[variant.name][-1]}")
+        medians_by_variant = {name: compute_medians(round_figures) for name, round_figures in rounds_by_variant.items()}
         figure_names = ("jobsExist", "podsExist", "allDone", "cpuMsPerJobToPods", "cpuMsPerJobToEnd")
         ratios = {
             name: {key: round(medians_by_variant["ours"][key] / medians_by_variant[name][key], 2) for key in figure_names if medians_by_variant[name][key]}
             for name in ("bare", "same-pod")
         }  # fmt: skip
         return {
-            "rounds": rounds, "ratios": ratios["bare"], "ratiosSamePod": ratios["same-pod"], **medians_by_variant,
+            "rounds": rounds_by_variant, "ratios": ratios["bare"], "ratiosSamePod": ratios["same-pod"], **medians_by_variant,
             "loopLagP99": round(compute_percentile(lag_sampler.samples, 0.99), 3),
             "rssPeakMB": round(read_memory_bytes(operator.pid, "VmHWM") / 1e6, 1),
         }  # fmt: skip
@@ -191,7 +191,7 @@ class LoadBenchmark:
             pods_seen_at = await pod_watch.wait_for_count(job_count, options.timeout_seconds)
             cpu_seconds_to_pods = self._measure_usage(operator).compute_seconds_since(usage_at_start)
             requests_to_pods = operator.count_requests() - requests_at_start
-        pod_wait_seconds = [seen_at - sent_at_by_name[name.split("-")[0]] for name, seen_at in pod_watch.first_seen.items()]
+        pod_wait_seconds = [seen_at - sent_at_by_name[name.split("-")[0]] for name, seen_at in pod_watch.first_seen_at.items()]
         async with FirstSeenWatch(self._client, collection_path, variant.is_finished) as finished_watch:
             scheduler_started_at = time.monotonic()
             with self._control_plane.run_scheduler():
@@ -265,8 +265,8 @@ class LoadBenchmark:
         await self._create_namespace(namespace)
         collection_path = f"{FINETUNEJOB_API_PATH}/namespaces/{namespace}/{names.PLURAL}"
         await self._client.create_all(collection_path, [make_finetunejob(f"j{n}") for n in range(options.job_count)], options.client_count)
-        for body in await self._client.list(collection_path):
-            progress_server.uids[namespace, body["metadata"]["name"]] = body["metadata"]["uid"]
+        for job in await self._client.list(collection_path):
+            progress_server.uids[namespace, job["metadata"]["name"]] = job["metadata"]["uid"]
         with self._control_plane.run_scheduler():
             async with FirstSeenWatch(self._client, collection_path, _has_step) as step_watch:
                 await step_watch.wait_for_count(options.job_count, options.timeout_seconds)
@@ -276,8 +276,8 @@ class LoadBenchmark:
             async with LagSampler(operator) as lag_sampler:
                 while time.monotonic() - began_at < options.steady_seconds:
                     await asyncio.sleep(min(5.0, options.steady_seconds / 2))
-                    for body in await self._client.list(collection_path):
-                        report_ages.append(progress_server.compute_current_step() - body["status"]["progress"]["step"])
+                    for job in await self._client.list(collection_path):
+                        report_ages.append(progress_server.compute_current_step() - job["status"]["progress"]["step"])
             measured_seconds = time.monotonic() - began_at
             new_requests, cpu_seconds = operator.count_requests() - requests_at_start, self._measure_usage(operator).compute_seconds_since(usage_at_start)
         return {
@@ -291,14 +291,14 @@ class LoadBenchmark:
         }  # fmt: skip
 
 
-def _has_step(body: Object) -> bool:
-    return bool(((body.get("status") or {}).get("progress") or {}).get("step"))
+def _has_step(job: Object) -> bool:
+    return bool(((job.get("status") or {}).get("progress") or {}).get("step"))
 
 
 def compute_medians(round_figures: list[dict[str, Any]]) -> dict[str, float]:
     """Return the median of each number over all rounds."""
     number_keys = [key for key, value in round_figures[0].items() if isinstance(value, int | float)]
-    return {key: round(statistics.median(result[key] for result in round_figures), 3) for key in number_keys}
+    return {key: round(statistics.median(figures[key] for figures in round_figures), 3) for key in number_keys}
 
 
 def convert_to_milliseconds_per_job(seconds: float, job_count: int) -> float:

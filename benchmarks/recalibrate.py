@@ -64,7 +64,7 @@ class Run:
 def read_jobs(content: Any) -> list[dict[str, Any]]:
     """Return the FineTuneJobs in a JSON document, which is one object or a list as kubectl writes it."""
     items = content.get("items") if isinstance(content, dict) and content.get("kind", "").endswith("List") else [content]
-    return [one for one in items or [] if isinstance(one, dict) and one.get("kind") == "FineTuneJob"]
+    return [item for item in items or [] if isinstance(item, dict) and item.get("kind") == "FineTuneJob"]
 
 
 def read_run_of_job(job: dict[str, Any]) -> Run | None:
@@ -85,7 +85,7 @@ def read_run_of_job(job: dict[str, Any]) -> Run | None:
         memory_ratio = round(plan.measured.memory_bytes / plan.memory.expected_bytes, 4)
     if time_ratio is None and memory_ratio is None:
         return None
-    gpu_name = next(gpu_name for gpu_name, one in GPU_TYPES.items() if one == gpu_type)
+    gpu_name = next(name for name, known_type in GPU_TYPES.items() if known_type == gpu_type)
     uid = str((job.get("metadata") or {}).get("uid"))
     return Run(hashlib.sha256(uid.encode()).hexdigest()[:16], gpu_name, gpu_count, time_ratio, memory_ratio)
 
@@ -117,7 +117,7 @@ def read_runs(runs_file: Path) -> list[Run]:
 
 def add_runs(recorded_runs: Sequence[Run], new_runs: Iterable[Run]) -> list[Run]:
     """Return the recorded and the new runs. A new run replaces the recorded run of the same job."""
-    return list({one.run: one for one in (*recorded_runs, *new_runs)}.values())
+    return list({run.run: run for run in (*recorded_runs, *new_runs)}.values())
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -7,8 +7,8 @@ killed with SIGKILL at a random time after a commit. `detect` is the time from t
 readable. This program starts the next attempt at once, and requests its progress every 10 ms until its first new step. The time for creating a Job and
 starting a pod is not included; first_step.py measures it. The pod measures its own stages. In `starting` and `downloading`, the supervisor checks the
 storage and downloads model and data, while the rank imports its libraries. In `restoring`, the checkpoint is downloaded and verified. `loading` covers
-the remaining imports and loading the model. `training` covers loading the optimizer state, skipping used data, and the first step. The first kill warms
-the page cache and is not counted.
+the remaining imports and loading the model. `training` covers loading the optimizer state, skipping the data of earlier steps, and the first step. The
+first kill warms the page cache and is not counted.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ def kill_rank(pod: Pod, newest_step: int, rng: random.Random) -> tuple[float, fl
 
 def measure_recoveries(workspace: Workspace, kill_count: int, seed: int) -> dict[str, object]:
     rng = random.Random(seed)
-    spec = workspace.spec(
+    spec = workspace.make_spec(
         method={"type": "lora"}, checkpoint={"steps": STEPS_PER_CHECKPOINT}, tracking={"loggingSteps": 10},
         training={"maxSteps": 100_000, "batchSizePerDevice": 2, "gradientAccumulationSteps": 1},
     )  # fmt: skip
-    target, newest_step, killed_at = workspace.target("recovered"), 0, 0.0
+    target, newest_step, killed_at = workspace.make_target("recovered"), 0, 0.0
     detection_seconds: list[float] = []
     total_seconds: list[float] = []
     seconds_by_stage: dict[str, list[float]] = {stage: [] for stage in STAGES}
@@ -69,9 +69,9 @@ def measure_recoveries(workspace: Workspace, kill_count: int, seed: int) -> dict
                 total_seconds.append(time.monotonic() - killed_at)
                 for stage, seconds in stage_seconds.items():
                     seconds_by_stage[stage].append(seconds)
-            killed_at, seconds, newest_step = kill_rank(pod, newest_step, rng)
+            killed_at, seconds_to_end, newest_step = kill_rank(pod, newest_step, rng)
             if attempt > 1:
-                detection_seconds.append(seconds)
+                detection_seconds.append(seconds_to_end)
         print(f"kill {attempt}: step {newest_step}, {total_seconds[-1] if total_seconds else 0:.2f} s to the first new step", flush=True)
     median_by_stage = {stage: round(statistics.median(seconds), 3) for stage, seconds in seconds_by_stage.items()}
     return {

@@ -107,8 +107,8 @@ def compare_states(checkpoint_tree: CheckpointTree, step_count: int) -> int:
 def run_attempt(workspace: Workspace, options: argparse.Namespace, run_record: RunRecord, rng: random.Random) -> None:
     """Run one attempt: start it, wait for a new step, kill a victim, and verify the checkpoints."""
     run_record.attempt += 1
-    target, name = workspace.target("repeated-kills"), f"attempt-{run_record.attempt}"
-    spec = workspace.spec(checkpoint={"steps": options.every})
+    target, name = workspace.make_target("repeated-kills"), f"attempt-{run_record.attempt}"
+    spec = workspace.make_spec(checkpoint={"steps": options.every})
     toy_settings_json = json.dumps({"steps": options.steps, "every": options.every, "pause": options.pause})
     began_at, checkpoint_tree = time.monotonic(), CheckpointTree(open_store(target))
     with workspace.create_pod(
@@ -136,7 +136,7 @@ def run_attempt(workspace: Workspace, options: argparse.Namespace, run_record: R
 
 
 def compute_figures(workspace: Workspace, options: argparse.Namespace, run_record: RunRecord) -> dict[str, Any]:
-    compared_count = compare_states(CheckpointTree(open_store(workspace.target("repeated-kills"))), options.steps)
+    compared_count = compare_states(CheckpointTree(open_store(workspace.make_target("repeated-kills"))), options.steps)
     return {
         "steps": options.steps, "checkpointEvery": options.every, "stepSeconds": options.pause, "kills": run_record.kill_count,
         "attempts": run_record.attempt, "endings": dict(sorted(run_record.codes.items())), "podSeconds": round(run_record.pod_seconds, 1),

@@ -121,12 +121,12 @@ def _compute_figures(costs_by_task: dict[str, list[TransferCost]], megabytes: in
         our_costs = costs_by_task[f"ours {direction}"]
         costs_by_other_client = {name: costs_by_task[f"{name} {direction}"] for name in OTHER_CLIENTS if f"{name} {direction}" in costs_by_task}
         for name, other_client_costs in costs_by_other_client.items():
-            cost_pairs = zip(other_client_costs, our_costs, strict=True)
-            figures[f"ratio {direction} to {name}"] = round(statistics.median(a.wall_seconds / b.wall_seconds for a, b in cost_pairs), 3)
-        best_seconds_by_round = [min(costs) for costs in zip(*([cost.wall_seconds for cost in costs] for costs in costs_by_other_client.values()), strict=True)]
-        figures[f"ratio {direction} to the best"] = round(
-            statistics.median(a / b.wall_seconds for a, b in zip(best_seconds_by_round, our_costs, strict=True)), 3
-        )
+            ratios = [other_cost.wall_seconds / our_cost.wall_seconds for other_cost, our_cost in zip(other_client_costs, our_costs, strict=True)]
+            figures[f"ratio {direction} to {name}"] = round(statistics.median(ratios), 3)
+        seconds_by_other_client = ([cost.wall_seconds for cost in costs] for costs in costs_by_other_client.values())
+        best_seconds_by_round = [min(seconds) for seconds in zip(*seconds_by_other_client, strict=True)]
+        ratios_to_best = [best_seconds / our_cost.wall_seconds for best_seconds, our_cost in zip(best_seconds_by_round, our_costs, strict=True)]
+        figures[f"ratio {direction} to the best"] = round(statistics.median(ratios_to_best), 3)
     return figures
 
 

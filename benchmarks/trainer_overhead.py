@@ -189,15 +189,15 @@ def measure_pairs(
             run_pairs += [(our_run, plain_run)] if round_number else []
     shutil.rmtree(folder)
     return {
-        "step": _compute_ratios([(a.loop_seconds, b.loop_seconds) for a, b in run_pairs]) | {
-            "oursMs": round(1000 * statistics.median(a.loop_seconds for a, _ in run_pairs) / step_count, 2),
-            "bareMs": round(1000 * statistics.median(b.loop_seconds for _, b in run_pairs) / step_count, 2),
+        "step": _compute_ratios([(our_run.loop_seconds, plain_run.loop_seconds) for our_run, plain_run in run_pairs]) | {
+            "oursMs": round(1000 * statistics.median(our_run.loop_seconds for our_run, _ in run_pairs) / step_count, 2),
+            "bareMs": round(1000 * statistics.median(plain_run.loop_seconds for _, plain_run in run_pairs) / step_count, 2),
         },
-        "run": _compute_ratios([(a.run_seconds, b.run_seconds) for a, b in run_pairs]) | {
-            "oursSeconds": round(statistics.median(a.run_seconds for a, _ in run_pairs), 2),
-            "bareSeconds": round(statistics.median(b.run_seconds for _, b in run_pairs), 2),
+        "run": _compute_ratios([(our_run.run_seconds, plain_run.run_seconds) for our_run, plain_run in run_pairs]) | {
+            "oursSeconds": round(statistics.median(our_run.run_seconds for our_run, _ in run_pairs), 2),
+            "bareSeconds": round(statistics.median(plain_run.run_seconds for _, plain_run in run_pairs), 2),
         },
-        "dataWaitShare": round(statistics.median([wait for a, _ in run_pairs for wait in a.data_wait_shares] or [0.0]), 5),
+        "dataWaitShare": round(statistics.median([share for our_run, _ in run_pairs for share in our_run.data_wait_shares] or [0.0]), 5),
         "runs": round_count, "stepsEach": step_count, "method": method, "hidden": hidden_size, "layers": layer_count, "length": sequence_length,
         "batch": batch_size, "threads": torch.get_num_threads(),
     }  # fmt: skip
@@ -205,7 +205,7 @@ def measure_pairs(
 
 def _compute_ratios(duration_pairs: list[tuple[float, float]]) -> dict[str, Any]:
     """Return the ratio of this trainer's duration to that of the plain TRL script for each pair of runs, and the median of these ratios."""
-    ratios = [a / b for a, b in duration_pairs]
+    ratios = [our_duration / plain_duration for our_duration, plain_duration in duration_pairs]
     return {"ratio": round(statistics.median(ratios), 4), "ratios": [round(ratio, 4) for ratio in ratios]}
 
 

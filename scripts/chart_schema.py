@@ -91,13 +91,13 @@ class SettingsSchema:
         if not isinstance(node, dict):
             return node
         if "$ref" in node:
-            node = self._definitions[node["$ref"].rsplit("/", 1)[1]] | {k: v for k, v in node.items() if k != "$ref"}
+            node = self._definitions[node["$ref"].rsplit("/", 1)[1]] | {key: value for key, value in node.items() if key != "$ref"}
         resolved_schema: Schema = {}
         for key, value in node.items():
             if _is_unneeded_keyword(key, value):
                 continue
             resolved_schema[key] = (
-                {name: self._resolve_references(sub) for name, sub in value.items()}
+                {name: self._resolve_references(property_schema) for name, property_schema in value.items()}
                 if key == "properties"
                 else self._resolve_references(value)
             )
@@ -180,9 +180,9 @@ def make_env_schema() -> Schema:
     return make_closed_object_schema({"name": make_string_schema(pattern=ENV_NAME_PATTERN), "value": STRING, "valueFrom": OPEN_OBJECT}, ("name",))
 
 
-def make_named_object_schema(*required: str) -> Schema:
-    """Return the schema of an object that must contain the string fields `required`, and may contain any other fields."""
-    return {"type": "object", "properties": {name: make_string_schema(minLength=1) for name in required}, "required": [*required]}
+def make_named_object_schema(*required_names: str) -> Schema:
+    """Return the schema of an object that must contain the string fields `required_names`, and may contain any other fields."""
+    return {"type": "object", "properties": {name: make_string_schema(minLength=1) for name in required_names}, "required": [*required_names]}
 
 
 def make_monitor_schema() -> Schema:
@@ -197,16 +197,16 @@ def make_monitor_schema() -> Schema:
 def make_metrics_schema() -> Schema:
     """Return the schema of `metrics`."""
     common_fields = {"enabled": BOOLEAN, "namespace": OBJECT_NAME_SCHEMA, "labels": LABELS_SCHEMA}
-    service = {"enabled": BOOLEAN, "port": PORT, "labels": LABELS_SCHEMA, "annotations": ANNOTATIONS_SCHEMA}
-    rules = {
+    service_fields = {"enabled": BOOLEAN, "port": PORT, "labels": LABELS_SCHEMA, "annotations": ANNOTATIONS_SCHEMA}
+    rule_fields = {
         "alertLabels": {"type": "object", "additionalProperties": STRING},
         "disabledAlerts": make_array_schema(STRING), "extraRules": make_array_schema(OPEN_OBJECT),
     }  # fmt: skip
     return make_closed_object_schema({
-        "service": make_closed_object_schema(service),
+        "service": make_closed_object_schema(service_fields),
         "serviceMonitor": make_monitor_schema(),
         "podMonitor": make_monitor_schema(),
-        "prometheusRule": make_closed_object_schema(common_fields | rules),
+        "prometheusRule": make_closed_object_schema(common_fields | rule_fields),
         "grafanaDashboard": make_closed_object_schema(common_fields | {"annotations": ANNOTATIONS_SCHEMA}),
     })  # fmt: skip
 

@@ -104,9 +104,9 @@ def make_helm_values(cluster: DemoCluster) -> dict[str, Any]:
 def run_helm(cluster: DemoCluster, *arguments: str, stdin: str | None = None) -> None:
     """Run Helm on the cluster. Errors: DemoFailed with Helm's error message."""
     command = [str(HELM.path), "--kubeconfig", str(cluster.kubeconfig), "--namespace", RELEASE_NAME, *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, input=stdin)
-    if result.returncode != 0:
-        raise DemoFailed(f"helm {arguments[0]}: {result.stderr.strip()}")
+    completed_process = subprocess.run(command, capture_output=True, text=True, input=stdin)
+    if completed_process.returncode != 0:
+        raise DemoFailed(f"helm {arguments[0]}: {completed_process.stderr.strip()}")
 
 
 def install_chart(cluster: DemoCluster) -> None:
@@ -126,8 +126,8 @@ def create_namespace(cluster: DemoCluster) -> None:
         {"kind": "Namespace", "metadata": {"name": NAMESPACE, "labels": pod_security_labels}},
         {"kind": "Secret", "metadata": {"name": SECRET_NAME, "namespace": NAMESPACE}, "stringData": s3_credentials},
     ]
-    for item in objects:
-        cluster.kubectl("apply", "-f", "-", stdin=json.dumps({"apiVersion": "v1", **item}))
+    for kubernetes_object in objects:
+        cluster.kubectl("apply", "-f", "-", stdin=json.dumps({"apiVersion": "v1", **kubernetes_object}))
 
 
 def apply_example(cluster: DemoCluster) -> None:
@@ -147,16 +147,16 @@ def check_success(snapshot: Snapshot) -> None:
 
 
 def show_objects(cluster: DemoCluster, snapshot: Snapshot) -> None:
-    """Print the folders that the job has written to S3."""
+    """Print the folders that the job has written to S3, each with the number and total size of its files."""
     assert snapshot.status and snapshot.status.output and snapshot.status.output.uri
     root, _, _ = snapshot.status.output.uri.partition("/model/")
     bucket, _, prefix = root.removeprefix("s3://").partition("/")
     sizes_by_folder: dict[str, list[int]] = {}
     for page in cluster.s3.client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix + "/"):
-        for item in page.get("Contents", []):
-            name = item["Key"].removeprefix(prefix + "/")
+        for stored_object in page.get("Contents", []):
+            name = stored_object["Key"].removeprefix(prefix + "/")
             folder, _, file = name.rpartition("/")
-            sizes_by_folder.setdefault(name if file.startswith("_") else folder + "/", []).append(item["Size"])
+            sizes_by_folder.setdefault(name if file.startswith("_") else folder + "/", []).append(stored_object["Size"])
     table = Table.grid(padding=(0, 2))
     for name, sizes in sizes_by_folder.items():
         description = "" if name[-1] != "/" else f"{len(sizes)} file{'s' * (len(sizes) > 1)}, {decimal(sum(sizes))}"
@@ -171,17 +171,17 @@ def show_answers(cluster: DemoCluster, snapshot: Snapshot) -> None:
     bucket, _, prefix = snapshot.status.output.uri.removeprefix("s3://").partition("/")
     with tempfile.TemporaryDirectory() as folder:
         client = cluster.s3.client()
-        for item in client.list_objects_v2(Bucket=bucket, Prefix=prefix + "/").get("Contents", []):
-            target_file = Path(folder) / item["Key"].removeprefix(prefix + "/")
+        for stored_object in client.list_objects_v2(Bucket=bucket, Prefix=prefix + "/").get("Contents", []):
+            target_file = Path(folder) / stored_object["Key"].removeprefix(prefix + "/")
             target_file.parent.mkdir(parents=True, exist_ok=True)
-            client.download_file(bucket, item["Key"], str(target_file))
+            client.download_file(bucket, stored_object["Key"], str(target_file))
         with show_step("load the base model and the adapter from S3, and ask both models"):
             command = [sys.executable, str(ROOT / "scripts/answers.py"), str(ensure_model()), folder, *UNSEEN_QUESTIONS]
             quiet_env = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-            result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **quiet_env})
-    if result.returncode != 0:
-        raise DemoFailed(f"asking the models failed: {result.stderr.strip().splitlines()[-1]}")
-    for answer in json.loads(result.stdout):
+            completed_process = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **quiet_env})
+    if completed_process.returncode != 0:
+        raise DemoFailed(f"asking the models failed: {completed_process.stderr.strip().splitlines()[-1]}")
+    for answer in json.loads(completed_process.stdout):
         console.print(f"\n  [bold]{answer['question']}[/]", highlight=False)
         console.print(f"    base   {answer['base']}", highlight=False, markup=False)
         console.print(f"    tuned  {answer['tuned']}", style="green", highlight=False, markup=False)

@@ -224,8 +224,8 @@ def _write_s3_archive(folder: Path) -> Path:
     """Write the S3 image as a tar archive. Returns its path. An annotation sets the name under which containerd imports the image."""
     layout_folder = shutil.copytree(s3_pod.write_image_layout(), folder / "layout")
     image_index = json.loads((layout_folder / "index.json").read_text())
-    for entry in image_index["manifests"]:
-        entry["annotations"]["io.containerd.image.name"] = s3_pod.IMAGE_TAG
+    for manifest_entry in image_index["manifests"]:
+        manifest_entry["annotations"]["io.containerd.image.name"] = s3_pod.IMAGE_TAG
     (layout_folder / "index.json").write_text(json.dumps(image_index))
     archive_file = folder / "seaweedfs.tar"
     with tarfile.open(archive_file, "w") as tar:
@@ -294,7 +294,7 @@ class CurrentCluster(KubectlCluster):
             return False  # the demo cannot reach the cluster, so it has created nothing
 
     def down(self) -> None:
-        """Do nothing: `demo.uninstall` removes the demo's objects."""
+        """Do nothing: `demo.uninstall_objects` removes the demo's objects."""
 
     @property
     def kubeconfig(self) -> Path:

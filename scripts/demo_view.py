@@ -72,27 +72,27 @@ class Job:
     kubeconfig: Path
     namespace: str
     name: str
-    _clients: tuple[Any, Any] | None = field(default=None, repr=False)
+    _api_clients: tuple[Any, Any] | None = field(default=None, repr=False)
 
     def read(self) -> Snapshot:
         """Return the current status and events from the API server."""
-        custom_objects, events = self._get_clients()
-        resource = custom_objects.get_namespaced_custom_object(GROUP, VERSION, self.namespace, PLURAL, self.name)
+        custom_objects_api, events_api = self._get_api_clients()
+        resource = custom_objects_api.get_namespaced_custom_object(GROUP, VERSION, self.namespace, PLURAL, self.name)
         status = resource.get("status") or {}
         selector = f"regarding.kind=FineTuneJob,regarding.uid={resource['metadata']['uid']}"
-        event_list = events.list_namespaced_event(self.namespace, field_selector=selector)
+        event_list = events_api.list_namespaced_event(self.namespace, field_selector=selector)
         return Snapshot(
             FineTuneJobStatus.model_validate(status) if status.get("phase") else None,
             tuple(sorted((_parse_event(item) for item in event_list.items), key=lambda event: event.time)),
         )
 
-    def _get_clients(self) -> tuple[Any, Any]:
-        if self._clients is None:
+    def _get_api_clients(self) -> tuple[Any, Any]:
+        if self._api_clients is None:
             from kubernetes import client, config
 
             api_client = config.new_client_from_config(str(self.kubeconfig))
-            self._clients = client.CustomObjectsApi(api_client), client.EventsV1Api(api_client)
-        return self._clients
+            self._api_clients = client.CustomObjectsApi(api_client), client.EventsV1Api(api_client)
+        return self._api_clients
 
 
 def _parse_event(item: Any) -> Event:
@@ -150,19 +150,19 @@ def render_panel(snapshot: Snapshot, elapsed_seconds: float) -> RenderableType:
     attempt = f"attempt {status.attempt}" if status.attempt else ""
     workers = f"{status.workers.display} pods ready" if status.workers else ""
     header_row.add_row(Text(snapshot.phase, style="bold cyan"), attempt, workers, f"[dim]{elapsed_seconds:.0f} s[/]")
-    parts: list[RenderableType] = [header_row, _render_progress(status), _render_metrics(status)]
+    panel_rows: list[RenderableType] = [header_row, _render_progress(status), _render_metrics(status)]
     if snapshot.events:
-        parts.append(Text())
-        parts += [Text(event.line, style="yellow" if event.is_warning else "dim") for event in snapshot.events[-SHOWN_EVENT_COUNT:]]
-    return Panel(Group(*parts), title="FineTuneJob", title_align="left", border_style="blue")
+        panel_rows.append(Text())
+        panel_rows += [Text(event.line, style="yellow" if event.is_warning else "dim") for event in snapshot.events[-SHOWN_EVENT_COUNT:]]
+    return Panel(Group(*panel_rows), title="FineTuneJob", title_align="left", border_style="blue")
 
 
 def _render_progress(status: FineTuneJobStatus) -> RenderableType:
     progress = status.progress
-    step, total = (progress.step or 0, progress.total_steps or 0) if progress else (0, 0)
+    step, total_steps = (progress.step or 0, progress.total_steps or 0) if progress else (0, 0)
     row = Table.grid(padding=(0, 1))
-    text = progress.display if progress and progress.display else "no step yet"
-    row.add_row(ProgressBar(total=total or 100, completed=step, width=46), text)
+    progress_text = progress.display if progress and progress.display else "no step yet"
+    row.add_row(ProgressBar(total=total_steps or 100, completed=step, width=46), progress_text)
     return row
 
 

@@ -19,16 +19,16 @@ def ensure_mkdocs() -> Path:
     """Install the packages of docs.lock unless they are installed. Returns the path of the Python interpreter that can import these packages."""
     digest = hashlib.sha256(LOCK_FILE.read_bytes()).hexdigest()[:12]
     folder = cache_folder() / f"docs-{sys.version_info[0]}.{sys.version_info[1]}-{digest}"
-    python, ready = folder / "bin" / "python", folder / ".ready"
+    python_program, ready_file = folder / "bin" / "python", folder / ".ready"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (cache_folder() / "docs.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not ready.exists():
+        if not ready_file.exists():
             uv_program = next(iter(cache_folder().glob("uv-*/bin/uv")))
             subprocess.run([uv_program, "venv", "-q", "--clear", "--python", sys.executable, folder], check=True)
-            subprocess.run([uv_program, "pip", "install", "-q", "--python", python, "--require-hashes", "-r", LOCK_FILE], check=True)
-            ready.touch()
-    return python
+            subprocess.run([uv_program, "pip", "install", "-q", "--python", python_program, "--require-hashes", "-r", LOCK_FILE], check=True)
+            ready_file.touch()
+    return python_program
 
 
 def build_site(folder: Path) -> subprocess.CompletedProcess[str]:

@@ -57,7 +57,7 @@ def install_packages(folder: Path) -> None:
         file.write("\n".join(chosen_requirements) + "\n")
         file.flush()
         base_python = Path(sys.executable).resolve()
-        uv_program = next(Path(entry, "uv") for entry in [sysconfig.get_path("scripts"), *_find_shared_script_folders()] if Path(entry, "uv").exists())
+        uv_program = next(Path(scripts, "uv") for scripts in [sysconfig.get_path("scripts"), *_find_shared_script_folders()] if Path(scripts, "uv").exists())
         command = [
             uv_program, "pip", "install", "-q", "--target", folder, "--python", base_python, "--python-version", PYTHON_VERSION, "--python-platform", PLATFORM,
             "--no-deps", "--require-hashes", "--only-binary", ":all:", "-r", file.name,

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Write the lock files. Those of the images, the command line, the unit tests and the mutation tool have the package versions of the test environment
-# (dev.lock). Those of the MLflow server, checkov, the documentation site and the vLLM server's image have other versions. No lock file contains an
-# index URL. The locks of operator, command line and unit tests are valid for Python 3.11 to 3.13: this script compares the packages of all versions.
+# Write the lock files. The lock files of the images, the command line, the unit tests and the mutation tool have the package versions of the test
+# environment (dev.lock). The lock files of the MLflow server, checkov, the documentation site and the vLLM server's image have other versions. No lock
+# file contains an index URL. The lock files of operator, command line and unit tests are valid for Python 3.11 to 3.13: this script compares the packages
+# of all versions.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 uv="$(scripts/uv.sh)"

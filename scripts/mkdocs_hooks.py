@@ -1,4 +1,4 @@
-"""Hooks of mkdocs: if a page links to a file outside of `docs/`, they add this file to the documentation site, below `source/`.
+"""Hooks of mkdocs. If a page links to a file outside of `docs/`, the hooks add this file to the documentation site, below `source/`.
 
 Each link therefore works in the repository and on the site, and the site needs no URL of a repository.
 """

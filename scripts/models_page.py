@@ -31,9 +31,12 @@ def make_models_page() -> str:
     """Return the text of the reference page about types of models."""
     record: dict[str, Any] = json.loads(RECORD_FILE.read_text("utf-8"))
     reasons: list[str] = []
-    verdicts: dict[str, dict[str, dict[str, str]]] = record["verdicts"]
-    names = list(dict.fromkeys(name for families in verdicts.values() for name in families))
-    sections = [_format_table(strategy, {name: families.get(name, {}) for name in names}, reasons) for strategy, families in verdicts.items()]
+    verdicts_by_strategy: dict[str, dict[str, dict[str, str]]] = record["verdicts"]
+    family_names = list(dict.fromkeys(name for verdicts_by_family in verdicts_by_strategy.values() for name in verdicts_by_family))
+    sections = [
+        _format_table(strategy, {name: verdicts_by_family.get(name, {}) for name in family_names}, reasons)
+        for strategy, verdicts_by_family in verdicts_by_strategy.items()
+    ]
     notes = "\n".join(f"{number}. {reason}" for number, reason in enumerate(reasons, 1)) or "No combination."
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     return "\n".join([HEADER.format(versions=versions), "\n\n".join(sections), "\n## Refused or failed\n", notes, ""])
@@ -46,7 +49,7 @@ def _format_table(strategy: str, verdicts_by_family: dict[str, dict[str, str]], 
         unknown_columns = verdicts.keys() - set(COLUMNS)
         if unknown_columns:
             raise ValueError(f"{RECORD_FILE.name} has a verdict on {', '.join(sorted(unknown_columns))}, which has no column")
-        lines.append(f"| `{family}` | {' | '.join(_to_mark(verdicts.get(method), reasons) for method in COLUMNS)} |")
+        lines.append(f"| `{family}` | {' | '.join(_to_mark(verdicts.get(column), reasons) for column in COLUMNS)} |")
     return "\n".join(lines)
 
 

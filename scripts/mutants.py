@@ -32,20 +32,20 @@ from prepare import ROOT
 from smollm2 import cache_folder
 
 LOCK_FILE = ROOT / "requirements/mutants.lock"
-OPERATOR, TRAINER = "operator/finetune_operator", "trainer-image/finetune_trainer"
+OPERATOR_FOLDER, TRAINER_FOLDER = "operator/finetune_operator", "trainer-image/finetune_trainer"
 OPERATOR_TESTS, TRAINER_TESTS = "tests/unit/operator", "tests/unit/trainer"
 PRELOADED_LIBRARIES = ("hypothesis", "aiohttp", "kopf", "kubernetes.aio", "boto3", "torch", "transformers", "ruamel.yaml")
 """Libraries that the test server imports once, so that the tests need not import them again."""
 BATCH_SIZE = 20
 """Number of mutants that one worker tests in a row."""
 MODULES = {
-    "decide": (f"{OPERATOR}/decide.py", OPERATOR_TESTS),
-    "act": (f"{OPERATOR}/act.py", OPERATOR_TESTS),
-    "policies": (f"{OPERATOR}/policies", OPERATOR_TESTS),
-    "lease": (f"{OPERATOR}/lease.py", f"{OPERATOR_TESTS}/test_lease.py"),
-    "uploader": (f"{TRAINER}/checkpoint/uploader.py", f"{TRAINER_TESTS}/checkpoint"),
-    "supervisor": (f"{TRAINER}/supervisor", f"{TRAINER_TESTS}/supervisor tests/pod/test_supervisor.py"),
-    "template": (f"{TRAINER}/data/template.py", "tests/unit/trainer_data"),
+    "decide": (f"{OPERATOR_FOLDER}/decide.py", OPERATOR_TESTS),
+    "act": (f"{OPERATOR_FOLDER}/act.py", OPERATOR_TESTS),
+    "policies": (f"{OPERATOR_FOLDER}/policies", OPERATOR_TESTS),
+    "lease": (f"{OPERATOR_FOLDER}/lease.py", f"{OPERATOR_TESTS}/test_lease.py"),
+    "uploader": (f"{TRAINER_FOLDER}/checkpoint/uploader.py", f"{TRAINER_TESTS}/checkpoint"),
+    "supervisor": (f"{TRAINER_FOLDER}/supervisor", f"{TRAINER_TESTS}/supervisor tests/pod/test_supervisor.py"),
+    "template": (f"{TRAINER_FOLDER}/data/template.py", "tests/unit/trainer_data"),
     "rules": ("crds/finetune_api/rules", "tests/unit/api"),
 }
 """Modules with critical logic, by name. Each entry has the module's path and its tests; for each mutant, at least one of these tests should fail."""
@@ -100,14 +100,14 @@ class MutationRun:
     """Tests mutants in several copies of the checkout at the same time."""
 
     def __init__(self, folder: Path, worker_count: int, timeout_seconds: float, sample_size: int | None, *, runs_only_own_tests: bool):
-        self._programs, self._timeout_seconds = install_cosmic_ray(), timeout_seconds
+        self._programs_folder, self._timeout_seconds = install_cosmic_ray(), timeout_seconds
         self._sample_size, self._worker_count = sample_size, worker_count
         self._socket, self._runs_only_own_tests = folder / "tests.sock", runs_only_own_tests
-        self._checkouts: queue.SimpleQueue[Path] = queue.SimpleQueue()
+        self._idle_checkouts: queue.SimpleQueue[Path] = queue.SimpleQueue()
         for number in range(worker_count):
             checkout = folder / str(number)
             copy_checkout(checkout)
-            self._checkouts.put(checkout)
+            self._idle_checkouts.put(checkout)
 
     @contextlib.contextmanager
     def run_test_server(self) -> Iterator[None]:
@@ -126,16 +126,16 @@ class MutationRun:
 
     def test_mutants_of_module(self, name: str) -> list[Mutant]:
         """Test the mutants of one module. Errors: CalledProcessError if the unchanged module fails its tests."""
-        module, tests = MODULES[name]
-        drawn_mutant_ids = self._draw_mutants(module, tests)
+        module_path, tests = MODULES[name]
+        drawn_mutant_ids = self._draw_mutants(module_path, tests)
         batches = [
             (file, set(mutant_ids[start : start + BATCH_SIZE]))
             for file, mutant_ids in sorted(drawn_mutant_ids.items())
             for start in range(0, len(mutant_ids), BATCH_SIZE)
         ]
         with concurrent.futures.ThreadPoolExecutor(self._worker_count) as pool:
-            results = pool.map(lambda batch: self._test_batch(batch[0], batch[1], tests), batches)
-            return [mutant for batch_mutants in results for mutant in batch_mutants]
+            mutants_of_batches = pool.map(lambda batch: self._test_batch(batch[0], batch[1], tests), batches)
+            return [mutant for batch_mutants in mutants_of_batches for mutant in batch_mutants]
 
     def _draw_mutants(self, module: str, tests: str) -> dict[str, list[str]]:
         """Check that the tests pass on the unchanged module. Returns the ids of the mutants to test, by file."""
@@ -173,7 +173,7 @@ class MutationRun:
         """
         client_command = [sys.executable, "-I", "-S", str(ROOT / "scripts/mutants_server.py"), "run", str(self._socket)]
         test_command = shlex.join([*client_command, *tests])
-        checkout = self._checkouts.get()
+        checkout = self._idle_checkouts.get()
         try:
             (checkout / "mutants.toml").write_text(CONFIG_TEMPLATE.format(module=module, timeout=self._timeout_seconds, command=test_command))
             session_file = checkout / "mutants.sqlite"
@@ -182,22 +182,22 @@ class MutationRun:
             self._run_program(checkout, "cr-filter-operators", session_file.name, "mutants.toml")
             yield checkout, session_file
         finally:
-            self._checkouts.put(checkout)
+            self._idle_checkouts.put(checkout)
 
     def _run_program(self, checkout: Path, program: str, *arguments: str) -> str:
         completed_process = subprocess.run(
-            [self._programs / program, *arguments], cwd=checkout, check=True, stdout=subprocess.PIPE, text=True
+            [self._programs_folder / program, *arguments], cwd=checkout, check=True, stdout=subprocess.PIPE, text=True
         )
         return completed_process.stdout
 
 
 def _parse_results(session_dump: str) -> Iterator[Mutant]:
     for line in session_dump.splitlines():
-        item, result = json.loads(line)
-        if result is not None and result["worker_outcome"] != "skipped":
-            (mutation,) = item["mutations"]
-            is_killed = result["test_outcome"] != "survived"
-            added_lines = [line[1:].strip() for line in (result["diff"] or "").splitlines() if line.startswith("+") and line[1:2] != "+"]
+        work_item, work_result = json.loads(line)
+        if work_result is not None and work_result["worker_outcome"] != "skipped":
+            (mutation,) = work_item["mutations"]
+            is_killed = work_result["test_outcome"] != "survived"
+            added_lines = [line[1:].strip() for line in (work_result["diff"] or "").splitlines() if line.startswith("+") and line[1:2] != "+"]
             operator = mutation["operator_name"].removeprefix("core/")
             yield Mutant(mutation["module_path"], mutation["start_pos"][0], operator, " ".join(added_lines), is_killed)
 

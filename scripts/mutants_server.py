@@ -58,9 +58,9 @@ def handle_request(connection: socket.socket) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child_pid, signal.SIGKILL)
         os._exit(0)
-    _, status = os.waitpid(child_pid, 0)
+    _, wait_status = os.waitpid(child_pid, 0)
     os.kill(watcher_pid, signal.SIGKILL)
-    connection.sendall(str(int(status != 0)).encode())
+    connection.sendall(str(int(wait_status != 0)).encode())
 
 
 def run_tests(folder: str, test_groups: list[str]) -> int:
@@ -77,15 +77,15 @@ def run_tests(folder: str, test_groups: list[str]) -> int:
         child_pid = os.fork()
         if child_pid == 0:
             os._exit(int(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *group.split()])))
-        _, status = os.waitpid(child_pid, 0)
-        if status:
+        _, wait_status = os.waitpid(child_pid, 0)
+        if wait_status:
             return 1
     return 0
 
 
 if __name__ == "__main__":
-    command, address, *rest = sys.argv[1:]
+    command, socket_path, *arguments = sys.argv[1:]
     if command == "serve":
-        serve(address, rest)
+        serve(socket_path, arguments)
     else:
-        sys.exit(run(address, rest))
+        sys.exit(run(socket_path, arguments))

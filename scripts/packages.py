@@ -19,7 +19,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = ("operator", "trainer", "cli")
 """The programs that users install. Each has a lock file `requirements/<program>.lock`."""
-LOCK_LINE = re.compile(r"^([\w.-]+)==(\S+)(?: ; (.*?))?(?: \\)?$", re.MULTILINE)
+LOCK_LINE_PATTERN = re.compile(r"^([\w.-]+)==(\S+)(?: ; (.*?))?(?: \\)?$", re.MULTILINE)
 SPDX_BY_LICENCE_TEXT = {
     "apache": "Apache-2.0", "apache 2.0": "Apache-2.0", "apache 2.0 license": "Apache-2.0", "apache license 2.0": "Apache-2.0",
     "apache license, version 2.0": "Apache-2.0", "apache software license": "Apache-2.0", "apache software license 2.0": "Apache-2.0",
@@ -58,7 +58,7 @@ class MissingPackage(Exception):
 
 def read_locked_versions(lock_file: Path) -> dict[str, str]:
     """Return the versions of the packages that a lock file installs with this Python version, by package name."""
-    locked_packages = LOCK_LINE.findall(lock_file.read_text("utf-8"))
+    locked_packages = LOCK_LINE_PATTERN.findall(lock_file.read_text("utf-8"))
     return {canonicalize_name(name): version for name, version, marker in locked_packages if not marker or Marker(marker).evaluate()}
 
 
@@ -80,8 +80,8 @@ def _read_package(name: str, version: str, versions: dict[str, str]) -> Package:
 
 def _list_required_names(name: str) -> Iterator[str]:
     """Yield the names of all packages that a package requires. Packages for optional features are included, because they are used if they are installed."""
-    for text in requires(name) or []:
-        yield canonicalize_name(Requirement(text).name)
+    for requirement_text in requires(name) or []:
+        yield canonicalize_name(Requirement(requirement_text).name)
 
 
 def _find_licence(name: str, package_metadata: PackageMetadata) -> str:

@@ -32,7 +32,10 @@ class StepFailed(Exception):
 
 @dataclass
 class Step:
-    """A slow step. The function `run` gets a Commands object, with which it starts programs. The step starts when the steps in `required_steps` have ended."""
+    """A slow step.
+
+    The function `run` gets a Commands object, which it calls to run programs. The step starts when the steps in `required_steps` have ended.
+    """
 
     name: str
     run: Callable[[Commands], None]
@@ -54,7 +57,7 @@ class Commands:
 
     log_folder: Path
     running_processes: set[subprocess.Popen[bytes]] = field(default_factory=set)
-    is_stopping: threading.Event = field(default_factory=threading.Event)
+    stop_requested: threading.Event = field(default_factory=threading.Event)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __call__(self, argv: Sequence[str | Path], *, env: dict[str, str] | None = None) -> None:
@@ -63,10 +66,10 @@ class Commands:
         log_file.parent.mkdir(parents=True, exist_ok=True)
         with log_file.open("wb") as out:
             with self._lock:
-                if self.is_stopping.is_set():
+                if self.stop_requested.is_set():
                     raise StepFailed("interrupted")
                 process = subprocess.Popen(
-                    [str(part) for part in argv], stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
+                    [str(word) for word in argv], stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
                     env={**os.environ, **(env or {})}, start_new_session=True,
                 )  # fmt: skip
                 self.running_processes.add(process)
@@ -80,7 +83,7 @@ class Commands:
     def stop_all(self) -> None:
         """Stop all running programs and their process groups: send SIGTERM, wait, then send SIGKILL."""
         with self._lock:
-            self.is_stopping.set()
+            self.stop_requested.set()
             processes = list(self.running_processes)
         for signal_number in (signal.SIGTERM, signal.SIGKILL):
             for process in processes:
@@ -95,19 +98,19 @@ class Commands:
 def run_all(steps: Sequence[Step], log_folder: Path, console: Console, *, max_parallel: int = 4) -> None:
     """Run all steps, at most `max_parallel` at the same time. Errors: StepFailed with the name of the step."""
     commands = Commands(log_folder)
-    pending_steps, ended_names = list(steps), set[str]()
+    pending_steps, ended_step_names = list(steps), set[str]()
     step_by_future: dict[Future[None], Step] = {}
     pool = ThreadPoolExecutor(max_parallel)
     try:
         with _show_progress(steps, console) as refresh:
             while pending_steps or step_by_future:
-                for step in [step for step in pending_steps if ended_names.issuperset(step.required_steps)]:
+                for step in [step for step in pending_steps if ended_step_names.issuperset(step.required_steps)]:
                     pending_steps.remove(step)
                     step_by_future[pool.submit(_run_timed, step, commands)] = step
                 finished_futures, _ = wait(step_by_future, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
                 for future in finished_futures:
                     _report_end(step_by_future.pop(future), future, console)
-                ended_names.update(step.name for step in steps if step.ended_at)
+                ended_step_names.update(step.name for step in steps if step.ended_at)
                 refresh()
     finally:
         commands.stop_all()

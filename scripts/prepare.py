@@ -23,18 +23,18 @@ def make_python_command(*arguments: str) -> list[str]:
 
 def make_model_step() -> Step:
     """Return the step that creates the demo's model."""
-    return Step("SmolLM2-135M as safetensors", lambda command: command(make_python_command(str(ROOT / "scripts/smollm2.py"))))
+    return Step("SmolLM2-135M as safetensors", lambda run_command: run_command(make_python_command(str(ROOT / "scripts/smollm2.py"))))
 
 
 def make_local_steps() -> list[Step]:
     """Return the steps that prepare the local cluster: Debian packages, programs and images."""
     packages_step_name = "Debian packages of the local cluster"
     return [
-        Step(packages_step_name, lambda command: command(make_python_command("-m", "localcluster", "packages", "--install"))),
-        Step("Kubernetes, from its Go modules", lambda command: command(make_python_command("-m", "localcluster", "build"))),
+        Step(packages_step_name, lambda run_command: run_command(make_python_command("-m", "localcluster", "packages", "--install"))),
+        Step("Kubernetes, from its Go modules", lambda run_command: run_command(make_python_command("-m", "localcluster", "build"))),
         Step(
             "images of operator, trainer and S3",
-            lambda command: command(make_python_command("-m", "localcluster", "images", "build", "all")),
+            lambda run_command: run_command(make_python_command("-m", "localcluster", "images", "build", "all")),
             required_steps=(packages_step_name,),
         ),
     ]

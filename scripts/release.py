@@ -65,8 +65,8 @@ def build_release(folder: Path, url: str | None, images: Iterable[str]) -> list[
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     epoch_seconds = read_source_date_epoch()
-    with tempfile.TemporaryDirectory() as temporary:
-        source_folder = Path(temporary) / "source"
+    with tempfile.TemporaryDirectory() as temporary_folder:
+        source_folder = Path(temporary_folder) / "source"
         export_commit(source_folder)
         wheel_file = build_wheel(source_folder, folder, epoch_seconds)
         write_tar(folder / f"finetune-operator-{RELEASE}.tgz", read_chart_files(source_folder / CHART_FOLDER), epoch_seconds)
@@ -104,19 +104,19 @@ def export_commit(folder: Path) -> None:
         archive.extractall(folder, filter="data")
 
 
-def build_wheel(source: Path, folder: Path, epoch_seconds: int) -> Path:
-    """Build the wheel, and repack it into `folder`, so that the times, permissions and order of its files are fixed. Returns its path."""
+def build_wheel(source_folder: Path, release_folder: Path, epoch_seconds: int) -> Path:
+    """Build the wheel, and repack it into `release_folder`, so that the times, permissions and order of its files are fixed. Returns its path."""
     build_program = "import sys, setuptools.build_meta as backend; backend.build_wheel(sys.argv[1])"
-    built_wheel_folder = source.parent / "wheel"
+    built_wheel_folder = source_folder.parent / "wheel"
     built_wheel_folder.mkdir()
     completed_process = subprocess.run(
-        [sys.executable, "-c", build_program, built_wheel_folder], cwd=source, capture_output=True, text=True,
+        [sys.executable, "-c", build_program, built_wheel_folder], cwd=source_folder, capture_output=True, text=True,
         env={**os.environ, "SOURCE_DATE_EPOCH": str(epoch_seconds)},
     )
     if completed_process.returncode:
         raise ReleaseError(f"the wheel could not be built: {completed_process.stderr.strip()[-2000:]}")
     (unordered_wheel,) = built_wheel_folder.glob("*.whl")
-    ordered_wheel = folder / unordered_wheel.name
+    ordered_wheel = release_folder / unordered_wheel.name
     with zipfile.ZipFile(unordered_wheel) as old_archive, zipfile.ZipFile(ordered_wheel, "w", zipfile.ZIP_DEFLATED) as new_archive:
         for name in sorted(old_archive.namelist()):
             entry = zipfile.ZipInfo(name, time.gmtime(epoch_seconds)[:6])
@@ -125,21 +125,22 @@ def build_wheel(source: Path, folder: Path, epoch_seconds: int) -> Path:
     return ordered_wheel
 
 
-def read_chart_files(chart: Path) -> list[ReleaseFile]:
+def read_chart_files(chart_folder: Path) -> list[ReleaseFile]:
     """Return the files of the chart, below a folder with the chart's name. Files that match `.helmignore` are left out."""
-    ignored_patterns = [*(chart / ".helmignore").read_text("utf-8").split(), ".helmignore"]
-    names = sorted(path.relative_to(chart).as_posix() for path in chart.rglob("*") if path.is_file())
+    ignored_patterns = [*(chart_folder / ".helmignore").read_text("utf-8").split(), ".helmignore"]
+    names = sorted(path.relative_to(chart_folder).as_posix() for path in chart_folder.rglob("*") if path.is_file())
     included_names = [name for name in names if not any(fnmatch.fnmatch(Path(name).name, pattern.rstrip("/")) for pattern in ignored_patterns)]
     # Helm expects Chart.yaml to be the first file of the archive.
     ordered_names = sorted(included_names, key=lambda name: (name != "Chart.yaml", name))
-    return [ReleaseFile(f"{chart.name}/{name}", (chart / name).read_bytes()) for name in ordered_names]
+    return [ReleaseFile(f"{chart_folder.name}/{name}", (chart_folder / name).read_bytes()) for name in ordered_names]
 
 
-def read_plugin_files(source: Path, wheel: Path) -> list[ReleaseFile]:
+def read_plugin_files(source_folder: Path, wheel_file: Path) -> list[ReleaseFile]:
     """Return the files of the kubectl plugin: a launcher, the wheel, the locked requirements and the licence."""
     return [
-        ReleaseFile("kubectl-finetune", (source / LAUNCHER_FILE).read_bytes(), is_program=True), ReleaseFile(wheel.name, wheel.read_bytes()),
-        ReleaseFile("requirements.lock", (source / "requirements/cli.lock").read_bytes()), ReleaseFile("LICENSE", (source / "LICENSE").read_bytes()),
+        ReleaseFile("kubectl-finetune", (source_folder / LAUNCHER_FILE).read_bytes(), is_program=True), ReleaseFile(wheel_file.name, wheel_file.read_bytes()),
+        ReleaseFile("requirements.lock", (source_folder / "requirements/cli.lock").read_bytes()),
+        ReleaseFile("LICENSE", (source_folder / "LICENSE").read_bytes()),
     ]  # fmt: skip
 
 
@@ -154,11 +155,11 @@ def write_tar(path: Path, files: Iterable[ReleaseFile], epoch_seconds: int) -> N
     path.write_bytes(gzip.compress(buffer.getvalue(), mtime=epoch_seconds))
 
 
-def make_krew_manifest(plugin: Path, url: str) -> str:
+def make_krew_manifest(plugin_archive: Path, url: str) -> str:
     """Return the manifest of the kubectl plugin for a krew index."""
-    platform = {
+    platform_entry = {
         "selector": {"matchExpressions": [{"key": "os", "operator": "In", "values": ["darwin", "linux"]}]},
-        "uri": f"{url}/{plugin.name}", "sha256": hashlib.sha256(plugin.read_bytes()).hexdigest(),
+        "uri": f"{url}/{plugin_archive.name}", "sha256": hashlib.sha256(plugin_archive.read_bytes()).hexdigest(),
         "files": [{"from": "*", "to": "."}], "bin": "kubectl-finetune",
     }  # fmt: skip
     manifest = {
@@ -167,7 +168,7 @@ def make_krew_manifest(plugin: Path, url: str) -> str:
             "version": f"v{RELEASE}", "homepage": url, "shortDescription": "Create, watch and import fine-tuning jobs",
             "description": "Creates, validates, watches and imports FineTuneJobs of the finetune-operator, and reads their results from storage.",
             "caveats": "Needs Python 3.11 or newer. The first start installs locked Python packages from your package index.",
-            "platforms": [platform],
+            "platforms": [platform_entry],
         },
     }  # fmt: skip
     return str(yaml.safe_dump(manifest, sort_keys=False, width=160))

@@ -32,11 +32,11 @@ def main() -> None:
     if options.install:
         print(_find_or_install_browser() or f"{INSTALL_HINT}; the tests that need it are skipped")
         return
-    program = _find_or_install_browser()
-    if program is None:
+    browser_program = _find_or_install_browser()
+    if browser_program is None:
         sys.exit(INSTALL_HINT)
     with tempfile.TemporaryDirectory() as folder:
-        _take_screenshots(program, options.report or _train_and_report(Path(folder)))
+        _take_screenshots(browser_program, options.report or _train_and_report(Path(folder)))
 
 
 def _find_or_install_browser() -> str | None:
@@ -60,13 +60,13 @@ def _train_and_report(folder: Path) -> Path:
     return stored_run_folder(folder) / REPORT_KEY
 
 
-def _take_screenshots(program: str, report_file: Path) -> None:
+def _take_screenshots(browser_program: str, report_file: Path) -> None:
     from PIL import Image
 
     from tests.support.browser import Browser
 
     IMAGES_FOLDER.mkdir(exist_ok=True)
-    with Browser(program) as browser:
+    with Browser(browser_program) as browser:
         for name, width, height, is_dark in SCREENSHOTS:
             page_visit = browser.show(report_file.resolve().as_uri(), width=width, dark=is_dark)
             assert not page_visit.requests and not page_visit.errors, page_visit

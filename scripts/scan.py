@@ -54,7 +54,7 @@ def scan(folder: Path, versions_by_program: dict[str, dict[str, str]]) -> tuple[
     findings, report_count = [], 0
     for report in read_reports(folder):
         report_count += 1
-        for name in {_read_package_name(affected) for affected in report.get("affected", [])} & programs_by_package_version.keys():
+        for name in {_read_package_name(affected_entry) for affected_entry in report.get("affected", [])} & programs_by_package_version.keys():
             for version, programs in programs_by_package_version[name].items():
                 fixed_in = find_fixed_version(report, name, version)
                 if fixed_in is not None:
@@ -81,12 +81,12 @@ def read_reports(folder: Path) -> Iterator[dict[str, Any]]:
 
 def find_fixed_version(report: dict[str, Any], name: str, version: str) -> str | None:
     """Return the version that fixes the vulnerability, an empty text if no such version is known, or None if this version of the package is not affected."""
-    for affected in report.get("affected", []):
-        if _read_package_name(affected) != name:
+    for affected_entry in report.get("affected", []):
+        if _read_package_name(affected_entry) != name:
             continue
-        ranges = [version_range for version_range in affected.get("ranges", []) if version_range.get("type") in ("ECOSYSTEM", "SEMVER")]
+        ranges = [version_range for version_range in affected_entry.get("ranges", []) if version_range.get("type") in ("ECOSYSTEM", "SEMVER")]
         fixed_versions = [fixed_version for version_range in ranges if (fixed_version := _find_range_end(version_range.get("events", []), version)) is not None]
-        if fixed_versions or _is_listed(version, affected.get("versions", [])):
+        if fixed_versions or _is_listed(version, affected_entry.get("versions", [])):
             return next(filter(None, fixed_versions), "")
     return None
 

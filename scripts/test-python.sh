@@ -7,9 +7,9 @@ version="${1:-}"
 case "$version" in 3.11 | 3.12 | 3.13) ;; *)
   echo "test-python: VERSION is '$version': write a supported version, for example make test-python VERSION=3.12" >&2; exit 1 ;; esac
 python="${PYTHON:-python$version}"
-found="$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)" || found="no working program"
-[ "$found" = "$version" ] || {
-  echo "test-python: '$python' is $found, not Python $version: set PYTHON=/path/to/python$version (with pyenv: PYENV_VERSION=$version)" >&2; exit 1; }
+found_version="$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)" || found_version="no working program"
+[ "$found_version" = "$version" ] || {
+  echo "test-python: '$python' is $found_version, not Python $version: set PYTHON=/path/to/python$version (with pyenv: PYENV_VERSION=$version)" >&2; exit 1; }
 uv="$(PYTHON="$python" scripts/uv.sh)"
 environment="build/python-$version"
 "$uv" venv -q --clear --python "$("$python" -c 'import sys; print(sys.executable)')" "$environment"

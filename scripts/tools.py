@@ -57,8 +57,8 @@ HELM_3 = GoTool(
     f"-X helm.sh/helm/v3/internal/version.version={HELM_3_VERSION} "
     # Without the following linker flags, `helm template` and `helm lint` assume Kubernetes 1.20.
     + " ".join(
-        f"-X helm.sh/helm/v3/pkg/{package}.k8sVersion{part}"
-        for package in ("chartutil", "lint/rules") for part in ("Major=1", "Minor=34")
+        f"-X helm.sh/helm/v3/pkg/{package}.k8sVersion{version_part}"
+        for package in ("chartutil", "lint/rules") for version_part in ("Major=1", "Minor=34")
     ),
 )  # fmt: skip
 """Helm 3, which only the chart's tests in `make test-faults` use."""

@@ -9,8 +9,8 @@ folder="${XDG_CACHE_HOME:-$HOME/.cache}/finetune-operator/uv-$("$python" -c 'imp
 mkdir -p "$(dirname "$folder")"
 exec 9>"$folder.lock"
 flock 9
-wanted="uv $(sed -n 's/^uv==\([^ ]*\).*/\1/p' requirements/bootstrap.lock)"
-if [ "$("$folder/bin/uv" --version 2>/dev/null | cut -d ' ' -f 1,2)" != "$wanted" ]; then
+wanted_version="uv $(sed -n 's/^uv==\([^ ]*\).*/\1/p' requirements/bootstrap.lock)"
+if [ "$("$folder/bin/uv" --version 2>/dev/null | cut -d ' ' -f 1,2)" != "$wanted_version" ]; then
   "$python" -m venv --clear "$folder"
   "$folder/bin/pip" install -q --disable-pip-version-check --require-hashes -r requirements/bootstrap.lock
 fi

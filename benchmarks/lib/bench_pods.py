@@ -34,11 +34,11 @@ class Workspace:
         """The environment variables that give a pod the S3 credentials."""
         return {"AWS_ACCESS_KEY_ID": self.server.access_key, "AWS_SECRET_ACCESS_KEY": self.server.secret_key}
 
-    def target(self, run_name: str, *, endpoint_url: str | None = None) -> StoreTarget:
+    def make_target(self, run_name: str, *, endpoint_url: str | None = None) -> StoreTarget:
         """Return the storage location of the run `run_name`."""
         return StoreTarget(uri=f"s3://{BUCKET}/{run_name}/team/job/{UID}", endpoint=endpoint_url or self.server.host_url)
 
-    def spec(self, model: dict[str, Any] | None = None, **groups: Any) -> dict[str, Any]:
+    def make_spec(self, model: dict[str, Any] | None = None, **groups: Any) -> dict[str, Any]:
         """Return the spec of a small job. `model` contains arguments of make_tiny_model, which creates the model at the first call."""
         model_arguments = model or {}
         model_name = "-".join(["model", *(f"{key}{value}" for key, value in sorted(model_arguments.items()))])
@@ -54,12 +54,12 @@ class Workspace:
         }
 
     def create_pod(
-        self, name: str, spec: dict[str, Any], target: StoreTarget, module: str, *,
+        self, name: str, spec: dict[str, Any], target: StoreTarget, module_name: str, *,
         attempt: int = 1, newest_step: int = 0, env: dict[str, str] | None = None,
     ) -> Pod:  # fmt: skip
-        """Create a pod with one rank that runs `module` instead of the training."""
+        """Create a pod with one rank that runs the module `module_name` instead of the training."""
         run = run_config(spec, target, attempt=attempt, resume=ResumeConfig(mode="auto", expect_step=newest_step))
-        environment = {"PYTHONPATH": POD_PYTHONPATH, "FINETUNE_TRAINER_MODULE": module, **self.credentials}
+        environment = {"PYTHONPATH": POD_PYTHONPATH, "FINETUNE_TRAINER_MODULE": module_name, **self.credentials}
         return Pod(run, self.folder / name, environment | (env or {}))
 
 
@@ -71,7 +71,7 @@ def open_workspace(folder: Path | None = None) -> Iterator[Workspace]:
         workspace_folder.mkdir(parents=True, exist_ok=True)
         server = stack.enter_context(S3Process(workspace_folder / "s3"))
         s3_client = server.client()
-        if BUCKET not in {existing["Name"] for existing in s3_client.list_buckets()["Buckets"]}:
+        if BUCKET not in {bucket["Name"] for bucket in s3_client.list_buckets()["Buckets"]}:
             s3_client.create_bucket(Bucket=BUCKET)
         os.environ |= {"AWS_ACCESS_KEY_ID": server.access_key, "AWS_SECRET_ACCESS_KEY": server.secret_key}
         yield Workspace(workspace_folder, server)

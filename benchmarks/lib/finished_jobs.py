@@ -71,22 +71,23 @@ async def _write_copy(client: Client, namespace: str, template: FinishedJob, nam
         await client.send("POST", f"/api/v1/namespaces/{namespace}/pods", pod)
 
 
-def copy_job(body: Object, name: str, labels: dict[str, str]) -> Object:
+def copy_job(job: Object, name: str, labels: dict[str, str]) -> Object:
     """Copy a Job under another name, without the fields that the server sets. Set `labels` on the Job and on its pod template."""
-    copy = copy_object(body, name, labels)
-    copy.pop("status", None)
-    copy["spec"] = {key: value for key, value in copy["spec"].items() if key not in ("selector", "manualSelector")}
-    pod_template_metadata = copy["spec"]["template"]["metadata"]
-    pod_template_metadata["labels"] = {k: v for k, v in pod_template_metadata["labels"].items() if "job-name" not in k and "controller-uid" not in k} | labels
-    return copy
+    job_copy = copy_object(job, name, labels)
+    job_copy.pop("status", None)
+    job_copy["spec"] = {key: value for key, value in job_copy["spec"].items() if key not in ("selector", "manualSelector")}
+    pod_template_metadata = job_copy["spec"]["template"]["metadata"]
+    kept_labels = {key: value for key, value in pod_template_metadata["labels"].items() if "job-name" not in key and "controller-uid" not in key}
+    pod_template_metadata["labels"] = kept_labels | labels
+    return job_copy
 
 
-def copy_object(body: Object, name: str, labels: dict[str, str] | None = None) -> Object:
+def copy_object(source_object: Object, name: str, labels: dict[str, str] | None = None) -> Object:
     """Copy an object under another name, without the fields that the server sets."""
-    copy: Object = json.loads(json.dumps(body))
-    metadata = {key: value for key, value in copy["metadata"].items() if key not in (*SERVER_SET_FIELDS, "namespace", "generateName")}
-    copy["metadata"] = metadata | {"name": name} | ({"labels": metadata.get("labels", {}) | labels} if labels else {})
-    return copy
+    object_copy: Object = json.loads(json.dumps(source_object))
+    metadata = {key: value for key, value in object_copy["metadata"].items() if key not in (*SERVER_SET_FIELDS, "namespace", "generateName")}
+    object_copy["metadata"] = metadata | {"name": name} | ({"labels": metadata.get("labels", {}) | labels} if labels else {})
+    return object_copy
 
 
 def _make_owner_reference(owner: Object, api_version: str, kind: str) -> dict[str, Any]:

@@ -71,7 +71,7 @@ class Client:
                 group.create_task(create_remaining_objects())
         return sent_at_by_name
 
-    async def events(self, path: str, *, resource_version: str, is_metadata_only: bool) -> AsyncIterator[Object]:
+    async def watch_events(self, path: str, *, resource_version: str, is_metadata_only: bool) -> AsyncIterator[Object]:
         """Yield the events of a watch from a resourceVersion on. If `is_metadata_only` is true, the objects have only their metadata."""
         headers = {"Accept": METADATA_ONLY_MEDIA_TYPE} if is_metadata_only else {}
         url = f"{self._endpoint.server}{path}?watch=true&resourceVersion={resource_version}"
@@ -93,7 +93,7 @@ class FirstSeenWatch:
 
     def __init__(self, client: Client, path: str, is_wanted: Callable[[Object], bool] | None = None) -> None:
         self._client, self._path, self._is_wanted = client, path, is_wanted
-        self.first_seen: dict[str, float] = {}
+        self.first_seen_at: dict[str, float] = {}
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -115,7 +115,7 @@ class FirstSeenWatch:
     async def _record_first_seen(self, resource_version: str) -> None:
         """Watch until cancelled. If the server ends a slow watch, start a new watch from the last resourceVersion."""
         while True:
-            async for event in self._client.events(self._path, resource_version=resource_version, is_metadata_only=self._is_wanted is None):
+            async for event in self._client.watch_events(self._path, resource_version=resource_version, is_metadata_only=self._is_wanted is None):
                 if event["type"] == "ERROR":
                     raise RuntimeError(f"watch {self._path}: {event['object'].get('message')}")
                 resource_version = event["object"]["metadata"]["resourceVersion"]
@@ -123,10 +123,10 @@ class FirstSeenWatch:
 
     def _record(self, event: Object) -> None:
         body, name = event["object"], event["object"]["metadata"].get("name", "")
-        if event["type"] not in ("ADDED", "MODIFIED") or name in self.first_seen:
+        if event["type"] not in ("ADDED", "MODIFIED") or name in self.first_seen_at:
             return
         if self._is_wanted is None or self._is_wanted(body):
-            self.first_seen[name] = time.monotonic()
+            self.first_seen_at[name] = time.monotonic()
             self._changed.set()
 
     async def wait_for_count(self, count: int, timeout_seconds: float) -> float:
@@ -135,7 +135,7 @@ class FirstSeenWatch:
         Errors: TimeoutError after `timeout_seconds`.
         """
         deadline = time.monotonic() + timeout_seconds
-        while len(self.first_seen) < count:
+        while len(self.first_seen_at) < count:
             if self._task is None or self._task.done():
                 raise RuntimeError(f"the watch of {self._path} ended") from (self._task and self._task.exception())
             self._changed.clear()
@@ -143,9 +143,9 @@ class FirstSeenWatch:
                 async with asyncio.timeout(deadline - time.monotonic()):
                     await self._changed.wait()
             except TimeoutError:
-                seen_count = len(self.first_seen)
+                seen_count = len(self.first_seen_at)
                 raise TimeoutError(f"{seen_count} of {count} seen at {self._path} in {timeout_seconds:.0f} s") from None
-        return sorted(self.first_seen.values())[count - 1]
+        return sorted(self.first_seen_at.values())[count - 1]
 
 
 def make_condition_test(condition_type: str) -> Callable[[Object], bool]:

@@ -1,7 +1,8 @@
 """Run the real training, and record the largest memory of this rank while the model is loaded and sharded.
 
-FINETUNE_TRAINER_MODULE selects this module. It writes `<work>/memory-<rank>.json` with the private bytes of the process (RssAnon): `before` the model
-is loaded, `loaded` (their peak until the model is loaded) and `peak` (their peak until training begins). The file also contains the logged losses.
+FINETUNE_TRAINER_MODULE selects this module. The module writes `<work>/memory-<rank>.json` with the private memory of the process (RssAnon) in bytes.
+`before`: the memory before the model is loaded. `loaded`: the peak until the model is loaded. `peak`: the peak until training begins. The file also
+contains the logged losses.
 With BENCHMARK_LOADING=private, every rank converts the weights by itself.
 """
 
@@ -38,7 +39,7 @@ def main(run: RunConfig, channel: Channel, inputs: Inputs) -> None:
 
     def load_and_measure(*args: Any, **options: Any) -> Any:
         loaded_model = original_load_model(*args, **options)
-        meter.loaded = meter.peak
+        meter.loaded_bytes = meter.peak_bytes
         return loaded_model
 
     def stop_meter_at_training(stage: Stage, detail: str | None = None) -> None:
@@ -56,7 +57,7 @@ def main(run: RunConfig, channel: Channel, inputs: Inputs) -> None:
     train.TrainingSession._build_trainer = build_and_measure  # type: ignore[method-assign] # measures the loading
     channel.report_stage, channel.report_log_line = stop_meter_at_training, collect_loss  # type: ignore[method-assign] # end of the measurement, losses
     train.main(run, channel, inputs)
-    measurements = {"before": meter.before, "loaded": meter.loaded, "peak": meter.peak, "losses": losses}
+    measurements = {"before": meter.before_bytes, "loaded": meter.loaded_bytes, "peak": meter.peak_bytes, "losses": losses}
     (channel.work_folder / f"memory-{channel.rank}.json").write_text(json.dumps(measurements))
 
 
@@ -64,11 +65,11 @@ class MemoryMeter:
     """Samples the private memory of this process from `start` to `stop`, in bytes."""
 
     def __init__(self) -> None:
-        self.before = self.loaded = self.peak = 0
+        self.before_bytes = self.loaded_bytes = self.peak_bytes = 0
         self._stop_requested = threading.Event()
 
     def start(self) -> None:
-        self.before = self.peak = read_private_bytes()
+        self.before_bytes = self.peak_bytes = read_private_bytes()
         threading.Thread(target=self._sample, daemon=True).start()
 
     def stop(self) -> None:
@@ -76,7 +77,7 @@ class MemoryMeter:
 
     def _sample(self) -> None:
         while not self._stop_requested.wait(SAMPLE_SECONDS):
-            self.peak = max(self.peak, read_private_bytes())
+            self.peak_bytes = max(self.peak_bytes, read_private_bytes())
 
 
 def read_private_bytes() -> int:

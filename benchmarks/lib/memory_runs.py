@@ -42,8 +42,8 @@ class SmallRun:
     ties_embeddings: bool
     method: str
     rank: int
-    targets: tuple[str, ...]
-    dropout: bool
+    target_modules: tuple[str, ...]
+    uses_dropout: bool
     precision: str
     base_bytes: int
     """Bytes of each value of the base model's weights, before quantisation."""
@@ -52,7 +52,7 @@ class SmallRun:
     packs: bool
     rows: int
     tokens: int
-    head: str
+    loss_head: str
     attention: str
     accumulation: int
 
@@ -68,40 +68,41 @@ class SmallRun:
         target_modules = rng.choice(TARGET_MODULE_CHOICES[:2] if family == "mixtral" else TARGET_MODULE_CHOICES)
         base_bytes = {"float32": 4, "bfloat16": 2, "autocast": 4 if method == "full" else rng.choice((2, 4))}[precision]
         return SmallRun(
-            seed, family, hidden, rng.randrange(2, 5) * hidden, rng.randrange(2, 6), heads, rng.choice([one for one in (1, 2, 4, 8) if one <= heads]),
+            seed, family, hidden, rng.randrange(2, 5) * hidden, rng.randrange(2, 6), heads, rng.choice([count for count in (1, 2, 4, 8) if count <= heads]),
             head_size, rng.choice((512, 2000, 4000, 8000)), rng.random() < 0.5, method, rng.choice((4, 16, 32)), target_modules,
             rng.random() < 0.3, precision, base_bytes, rng.choice(tuple(OPTIMIZERS)), rng.random() < 0.5, packs, 1 if packs else rng.randrange(1, 5),
             rng.choice((96, 128, 192, 256, 384)), rng.choice(("tiles", "logits", "logits")), "eager" if rng.random() < 0.15 else "sdpa", rng.choice((1, 1, 2)),
         )  # fmt: skip
 
-    def config(self) -> dict[str, Any]:
+    def make_config(self) -> dict[str, Any]:
         """Return the content of the model's `config.json`."""
-        values: dict[str, Any] = {
+        config_values: dict[str, Any] = {
             "model_type": self.family, "hidden_size": self.hidden, "intermediate_size": self.feed_forward, "num_hidden_layers": self.layers,
             "num_attention_heads": self.heads, "num_key_value_heads": self.key_heads, "head_dim": self.head_size, "vocab_size": self.vocabulary,
             "tie_word_embeddings": self.ties_embeddings, "max_position_embeddings": 4096, "dtype": "float32" if self.base_bytes == 4 else "bfloat16",
         }  # fmt: skip
-        return values | ({"num_local_experts": 4, "num_experts_per_tok": 2} if self.family == "mixtral" else {})
+        return config_values | ({"num_local_experts": 4, "num_experts_per_tok": 2} if self.family == "mixtral" else {})
 
     def as_step(self) -> Step:
         """Return the memory plan's description of the run."""
         is_full = self.method == "full"
         weights = TrainedWeights(
             0.5 + 4 / 64 if self.method == "qlora" else self.base_bytes, self.base_bytes, is_full, lora_rank=self.rank,
-            target_layers=frozenset() if is_full else frozenset(self.targets), has_dropout=self.dropout and not is_full,
+            target_layers=frozenset() if is_full else frozenset(self.target_modules), has_dropout=self.uses_dropout and not is_full,
         )  # fmt: skip
         # A batch of one row needs no mask, because it has no padding. But a packed row has several documents, and eager attention always gets a mask.
         batch = Batch(self.rows, self.tokens, has_mask=self.packs or self.rows > 1 or self.attention == "eager")
         return Step(
-            parse_model_shape(self.config()), weights, batch, OPTIMIZERS[self.optimizer], Kernels(is_gpu=False, attention=self.attention),
+            parse_model_shape(self.make_config()), weights, batch, OPTIMIZERS[self.optimizer], Kernels(is_gpu=False, attention=self.attention),
             autocast_bytes=2 if self.precision == "autocast" else None, quantized_compute_bytes=self.compute_bytes,
-            loss_head=LossHead(self.head), recomputed_layer_count=self.layers if self.recomputes else 0, accumulation=self.accumulation,
+            loss_head=LossHead(self.loss_head), recomputed_layer_count=self.layers if self.recomputes else 0, accumulation=self.accumulation,
         )  # fmt: skip
 
     @property
     def compute_bytes(self) -> int:
         """Bytes of each value in the computation of quantised layers."""
         return 4 if self.precision == "float32" else 2
+
 
 def measure_peak(run: SmallRun) -> int:
     """Train `STEP_COUNT` steps and return the peak of torch's allocated memory in bytes."""
@@ -114,7 +115,7 @@ def measure_peak(run: SmallRun) -> int:
     try:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             model = _create_model(run)
-            optimizer = _create_optimizer(run, [one for one in model.parameters() if one.requires_grad])
+            optimizer = _create_optimizer(run, [parameter for parameter in model.parameters() if parameter.requires_grad])
             batches = [_create_batch(run) for _ in range(run.accumulation)]
             gc.collect()
             with record_function("training"):
@@ -127,7 +128,7 @@ def measure_peak(run: SmallRun) -> int:
 
 def summarise_errors(peaks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the number of runs, the number within 5 %, and the median and the largest relative error of the estimates."""
-    relative_errors = sorted(abs(one["expectedBytes"] / one["measuredBytes"] - 1) for one in peaks)
+    relative_errors = sorted(abs(peak["expectedBytes"] / peak["measuredBytes"] - 1) for peak in peaks)
     return {
         "runs": len(relative_errors), "within5Percent": sum(error <= 0.05 for error in relative_errors),
         "medianError": round(statistics.median(relative_errors), 5), "worstError": round(relative_errors[-1], 5),
@@ -147,7 +148,7 @@ def find_peak_bytes(events: Any) -> int:
             allocations.append((event.start_time_ns, event.extra_fields.alloc_size))
         remaining_events += event.children
     live_bytes = peak_bytes = 0
-    for time_ns, size_bytes in sorted(allocations, key=lambda one: one[0]):
+    for time_ns, size_bytes in sorted(allocations, key=lambda allocation: allocation[0]):
         live_bytes += size_bytes
         peak_bytes = max(peak_bytes, live_bytes) if time_ns >= training_start_ns else peak_bytes
     return peak_bytes
@@ -157,7 +158,7 @@ def _create_model(run: SmallRun) -> Any:
     from trl.trainer.utils import add_fused_lm_head
 
     model = create_base_model(run)
-    if run.head == "tiles":
+    if run.loss_head == "tiles":
         add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
     if run.recomputes:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -175,7 +176,7 @@ def create_base_model(run: SmallRun, **options: Any) -> Any:
 
     dtype = torch.float32 if run.base_bytes == 4 else torch.bfloat16
     model_class = AutoModelForSequenceClassification if "num_labels" in options else AutoModelForCausalLM
-    config_values = run.config() | options
+    config_values = run.make_config() | options
     config = AutoConfig.for_model(config_values.pop("model_type"), **config_values)
     model = model_class.from_config(config, dtype=dtype, attn_implementation=run.attention)
     if run.method == "qlora":
@@ -202,10 +203,10 @@ def add_adapter(run: SmallRun, model: Any) -> Any:
 
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    dropout = 0.05 if run.dropout else 0.0
+    dropout = 0.05 if run.uses_dropout else 0.0
     task_type = "SEQ_CLS" if hasattr(model, "score") else "CAUSAL_LM"
     return get_peft_model(
-        model, LoraConfig(task_type=task_type, r=run.rank, lora_alpha=16, lora_dropout=dropout, target_modules=list(run.targets))
+        model, LoraConfig(task_type=task_type, r=run.rank, lora_alpha=16, lora_dropout=dropout, target_modules=list(run.target_modules))
     )
 
 
@@ -237,10 +238,10 @@ def _train_step(run: SmallRun, model: Any, optimizer: Any, batches: list[dict[st
 
     for batch in batches:
         with torch.autocast("cpu", torch.bfloat16, enabled=run.precision == "autocast"):
-            model_options = {"fused_lm_head": True} if run.head == "tiles" else {}
+            model_options = {"fused_lm_head": True} if run.loss_head == "tiles" else {}
             loss = model(**batch, use_cache=False, **model_options).loss
         loss.backward()
         del loss
-    torch.nn.utils.clip_grad_norm_([one for one in model.parameters() if one.requires_grad], 1.0)
+    torch.nn.utils.clip_grad_norm_([parameter for parameter in model.parameters() if parameter.requires_grad], 1.0)
     optimizer.step()
     optimizer.zero_grad()

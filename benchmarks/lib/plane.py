@@ -34,7 +34,6 @@ class FastControlPlane(ControlPlane):
         self.pids[name] = server.process.pid
         return server
 
-
     @contextlib.contextmanager
     def run_scheduler(self) -> Iterator[None]:
         """Run the scheduler while the `with` block runs. At other times, new pods are not bound to nodes."""

@@ -28,8 +28,8 @@ class PreferenceRun:
     """The configuration of one small run, which follows from its seed."""
 
     objective: TrainerType
-    run: SmallRun
-    """Model, method, precision and batch. `run.rows` is the number of pairs, or for kto the number of answers."""
+    small_run: SmallRun
+    """Model, method, precision and batch. `small_run.rows` is the number of pairs, or for kto the number of answers."""
     has_reference_model: bool
     """Whether an adapter is compared with a separate reference model (`trainer.dpo.referenceModel`)."""
 
@@ -37,23 +37,23 @@ class PreferenceRun:
     def draw(seed: int) -> PreferenceRun:
         """Draw a random configuration. After a change of this function, `memory_peaks_preferences.json` must be measured again."""
         objective = PREFERENCE_OBJECTIVES[seed % len(PREFERENCE_OBJECTIVES)]
-        run, rng = SmallRun.draw(seed), random.Random(f"preferences {seed}")
+        small_run, rng = SmallRun.draw(seed), random.Random(f"preferences {seed}")
         rows = rng.randrange(2, 6) if objective is TrainerType.KTO else rng.randrange(1, 4)
-        return PreferenceRun(objective, replace(run, packs=False, rows=rows, head="tiles"), rng.random() < 0.3)
+        return PreferenceRun(objective, replace(small_run, packs=False, rows=rows, loss_head="tiles"), rng.random() < 0.3)
 
     @property
     def reference(self) -> Reference:
         """The reference model that the trainer of this objective uses."""
         if OBJECTIVES[self.objective].passes_without_gradients == 0:
             return Reference.NONE
-        return Reference.MODEL if self.run.method == "full" or self.has_reference_model else Reference.ADAPTER
+        return Reference.MODEL if self.small_run.method == "full" or self.has_reference_model else Reference.ADAPTER
 
     def as_step(self) -> Step:
         """Return the memory plan's description of the run."""
-        small_run_step = self.run.as_step()
-        rows = self.run.rows * OBJECTIVES[self.objective].sequences_per_row
+        small_run_step = self.small_run.as_step()
+        rows = self.small_run.rows * OBJECTIVES[self.objective].sequences_per_row
         weights = replace(small_run_step.weights, has_dropout=False, has_score_head=self.objective is TrainerType.REWARD)
-        batch = Batch(rows, self.run.tokens, has_mask=True)
+        batch = Batch(rows, self.small_run.tokens, has_mask=True)
         return replace(small_run_step, weights=weights, batch=batch, loss_head=LOSS_HEADS[self.objective], reference=self.reference)
 
 
@@ -62,7 +62,7 @@ def measure_preference_peak(run: PreferenceRun) -> int:
     import torch
     from torch.profiler import ProfilerActivity, profile
 
-    torch.manual_seed(run.run.seed)
+    torch.manual_seed(run.small_run.seed)
     gc.collect()
     gc.disable()
     try:
@@ -81,21 +81,21 @@ def _create_trainer(run: PreferenceRun, folder: str) -> Any:
     from finetune_trainer.method.precision import TrainedWeightsCopy, widen_trained_weights
 
     objective = import_module(f"finetune_trainer.objective.{run.objective}").OBJECTIVE
-    model = create_base_model(run.run, **({"num_labels": 1} if objective.model_kind == "reward" else {}))
+    model = create_base_model(run.small_run, **({"num_labels": 1} if objective.model_kind == "reward" else {}))
     model.config.pad_token_id = 0
-    if run.run.method != "full":
-        model = add_adapter(run.run, model)
-    if run.run.precision == "autocast" and run.run.method != "full":
+    if run.small_run.method != "full":
+        model = add_adapter(run.small_run, model)
+    if run.small_run.precision == "autocast" and run.small_run.method != "full":
         widen_trained_weights(model)
     trained_weights_copy = TrainedWeightsCopy(model)
     trainer_options = {}
     if run.reference is Reference.MODEL:
-        trainer_options["ref_model"] = create_base_model(run.run).requires_grad_(False).eval()
+        trainer_options["ref_model"] = create_base_model(run.small_run).requires_grad_(False).eval()
     elif run.reference is Reference.ADAPTER:
         trainer_options["ref_model"] = None
     trainer_class = connect_trainer_class(objective.trainer_class, SimpleNamespace(trainer_mixins=(), on_accelerator_created=lambda trainer: None))
     trainer = trainer_class(
-        model=model, args=_create_arguments(run, folder), train_dataset=_create_rows(run), processing_class=_create_tokenizer(run.run.vocabulary),
+        model=model, args=_create_arguments(run, folder), train_dataset=_create_rows(run), processing_class=_create_tokenizer(run.small_run.vocabulary),
         callbacks=[_create_training_marker()], **trainer_options,
     )  # fmt: skip
     trained_weights_copy.restore(model)
@@ -107,7 +107,7 @@ def _create_arguments(run: PreferenceRun, folder: str) -> Any:
     from trl import DPOConfig, KTOConfig, RewardConfig
     from trl.experimental.orpo import ORPOConfig
 
-    small_run = run.run
+    small_run = run.small_run
     config_class = {TrainerType.DPO: DPOConfig, TrainerType.ORPO: ORPOConfig, TrainerType.KTO: KTOConfig, TrainerType.REWARD: RewardConfig}[run.objective]
     recomputation_options = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}
     return config_class(
@@ -124,7 +124,7 @@ def _create_rows(run: PreferenceRun) -> Any:
     """Return random rows for all steps. The first row of each micro-batch has the most tokens."""
     from datasets import Dataset
 
-    small_run = run.run
+    small_run = run.small_run
     rng, prompt_length = random.Random(small_run.seed), small_run.tokens // 3
 
     def draw_tokens(count: int) -> list[int]:

@@ -117,31 +117,31 @@ def _locate_option(document: InputDocument, parsed_file: Tree, option_key: str) 
 
 
 def _set_process_counts(draft: JobDraft, document: InputDocument, parsed_file: Tree) -> None:
-    machines, processes = parsed_file.value.get("num_machines", 1), parsed_file.value.get("num_processes")
+    machine_count, process_count = parsed_file.value.get("num_machines", 1), parsed_file.value.get("num_processes")
     origin = ValueOrigin(_locate_option(document, parsed_file, "num_processes"))
-    for key, value in (("num_machines", machines), ("num_processes", processes)):
+    for key, value in (("num_machines", machine_count), ("num_processes", process_count)):
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             draft.mistakes.append(
                 Mistake(_locate_option(document, parsed_file, key), key, f"{value} is not an integer of at least 1")
             )
             return
-    if machines > 1:
+    if machine_count > 1:
         draft.values["resources.nodes"] = AssignedValue(
-            machines, ValueOrigin(_locate_option(document, parsed_file, "num_machines")), "num_machines"
+            machine_count, ValueOrigin(_locate_option(document, parsed_file, "num_machines")), "num_machines"
         )
-    if processes is None:
+    if process_count is None:
         return
-    if processes % machines:
+    if process_count % machine_count:
         draft.mistakes.append(
             Mistake(
                 origin.location,
                 "num_processes",
-                f"{processes} processes cannot be divided among {machines} machines",
+                f"{process_count} processes cannot be divided among {machine_count} machines",
                 "write a multiple of num_machines",
             )
         )
         return
-    processes_per_machine = processes // machines
+    processes_per_machine = process_count // machine_count
     uses_cpu = parsed_file.value.get("use_cpu") is True
     draft.values["resources.gpusPerNode"] = AssignedValue(0 if uses_cpu else processes_per_machine, origin, "num_processes")
     if uses_cpu:

@@ -53,7 +53,7 @@ from finetune_cli.mistakes import Mistake
 TRAINER_BY_OBJECTIVE = {
     "dpo": "dpo", "ipo": "dpo", "kto": "kto", "orpo": "orpo", "grpo": "grpo", "gdpo": "gdpo", "simpo": "simpo", "ebft": "ebft",
 }  # fmt: skip
-UNSUPPORTED_TRAINERS = {"gdpo": "GDPO", "simpo": "SimPO", "ebft": "energy-based fine-tuning"}
+FEATURE_BY_UNSUPPORTED_OBJECTIVE = {"gdpo": "GDPO", "simpo": "SimPO", "ebft": "energy-based fine-tuning"}
 ATTENTION_BY_NAME = {"eager": "eager", "sdpa": "sdpa", "flash_attention_2": "flashAttention2", "auto": "auto"}
 ATTENTION_BY_OLD_KEY = {
     "flash_attention": "flash_attention_2", "sdp_attention": "sdpa", "eager_attention": "eager", "xformers_attention": "xformers",
@@ -83,8 +83,8 @@ def to_lora_init(value: Any) -> str:
     """Convert `peft_init_lora_weights` to a value of `method.lora.init`."""
     if value is True:
         return "default"
-    word: str = to_choice(INIT_BY_NAME)(value)
-    return word
+    init_name: str = to_choice(INIT_BY_NAME)(value)
+    return init_name
 
 
 def to_precision_flag(value: Any) -> Any:
@@ -223,9 +223,9 @@ OPTION_TABLE: tuple[OptionRow, ...] = (
     OptionRow("mlflow_experiment_name", "tracking.mlflow.experimentName", is_set_by_combine=True),
     OptionRow("mlflow_run_name", "output.runName.name", is_set_by_combine=True),
     OptionRow("use_tensorboard", "tracking.reportTo", to_boolean, is_set_by_combine=True),
-    OptionRow("comet_api_key", no_effect=ONLY_TRACKERS_REASON, is_secret=True),
-    OptionRow("swanlab_api_key", no_effect=ONLY_TRACKERS_REASON, is_secret=True),
-    OptionRow("swanlab_lark_secret", no_effect=ONLY_TRACKERS_REASON, is_secret=True),
+    OptionRow("comet_api_key", no_effect_reason=ONLY_TRACKERS_REASON, is_secret=True),
+    OptionRow("swanlab_api_key", no_effect_reason=ONLY_TRACKERS_REASON, is_secret=True),
+    OptionRow("swanlab_lark_secret", no_effect_reason=ONLY_TRACKERS_REASON, is_secret=True),
     # distribution
     OptionRow("deepspeed", "distributed.deepspeed", try_converters(to_text, to_mapping), is_set_by_combine=True),
     OptionRow("fsdp", "distributed.fsdp.sharding", try_converters(to_list_of(to_text)), is_set_by_combine=True),
@@ -315,7 +315,7 @@ def combine_options(draft: JobDraft) -> None:
         set_data(draft, trainer)
         _set_row_options(draft, trainer)
     _set_precision(draft)
-    _set_recomputation(draft)
+    _set_gradient_checkpointing(draft)
     _set_distribution(draft)
     _set_schedule(draft)
     _set_intervals(draft)
@@ -365,9 +365,9 @@ def _set_attention(draft: JobDraft) -> None:
     key = "attn_implementation" if "attn_implementation" in draft.given_options else old_keys[0] if old_keys else None
     if key is None:
         return
-    for other in old_keys:
-        if other != key:
-            draft.add_reason(other, f"no effect: {key} is used instead")
+    for unused_key in old_keys:
+        if unused_key != key:
+            draft.add_reason(unused_key, f"no effect: {key} is used instead")
     name = str(draft.get(key)) if key == "attn_implementation" else ATTENTION_BY_OLD_KEY[key]
     if name in ATTENTION_BY_NAME:
         draft.assign("model.attention", ATTENTION_BY_NAME[name], key)
@@ -378,17 +378,17 @@ def _set_attention(draft: JobDraft) -> None:
 def _set_tokens(draft: JobDraft) -> None:
     """Set the pad token and the tokens to add to the tokenizer. In older Axolotl files, the option `tokens` is a mapping with the special tokens."""
     tokens = draft.get("tokens")
-    names = list(tokens) if isinstance(tokens, list) else []
+    new_tokens = list(tokens) if isinstance(tokens, list) else []
     if isinstance(tokens, dict):
         if tokens.get("pad_token"):
             draft.assign("model.padToken", tokens["pad_token"], "tokens")
         other_tokens = [value for key, value in tokens.items() if key != "pad_token" and value]
         draft.add_warning(_describe_kept_token(draft, "tokens", ", ".join(map(str, other_tokens))))
-    names += draft.get("special_tokens.additional_special_tokens") or []
-    if names:
+    new_tokens += draft.get("special_tokens.additional_special_tokens") or []
+    if new_tokens:
         draft.assign(
             "model.newTokens",
-            list(dict.fromkeys(names)),
+            list(dict.fromkeys(new_tokens)),
             "tokens" if isinstance(tokens, list) else "special_tokens.additional_special_tokens",
         )
     for name in ("bos", "eos", "unk", "mask", "sep", "cls"):
@@ -407,14 +407,14 @@ def _describe_kept_token(draft: JobDraft, option_key: str, token: str) -> str:
 
 
 def _set_method(draft: JobDraft) -> None:
-    adapter, in_4bit, in_8bit = draft.get("adapter"), draft.get("load_in_4bit"), draft.get("load_in_8bit")
+    adapter, loads_in_4bit, loads_in_8bit = draft.get("adapter"), draft.get("load_in_4bit"), draft.get("load_in_8bit")
     for plugin in draft.get("plugins") or []:
         feature = FEATURE_BY_PLUGIN.get(plugin, f"the plugin {plugin}")
         if feature:
             draft.refuse_feature("plugins", feature)
     if "plugins" in draft.given_options:
         draft.add_reason("plugins", "no effect: the options of the plugins are read instead")
-    if in_4bit and in_8bit:
+    if loads_in_4bit and loads_in_8bit:
         message = "4-bit and 8-bit loading exclude each other, but both are true"
         draft.add_mistake(
             ("load_in_4bit", "load_in_8bit"), message, "set one of them to false", explained_path="model.quantization"
@@ -424,16 +424,16 @@ def _set_method(draft: JobDraft) -> None:
         draft.refuse_feature("adapter", f"the adapter {adapter}", "write lora or qlora", is_droppable=False)
         draft.paths_of_invalid_keys["adapter"] = "method"
         return
-    quantisation_key = "load_in_4bit" if in_4bit else "load_in_8bit" if in_8bit else None
+    quantisation_key = "load_in_4bit" if loads_in_4bit else "load_in_8bit" if loads_in_8bit else None
     if adapter is None:
         _set_full_method(draft, quantisation_key)
     else:
         if "unfrozen_parameters" in draft.given_options:
             draft.add_reason("unfrozen_parameters", "no effect: only the adapter is trained")
-        draft.assign("method.type", "qlora" if adapter == "qlora" or in_4bit else "lora", "adapter")
+        draft.assign("method.type", "qlora" if adapter == "qlora" or loads_in_4bit else "lora", "adapter")
         if quantisation_key:
-            draft.assign("model.quantization.bits", 4 if in_4bit else 8, quantisation_key)
-        if adapter == "qlora" and in_8bit:
+            draft.assign("model.quantization.bits", 4 if loads_in_4bit else 8, quantisation_key)
+        if adapter == "qlora" and loads_in_8bit:
             draft.add_mistake(
                 ("adapter", "load_in_8bit"), "qlora needs 4 bits, but load_in_8bit is true", "write load_in_4bit: true"
             )
@@ -494,15 +494,15 @@ def _set_existing_adapter(draft: JobDraft) -> None:
 
 
 def _set_target_modules(draft: JobDraft) -> None:
-    names: list[str] = []
-    modules = draft.get("lora_target_modules") or []
-    raw_value = draft.given_options["lora_target_modules"].raw_value if modules else None
-    for pattern in [raw_value] if isinstance(raw_value, str) else modules:
+    module_names: list[str] = []
+    patterns = draft.get("lora_target_modules") or []
+    raw_value = draft.given_options["lora_target_modules"].raw_value if patterns else None
+    for pattern in [raw_value] if isinstance(raw_value, str) else patterns:
         if pattern in ("all-linear", "all"):
-            names.append("all-linear")
+            module_names.append("all-linear")
             continue
         try:
-            names += expand_pattern(pattern)
+            module_names += expand_pattern(pattern)
         except UnsupportedPattern as error:
             draft.refuse_feature(
                 "lora_target_modules",
@@ -510,17 +510,17 @@ def _set_target_modules(draft: JobDraft) -> None:
                 "write a list of names",
             )
     if draft.get("lora_target_linear"):
-        names.append("all-linear")
-        draft.assign("method.lora.targetModules", list(dict.fromkeys(names)), "lora_target_linear")
+        module_names.append("all-linear")
+        draft.assign("method.lora.targetModules", list(dict.fromkeys(module_names)), "lora_target_linear")
     elif "lora_target_linear" in draft.given_options:
         draft.add_reason("lora_target_linear", "no effect: lora_target_modules is used instead")
-    if names:
+    if module_names:
         draft.assign(
             "method.lora.targetModules",
-            list(dict.fromkeys(names)),
-            "lora_target_modules" if modules else "lora_target_linear",
+            list(dict.fromkeys(module_names)),
+            "lora_target_modules" if patterns else "lora_target_linear",
         )
-        if modules and draft.get("lora_target_linear"):
+        if patterns and draft.get("lora_target_linear"):
             draft.add_reason("lora_target_linear", "included in method.lora.targetModules")
     parameters = draft.get("lora_target_parameters")
     if parameters:
@@ -533,8 +533,8 @@ def _set_trainer(draft: JobDraft) -> str | None:
     Return the value of `trainer.type`, or None if a FineTuneJob does not have the objective.
     """
     objective = draft.get("rl")
-    if objective in UNSUPPORTED_TRAINERS:
-        draft.refuse_feature("rl", UNSUPPORTED_TRAINERS[objective], is_droppable=False)
+    if objective in FEATURE_BY_UNSUPPORTED_OBJECTIVE:
+        draft.refuse_feature("rl", FEATURE_BY_UNSUPPORTED_OBJECTIVE[objective], is_droppable=False)
         draft.paths_of_invalid_keys["rl"] = "trainer"
         return None
     trainer = str(objective or ("reward" if draft.get("reward_model") else "sft"))
@@ -604,7 +604,7 @@ def _set_grpo_options(draft: JobDraft, trainer: str) -> None:
 def _set_row_options(draft: JobDraft, trainer: str) -> None:
     """Set packing, and whether the loss counts only the tokens of answers.
 
-    Refuse two options: a system prompt only for rows without one, and a fixed order of the rows.
+    Refuse a system prompt that applies only to rows without a system prompt, and refuse a fixed order of the rows.
     """
     if "sample_packing" in draft.given_options:
         if trainer == "sft" or not draft.get("sample_packing"):
@@ -651,9 +651,9 @@ def _set_precision(draft: JobDraft) -> None:
             draft.assign("training.mixedPrecision", precision, key)
             if dtype == "float32" or (dtype and is_full):
                 draft.assign("model.dtype", dtype, key)
-            for other in enabled_keys:
-                if other != key:
-                    draft.add_reason(other, f"no effect: {key} is used instead")
+            for other_key in enabled_keys:
+                if other_key != key:
+                    draft.add_reason(other_key, f"no effect: {key} is used instead")
             if "bf16" in keys and draft.get("bf16") == "auto":
                 draft.add_reason("bf16", f"no effect: {key} is used instead")
             return
@@ -663,15 +663,15 @@ def _set_precision(draft: JobDraft) -> None:
         draft.assign("training.mixedPrecision", "no", "bf16")
 
 
-def _set_recomputation(draft: JobDraft) -> None:
+def _set_gradient_checkpointing(draft: JobDraft) -> None:
     checkpointing, offloading = draft.get("gradient_checkpointing"), draft.get("activation_offloading")
     key = "gradient_checkpointing" if checkpointing else "activation_offloading"
     if checkpointing in ("offload", "offload_disk") or offloading not in (None, False):
         draft.assign("training.gradientCheckpointing", "unsloth", key)
-        for other in ("gradient_checkpointing", "activation_offloading"):
-            if other != key and other in draft.given_options:
+        for other_key in ("gradient_checkpointing", "activation_offloading"):
+            if other_key != key and other_key in draft.given_options:
                 draft.add_reason(
-                    other, "included in training.gradientCheckpointing: unsloth, which keeps activations in host memory"
+                    other_key, "included in training.gradientCheckpointing: unsloth, which keeps activations in host memory"
                 )
         if checkpointing and offloading:
             draft.add_reason(
@@ -742,29 +742,29 @@ def _set_accumulation(draft: JobDraft) -> None:
     """Set the accumulation steps from Axolotl's option `batch_size`, which is the number of rows that one rank trains on in an optimizer step."""
     if "batch_size" not in draft.given_options:
         return
-    rows, micro_batch = draft.get("batch_size"), draft.get("micro_batch_size", 1)
+    rows_per_step, rows_per_micro_batch = draft.get("batch_size"), draft.get("micro_batch_size", 1)
     if "gradient_accumulation_steps" in draft.given_options:
         keys = ("batch_size", "gradient_accumulation_steps")
         draft.add_mistake(
             keys,
-            f"{rows} and {draft.get('gradient_accumulation_steps')} both set the gradient accumulation",
+            f"{rows_per_step} and {draft.get('gradient_accumulation_steps')} both set the gradient accumulation",
             "remove batch_size",
         )
     else:
-        draft.assign("training.gradientAccumulationSteps", max(1, rows // micro_batch), "batch_size")
+        draft.assign("training.gradientAccumulationSteps", max(1, rows_per_step // rows_per_micro_batch), "batch_size")
 
 
 def _set_distribution(draft: JobDraft) -> None:
-    shards, replicas = draft.get("dp_shard_size", 1), draft.get("dp_replicate_size", 1)
+    shard_count, replica_count = draft.get("dp_shard_size", 1), draft.get("dp_replicate_size", 1)
     size_keys = [key for key in ("dp_shard_size", "dp_replicate_size") if key in draft.given_options]
     for key in size_keys:
         draft.add_reason(
             key,
-            "included in resources.gpusPerNode" if shards * replicas > 1 else "no effect: 1 does not set the number of GPUs",
+            "included in resources.gpusPerNode" if shard_count * replica_count > 1 else "no effect: 1 does not set the number of GPUs",
         )
-    if shards * replicas > 1:
-        draft.assign("resources.gpusPerNode", shards * replicas, size_keys[0])
-        if replicas > 1 and shards > 1:
+    if shard_count * replica_count > 1:
+        draft.assign("resources.gpusPerNode", shard_count * replica_count, size_keys[0])
+        if replica_count > 1 and shard_count > 1:
             draft.add_warning(
                 "dp_replicate_size: the job shards over all GPUs instead of replicating shards: the results are the same"
             )
@@ -776,9 +776,9 @@ def _set_distribution(draft: JobDraft) -> None:
 
 def _set_fsdp(draft: JobDraft) -> None:
     """Set FSDP from `fsdp` (version 1) and `fsdp_config`."""
-    options = {name: f"fsdp_config.{name}" for name in FSDP_NAMES if f"fsdp_config.{name}" in draft.given_options}
+    key_by_name = {name: f"fsdp_config.{name}" for name in FSDP_NAMES if f"fsdp_config.{name}" in draft.given_options}
     fsdp_words = [word.split()[0] for word in draft.get("fsdp") or [] if word]
-    if not options and not fsdp_words:
+    if not key_by_name and not fsdp_words:
         for key in ("fsdp_version", "fsdp_final_state_dict_type"):
             if key in draft.given_options:
                 draft.add_reason(key, "no effect: the file does not use FSDP")
@@ -786,7 +786,7 @@ def _set_fsdp(draft: JobDraft) -> None:
     if draft.value("distributed.strategy") == "deepspeed":
         draft.add_mistake(("deepspeed", "fsdp"), "DeepSpeed and FSDP exclude each other", "remove one of them")
         return
-    source_key = "fsdp" if fsdp_words else next(iter(options.values()))
+    source_key = "fsdp" if fsdp_words else next(iter(key_by_name.values()))
     draft.assign("distributed.strategy", "fsdp", source_key)
     sharding = str(
         draft.get("fsdp_config.sharding_strategy") or next((word for word in fsdp_words if "shard" in word), "full_shard")
@@ -799,14 +799,14 @@ def _set_fsdp(draft: JobDraft) -> None:
     else:
         draft.assign("distributed.fsdp.sharding", "fullShard", source_key)
     if draft.get("fsdp_config.offload_params") or "offload" in fsdp_words:
-        option = draft.given_options[options.get("offload_params", "fsdp")]
+        option = draft.given_options[key_by_name.get("offload_params", "fsdp")]
         draft.add_warning(
             f"{option.origin.location}: {option.key}: with FSDP, the weights stay in GPU memory: use more GPUs, "
             "or DeepSpeed with --set distributed.strategy=deepspeed "
             "--set distributed.deepspeed.zeroStage=3 --set distributed.deepspeed.offloadParameters=true"
         )
     _set_state_dict(draft)
-    for name, key in options.items():
+    for name, key in key_by_name.items():
         if name not in ("state_dict_type", "final_state_dict_type") and key != source_key:
             draft.add_reason(key, "no effect: the trainer uses FSDP version 2 and chooses the layers to wrap")
     if "fsdp_version" in draft.given_options:
@@ -917,7 +917,7 @@ def _set_results(draft: JobDraft) -> None:
 def _set_trackers(draft: JobDraft) -> None:
     if "logging_steps" in draft.given_options:
         draft.assign("tracking.loggingSteps", max(1, int(draft.get("logging_steps"))), "logging_steps")
-    trackers = [
+    tracker_key_pairs = [
         (name, key) for name, flag, keys in (
             ("wandb", "use_wandb", ("use_wandb", "wandb_project")), ("mlflow", "use_mlflow", ("use_mlflow", "mlflow_tracking_uri", "mlflow_experiment_name")),
             ("tensorboard", "use_tensorboard", ("use_tensorboard",)),
@@ -929,22 +929,22 @@ def _set_trackers(draft: JobDraft) -> None:
             draft.add_reason(
                 key, "selects the trackers that get the metrics" if draft.get(key) else "no effect: this tracker is off"
             )
-    if trackers:
-        draft.assign("tracking.reportTo", [name for name, _ in trackers], trackers[0][1])
-    names = {name for name, _ in trackers}
+    if tracker_key_pairs:
+        draft.assign("tracking.reportTo", [name for name, _ in tracker_key_pairs], tracker_key_pairs[0][1])
+    tracker_names = {name for name, _ in tracker_key_pairs}
     for key, path, tracker in (
         ("wandb_project", "tracking.wandb.project", "wandb"), ("wandb_entity", "tracking.wandb.entity", "wandb"),
         ("wandb_name", "output.runName.name", "wandb"),
         ("mlflow_tracking_uri", "tracking.mlflow.trackingUri", "mlflow"), ("mlflow_experiment_name", "tracking.mlflow.experimentName", "mlflow"),
         ("mlflow_run_name", "output.runName.name", "mlflow"),
     ):  # fmt: skip
-        if key in draft.given_options and tracker in names:
+        if key in draft.given_options and tracker in tracker_names:
             draft.assign(path, draft.get(key), key)
         elif key in draft.given_options:
             draft.add_reason(key, f"no effect: {tracker} gets no metrics")
-    if "wandb" in names and draft.get("wandb_mode") != "offline":
+    if "wandb" in tracker_names and draft.get("wandb_mode") != "offline":
         assign_secret_reference(draft, "tracking.wandb.apiKeySecretRef", "wandb", "reporting to wandb")
-    if "wandb" in names and draft.get("wandb_mode") == "offline":
+    if "wandb" in tracker_names and draft.get("wandb_mode") == "offline":
         draft.assign("placement.env", [{"name": "WANDB_MODE", "value": "offline"}], "wandb_mode")
 
 

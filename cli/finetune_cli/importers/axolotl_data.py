@@ -108,13 +108,15 @@ FEATURE_BY_REFUSED_KEY = {
     "length": "synthetic rows", "sequence_length": "synthetic rows", "min_input_id": "synthetic rows", "max_input_id": "synthetic rows",
     "images": "training on images, video or audio", "image_base_dir": "training on images, video or audio",
 }  # fmt: skip
-READ_KEYS = (
+SUPPORTED_KEYS = (
     "path", "type", "data_files", "ds_type", "name", "split", "revision", "field", "field_messages", "field_chosen", "field_rejected", "field_prompt",
     "field_completion", "field_label", "field_system", "message_field_role", "message_field_content", "message_property_mappings", "roles",
     "roles_to_train", "train_on_eos", "train_on_eot", "chat_template", "chat_template_jinja", "conversation", "field_thinking",
     "template_thinking_key", "seed",
 )  # fmt: skip
+"""Keys of a data set that the import knows, and neither ignores nor refuses in general."""
 FILE_BUILDERS = ("json", "csv", "parquet", "text", "arrow")
+"""Values of `path` that name a file reader of the library `datasets`. The file is then named by `data_files`."""
 
 
 def set_data(draft: JobDraft, trainer: str) -> None:
@@ -155,7 +157,7 @@ def set_test_data(draft: JobDraft, trainer: str) -> None:
 
 
 def _read_dataset(draft: JobDraft, option_key: str, entry_path: str, entry: Any, trainer: str, templates: list[str]) -> DataSource | None:
-    """Return the data source of an entry in `datasets`, or None if the entry is refused. Append the name of the entry's template to `templates`."""
+    """Return the data source of an entry in `datasets`, or None if the entry is refused. Append the entry's template to `templates`."""
     if isinstance(entry, str):
         entry = {"path": entry}
     if not isinstance(entry, dict):
@@ -200,7 +202,7 @@ def _check_option(draft: JobDraft, location: str, option_path: str, option: str,
         draft.refuse_feature_at(location, option_path, FEATURE_BY_REFUSED_KEY[option], SEPARATE_FILE_HINT)
     elif option in REASON_BY_IGNORED_KEY and not is_neutral:
         draft.add_reason(option_path, f"no effect: {REASON_BY_IGNORED_KEY[option]}")
-    elif option not in READ_KEYS and option not in FEATURE_BY_REFUSED_KEY and option not in REASON_BY_IGNORED_KEY:
+    elif option not in SUPPORTED_KEYS and option not in FEATURE_BY_REFUSED_KEY and option not in REASON_BY_IGNORED_KEY:
         draft.add_reason(option_path, "the tool does not know this key and ignores it")
         draft.add_warning(
             f"{location}: {option_path}: the tool does not know this key and ignores it, so the import ignores it, too"
@@ -279,13 +281,13 @@ def _read_user_defined_strategy(draft: JobDraft, location: str, entry_path: str,
         {"field_instruction": "instruction", "field_output": "output", **prompt_options}, question="field_instruction", answer="field_output",
         system="field_system", input="field_input",
     )  # fmt: skip
-    text = (
+    prompt_format = (
         str(prompt_options.get("no_input_format") or prompt_options.get("format") or "{instruction}\n")
         .replace("{input}", "")
         .replace("\\n", "\n")
     )
-    before, _, after = text.partition("{instruction}")
-    markers = TurnMarkers(("", "\n"), (before, after), ("", "{eos}"))
+    text_before, _, text_after = prompt_format.partition("{instruction}")
+    markers = TurnMarkers(("", "\n"), (text_before, text_after), ("", "{eos}"))
     return PromptStrategy("alpaca" if "input" in columns else "instruction", columns, f"jinja:{markers.to_jinja()}")
 
 
@@ -363,19 +365,19 @@ def _read_columns(draft: JobDraft, location: str, entry_path: str, entry: dict[s
 
 def _check_message_keys(draft: JobDraft, location: str, entry_path: str, entry: dict[str, Any]) -> None:
     mappings = entry.get("message_property_mappings") or {}
-    names = {
+    key_names_by_option = {
         "message_field_role": (entry.get("message_field_role") or mappings.get("role"), ROLE_KEYS),
         "message_field_content": (entry.get("message_field_content") or mappings.get("content"), CONTENT_KEYS),
     }
-    for option, (value, known_names) in names.items():
-        if value and value not in known_names:
+    for option, (key_name, supported_names) in key_names_by_option.items():
+        if key_name and key_name not in supported_names:
             draft.refuse_feature_at(
                 location,
                 f"{entry_path}.{option}",
-                f"messages whose key is {value} instead of {' or '.join(known_names)}",
+                f"messages whose key is {key_name} instead of {' or '.join(supported_names)}",
                 "rename the key in the data",
             )
-    renamed_keys = [key for key, value in mappings.items() if key not in ("role", "content") and key != value]
+    renamed_keys = [key for key, key_name in mappings.items() if key not in ("role", "content") and key != key_name]
     if renamed_keys:
         draft.refuse_feature_at(
             location,
@@ -385,9 +387,9 @@ def _check_message_keys(draft: JobDraft, location: str, entry_path: str, entry: 
         )
     for role, role_names in (entry.get("roles") or {}).items():
         unknown_names = [
-            source
-            for source in ([role_names] if isinstance(role_names, str) else role_names or [])
-            if source not in ROLE_NAMES.get(role, ())
+            role_name
+            for role_name in ([role_names] if isinstance(role_names, str) else role_names or [])
+            if role_name not in ROLE_NAMES.get(role, ())
         ]
         if unknown_names:
             draft.refuse_feature_at(
@@ -447,7 +449,7 @@ def _set_template(draft: JobDraft, option_key: str, templates: list[str]) -> Non
         return
     (template,) = templates
     if template.startswith("jinja:"):
-        _set_jinja(draft, option_key, template.removeprefix("jinja:"))
+        _set_jinja_template(draft, option_key, template.removeprefix("jinja:"))
     elif template.startswith("chat"):
         _set_chat_template(draft, option_key, template.partition(":")[2])
     elif template == "llama3":
@@ -469,7 +471,7 @@ def _set_chat_template(draft: JobDraft, option_key: str, name: str) -> None:
     name = name or str(given_template or "")
     template_key = "chat_template" if "chat_template" in draft.given_options else option_key
     if name == "jinja" or (jinja_text and not name):
-        _set_jinja(draft, "chat_template_jinja" if jinja_text else template_key, str(jinja_text or ""))
+        _set_jinja_template(draft, "chat_template_jinja" if jinja_text else template_key, str(jinja_text or ""))
         return
     if name.startswith("tokenizer_default_fallback_"):
         fallback_name = name.removeprefix("tokenizer_default_fallback_")
@@ -484,11 +486,11 @@ def _set_chat_template(draft: JobDraft, option_key: str, name: str) -> None:
         assign_chat_template(draft, template_key, {"llama-3": "llama3", "llama-2": "llama2"}.get(name, name))
 
 
-def _set_jinja(draft: JobDraft, option_key: str, text: str) -> None:
-    if "{" in text:
-        draft.assign("dataset.chatTemplate.text", text, option_key)
+def _set_jinja_template(draft: JobDraft, option_key: str, template_text: str) -> None:
+    if "{" in template_text:
+        draft.assign("dataset.chatTemplate.text", template_text, option_key)
     else:
         draft.refuse_feature(
-            option_key, f"reading the chat template from the file {text or '(none)'}",
+            option_key, f"reading the chat template from the file {template_text or '(none)'}",
             "store the file in a ConfigMap and give --set dataset.chatTemplate.configMapRef.name=NAME --set dataset.chatTemplate.configMapRef.key=KEY",
         )  # fmt: skip

@@ -20,13 +20,13 @@ CHAT_MODEL_PATTERN = re.compile(
 class TurnMarkers:
     """For each role, the text before and the text after each turn of this role.
 
-    `{eos}` stands for the end-of-sequence token. `start`: the name of a Jinja variable whose value is written before the first turn.
+    `{eos}` stands for the end-of-sequence token. `start_variable`: the name of a Jinja variable whose value is written before the first turn.
     """
 
     system: tuple[str, str]
     user: tuple[str, str]
     assistant: tuple[str, str]
-    start: str = ""
+    start_variable: str = ""
 
     def to_jinja(self) -> str:
         """Return the chat template for these markers. In the template, a `generation` block encloses each answer together with its end token."""
@@ -34,7 +34,7 @@ class TurnMarkers:
         answer += f"{{{{ message['content'] + {_to_jinja_expression(self.assistant[1])} }}}}{{% endgeneration %}}"
         system = f"{{{{ {_to_jinja_expression(self.system[0])} + message['content'] + {_to_jinja_expression(self.system[1])} }}}}"
         question = f"{{{{ {_to_jinja_expression(self.user[0])} + message['content'] + {_to_jinja_expression(self.user[1])} }}}}"
-        start = f"{{{{ {self.start} }}}}" if self.start else ""
+        start = f"{{{{ {self.start_variable} }}}}" if self.start_variable else ""
         return (
             f"{start}{{% for message in messages %}}{{% if message['role'] == 'assistant' %}}{answer}{{% elif message['role'] == 'system' %}}{system}"
             f"{{% else %}}{question}{{% endif %}}{{% endfor %}}{{% if add_generation_prompt %}}{{{{ {_to_jinja_expression(self.assistant[0])} }}}}{{% endif %}}"
@@ -43,13 +43,15 @@ class TurnMarkers:
 
 def _to_jinja_expression(text: str) -> str:
     """Return the Jinja expression for a text in which `{eos}` stands for the end-of-sequence token."""
-    parts = [json.dumps(part) for part in text.split("{eos}")]
-    return " + eos_token + ".join(parts)
+    json_parts = [json.dumps(part) for part in text.split("{eos}")]
+    return " + eos_token + ".join(json_parts)
 
 
-def _build_markers(start: str, end: str, close: str) -> TurnMarkers:
-    """Return markers for turns that begin with `start`, the role's name and `end`. The text `close` ends each turn."""
-    return TurnMarkers((f"{start}system{end}", close), (f"{start}user{end}", close), (f"{start}assistant{end}", close))
+def _build_markers(before_role: str, after_role: str, turn_end: str) -> TurnMarkers:
+    """Return markers for turns that begin with `before_role`, the role's name and `after_role`. The text `turn_end` ends each turn."""
+    return TurnMarkers(
+        (f"{before_role}system{after_role}", turn_end), (f"{before_role}user{after_role}", turn_end), (f"{before_role}assistant{after_role}", turn_end)
+    )  # fmt: skip
 
 
 MARKERS: Mapping[str, TurnMarkers] = {
@@ -71,7 +73,7 @@ MARKERS: Mapping[str, TurnMarkers] = {
 }  # fmt: skip
 """For the name of each simple chat template: the texts before and after the turns of each role."""
 
-FAMILIES: Mapping[str, tuple[str, str]] = {
+FAMILY_AND_MARKERS_BY_TEMPLATE: Mapping[str, tuple[str, str]] = {
     "alpaca": ("", "alpaca"), "chatml": ("", "chatml"), "default": ("", "human"), "vicuna": ("vicuna", "vicuna"), "metharme": ("", "metharme"),
     "zephyr": ("zephyr", "zephyr"), "llama2": ("llama-?2", "mistral"),
     "mistral": ("mistral|mixtral", "mistral"), "mistral_v1": ("mistral|mixtral", "mistral"), "mistral_v2v3": ("mistral|mixtral", "mistral"),
@@ -98,8 +100,8 @@ FAMILIES: Mapping[str, tuple[str, str]] = {
     "yuan": ("yuan", ""),
 }  # fmt: skip
 """For each template name: a pattern for the names of models whose tokenizer has this template, and the name in `MARKERS` for all other models."""
-FAMILIES_WITH_BASE_TEMPLATE = ("qwen", "phi", "jamba", "falcon_h1", "gpt_oss")
-"""If the name of a template begins with one of these words, base models of its family have the template too, not only chat models."""
+PREFIXES_WITH_BASE_TEMPLATE = ("qwen", "phi", "jamba", "falcon_h1", "gpt_oss")
+"""If the name of a template begins with one of these words, the template exists in base models of its family, too, and not only in chat models."""
 MULTIMODAL_TEMPLATE_PATTERN = "llava|pixtral|_vl|vision|qwen2_audio|_omni|paligemma|minicpm|mllama|glm4v|glm4_5v|glm_ocr|dots_ocr|moss_vl|video|intern_vl"
 
 
@@ -110,15 +112,15 @@ def assign_chat_template(draft: JobDraft, option_key: str, name: str) -> None:
     """
     model = str(draft.value("model.source", ""))
     plain_name = name.removesuffix("_nothink")
-    if plain_name not in FAMILIES:
+    if plain_name not in FAMILY_AND_MARKERS_BY_TEMPLATE:
         is_multimodal = re.search(MULTIMODAL_TEMPLATE_PATTERN, name) is not None
         feature = "training on images, video or audio" if is_multimodal else f"the chat template {name}"
         draft.refuse_feature(option_key, feature, "" if is_multimodal else _build_config_map_hint(), is_droppable=not is_multimodal)
         return
-    pattern, marker_name = FAMILIES[plain_name]
-    is_family = bool(pattern) and re.search(pattern, model, re.IGNORECASE) is not None
-    has_template = CHAT_MODEL_PATTERN.search(model) is not None or plain_name.startswith(FAMILIES_WITH_BASE_TEMPLATE)
-    if is_family and (has_template or not marker_name):
+    pattern, marker_name = FAMILY_AND_MARKERS_BY_TEMPLATE[plain_name]
+    is_model_of_family = bool(pattern) and re.search(pattern, model, re.IGNORECASE) is not None
+    has_template = CHAT_MODEL_PATTERN.search(model) is not None or plain_name.startswith(PREFIXES_WITH_BASE_TEMPLATE)
+    if is_model_of_family and (has_template or not marker_name):
         draft.add_reason(
             option_key, f"the chat template of the tokenizer of {model} is used, because the model belongs to the family of this template"
         )

@@ -19,7 +19,7 @@ from finetune_cli.suggestions import find_closest_name
 
 NUMBER_PATTERN = re.compile(r"^[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?$")
 INTEGER_PATTERN = re.compile(r"^[+-]?\d+$")
-MAX_DIGITS = 400
+MAX_NUMBER_LENGTH = 400
 """Maximum length of a string that is read as a number."""
 RUN_NAME_PATTERN = re.compile(r"^[^$#@&*!]*$")
 
@@ -38,7 +38,7 @@ Converter = Callable[[Any], Any]
 def _parse_number(value: Any) -> float | int | None:
     if isinstance(value, bool):
         return None
-    if isinstance(value, str) and len(value) <= MAX_DIGITS and NUMBER_PATTERN.match(value.strip()):
+    if isinstance(value, str) and len(value) <= MAX_NUMBER_LENGTH and NUMBER_PATTERN.match(value.strip()):
         value = int(value) if INTEGER_PATTERN.match(value.strip()) else float(value)
     return value if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)) else None
 
@@ -148,7 +148,7 @@ def to_text_matching(is_valid: Callable[[str], bool], problem: str, allowed_text
 
 
 def to_name_list(value: Any) -> list[str]:
-    """Convert a list of strings, or one comma-separated string."""
+    """Convert a list of strings, or one comma-separated string, to a list of names."""
     if isinstance(value, str):
         value = [part.strip() for part in value.strip("[]").split(",")]
     if not isinstance(value, list) or not value or not all(isinstance(name, str) and name for name in value):
@@ -164,7 +164,7 @@ def to_module_names(value: Any) -> list[str] | None:
 
 
 def to_layer_numbers(value: Any) -> list[int]:
-    """Convert a list of layer numbers."""
+    """Return a list of layer numbers unchanged, and refuse every other value."""
     if not isinstance(value, list) or not all(
         isinstance(layer, int) and not isinstance(layer, bool) and layer >= 0 for layer in value
     ):
@@ -173,7 +173,7 @@ def to_layer_numbers(value: Any) -> list[int]:
 
 
 def to_mapping(value: Any) -> dict[str, Any]:
-    """Convert a mapping."""
+    """Return a mapping unchanged, and refuse every other value."""
     if not isinstance(value, dict):
         raise ConversionError("is not a mapping", "a mapping of names to values")
     return value

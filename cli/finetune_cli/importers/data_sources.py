@@ -54,11 +54,11 @@ def assign_data_sources(draft: JobDraft, option_key: str, data_sources: list[Dat
     if not data_sources:
         return
     formats = {data_source.format for data_source in data_sources}
-    columns = [dict(data_source.columns) for data_source in data_sources]
+    column_mappings = [dict(data_source.columns) for data_source in data_sources]
     if len(formats) == 1 and data_sources[0].format and not draft.has_value("dataset.format"):
         draft.assign("dataset.format", data_sources[0].format, option_key)
-    if all(columns[0] == source_columns for source_columns in columns):
-        for name, column in columns[0].items():
+    if all(column_mappings[0] == other_mapping for other_mapping in column_mappings):
+        for name, column in column_mappings[0].items():
             draft.assign(f"dataset.columns.{name}", column, option_key)
     if "dataset.train" in draft.request.overrides or "dataset.mixture" in draft.request.overrides:
         draft.paths_without_default.add("dataset.train")
@@ -67,7 +67,7 @@ def assign_data_sources(draft: JobDraft, option_key: str, data_sources: list[Dat
     else:
         draft.assign(
             "dataset.mixture",
-            _build_mixture(draft, option_key, data_sources, len(formats) == 1, all(columns[0] == source_columns for source_columns in columns)),
+            _build_mixture(draft, option_key, data_sources, len(formats) == 1, all(column_mappings[0] == other_mapping for other_mapping in column_mappings)),
             option_key,
         )
     _assign_split_fractions(draft, option_key, data_sources)
@@ -87,14 +87,14 @@ def _build_mixture(
         )
     mixture_entries = []
     for data_source, weight in zip(data_sources, weights, strict=True):
-        item: dict[str, Any] = {"source": data_source.source}
+        mixture_entry: dict[str, Any] = {"source": data_source.source}
         if weight is not None:
-            item["weight"] = weight
+            mixture_entry["weight"] = weight
         if not has_same_format and data_source.format:
-            item["format"] = data_source.format
+            mixture_entry["format"] = data_source.format
         if not has_same_columns and data_source.columns:
-            item["columns"] = dict(data_source.columns)
-        mixture_entries.append(item)
+            mixture_entry["columns"] = dict(data_source.columns)
+        mixture_entries.append(mixture_entry)
     return mixture_entries
 
 

@@ -22,8 +22,8 @@ DEEPSPEED_KEYS = (
 
 def is_deepspeed(document: InputDocument) -> bool:
     """Return whether a document is a DeepSpeed configuration: a JSON object with keys of DeepSpeed and without the key `model`."""
-    value = peek_json(document)
-    return any(key in value for key in DEEPSPEED_KEYS) and "model" not in value
+    content = peek_json(document)
+    return any(key in content for key in DEEPSPEED_KEYS) and "model" not in content
 
 
 def read_deepspeed(draft: JobDraft, document: InputDocument) -> None:
@@ -34,7 +34,7 @@ def read_deepspeed(draft: JobDraft, document: InputDocument) -> None:
     content = parse_json(document)
     origin = ValueOrigin(document.name)
     zero_options = read_option_group(draft, content, "zero_optimization", origin)
-    options: dict[str, tuple[str, Any]] = {
+    key_and_value_by_path: dict[str, tuple[str, Any]] = {
         "distributed.deepspeed.zeroStage": ("zero_optimization.stage", zero_options.get("stage")),
         "training.maxGradNorm": ("gradient_clipping", content.get("gradient_clipping")),
         "training.batchSizePerDevice": (
@@ -46,7 +46,7 @@ def read_deepspeed(draft: JobDraft, document: InputDocument) -> None:
             content.get("gradient_accumulation_steps"),
         ),
     }
-    for path, (key, value) in options.items():
+    for path, (key, value) in key_and_value_by_path.items():
         if value is not None and value != "auto":
             assign_consistently(draft, path, key, value, origin)
     for path, key in (

@@ -92,7 +92,7 @@ def peek_mapping(document: InputDocument) -> dict[str, Any]:
 def _guess_keys(text: str) -> dict[str, Any]:
     """Return the keys that a simple scan finds in a file that is not valid YAML.
 
-    They are enough to select the importer, and the importer reports the syntax error.
+    These keys are enough to select the importer. The importer then reports the syntax error.
     """
     guessed_mapping: dict[str, Any] = {}
     section: dict[str, Any] = {}

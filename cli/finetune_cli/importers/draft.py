@@ -29,7 +29,7 @@ class OptionRow:
 
     `aliases`: other spellings of the key. `is_required`: whether the import refuses a file that does not have the option. `is_set_by_combine`:
     whether the tool's function `combine_options` sets the field. `path` then only names the field in messages. `is_secret`: whether the value is a
-    secret. The import stores a secret in a Kubernetes Secret, and never prints it. `no_effect`: the reason why the import ignores the option, which
+    secret. The import stores a secret in a Kubernetes Secret, and never prints it. `no_effect_reason`: why the import ignores the option, which
     the user reads in a warning. It is empty if the import uses the option. `empty_is_absent`: whether an empty or null value counts as no value.
     `missing_feature`: the feature that the option requests and a FineTuneJob does not have. The option is refused unless its value turns the feature
     off: a value in `NEUTRAL_VALUES` or `neutral_values`. `hint` says what to write instead.
@@ -42,7 +42,7 @@ class OptionRow:
     is_required: bool = False
     is_set_by_combine: bool = False
     is_secret: bool = False
-    no_effect: str = ""
+    no_effect_reason: str = ""
     empty_is_absent: bool = True
     missing_feature: str = ""
     hint: str = ""
@@ -135,6 +135,7 @@ class JobDraft:
     paths_of_invalid_keys: dict[str, str] = field(default_factory=dict)
     """For each key with an invalid value: the spec path of its field."""
     values: dict[str, AssignedValue] = field(default_factory=dict)
+    """The values of the fields, by spec path."""
     paths_without_default: set[str] = field(default_factory=set)
     """Spec paths for which the tool's defaults are ignored."""
     mistakes: list[Mistake] = field(default_factory=list)
@@ -147,6 +148,7 @@ class JobDraft:
     config_maps: dict[str, dict[str, str]] = field(default_factory=dict)
     """The content of each ConfigMap that the import creates, by the name of the ConfigMap."""
     annotations: dict[str, str] = field(default_factory=dict)
+    """The annotations of the FineTuneJob."""
     reasons: dict[str, str] = field(default_factory=dict)
     """For each key of the user that sets no field: the reason why it sets none."""
 
@@ -217,8 +219,8 @@ class JobDraft:
         keys = (keys,) if isinstance(keys, str) else keys
         options = [self.given_options[key] for key in keys if key in self.given_options]
         locations = ", ".join(dict.fromkeys(option.origin.location for option in options))
-        spellings = ", ".join(dict.fromkeys(option.key for option in options)) or ", ".join(keys)
-        self.mistakes.append(Mistake(locations or self.location, spellings, message, hint))
+        written_keys = ", ".join(dict.fromkeys(option.key for option in options)) or ", ".join(keys)
+        self.mistakes.append(Mistake(locations or self.location, written_keys, message, hint))
 
     def add_warning(self, message: str) -> None:
         """Record a message that asks the user to do or check something. The same message is recorded only once."""
@@ -238,8 +240,8 @@ class JobDraft:
         keys = (keys,) if isinstance(keys, str) else keys
         options = [self.given_options[key] for key in keys if key in self.given_options]
         locations = ", ".join(dict.fromkeys(option.origin.location for option in options)) or self.location
-        spellings = ", ".join(dict.fromkeys(option.key for option in options)) or ", ".join(keys)
-        self.refuse_feature_at(locations, spellings, feature, hint, is_droppable=is_droppable)
+        written_keys = ", ".join(dict.fromkeys(option.key for option in options)) or ", ".join(keys)
+        self.refuse_feature_at(locations, written_keys, feature, hint, is_droppable=is_droppable)
 
     def refuse_feature_at(self, location: str, option_key: str, feature: str, hint: str = "", *, is_droppable: bool = True) -> None:
         """Record a mistake about a key whose feature a FineTuneJob does not have. With `--drop-unsupported`, record a warning instead."""
@@ -286,9 +288,9 @@ class JobDraft:
 
 @dataclass(frozen=True)
 class Importer:
-    """The import of one tool's files.
+    """The importer of one tool.
 
-    It has the options and defaults of the tool, and the functions that recognise its files, read them and combine their options.
+    It has the options and defaults of the tool, and the functions that recognise the tool's files, read them and combine their options.
     """
 
     name: str

@@ -43,7 +43,7 @@ METRIC_BY_NAME = {
 }  # fmt: skip
 PRECISION_BY_DTYPE = {"float16": "float16", "bfloat16": "bfloat16", "float32": "float32"}
 FIXED_FILES_REASON = "the job writes metrics and reports to files with fixed names"
-MAX_SHOWN_CHARACTERS = 12
+MAX_SHOWN_WORD_LENGTH = 12
 to_folder_name = to_text_matching(
     lambda t: bool(re.match(r"^[\w.-]+$", t)), "cannot be a folder's name", "letters, digits, _ . -"
 )
@@ -94,16 +94,16 @@ OPTION_TABLE: tuple[OptionRow, ...] = (
     OptionRow("COMPARISON_TEMPERATURE", "evaluation.comparison.generation.temperature", to_number(0, 10)),
     OptionRow("COMPARISON_TOP_P", "evaluation.comparison.generation.topP", to_number(0, 1, exclusive_low=0)),
     OptionRow("COMPARISON_DO_SAMPLE", "evaluation.comparison.generation.doSample", to_boolean),
-    OptionRow("COMPARISON_OUTPUT", no_effect=FIXED_FILES_REASON),
+    OptionRow("COMPARISON_OUTPUT", no_effect_reason=FIXED_FILES_REASON),
     OptionRow("TRACK_METRICS", "evaluation.metrics", is_set_by_combine=True),
     OptionRow("METRICS", "evaluation.metrics", to_list_of(to_choice(METRIC_BY_NAME)), is_set_by_combine=True),
-    OptionRow("METRICS_PATH", no_effect=FIXED_FILES_REASON),
-    OptionRow("REPORT_PATH", no_effect=FIXED_FILES_REASON),
+    OptionRow("METRICS_PATH", no_effect_reason=FIXED_FILES_REASON),
+    OptionRow("REPORT_PATH", no_effect_reason=FIXED_FILES_REASON),
     OptionRow("LOG_INTERVAL", "tracking.loggingSteps", to_integer(1)),
     OptionRow("MONGODB_ENABLED", "tracking.reportTo", to_boolean, is_set_by_combine=True),
     OptionRow("MONGODB_URI", "tracking.mongodb.uriSecretRef", is_set_by_combine=True, is_secret=True),
     OptionRow("MONGODB_DB_NAME", "tracking.mongodb.database"),
-    OptionRow("MONGODB_COLLECTION_PREFIX", no_effect="the trainer gives the collections fixed names"),
+    OptionRow("MONGODB_COLLECTION_PREFIX", no_effect_reason="the trainer gives the collections fixed names"),
 )  # fmt: skip
 
 
@@ -186,7 +186,7 @@ def read_options(draft: JobDraft) -> Iterator[OptionEntry]:
 def _read_file(document: InputDocument, draft: JobDraft) -> Iterator[OptionEntry]:
     from dotenv.parser import parse_stream
 
-    values: dict[str, str] = {}
+    values_by_key: dict[str, str] = {}
     for binding in parse_stream(io.StringIO(document.text)):
         line = binding.original.line + _count_leading_lines(binding.original.string)
         location = f"{document.name}:{line}"
@@ -205,8 +205,8 @@ def _read_file(document: InputDocument, draft: JobDraft) -> Iterator[OptionEntry
             hint = f"write {name}=value, or {name}= to leave it unset"
             draft.mistakes.append(Mistake(location, name, "the line has no `=` and no value", hint))
         elif binding.key is not None and binding.value is not None:
-            value = _expand_variables(binding.value, values, draft, location, binding.key)
-            values[binding.key] = value
+            value = _expand_variables(binding.value, values_by_key, draft, location, binding.key)
+            values_by_key[binding.key] = value
             yield OptionEntry(binding.key, value.strip(), ValueOrigin(location))
 
 
@@ -217,15 +217,15 @@ def _count_leading_lines(text: str) -> int:
 
 def _shorten_line(line: str) -> str:
     """Shorten an invalid line for a message. If the line is a single long word, keep only its first two characters, because the word may be a secret."""
-    if " " not in line and len(line) > MAX_SHOWN_CHARACTERS:
+    if " " not in line and len(line) > MAX_SHOWN_WORD_LENGTH:
         return line[:2] + "..."
     return line if len(line) <= 40 else line[:37] + "..."
 
 
-def _expand_variables(value: str, values: dict[str, str], draft: JobDraft, location: str, option_key: str) -> str:
+def _expand_variables(value: str, earlier_values: dict[str, str], draft: JobDraft, location: str, option_key: str) -> str:
     from dotenv.variables import parse_variables
 
-    variables = {**draft.request.environment, **values}
+    variables = {**draft.request.environment, **earlier_values}
     parts = list(parse_variables(value))
     for part in parts:
         name = getattr(part, "name", None)
@@ -293,11 +293,11 @@ def combine_options(draft: JobDraft) -> None:
 
 
 def _set_token(draft: JobDraft) -> None:
-    token, use_auth_token = draft.given_options.get("HUGGINGFACE_TOKEN"), draft.get("USE_AUTH_TOKEN")
-    if token is not None and use_auth_token is False:
+    token_option, use_auth_token = draft.given_options.get("HUGGINGFACE_TOKEN"), draft.get("USE_AUTH_TOKEN")
+    if token_option is not None and use_auth_token is False:
         draft.warn_no_effect("HUGGINGFACE_TOKEN", "USE_AUTH_TOKEN is false")
-    elif token is not None:
-        draft.assign("model.tokenSecretRef", draft.store_secret("hf-token", token.value), "HUGGINGFACE_TOKEN")
+    elif token_option is not None:
+        draft.assign("model.tokenSecretRef", draft.store_secret("hf-token", token_option.value), "HUGGINGFACE_TOKEN")
     elif use_auth_token and "model.tokenSecretRef" not in draft.request.overrides:
         location = draft.given_options["USE_AUTH_TOKEN"].origin.location
         message = "USE_AUTH_TOKEN is true, but no token is given: if the model is gated, set model.tokenSecretRef"
@@ -330,17 +330,17 @@ def _set_split(draft: JobDraft) -> None:
         return
     if any(key in draft.paths_of_invalid_keys for key in ratio_keys):
         return
-    total = sum(given_ratios.values())
+    ratio_sum = sum(given_ratios.values())
     key_names = "+".join(given_ratios)
-    if len(given_ratios) == 3 and abs(total - 1) > 1e-6:
+    if len(given_ratios) == 3 and abs(ratio_sum - 1) > 1e-6:
         draft.add_mistake(
             tuple(given_ratios),
-            f"{key_names} = {total:g}, but must be 1",
+            f"{key_names} = {ratio_sum:g}, but must be 1",
             "change a ratio, or remove one, which the import then sets to the rest",
         )
         return
-    if total > 1 + 1e-6:
-        draft.add_mistake(tuple(given_ratios), f"{key_names} = {total:g}, but must be at most 1", "reduce the ratios")
+    if ratio_sum > 1 + 1e-6:
+        draft.add_mistake(tuple(given_ratios), f"{key_names} = {ratio_sum:g}, but must be at most 1", "reduce the ratios")
         return
     ratios_by_key = _complete_ratios(given_ratios)
     if ratios_by_key["TRAIN_RATIO"] <= 0:
@@ -349,11 +349,11 @@ def _set_split(draft: JobDraft) -> None:
         )
         return
     for key, value in ratios_by_key.items():
-        part = {"TRAIN_RATIO": "train", "VAL_RATIO": "validation", "TEST_RATIO": "test"}[key]
+        split_name = {"TRAIN_RATIO": "train", "VAL_RATIO": "validation", "TEST_RATIO": "test"}[key]
         if key in given_ratios:
-            draft.assign(f"dataset.split.{part}", value, key)
+            draft.assign(f"dataset.split.{split_name}", value, key)
         else:
-            draft.assign_default(f"dataset.split.{part}", value, "the rest of the rows" if given_ratios else "documented default")
+            draft.assign_default(f"dataset.split.{split_name}", value, "the rest of the rows" if given_ratios else "documented default")
     if "SPLIT_SEED" in draft.given_options:
         draft.assign("dataset.split.seed", draft.get("SPLIT_SEED"), "SPLIT_SEED")
     else:
@@ -382,16 +382,16 @@ def _complete_ratios(given_ratios: dict[str, float]) -> dict[str, float]:
 
 
 def _set_method(draft: JobDraft) -> None:
-    technique, in_4bit = draft.get("TECHNIQUE", "lora"), draft.get("LOAD_IN_4BIT")
+    technique, loads_in_4bit = draft.get("TECHNIQUE", "lora"), draft.get("LOAD_IN_4BIT")
     if "TECHNIQUE" in draft.paths_of_invalid_keys:
         return
-    if technique == "qlora" and in_4bit is False:
+    if technique == "qlora" and loads_in_4bit is False:
         draft.add_mistake(
             ("TECHNIQUE", "LOAD_IN_4BIT"),
             "qlora loads the base model in 4 bits, but LOAD_IN_4BIT is false",
             "remove LOAD_IN_4BIT, or write TECHNIQUE=lora",
         )
-    if technique == "lora" and in_4bit:
+    if technique == "lora" and loads_in_4bit:
         draft.add_note("TECHNIQUE lora with LOAD_IN_4BIT true is QLoRA and is imported as qlora")
         technique = "qlora"
     if technique == "adapter":
@@ -409,8 +409,8 @@ def _set_method(draft: JobDraft) -> None:
         draft.assign("method.type", technique, "TECHNIQUE")
     else:
         draft.assign_default("method.type", technique)
-    if in_4bit or technique == "qlora":
-        draft.assign("model.quantization.bits", 4, "LOAD_IN_4BIT" if in_4bit else "TECHNIQUE")
+    if loads_in_4bit or technique == "qlora":
+        draft.assign("model.quantization.bits", 4, "LOAD_IN_4BIT" if loads_in_4bit else "TECHNIQUE")
         draft.assign_default("model.quantization.type", "nf4")
 
 
@@ -435,12 +435,12 @@ def _set_intervals(draft: JobDraft) -> None:
     With validation data, the tool evaluates and saves a checkpoint every EVAL_STEPS steps. Otherwise, SAVE_STRATEGY sets when it saves.
     """
     steps, save_strategy = draft.get("EVAL_STEPS", 100), draft.get("SAVE_STRATEGY")
-    origin = draft.given_options["EVAL_STEPS"].origin if "EVAL_STEPS" in draft.given_options else None
+    has_eval_steps = "EVAL_STEPS" in draft.given_options
     if _has_validation_data(draft):
         draft.assign_default("evaluation.strategy", "steps", "hard-coded in the tool")
         draft.assign_default("checkpoint.strategy", "steps", "hard-coded in the tool")
         for path in ("evaluation.steps", "checkpoint.steps"):
-            if origin:
+            if has_eval_steps:
                 draft.assign(path, steps, "EVAL_STEPS")
             else:
                 draft.assign_default(path, steps, "documented default")
@@ -452,8 +452,8 @@ def _set_intervals(draft: JobDraft) -> None:
     else:
         draft.assign("checkpoint.strategy", save_strategy, "SAVE_STRATEGY")
     if save_strategy == "steps":
-        draft.assign("checkpoint.steps", steps, "EVAL_STEPS" if origin else "SAVE_STRATEGY")
-    elif origin and "dataset.split" not in {m.key for m in draft.mistakes} and not draft.paths_of_invalid_keys:
+        draft.assign("checkpoint.steps", steps, "EVAL_STEPS" if has_eval_steps else "SAVE_STRATEGY")
+    elif has_eval_steps and "dataset.split" not in {m.key for m in draft.mistakes} and not draft.paths_of_invalid_keys:
         draft.warn_no_effect("EVAL_STEPS", "there is no validation data")
 
 

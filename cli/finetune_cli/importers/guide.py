@@ -1,4 +1,4 @@
-"""`guide`: the importer for the configuration of one fine-tuning guide's script: a flat or nested YAML file, and the flags of the script."""
+"""`guide`: the importer for the script of a fine-tuning guide. The script is configured with a flat or nested YAML file, and with flags."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def to_positive_number(value: Any) -> float | int:
 OPTION_TABLE: tuple[OptionRow, ...] = (
     OptionRow("model", "model.source", aliases=("base_model.name", "--model"), is_required=True, is_set_by_combine=True),
     OptionRow("base_model.dtype", "model.dtype", to_choice(DTYPE_BY_NAME)),
-    OptionRow("base_model.device_map", no_effect=DEVICE_MAP_REASON),
+    OptionRow("base_model.device_map", no_effect_reason=DEVICE_MAP_REASON),
     OptionRow("base_model.trust_remote_code", "model.trustRemoteCode", to_boolean),
     OptionRow("lora_r", "method.lora.rank", to_integer(1), ("lora.r", "--lora-r")),
     OptionRow("lora_alpha", "method.lora.alpha", to_positive_number, ("lora.lora_alpha",)),
@@ -97,13 +97,13 @@ OPTION_TABLE: tuple[OptionRow, ...] = (
     OptionRow("training.logging_first_step", "tracking.logFirstStep", to_boolean),
     OptionRow("training.eval_strategy", "evaluation.strategy", to_choice(["steps", "epoch", "no"])),
     OptionRow("training.eval_steps", "evaluation.steps", to_integer(1), is_set_by_combine=True),
-    OptionRow("training.eval_accumulation_steps", convert=keep_value, no_effect="the trainer does not accumulate evaluation outputs"),
+    OptionRow("training.eval_accumulation_steps", convert=keep_value, no_effect_reason="the trainer does not accumulate evaluation outputs"),
     OptionRow("training.save_strategy", "checkpoint.strategy", to_choice(["steps", "epoch", "no"])),
     OptionRow("training.save_steps", "checkpoint.steps", to_integer(1)),
     OptionRow("training.save_total_limit", "checkpoint.keep", to_integer(1)),
     OptionRow("training.load_best_model_at_end", "checkpoint.loadBestAtEnd", to_boolean),
     OptionRow("training.output_dir", "output.dir", aliases=("--output",), is_set_by_combine=True),
-    OptionRow("training.overwrite_output_dir", convert=to_boolean, no_effect="every run writes to its own folder"),
+    OptionRow("training.overwrite_output_dir", convert=to_boolean, no_effect_reason="every run writes to its own folder"),
     OptionRow("training.report_to", "tracking.reportTo", to_choice(TRACKERS_BY_NAME), is_set_by_combine=True, empty_is_absent=False),
     OptionRow("training.seed", "training.seed", to_integer(0, 4294967295)),
     OptionRow("--data", "dataset.train", is_set_by_combine=True),
@@ -128,13 +128,13 @@ OPTION_TABLE: tuple[OptionRow, ...] = (
     OptionRow("inference.top_p", f"{GENERATION_PATH}.topP", to_number(0, 1, exclusive_low=0)),
     OptionRow("inference.top_k", f"{GENERATION_PATH}.topK", to_integer(0)),
     OptionRow("inference.do_sample", f"{GENERATION_PATH}.doSample", to_boolean),
-    OptionRow("inference.num_beams", convert=to_integer(1), no_effect="generation is greedy or sampled, without beam search"),
+    OptionRow("inference.num_beams", convert=to_integer(1), no_effect_reason="generation is greedy or sampled, without beam search"),
     OptionRow("inference.repetition_penalty", f"{GENERATION_PATH}.repetitionPenalty", to_number(exclusive_low=0)),
     OptionRow("post_training.merge_adapter", "output.mergeAdapter", to_boolean, ("--merge",)),
     OptionRow("post_training.push_to_hub", "output.hub.push", to_boolean),
     OptionRow("post_training.hub_model_id", "output.hub.repository"),
     OptionRow("templates", "dataset.template", to_mapping, is_set_by_combine=True),
-    OptionRow("requirements", convert=keep_value, no_effect="the group only documents memory requirements"),
+    OptionRow("requirements", convert=keep_value, no_effect_reason="the group only documents memory requirements"),
 )  # fmt: skip
 HARD_CODED_REASON = "hard-coded in the tool"
 
@@ -294,15 +294,15 @@ def _set_target_modules(draft: JobDraft) -> None:
         if given_option.value is not None:
             draft.assign("method.lora.targetModules", given_option.value, "target_modules")
         return
-    source = str(draft.value("model.source", ""))
-    name = re.sub(r"[^a-z0-9]", "", source.lower())
+    model_source = str(draft.value("model.source", ""))
+    normalised_source = re.sub(r"[^a-z0-9]", "", model_source.lower())
     family_names = sorted(given_option.value, key=len, reverse=True)
-    matched_family = next((family for family in family_names if re.sub(r"[^a-z0-9]", "", family.lower()) in name), None)
+    matched_family = next((family for family in family_names if re.sub(r"[^a-z0-9]", "", family.lower()) in normalised_source), None)
     matched_family = matched_family or next((family for family in family_names if family in ("default", "auto")), None)
     if matched_family is None:
         draft.add_mistake(
             "target_modules",
-            f"none of the model families {', '.join(given_option.value)} occurs in the model name {source}",
+            f"none of the model families {', '.join(given_option.value)} occurs in the model name {model_source}",
             "write a list",
         )
         return
@@ -310,26 +310,26 @@ def _set_target_modules(draft: JobDraft) -> None:
         draft.assign("method.lora.targetModules", to_module_names(given_option.value[matched_family]), "target_modules")
     except ConversionError as error:
         draft.add_mistake("target_modules", f"{matched_family} {error.problem}", f"allowed: {error.allowed}")
-    draft.add_note(f"target_modules: the list for {matched_family} is used for {source}")
+    draft.add_note(f"target_modules: the list for {matched_family} is used for {model_source}")
 
 
 def _set_precision(draft: JobDraft) -> None:
-    fp16, bf16 = "training.fp16", "training.bf16"
-    if draft.get(fp16) and draft.get(bf16):
-        draft.add_mistake((fp16, bf16), "fp16 and bf16 are both true", "set one of them to false")
+    fp16_key, bf16_key = "training.fp16", "training.bf16"
+    if draft.get(fp16_key) and draft.get(bf16_key):
+        draft.add_mistake((fp16_key, bf16_key), "fp16 and bf16 are both true", "set one of them to false")
         return
-    if draft.get(bf16):
-        draft.assign("training.mixedPrecision", "bf16", bf16)
+    if draft.get(bf16_key):
+        draft.assign("training.mixedPrecision", "bf16", bf16_key)
         if draft.get("base_model.dtype") == "float16":
             given_option = draft.given_options["base_model.dtype"]
             draft.add_warning(
                 f"{given_option.origin.location}: {given_option.key}: float16 weights do not fit bf16 training, so the job uses bfloat16"
             )
-            draft.assign("model.dtype", "bfloat16", bf16)
-    elif draft.get(fp16):
-        draft.assign("training.mixedPrecision", "fp16", fp16)
-    elif draft.get(bf16) is False:
-        draft.assign("training.mixedPrecision", "no", bf16)
+            draft.assign("model.dtype", "bfloat16", bf16_key)
+    elif draft.get(fp16_key):
+        draft.assign("training.mixedPrecision", "fp16", fp16_key)
+    elif draft.get(bf16_key) is False:
+        draft.assign("training.mixedPrecision", "no", bf16_key)
 
 
 def _set_data(draft: JobDraft) -> None:
@@ -343,11 +343,11 @@ def _set_data(draft: JobDraft) -> None:
         if draft.get("dataset.eval_size") == 0:
             draft.values.pop("dataset.split.validation")
             draft.values.pop("dataset.split.seed")
-    templates = draft.given_options.get("templates")
+    template_option = draft.given_options.get("templates")
     if draft.get("dataset.format") == "custom":
         _set_template(draft)
-    elif templates is not None:
-        draft.add_warning(f"{templates.origin.location}: templates has no effect: dataset.format is not custom")
+    elif template_option is not None:
+        draft.add_warning(f"{template_option.origin.location}: templates has no effect: dataset.format is not custom")
 
 
 def _set_template(draft: JobDraft) -> None:
@@ -396,7 +396,6 @@ def _set_callbacks(draft: JobDraft) -> None:
         )
     elif draft.has_key("training.report_to") and "training.report_to" not in draft.paths_of_invalid_keys:
         draft.assign_default("tracking.reportTo", [], "report_to is null")
-    early_stopping_keys = ("patience", "threshold")
     if draft.get("callbacks.early_stopping.enabled"):
         draft.assign(
             "training.earlyStopping.patience",
@@ -409,7 +408,7 @@ def _set_callbacks(draft: JobDraft) -> None:
             "callbacks.early_stopping.enabled",
         )
         return
-    for name in early_stopping_keys:
+    for name in ("patience", "threshold"):
         given_option = draft.given_options.get(f"callbacks.early_stopping.{name}")
         if given_option is not None:
             draft.warn_no_effect(given_option.option_row.key, "early stopping is not enabled")

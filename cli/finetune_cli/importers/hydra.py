@@ -22,7 +22,7 @@ from finetune_cli.importers.hydra_compose import (
     has_dashed_flags,
     list_group_options,
     normalise_key,
-    read_composed,
+    read_composed_options,
     read_default_options,
     split_hydra_flags,
 )
@@ -153,7 +153,7 @@ def recognises_input(documents: tuple[InputDocument, ...], command_words: tuple[
         model = content.get("model")
         if any(isinstance(content.get(group), dict) for group in TRAINING_GROUP_NAMES[:2]):
             return True
-        if any(mark in content for mark in RECOGNISED_KEYS) or any(
+        if any(key in content for key in RECOGNISED_KEYS) or any(
             isinstance(entry, str) and re.match(r"^(training_configs?|training)(:|$)", str(entry))
             for entry in content.get("defaults") or []
         ):
@@ -171,8 +171,8 @@ def read_options(draft: JobDraft) -> Iterator[OptionEntry]:
     """Yield the options of files, overrides and dashed flags. The words `None` and `null`, in any letter case, count as no value."""
     for entry in _read_entries(draft):
         is_none = entry.value is None or str(entry.value).strip().lower() in ("none", "null")
-        value = "none" if normalise_key(entry.key).endswith("report_to") else None
-        yield replace(entry, value=value) if is_none else entry
+        value_for_none = "none" if normalise_key(entry.key).endswith("report_to") else None
+        yield replace(entry, value=value_for_none) if is_none else entry
 
 
 def _read_entries(draft: JobDraft) -> Iterator[OptionEntry]:
@@ -192,10 +192,10 @@ def _read_entries(draft: JobDraft) -> Iterator[OptionEntry]:
         return
     if uses_dashed_flags:
         if base_documents:
-            yield from read_composed(draft, base_documents[0], [], config_name)
+            yield from read_composed_options(draft, base_documents[0], [], config_name)
         yield from _read_flags(draft, command_words)
     elif base_documents:
-        yield from read_composed(draft, base_documents[0], command_words, config_name)
+        yield from read_composed_options(draft, base_documents[0], command_words, config_name)
     else:
         yield from read_default_options(draft, command_words, DEFAULT_CONFIG)
 
@@ -310,8 +310,8 @@ def _set_objective(draft: JobDraft) -> None:
         path = {"dpo": "trainer.dpo.beta", "grpo": "trainer.grpo.beta"}.get(trainer)
         _assign_or_warn(draft, "training_config.beta", path)
     for key in ("num_generations", "temperature"):
-        name = {"num_generations": "numGenerations"}.get(key, key)
-        _assign_or_warn(draft, f"training_config.{key}", f"trainer.grpo.{name}" if trainer == "grpo" else None)
+        field_name = {"num_generations": "numGenerations"}.get(key, key)
+        _assign_or_warn(draft, f"training_config.{key}", f"trainer.grpo.{field_name}" if trainer == "grpo" else None)
     if trainer != "sft":
         _set_completion_length(draft)
     if trainer == "grpo":

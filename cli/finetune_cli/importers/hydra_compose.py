@@ -42,26 +42,26 @@ def split_hydra_flags(draft: JobDraft, command_words: list[str]) -> tuple[list[s
 
     The flags for the configuration folder are ignored, because the user gives this folder as an argument of `finetune import`.
     """
-    remaining, overrides, name = list(command_words), [], "config"
-    while remaining:
-        word, equals, value = remaining[0].partition("=")
+    remaining_words, kept_words, config_name = list(command_words), [], "config"
+    while remaining_words:
+        word, equals, value = remaining_words[0].partition("=")
         if word not in (*CONFIG_NAME_FLAGS, *CONFIG_FOLDER_FLAGS):
-            overrides.append(remaining.pop(0))
+            kept_words.append(remaining_words.pop(0))
             continue
-        remaining.pop(0)
-        if not equals and remaining:
-            value = remaining.pop(0)
+        remaining_words.pop(0)
+        if not equals and remaining_words:
+            value = remaining_words.pop(0)
         if not value:
             draft.mistakes.append(Mistake("command line", word, "the value is missing", f"write {word} VALUE"))
         elif word in CONFIG_NAME_FLAGS:
-            name = value.removesuffix(".yaml")
-    return overrides, name
+            config_name = value.removesuffix(".yaml")
+    return kept_words, config_name
 
 
 def has_dashed_flags(command_words: Iterable[str]) -> bool:
     """Return whether the command line is for an older release of the tool: it then has dashed flags that do not belong to Hydra."""
-    names = (word.partition("=")[0] for word in command_words)
-    return any(name.startswith("--") and name not in (*CONFIG_NAME_FLAGS, *CONFIG_FOLDER_FLAGS) for name in names)
+    flag_names = (word.partition("=")[0] for word in command_words)
+    return any(name.startswith("--") and name not in (*CONFIG_NAME_FLAGS, *CONFIG_FOLDER_FLAGS) for name in flag_names)
 
 
 def find_config_file(folder: Path, name: str = "config") -> Path | None:
@@ -72,47 +72,47 @@ def find_config_file(folder: Path, name: str = "config") -> Path | None:
 
 def list_group_options(folder: Path) -> Iterator[tuple[str, list[str]]]:
     """Yield the name of each Hydra group in a folder, and the names of its options. Each option of a group is a file with this name."""
-    for base in (folder, folder / "configs", folder / "conf"):
+    for base_folder in (folder, folder / "configs", folder / "conf"):
         for group in ("dataset", *TRAINING_GROUP_NAMES):
-            names = sorted(path.stem for path in (base / group).glob("*.yaml"))
-            if names:
-                yield group, names
+            option_names = sorted(path.stem for path in (base_folder / group).glob("*.yaml"))
+            if option_names:
+                yield group, option_names
 
 
-def read_default_options(draft: JobDraft, command_words: list[str], values: dict[str, Any]) -> Iterator[OptionEntry]:
-    """Apply the overrides to the configuration that the tool ships, and yield its options. `values`: the shipped values, by dotted key."""
+def read_default_options(draft: JobDraft, command_words: list[str], shipped_values: dict[str, Any]) -> Iterator[OptionEntry]:
+    """Apply the overrides to the configuration that the tool ships, and yield its options. `shipped_values`: its values, by dotted key."""
     draft.add_note("no file is given, so the overrides apply to the tool's own configuration")
     shipped_config: dict[str, Any] = {"dataset": {}, "training_config": {}}
-    for key, value in values.items():
+    for key, value in shipped_values.items():
         group, _, name = key.partition(".")
         shipped_config[group][name] = value
     from omegaconf import OmegaConf
 
-    valid_overrides = _select_valid_overrides(draft, command_words, frozenset(values), frozenset())
+    valid_overrides = _select_valid_overrides(draft, command_words, frozenset(shipped_values), frozenset())
     yield from _iterate_entries(
         draft, _apply_overrides(OmegaConf.create(shipped_config), valid_overrides), "the tool's own configuration", _list_override_locations(command_words)
     )
 
 
-def read_composed(draft: JobDraft, document: InputDocument, command_words: list[str], config_name: str) -> Iterator[OptionEntry]:
+def read_composed_options(draft: JobDraft, document: InputDocument, command_words: list[str], config_name: str) -> Iterator[OptionEntry]:
     """Compose one file or folder with Hydra, apply the overrides, and yield the resulting options."""
     from omegaconf.errors import OmegaConfBaseException
 
-    path = find_config_file(document.path, config_name) if document.is_folder else document.path
+    primary_path = find_config_file(document.path, config_name) if document.is_folder else document.path
     locations: dict[str, str] = {}
-    if path is None and config_name != "config":
+    if primary_path is None and config_name != "config":
         draft.mistakes.append(
             Mistake(document.name, "--config-name", f"the folder has no {config_name}.yaml", "give another name")
         )
         return
     try:
-        if path is None:
+        if primary_path is None:
             composed_config = _read_group_folder(draft, document, command_words, locations)
         else:
-            primary = InputDocument(path, read_text(path)) if document.is_folder else document
-            parsed_file = parse_document(primary)
-            composed_config = _read_primary_file(draft, primary, parsed_file, command_words, locations)
-            locations |= _list_line_locations(primary.name, parsed_file)
+            primary_document = InputDocument(primary_path, read_text(primary_path)) if document.is_folder else document
+            parsed_file = parse_document(primary_document)
+            composed_config = _read_primary_file(draft, primary_document, parsed_file, command_words, locations)
+            locations |= _list_line_locations(primary_document.name, parsed_file)
     except OmegaConfBaseException as error:
         raise InvalidInput(
             [Mistake(document.name, "", f"the configuration cannot be read: {str(error).splitlines()[0]}")]
@@ -175,16 +175,16 @@ def _read_primary_file(draft: JobDraft, document: InputDocument, parsed_file: Tr
             ]
         )
     is_flat = not any(isinstance(value, dict) for value in parsed_file.value.values())
-    value: dict[str, Any] = {"training_config": parsed_file.value} if is_flat else parsed_file.value
-    valid_overrides = _select_valid_overrides(draft, command_words, _list_keys(value), frozenset())
+    options_by_group: dict[str, Any] = {"training_config": parsed_file.value} if is_flat else parsed_file.value
+    valid_overrides = _select_valid_overrides(draft, command_words, _list_keys(options_by_group), frozenset())
     loaded_config = OmegaConf.create(document.text)
     return _apply_overrides(OmegaConf.create({"training_config": loaded_config}) if is_flat else loaded_config, valid_overrides)
 
 
-def _list_keys(value: dict[str, Any]) -> frozenset[str]:
+def _list_keys(options_by_group: dict[str, Any]) -> frozenset[str]:
     return frozenset(
-        f"{group}.{key}" for group, options in value.items() if isinstance(options, dict) for key in options
-    ) | frozenset(value)
+        f"{group}.{key}" for group, options in options_by_group.items() if isinstance(options, dict) for key in options
+    ) | frozenset(options_by_group)
 
 
 def _parse_overrides(draft: JobDraft, command_words: list[str]) -> list[Any]:
@@ -192,7 +192,7 @@ def _parse_overrides(draft: JobDraft, command_words: list[str]) -> list[Any]:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
-    parser, result = OverridesParser.create(), []
+    parser, parsed_overrides = OverridesParser.create(), []
     for word in command_words:
         if word in ("-m", "--multirun"):
             draft.mistakes.append(
@@ -226,8 +226,8 @@ def _parse_overrides(draft: JobDraft, command_words: list[str]) -> list[Any]:
                 )
             )
             continue
-        result.append(override)
-    return result
+        parsed_overrides.append(override)
+    return parsed_overrides
 
 
 def _select_valid_overrides(draft: JobDraft, command_words: list[str], present_keys: frozenset[str], groups: frozenset[str]) -> list[str]:
@@ -239,9 +239,9 @@ def _select_valid_overrides(draft: JobDraft, command_words: list[str], present_k
     valid_overrides: list[str] = []
     known_keys = {normalise_key(option_row.key) for option_row in draft.option_table}
     for override in _parse_overrides(draft, command_words):
-        key, line = override.key_or_group, str(override.input_line)
+        key, override_line = override.key_or_group, str(override.input_line)
         if key in groups:
-            valid_overrides.append(line)
+            valid_overrides.append(override_line)
             continue
         if normalise_key(key) not in known_keys:
             closest_key = find_closest_name(
@@ -249,7 +249,7 @@ def _select_valid_overrides(draft: JobDraft, command_words: list[str], present_k
                 [
                     spelling
                     for key_of_tool in sorted(known_keys)
-                    for spelling in (key_of_tool, *(key_of_tool.replace("training_config", g, 1) for g in TRAINING_GROUP_NAMES))
+                    for spelling in (key_of_tool, *(key_of_tool.replace("training_config", group_name, 1) for group_name in TRAINING_GROUP_NAMES))
                 ],
             )
             plus_hint = "; + can only add keys of this tool" if override.is_add() else ""
@@ -259,7 +259,7 @@ def _select_valid_overrides(draft: JobDraft, command_words: list[str], present_k
                 )
             )
         elif override.is_delete() or override.is_force_add():
-            valid_overrides.append(line)
+            valid_overrides.append(override_line)
         elif override.is_add() and key in present_keys:
             draft.mistakes.append(
                 Mistake("command line", f"+{key}", "the key already exists", f"write {key}=... without +")
@@ -269,16 +269,16 @@ def _select_valid_overrides(draft: JobDraft, command_words: list[str], present_k
                 Mistake("command line", key, "the key is not in the file", f"write +{key}=... to add it")
             )
         else:
-            valid_overrides.append(line)
+            valid_overrides.append(override_line)
     return valid_overrides
 
 
-def _apply_overrides(composed_config: Any, command_words: list[str]) -> Any:
+def _apply_overrides(composed_config: Any, valid_overrides: list[str]) -> Any:
     """Apply overrides to a configuration that is already composed, and return it."""
     from hydra._internal.config_loader_impl import ConfigLoaderImpl
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    ConfigLoaderImpl._apply_overrides_to_config(OverridesParser.create().parse_overrides(command_words), composed_config)
+    ConfigLoaderImpl._apply_overrides_to_config(OverridesParser.create().parse_overrides(valid_overrides), composed_config)
     return composed_config
 
 
@@ -295,8 +295,8 @@ def _compose_config(draft: JobDraft, folder: Path, name: str | None, command_wor
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(config_dir=str(folder.resolve()), version_base="1.3"):
-            chosen_groups = [w for w in override_lines if w.lstrip("+~").partition("=")[0] in groups]
-            base_config = compose(config_name=name, overrides=chosen_groups)
+            group_overrides = [line for line in override_lines if line.lstrip("+~").partition("=")[0] in groups]
+            base_config = compose(config_name=name, overrides=group_overrides)
             present_keys = (
                 _list_keys({key: value for key, value in _to_mapping(base_config).items() if isinstance(value, dict)}) | groups
             )
@@ -345,17 +345,17 @@ def _iterate_entries(draft: JobDraft, composed_config: Any, default_location: st
         if group == "hydra":
             continue
         leaves = options.items() if isinstance(options, dict) else [("", options)]
-        for key, raw in leaves:
+        for key, raw_value in leaves:
             path = f"{group}.{key}" if key else group
             origin = ValueOrigin(locations.get(path, default_location))
-            if isinstance(raw, str) and "${" in raw and not _check_resolvers(draft, path, raw, origin):
+            if isinstance(raw_value, str) and "${" in raw_value and not _check_resolvers(draft, path, raw_value, origin):
                 continue
             try:
                 value = OmegaConf.select(composed_config, path)
             except OmegaConfBaseException as error:
                 draft.mistakes.append(Mistake(origin.location, path, f"{str(error).splitlines()[0]}"))
                 continue
-            if raw == "???":
+            if raw_value == "???":
                 draft.mistakes.append(
                     Mistake(origin.location, path, "the value is marked as missing (???)", f"give {path}=VALUE")
                 )

@@ -59,7 +59,7 @@ def recognises_input(documents: tuple[InputDocument, ...], command_words: tuple[
     return any(peek_mapping(document).get("kind") == "TrainJob" for document in documents)
 
 
-def find_runtime(documents: tuple[InputDocument, ...]) -> str:
+def find_runtime_program(documents: tuple[InputDocument, ...]) -> str:
     """Return the program that the runtime of a TrainJob starts: `torchtune`, `trl`, or an empty text for any other program."""
     for document in documents:
         spec = _mapping_or_empty(peek_mapping(document).get("spec"))
@@ -76,7 +76,7 @@ def find_runtime(documents: tuple[InputDocument, ...]) -> str:
 
 def choose_variant(documents: tuple[InputDocument, ...]) -> Importer:
     """Return the importer with the options of TRL or, for any other runtime, of torchtune."""
-    if find_runtime(documents) == "trl":
+    if find_runtime_program(documents) == "trl":
         return Importer(
             "kubeflow",
             TITLE,
@@ -117,7 +117,7 @@ def read_options(draft: JobDraft) -> Iterator[OptionEntry]:
         command_words = _read_command(draft, parsed_file.value)
         entries = (
             trl.read_flags(trl.parse_command(draft, command_words))
-            if find_runtime(draft.documents) == "trl"
+            if find_runtime_program(draft.documents) == "trl"
             else _read_torchtune_overrides(draft, list(command_words))
         )
         yield from (OptionEntry(entry.key, entry.value, origin) for entry in entries)
@@ -139,7 +139,7 @@ def _list_or_empty(value: Any) -> list[Any]:
 
 
 def _read_torchtune_overrides(draft: JobDraft, command_words: list[str]) -> Iterator[OptionEntry]:
-    return torchtune.read_overrides(draft, command_words, {}) if find_runtime(draft.documents) == "torchtune" else iter(())
+    return torchtune.read_overrides(draft, command_words, {}) if find_runtime_program(draft.documents) == "torchtune" else iter(())
 
 
 def combine_trl_options(draft: JobDraft) -> None:
@@ -152,7 +152,7 @@ def combine_trl_options(draft: JobDraft) -> None:
 
 def combine_torchtune_options(draft: JobDraft) -> None:
     """Set the fields of a TrainJob that runs torchtune."""
-    if not find_runtime(draft.documents):
+    if not find_runtime_program(draft.documents):
         runtime = draft.get("spec.runtimeRef.name", "without a name")
         draft.refuse_feature(
             "spec.runtimeRef.name",
@@ -199,10 +199,10 @@ def _set_sources(draft: JobDraft) -> None:
     ):
         if key in draft.given_options and path not in draft.request.overrides:
             address = str(draft.get(key))
-            parts = address.removeprefix("hf://").split("/")
-            draft.assign(path, "/".join(parts[:2]) if address.startswith("hf://") else address, key)
-            if address.startswith("hf://") and len(parts) > 2:
-                draft.add_note(f"{key}: the job reads the whole repository {'/'.join(parts[:2])}")
+            address_segments = address.removeprefix("hf://").split("/")
+            draft.assign(path, "/".join(address_segments[:2]) if address.startswith("hf://") else address, key)
+            if address.startswith("hf://") and len(address_segments) > 2:
+                draft.add_note(f"{key}: the job reads the whole repository {'/'.join(address_segments[:2])}")
     for key in ("spec.initializer.model.secretRef.name", "spec.initializer.dataset.secretRef.name"):
         if key in draft.given_options:
             draft.assign("model.tokenSecretRef", {"name": draft.get(key), "key": "ACCESS_TOKEN"}, key)
@@ -219,8 +219,8 @@ def _set_resources(draft: JobDraft) -> None:
     resources = draft.get("spec.trainer.resourcesPerNode")
     key = "spec.trainer.resourcesPerNode"
     if isinstance(resources, dict):
-        values = {**_mapping_or_empty(resources.get("requests")), **_mapping_or_empty(resources.get("limits"))}
-        for name, value in values.items():
+        quantity_by_resource = {**_mapping_or_empty(resources.get("requests")), **_mapping_or_empty(resources.get("limits"))}
+        for name, value in quantity_by_resource.items():
             path = {
                 "cpu": "resources.cpu",
                 "memory": "resources.memory",
@@ -236,10 +236,10 @@ def _set_resources(draft: JobDraft) -> None:
                     draft.assign("resources.gpuResource", name, key)
             else:
                 draft.add_warning(f"{key}: {name} has no effect: a FineTuneJob does not request this resource")
-    processes = draft.get("spec.trainer.numProcPerNode")
-    if processes is not None and not draft.has_value("resources.gpusPerNode") and str(processes).isdigit():
-        draft.assign("resources.gpusPerNode", int(str(processes)), "spec.trainer.numProcPerNode")
-    elif processes is not None:
+    process_count = draft.get("spec.trainer.numProcPerNode")
+    if process_count is not None and not draft.has_value("resources.gpusPerNode") and str(process_count).isdigit():
+        draft.assign("resources.gpusPerNode", int(str(process_count)), "spec.trainer.numProcPerNode")
+    elif process_count is not None:
         draft.add_reason("spec.trainer.numProcPerNode", "no effect: a FineTuneJob starts one rank per GPU")
     queue_name = _mapping_or_empty(_mapping_or_empty(draft.get("metadata")).get("labels")).get(QUEUE_LABEL)
     if queue_name:

@@ -34,7 +34,7 @@ from finetune_cli.yaml_reader import parse_value
 TRAINER_BY_STAGE = {"sft": "sft", "pt": "sft", "rm": "reward", "dpo": "dpo", "kto": "kto", "ppo": "ppo"}
 ATTENTION_BY_NAME = {"auto": "auto", "disabled": "eager", "sdpa": "sdpa", "fa2": "flashAttention2", "fa3": "fa3"}
 
-MEGATRON_PRECISIONS = {
+PRECISION_BY_MEGATRON_NAME = {
     "bf16_mixed": "bf16",
     "bf16": "bf16",
     "fp16_mixed": "fp16",
@@ -46,8 +46,8 @@ MEGATRON_PRECISIONS = {
 
 def to_names(value: Any) -> list[str]:
     """Convert a list of names, or one string with names that are separated by commas."""
-    result: list[str] = to_name_list(value)
-    return result
+    names: list[str] = to_name_list(value)
+    return names
 
 
 OPTION_TABLE: tuple[OptionRow, ...] = (
@@ -57,10 +57,10 @@ OPTION_TABLE: tuple[OptionRow, ...] = (
     OptionRow("adapter_name_or_path", "method.adapter.source", to_names, is_set_by_combine=True),
     OptionRow("trust_remote_code", "model.trustRemoteCode", to_boolean),
     OptionRow("hf_hub_token", "model.tokenSecretRef", is_secret=True, is_set_by_combine=True),
-    OptionRow("ms_hub_token", no_effect="models come from Hugging Face", is_secret=True),
-    OptionRow("om_hub_token", no_effect="models come from Hugging Face", is_secret=True),
-    OptionRow("swanlab_api_key", no_effect="a FineTuneJob reports to wandb, tensorboard, mlflow and mongodb", is_secret=True),
-    OptionRow("swanlab_lark_secret", no_effect="a FineTuneJob reports to wandb, tensorboard, mlflow and mongodb", is_secret=True),
+    OptionRow("ms_hub_token", no_effect_reason="models come from Hugging Face", is_secret=True),
+    OptionRow("om_hub_token", no_effect_reason="models come from Hugging Face", is_secret=True),
+    OptionRow("swanlab_api_key", no_effect_reason="a FineTuneJob reports to wandb, tensorboard, mlflow and mongodb", is_secret=True),
+    OptionRow("swanlab_lark_secret", no_effect_reason="a FineTuneJob reports to wandb, tensorboard, mlflow and mongodb", is_secret=True),
     OptionRow("flash_attn", "model.attention", to_choice(ATTENTION_BY_NAME), is_set_by_combine=True),
     OptionRow("quantization_bit", "model.quantization.bits", to_integer(1, 8), is_set_by_combine=True),
     OptionRow("quantization_method", is_set_by_combine=True),
@@ -107,7 +107,7 @@ OPTION_TABLE: tuple[OptionRow, ...] = (
     OptionRow("enable_thinking", convert=to_boolean, is_set_by_combine=True),
     OptionRow("early_stopping_steps", "training.earlyStopping.patience", to_integer(1), is_set_by_combine=True),
     OptionRow("ray_num_workers", "resources.gpusPerNode", to_integer(1), is_set_by_combine=True),
-    OptionRow("mixed_precision", "training.mixedPrecision", to_choice(MEGATRON_PRECISIONS), is_set_by_combine=True),
+    OptionRow("mixed_precision", "training.mixedPrecision", to_choice(PRECISION_BY_MEGATRON_NAME), is_set_by_combine=True),
     *IGNORED_OPTION_ROWS, *REFUSED_OPTION_ROWS,
     *training_arguments.OPTION_TABLE,
 )  # fmt: skip
@@ -353,7 +353,7 @@ def _set_row_options(draft: JobDraft, trainer: str) -> None:
 
 
 def _set_thinking(draft: JobDraft) -> None:
-    """Set the variable `enable_thinking` of the chat template. Only templates for reasoning have it; the tool ignores the option for all others."""
+    """Set the variable `enable_thinking` of the chat template. Only templates for reasoning have this variable. For all others, the tool ignores the option."""
     if "enable_thinking" not in draft.given_options:
         return
     template_name = draft.get("template")

@@ -28,6 +28,7 @@ _PREFERENCE_ENTRY = {
 
 
 def _make_columns(prompt: str, response: str | None = None, **other_columns: str) -> dict[str, Any]:
+    """Return an entry of `dataset_info.json` that only names columns."""
     return {"columns": {"prompt": prompt, **({"response": response} if response else {}), **other_columns}}
 
 
@@ -125,21 +126,21 @@ def set_data(draft: JobDraft, trainer: str, *, is_pretraining: bool) -> None:
 
 def _read_dataset_info(draft: JobDraft) -> dict[str, Any]:
     """Return the entries of the user's `dataset_info.json`: the given file, or the file in the folder `dataset_dir`."""
-    texts = [(document.name, document.text) for document in draft.documents if is_dataset_info(document)]
+    named_texts = [(document.name, document.text) for document in draft.documents if is_dataset_info(document)]
     folder = str(draft.get("dataset_dir") or "data")
-    if not texts and not folder.startswith(("ONLINE", "REMOTE")):
+    if not named_texts and not folder.startswith(("ONLINE", "REMOTE")):
         folders = [
             Path(folder),
             *(document.path.parent / folder for document in draft.documents if str(document.path) != "-"),
         ]
         for path in (folder_path / "dataset_info.json" for folder_path in folders):
             try:
-                texts.append((str(path), read_text(path)))
+                named_texts.append((str(path), read_text(path)))
                 break
             except UnreadableFile:
                 continue
     entries: dict[str, Any] = {}
-    for name, text in texts:
+    for name, text in named_texts:
         try:
             content = json.loads(text)
         except ValueError:

@@ -32,38 +32,38 @@ def expand_pattern(pattern: str) -> list[str]:
         parsed_regex = re._parser.parse(pattern)  # type: ignore[attr-defined]
     except re.error as error:
         raise UnsupportedPattern(f"it is not a regular expression: {error}") from None
-    names = [name.removeprefix(".") for name in _expand(parsed_regex)]
+    names = [name.removeprefix(".") for name in _expand_regex(parsed_regex)]
     names = list(dict.fromkeys(name.replace(CHECKPOINT_WRAPPER, "") for name in names))
     if not all(re.match(r"^\w[\w.-]*$", name) for name in names):
         raise UnsupportedPattern("its end is not a list of names")
     return names
 
 
-def _expand(parsed_regex: Any) -> list[str]:
+def _expand_regex(parsed_regex: Any) -> list[str]:
     """Return all texts that a parsed regular expression matches. Ignore every repetition such as `x+`, and everything before it."""
     texts = [""]
     for operator, operand in parsed_regex:
         operator_name = str(operator)
         if operator_name == "LITERAL":
-            ends = [chr(operand)]
+            endings = [chr(operand)]
         elif operator_name == "ANY":
-            ends = ["."]
+            endings = ["."]
         elif operator_name == "SUBPATTERN":
-            ends = _expand(operand[-1])
+            endings = _expand_regex(operand[-1])
         elif operator_name == "BRANCH":
-            ends = [text for branch in operand[1] for text in _expand(branch)]
+            endings = [text for branch in operand[1] for text in _expand_regex(branch)]
         elif operator_name == "AT":
             continue
         elif operator_name in ("MAX_REPEAT", "MIN_REPEAT") and operand[0] == 0 and operand[1] == 1:
-            ends = ["", *_expand(operand[2])]
+            endings = ["", *_expand_regex(operand[2])]
         elif operator_name in ("MAX_REPEAT", "MIN_REPEAT"):
             texts = [""]
             continue
         elif operator_name == "IN" and all(str(item_operator) == "LITERAL" for item_operator, _ in operand):
-            ends = [chr(character_code) for _, character_code in operand]
+            endings = [chr(character_code) for _, character_code in operand]
         else:
             raise UnsupportedPattern(f"it contains {operator_name.lower()}")
-        texts = [text + end for text in texts for end in ends]
+        texts = [text + end for text in texts for end in endings]
         if len(texts) > MAX_NAMES:
             raise UnsupportedPattern(f"it matches more than {MAX_NAMES} names")
     return texts

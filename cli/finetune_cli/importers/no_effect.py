@@ -23,7 +23,7 @@ def _get_method(draft: JobDraft) -> str:
     return str(draft.value("method.type", "lora"))
 
 
-def _is_not_tracked(tracker: Tracker) -> Callable[[JobDraft], bool]:
+def _make_untracked_check(tracker: Tracker) -> Callable[[JobDraft], bool]:
     return lambda draft: str(tracker) not in (draft.value("tracking.reportTo") or [])
 
 
@@ -77,9 +77,9 @@ NO_EFFECT_RULES: tuple[tuple[tuple[str, ...], Callable[[JobDraft], bool], str], 
         "evaluation.strategy is not steps",
     ),
     (("output.hub",), lambda draft: not draft.value("output.hub.push"), "output.hub.push is false"),
-    (("tracking.mlflow",), _is_not_tracked(Tracker.MLFLOW), "mlflow is not in tracking.reportTo"),
-    (("tracking.wandb",), _is_not_tracked(Tracker.WANDB), "wandb is not in tracking.reportTo"),
-    (("tracking.mongodb",), _is_not_tracked(Tracker.MONGODB), "mongodb is not in tracking.reportTo"),
+    (("tracking.mlflow",), _make_untracked_check(Tracker.MLFLOW), "mlflow is not in tracking.reportTo"),
+    (("tracking.wandb",), _make_untracked_check(Tracker.WANDB), "wandb is not in tracking.reportTo"),
+    (("tracking.mongodb",), _make_untracked_check(Tracker.MONGODB), "mongodb is not in tracking.reportTo"),
     (("distributed.deepspeed",), lambda draft: draft.value("distributed.strategy") != "deepspeed", "DeepSpeed is not used"),
     (("distributed.fsdp",), lambda draft: draft.value("distributed.strategy") != "fsdp", "FSDP is not used"),
     (

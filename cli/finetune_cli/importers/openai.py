@@ -59,7 +59,7 @@ OPTION_TABLE: tuple[OptionRow, ...] = (
     OptionRow("suffix", "output.runName.suffix", to_text),
     OptionRow("metadata", convert=to_mapping, is_set_by_combine=True),
     OptionRow("integrations", "tracking.reportTo", keep_value, is_set_by_combine=True),
-    *(OptionRow(key, convert=keep_value, no_effect=REPORTED_BY_API_REASON) for key in (
+    *(OptionRow(key, convert=keep_value, no_effect_reason=REPORTED_BY_API_REASON) for key in (
         "id", "object", "created_at", "finished_at", "fine_tuned_model", "organization_id", "result_files", "status", "trained_tokens", "error",
         "estimated_finish", "user_provided_suffix", "shared_with_openai", "usage_metrics", "eval_id",
     )),
@@ -110,18 +110,18 @@ def read_options(draft: JobDraft) -> Iterator[OptionEntry]:
     for document in draft.documents:
         if document.path.suffix == ".jsonl":
             continue
-        value = parse_json(document)
+        job = parse_json(document)
         lines = parse_document(document).lines
-        yield from _iterate_leaves(value, "", document, lines)
+        yield from _iterate_leaves(job, "", document, lines)
 
 
-def _iterate_leaves(value: dict[str, Any], prefix: str, document: InputDocument, lines: dict[str, int]) -> Iterator[OptionEntry]:
-    for key, member in value.items():
+def _iterate_leaves(option_group: dict[str, Any], prefix: str, document: InputDocument, lines: dict[str, int]) -> Iterator[OptionEntry]:
+    for key, value in option_group.items():
         path = f"{prefix}.{key}" if prefix else key
-        if isinstance(member, dict) and path not in OPAQUE_PATHS:
-            yield from _iterate_leaves(member, path, document, lines)
-        elif member is not None:
-            yield OptionEntry(path, member, ValueOrigin(f"{document.name}:{lines[path]}" if path in lines else document.name))
+        if isinstance(value, dict) and path not in OPAQUE_PATHS:
+            yield from _iterate_leaves(value, path, document, lines)
+        elif value is not None:
+            yield OptionEntry(path, value, ValueOrigin(f"{document.name}:{lines[path]}" if path in lines else document.name))
 
 
 # --- fields that depend on several options --------------------------------------------------------------------------
@@ -202,15 +202,15 @@ def assign_api_data(draft: JobDraft, trainer: str, *, has_only_messages: bool = 
 def _set_data_source(draft: JobDraft, option_key: str, spec_path: str, document: InputDocument | None) -> None:
     given_option = draft.given_options[option_key]
     if document is not None:
-        option = "--data" if spec_path == "dataset.train" else "--validation"
+        cli_option = "--data" if spec_path == "dataset.train" else "--validation"
         draft.assign(spec_path, f"file://{document.path}", option_key)
         draft.add_warning(
-            f"{given_option.origin.location}: {option_key}: {document.path} is a path on this machine, which pods cannot read; give {option} URI"
+            f"{given_option.origin.location}: {option_key}: {document.path} is a path on this machine, which pods cannot read; give {cli_option} URI"
         )
     elif re.match(r"^file-[A-Za-z0-9]+$", str(given_option.value)):
-        option = "--data" if spec_path == "dataset.train" else "--validation"
+        cli_option = "--data" if spec_path == "dataset.train" else "--validation"
         draft.add_warning(
-            f"{given_option.origin.location}: {option_key}: {given_option.value} is a file of the API; give the same rows with {option} URI"
+            f"{given_option.origin.location}: {option_key}: {given_option.value} is a file of the API; give the same rows with {cli_option} URI"
         )
         draft.paths_of_invalid_keys[option_key] = spec_path if spec_path == "dataset.train" else ""
     else:
@@ -257,22 +257,22 @@ def _set_batch_size(draft: JobDraft) -> None:
 
 def assign_batch_sizes(draft: JobDraft, option_key: str, rows_per_step: int) -> None:
     """Set micro-batch and accumulation steps so that all ranks together train on `rows_per_step` rows in an optimizer step."""
-    ranks = _count_ranks(draft)
-    rows_per_rank = rows_per_step // ranks
-    if rows_per_step % ranks:
-        allowed_sizes = f"{rows_per_rank * ranks} or {(rows_per_rank + 1) * ranks}" if rows_per_rank else str(ranks)
+    rank_count = _count_ranks(draft)
+    rows_per_rank = rows_per_step // rank_count
+    if rows_per_step % rank_count:
+        allowed_sizes = f"{rows_per_rank * rank_count} or {(rows_per_rank + 1) * rank_count}" if rows_per_rank else str(rank_count)
         draft.add_mistake(
             option_key,
-            f"{rows_per_step} rows per step cannot be divided equally among {ranks} ranks",
+            f"{rows_per_step} rows per step cannot be divided equally among {rank_count} ranks",
             f"write {allowed_sizes}" + (", or change --gpus and --nodes" if draft.request.has_command_line else ""),
         )
         return
-    batch_per_device = next(size for size in (4, 3, 2, 1) if rows_per_rank % size == 0)
-    draft.assign("training.batchSizePerDevice", batch_per_device, option_key)
-    draft.assign("training.gradientAccumulationSteps", rows_per_rank // batch_per_device, option_key)
+    rows_per_batch = next(size for size in (4, 3, 2, 1) if rows_per_rank % size == 0)
+    draft.assign("training.batchSizePerDevice", rows_per_batch, option_key)
+    draft.assign("training.gradientAccumulationSteps", rows_per_rank // rows_per_batch, option_key)
     draft.add_note(
-        f"batch_size {rows_per_step} becomes micro-batches of {batch_per_device} rows, times {rows_per_rank // batch_per_device} accumulation steps, "
-        f"times {ranks} ranks"
+        f"batch_size {rows_per_step} becomes micro-batches of {rows_per_batch} rows, times {rows_per_rank // rows_per_batch} accumulation steps, "
+        f"times {rank_count} ranks"
     )
 
 
@@ -282,10 +282,10 @@ def _count_ranks(draft: JobDraft) -> int:
     The files of the API do not contain this number.
     """
     integer_options = {
-        path: assigned.value for path, assigned in draft.request.overrides.items() if isinstance(assigned.value, int)
+        path: assigned_value.value for path, assigned_value in draft.request.overrides.items() if isinstance(assigned_value.value, int)
     }
-    gpus = integer_options.get("resources.gpusPerNode", 1)
-    ranks_per_node = integer_options.get("resources.processesPerNode", gpus) or 1
+    gpus_per_node = integer_options.get("resources.gpusPerNode", 1)
+    ranks_per_node = integer_options.get("resources.processesPerNode", gpus_per_node) or 1
     return max(1, ranks_per_node * integer_options.get("resources.nodes", 1))
 
 
@@ -306,14 +306,14 @@ def _set_trackers(draft: JobDraft) -> None:
         )
         return
     for integration in given_option.value:
-        options = integration.get("wandb") if isinstance(integration, dict) else None
-        if not isinstance(integration, dict) or integration.get("type") != "wandb" or not isinstance(options, dict):
+        wandb_options = integration.get("wandb") if isinstance(integration, dict) else None
+        if not isinstance(integration, dict) or integration.get("type") != "wandb" or not isinstance(wandb_options, dict):
             draft.add_mistake(
                 "integrations", "only wandb is supported", 'write [{"type": "wandb", "wandb": {"project": "..."}}]'
             )
             continue
         draft.assign("tracking.reportTo", ["wandb"], "integrations")
-        unused_options = [key for key in options if key not in ("project", "entity", "name")]
+        unused_options = [key for key in wandb_options if key not in ("project", "entity", "name")]
         if unused_options:
             draft.add_warning(
                 f"{given_option.origin.location}: integrations: {', '.join(unused_options)} of wandb has no effect: a FineTuneJob has no such field"
@@ -323,8 +323,8 @@ def _set_trackers(draft: JobDraft) -> None:
             ("entity", "tracking.wandb.entity"),
             ("name", "output.runName.name"),
         ):
-            if options.get(key):
-                draft.assign(path, str(options[key]), "integrations")
+            if wandb_options.get(key):
+                draft.assign(path, str(wandb_options[key]), "integrations")
 
 
 IMPORTER = Importer("openai", "the fine-tuning API", OPTION_TABLE, DEFAULTS, recognises_input, read_options, combine_options)

@@ -24,7 +24,7 @@ SPEED_REASON = "the trainer chooses its kernels; the option changes only speed a
 
 def make_ignored_options(reason: str, keys: str) -> tuple[OptionRow, ...]:
     """Return option rows for options that have no effect on a FineTuneJob. `keys`: the names of the options, separated by spaces."""
-    return tuple(OptionRow(key, convert=keep_value, no_effect=reason) for key in keys.split())
+    return tuple(OptionRow(key, convert=keep_value, no_effect_reason=reason) for key in keys.split())
 
 
 def make_refused_options(feature: str, keys: str, hint: str = "", *neutral_values: Any) -> tuple[OptionRow, ...]:
@@ -78,10 +78,10 @@ def assign_source_uri(draft: JobDraft, option_key: str, spec_path: str, revision
     if revision and not URI_PATTERN.match(source) and "@" not in source:
         source = f"{source}@{revision}"
     draft.assign(spec_path, source, option_key)
-    quantised_format = QUANTISED_MODEL_PATTERN.search(source) if spec_path == "model.source" else None
-    if quantised_format:
+    format_match = QUANTISED_MODEL_PATTERN.search(source) if spec_path == "model.source" else None
+    if format_match:
         hint = "use the unquantised model; a FineTuneJob quantises it to 4 or 8 bits itself"
-        draft.refuse_feature(option_key, f"training on a base model in {quantised_format[1].upper()}", hint)
+        draft.refuse_feature(option_key, f"training on a base model in {format_match[1].upper()}", hint)
 
 
 QUANTISED_MODEL_PATTERN = re.compile(r"[-_.](awq|gptq|aqlm|hqq|exl2|gguf)(?:[-_.]|$)", re.IGNORECASE)
@@ -129,7 +129,7 @@ def assign_optimizer(draft: JobDraft, option_key: str) -> None:
     state.
     """
     option = draft.given_options[option_key]
-    name = OTHER_OPTIMIZER_NAMES.get(str(option.value), str(option.value))
+    name = OPTIMIZER_BY_OTHER_NAME.get(str(option.value), str(option.value))
     if draft.value("distributed.strategy") == "fsdp" and name in ADAMW_THAT_FSDP_CANNOT_SHARD:
         draft.assign("training.optimizer", "adamw_torch_fused", option_key)
         draft.add_warning(
@@ -158,7 +158,7 @@ def double_kto_batch(draft: JobDraft, option_key: str) -> None:
         )
 
 
-OTHER_OPTIMIZER_NAMES = {
+OPTIMIZER_BY_OTHER_NAME = {
     "adamw_hf": "adamw_torch", "adamw_apex_fused": "adamw_torch_fused", "paged_adamw": "paged_adamw_32bit", "lion": "lion_32bit",
     "paged_lion": "paged_lion_32bit", "ao_adamw_8bit": "adamw_torch_8bit", "ao_adamw_4bit": "adamw_torch_4bit",
 }  # fmt: skip
@@ -179,9 +179,9 @@ def guess_deepspeed_fields(path: str) -> dict[str, Any] | None:
         return None
     fields: dict[str, Any] = {"zeroStage": int(match[1])}
     if "offload" in name:
-        parameters_only = "param" in name
-        if not parameters_only:
+        offloads_only_parameters = "param" in name
+        if not offloads_only_parameters:
             fields["offloadOptimizer"] = True
-        if fields["zeroStage"] == 3 and (parameters_only or "optim" not in name):
+        if fields["zeroStage"] == 3 and (offloads_only_parameters or "optim" not in name):
             fields["offloadParameters"] = True
     return fields

@@ -123,20 +123,20 @@ def _check_benchmarks_option(draft: JobDraft) -> None:
 
 def _apply_defaults(importer: Importer, draft: JobDraft) -> None:
     """Apply the tool's defaults to fields without a value. A note lists the defaults that this job cannot use."""
-    skipped_by_reason: dict[str, list[str]] = {}
+    skipped_defaults_by_reason: dict[str, list[str]] = {}
     for default in importer.defaults:
         if not default.is_applicable(draft):
             continue
-        reason = _find_reason_unusable(default, draft)
+        reason = _explain_unusable_default(default, draft)
         if reason is None:
             draft.assign_default(default.path, default.value, default.origin)
         elif not draft.has_value(default.path):
-            skipped_by_reason.setdefault(reason, []).append(f"{default.path} {default.value}")
-    for reason, fields in skipped_by_reason.items():
-        draft.add_note(f"{reason}, so the defaults of FineTuneJob replace those of the tool: {', '.join(fields)}")
+            skipped_defaults_by_reason.setdefault(reason, []).append(f"{default.path} {default.value}")
+    for reason, skipped_defaults in skipped_defaults_by_reason.items():
+        draft.add_note(f"{reason}, so the defaults of FineTuneJob replace those of the tool: {', '.join(skipped_defaults)}")
 
 
-def _find_reason_unusable(default: ToolDefault, draft: JobDraft) -> str | None:
+def _explain_unusable_default(default: ToolDefault, draft: JobDraft) -> str | None:
     """Return the reason why this job cannot use a default of the tool, or None if it can."""
     if default.needs_gpu and draft.value("resources.gpusPerNode") == 0:
         return "the job uses no GPU"
@@ -151,22 +151,22 @@ def _find_reason_unusable(default: ToolDefault, draft: JobDraft) -> str | None:
 
 def _apply_overrides(draft: JobDraft) -> None:
     """Apply the overrides: the fields that options of `finetune import` set. An override with null removes a field or a whole group."""
-    for path, assigned in draft.request.overrides.items():
+    for path, assigned_value in draft.request.overrides.items():
         for overridden_path in [value_path for value_path in draft.values if is_within(value_path, path)]:
             del draft.values[overridden_path]
-        if assigned.value is not None:
-            draft.values[path] = assigned
+        if assigned_value.value is not None:
+            draft.values[path] = assigned_value
 
 
 def _refuse_secrets(draft: JobDraft) -> None:
     """Record a mistake for each value that looks like a secret, because everyone who may read the job can see its spec."""
     hint = "remove it; refer to a Secret with model.tokenSecretRef, or in placement.env with secretKeyRef"
     reported_keys = {mistake.key for mistake in draft.mistakes}
-    for path, assigned in draft.values.items():
-        key = assigned.key or f"spec.{path}"
-        if contains_secret(assigned.value) and key not in reported_keys:
+    for path, assigned_value in draft.values.items():
+        key = assigned_value.key or f"spec.{path}"
+        if contains_secret(assigned_value.value) and key not in reported_keys:
             draft.mistakes.append(
-                Mistake(assigned.origin.location, key, "the value looks like a token or password", hint)
+                Mistake(assigned_value.origin.location, key, "the value looks like a token or password", hint)
             )
     for key, value in draft.annotations.items():
         if contains_secret(value):
@@ -212,11 +212,11 @@ def choose_importer(documents: tuple[InputDocument, ...], request: Request, impo
 
     Raise InvalidInput if no importer or more than one importer recognises them.
     """
-    known_importers = ", ".join(importers)
+    known_importer_names = ", ".join(importers)
     if request.source is not None:
         if request.source not in importers:
             raise InvalidInput(
-                [Mistake("--from", request.source, "there is no importer with this name", f"write one of {known_importers}")]
+                [Mistake("--from", request.source, "there is no importer with this name", f"write one of {known_importer_names}")]
             )
         return importers[request.source]
     if not documents and not request.tool_arguments:
@@ -246,7 +246,7 @@ def choose_importer(documents: tuple[InputDocument, ...], request: Request, impo
                     file_names,
                     "",
                     "no importer recognises this configuration",
-                    f"choose one with --from: {known_importers}",
+                    f"choose one with --from: {known_importer_names}",
                 )
             ]
         )
@@ -313,7 +313,7 @@ def _read_options(importer: Importer, draft: JobDraft) -> None:
     """Convert each entry by the `OptionRow` of its key. A later entry overrides an earlier entry of the same option."""
     option_row_by_key = {importer.normalise_key(spelling): option_row for option_row in importer.option_table for spelling in (option_row.key,
         *option_row.aliases)}
-    last_by_key: dict[str, tuple[OptionRow, OptionEntry]] = {}
+    last_entry_by_key: dict[str, tuple[OptionRow, OptionEntry]] = {}
     for entry in importer.read_options(draft):
         option_row = option_row_by_key.get(importer.normalise_key(entry.key))
         if option_row is None:
@@ -323,10 +323,12 @@ def _read_options(importer: Importer, draft: JobDraft) -> None:
             draft.add_reason(entry.key, "has no value, so it is not set")
         if option_row.is_secret:
             draft.redact_in_messages(entry.value)
-        if option_row.key in last_by_key and not option_row.no_effect and not _overrides_earlier(draft, option_row, last_by_key[option_row.key][1], entry):
-            continue
-        last_by_key[option_row.key] = (option_row, entry)
-    for option_row, entry in last_by_key.values():
+        if option_row.key in last_entry_by_key and not option_row.no_effect_reason:
+            _, earlier_entry = last_entry_by_key[option_row.key]
+            if not _overrides_earlier(draft, option_row, earlier_entry, entry):
+                continue
+        last_entry_by_key[option_row.key] = (option_row, entry)
+    for option_row, entry in last_entry_by_key.values():
         _convert_entry(option_row, entry, draft, adds_reason=importer.reports_every_key)
 
 
@@ -335,7 +337,7 @@ def _overrides_earlier(draft: JobDraft, option_row: OptionRow, first_entry: Opti
 
     Record a mistake if one file has two spellings of the option with different values, because the order in a file has no meaning.
     """
-    if first_entry.key == second_entry.key or _get_file_name(first_entry) != _get_file_name(second_entry):
+    if first_entry.key == second_entry.key or _strip_line_number(first_entry) != _strip_line_number(second_entry):
         return True
     if first_entry.origin.location.startswith(COMMAND_LINE_LOCATION):
         draft.add_note(f"{second_entry.origin.location}: {second_entry.key} overrides {first_entry.key}")
@@ -345,20 +347,20 @@ def _overrides_earlier(draft: JobDraft, option_row: OptionRow, first_entry: Opti
     if not _is_unset(first_entry.value):
         draft.paths_of_invalid_keys[option_row.key] = option_row.path
         locations = ", ".join(dict.fromkeys((first_entry.origin.location, second_entry.origin.location)))
-        values = (
+        shown_values = (
             f"{REDACTED_TEXT} and {REDACTED_TEXT}"
             if option_row.is_secret
             else f"{_format_value(first_entry.value)} and {_format_value(second_entry.value)}"
         )
         draft.mistakes.append(
             Mistake(
-                locations, f"{first_entry.key}, {second_entry.key}", f"{values} are given for the same option", "keep one of them"
+                locations, f"{first_entry.key}, {second_entry.key}", f"{shown_values} are given for the same option", "keep one of them"
             )
         )
     return True
 
 
-def _get_file_name(entry: OptionEntry) -> str:
+def _strip_line_number(entry: OptionEntry) -> str:
     """Return the location of an entry without the line number: a file name, or the command line."""
     return re.sub(r":\d+$", "", entry.origin.location)
 
@@ -417,11 +419,11 @@ def _convert_entry(option_row: OptionRow, entry: OptionEntry, draft: JobDraft, *
     if option_row.missing_feature:
         _refuse_unless_neutral(option_row, entry, draft)
         return
-    if option_row.no_effect and adds_reason:
-        draft.add_reason(entry.key, f"no effect: {option_row.no_effect}")
+    if option_row.no_effect_reason and adds_reason:
+        draft.add_reason(entry.key, f"no effect: {option_row.no_effect_reason}")
         return
-    if option_row.no_effect:
-        draft.add_warning(f"{entry.origin.location}: {entry.key} has no effect: {option_row.no_effect}")
+    if option_row.no_effect_reason:
+        draft.add_warning(f"{entry.origin.location}: {entry.key} has no effect: {option_row.no_effect_reason}")
         return
     try:
         value = option_row.convert(entry.value)
@@ -474,12 +476,12 @@ def _check_required(draft: JobDraft) -> None:
 def nest_values(values: dict[str, AssignedValue]) -> dict[str, Any]:
     """Turn values at dotted paths into a nested spec."""
     spec: dict[str, Any] = {}
-    for path, assigned in values.items():
+    for path, assigned_value in values.items():
         enclosing_group = spec
-        *groups, last = path.split(".")
+        *groups, field_name = path.split(".")
         for name in groups:
             enclosing_group = enclosing_group.setdefault(name, {})
-        enclosing_group[last] = assigned.value
+        enclosing_group[field_name] = assigned_value.value
     return spec
 
 
@@ -489,11 +491,11 @@ def _check_spec(draft: JobDraft, *, counts_problems_as_features: bool = False) -
     The tool may accept values that break a rule of the API. `counts_problems_as_features`: whether a broken rule is reported as a feature that a
     FineTuneJob does not have.
     """
-    values = dict(draft.values)
+    valid_values = dict(draft.values)
     reported_errors: list[FieldError] = []
     for _ in range(3):
         try:
-            spec = FineTuneJobSpec.model_validate(nest_values(values))
+            spec = FineTuneJobSpec.model_validate(nest_values(valid_values))
             break
         except ValidationError as error:
             new_errors = list(iterate_field_errors(error, reported_errors))
@@ -505,23 +507,23 @@ def _check_spec(draft: JobDraft, *, counts_problems_as_features: bool = False) -
                         draft, Problem(field_error.path, "Shape", field_error.message, field_error.hint)
                     )
                 )
-            for location in map(to_dotted_path, find_locations_to_remove(error)):
+            for path_to_remove in map(to_dotted_path, find_locations_to_remove(error)):
                 for invalid_path in [
                     value_path
-                    for value_path in values
-                    if is_within(location, value_path) or is_within(value_path, location)
+                    for value_path in valid_values
+                    if is_within(path_to_remove, value_path) or is_within(value_path, path_to_remove)
                 ]:
-                    del values[invalid_path]
+                    del valid_values[invalid_path]
     else:
-        return nest_values(values)
+        return nest_values(valid_values)
     for problem in _find_problems(spec, draft):
         _record_problem(problem, draft, is_missing_feature=counts_problems_as_features)
     if not draft.mistakes:
-        for unsupported in find_unsupported_fields(spec):
+        for unsupported_field in find_unsupported_fields(spec):
             if draft.request.drop_unsupported:
-                _drop_field(draft, unsupported)
+                _drop_field(draft, unsupported_field)
             else:
-                draft.add_warning(f"spec.{unsupported.path}: {unsupported.message}; {unsupported.hint}")
+                draft.add_warning(f"spec.{unsupported_field.path}: {unsupported_field.message}; {unsupported_field.hint}")
     return nest_values(draft.values)
 
 
@@ -555,9 +557,9 @@ def _find_problems(spec: FineTuneJobSpec, draft: JobDraft) -> list[Problem]:
 
     If the only cause of a problem is an invalid value, and the invalid value is already reported, the problem is left out.
     """
-    unreadable_paths = [path for path in draft.paths_of_invalid_keys.values() if path]
+    invalid_paths = [path for path in draft.paths_of_invalid_keys.values() if path]
     problems = check_spec(spec)
-    for path in unreadable_paths:
+    for path in invalid_paths:
         if path in DISCRIMINATOR_VALUES:
             enclosing_group, field = path.split(".")
             for value in DISCRIMINATOR_VALUES[path]:
@@ -568,7 +570,7 @@ def _find_problems(spec: FineTuneJobSpec, draft: JobDraft) -> list[Problem]:
     return [
         problem
         for problem in problems
-        if not any(is_within(problem.path, path) or is_within(path, problem.path) for path in unreadable_paths)
+        if not any(is_within(problem.path, path) or is_within(path, problem.path) for path in invalid_paths)
     ]
 
 
@@ -622,17 +624,19 @@ CONFLICT_BY_PROBLEM: dict[tuple[str, str], tuple[tuple[str, str], str]] = {
 def _to_conflict_mistake(draft: JobDraft, problem: Problem) -> Mistake | None:
     """Return the mistake for two fields that contradict each other, with both keys and values as in the user's files, or None for any other problem."""
     if problem.code == "HubRepositoryMissing" and problem.path == "output.hub.repository":
-        push, option_row = draft.values.get("output.hub.push"), next((option_row for option_row in draft.option_table if option_row.path == problem.path), None)
-        if push is not None and push.key and option_row is not None:
-            return Mistake(push.origin.location, push.key, f"{push.key} is true, but {option_row.key} is missing", f"write {option_row.key}: org/name")
+        push_value = draft.values.get("output.hub.push")
+        option_row = next((option_row for option_row in draft.option_table if option_row.path == problem.path), None)
+        if push_value is not None and push_value.key and option_row is not None:
+            message = f"{push_value.key} is true, but {option_row.key} is missing"
+            return Mistake(push_value.origin.location, push_value.key, message, f"write {option_row.key}: org/name")
     paths, contradiction = CONFLICT_BY_PROBLEM.get((problem.code, problem.path), ((), ""))
-    assigned_value = [(path, draft.values[path]) for path in paths if path in draft.values]
-    if len(assigned_value) < 2 or not all(value.key for _, value in assigned_value):
+    conflicting_values = [(path, draft.values[path]) for path in paths if path in draft.values]
+    if len(conflicting_values) < 2 or not all(value.key for _, value in conflicting_values):
         return None
-    values = " and ".join(f"{value.key} {value.value}" for _, value in assigned_value)
-    locations = ", ".join(dict.fromkeys(value.origin.location for _, value in assigned_value))
+    shown_values = " and ".join(f"{value.key} {value.value}" for _, value in conflicting_values)
+    locations = ", ".join(dict.fromkeys(value.origin.location for _, value in conflicting_values))
     hint = "remove one of them" if problem.code == "WarmupTwice" else problem.hint
-    return Mistake(locations, ", ".join(value.key for _, value in assigned_value), f"{values}: {contradiction}", hint)
+    return Mistake(locations, ", ".join(value.key for _, value in conflicting_values), f"{shown_values}: {contradiction}", hint)
 
 
 def _to_mistake(draft: JobDraft, problem: Problem) -> Mistake:
@@ -661,8 +665,8 @@ def _find_values_around(draft: JobDraft, spec_path: str) -> list[AssignedValue]:
     These are the value at the path, the values of the fields below it, and the values of the groups that contain it.
     """
     return [
-        assigned
-        for value_path, assigned in draft.values.items()
+        assigned_value
+        for value_path, assigned_value in draft.values.items()
         if is_within(value_path, spec_path) or spec_path.startswith((value_path + ".", value_path + "["))
     ]
 

@@ -163,11 +163,11 @@ def _set_method(draft: JobDraft) -> None:
     if key in draft.given_options:
         draft.assign("method.type", "full" if is_full else "lora", key)
     for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_trainable_modules"):
-        option = f"training_type.{name}"
-        if option in draft.given_options and is_full:
-            draft.add_reason(option, "no effect: all weights are trained")
-        elif option in draft.given_options:
-            draft.assign(draft.given_options[option].option_row.path, draft.get(option), option)
+        option_key = f"training_type.{name}"
+        if option_key in draft.given_options and is_full:
+            draft.add_reason(option_key, "no effect: all weights are trained")
+        elif option_key in draft.given_options:
+            draft.assign(draft.given_options[option_key].option_row.path, draft.get(option_key), option_key)
     rank = draft.value("method.lora.rank")
     if rank is not None:
         draft.assign_default("method.lora.alpha", 2 * rank, "the API's default: twice the rank")

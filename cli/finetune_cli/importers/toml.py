@@ -118,13 +118,13 @@ OPTION_TABLE: tuple[OptionRow, ...] = (
     make_tuner_option("save_total_limit", "checkpoint.keep", to_integer(1)),
     make_tuner_option("load_best_model_at_end", "checkpoint.loadBestAtEnd", to_boolean),
     make_tuner_option("metric_for_best_model", convert=to_choice(["eval_loss", "loss"]),
-        no_effect="the best checkpoint is the one with the lowest validation loss"),
+        no_effect_reason="the best checkpoint is the one with the lowest validation loss"),
     make_tuner_option("eval_steps", "evaluation.steps", to_integer(1), is_set_by_combine=True),
     make_tuner_option("patience", "training.earlyStopping.patience", to_integer(1)),
     make_tuner_option("push_to_hub", "output.hub.push", to_boolean),
     make_tuner_option("wandb_project_name", "tracking.wandb.project"),
-    make_tuner_option("wandb_run_name", no_effect=ONE_RUN_NAME_REASON, aliases=("wandb_run_name_prefix", "wandb_run_name_suffix")),
-    make_tuner_option("run_name", convert=to_run_name, no_effect=ONE_RUN_NAME_REASON, aliases=("run_name_prefix", "run_name_suffix")),
+    make_tuner_option("wandb_run_name", no_effect_reason=ONE_RUN_NAME_REASON, aliases=("wandb_run_name_prefix", "wandb_run_name_suffix")),
+    make_tuner_option("run_name", convert=to_run_name, no_effect_reason=ONE_RUN_NAME_REASON, aliases=("run_name_prefix", "run_name_suffix")),
     make_tuner_option("model_local_output_dir", "output.dir", is_set_by_combine=True),
     make_tuner_option("is_multimodel", "model.modality", to_boolean, is_set_by_combine=True),
     make_tuner_option("finetune_vision_layers", "method.vision.visionLayers", to_boolean, is_set_by_combine=True),
@@ -141,14 +141,15 @@ OPTION_TABLE: tuple[OptionRow, ...] = (
     OptionRow("inferencer.temperature", f"{GENERATION_PATH}.temperature", to_number(0, 10)),
     OptionRow("inferencer.min_p", f"{GENERATION_PATH}.minP", to_number(0, 1)),
     OptionRow("inferencer.repetition_penalty", f"{GENERATION_PATH}.repetitionPenalty", to_number(exclusive_low=0)),
-    OptionRow("inferencer.use_cache", convert=to_boolean, no_effect="generation always uses the KV cache"),
-    *(OptionRow(f"inferencer.{key}", convert=keep_value, no_effect=TRAINING_SETTINGS_REASON)
+    OptionRow("inferencer.use_cache", convert=to_boolean, no_effect_reason="generation always uses the KV cache"),
+    *(OptionRow(f"inferencer.{key}", convert=keep_value, no_effect_reason=TRAINING_SETTINGS_REASON)
       for key in ("max_sequence_length", "dtype", "load_in_4bit", "load_in_8bit")),
-    *(OptionRow(f"inferencer.{key}", no_effect="the job reads the test data like the training data") for key in (
+    *(OptionRow(f"inferencer.{key}", no_effect_reason="the job reads the test data like the training data") for key in (
         "question_column", "ground_truth_column", "system_prompt_column", "system_prompt_override_text",
     )),
     OptionRow("inferencer.hf_user_id", "output.hub.repository", is_set_by_combine=True, aliases=("evaluator.hf_user_id", "fine_tuner.hf_user_id")),
-    *(OptionRow(f"{section}.{key}", convert=to_any_text, no_effect=ONE_RUN_NAME_REASON) for section in ("inferencer", "evaluator") for key in RUN_NAME_KEYS),
+    *(OptionRow(f"{section}.{key}", convert=to_any_text, no_effect_reason=ONE_RUN_NAME_REASON)
+      for section in ("inferencer", "evaluator") for key in RUN_NAME_KEYS),
     OptionRow("evaluator.metrics", "evaluation.metrics", to_list_of(to_choice(METRIC_BY_NAME))),
     OptionRow("evaluator.llm", "evaluation.judge.model", aliases=("evaluator.llm_model_id",)),
     OptionRow("evaluator.embedding", "evaluation.judge.embedding", aliases=("evaluator.embedding_model_id",), is_set_by_combine=True),
@@ -408,7 +409,7 @@ def combine_options(draft: JobDraft) -> None:
     _set_trackers(draft)
     _set_vision(draft)
     _set_output(draft)
-    _set_judge(draft)
+    _set_judge_and_sampling(draft)
     _set_phases(draft)
     _set_secrets(draft)
 
@@ -512,12 +513,12 @@ def _set_loftq(draft: JobDraft, loftq_options: dict[str, Any], is_quantized: boo
 
 
 def _set_trackers(draft: JobDraft) -> None:
-    given_option = draft.given_options.get("fine_tuner.report_to")
+    report_option = draft.given_options.get("fine_tuner.report_to")
     uri_option = draft.given_options.get("mlflow.tracking_uri")
-    if given_option is not None:
-        draft.assign("tracking.reportTo", given_option.value, "fine_tuner.report_to")
+    if report_option is not None:
+        draft.assign("tracking.reportTo", report_option.value, "fine_tuner.report_to")
         if (
-            given_option.value == ["mlflow"]
+            report_option.value == ["mlflow"]
             and not draft.has_key("mlflow.tracking_uri")
             and not draft.has_value("tracking.mlflow.trackingUri")
         ):
@@ -537,9 +538,9 @@ def _set_trackers(draft: JobDraft) -> None:
             draft.paths_of_invalid_keys["tracking.mlflow"] = "tracking.mlflow"
         return
     address = str(uri_option.value)
-    userinfo = USERINFO_PATTERN.search(address)
-    if userinfo:
-        user, _, password = userinfo.group(0).rstrip("@").partition(":")
+    userinfo_match = USERINFO_PATTERN.search(address)
+    if userinfo_match:
+        user, _, password = userinfo_match.group(0).rstrip("@").partition(":")
         _set_secret_variables(
             draft, "mlflow.tracking_uri", {"MLFLOW_TRACKING_USERNAME": user, "MLFLOW_TRACKING_PASSWORD": password}
         )
@@ -548,10 +549,10 @@ def _set_trackers(draft: JobDraft) -> None:
     draft.assign("tracking.mlflow.trackingUri", address, "mlflow.tracking_uri")
 
 
-def _set_secret_variables(draft: JobDraft, option_key: str, values: dict[str, str]) -> None:
+def _set_secret_variables(draft: JobDraft, option_key: str, value_by_variable: dict[str, str]) -> None:
     """Store values in the Secret, and set environment variables of the trainer to them."""
     variables = list(draft.value("placement.env") or [])
-    for name, value in values.items():
+    for name, value in value_by_variable.items():
         if value:
             variables.append({"name": name, "secretKeyRef": draft.store_secret(name.lower().replace("_", "-"), value)})
     if variables:
@@ -602,7 +603,7 @@ def _set_output(draft: JobDraft) -> None:
     draft.assign_default("output.hub.private", False, "hard-coded in the tool")
 
 
-def _set_judge(draft: JobDraft) -> None:
+def _set_judge_and_sampling(draft: JobDraft) -> None:
     if "evaluator.embedding" in draft.given_options:
         embedding_model = str(draft.get("evaluator.embedding")).replace("text-embeddings-", "text-embedding-")
         draft.assign("evaluation.judge.embedding", embedding_model, "evaluator.embedding")

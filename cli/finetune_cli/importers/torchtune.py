@@ -124,7 +124,7 @@ OPTION_TABLE: tuple[OptionRow, ...] = (
     OptionRow("fsdp_cpu_offload", "distributed.strategy", to_boolean, is_set_by_combine=True),
     OptionRow("fsdp_reshard_after_forward", "distributed.fsdp.sharding", to_boolean, is_set_by_combine=True),
     OptionRow("save_every_n_steps", "checkpoint.steps", to_integer(1)),
-    OptionRow("resume_from_checkpoint", convert=to_boolean, no_effect="each attempt of a job resumes from the last checkpoint"),
+    OptionRow("resume_from_checkpoint", convert=to_boolean, no_effect_reason="each attempt of a job resumes from the last checkpoint"),
     OptionRow("output_dir", "output.dir", is_set_by_combine=True),
     OptionRow("metric_logger._component_", "tracking.reportTo", is_set_by_combine=True),
     OptionRow("metric_logger.project", "tracking.wandb.project", is_set_by_combine=True),
@@ -211,19 +211,19 @@ def read_overrides(draft: JobDraft, command_words: list[str], dataset_options: d
 
     `dataset_options`: the options of `dataset` and `dataset_val` in the file. Overrides of these options are added to this mapping.
     """
-    skip_next = False
+    skips_next_word = False
     changed_keys: list[str] = []
     for word in command_words:
         name, equals, value = word.partition("=")
         if (
-            skip_next
+            skips_next_word
             or word in ("tune", "run")
             or word.endswith(("_distributed", "_single_device"))
             or name.startswith(("--rdzv", "--nnodes", "--nproc"))
         ):
-            skip_next = not skip_next and word.startswith("--") and not equals
+            skips_next_word = not skips_next_word and word.startswith("--") and not equals
         elif word == "--config":
-            skip_next = True
+            skips_next_word = True
         elif not equals:
             draft.mistakes.append(Mistake("command line", word, "this word belongs to no option", "write key=value"))
         elif name.partition(".")[0] in ("dataset", "dataset_val"):
@@ -410,6 +410,7 @@ def _read_dataset(draft: JobDraft, option_key: str, dataset_entry: Any) -> DataS
         row_format,
         columns,
         None,
+        # 0.0 marks validation data of a split that cannot be selected: the caller then ignores this data.
         fraction if fraction is not None else 0.0 if option_key != "dataset" else 1.0,
     )
 
@@ -436,9 +437,9 @@ def _set_optimizer(draft: JobDraft) -> None:
         draft.refuse_feature(
             "lr_scheduler._component_", f"the learning rate schedule {scheduler}", f"write {SUPPORTED_SCHEDULER}"
         )
-    steps = draft.get("max_steps_per_epoch")
-    if steps:
-        draft.assign("training.maxSteps", steps * draft.get("epochs", 1), "max_steps_per_epoch")
+    steps_per_epoch = draft.get("max_steps_per_epoch")
+    if steps_per_epoch:
+        draft.assign("training.maxSteps", steps_per_epoch * draft.get("epochs", 1), "max_steps_per_epoch")
 
 
 def _set_precision(draft: JobDraft) -> None:
@@ -453,13 +454,13 @@ def _set_precision(draft: JobDraft) -> None:
         draft.assign("training.device", "mps", "device")
     elif "device" in draft.given_options:
         draft.add_reason("device", "the job uses GPUs")
-    offloads, recomputes = draft.get("enable_activation_offloading"), draft.get("enable_activation_checkpointing")
+    offloads_activations, recomputes_activations = draft.get("enable_activation_offloading"), draft.get("enable_activation_checkpointing")
     for key, mode in (("enable_activation_checkpointing", "enabled"), ("enable_activation_offloading", "unsloth")):
         if draft.get(key):
             draft.assign("training.gradientCheckpointing", mode, key)
         elif key in draft.given_options:
             draft.add_reason(key, "no effect: false turns it off")
-    if offloads and recomputes:
+    if offloads_activations and recomputes_activations:
         draft.add_reason("enable_activation_checkpointing", "included in training.gradientCheckpointing: unsloth")
 
 

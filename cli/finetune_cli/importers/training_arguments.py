@@ -53,8 +53,8 @@ OTHER_FSDP_WORDS = ("auto_wrap", "offload")
 
 def to_strategy(value: Any) -> str:
     """Return the strategy, which must be `steps`, `epoch`, `no` or `best`."""
-    word: str = to_choice(["steps", "epoch", "no", "best"])(value)
-    return word
+    strategy: str = to_choice(["steps", "epoch", "no", "best"])(value)
+    return strategy
 
 
 def to_flag_or_path(value: Any) -> Any:
@@ -448,11 +448,11 @@ def set_results(draft: JobDraft) -> None:
 
 
 def _set_hub(draft: JobDraft) -> None:
-    keys = ("hub_model_id", "hub_token", "hub_private_repo", "hub_revision")
+    hub_keys = ("hub_model_id", "hub_token", "hub_private_repo", "hub_revision")
     if not draft.get("push_to_hub"):
         if "push_to_hub" in draft.given_options:
             draft.add_reason("push_to_hub", "no effect: nothing is pushed")
-        for key in keys:
+        for key in hub_keys:
             if key in draft.given_options:
                 draft.add_reason(key, "no effect: push_to_hub is not true")
         return

@@ -149,12 +149,12 @@ def _uses_lora(draft: JobDraft) -> bool:
     return draft.value("method.type") in ("lora", "qlora")
 
 
-def _has_trainer(name: str) -> Callable[[JobDraft], bool]:
+def _make_trainer_check(name: str) -> Callable[[JobDraft], bool]:
     return lambda draft: bool(draft.value("trainer.type", "sft") == name)
 
 
 DEFAULTS: tuple[ToolDefault, ...] = (
-    *(ToolDefault("training.learningRate", rate, is_applicable=_has_trainer(name)) for name, rate in LEARNING_RATE_BY_TRAINER.items()),
+    *(ToolDefault("training.learningRate", rate, is_applicable=_make_trainer_check(name)) for name, rate in LEARNING_RATE_BY_TRAINER.items()),
     ToolDefault("training.gradientCheckpointing", "enabled"),
     ToolDefault("training.mixedPrecision", "bf16", needs_gpu=True),
     ToolDefault("tracking.loggingSteps", 10),
@@ -203,23 +203,23 @@ def _set_attention(draft: JobDraft) -> None:
 
 
 def _set_method(draft: JobDraft, uses_peft: bool) -> None:
-    in_4bit, in_8bit = draft.get("load_in_4bit"), draft.get("load_in_8bit")
-    if in_4bit and in_8bit:
+    loads_in_4bit, loads_in_8bit = draft.get("load_in_4bit"), draft.get("load_in_8bit")
+    if loads_in_4bit and loads_in_8bit:
         message = "4-bit and 8-bit loading exclude each other, but both are true"
         draft.add_mistake(
             ("load_in_4bit", "load_in_8bit"), message, "set one of them to false", explained_path="model.quantization"
         )
         return
-    quantisation_key = "load_in_4bit" if in_4bit else "load_in_8bit" if in_8bit else None
+    quantisation_key = "load_in_4bit" if loads_in_4bit else "load_in_8bit" if loads_in_8bit else None
     for key in ("load_in_4bit", "load_in_8bit"):
         if draft.get(key) is False:
             draft.add_reason(key, "no effect: false leaves this quantisation off")
     if "use_peft" in draft.given_options:
-        draft.assign("method.type", ("qlora" if in_4bit else "lora") if uses_peft else "full", "use_peft")
+        draft.assign("method.type", ("qlora" if loads_in_4bit else "lora") if uses_peft else "full", "use_peft")
     elif not uses_peft:
         draft.assign_default("method.type", "full", "without use_peft, all weights are trained")
     if quantisation_key and uses_peft:
-        draft.assign("model.quantization.bits", 4 if in_4bit else 8, quantisation_key)
+        draft.assign("model.quantization.bits", 4 if loads_in_4bit else 8, quantisation_key)
     elif quantisation_key:
         draft.add_mistake(
             quantisation_key,
@@ -259,14 +259,14 @@ def _set_objective(draft: JobDraft, trainer: str) -> None:
         draft.refuse_feature("loss_type", f"the loss {', '.join(loss_names)} of {trainer}")
     elif loss_names:
         draft.add_reason("loss_type", f"the loss of {trainer}")
-    path_by_trainer_and_key = {
+    paths_by_key = {
         "beta": {"grpo": "trainer.grpo.beta", **dict.fromkeys(("dpo", "kto", "orpo"), "trainer.dpo.beta")},
         "label_smoothing": {"dpo": "trainer.dpo.labelSmoothing"},
         "max_completion_length": dict.fromkeys(("dpo", "kto", "orpo", "grpo"), "trainer.maxCompletionLength"),
         "num_generations": {"grpo": "trainer.grpo.numGenerations"}, "temperature": {"grpo": "trainer.grpo.temperature"}, "top_p": {"grpo": "trainer.grpo.topP"},
         "chat_template_kwargs": {"grpo": "dataset.templateVariables"},
     }  # fmt: skip
-    for key, path_by_trainer in path_by_trainer_and_key.items():
+    for key, path_by_trainer in paths_by_key.items():
         if key not in draft.given_options:
             continue
         if key == "chat_template_kwargs" and not draft.get(key):
@@ -304,10 +304,10 @@ def _set_data(draft: JobDraft, trainer: str) -> None:
             "path": draft.get("dataset_name"), "name": draft.get("dataset_config"), "split": draft.get("dataset_train_split")}))  # fmt: skip
     for dataset_entry in draft.get("datasets") or []:
         data_sources.append(_read_dataset(draft, "datasets", dataset_entry))
-    size = draft.get("test_split_size")
-    if size and size < 1:
-        draft.assign("dataset.split.validation", size, "test_split_size")
-    elif size:
+    validation_size = draft.get("test_split_size")
+    if validation_size and validation_size < 1:
+        draft.assign("dataset.split.validation", validation_size, "test_split_size")
+    elif validation_size:
         draft.refuse_feature(
             "test_split_size", "a number of validation rows", "write a fraction such as 0.05, or give --validation URI"
         )
@@ -375,17 +375,17 @@ def _set_row_options(draft: JobDraft, trainer: str) -> None:
         draft.assign("dataset.packing", True, "packing")
     elif "packing" in draft.given_options:
         draft.add_reason("packing", "rows are not packed")
-    key = next((name for name in ("assistant_only_loss", "completion_only_loss") if draft.get(name)), None)
-    key = key or next(
+    loss_key = next((name for name in ("assistant_only_loss", "completion_only_loss") if draft.get(name)), None)
+    loss_key = loss_key or next(
         (name for name in ("completion_only_loss", "assistant_only_loss") if name in draft.given_options), None
     )
-    if key is not None and trainer == "sft":
-        draft.assign("dataset.responseOnly.enabled", draft.get(key), key)
+    if loss_key is not None and trainer == "sft":
+        draft.assign("dataset.responseOnly.enabled", draft.get(loss_key), loss_key)
     elif trainer == "sft":
         draft.add_warning(
             "TRL trains on all tokens of a conversation, but a FineTuneJob only on the answers: "
             "to train on all tokens, give --set dataset.responseOnly.enabled=false"
         )
     for name in ("assistant_only_loss", "completion_only_loss"):
-        if name in draft.given_options and name != key:
-            draft.add_reason(name, f"no effect: {key} is used instead")
+        if name in draft.given_options and name != loss_key:
+            draft.add_reason(name, f"no effect: {loss_key} is used instead")

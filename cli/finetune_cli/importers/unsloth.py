@@ -18,7 +18,7 @@ from finetune_cli.importers.options import make_ignored_options, make_refused_op
 from finetune_cli.importers.trl_options import set_trl_options
 from finetune_cli.yaml_reader import parse_value
 
-TRL_NAME_BY_NAME = {
+TRL_NAME_BY_UNSLOTH_NAME = {
     "model_name": "model_name_or_path", "revision": "model_revision", "r": "lora_r", "target_modules": "lora_target_modules",
     "modules_to_save": "lora_modules_to_save", "target_parameters": "lora_target_parameters", "use_gradient_checkpointing": "gradient_checkpointing",
     "dataset": "dataset_name", "random_state": "seed", "hub_path": "hub_model_id", "push_model": "push_to_hub",
@@ -53,7 +53,7 @@ OWN_OPTION_ROWS: tuple[OptionRow, ...] = (
 )  # fmt: skip
 OPTION_TABLE: tuple[OptionRow, ...] = (
     *(
-        replace(option_row, aliases=(*option_row.aliases, *(name for name, trl_name in TRL_NAME_BY_NAME.items() if trl_name == option_row.key)))
+        replace(option_row, aliases=(*option_row.aliases, *(name for name, trl_name in TRL_NAME_BY_UNSLOTH_NAME.items() if trl_name == option_row.key)))
         for option_row in trl_options.OPTION_TABLE
         if option_row.key not in {own_row.key for own_row in OWN_OPTION_ROWS}
     ),
@@ -84,10 +84,10 @@ def recognises_input(documents: tuple[InputDocument, ...], command_words: tuple[
         return True
     for document in documents:
         content = peek_mapping(document)
-        names = set(content) | {
+        option_names = set(content) | {
             name for group in GROUP_NAMES if isinstance(content.get(group), dict) for name in content[group]
         }
-        if "model_name" in names and sum(name in names for name in RECOGNISED_KEYS) >= 2:
+        if "model_name" in option_names and sum(name in option_names for name in RECOGNISED_KEYS) >= 2:
             return True
     return False
 
@@ -137,12 +137,12 @@ def _is_4bit(draft: JobDraft) -> bool:
 
 
 def _set_initialisation(draft: JobDraft) -> None:
-    init, loftq_options = draft.get("init_lora_weights"), draft.get("loftq_config")
-    if isinstance(init, str):
-        draft.assign("method.lora.init", init, "init_lora_weights")
-    elif init is False:
+    initialisation, loftq_options = draft.get("init_lora_weights"), draft.get("loftq_config")
+    if isinstance(initialisation, str):
+        draft.assign("method.lora.init", initialisation, "init_lora_weights")
+    elif initialisation is False:
         draft.refuse_feature("init_lora_weights", "adapters without initialisation", "write true")
-    elif init is True:
+    elif initialisation is True:
         draft.add_reason("init_lora_weights", "true is the default initialisation")
     if isinstance(loftq_options, dict) and loftq_options:
         draft.assign("method.lora.loftq.bits", loftq_options.get("loftq_bits", 4), "loftq_config")

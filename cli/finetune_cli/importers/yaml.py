@@ -141,7 +141,7 @@ OPTION_TABLE: tuple[OptionRow, ...] = (
     OptionRow("evaluation.eval_steps", "evaluation.steps", to_integer(1), is_set_by_combine=True),
     OptionRow("evaluation.benchmarks", "evaluation.benchmarks", to_list_of(to_choice(BENCHMARK_NAMES)), is_set_by_combine=True),
     OptionRow("pruning.enabled", convert=refuse_true("pruning")),
-    *(OptionRow(key, convert=keep_value, no_effect=LATER_REVISION_REASON) for key in UNUSED_KEYS),
+    *(OptionRow(key, convert=keep_value, no_effect_reason=LATER_REVISION_REASON) for key in UNUSED_KEYS),
     OptionRow("--eval_only", "phases.train", to_boolean, is_set_by_combine=True),
 )  # fmt: skip
 
@@ -221,9 +221,9 @@ def read_options(draft: JobDraft) -> Iterator[OptionEntry]:
 
 
 def _read_overrides(draft: JobDraft) -> Iterator[OptionEntry]:
-    remaining = strip_launcher(draft.request.tool_arguments)
-    while remaining:
-        word = remaining.pop(0)
+    remaining_words = strip_launcher(draft.request.tool_arguments)
+    while remaining_words:
+        word = remaining_words.pop(0)
         name, equals, value = word.partition("=")
         if not name.startswith("--"):
             draft.mistakes.append(
@@ -231,16 +231,16 @@ def _read_overrides(draft: JobDraft) -> Iterator[OptionEntry]:
             )
         elif name == "--eval_only" and not equals:
             yield build_flag_entry(name, True)
-        elif not equals and (not remaining or (remaining[0].startswith("-") and not NEGATIVE_NUMBER_PATTERN.match(remaining[0]))):
+        elif not equals and (not remaining_words or (remaining_words[0].startswith("-") and not NEGATIVE_NUMBER_PATTERN.match(remaining_words[0]))):
             draft.mistakes.append(Mistake("command line", name, "the value is missing", f"write {name} VALUE"))
         else:
-            text = value if equals else remaining.pop(0)
+            value_text = value if equals else remaining_words.pop(0)
             if name == "--config":
-                add_config_file(draft, text)
+                add_config_file(draft, value_text)
             elif name == "--deepspeed":
-                yield OptionEntry("distributed.deepspeed_config", text, ValueOrigin(f"command line {name}"))
+                yield OptionEntry("distributed.deepspeed_config", value_text, ValueOrigin(f"command line {name}"))
             else:
-                yield OptionEntry(name.removeprefix("--"), parse_value(text), ValueOrigin(f"command line {name}"))
+                yield OptionEntry(name.removeprefix("--"), parse_value(value_text), ValueOrigin(f"command line {name}"))
 
 
 # --- fields that depend on several options --------------------------------------------------------------------------
@@ -351,11 +351,11 @@ def _resolve_bits(draft: JobDraft, method: str) -> int | None:
 
     Four options can set this number. Record a mistake for options that contradict each other.
     """
-    in_4bit, in_8bit, bits = draft.get(KEY_4BIT), draft.get(KEY_8BIT), draft.get(KEY_BITS)
+    loads_in_4bit, loads_in_8bit, bits = draft.get(KEY_4BIT), draft.get(KEY_8BIT), draft.get(KEY_BITS)
     if bits is not None and bits not in (4, 8):
         draft.add_mistake(KEY_BITS, f"{bits} is not supported", "write 4 or 8")
         return None
-    if in_4bit and in_8bit:
+    if loads_in_4bit and loads_in_8bit:
         draft.add_mistake(
             (KEY_4BIT, KEY_8BIT),
             "4-bit and 8-bit loading exclude each other, but both are true",
@@ -364,7 +364,7 @@ def _resolve_bits(draft: JobDraft, method: str) -> int | None:
         )
         return None
     if method == "qlora":
-        for key, contradicts in ((KEY_4BIT, in_4bit is False), (KEY_8BIT, bool(in_8bit)), (KEY_BITS, bits == 8)):
+        for key, contradicts in ((KEY_4BIT, loads_in_4bit is False), (KEY_8BIT, bool(loads_in_8bit)), (KEY_BITS, bits == 8)):
             if contradicts:
                 value = str(draft.get(key)).lower()
                 draft.add_mistake(
@@ -374,10 +374,10 @@ def _resolve_bits(draft: JobDraft, method: str) -> int | None:
                     explained_path="model.quantization",
                 )
         return 4
-    loaded_bits = 4 if in_4bit else 8 if in_8bit else None
+    loaded_bits = 4 if loads_in_4bit else 8 if loads_in_8bit else None
     if loaded_bits and bits and loaded_bits != bits:
         draft.add_mistake(
-            (KEY_4BIT if in_4bit else KEY_8BIT, KEY_BITS),
+            (KEY_4BIT if loads_in_4bit else KEY_8BIT, KEY_BITS),
             f"{loaded_bits} bits and {bits} bits are given for the same base model",
             "make them equal",
             explained_path="model.quantization",
@@ -385,8 +385,8 @@ def _resolve_bits(draft: JobDraft, method: str) -> int | None:
     if (
         loaded_bits is None
         and bits is not None
-        and (in_4bit is False or in_8bit is False)
-        and not (draft.has_key(KEY_4BIT) and in_4bit is None)
+        and (loads_in_4bit is False or loads_in_8bit is False)
+        and not (draft.has_key(KEY_4BIT) and loads_in_4bit is None)
     ):
         given_option = draft.given_options[KEY_BITS]
         draft.add_warning(
