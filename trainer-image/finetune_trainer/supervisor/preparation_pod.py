@@ -172,7 +172,7 @@ class PreparationPod:
             if self._stop_requested.is_set():
                 raise StoppedError
 
-        child_result = run_child(["check"], run, self._settings, handle_message=self._handle_message, while_running=watch)
+        child_result = run_child(["check"], run, self._settings, handle_message=self._handle_message, watch_process=watch)
         if child_result.failure is not None:
             raise child_result.failure
 

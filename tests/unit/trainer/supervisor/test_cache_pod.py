@@ -15,7 +15,7 @@ from finetune_trainer.model_cache.folder import CacheLimits
 from finetune_trainer.model_cache.record import CacheRecord
 from finetune_trainer.settings import Settings
 from finetune_trainer.supervisor import cache_pod
-from finetune_trainer.supervisor.cache_pod import CacheOptions, CachePod, ModelUse, cacheable_sources
+from finetune_trainer.supervisor.cache_pod import CacheOptions, CachePod, ModelUse, list_cacheable_sources
 
 from tests.support.hub import TOKEN, Hub, serve_hub
 from tests.support.learning import make_run
@@ -269,7 +269,7 @@ def test_only_models_from_the_hub_and_s3_are_provided(tmp_path: Path) -> None:
     def sources(model: str, reference: str) -> list[tuple[str, str]]:
         spec = {"model": {"source": model}, "trainer": {"type": "dpo", "dpo": {"referenceModel": reference}}}
         run: RunConfig = make_run(tmp_path / "run", tmp_path, spec)[0]
-        return list(cacheable_sources(run))
+        return list(list_cacheable_sources(run))
 
     assert sources("org/a", "s3://bucket/c") == [("model.source", "org/a"), ("trainer.dpo.referenceModel", "s3://bucket/c")]
     assert sources("pvc://claim/a", "file:///a") == []
