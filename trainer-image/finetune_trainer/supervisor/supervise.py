@@ -78,10 +78,10 @@ PARTS_AFTER_FAILURE_SECONDS = 5.0
 FINAL_UPLOAD_SECONDS = 6 * 3600.0
 """Maximum wait for the upload of the final artefact."""
 UPLOAD_POLL_SECONDS = 0.2
-CLEANUP_SECONDS = 60.0
+OPTIONAL_TASK_SECONDS = 60.0
 """Maximum wait for one optional task at the end of an attempt, such as the removal of old checkpoints."""
-CLEANUP_AFTER_STOP_SECONDS = 10.0
-MIN_CLEANUP_SECONDS = 0.05
+OPTIONAL_TASK_AFTER_STOP_SECONDS = 10.0
+MIN_OPTIONAL_TASK_SECONDS = 0.05
 SAVE_GRACE_SHARE = 0.5
 """A stopped pod may store the result of a finished stage until this share of the grace period has passed."""
 TRACKING_GRACE_SHARE = 0.75
@@ -435,9 +435,9 @@ class Supervisor:
             self._facts.output = uploader.output
             if self._tracking is not None:
                 self._tracking.record_model(uploader.output)
-            self._clean_up(lambda: uploader.apply_retention(is_run_finished=True))
-            self._clean_up(self._sweep_unless_superseded)
-        self._clean_up(self._store_logs_and_records)
+            self._run_optional_task(lambda: uploader.apply_retention(is_run_finished=True))
+            self._run_optional_task(self._sweep_unless_superseded)
+        self._run_optional_task(self._store_logs_and_records)
 
     def _wait_for_uploads(self, uploader: Uploader) -> bool:
         """Wait for the uploads; after a stop request, wait at most until the deadline. Returns whether all uploads ended in time."""
@@ -451,21 +451,21 @@ class Supervisor:
                 return False
         return uploader.wait_until_idle(0)
 
-    def _clean_up(self, task: Callable[[], None]) -> None:
+    def _run_optional_task(self, task: Callable[[], None]) -> None:
         """Run an optional task in a thread. The wait for the task ends early enough to write the termination message."""
         started_at = time.monotonic()
-        thread = threading.Thread(target=task, name="clean-up", daemon=True)
+        thread = threading.Thread(target=task, name="optional-task", daemon=True)
         thread.start()
-        thread.join(MIN_CLEANUP_SECONDS)
-        while thread.is_alive() and time.monotonic() < self._compute_clean_up_deadline(started_at):
+        thread.join(MIN_OPTIONAL_TASK_SECONDS)
+        while thread.is_alive() and time.monotonic() < self._compute_optional_task_deadline(started_at):
             thread.join(POLL_SECONDS)
 
-    def _compute_clean_up_deadline(self, started_at: float) -> float:
+    def _compute_optional_task_deadline(self, started_at: float) -> float:
         """Return the monotonic time at which the wait for an optional task ends. A stop request while the task runs makes this time earlier."""
         stop_requested_at = self._facts.stop_requested_at
         if stop_requested_at is None:
-            return started_at + CLEANUP_SECONDS
-        return min(max(started_at, stop_requested_at) + CLEANUP_AFTER_STOP_SECONDS, self._compute_time_after_grace_share(1.0))
+            return started_at + OPTIONAL_TASK_SECONDS
+        return min(max(started_at, stop_requested_at) + OPTIONAL_TASK_AFTER_STOP_SECONDS, self._compute_time_after_grace_share(1.0))
 
     def _sweep_unless_superseded(self) -> None:
         """Remove dropped and failed uploads, unless a later attempt has begun. The operator starts a later attempt if it cannot reach this pod."""
@@ -479,7 +479,7 @@ class Supervisor:
         run, tree, results, output = self._run, self._tree, self._results, self._facts.output
         if run is None or tree is None or results is None or output is None or self._settings.node_rank > 0:
             return
-        self._clean_up(self._write_lineage)
+        self._run_optional_task(self._write_lineage)
         output = output.model_copy(update={"lineage_uri": self._lineage_uri})
         self._state.set_output(output)
         started_at = time.time()
@@ -496,7 +496,7 @@ class Supervisor:
         self._facts.output = (self._facts.stage_report.output or output).model_copy(update={"lineage_uri": self._lineage_uri})
         if self._tracking is not None:
             self._tracking.record_evaluation(self._state.report().evaluation, started_at)
-        self._clean_up(lambda: store_quietly(self._state, RESULT_FILES, results.store_metric_files))
+        self._run_optional_task(lambda: store_quietly(self._state, RESULT_FILES, results.store_metric_files))
 
     def _write_lineage(self) -> None:
         """Write the lineage statement. A failure only adds a note, because the model is already committed."""
@@ -553,7 +553,7 @@ class Supervisor:
             except Exception as error:
                 self._state.add_note(f"the run's report was not written: {as_failure(error, Reason.REPORT_FAILED).code}")
 
-        self._clean_up(write)
+        self._run_optional_task(write)
         if output is not None and uris and uris[0] is not None:
             self._facts.output = output.model_copy(update={"report_uri": uris[0]})
             self._state.set_output(self._facts.output)
@@ -564,7 +564,7 @@ class Supervisor:
         if exit_decision.exit_code != ExitCode.OK or run is None or tree is None or output is None:
             return
         if self._settings.node_rank == 0 and run.spec.phases.train is not False:
-            self._clean_up(lambda: store_quietly(self._state, RESULT_RECORDS, lambda: store_result(run, tree, output, self._state.report())))
+            self._run_optional_task(lambda: store_quietly(self._state, RESULT_RECORDS, lambda: store_result(run, tree, output, self._state.report())))
 
     def _build_termination_message(self, exit_decision: ExitDecision) -> TerminationMessage:
         return build_termination_message(

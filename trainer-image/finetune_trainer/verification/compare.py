@@ -84,8 +84,8 @@ def judge_artefact(
     change_from_base = rms_difference(values, base_values) if base_values is not None else None
     difference, tolerance = compute_difference_and_tolerance(values, reference, change_from_base, is_rounded=is_rounded)
     result = ArtefactVerification(
-        artefact=name, result=VerificationOutcome.VERIFIED, difference=_rounded_or_none(difference), tolerance=_round_to_three_digits(tolerance),
-        change_from_base=_rounded_or_none(change_from_base),
+        artefact=name, result=VerificationOutcome.VERIFIED, difference=_round_or_none(difference), tolerance=_round_to_three_digits(tolerance),
+        change_from_base=_round_or_none(change_from_base),
     )  # fmt: skip
     was_changed_in_training = reference.adapter.changes_output if reference.adapter is not None else None
     rounding_limit = 0.0 if was_changed_in_training else tolerance  # If the change in training is unknown, a small difference may be rounding.
@@ -144,7 +144,7 @@ def _failed(result: ArtefactVerification, code: str, reason: str) -> ArtefactVer
     return result.model_copy(update={"result": VerificationOutcome.FAILED, "code": code, "reason": reason})
 
 
-def _rounded_or_none(value: float | None) -> float | None:
+def _round_or_none(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else _round_to_three_digits(value)
 
 
