@@ -22,7 +22,7 @@ from finetune_trainer.checkpoint.manifest import Manifest
 from finetune_trainer.checkpoint.tree import CheckpointTree
 from finetune_trainer.evaluation.predictions import Prediction
 from finetune_trainer.report import page
-from finetune_trainer.report.redaction import secret_values
+from finetune_trainer.report.redaction import list_secret_values
 from finetune_trainer.report.result_sections import MAX_ANSWERS
 from finetune_trainer.report.run_report import (
     CompletedStage,
@@ -78,7 +78,7 @@ class ReportWriter:
         if self._tree.is_superseded(self._run.attempt):
             return None
         self._recorder.record_end(message, progress)
-        page_bytes = page.render(self.collect_report_data(message.output, progress), secret_values(os.environ)).encode()
+        page_bytes = page.render(self.collect_report_data(message.output, progress), list_secret_values(os.environ)).encode()
         self._tree.store.put(REPORT_KEY, page_bytes)
         if message.output is not None and message.output.published_uri:
             self._store_next_to_copy(page_bytes)
