@@ -77,7 +77,7 @@ class SourceRecord(LenientModel):
     files: list[tuple[str, int, str]]
 
 
-class CachePod:
+class PodModelProvider:
     """Provides the models of one pod from the cache. `run()` returns the exit code."""
 
     def __init__(self, settings: Settings, options: CacheOptions) -> None:
@@ -213,7 +213,7 @@ def list_cacheable_sources(run: RunConfig) -> Iterator[tuple[str, str]]:
 
 def fill_claim(settings: Settings, run: RunConfig, cache_folder: Path) -> list[str]:
     """Put all models of a run into a cache in a PersistentVolumeClaim. Returns notes on the models that were not stored."""
-    return CachePod(settings, CacheOptions(cache_folder, CLAIM_CACHE_TENANT, ModelUse.NONE, CacheLimits())).provide_models(run).notes
+    return PodModelProvider(settings, CacheOptions(cache_folder, CLAIM_CACHE_TENANT, ModelUse.NONE, CacheLimits())).provide_models(run).notes
 
 
 def _log_progress(done_bytes: int, listing: ModelListing) -> None:
@@ -239,4 +239,4 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     limits = CacheLimits(size_bytes=options.size_limit, free_share=options.free_share)
     model_use = ModelUse.COPY if options.copy else ModelUse.IN_PLACE
-    return CachePod(Settings.from_env(), CacheOptions(options.folder, options.tenant, model_use, limits)).run()
+    return PodModelProvider(Settings.from_env(), CacheOptions(options.folder, options.tenant, model_use, limits)).run()
