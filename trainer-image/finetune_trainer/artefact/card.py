@@ -83,8 +83,8 @@ def build_merged_card(adapter_card: str) -> str:
 def split_card(card_text: str) -> tuple[dict[str, Any], str]:
     """Split a card into its metadata and its Markdown. The metadata is empty if the card has no readable metadata."""
     _, fence, rest = card_text.partition(METADATA_FENCE) if card_text.startswith(METADATA_FENCE) else ("", "", card_text)
-    header, closing, body = rest.partition(f"\n{METADATA_FENCE}")
-    if not fence or not closing:
+    header, closing_fence, body = rest.partition(f"\n{METADATA_FENCE}")
+    if not fence or not closing_fence:
         return {}, card_text
     try:
         metadata = yaml.safe_load(header)
@@ -97,27 +97,28 @@ def _build_card_metadata(run: RunConfig, inputs: Inputs, kind: OutputKind) -> di
     """Return the metadata for the hub. The metadata names a base model or data set only if it is on the hub, because the hub refuses other names."""
     is_adapter, is_reward = kind is OutputKind.ADAPTER, trainer_type_of(run.spec) is TrainerType.REWARD
     task = "text-classification" if is_reward else VISION_TASK if is_vision_language(run.spec) else "text-generation"
-    base, data = _hub_repository(run.spec.model.source), _hub_repository(run.spec.dataset.train)
+    base_repository, data_repository = _find_hub_repository(run.spec.model.source), _find_hub_repository(run.spec.dataset.train)
     tags = ["finetune-operator", str(trainer_type_of(run.spec)), _read_wire_value(run, "method.type"), "peft" if is_adapter else None]
-    values = {
-        "base_model": base, "base_model_relation": base and ("adapter" if is_adapter else "finetune"),
+    metadata = {
+        "base_model": base_repository, "base_model_relation": base_repository and ("adapter" if is_adapter else "finetune"),
         "library_name": "peft" if is_adapter else "transformers", "pipeline_tag": task,
-        "tags": list(dict.fromkeys(tag for tag in tags if tag)), "datasets": [data] if data else None, **_read_license_of_base(inputs.model),
+        "tags": list(dict.fromkeys(tag for tag in tags if tag)), "datasets": [data_repository] if data_repository else None,
+        **_read_license_of_base(inputs.model),
     }  # fmt: skip
-    return {name: value for name, value in values.items() if value}
+    return {name: value for name, value in metadata.items() if value}
 
 
 def _read_license_of_base(base: Path) -> dict[str, Any]:
     """Return licence and language of the base model, from the model's card or configuration."""
-    card, config = base / CARD_FILE, base / "config.json"
-    metadata = split_card(card.read_text(encoding="utf-8", errors="replace"))[0] if card.exists() else {}
-    if "license" not in metadata and config.exists():
-        metadata = {"license": json.loads(config.read_text()).get("license"), **metadata}
+    card_file, config_file = base / CARD_FILE, base / "config.json"
+    metadata = split_card(card_file.read_text(encoding="utf-8", errors="replace"))[0] if card_file.exists() else {}
+    if "license" not in metadata and config_file.exists():
+        metadata = {"license": json.loads(config_file.read_text()).get("license"), **metadata}
     return {key: metadata[key] for key in LICENSE_KEYS if isinstance(metadata.get(key), str | list)}
 
 
 def _build_card_text(run: RunConfig, inputs: Inputs, kind: OutputKind, facts: TrainingFacts) -> str:
-    root, incarnation = redact_source(run.storage.uri), os.environ.get(Env.INCARNATION_FOLDER, "")
+    job_uri, incarnation = redact_source(run.storage.uri), os.environ.get(Env.INCARNATION_FOLDER, "")
     relation_to_base = "Adapter for" if kind is OutputKind.ADAPTER else "Model trained from"
     model_class = "peft.AutoPeftModelForCausalLM" if kind is OutputKind.ADAPTER else "transformers.AutoModelForCausalLM"
     if is_vision_language(run.spec):
@@ -132,17 +133,18 @@ def _build_card_text(run: RunConfig, inputs: Inputs, kind: OutputKind, facts: Tr
     training_facts = {path: value for path in SHOWN_FIELDS if (value := _read_wire_value(run, path)) not in (None, [])}
     training_facts |= {"optimizer steps": facts.steps, "trained parameters": facts.trainable_parameters, "all parameters": facts.total_parameters}
     lineage_facts = {
-        "FineTuneJob": f"{run.namespace}/{run.name}", "uid": run.uid, "attempt": run.attempt, "files of the job": root,
-        "this artefact": f"{root}/{Storage.MODEL}/{incarnation}", "metrics": f"{root}/{Storage.METRICS}", "spec of each attempt": f"{root}/{Storage.RUN}",
+        "FineTuneJob": f"{run.namespace}/{run.name}", "uid": run.uid, "attempt": run.attempt, "files of the job": job_uri,
+        "this artefact": f"{job_uri}/{Storage.MODEL}/{incarnation}", "metrics": f"{job_uri}/{Storage.METRICS}",
+        "spec of each attempt": f"{job_uri}/{Storage.RUN}",
     }  # fmt: skip
-    parts = [
+    card_sections = [
         f"# {escape_markdown(run.name)}\n\n{relation_to_base} {escape_markdown(base_facts['source'])}, "
         f"trained with {escape_markdown(str(method_type_of(run.spec)))} by a FineTuneJob.\n",
         _build_loading_section(kind, model_class), _build_table("Base model", base_facts), _build_table("Data", data_facts),
         _build_table("Training", training_facts),
         _build_table("Metrics", facts.metrics) if facts.metrics else "", _build_table("Lineage", lineage_facts),
     ]  # fmt: skip
-    return "\n".join(part for part in parts if part)
+    return "\n".join(section for section in card_sections if section)
 
 
 def _build_loading_section(kind: OutputKind, model_class: str) -> str:
@@ -179,7 +181,7 @@ def _read_wire_value(run: RunConfig, path: str) -> Any:
     return value
 
 
-def _hub_repository(source: str | None) -> str | None:
+def _find_hub_repository(source: str | None) -> str | None:
     try:
         parsed_source = parse_source(source or "")
     except ConfigError:

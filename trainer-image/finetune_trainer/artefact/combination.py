@@ -38,12 +38,12 @@ def require_combinable(folder: Path, base: Path, field: str, source: str) -> Non
             "AdapterNotCombinable", f"{field} is {shown_source}: {fault.message}", hint="write the folder of a LoRA adapter for the model of model.source"
         )
     config = json.loads((folder / ADAPTER_CONFIG).read_text())
-    features = {
+    is_used_by_feature = {
         f"the method {config.get('peft_type')}": config.get("peft_type") != "LORA", "DoRA": bool(config.get("use_dora")),
         "trained biases": config.get("bias") not in (None, "none"), "modules that were trained in full": bool(config.get("modules_to_save")),
         "new tokens": bool(config.get("trainable_token_indices")), "adapters of experts": bool(config.get("target_parameters")),
     }  # fmt: skip
-    used_features = [name for name, is_used in features.items() if is_used]
+    used_features = [name for name, is_used in is_used_by_feature.items() if is_used]
     if used_features:
         raise ConfigError(
             "AdapterNotCombinable", f"{field} is {shown_source}, an adapter with {' and '.join(used_features)}: only plain LoRA adapters can be combined",
@@ -56,12 +56,12 @@ def load_combined_adapters(peft_model: Any, run: RunConfig, folders: Sequence[Pa
 
     Returns PEFT's names of all adapters, with the trained adapter first.
     """
-    weights = {TRAINED_ADAPTER: 1.0 if run.spec.output.adapter_weight is None else run.spec.output.adapter_weight}
+    weight_by_adapter = {TRAINED_ADAPTER: 1.0 if run.spec.output.adapter_weight is None else run.spec.output.adapter_weight}
     for number, (item, folder) in enumerate(zip(run.spec.output.combine_adapters or [], folders, strict=True)):
         peft_model.load_adapter(folder, adapter_name=combined_adapter_name(number))
-        weights[combined_adapter_name(number)] = 1.0 if item.weight is None else item.weight
+        weight_by_adapter[combined_adapter_name(number)] = 1.0 if item.weight is None else item.weight
     for module in peft_model.modules():
         scaling = getattr(module, "scaling", None)
         if isinstance(scaling, dict):
-            scaling.update({name: value * weights[name] for name, value in scaling.items()})
-    return list(weights)
+            scaling.update({name: value * weight_by_adapter[name] for name, value in scaling.items()})
+    return list(weight_by_adapter)

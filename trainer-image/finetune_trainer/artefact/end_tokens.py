@@ -31,9 +31,9 @@ def find_trained_end_tokens(tokenizer: Any, answers: Iterable[Sequence[int]]) ->
     def is_blank(token: int) -> bool:
         return token not in candidate_ids and not tokenizer.decode([token]).strip()
 
-    last_tokens = Counter(next((token for token in reversed(answer) if not is_blank(token)), None) for answer in answers)
-    answer_count = sum(last_tokens.values())
-    return [token for token, count in last_tokens.most_common() if token in candidate_ids and count >= MIN_SHARE * answer_count]
+    answer_count_by_last_token = Counter(next((token for token in reversed(answer) if not is_blank(token)), None) for answer in answers)
+    answer_count = sum(answer_count_by_last_token.values())
+    return [token for token, count in answer_count_by_last_token.most_common() if token in candidate_ids and count >= MIN_SHARE * answer_count]
 
 
 def split_into_answers(labels: Sequence[int]) -> Iterator[list[int]]:

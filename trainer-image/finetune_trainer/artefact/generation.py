@@ -25,8 +25,8 @@ def write_generation_files(folder: Path, base: Path, model_config: Any, tokenize
         settings = GenerationConfig.from_pretrained(base)
     except OSError:
         settings = GenerationConfig.from_model_config(model_config)
-    base_ids = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
-    all_end_ids = [index for index in dict.fromkeys([*end_ids, *base_ids, tokenizer.eos_token_id]) if index is not None]
+    base_end_ids = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+    all_end_ids = [index for index in dict.fromkeys([*end_ids, *base_end_ids, tokenizer.eos_token_id]) if index is not None]
     settings.eos_token_id = all_end_ids[0] if len(all_end_ids) == 1 else all_end_ids or None
     if settings.pad_token_id is None:
         settings.pad_token_id = tokenizer.pad_token_id
@@ -43,7 +43,7 @@ def write_generation_files(folder: Path, base: Path, model_config: Any, tokenize
 def copy_processor_files(base: Path, folder: Path) -> None:
     """Copy the settings of the base model's processors for images and videos.
 
-    The files are copied unread, because the trainer image cannot load processors for videos.
+    The files are copied without being loaded, because the trainer image cannot load processors for videos.
     """
     for name in PROCESSOR_FILES:
         if (base / name).exists():

@@ -26,7 +26,7 @@ class JobAddress:
     job_uri: str
     """URI of the job's folder. A web address keeps its query."""
     step: int | None = None
-    """The step of the checkpoint that the URI names; None if it names none."""
+    """The step of the checkpoint that the URI names; None if the URI names no checkpoint."""
     is_model: bool = False
     """Whether the URI names the final model."""
 
@@ -39,31 +39,33 @@ class JobAddress:
 def parse_address(uri: str) -> JobAddress:
     """Parse a URI from a job's status. The last part of the URI may be the folder of an incarnation."""
     address, query = split_query(uri)
-    parts = address.rstrip("/").split("/")
-    for index in range(len(parts) - 1, 2, -1):
-        step = parse_step(parts[index])
-        if step is not None and parts[index - 1] == Storage.CHECKPOINTS:
-            return JobAddress("/".join(parts[: index - 1]) + query, step)
-        if parts[index] == Storage.MODEL and (
-            index == len(parts) - 1 or (index == len(parts) - 2 and parse_attempt_of_uri(address.rstrip("/")) is not None)
+    uri_parts = address.rstrip("/").split("/")
+    for index in range(len(uri_parts) - 1, 2, -1):
+        step = parse_step(uri_parts[index])
+        if step is not None and uri_parts[index - 1] == Storage.CHECKPOINTS:
+            return JobAddress("/".join(uri_parts[: index - 1]) + query, step)
+        if uri_parts[index] == Storage.MODEL and (
+            index == len(uri_parts) - 1 or (index == len(uri_parts) - 2 and parse_attempt_of_uri(address.rstrip("/")) is not None)
         ):
-            return JobAddress("/".join(parts[:index]) + query, is_model=True)
-        if parts[index] == Storage.CHECKPOINTS and index == len(parts) - 1:
-            return JobAddress("/".join(parts[:index]) + query)
-    return JobAddress("/".join(parts) + query)
+            return JobAddress("/".join(uri_parts[:index]) + query, is_model=True)
+        if uri_parts[index] == Storage.CHECKPOINTS and index == len(uri_parts) - 1:
+            return JobAddress("/".join(uri_parts[:index]) + query)
+    return JobAddress("/".join(uri_parts) + query)
 
 
 def find_committed(tree: CheckpointTree, job_address: JobAddress) -> Iterator[CommittedCheckpoint]:
     """Yield the committed checkpoints at the address, newest first, then the committed model. Errors: NotFoundError `NothingCommitted`."""
-    checkpoints = tree.list_committed() if job_address.is_whole_job else [one for one in [_get_checkpoint_or_model(tree, job_address.step)] if one]
     if job_address.is_whole_job:
-        checkpoints += [model] if (model := tree.get_committed(None)) else []
-    if not checkpoints:
+        checkpoints = [*tree.list_committed(), tree.get_committed(None)]
+    else:
+        checkpoints = [_get_checkpoint_or_model(tree, job_address.step)]
+    committed_checkpoints = [checkpoint for checkpoint in checkpoints if checkpoint is not None]
+    if not committed_checkpoints:
         raise NotFoundError(
             "NothingCommitted", f"nothing is committed at {tree.store.uri if job_address.is_whole_job else tree.uri(checkpoint_folder_key(job_address.step))}",
             hint="check the URI; `list` shows everything that a job has stored",
         )  # fmt: skip
-    yield from checkpoints
+    yield from committed_checkpoints
 
 
 def _get_checkpoint_or_model(tree: CheckpointTree, step: int | None) -> CommittedCheckpoint | None:

@@ -4,7 +4,7 @@ transformers, PEFT, accelerate and DeepSpeed write the files of a checkpoint wit
 replaced: they only copy the tensors to host memory and return. A thread of the rank then writes the copies to the disk, and reports the checkpoint
 when its files are complete. All copies are made between the same two training steps, so they are consistent.
 
-One checkpoint is written at a time. The next checkpoint waits until it is written, because the copies of both use the same host memory.
+One checkpoint is written at a time. The next checkpoint waits until the current checkpoint is written, because their copies use the same host memory.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class BackgroundWriter:
         self._is_saving = False
         """Whether a checkpoint is being saved: True from `begin_checkpoint` to `finish_checkpoint`."""
         self._tasks: list[Callable[[], object]] = []
-        """The files to write and the functions to call for the current checkpoint, in order."""
+        """Functions that write the files of the current checkpoint, and functions that callers have added, in order."""
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._stager: DefaultStager | None = None

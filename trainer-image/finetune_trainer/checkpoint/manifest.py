@@ -128,9 +128,9 @@ def list_file_entries(folder: Path) -> list[FileEntry]:
     ]
 
 
-def parse_step(folder: str) -> int | None:
-    """Return the step in the name of a folder, such as 100 for `step-00000100`; None if the name is not that of a checkpoint's folder."""
-    match = _STEP_FOLDER_PATTERN.match(folder)
+def parse_step(folder_name: str) -> int | None:
+    """Return the step in the name of a folder, such as 100 for `step-00000100`; None if it is not the name of a checkpoint's folder."""
+    match = _STEP_FOLDER_PATTERN.match(folder_name)
     return int(match[1]) if match else None
 
 

@@ -88,7 +88,7 @@ class ProgressReporter(TrainerCallback):
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
         self._is_reporting = channel.local_rank == 0
-        self._last_heartbeat = 0.0
+        self._last_heartbeat_time = 0.0
         self._token_counts: list[tuple[float, int]] = []
         """The monotonic time and the number of tokens so far, at the last ten log lines."""
 
@@ -108,8 +108,8 @@ class ProgressReporter(TrainerCallback):
 
     def _send_heartbeat(self) -> None:
         now = time.monotonic()
-        if now - self._last_heartbeat > MIN_HEARTBEAT_SECONDS:
-            self._last_heartbeat = now
+        if now - self._last_heartbeat_time > MIN_HEARTBEAT_SECONDS:
+            self._last_heartbeat_time = now
             self._channel.send_heartbeat()
 
     def on_log(
@@ -123,31 +123,32 @@ class ProgressReporter(TrainerCallback):
         if not self._is_reporting or not logs:
             return
         self._channel.report_log_line(state.global_step, {k: v for k, v in logs.items() if isinstance(v, int | float)})
-        tokens = int(state.num_input_tokens_seen or 0)
+        token_count = int(state.num_input_tokens_seen or 0)
         self._channel.report_progress(
             Progress(
                 step=state.global_step, total_steps=state.max_steps, epoch=round(state.epoch or 0.0, 4),
-                tokens_seen=tokens or None, tokens_per_second=_rounded_or_none(logs.get("tokens_per_second"), 1) or self._compute_recent_throughput(tokens),
+                tokens_seen=token_count or None,
+                tokens_per_second=_round_or_none(logs.get("tokens_per_second"), 1) or self._compute_recent_throughput(token_count),
             )
         )  # fmt: skip
         self._channel.report_metrics(
             Metrics(
-                train_loss=_rounded_or_none(logs.get("loss")), learning_rate=_rounded_or_none(logs.get("learning_rate"), 12),
-                grad_norm=_rounded_or_none(logs.get("grad_norm")),
+                train_loss=_round_or_none(logs.get("loss")), learning_rate=_round_or_none(logs.get("learning_rate"), 12),
+                grad_norm=_round_or_none(logs.get("grad_norm")),
             )
         )  # fmt: skip
 
-    def _compute_recent_throughput(self, tokens: int) -> float | None:
+    def _compute_recent_throughput(self, token_count: int) -> float | None:
         """Return the tokens per second over the last ten log lines, or None before the second log line."""
-        self._token_counts = [*self._token_counts[-9:], (time.monotonic(), tokens)]
-        (start, before), (now, after) = self._token_counts[0], self._token_counts[-1]
-        return round((after - before) / (now - start), 1) if now > start and after > before else None
+        self._token_counts = [*self._token_counts[-9:], (time.monotonic(), token_count)]
+        (start_time, tokens_before), (end_time, tokens_after) = self._token_counts[0], self._token_counts[-1]
+        return round((tokens_after - tokens_before) / (end_time - start_time), 1) if end_time > start_time and tokens_after > tokens_before else None
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if not self._is_reporting:
             return
-        loss, best, step = find_eval_loss(state), *find_best_eval_loss(state)
-        self._channel.report_metrics(Metrics(eval_loss=_rounded_or_none(loss), best_eval_loss=_rounded_or_none(best), best_step=step))
+        loss, best_loss, best_step = find_eval_loss(state), *find_best_eval_loss(state)
+        self._channel.report_metrics(Metrics(eval_loss=_round_or_none(loss), best_eval_loss=_round_or_none(best_loss), best_step=best_step))
         self._channel.report_stage(Stage.TRAINING)
 
 
@@ -179,7 +180,7 @@ class CheckpointStager(TrainerCallback):
         """Seconds for which the last due checkpoint waited because the previous checkpoint was still being written."""
 
     def on_trainer_created(self, trainer: Any) -> None:
-        """Keep a reference to the Trainer, because transformers does not pass its running sums to callbacks. Give the Trainer the writer of checkpoints."""
+        """Keep a reference to the Trainer, because transformers does not pass the running sums to callbacks. Give the Trainer the writer of checkpoints."""
         self._trainer, trainer.checkpoint_writer = trainer, self._writer
         self._window = LoggingWindow(trainer, self._channel.rank, self._channel.world_size)
 
@@ -243,17 +244,17 @@ class CheckpointStager(TrainerCallback):
     def _copies_fit_in_memory(self) -> bool:
         """Whether host memory can hold the copies of the training state.
 
-        Decided once, at the first checkpoint, because later checkpoints reuse the memory of its copies.
+        This is decided once, at the first checkpoint, because later checkpoints reuse the memory of the first copies.
         """
         if self._trainer is None:
             return False
         if self._memory_suffices is None:
-            copies = space.measure_copy_space(self._trainer, self._channel.world_size)
-            self._memory_suffices = copies.fits
-            if not copies.fits and self._channel.rank == 0:
+            copy_space = space.measure_copy_space(self._trainer, self._channel.world_size)
+            self._memory_suffices = copy_space.fits
+            if not copy_space.fits and self._channel.rank == 0:
                 self._channel.report_note(
-                    f"training waits until each checkpoint is written to the disk: a copy of the training state needs {copies.needed_bytes / GIGABYTE:.1f} GB "
-                    f"of the pod's memory, and {copies.available_bytes / GIGABYTE:.1f} GB are available; "
+                    "training waits until each checkpoint is written to the disk: a copy of the training state needs "
+                    f"{copy_space.needed_bytes / GIGABYTE:.1f} GB of the pod's memory, and {copy_space.available_bytes / GIGABYTE:.1f} GB are available; "
                     "raise resources.memory for checkpoints in the background"
                 )
         return self._memory_suffices
@@ -263,19 +264,19 @@ class CheckpointStager(TrainerCallback):
         folder = Path(str(args.output_dir)) / f"checkpoint-{step}"
         if self._window is not None:
             self._window.write(folder)
-        facts: dict[str, Any] = {
+        checkpoint_facts: dict[str, Any] = {
             "incarnation": self._incarnation, "graceful": self._is_stopping, "epoch": state.epoch,
-            "tokens": int(state.num_input_tokens_seen or 0) + self._unlogged_token_count or None, "evalLoss": _rounded_or_none(find_eval_loss(state, step)),
+            "tokens": int(state.num_input_tokens_seen or 0) + self._unlogged_token_count or None, "evalLoss": _round_or_none(find_eval_loss(state, step)),
             "samples": step * args.train_batch_size * args.gradient_accumulation_steps * self._parallel_batch_count,
             "stallSeconds": round(time.monotonic() - self._save_start_time, 4),
         }  # fmt: skip
-        self._writer.run_after_files(lambda: self._report_files(step, folder, facts))
+        self._writer.run_after_files(lambda: self._report_files(step, folder, checkpoint_facts))
         self._writer.finish_checkpoint()
         if self._is_stopping:
             raise TrainingStopped(step)
 
     def _report_files(self, step: int, folder: Path, checkpoint_facts: dict[str, Any]) -> None:
-        """Report that the files of this rank are complete. If the background thread wrote the files, it also calls this method."""
+        """Report that the files of this rank are complete. If the background thread wrote the files, the thread also calls this method."""
         if self._channel.local_rank == 0:
             self._last_size_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         self._channel.report_staged_files(step, folder, **checkpoint_facts)
@@ -330,7 +331,7 @@ def find_best_eval_loss(state: TrainerState) -> tuple[float | None, int | None]:
     return min(((loss, step) for loss, step in losses_and_steps if math.isfinite(loss)), default=(None, None))
 
 
-def _rounded_or_none(value: Any, digits: int = 6) -> float | None:
+def _round_or_none(value: Any, digits: int = 6) -> float | None:
     if not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return round(float(value), digits)

@@ -18,15 +18,15 @@ def load_states_keeping_settings(optimizer: Any, scheduler: Any, load_states: Ca
 
     A scheduler without base rates, such as ReduceLROnPlateau, keeps the learning rate of the checkpoint.
     """
-    base_rates = list(getattr(scheduler, "base_lrs", ()))
-    settings = [{name: group[name] for name in KEPT_SETTINGS if name in group} for group in _list_parameter_groups(optimizer)]
+    current_rates = list(getattr(scheduler, "base_lrs", ()))
+    settings_by_group = [{name: group[name] for name in KEPT_SETTINGS if name in group} for group in _list_parameter_groups(optimizer)]
     load_states()
-    for group, before in zip(_list_parameter_groups(optimizer), settings, strict=True):
-        group.update({name: value for name, value in before.items() if group.get(name) != value})
+    for group, group_settings in zip(_list_parameter_groups(optimizer), settings_by_group, strict=True):
+        group.update({name: value for name, value in group_settings.items() if group.get(name) != value})
     loaded_rates = getattr(scheduler, "base_lrs", ())
-    for index, (old_rate, new_rate) in enumerate(zip(loaded_rates, base_rates, strict=True)):
-        if old_rate != new_rate and old_rate:
-            _scale_rates(_list_parameter_groups(optimizer)[index], scheduler, index, new_rate, new_rate / old_rate)
+    for index, (loaded_rate, current_rate) in enumerate(zip(loaded_rates, current_rates, strict=True)):
+        if loaded_rate != current_rate and loaded_rate:
+            _scale_rates(_list_parameter_groups(optimizer)[index], scheduler, index, current_rate, current_rate / loaded_rate)
 
 
 def _list_parameter_groups(optimizer: Any) -> list[dict[str, Any]]:

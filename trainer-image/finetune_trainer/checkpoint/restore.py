@@ -75,7 +75,7 @@ def restore(
     with code `CheckpointIncompatible` if the newest undamaged checkpoint belongs to a different run; the error's message names the difference.
     """
     own_checkpoints, unreadable_steps = tree.list_committed_and_damaged()
-    result = RestoreResult(skipped_checkpoints=own_checkpoints)
+    restore_result = RestoreResult(skipped_checkpoints=own_checkpoints)
     if resume_config.max_step is None:
         candidates = own_checkpoints
     else:
@@ -83,31 +83,31 @@ def restore(
         # current attempt is known to have begun after the rollback.
         first_attempt = resume_config.rolled_back_attempt or attempt
         candidates = [
-            one for one in own_checkpoints
-            if (one.step or 0) <= resume_config.max_step or (first_attempt is not None and one.marker.attempt >= first_attempt)
+            checkpoint for checkpoint in own_checkpoints
+            if (checkpoint.step or 0) <= resume_config.max_step or (first_attempt is not None and checkpoint.marker.attempt >= first_attempt)
         ]  # fmt: skip
         unreadable_steps = [step for step in unreadable_steps if step <= resume_config.max_step]
-    result.damage_messages += [f"{tree.uri(join_key(checkpoint_folder_key(step), Storage.COMMITTED))} is damaged" for step in unreadable_steps]
+    restore_result.damage_messages += [f"{tree.uri(join_key(checkpoint_folder_key(step), Storage.COMMITTED))} is damaged" for step in unreadable_steps]
     if resume_config.mode not in ("auto", "never") and not candidates and not unreadable_steps:
-        return _restore_from_uri(resume_config.mode, run_facts, checkpoints_folder, tree, is_wanted, byte_counter, result)
+        return _restore_from_uri(resume_config.mode, run_facts, checkpoints_folder, tree, is_wanted, byte_counter, restore_result)
     for candidate in candidates:
         problem = find_reason_for_distrust(tree, candidate, resume_config, run_facts.strategy)
         if problem is None:
-            problem = _try_to_restore(tree, candidate, run_facts, checkpoints_folder, result, is_wanted, byte_counter)
+            problem = _try_to_restore(tree, candidate, run_facts, checkpoints_folder, restore_result, is_wanted, byte_counter)
         if problem is None:
-            result.ancestor_checkpoints = [one for one in own_checkpoints if (one.step or 0) <= result.step]
-            result.skipped_checkpoints = [one for one in own_checkpoints if (one.step or 0) > result.step]
-            return result
-        result.damage_messages.append(problem)
+            restore_result.ancestor_checkpoints = [checkpoint for checkpoint in own_checkpoints if (checkpoint.step or 0) <= restore_result.step]
+            restore_result.skipped_checkpoints = [checkpoint for checkpoint in own_checkpoints if (checkpoint.step or 0) > restore_result.step]
+            return restore_result
+        restore_result.damage_messages.append(problem)
     if candidates or unreadable_steps or resume_config.expect_step > 0:
-        reasons = "; ".join(result.damage_messages) or "storage holds no checkpoint"
-        reached_step = resume_config.expect_step or max([*(one.step or 0 for one in candidates), *unreadable_steps])
+        reasons = "; ".join(restore_result.damage_messages) or "storage holds no checkpoint"
+        reached_step = resume_config.expect_step or max([*(candidate.step or 0 for candidate in candidates), *unreadable_steps])
         raise NoCheckpointError(
             "NoLoadableCheckpoint", f"the job had reached step {reached_step}, and no checkpoint can be loaded: {reasons}",
             hint="restore the objects in storage, or create a new FineTuneJob, which continues from the checkpoint that its checkpoint.resume names "
             "(name one that you trust); without checkpoint.resume, the new job starts at step 0",
         )  # fmt: skip
-    return result
+    return restore_result
 
 
 def find_reason_for_distrust(tree: CheckpointTree, candidate: CommittedCheckpoint, resume_config: ResumeConfig, strategy: str) -> str | None:
@@ -117,22 +117,22 @@ def find_reason_for_distrust(tree: CheckpointTree, candidate: CommittedCheckpoin
     signed with the job's key. Without a key, or if the strategy's checkpoints cannot contain code, a checkpoint that is not in the status is always
     trusted, so that no progress is lost.
     """
-    address, sha256 = tree.uri(candidate.folder), candidate.marker.manifest_sha256
+    uri, sha256 = tree.uri(candidate.folder), candidate.marker.manifest_sha256
     known_sha256 = resume_config.known_checkpoints.get("/".join(candidate.folder.split("/")[-2:]))
     if known_sha256 is not None:
         if known_sha256 == sha256:
             return None
-        return f"{address} is not the checkpoint that this job committed: its manifest has sha256 {sha256}, but the job's status has {known_sha256}"
+        return f"{uri} is not the checkpoint that this job committed: its manifest has sha256 {sha256}, but the job's status has {known_sha256}"
     if strategy in PICKLING_STRATEGIES and tree.can_sign and not tree.is_signed(candidate):
-        return f"{address} is neither in the job's status nor signed by this job, and a forged checkpoint of {strategy} can run code"
+        return f"{uri} is neither in the job's status nor signed by this job, and a forged checkpoint of {strategy} can run code"
     return None
 
 
 def _try_to_restore(
-    tree: CheckpointTree, candidate: CommittedCheckpoint, run_facts: RunFacts, checkpoints_folder: Path, result: RestoreResult,
+    tree: CheckpointTree, candidate: CommittedCheckpoint, run_facts: RunFacts, checkpoints_folder: Path, restore_result: RestoreResult,
     is_wanted: Callable[[str], bool], byte_counter: ByteCounter | None,
 ) -> str | None:  # fmt: skip
-    """Download one checkpoint and fill in `result`. Return why the checkpoint cannot be used, or None if it was restored."""
+    """Download one checkpoint and fill in `restore_result`. Return why the checkpoint cannot be used, or None if it was restored."""
     manifest = tree.read_manifest(candidate)
     if manifest is None:
         return (
@@ -144,50 +144,50 @@ def _try_to_restore(
     if problem is not None:
         shutil.rmtree(folder, ignore_errors=True)
         return problem
-    result.checkpoint, result.manifest, result.local_folder = candidate, manifest, folder
-    result.uri, result.inexact_reason = tree.uri(candidate.folder), find_inexact_reason(manifest.facts, run_facts)
-    result.is_exact, result.changed_inputs = result.inexact_reason is None, find_changed_inputs(manifest.facts, run_facts)
+    restore_result.checkpoint, restore_result.manifest, restore_result.local_folder = candidate, manifest, folder
+    restore_result.uri, restore_result.inexact_reason = tree.uri(candidate.folder), find_inexact_reason(manifest.facts, run_facts)
+    restore_result.is_exact, restore_result.changed_inputs = restore_result.inexact_reason is None, find_changed_inputs(manifest.facts, run_facts)
     return None
 
 
 def open_other_job(tree: CheckpointTree, job_uri: str) -> CheckpointTree:
     """Open the folder of another job. A folder in S3 is read with the storage connection of this job."""
-    own_store = getattr(tree.store, "target", None)
-    if own_store and job_uri.startswith("s3://"):
-        return CheckpointTree(open_store(own_store.model_copy(update={"uri": job_uri})))
-    return CheckpointTree(open_store(StoreTarget(uri=job_uri, ca_bundle=own_store.ca_bundle if own_store else None)))
+    own_target = getattr(tree.store, "target", None)
+    if own_target and job_uri.startswith("s3://"):
+        return CheckpointTree(open_store(own_target.model_copy(update={"uri": job_uri})))
+    return CheckpointTree(open_store(StoreTarget(uri=job_uri, ca_bundle=own_target.ca_bundle if own_target else None)))
 
 
 def _restore_from_uri(
     uri: str, run_facts: RunFacts, checkpoints_folder: Path, tree: CheckpointTree, is_wanted: Callable[[str], bool], byte_counter: ByteCounter | None,
-    result: RestoreResult,
+    restore_result: RestoreResult,
 ) -> RestoreResult:  # fmt: skip
     """Restore the checkpoint at the URI in `checkpoint.resume`. The URI names the folder of a step or of one incarnation of a step."""
-    root, folder, step = _parse_checkpoint_uri(uri)
-    other_tree = open_other_job(tree, root)
+    job_uri, incarnation_folder, step = _parse_checkpoint_uri(uri)
+    other_tree = open_other_job(tree, job_uri)
     candidate = other_tree.get_committed(step)
     uri = redact_source(uri)
-    if candidate is None or not (folder == "" or folder == candidate.marker.path):
+    if candidate is None or not (incarnation_folder == "" or incarnation_folder == candidate.marker.path):
         raise NoCheckpointError(
             "CheckpointNotFound", f"checkpoint.resume is {uri}, and there is no committed checkpoint at this address",
             hint="write the URI of a folder step-... that holds a _COMMITTED object",
         )  # fmt: skip
-    problem = _try_to_restore(other_tree, candidate, run_facts, checkpoints_folder, result, is_wanted, byte_counter)
+    problem = _try_to_restore(other_tree, candidate, run_facts, checkpoints_folder, restore_result, is_wanted, byte_counter)
     if problem is not None:
         raise NoCheckpointError(
             "NoLoadableCheckpoint", f"checkpoint.resume is {uri}, and this checkpoint is damaged: {problem}"
         )
-    return result
+    return restore_result
 
 
 def _parse_checkpoint_uri(uri: str) -> tuple[str, str, int]:
     """Return the root (a web address keeps its query), the incarnation's folder (empty if the URI does not name an incarnation) and the step."""
     address, query = split_query(uri)
-    parts = address.rstrip("/").split("/")
-    for index in range(len(parts) - 1, 0, -1):
-        step = parse_step(parts[index])
-        if step is not None and parts[index - 1] == Storage.CHECKPOINTS:
-            return "/".join(parts[: index - 1]) + query, "/".join(parts[index + 1 :]), step
+    uri_parts = address.rstrip("/").split("/")
+    for index in range(len(uri_parts) - 1, 0, -1):
+        step = parse_step(uri_parts[index])
+        if step is not None and uri_parts[index - 1] == Storage.CHECKPOINTS:
+            return "/".join(uri_parts[: index - 1]) + query, "/".join(uri_parts[index + 1 :]), step
     raise ConfigError(
         "ResumeInvalid", f"checkpoint.resume is {redact_source(uri)!r}, which does not name a checkpoint",
         hint="write auto, never or <root>/checkpoints/step-00000100",
@@ -254,18 +254,18 @@ def check_compatible(saved_facts: RunFacts, run_facts: RunFacts, uri: str) -> No
 
     Errors: ConfigError `CheckpointIncompatible` if the two runs differ in a fact or input that a resumed run must not change.
     """
-    for name, word in FACTS_THAT_MUST_MATCH.items():
+    for name, shown_name in FACTS_THAT_MUST_MATCH.items():
         saved_value, run_value = getattr(saved_facts, name), getattr(run_facts, name)
         if saved_value and run_value and saved_value != run_value:
             raise ConfigError(
-                "CheckpointIncompatible", f"{uri} was made with another {word}: {saved_value} in the checkpoint, {run_value} in this run",
+                "CheckpointIncompatible", f"{uri} was made with another {shown_name}: {saved_value} in the checkpoint, {run_value} in this run",
                 hint="restore the earlier value, or write checkpoint.resume: never to start again",
             )  # fmt: skip
-    for word in INPUTS_THAT_MUST_MATCH:
-        saved_value, run_value = saved_facts.other_inputs.get(word), run_facts.other_inputs.get(word)
+    for input_name in INPUTS_THAT_MUST_MATCH:
+        saved_value, run_value = saved_facts.other_inputs.get(input_name), run_facts.other_inputs.get(input_name)
         if saved_value and run_value and saved_value != run_value:
             raise ConfigError(
-                "CheckpointIncompatible", f"{uri} was made with another {word}: the contents of its source have changed since the checkpoint",
+                "CheckpointIncompatible", f"{uri} was made with another {input_name}: the contents of its source have changed since the checkpoint",
                 hint="restore the earlier contents, or write checkpoint.resume: never to start again",
             )  # fmt: skip
     uses_deepspeed = StrategyType.DEEPSPEED in (saved_facts.strategy, run_facts.strategy)
@@ -300,11 +300,11 @@ def find_inexact_reason(saved_facts: RunFacts, run_facts: RunFacts) -> str | Non
         return (
             f"learningRate was {saved_facts.learning_rate:g} until the checkpoint and is {run_facts.learning_rate:g} from there on"
         )
-    changed_settings = [group for group, value in run_facts.settings.items() if saved_facts.settings.get(group, value) != value]
+    changed_settings = [field for field, value in run_facts.settings.items() if saved_facts.settings.get(field, value) != value]
     if changed_settings:
         return f"the checkpoint was made with other settings in {', '.join(changed_settings)}"
-    if inputs := find_changed_inputs(saved_facts, run_facts):
-        return f"the checkpoint was made with other {', '.join(inputs)}"
+    if changed_inputs := find_changed_inputs(saved_facts, run_facts):
+        return f"the checkpoint was made with other {', '.join(changed_inputs)}"
     changed_packages = [name for name, version in run_facts.versions.items() if saved_facts.versions.get(name, version) != version]
     if changed_packages:
         package_changes = (f"{name} {saved_facts.versions[name]} -> {run_facts.versions[name]}" for name in changed_packages)

@@ -24,7 +24,7 @@ class RetentionCandidate:
 
 def find_best_step(checkpoints: Iterable[RetentionCandidate]) -> int | None:
     """Return the step with the lowest validation loss (the earliest of several equal ones), or None if no checkpoint has a validation loss."""
-    losses_and_steps = [(kept.eval_loss, kept.step) for kept in checkpoints if kept.eval_loss is not None]
+    losses_and_steps = [(checkpoint.eval_loss, checkpoint.step) for checkpoint in checkpoints if checkpoint.eval_loss is not None]
     return min(losses_and_steps)[1] if losses_and_steps else None
 
 
@@ -37,11 +37,11 @@ def choose_steps_to_remove(
     """
     if keep_count == 0:
         return []
-    steps = sorted((one.step for one in checkpoints), reverse=True)
+    steps = sorted((checkpoint.step for checkpoint in checkpoints), reverse=True)
     kept_steps = set(steps[:keep_count]) | set(pinned_steps)
-    if (best := find_best_step(checkpoints)) is not None:
-        kept_steps.add(best)
+    if (best_step := find_best_step(checkpoints)) is not None:
+        kept_steps.add(best_step)
     if not is_run_finished:
         kept_steps |= set(steps[:1])
-        kept_steps |= set(sorted((one.step for one in checkpoints if one.is_healthy), reverse=True)[:MIN_KEPT_HEALTHY])
+        kept_steps |= set(sorted((checkpoint.step for checkpoint in checkpoints if checkpoint.is_healthy), reverse=True)[:MIN_KEPT_HEALTHY])
     return sorted(step for step in steps if step not in kept_steps)

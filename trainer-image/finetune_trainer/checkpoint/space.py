@@ -44,8 +44,9 @@ def has_disk_space(training_arguments: Any, world_size: int, last_size_bytes: in
 
     All ranks get the same result. `last_size_bytes`: size of the last checkpoint, or 0 before the first.
     """
-    has_space = free_bytes(Path(str(training_arguments.output_dir)).parent) > (last_size_bytes or estimate_first_checkpoint_bytes(model)) + DISK_RESERVE_BYTES
-    return min(_gather_from_ranks(int(has_space), world_size, training_arguments.device)) == 1
+    needed_bytes = last_size_bytes or estimate_first_checkpoint_bytes(model)
+    has_local_space = free_bytes(Path(str(training_arguments.output_dir)).parent) > needed_bytes + DISK_RESERVE_BYTES
+    return min(_gather_from_ranks(int(has_local_space), world_size, training_arguments.device)) == 1
 
 
 def measure_copy_space(trainer: Any, world_size: int) -> CopySpace:
@@ -54,7 +55,7 @@ def measure_copy_space(trainer: Any, world_size: int) -> CopySpace:
     needed_bytes_by_rank = _gather_from_ranks(count_copied_bytes(trainer), world_size, device)
     available_bytes_by_rank = _gather_from_ranks(available_bytes(), world_size, device)
     ranks_of_pods = [slice(first, first + ranks_per_pod) for first in range(0, world_size, ranks_per_pod)]
-    pod_spaces = (CopySpace(sum(needed_bytes_by_rank[pod]), min(available_bytes_by_rank[pod])) for pod in ranks_of_pods)
+    pod_spaces = (CopySpace(sum(needed_bytes_by_rank[pod_ranks]), min(available_bytes_by_rank[pod_ranks])) for pod_ranks in ranks_of_pods)
     return min(pod_spaces, key=lambda space: space.available_bytes - space.needed_bytes)
 
 
@@ -62,16 +63,16 @@ def count_copied_bytes(trainer: Any) -> int:
     """Return how many bytes this rank copies for a checkpoint: the weights if this rank writes them, and the part of the optimizer's state that it writes."""
     is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     weight_bytes = sum(_count_bytes(weight) for weight in _list_written_weights(trainer.model)) if trainer.args.should_save else 0
-    moment_bytes = 0
+    optimizer_bytes = 0
     if is_sharded or trainer.args.should_save:  # Without sharding, every rank has the whole state, and one rank writes it.
-        moment_bytes = sum(_count_bytes(getattr(value, "_local_tensor", value)) for value in _list_state_tensors(trainer.optimizer))
-    return (weight_bytes + moment_bytes) * (SHARDED_MEMORY_FACTOR if is_sharded else 1)
+        optimizer_bytes = sum(_count_bytes(getattr(value, "_local_tensor", value)) for value in _list_state_tensors(trainer.optimizer))
+    return (weight_bytes + optimizer_bytes) * (SHARDED_MEMORY_FACTOR if is_sharded else 1)
 
 
 def estimate_first_checkpoint_bytes(model: Any) -> int:
     """Return the estimated bytes of the first checkpoint: the written weights, and the optimizer's moments of the trained weights."""
-    trained_number_count = sum(weight.numel() for weight in model.parameters() if weight.requires_grad) if model is not None else 0
-    return sum(_count_bytes(weight) for weight in _list_written_weights(model)) + trained_number_count * OPTIMIZER_BYTES_PER_PARAMETER
+    trained_parameter_count = sum(weight.numel() for weight in model.parameters() if weight.requires_grad) if model is not None else 0
+    return sum(_count_bytes(weight) for weight in _list_written_weights(model)) + trained_parameter_count * OPTIMIZER_BYTES_PER_PARAMETER
 
 
 def _list_written_weights(model: Any) -> list[Any]:
@@ -99,4 +100,4 @@ def _gather_from_ranks(value_of_this_rank: int, world_size: int, device: Any) ->
         return [value_of_this_rank]
     values_by_rank = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world_size)]
     torch.distributed.all_gather(values_by_rank, torch.tensor([value_of_this_rank], dtype=torch.int64, device=device))
-    return [int(one) for one in values_by_rank]
+    return [int(value) for value in values_by_rank]

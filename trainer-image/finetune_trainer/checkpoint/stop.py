@@ -75,9 +75,9 @@ class TcpGangStore:
         return bool(self._store.check(list(keys)))
 
     def get_all(self, keys: Iterable[str], timeout_seconds: float) -> list[str]:
-        names = list(keys)
-        self._store.wait(names, datetime.timedelta(seconds=timeout_seconds))
-        return [self._store.get(name).decode() for name in names]
+        key_list = list(keys)
+        self._store.wait(key_list, datetime.timedelta(seconds=timeout_seconds))
+        return [self._store.get(key).decode() for key in key_list]
 
 
 class StopAgreement:

@@ -105,23 +105,23 @@ class CheckpointTree:
         """Return every committed checkpoint, and the steps whose marker cannot be read, both newest first."""
         is_healthy_by_step: dict[int, bool] = {}
         for stat in self.store.list(f"{Storage.CHECKPOINTS}/"):
-            _, folder, *rest = stat.key.split("/")
+            _, folder, *names_below = stat.key.split("/")
             step = parse_step(folder)
-            if step is None or len(rest) != 1:
+            if step is None or len(names_below) != 1:
                 continue
-            if rest[0] == Storage.COMMITTED:
+            if names_below[0] == Storage.COMMITTED:
                 is_healthy_by_step.setdefault(step, False)
-            elif rest[0] == Storage.HEALTHY:
+            elif names_below[0] == Storage.HEALTHY:
                 is_healthy_by_step[step] = True
-        committed, damaged_steps = [], []
-        for step, healthy in sorted(is_healthy_by_step.items(), reverse=True):
+        committed_checkpoints, damaged_steps = [], []
+        for step, is_healthy in sorted(is_healthy_by_step.items(), reverse=True):
             data = self.store.get(join_key(checkpoint_folder_key(step), Storage.COMMITTED))
             marker = CommitMarker.parse(data) if data is not None else None
             if marker is not None:
-                committed.append(CommittedCheckpoint(step, marker, healthy))
+                committed_checkpoints.append(CommittedCheckpoint(step, marker, is_healthy))
             elif data is not None:
                 damaged_steps.append(step)
-        return committed, damaged_steps
+        return committed_checkpoints, damaged_steps
 
     @property
     def can_sign(self) -> bool:
@@ -194,7 +194,7 @@ class CheckpointTree:
         `must_give_up` returns True.
         """
         deadline = time.monotonic() + timeout_seconds
-        files: list[FileEntry] = []
+        entries: list[FileEntry] = []
         for node in range(1, node_count):
             key = join_key(folder_key, incarnation, PARTS_FOLDER, f"node-{node}.json")
             while (data := self.store.get(key)) is None:
@@ -206,8 +206,8 @@ class CheckpointTree:
             part = UploadedPart.model_validate_json(data)
             if part.dropped:
                 raise PeerError("PartMissing", f"pod {node} skipped {folder_key}, or could not store its part")
-            files += part.files
-        return files
+            entries += part.files
+        return entries
 
     @staticmethod
     def merge_parts(folder_key: str, own_entries: list[FileEntry], other_entries: list[FileEntry]) -> list[FileEntry]:
@@ -281,13 +281,13 @@ class CheckpointTree:
             if data is None:
                 time.sleep(PART_POLL_SECONDS)
                 continue
-            existing = CommitMarker.parse(data)
-            if existing is not None and existing.manifest_sha256 == marker.manifest_sha256:
+            existing_marker = CommitMarker.parse(data)
+            if existing_marker is not None and existing_marker.manifest_sha256 == marker.manifest_sha256:
                 return
-            if existing is None or existing == replaceable_marker or existing.attempt < marker.attempt:
+            if existing_marker is None or existing_marker == replaceable_marker or existing_marker.attempt < marker.attempt:
                 self._replace_marker(folder_key, marker)
                 return
-            raise FencedOutError("FencedOut", f"{folder_key} was committed by {existing.path}; this incarnation, {marker.path}, must end")
+            raise FencedOutError("FencedOut", f"{folder_key} was committed by {existing_marker.path}; this incarnation, {marker.path}, must end")
         raise StorageError("MarkerUnreadable", f"{self.uri(key)} exists, but cannot be read")
 
     def _replace_marker(self, folder_key: str, marker: CommitMarker) -> None:
@@ -327,62 +327,62 @@ class CheckpointTree:
 
     def remove(self, step: int) -> None:
         """Remove a checkpoint. The marker is removed first, so that no reader uses the incomplete folder as a checkpoint."""
-        prefix = checkpoint_folder_key(step)
-        self.store.delete([join_key(prefix, Storage.COMMITTED)])
-        self.store.delete([join_key(prefix, Storage.HEALTHY)])
-        keys = [stat.key for stat in self.store.list(prefix + "/")]
-        manifests = [key for key in keys if key.endswith("/" + Storage.MANIFEST)]
-        self.store.delete(manifests)
-        self.store.delete([key for key in keys if key not in manifests])
+        folder_key = checkpoint_folder_key(step)
+        self.store.delete([join_key(folder_key, Storage.COMMITTED)])
+        self.store.delete([join_key(folder_key, Storage.HEALTHY)])
+        keys = [stat.key for stat in self.store.list(folder_key + "/")]
+        manifest_keys = [key for key in keys if key.endswith("/" + Storage.MANIFEST)]
+        self.store.delete(manifest_keys)
+        self.store.delete([key for key in keys if key not in manifest_keys])
 
     def sweep(self) -> SweepResult:
         """Remove the leftovers of killed incarnations: files that do not belong to a committed checkpoint or model, and unfinished uploads.
 
         Call this only while no other incarnation can commit. Errors are returned instead of raised, because leftovers only cost space.
         """
-        count, problem = 0, None
-        for sweep in (self._sweep_uploads, self._sweep_files):
+        removed_count, first_error = 0, None
+        for run_sweep in (self._sweep_uploads, self._sweep_files):
             try:
-                count += sweep()
+                removed_count += run_sweep()
             except FineTuneError as error:
-                problem = problem or error
-        return SweepResult(count, problem)
+                first_error = first_error or error
+        return SweepResult(removed_count, first_error)
 
     def _sweep_uploads(self) -> int:
         return sum(self.store.sweep(f"{prefix}/") for prefix in (Storage.CHECKPOINTS, Storage.MODEL, Storage.MERGED))
 
     def _sweep_files(self) -> int:
-        unreferenced_keys = {
-            prefix: keys
-            for prefix, below in self._list_keys_by_prefix().items()
-            if (keys := self._find_unreferenced_keys(prefix, below))
+        unreferenced_keys_by_folder = {
+            folder_key: keys
+            for folder_key, keys_below in self._list_keys_by_folder().items()
+            if (keys := self._find_unreferenced_keys(folder_key, keys_below))
         }
-        self.store.delete([key for keys in unreferenced_keys.values() for key in keys])
-        for prefix, keys in unreferenced_keys.items():
-            self._remove_marker_of_swept_files(prefix, keys)
-        return sum(map(len, unreferenced_keys.values()))
+        self.store.delete([key for keys in unreferenced_keys_by_folder.values() for key in keys])
+        for folder_key, keys in unreferenced_keys_by_folder.items():
+            self._remove_marker_of_swept_files(folder_key, keys)
+        return sum(map(len, unreferenced_keys_by_folder.values()))
 
     def _remove_marker_of_swept_files(self, folder_key: str, swept_keys: list[str]) -> None:
         """Remove the marker that a fenced incarnation created while this sweep removed the files of the incarnation.
 
         The fenced incarnation checks its files after it has created the marker. This sweep checks the marker after it has deleted the files.
-        So at least the incarnation or the sweep detects the conflict.
+        So the incarnation, the sweep or both detect the conflict.
         """
         marker = self._read_marker(folder_key)
         if marker is not None and any(key.startswith(join_key(folder_key, marker.path) + "/") for key in swept_keys):
             self._remove_marker(folder_key, marker)
 
-    def _list_keys_by_prefix(self) -> dict[str, list[str]]:
+    def _list_keys_by_folder(self) -> dict[str, list[str]]:
         """Return all keys below the folders of checkpoints, of the final model and of the merged model, grouped by the folder's key."""
-        keys: dict[str, list[str]] = {}
+        keys_by_folder: dict[str, list[str]] = {}
         for prefix in (Storage.CHECKPOINTS, Storage.MODEL, Storage.MERGED):
             for stat in self.store.list(f"{prefix}/"):
-                parts = stat.key.split("/")
+                key_parts = stat.key.split("/")
                 if prefix is not Storage.CHECKPOINTS:
-                    keys.setdefault(prefix, []).append(stat.key)
-                elif (step := parse_step(parts[1])) is not None and len(parts) > 2:
-                    keys.setdefault(checkpoint_folder_key(step), []).append(stat.key)
-        return keys
+                    keys_by_folder.setdefault(prefix, []).append(stat.key)
+                elif (step := parse_step(key_parts[1])) is not None and len(key_parts) > 2:
+                    keys_by_folder.setdefault(checkpoint_folder_key(step), []).append(stat.key)
+        return keys_by_folder
 
     def _find_unreferenced_keys(self, folder_key: str, keys: list[str]) -> list[str]:
         """Return the keys among `keys` that do not belong to the committed checkpoint or model.

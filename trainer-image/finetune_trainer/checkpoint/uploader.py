@@ -90,11 +90,11 @@ class Uploader:
         self._job_id, self._attempt, self._node_rank, self._node_count = job_id, attempt, node_rank, node_count
         self._before_commit, self._after_commit, self._part_timeout_seconds = before_commit, after_commit, part_timeout_seconds
         self._final_upload_timeout_seconds = final_upload_timeout_seconds
-        self._part_wait_end: float | None = None
+        self._part_wait_end_time: float | None = None
         self._state_changed = threading.Condition()
         self._queued_checkpoint: StagedCheckpoint | None = None
         self._queued_final: StagedCheckpoint | None = None
-        self._uploading: StagedCheckpoint | None = None
+        self._uploading_checkpoint: StagedCheckpoint | None = None
         self._is_closing = False
         self._candidate_by_step: dict[int, RetentionCandidate] = {}
         self._skipped_marker_by_step: dict[int | None, CommitMarker] = {}
@@ -103,7 +103,7 @@ class Uploader:
         """Newest step that this incarnation has committed."""
         self._unsaved_since: float | None = None
         """Monotonic time at which the first checkpoint after the last commit was due; None if no checkpoint is waiting for a commit."""
-        self._queued_since = self._last_due_time = 0.0
+        self._queued_at = self._last_due_time = 0.0
         self._interval_seconds = 0.0
         """Seconds between the due times of the last two checkpoints."""
         self._failure: FineTuneError | None = None
@@ -141,7 +141,7 @@ class Uploader:
         These checkpoints do not count as progress, and a later commit does not mark them healthy. A skipped checkpoint is replaced when this
         attempt commits the same step, or removed when this attempt commits a later step.
         """
-        self._skipped_marker_by_step |= {one.step: one.marker for one in checkpoints}
+        self._skipped_marker_by_step |= {checkpoint.step: checkpoint.marker for checkpoint in checkpoints}
 
     def enqueue(self, staged_checkpoint: StagedCheckpoint) -> None:
         """Queue a staged checkpoint or the final model. The uploader removes the local folder after the upload."""
@@ -155,7 +155,7 @@ class Uploader:
             elif queued_before is not None and queued_before.is_graceful_stop and not staged_checkpoint.is_graceful_stop:
                 dropped_checkpoint = staged_checkpoint
             else:
-                dropped_checkpoint, self._queued_checkpoint, self._queued_since = queued_before, staged_checkpoint, time.monotonic()
+                dropped_checkpoint, self._queued_checkpoint, self._queued_at = queued_before, staged_checkpoint, time.monotonic()
             self._state_changed.notify_all()
         if dropped_checkpoint is not None:
             self._drop_staged(dropped_checkpoint, staged_checkpoint.step)
@@ -207,7 +207,7 @@ class Uploader:
 
     def limit_part_wait(self, seconds: float) -> None:
         """Let the uploader wait for the files of other pods for at most `seconds` from now. Called after the gang has failed."""
-        self._part_wait_end = time.monotonic() + seconds
+        self._part_wait_end_time = time.monotonic() + seconds
 
     def wait_until_idle(self, timeout_seconds: float) -> bool:
         """Wait until every queued checkpoint and the final model are committed or have failed. Returns False after `timeout_seconds` seconds."""
@@ -215,7 +215,7 @@ class Uploader:
             return self._state_changed.wait_for(self._is_idle, timeout_seconds)
 
     def _is_idle(self) -> bool:
-        return self._queued_checkpoint is None and self._uploading is None and self._queued_final is None
+        return self._queued_checkpoint is None and self._uploading_checkpoint is None and self._queued_final is None
 
     def close(self) -> None:
         """End the uploader's thread after the current and the queued uploads. Failed uploads are no longer retried."""
@@ -232,16 +232,16 @@ class Uploader:
                 if self._is_idle():
                     return
                 if self._queued_checkpoint is not None:
-                    staged, self._queued_checkpoint = self._queued_checkpoint, None
+                    staged_checkpoint, self._queued_checkpoint = self._queued_checkpoint, None
                 else:
                     assert self._queued_final is not None
-                    staged, self._queued_final = self._queued_final, None
-                self._uploading = staged
+                    staged_checkpoint, self._queued_final = self._queued_final, None
+                self._uploading_checkpoint = staged_checkpoint
             try:
-                self._store(staged)
+                self._store(staged_checkpoint)
             finally:
                 with self._state_changed:
-                    self._uploading = None
+                    self._uploading_checkpoint = None
                     self._state_changed.notify_all()
 
     def _store(self, staged_checkpoint: StagedCheckpoint) -> None:
@@ -296,28 +296,28 @@ class Uploader:
             self._report_skipped_part(staged_checkpoint)
 
     def _upload_and_commit(self, staged_checkpoint: StagedCheckpoint, started_at: float) -> None:
-        prefix = checkpoint_folder_key(staged_checkpoint.step)
-        entries = self.tree.upload(prefix, staged_checkpoint.incarnation, staged_checkpoint.folder, byte_counter=self._count_uploaded_bytes)
+        folder_key = checkpoint_folder_key(staged_checkpoint.step)
+        entries = self.tree.upload(folder_key, staged_checkpoint.incarnation, staged_checkpoint.folder, byte_counter=self._count_uploaded_bytes)
         if self._node_rank > 0:
-            self.tree.report_part(prefix, staged_checkpoint.incarnation, self._node_rank, entries)
+            self.tree.report_part(folder_key, staged_checkpoint.incarnation, self._node_rank, entries)
             self.uploaded_step = staged_checkpoint.step or 0
             self._record_saved()
             return
         if self._node_count > 1 and staged_checkpoint.step is not None:
             other_entries = self.tree.wait_for_parts(
-                prefix, staged_checkpoint.incarnation, self._node_count, self._part_timeout_seconds, self._must_end_wait
+                folder_key, staged_checkpoint.incarnation, self._node_count, self._part_timeout_seconds, self._must_end_wait
             )
-            entries = self.tree.merge_parts(prefix, entries, other_entries)
+            entries = self.tree.merge_parts(folder_key, entries, other_entries)
         manifest = self._build_manifest(staged_checkpoint, entries)
         if (
             not staged_checkpoint.is_graceful_stop and not self._must_end_wait()
         ):  # After a stop request, little time is left, so commit at once.
             self._before_commit()
-        marker = self.tree.commit(prefix, manifest, replaceable_marker=self._skipped_marker_by_step.get(staged_checkpoint.step))
+        marker = self.tree.commit(folder_key, manifest, replaceable_marker=self._skipped_marker_by_step.get(staged_checkpoint.step))
         self._skipped_marker_by_step.pop(staged_checkpoint.step, None)
         save_seconds = time.monotonic() - started_at
-        log.info("committed %s/%s in %.2f s (%d bytes)", prefix, staged_checkpoint.incarnation, save_seconds, manifest.total_bytes)
-        uri = self.tree.uri(join_key(prefix, staged_checkpoint.incarnation))
+        log.info("committed %s/%s in %.2f s (%d bytes)", folder_key, staged_checkpoint.incarnation, save_seconds, manifest.total_bytes)
+        uri = self.tree.uri(join_key(folder_key, staged_checkpoint.incarnation))
         if staged_checkpoint.step is None:
             self._mark_healthy(before_step=None)  # The run has ended, and its losses were finite.
             self.output = Output(
@@ -328,14 +328,14 @@ class Uploader:
 
     def _must_end_wait(self) -> bool:
         """Whether the wait for other pods' files must end: a checkpoint of a graceful stop is queued, or the time of `limit_part_wait` has passed."""
-        if self._part_wait_end is not None and time.monotonic() > self._part_wait_end:
+        if self._part_wait_end_time is not None and time.monotonic() > self._part_wait_end_time:
             return True
         return self._queued_checkpoint is not None and self._queued_checkpoint.is_graceful_stop
 
     def _record_saved(self) -> None:
         """Record that a checkpoint is saved. If another checkpoint is queued, the queued checkpoint still counts as unsaved."""
         with self._state_changed:
-            self._unsaved_since = self._queued_since if self._queued_checkpoint is not None else None
+            self._unsaved_since = self._queued_at if self._queued_checkpoint is not None else None
 
     def _record_commit(self, staged_checkpoint: StagedCheckpoint, manifest: Manifest, uri: str, sha256: str, save_seconds: float) -> None:
         step = self._newest_own_step = manifest.step
@@ -359,24 +359,24 @@ class Uploader:
 
     def _mark_healthy(self, *, before_step: int | None) -> None:
         """Mark the checkpoints before this step (None: all) as healthy, because the losses after them were finite."""
-        for step, kept in sorted(self._candidate_by_step.items()):
-            if not kept.is_healthy and (before_step is None or step < before_step):
+        for step, candidate in sorted(self._candidate_by_step.items()):
+            if not candidate.is_healthy and (before_step is None or step < before_step):
                 with self._record_failure_as_note("marking a checkpoint healthy"):
                     self.tree.mark_healthy(step)
-                    self._candidate_by_step[step] = RetentionCandidate(step, True, kept.eval_loss)
+                    self._candidate_by_step[step] = RetentionCandidate(step, True, candidate.eval_loss)
                     self._reporter.mark_checkpoint_healthy(step)
 
     def apply_retention(self, *, is_run_finished: bool = False) -> None:
         """Remove the checkpoints that the keep policy does not protect. If storage refuses a removal, the checkpoint stays and a note is added."""
-        steps = choose_steps_to_remove(
+        steps_to_remove = choose_steps_to_remove(
             list(self._candidate_by_step.values()), self._keep_policy.keep_count, pinned_steps=self._keep_policy.pinned_steps, is_run_finished=is_run_finished
         )
-        for step in steps:
+        for step in steps_to_remove:
             with self._record_failure_as_note(f"removing the checkpoint of step {step}"):
                 self.tree.remove(step)
                 self._candidate_by_step.pop(step, None)
                 self._reporter.remove_checkpoint(step)
-        for step in [one for one in self._skipped_marker_by_step if one is not None and one < self.committed_step]:
+        for step in [step for step in self._skipped_marker_by_step if step is not None and step < self.committed_step]:
             if step not in self._keep_policy.pinned_steps:
                 with self._record_failure_as_note(f"removing the skipped checkpoint of step {step}"):
                     self.tree.remove(step)
@@ -412,15 +412,15 @@ class Uploader:
         self._reporter.increment_counter("uploaded_bytes", byte_count)
 
 
-def to_status_checkpoints(tree: CheckpointTree, committed: Iterable[CommittedCheckpoint]) -> list[Checkpoint]:
+def to_status_checkpoints(tree: CheckpointTree, committed_checkpoints: Iterable[CommittedCheckpoint]) -> list[Checkpoint]:
     """Convert committed checkpoints to entries of the job's status. If the manifest is damaged, size and loss are left out."""
-    checkpoints = []
-    for one in committed:
-        manifest = tree.read_manifest(one)
-        checkpoints.append(
+    status_checkpoints = []
+    for checkpoint in committed_checkpoints:
+        manifest = tree.read_manifest(checkpoint)
+        status_checkpoints.append(
             Checkpoint(
-                step=one.step or 0, uri=tree.uri(one.folder), sha256=one.marker.manifest_sha256, healthy=one.is_healthy,
+                step=checkpoint.step or 0, uri=tree.uri(checkpoint.folder), sha256=checkpoint.marker.manifest_sha256, healthy=checkpoint.is_healthy,
                 bytes=manifest.total_bytes if manifest else None, eval_loss=manifest.eval_loss if manifest else None,
             )
         )  # fmt: skip
-    return checkpoints
+    return status_checkpoints

@@ -32,7 +32,7 @@ TRAIN_MODE = "train"
 STORED_SUM_NAMES = {"trained": "learned", "positions": "places", "correct_letters": "right"}
 """The stored name of each sum that was renamed after version 0.1.0. Checkpoints keep the old names, so that older and newer versions of the trainer
 can read them."""
-CURRENT_SUM_NAMES = {stored: name for name, stored in STORED_SUM_NAMES.items()}
+CURRENT_SUM_NAMES = {stored_name: name for name, stored_name in STORED_SUM_NAMES.items()}
 
 
 class WindowSums(LenientModel):
@@ -61,7 +61,7 @@ class LoggingWindow:
         window_sums = WindowSums(
             since=last_logged_step(trainer), loss=loss_sum(trainer).item(),
             ours={STORED_SUM_NAMES.get(name, name): _to_number(value) for name, value in self._read_sums_of_this_rank().items()},
-            values={name: [_to_number(one) for one in values] for name, values in self._trl_metric_lists().items()},
+            values={name: [_to_number(value) for value in values] for name, values in self._get_trl_metric_lists().items()},
             tokens=trained_tokens(trainer),
         )  # fmt: skip
         checkpoint_folder.mkdir(exist_ok=True)
@@ -84,14 +84,14 @@ class LoggingWindow:
         set_last_logged_step(trainer, window_sums.since)
         loss_sum(trainer).fill_(window_sums.loss)
         self._read_sums_of_this_rank().update({CURRENT_SUM_NAMES.get(name, name): value for name, value in window_sums.ours.items()})
-        self._trl_metric_lists().update(window_sums.values)
+        self._get_trl_metric_lists().update(window_sums.values)
         set_trained_tokens(trainer, window_sums.tokens)
 
     def _read_sums_of_this_rank(self) -> dict[str, Any]:
         sums_by_mode: dict[str, dict[str, Any]] = getattr(self._trainer, "_sums", {TRAIN_MODE: {}})
         return sums_by_mode[TRAIN_MODE]
 
-    def _trl_metric_lists(self) -> MutableMapping[str, Any]:
+    def _get_trl_metric_lists(self) -> MutableMapping[str, Any]:
         return metric_lists(self._trainer)
 
     def require_finite(self, model: Any, step: int) -> int:
@@ -99,21 +99,21 @@ class LoggingWindow:
 
         A collective: every rank must call this method. Errors: DivergedError `LossNotFinite`, `WeightsNotFinite`.
         """
-        loss, weight_norm = loss_sum(self._trainer), _local_weight_norm(model)
-        tokens = _to_number(self._read_sums_of_this_rank().get("tokens", 0))
-        sums_of_ranks = torch.tensor(
-            [float(not torch.isfinite(loss)), float(not math.isfinite(weight_norm)), tokens],
+        loss, weight_norm = loss_sum(self._trainer), _compute_local_weight_norm(model)
+        token_count = _to_number(self._read_sums_of_this_rank().get("tokens", 0))
+        sums_over_ranks = torch.tensor(
+            [float(not torch.isfinite(loss)), float(not math.isfinite(weight_norm)), token_count],
             dtype=torch.float64, device=self._trainer.args.device,
         )  # fmt: skip
         if self._world_size > 1:
-            torch.distributed.all_reduce(sums_of_ranks)
-        bad_loss_count, bad_weights_count, tokens = sums_of_ranks.tolist()
+            torch.distributed.all_reduce(sums_over_ranks)
+        bad_loss_count, bad_weights_count, token_count = sums_over_ranks.tolist()
         hint = "lower training.learningRate, raise warmupSteps, or use bf16 instead of fp16"
         if bad_loss_count:
             raise DivergedError("LossNotFinite", f"the loss before step {step} is not finite", hint=hint)
         if bad_weights_count:
             raise DivergedError("WeightsNotFinite", f"the weights of step {step} are not all finite", hint=hint)
-        return int(tokens)
+        return int(token_count)
 
 
 def _redistribute_sums(all_sums: list[WindowSums], *, is_first_rank: bool) -> WindowSums:
@@ -121,10 +121,10 @@ def _redistribute_sums(all_sums: list[WindowSums], *, is_first_rank: bool) -> Wi
 
     Each rank gets the mean of the ranks' loss sums; the first rank also gets the totals of this package's other sums.
     """
-    names = {name for window_sums in all_sums for name in window_sums.ours} if is_first_rank else set()
+    sum_names = {name for window_sums in all_sums for name in window_sums.ours} if is_first_rank else set()
     return WindowSums(
         since=all_sums[0].since, loss=sum(window_sums.loss for window_sums in all_sums) / len(all_sums),
-        ours={name: sum(window_sums.ours.get(name, 0) for window_sums in all_sums) for name in names},
+        ours={name: sum(window_sums.ours.get(name, 0) for window_sums in all_sums) for name in sum_names},
         values=all_sums[0].values, tokens=all_sums[0].tokens,
     )  # fmt: skip
 
@@ -133,9 +133,9 @@ def _to_number(value: Any) -> float | int:
     return value.item() if isinstance(value, torch.Tensor) else value
 
 
-def _local_weight_norm(model: Any) -> float:
+def _compute_local_weight_norm(model: Any) -> float:
     """Return the norm of this rank's shard of the trained weights. The norm is not finite if any weight is not finite."""
     if model is None:
         return 0.0
-    trained_weights = [getattr(one, "_local_tensor", one).detach() for one in model.parameters() if one.requires_grad]
+    trained_weights = [getattr(weight, "_local_tensor", weight).detach() for weight in model.parameters() if weight.requires_grad]
     return float(torch.nn.utils.get_total_norm(trained_weights)) if trained_weights else 0.0

@@ -1,4 +1,4 @@
-"""Compares files with the hashes that the source of the files states. Each file is read once, in blocks.
+"""Compares files with the hashes that the source of the files reports. Each file is read once, in blocks.
 
 An expected hash has one of these forms:
 
@@ -48,45 +48,45 @@ class Hasher(Protocol):
     def matches(self) -> bool: ...
 
 
-class _WholeFileHash:
-    def __init__(self, algorithm: str, expected: str, head: bytes = b"") -> None:
-        self._hash, self._expected = hashlib.new(algorithm, head, usedforsecurity=False), expected
+class _WholeFileHasher:
+    def __init__(self, algorithm: str, expected_hash: str, head: bytes = b"") -> None:
+        self._hash, self._expected_hash = hashlib.new(algorithm, head, usedforsecurity=False), expected_hash
 
     def update(self, data: bytes) -> None:
         self._hash.update(data)
 
     def matches(self) -> bool:
-        return self._hash.hexdigest() == self._expected
+        return self._hash.hexdigest() == self._expected_hash
 
 
-class _HashOfParts:
+class _PartsHasher:
     """Computes the MD5 of the MD5s of all parts, for one part size."""
 
-    def __init__(self, part_bytes: int, expected: str) -> None:
-        self._part_bytes, self._expected = part_bytes, expected
-        self._whole, self._part, self._filled = _md5(), _md5(), 0
+    def __init__(self, part_bytes: int, expected_hash: str) -> None:
+        self._part_bytes, self._expected_hash = part_bytes, expected_hash
+        self._whole_hash, self._part_hash, self._part_filled_bytes = _create_md5(), _create_md5(), 0
 
     def update(self, data: bytes) -> None:
         view = memoryview(data)
         while view:
-            part_data = view[: self._part_bytes - self._filled]
-            self._part.update(part_data)
-            self._filled, view = self._filled + len(part_data), view[len(part_data) :]
-            if self._filled == self._part_bytes:
+            part_data = view[: self._part_bytes - self._part_filled_bytes]
+            self._part_hash.update(part_data)
+            self._part_filled_bytes, view = self._part_filled_bytes + len(part_data), view[len(part_data) :]
+            if self._part_filled_bytes == self._part_bytes:
                 self._end_part()
 
     def _end_part(self) -> None:
-        self._whole.update(self._part.digest())
-        self._part, self._filled = _md5(), 0
+        self._whole_hash.update(self._part_hash.digest())
+        self._part_hash, self._part_filled_bytes = _create_md5(), 0
 
     def matches(self) -> bool:
-        if self._filled:
+        if self._part_filled_bytes:
             self._end_part()
-        return self._whole.hexdigest() == self._expected
+        return self._whole_hash.hexdigest() == self._expected_hash
 
 
-class _HashOfUnknownPartSize:
-    def __init__(self, hashers: list[_HashOfParts]) -> None:
+class _UnknownPartSizeHasher:
+    def __init__(self, hashers: list[_PartsHasher]) -> None:
         self._hashers = hashers
 
     def update(self, data: bytes) -> None:
@@ -97,22 +97,22 @@ class _HashOfUnknownPartSize:
         return any(hasher.matches() for hasher in self._hashers)
 
 
-def _md5() -> hashlib._Hash:
+def _create_md5() -> hashlib._Hash:
     return hashlib.md5(usedforsecurity=False)
 
 
 def create_hasher(file: SourceFile) -> Hasher:
     """Return a hasher for the expected hash of a file. Errors: ValueError if the form of the hash is not known."""
-    form, _, value = file.digest.partition(":")
+    form, _, expected_hash = file.digest.partition(":")
     match form:
         case "sha256" | "md5":
-            return _WholeFileHash(form, value)
+            return _WholeFileHasher(form, expected_hash)
         case "git-blob":
-            return _WholeFileHash("sha1", value, b"blob %d\0" % file.size)
+            return _WholeFileHasher("sha1", expected_hash, b"blob %d\0" % file.size)
         case "md5-parts":
-            expected, _, count = value.partition("-")
-            part_sizes = [size * MIB for size in PART_SIZES_MIB if -(-file.size // (size * MIB)) == int(count)]
-            return _HashOfUnknownPartSize([_HashOfParts(size, expected) for size in part_sizes])
+            expected_parts_hash, _, part_count = expected_hash.partition("-")
+            part_sizes = [size * MIB for size in PART_SIZES_MIB if -(-file.size // (size * MIB)) == int(part_count)]
+            return _UnknownPartSizeHasher([_PartsHasher(size, expected_parts_hash) for size in part_sizes])
     raise ValueError(f"the hash {file.digest} has an unknown form")
 
 
@@ -182,15 +182,15 @@ def _copy_blocks(copy_stream: IO[bytes], blocks: Iterator[bytes]) -> Iterator[by
 
 
 def _compare_with_source(file: SourceFile, blocks: Iterator[bytes]) -> CheckedFile:
-    hasher, sha256, size = create_hasher(file), hashlib.sha256(), 0
+    hasher, sha256_hasher, read_bytes = create_hasher(file), hashlib.sha256(), 0
     for block in blocks:
-        size += len(block)
-        if size > file.size:  # The file may be endless, so the rest is neither read nor copied.
+        read_bytes += len(block)
+        if read_bytes > file.size:  # The file may be endless, so the rest is neither read nor copied.
             break
         hasher.update(block)
-        sha256.update(block)
-    if size != file.size:
+        sha256_hasher.update(block)
+    if read_bytes != file.size:
         return CheckedFile(file.name, problem=f"{file.name} has another size than at the source ({file.size} bytes)")
     if not hasher.matches():
         return CheckedFile(file.name, problem=f"{file.name} has another hash than at the source")
-    return CheckedFile(file.name, sha256.hexdigest())
+    return CheckedFile(file.name, sha256_hasher.hexdigest())

@@ -110,7 +110,7 @@ class CacheFolder:
     """
 
     def __init__(self, top: Path, tenant: str, limits: CacheLimits) -> None:
-        self._top, self._entries, self._limits = top, top / tenant, limits
+        self._top_folder, self._entries_folder, self._limits = top, top / tenant, limits
 
     # ---- finding a model ----
 
@@ -120,14 +120,14 @@ class CacheFolder:
         If the size or the modification time of a file has changed since its verification, the hashes are verified again.
         Errors: DamagedModel if a hash differs; the model is then removed from the cache.
         """
-        folder = self._entries / model_key
+        folder = self._entries_folder / model_key
         record = _read_record(folder)
         lock = lock_shared(folder / IN_USE) if record is not None else None
         if record is None or lock is None:
             return None
         entry = CacheEntry(folder, record, lock)
         if not _is_unchanged(folder / FILES, record, files):
-            problem = _first_problem(check_files(folder / FILES, files))
+            problem = _find_first_problem(check_files(folder / FILES, files))
             if problem:
                 self.remove(entry)
                 os.close(lock)
@@ -144,7 +144,7 @@ class CacheFolder:
         try:
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(entry.lock), entry.in_use_file.stat()):
-                    _discard(entry.folder, self._entries / PARTIAL)
+                    _discard(entry.folder, self._entries_folder / PARTIAL)
         except OSError as error:
             log.warning("a model could not be removed from the cache: %s", error)
 
@@ -161,9 +161,9 @@ class CacheFolder:
         entry = self.find(model_key, files)
         if entry is not None:
             return entry, True
-        for folder in (self._entries / PARTIAL, self._entries / LOCKS, self._top / LOCKS):
+        for folder in (self._entries_folder / PARTIAL, self._entries_folder / LOCKS, self._top_folder / LOCKS):
             folder.mkdir(parents=True, exist_ok=True)
-        with self._download_lock(model_key, log_progress):
+        with self._hold_download_lock(model_key, log_progress):
             entry = self.find(model_key, files)
             if entry is not None:
                 return entry, True
@@ -182,7 +182,7 @@ class CacheFolder:
     def _commit(self, model_key: str, source: str, files: tuple[SourceFile, ...], partial_folder: Path) -> None:
         progress_file = _ProgressFile(partial_folder / SIZE)
         checked_files = check_files(partial_folder / FILES, files, count_bytes=progress_file.count)
-        problem = _first_problem(checked_files)
+        problem = _find_first_problem(checked_files)
         if problem:
             raise CacheProblem(f"the downloaded file {problem}")
         sizes = {file.name: file.size for file in files}
@@ -197,14 +197,14 @@ class CacheFolder:
         (partial_folder / ENTRY).write_text(record.model_dump_json(by_alias=True))
         (partial_folder / IN_USE).touch()
         with contextlib.suppress(FileNotFoundError):
-            _discard(self._entries / model_key, self._entries / PARTIAL)  # If this folder exists, its record is not valid.
-        partial_folder.rename(self._entries / model_key)
+            _discard(self._entries_folder / model_key, self._entries_folder / PARTIAL)  # If this folder exists, its record is not valid.
+        partial_folder.rename(self._entries_folder / model_key)
 
     @contextlib.contextmanager
-    def _download_lock(self, model_key: str, log_progress: Callable[[int], None] | None) -> Iterator[None]:
+    def _hold_download_lock(self, model_key: str, log_progress: Callable[[int], None] | None) -> Iterator[None]:
         """Wait until this process may download the model. Errors: CacheProblem if the download of another process stalls or takes too long."""
-        partial_folder = self._entries / PARTIAL / model_key
-        with _open_lock(self._entries / LOCKS / model_key) as descriptor:
+        partial_folder = self._entries_folder / PARTIAL / model_key
+        with _open_lock(self._entries_folder / LOCKS / model_key) as descriptor:
             started_at = changed_at = logged_at = time.monotonic()
             last_progress: tuple[int, int] | None = None
             while not _try_lock(descriptor):
@@ -225,11 +225,11 @@ class CacheFolder:
 
     def _reserve_space(self, model_key: str, size: int) -> Path:
         """Return an empty folder for a download of `size` bytes. If space is missing, remove models that are not in use. Errors: CacheProblem."""
-        partial_folder = self._entries / PARTIAL / model_key
-        with _open_lock(self._top / LOCKS / "space") as descriptor:
+        partial_folder = self._entries_folder / PARTIAL / model_key
+        with _open_lock(self._top_folder / LOCKS / "space") as descriptor:
             self._wait_for_space_lock(descriptor)
             shutil.rmtree(partial_folder, ignore_errors=True)
-            missing_bytes = self._missing_bytes(size)
+            missing_bytes = self._compute_missing_bytes(size)
             if missing_bytes > 0:
                 self._evict(missing_bytes, size)
             (partial_folder / FILES).mkdir(parents=True)
@@ -244,23 +244,23 @@ class CacheFolder:
                 raise CacheProblem(f"another pod has held the lock for the space of the cache for more than {self._limits.stalled_seconds:.0f} s")
             time.sleep(self._limits.poll_seconds)
 
-    def _missing_bytes(self, size: int) -> int:
+    def _compute_missing_bytes(self, size: int) -> int:
         """Return by how many bytes a further download of `size` bytes would exceed the free space of the volume or the cache's limit.
 
         Running downloads count as complete.
         """
-        pending_size, unwritten_bytes = self._measure_running_downloads()
-        usage = shutil.disk_usage(self._top)
+        pending_bytes, unwritten_bytes = self._measure_running_downloads()
+        usage = shutil.disk_usage(self._top_folder)
         missing_bytes = size + unwritten_bytes - (usage.free - int(usage.total * self._limits.free_share))
         if self._limits.size_bytes is None:
             return missing_bytes
         stored_bytes = sum(record.size for _, record in self._list_stored_models())
-        return max(missing_bytes, stored_bytes + pending_size + size - self._limits.size_bytes)
+        return max(missing_bytes, stored_bytes + pending_bytes + size - self._limits.size_bytes)
 
     def _measure_running_downloads(self) -> tuple[int, int]:
         """Return the total size of all running downloads, and how many of these bytes are not written yet. Removes downloads of killed processes."""
         total_bytes = unwritten_bytes = 0
-        for partial_folder in [folder for entries in self._list_namespace_folders() for folder in (entries / PARTIAL).glob("*")]:
+        for partial_folder in [folder for namespace_folder in self._list_namespace_folders() for folder in (namespace_folder / PARTIAL).glob("*")]:
             with _open_lock(partial_folder.parents[1] / LOCKS / partial_folder.name) as descriptor:
                 if _try_lock(descriptor):
                     shutil.rmtree(partial_folder, ignore_errors=True)
@@ -272,11 +272,11 @@ class CacheFolder:
 
     def _list_namespace_folders(self) -> list[Path]:
         """Return the folders of all namespaces. A folder that this process cannot read, such as a disk's `lost+found`, is left out."""
-        folders = [folder for folder in self._top.iterdir() if not folder.name.startswith(".")]
+        folders = [folder for folder in self._top_folder.iterdir() if not folder.name.startswith(".")]
         return [folder for folder in folders if folder.is_dir() and not folder.is_symlink() and _is_readable(folder)]
 
     def _list_stored_models(self) -> list[tuple[Path, EntryRecord]]:
-        folders = [folder for entries in self._list_namespace_folders() for folder in entries.glob("*") if not folder.name.startswith(".")]
+        folders = [folder for namespace_folder in self._list_namespace_folders() for folder in namespace_folder.glob("*") if not folder.name.startswith(".")]
         return [(folder, record) for folder in folders if (record := _read_record(folder)) is not None]
 
     def _evict(self, missing_bytes: int, size: int) -> None:
@@ -284,7 +284,7 @@ class CacheFolder:
         with contextlib.ExitStack() as locks:
             evicted_folders: list[Path] = []
             freed_bytes = 0
-            for folder, record in sorted(self._list_stored_models(), key=lambda item: _read_last_use_time(item[0])):
+            for folder, record in sorted(self._list_stored_models(), key=lambda folder_and_record: _read_last_use_time(folder_and_record[0])):
                 if freed_bytes >= missing_bytes:
                     break
                 if time.time() - _read_last_use_time(folder) > self._limits.recent_seconds and _lock_if_unused(folder, locks):
@@ -312,8 +312,8 @@ class _ProgressFile:
             os.utime(self._file)
 
 
-def _first_problem(checked_files: list[CheckedFile]) -> str:
-    return next((one.problem for one in checked_files if one.problem), "")
+def _find_first_problem(checked_files: list[CheckedFile]) -> str:
+    return next((file.problem for file in checked_files if file.problem), "")
 
 
 def _read_record(folder: Path) -> EntryRecord | None:
@@ -332,10 +332,12 @@ def _is_unchanged(folder: Path, record: EntryRecord, files: tuple[SourceFile, ..
     for file in files:
         stored_file = record.files.get(file.name)
         try:
-            status = (folder / file.name).lstat()
+            file_status = (folder / file.name).lstat()
         except OSError:
             return False
-        if stored_file is None or (status.st_size, status.st_mtime_ns) != (stored_file.size, stored_file.modified_ns) or stored_file.size != file.size:
+        if stored_file is None or stored_file.size != file.size:
+            return False
+        if (file_status.st_size, file_status.st_mtime_ns) != (stored_file.size, stored_file.modified_ns):
             return False
     return True
 
@@ -397,10 +399,10 @@ def _read_last_use_time(folder: Path) -> float:
 
 def _measure_progress(folder: Path) -> tuple[int, int]:
     """Return the total size of all files below a folder in bytes, and the newest modification time of these files in ns."""
-    total_bytes = newest_change = 0
-    for parent, _, names in os.walk(folder):
-        for name in names:
+    total_bytes = newest_change_ns = 0
+    for parent, _, file_names in os.walk(folder):
+        for name in file_names:
             with contextlib.suppress(OSError):
-                status = Path(parent, name).lstat()
-                total_bytes, newest_change = total_bytes + status.st_size, max(newest_change, status.st_mtime_ns)
-    return total_bytes, newest_change
+                file_status = Path(parent, name).lstat()
+                total_bytes, newest_change_ns = total_bytes + file_status.st_size, max(newest_change_ns, file_status.st_mtime_ns)
+    return total_bytes, newest_change_ns

@@ -22,26 +22,26 @@ def find_end_time(attempt: AttemptRecord, report: RunReport) -> tuple[datetime |
 
 def sum_pod_seconds(report: RunReport) -> tuple[float, bool]:
     """Return the total duration of all attempts in seconds, and whether this sum is only a lower bound."""
-    return _weighted_seconds(report, lambda _: 1)
+    return _sum_weighted_seconds(report, lambda _: 1)
 
 
 def sum_gpu_seconds(report: RunReport) -> tuple[float, bool]:
     """Return the GPU seconds of all attempts together, and whether this sum is only a lower bound."""
-    return _weighted_seconds(report, lambda one: one.gpus)
+    return _sum_weighted_seconds(report, lambda attempt: attempt.gpus)
 
 
-def _weighted_seconds(report: RunReport, weight: Callable[[AttemptRecord], int]) -> tuple[float, bool]:
-    total, is_bound = 0.0, False
-    for one in report.attempts:
-        end, is_estimate = find_end_time(one, report)
-        is_bound |= is_estimate
-        total += weight(one) * max(0.0, ((end or one.started_at) - one.started_at).total_seconds())
-    return total, is_bound
+def _sum_weighted_seconds(report: RunReport, get_weight: Callable[[AttemptRecord], int]) -> tuple[float, bool]:
+    total_seconds, is_lower_bound = 0.0, False
+    for attempt in report.attempts:
+        end_time, is_estimate = find_end_time(attempt, report)
+        is_lower_bound |= is_estimate
+        total_seconds += get_weight(attempt) * max(0.0, ((end_time or attempt.started_at) - attempt.started_at).total_seconds())
+    return total_seconds, is_lower_bound
 
 
 def merge_resolved_configs(report: RunReport) -> ResolvedConfig:
     """Return the effective configuration, merged from all attempts, because an attempt without training reports only some of its fields."""
     merged_config = ResolvedConfig()
-    for one in report.attempts:
-        merged_config = merged_config.model_copy(update={name: value for name, value in one.resolved if value is not None})
+    for attempt in report.attempts:
+        merged_config = merged_config.model_copy(update={name: value for name, value in attempt.resolved if value is not None})
     return merged_config

@@ -16,7 +16,7 @@ class Cell:
     kind: str = "text"
 
 
-def missing_cell(reason: str, label: str = "not measured") -> Cell:
+def make_missing_cell(reason: str, label: str = "not measured") -> Cell:
     """Return the cell of a value that is missing. `label`: the first words of the cell's text."""
     return Cell(f"{label}: {reason}", "missing")
 
@@ -38,16 +38,16 @@ class Table:
 
 @dataclass(frozen=True)
 class ChartGrid:
-    """Charts side by side. For a chart without values, only its title and the reason why it has none are shown."""
+    """Charts side by side. For a chart without values, only its title and the reason why it has no values are shown."""
 
     drawings: Sequence[Drawing]
-    absent: Sequence[tuple[str, str]]
+    missing_charts: Sequence[tuple[str, str]]
     """Title and reason of each chart that has no values."""
     kind: str = field(default="charts", init=False)
 
 
 @dataclass(frozen=True)
-class Answer:
+class AnsweredPrompt:
     """One prompt, and the answers to it."""
 
     title: str
@@ -61,7 +61,7 @@ class Answers:
     """Prompts, each with the answers to it side by side."""
 
     caption: str
-    items: Sequence[Answer]
+    items: Sequence[AnsweredPrompt]
     note: str = ""
     kind: str = field(default="answers", init=False)
 

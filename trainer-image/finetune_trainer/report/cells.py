@@ -34,22 +34,22 @@ def format_seconds(seconds: float) -> str:
     """Return seconds as `4.2 s`, `3 min 20 s` or `1 h 12 min`."""
     if seconds < 60:
         return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
+    minutes, remaining_seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {remaining_seconds} s"
 
 
-def size_cell(count: int | None) -> Cell:
+def make_size_cell(byte_count: int | None) -> Cell:
     """Return a number of bytes as a cell."""
-    if count is None:
+    if byte_count is None:
         return Cell("–")
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= factor:
-            return Cell(f"{count / factor:.3g} {unit}", "number")
-    return Cell(f"{count} bytes", "number")
+        if byte_count >= factor:
+            return Cell(f"{byte_count / factor:.3g} {unit}", "number")
+    return Cell(f"{byte_count} bytes", "number")
 
 
-def number_cell(value: Any) -> Cell:
+def make_number_cell(value: Any) -> Cell:
     """Return the cell of a number. Any other value becomes a text without secrets."""
     return Cell(format_number(value), "number") if isinstance(value, int | float) and not isinstance(value, bool) else Cell(redact_text(str(value)))
 

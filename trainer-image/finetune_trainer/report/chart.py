@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from finetune_trainer.report.scale import Point, compute_ticks, format_number, reduce_points, segments
+from finetune_trainer.report.scale import Point, compute_ticks, format_number, reduce_points, split_into_segments
 
 WIDTH, HEIGHT = 420.0, 236.0
 LEFT, RIGHT, TOP, BOTTOM = 52.0, 14.0, 22.0, 30.0
@@ -29,9 +29,9 @@ class Series:
     """Whether the line is dashed and its points are visible. Used for series with few values, such as evaluations."""
 
     @property
-    def measured(self) -> list[Point]:
+    def measured_points(self) -> list[Point]:
         """The points that have a value."""
-        return [point for part in segments(self.points) for point in part]
+        return [point for segment in split_into_segments(self.points) for point in segment]
 
 
 @dataclass(frozen=True)
@@ -109,11 +109,11 @@ class Drawing:
 
 def draw_chart(chart: ChartData) -> Drawing | None:
     """Return the drawing of a chart; None if no series has a value."""
-    measured_points = [point for series in chart.series for point in series.measured]
+    measured_points = [point for series in chart.series for point in series.measured_points]
     if not measured_points:
         return None
-    x_range = _axis_range([x for x, _ in measured_points], 0.0)
-    y_range = _axis_range([y for _, y in measured_points] + ([0.0] if chart.starts_at_zero else []), FREE_SPACE)
+    x_range = _compute_axis_range([x for x, _ in measured_points], 0.0)
+    y_range = _compute_axis_range([y for _, y in measured_points] + ([0.0] if chart.starts_at_zero else []), FREE_SPACE)
 
     def place(point: Point) -> Point:
         x = LEFT + (point[0] - x_range[0]) / (x_range[1] - x_range[0]) * (WIDTH - LEFT - RIGHT)
@@ -122,16 +122,16 @@ def draw_chart(chart: ChartData) -> Drawing | None:
 
     rows, is_reduced = _build_table(chart.series)
     return Drawing(
-        chart.title, chart.unit, "; ".join(_describe_series(series) for series in chart.series if series.measured),
+        chart.title, chart.unit, "; ".join(_describe_series(series) for series in chart.series if series.measured_points),
         [Tick(place((tick, 0.0))[0], format_number(tick)) for tick in compute_ticks(*x_range, whole_numbers_only=True)],
         [Tick(place((0.0, tick))[1], format_number(tick)) for tick in compute_ticks(*y_range)],
-        [_draw_line(number, series, place) for number, series in enumerate(chart.series, 1) if series.measured],
+        [_draw_line(number, series, place) for number, series in enumerate(chart.series, 1) if series.measured_points],
         _place_markers([(place((line.step, 0.0))[0], line.label) for line in chart.attempts if x_range[0] <= line.step <= x_range[1]]),
         ["step", *(series.name for series in chart.series)], rows, is_reduced,
     )  # fmt: skip
 
 
-def _axis_range(values: Sequence[float], free_space: float) -> tuple[float, float]:
+def _compute_axis_range(values: Sequence[float], free_space: float) -> tuple[float, float]:
     """Return the range of an axis, with free space on both sides. If the lowest value is 0, the range begins at 0."""
     low, high = min(values), max(values)
     if low == high:
@@ -142,11 +142,11 @@ def _axis_range(values: Sequence[float], free_space: float) -> tuple[float, floa
 
 
 def _draw_line(number: int, series: Series, place: Callable[[Point], Point]) -> Line:
-    line_segments = segments(series.points)
+    line_segments = split_into_segments(series.points)
     point_count = sum(map(len, line_segments))
     path, dots = [], []
-    for part in line_segments:
-        points = [place(point) for point in reduce_points(part, max(3, MAX_POINTS * len(part) // point_count))]
+    for segment in line_segments:
+        points = [place(point) for point in reduce_points(segment, max(3, MAX_POINTS * len(segment) // point_count))]
         if len(points) > 1:
             path.append("M" + "L".join(f"{x:g} {y:g}" for x, y in points))
         if len(points) == 1 or (series.is_dashed and point_count <= 60):
@@ -167,7 +167,7 @@ def _place_markers(positions: Sequence[tuple[float, str]]) -> list[Marker]:
 
 def _describe_series(series: Series) -> str:
     """Return a sentence about the series, for people who cannot see the chart."""
-    points = series.measured
+    points = series.measured_points
     lowest, highest = min(points, key=lambda point: point[1]), max(points, key=lambda point: point[1])
     return (
         f"{series.name}: first {format_number(points[0][1])}, last {format_number(points[-1][1])}, "
@@ -182,9 +182,9 @@ def _build_table(all_series: Sequence[Series]) -> tuple[list[list[str]], bool]:
     of each part.
     """
     rows_per_series = MAX_TABLE_ROWS // len(all_series)
-    kept_steps = {x for series in all_series for x, _ in reduce_points(series.measured, rows_per_series)}
+    kept_steps = {x for series in all_series for x, _ in reduce_points(series.measured_points, rows_per_series)}
     steps_without_value = {x for series in all_series for x, y in series.points if y is None}
-    is_reduced = any(len(series.measured) > rows_per_series for series in all_series)
+    is_reduced = any(len(series.measured_points) > rows_per_series for series in all_series)
     values_by_step = [dict(series.points) for series in all_series]
     steps = sorted(kept_steps if is_reduced else kept_steps | steps_without_value)
     return [[f"{step:g}", *("" if (value := by_step.get(step)) is None else format_number(value) for by_step in values_by_step)] for step in steps], is_reduced

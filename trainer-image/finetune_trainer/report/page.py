@@ -18,14 +18,14 @@ COPY_NAME = "report.html"
 
 def render(report: RunReport, secrets: Iterable[str] = ()) -> str:
     """Return the page as HTML. `secrets`: texts that must not be in the page."""
-    return str(_template(tuple(secrets)).render(
+    return str(_load_template(tuple(secrets)).render(
         name=report.run.name, namespace=report.run.namespace, subtitle=sections.build_subtitle(report), outcome=sections.describe_outcome(report),
         tiles=sections.build_tiles(report), sections=sections.build_sections(report), written_at=format_time(report.written_at),
         started_at=format_time(report.started_at) if report.started_at else None, style=(TEMPLATE_FOLDER / "page.css").read_text("utf-8"),
     ))  # fmt: skip
 
 
-def _template(secrets: Sequence[str]) -> Any:
+def _load_template(secrets: Sequence[str]) -> Any:
     """Return the template, which hides the secrets in every text before it escapes the text."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 

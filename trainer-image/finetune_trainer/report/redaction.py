@@ -10,7 +10,7 @@ from finetune_api.redaction import redact_tokens
 from finetune_api.sources import redact_source
 
 HIDDEN_TEXT = "(hidden)"
-SECRET_NAME = re.compile(r"(token|secret|passw|api_?key|access_?key|credential|_key$|_uri$)", re.IGNORECASE)
+SECRET_NAME_PATTERN = re.compile(r"(token|secret|passw|api_?key|access_?key|credential|_key$|_uri$)", re.IGNORECASE)
 """Names of environment variables that usually hold secrets."""
 MIN_SECRET_LENGTH = 6
 """Shortest value of a variable that is hidden, in characters. Shorter values are not hidden, because they also occur in ordinary texts."""
@@ -22,9 +22,9 @@ def redact_text(text: str) -> str:
     return redact_tokens(_URL_CREDENTIALS_PATTERN.sub("", redact_source(text)), HIDDEN_TEXT)
 
 
-def secret_values(environment: Mapping[str, str]) -> list[str]:
+def list_secret_values(environment: Mapping[str, str]) -> list[str]:
     """Return the values of variables whose names suggest a secret, longest first."""
-    values = {value.strip() for name, value in environment.items() if SECRET_NAME.search(name)}
+    values = {value.strip() for name, value in environment.items() if SECRET_NAME_PATTERN.search(name)}
     return sorted((value for value in values if len(value) >= MIN_SECRET_LENGTH), key=len, reverse=True)
 
 
@@ -43,15 +43,15 @@ def flatten_values(value: Any, path: str = "") -> list[tuple[str, str]]:
     if isinstance(value, dict) and value:
         if path.endswith("env[]") and "value" in value:
             value = {**value, "value": HIDDEN_TEXT}
-        return [row for name, inner in value.items() for row in flatten_values(inner, f"{path}.{name}" if path else str(name))]
+        return [row for name, child in value.items() for row in flatten_values(child, f"{path}.{name}" if path else str(name))]
     if isinstance(value, list) and any(isinstance(item, dict | list) for item in value):
         return [row for item in value for row in flatten_values(item, f"{path}[]")]
     if isinstance(value, list):
-        return [(path, ", ".join(_scalar_text(item) for item in value) or "(empty)")]
-    return [(path, _scalar_text(value))] if value != {} else []
+        return [(path, ", ".join(_format_scalar(item) for item in value) or "(empty)")]
+    return [(path, _format_scalar(value))] if value != {} else []
 
 
-def _scalar_text(value: Any) -> str:
+def _format_scalar(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]
     return f"{value:.10g}" if isinstance(value, float) else redact_text(str(value))

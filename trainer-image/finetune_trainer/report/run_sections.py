@@ -22,14 +22,14 @@ from finetune_trainer.report.blocks import (
     Section,
     Sentences,
     Table,
-    missing_cell,
+    make_missing_cell,
 )
 from finetune_trainer.report.cells import (
     format_hours,
     format_seconds,
     format_time,
+    make_size_cell,
     shorten_text,
-    size_cell,
 )
 from finetune_trainer.report.redaction import flatten_values, redact_text
 from finetune_trainer.report.run_report import RunReport, StoredCheckpoint
@@ -48,15 +48,18 @@ SHORTEST_STAGE_SECONDS = 0.05
 KILLED_BEFORE_LOG_LINE = "the pod was killed before it stored a log line"
 
 
-def spec_section(report: RunReport) -> Section:
+def build_spec_section(report: RunReport) -> Section:
     """Return the section about the spec: values that the user set, values that the user left out and the platform filled in, and changes by the operator."""
     run = report.run
-    values = [(path, text) for path, text in flatten_values(run.spec.to_wire()) if path not in JOB_SWITCHES]
-    values_from_user = [(path, text) for path, text in values if run.origin(_field_path(path)) is Origin.USER and not _is_filled_in(path, run.defaults)]
-    values_from_operator = [(path, text) for path, text in values if (path, text) not in values_from_user]
-    blocks: list[Block] = [Table("Set by the user", ["field", "value"], [[Cell(path, "code"), Cell(shorten_text(text))] for path, text in values_from_user])]
-    if values_from_operator:
-        rows = [[Cell(path, "code"), Cell(shorten_text(text)), Cell(str(run.origin(_field_path(path))))] for path, text in values_from_operator]
+    paths_and_texts = [(path, text) for path, text in flatten_values(run.spec.to_wire()) if path not in JOB_SWITCHES]
+    rows_from_user = [
+        (path, text) for path, text in paths_and_texts
+        if run.origin(_get_field_path(path)) is Origin.USER and not _is_filled_in(path, run.defaults)
+    ]
+    rows_from_operator = [(path, text) for path, text in paths_and_texts if (path, text) not in rows_from_user]
+    blocks: list[Block] = [Table("Set by the user", ["field", "value"], [[Cell(path, "code"), Cell(shorten_text(text))] for path, text in rows_from_user])]
+    if rows_from_operator:
+        rows = [[Cell(path, "code"), Cell(shorten_text(text)), Cell(str(run.origin(_get_field_path(path))))] for path, text in rows_from_operator]
         blocks.append(Table("Filled in", ["field", "value", "origin"], rows, is_folded=True))
     if run.before_adaptation:
         rows = [
@@ -67,7 +70,7 @@ def spec_section(report: RunReport) -> Section:
     return Section("request", "Spec", blocks)
 
 
-def _field_path(path: str) -> str:
+def _get_field_path(path: str) -> str:
     return path.partition("[]")[0]
 
 
@@ -76,16 +79,16 @@ def _is_filled_in(path: str, defaults: Sequence[str]) -> bool:
     return any(path.startswith(f"{default}.") for default in defaults)
 
 
-def attempts_section(report: RunReport) -> Section:
+def build_attempts_section(report: RunReport) -> Section:
     """Return the section with a table of the attempts: times, first and last step, and how each attempt ended."""
     rows = []
-    for one, following in zip_longest(report.attempts, report.attempts[1:]):
-        end, is_estimate = find_end_time(one, report)
+    for attempt, next_attempt in zip_longest(report.attempts, report.attempts[1:]):
+        end_time, is_estimate = find_end_time(attempt, report)
         rows.append([
-            Cell(f"{one.attempt}"), Cell(format_time(one.started_at), "number"),
-            Cell(f"{format_time(end)}{' or later' if is_estimate else ''}", "number") if end else missing_cell(KILLED_BEFORE_LOG_LINE),
-            *_build_step_cells(one, report),
-            _build_lost_steps_cell(one, following), _build_end_cell(one),
+            Cell(f"{attempt.attempt}"), Cell(format_time(attempt.started_at), "number"),
+            Cell(f"{format_time(end_time)}{' or later' if is_estimate else ''}", "number") if end_time else make_missing_cell(KILLED_BEFORE_LOG_LINE),
+            *_build_step_cells(attempt, report),
+            _build_lost_steps_cell(attempt, next_attempt), _build_end_cell(attempt),
         ])  # fmt: skip
     columns = ["attempt", "start (UTC)", "end (UTC)", "from step", "to step", "steps repeated later", "how it ended"]
     return Section("attempts", "Attempts", [Table("Attempts of the run", columns, rows)] if rows else [])
@@ -102,35 +105,35 @@ def _build_end_cell(attempt: AttemptRecord) -> Cell:
 def _build_step_cells(attempt: AttemptRecord, report: RunReport) -> list[Cell]:
     if attempt.start_step is None:
         return [Cell("no training"), Cell("no training")]
-    start = Cell(str(attempt.start_step), "number")
+    start_cell = Cell(str(attempt.start_step), "number")
     if attempt.last_step is not None:
-        return [start, Cell(str(attempt.last_step), "number")]
+        return [start_cell, Cell(str(attempt.last_step), "number")]
     last_line = report.last_lines.get(attempt.incarnation)
-    return [start, Cell(f"{last_line.step} or later", "number") if last_line else missing_cell(KILLED_BEFORE_LOG_LINE)]
+    return [start_cell, Cell(f"{last_line.step} or later", "number") if last_line else make_missing_cell(KILLED_BEFORE_LOG_LINE)]
 
 
 def _build_lost_steps_cell(attempt: AttemptRecord, next_attempt: AttemptRecord | None) -> Cell:
     if next_attempt is None or next_attempt.start_step is None or attempt.start_step is None:
         return Cell("–")
-    return missing_cell("the pod was killed") if attempt.last_step is None else Cell(str(max(0, attempt.last_step - next_attempt.start_step)), "number")
+    return make_missing_cell("the pod was killed") if attempt.last_step is None else Cell(str(max(0, attempt.last_step - next_attempt.start_step)), "number")
 
 
-def data_section(report: RunReport) -> Section:
+def build_data_section(report: RunReport) -> Section:
     """Return the section about the data: rows, lengths, duplicates and personal data."""
-    record, tokens = report.data, report.token_counts
-    if record is None:
+    data_record, token_counts = report.data, report.token_counts
+    if data_record is None:
         return Section("data", "Data", [Sentences(["Not measured: no attempt has checked the data."])])
     blocks: list[Block] = []
-    splits = [name for name in ("train", "validation", "test") if record.rows.get(name)]
+    splits = [name for name in ("train", "validation", "test") if data_record.rows.get(name)]
     no_counts_reason = "the run has no final model; the counts are stored in the model's manifest"
     if report.output:
         no_counts_reason = "this objective does not record token counts"
 
     def make_count_cell(split: str, name: str) -> Cell:
-        value = tokens.get(split, {}).get(name)
-        return _value_cell(value, no_counts_reason, ",")
+        value = token_counts.get(split, {}).get(name)
+        return _make_value_cell(value, no_counts_reason, ",")
 
-    rows = [[Cell("rows"), *(Cell(f"{record.rows[split]:,}", "number") for split in splits)]]
+    rows = [[Cell("rows"), *(Cell(f"{data_record.rows[split]:,}", "number") for split in splits)]]
     label_by_name = {
         "tokens": "tokens", "trained_tokens": "tokens that are trained on", "median": "tokens in a row, median",
         "percentile95": "tokens in a row, 95 % are shorter", "longest": "tokens in the longest row", "truncated": "rows that were cut",
@@ -143,33 +146,33 @@ def data_section(report: RunReport) -> Section:
 
 
 def _build_check_rows(report: RunReport) -> list[list[Cell]]:
-    record = report.data
-    assert record is not None
+    data_record = report.data
+    assert data_record is not None
     checks = [
-        [Cell("format"), Cell(", ".join(record.formats) or "–")],
-        [Cell("rows that cannot be used"), Cell(f"{record.bad_rows:,}", "number")],
-        [Cell("duplicates left out"), _value_cell(record.duplicates, "dataset.checks.deduplicate is not set", ",")],
+        [Cell("format"), Cell(", ".join(data_record.formats) or "–")],
+        [Cell("rows that cannot be used"), Cell(f"{data_record.bad_rows:,}", "number")],
+        [Cell("duplicates left out"), _make_value_cell(data_record.duplicates, "dataset.checks.deduplicate is not set", ",")],
     ]
-    if record.personal_data is None:
-        checks.append([Cell("rows that may hold personal data"), missing_cell("dataset.checks.piiScan is not set")])
+    if data_record.personal_data is None:
+        checks.append([Cell("rows that may hold personal data"), make_missing_cell("dataset.checks.piiScan is not set")])
     else:
-        checks += [[Cell(f"rows that may hold personal data: {kind}"), Cell(f"{count:,}", "number")] for kind, count in record.personal_data.items()]
-    if record.share_of_top_answer is not None:
-        checks.append([Cell("share of the most frequent answer"), Cell(f"{record.share_of_top_answer:.1%}", "number")])
+        checks += [[Cell(f"rows that may hold personal data: {kind}"), Cell(f"{count:,}", "number")] for kind, count in data_record.personal_data.items()]
+    if data_record.share_of_top_answer is not None:
+        checks.append([Cell("share of the most frequent answer"), Cell(f"{data_record.share_of_top_answer:.1%}", "number")])
     return checks
 
 
 # ---- costs
 
 
-def costs_section(report: RunReport) -> Section:
+def build_costs_section(report: RunReport) -> Section:
     """Return the section with GPU hours, throughput, and how the time was used."""
     blocks: list[Block] = [Table("Use of the cluster", ["", "value"], _build_cluster_use_rows(report), is_narrow=True)]
     time_table = build_time_table(report)
     blocks += [time_table] if time_table is not None else []
     stage_rows = _build_stage_rows(report)
     if stage_rows:
-        killed_note = " Attempts that were killed are not included." if any(one.ended_at is None for one in report.attempts) else ""
+        killed_note = " Attempts that were killed are not included." if any(attempt.ended_at is None for attempt in report.attempts) else ""
         note = f"The sum over the attempts.{killed_note}"
         blocks.append(Table("Time by stage", ["stage", "time"], stage_rows, note=note, is_folded=time_table is not None, is_narrow=True))
     return Section("costs", "Time and cost", blocks)
@@ -177,49 +180,52 @@ def costs_section(report: RunReport) -> Section:
 
 def _build_cluster_use_rows(report: RunReport) -> list[list[Cell]]:
     resolved, world = merge_resolved_configs(report), report.run.world
-    seconds, is_estimate = sum_pod_seconds(report)
+    pod_seconds, is_estimate = sum_pod_seconds(report)
     lower_bound = "at least " if is_estimate else ""
     training_seconds = max((entry.training_seconds or 0.0 for entry in report.log), default=0.0)
     throughputs = sorted(value for entry in report.log if isinstance(value := getattr(entry, "tokens_per_second", None), int | float))
-    training_time = _value_cell(format_seconds(training_seconds) if training_seconds else None, "no line of the log contains it")
-    has_gpus = any(one.gpus for one in report.attempts)
+    training_time = _make_value_cell(format_seconds(training_seconds) if training_seconds else None, "no line of the log contains it")
+    has_gpus = any(attempt.gpus for attempt in report.attempts)
     gpu_hours = Cell(f"{lower_bound}{format_hours(sum_gpu_seconds(report)[0])}", "number") if has_gpus else Cell("0: the run used no GPU")
     return [
         [Cell("GPU hours"), gpu_hours],
-        [Cell("running time of all attempts"), Cell(f"{lower_bound}{format_seconds(seconds)}", "number")],
+        [Cell("running time of all attempts"), Cell(f"{lower_bound}{format_seconds(pod_seconds)}", "number")],
         [Cell("training time, with evaluations during training"), training_time],
-        [Cell("device"), _value_cell(resolved.device, "no attempt has loaded the model")],
+        [Cell("device"), _make_value_cell(resolved.device, "no attempt has loaded the model")],
         [Cell("ranks"), Cell(f"{world.size} in {world.nodes} pod{'s' * (world.nodes > 1)}")],
         [Cell("tokens per second, median"),
-         _value_cell(format_number(throughputs[len(throughputs) // 2]) if throughputs else None, "no throughput was logged")],
+         _make_value_cell(format_number(throughputs[len(throughputs) // 2]) if throughputs else None, "no throughput was logged")],
     ]
 
 
 def _build_stage_rows(report: RunReport) -> list[list[Cell]]:
     """Return a row with the duration of each stage, without stages that took almost no time."""
-    timings = {name: sum(one.timings.get(name, 0.0) for one in report.attempts) for name in STAGE_NAMES}
+    timings = {name: sum(attempt.timings.get(name, 0.0) for attempt in report.attempts) for name in STAGE_NAMES}
     return [[Cell(name), Cell(format_seconds(seconds), "number")] for name, seconds in timings.items() if seconds >= SHORTEST_STAGE_SECONDS]
 
 
 # ---- lineage
 
 
-def lineage_section(report: RunReport) -> Section:
+def build_lineage_section(report: RunReport) -> Section:
     """Return the section with the sources and hashes of the base model, the data and the final model."""
     blocks: list[Block] = [Table("Model and inputs", ["", "value"], _build_origin_rows(report))]
     if report.checkpoints:
         columns = ["step", "attempt", "size", "validation loss", "healthy", "sha256 of the manifest"]
-        rows = [_build_checkpoint_row(one) for one in report.checkpoints]
+        rows = [_build_checkpoint_row(checkpoint) for checkpoint in report.checkpoints]
         blocks.append(Table("Committed checkpoints", columns, rows, note="Older checkpoints are removed according to checkpoint.keep."))
     if report.model_files:
-        files = [[Cell(one.path, "code"), size_cell(one.size), Cell(one.sha256, "code")] for one in report.model_files]
-        blocks.append(Table("Files of the final model", ["file", "size", "sha256"], files, is_folded=True))
+        file_rows = [[Cell(file.path, "code"), make_size_cell(file.size), Cell(file.sha256, "code")] for file in report.model_files]
+        blocks.append(Table("Files of the final model", ["file", "size", "sha256"], file_rows, is_folded=True))
     if report.stages:
-        stages = [[Cell(one.name), Cell(str(one.attempt), "number"), Cell(one.time.partition(".")[0].replace("T", " "), "number")] for one in report.stages]
-        blocks.append(Table("Stages after training", ["stage", "attempt", "time (UTC)"], stages))
+        stage_rows = [
+            [Cell(stage.name), Cell(str(stage.attempt), "number"), Cell(stage.time.partition(".")[0].replace("T", " "), "number")]
+            for stage in report.stages
+        ]
+        blocks.append(Table("Stages after training", ["stage", "attempt", "time (UTC)"], stage_rows))
     if report.versions:
-        versions = [[Cell(name, "code"), Cell(version, "code")] for name, version in sorted(report.versions.items())]
-        blocks.append(Table("Versions of the packages", ["package", "version"], versions, is_folded=True))
+        version_rows = [[Cell(name, "code"), Cell(version, "code")] for name, version in sorted(report.versions.items())]
+        blocks.append(Table("Versions of the packages", ["package", "version"], version_rows, is_folded=True))
     return Section("lineage", "Origin", blocks)
 
 
@@ -228,7 +234,7 @@ def _build_origin_rows(report: RunReport) -> list[list[Cell]]:
     no_model_reason = "the run has no final model"
 
     def make_code_cell(value: object, reason: str) -> Cell:
-        return missing_cell(reason, "not recorded") if value in (None, "") else Cell(redact_text(str(value)), "code")
+        return make_missing_cell(reason, "not recorded") if value in (None, "") else Cell(redact_text(str(value)), "code")
 
     image = resolved.image or run.spec.placement.image
     rows = [
@@ -245,23 +251,23 @@ def _build_origin_rows(report: RunReport) -> list[list[Cell]]:
         [Cell("sha256 of the model's manifest"), make_code_cell(output.sha256, no_model_reason)],
     ]
     promoted_text = None if output.promoted is None else "yes" if output.promoted else "no"
-    optional_uris = {"merged model": output.merged_uri, "published copy": output.published_uri, "passed all gates": promoted_text}
-    return rows + [[Cell(name), Cell(redact_text(value), "code")] for name, value in optional_uris.items() if value]
+    optional_values = {"merged model": output.merged_uri, "published copy": output.published_uri, "passed all gates": promoted_text}
+    return rows + [[Cell(name), Cell(redact_text(value), "code")] for name, value in optional_values.items() if value]
 
 
 def _build_checkpoint_row(checkpoint: StoredCheckpoint) -> list[Cell]:
     eval_loss_cell = Cell("–") if checkpoint.eval_loss is None else Cell(format_number(checkpoint.eval_loss), "number")
     healthy_cell = Cell("yes" if checkpoint.is_healthy else "not confirmed")
-    step, number = Cell(str(checkpoint.step), "number"), Cell(str(checkpoint.attempt), "number")
-    return [step, number, size_cell(checkpoint.bytes), eval_loss_cell, healthy_cell, Cell(checkpoint.sha256, "code")]
+    step_cell, attempt_cell = Cell(str(checkpoint.step), "number"), Cell(str(checkpoint.attempt), "number")
+    return [step_cell, attempt_cell, make_size_cell(checkpoint.bytes), eval_loss_cell, healthy_cell, Cell(checkpoint.sha256, "code")]
 
 
-def notes_section(report: RunReport) -> Section:
+def build_notes_section(report: RunReport) -> Section:
     """Return the section with the notes of all attempts."""
-    texts = dict.fromkeys(redact_text(note) for one in report.attempts for note in one.notes)
-    return Section("notes", "Notes of the trainer", [Sentences(list(texts))] if texts else [])
+    notes = dict.fromkeys(redact_text(note) for attempt in report.attempts for note in attempt.notes)
+    return Section("notes", "Notes of the trainer", [Sentences(list(notes))] if notes else [])
 
 
-def _value_cell(value: object, reason: str, format_spec: str = "") -> Cell:
+def _make_value_cell(value: object, reason: str, format_spec: str = "") -> Cell:
     """Return the cell of a value. If the value is None, the cell shows `reason`. `format_spec`: format of the value, as for Python's `format`."""
-    return missing_cell(reason) if value is None else Cell(format(value, format_spec), "number")
+    return make_missing_cell(reason) if value is None else Cell(format(value, format_spec), "number")

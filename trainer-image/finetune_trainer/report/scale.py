@@ -37,7 +37,7 @@ def format_number(value: float) -> str:
     return f"{value:.4g}"
 
 
-def segments(points: Sequence[tuple[float, float | None]]) -> list[list[Point]]:
+def split_into_segments(points: Sequence[tuple[float, float | None]]) -> list[list[Point]]:
     """Split a series at its missing values, so that a missing value becomes a gap in the line."""
     groups = groupby(points, key=lambda point: point[1] is not None and math.isfinite(point[1]))
     return [[(x, float(y)) for x, y in group if y is not None] for is_measured, group in groups if is_measured]

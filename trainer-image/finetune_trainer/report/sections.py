@@ -36,9 +36,10 @@ NO_GPU_MEMORY = "the run used no GPU, and the trainer measures only GPU memory"
 def build_sections(report: RunReport) -> list[Section]:
     """Return all sections that have something to show, in the order of the page."""
     optional_sections = [
-        curves_section(report), result_sections.evaluation_section(report), result_sections.answers_section(report), run_sections.spec_section(report),
-        run_sections.attempts_section(report), run_sections.data_section(report), run_sections.costs_section(report),
-        run_sections.lineage_section(report), run_sections.notes_section(report),
+        build_curves_section(report), result_sections.build_evaluation_section(report), result_sections.build_answers_section(report),
+        run_sections.build_spec_section(report),
+        run_sections.build_attempts_section(report), run_sections.build_data_section(report), run_sections.build_costs_section(report),
+        run_sections.build_lineage_section(report), run_sections.build_notes_section(report),
     ]  # fmt: skip
     return [section for section in optional_sections if section.blocks]
 
@@ -66,22 +67,22 @@ def describe_outcome(report: RunReport) -> RunOutcome:
 def build_tiles(report: RunReport) -> list[Tile]:
     """Return the most important numbers of the run, for the top of the page."""
     training_entries = [entry for entry in report.log if entry.kind is LineKind.TRAINING and entry.loss is not None]
-    result = [_build_steps_tile(report)]
+    tiles = [_build_steps_tile(report)]
     if training_entries:
-        result.append(Tile("Training loss", format_number(training_entries[-1].loss or 0.0), f"from {format_number(training_entries[0].loss or 0.0)}"))
+        tiles.append(Tile("Training loss", format_number(training_entries[-1].loss or 0.0), f"from {format_number(training_entries[0].loss or 0.0)}"))
     evaluated_entries = [entry for entry in report.log if entry.eval_loss is not None]
     if evaluated_entries:
         best_entry = min(evaluated_entries, key=lambda entry: entry.eval_loss or math.inf)
-        result.append(Tile("Best validation loss", format_number(best_entry.eval_loss or 0.0), f"at step {best_entry.step}"))
-    result += _build_evaluation_tiles(report)
-    seconds, is_estimate = sum_pod_seconds(report)
+        tiles.append(Tile("Best validation loss", format_number(best_entry.eval_loss or 0.0), f"at step {best_entry.step}"))
+    tiles += _build_evaluation_tiles(report)
+    pod_seconds, is_estimate = sum_pod_seconds(report)
     bound_sign = "≥ " if is_estimate else ""
     gpu_count = max((attempt.gpus for attempt in report.attempts), default=0)
     if gpu_count:
-        result.append(Tile("GPU hours", bound_sign + format_hours(sum_gpu_seconds(report)[0]), f"on {gpu_count} GPU{'s' * (gpu_count > 1)}"))
-    attempt_count = len({one.attempt for one in report.attempts})
-    result.append(Tile("Running time", bound_sign + format_seconds(seconds), f"{attempt_count} attempt{'s' * (attempt_count != 1)}"))
-    return result
+        tiles.append(Tile("GPU hours", bound_sign + format_hours(sum_gpu_seconds(report)[0]), f"on {gpu_count} GPU{'s' * (gpu_count > 1)}"))
+    attempt_count = len({attempt.attempt for attempt in report.attempts})
+    tiles.append(Tile("Running time", bound_sign + format_seconds(pod_seconds), f"{attempt_count} attempt{'s' * (attempt_count != 1)}"))
+    return tiles
 
 
 def _build_steps_tile(report: RunReport) -> Tile:
@@ -109,36 +110,37 @@ def _build_evaluation_tiles(report: RunReport) -> Iterable[Tile]:
 # ---- curves
 
 
-def curves_section(report: RunReport) -> Section:
+def build_curves_section(report: RunReport) -> Section:
     """Return the section with charts of the logged values over the optimizer steps."""
     training_entries = [entry for entry in report.log if entry.kind is LineKind.TRAINING]
-    evaluations = [entry for entry in report.log if entry.kind is LineKind.EVALUATION]
-    lines = _list_attempt_lines(report)
+    evaluation_entries = [entry for entry in report.log if entry.kind is LineKind.EVALUATION]
+    attempt_lines = _list_attempt_lines(report)
     unit = "nats per token" if trainer_type_of(report.run.spec) is TrainerType.SFT else f"loss of {trainer_type_of(report.run.spec)}"
     nothing_logged_reason = "no line of the training log is stored"
 
     def make_chart(title: str, unit: str, series: Sequence[Series], reason: str, *, starts_at_zero: bool = False) -> ChartData:
-        return ChartData(title, unit, series, reason if report.log else nothing_logged_reason, starts_at_zero, lines)
+        return ChartData(title, unit, series, reason if report.log else nothing_logged_reason, starts_at_zero, attempt_lines)
 
     charts = [
-        make_chart("Training loss", unit, [Series("training loss", _points(training_entries, "loss"))], nothing_logged_reason),
-        make_chart("Validation loss", unit, [Series("validation loss", _points(evaluations, "eval_loss"), is_dashed=True)], NO_EVALUATION),
-        make_chart("Learning rate", "", [Series("learning rate", _points(training_entries, "learning_rate"))], nothing_logged_reason, starts_at_zero=True),
-        make_chart("Gradient norm", "before clipping", [Series("gradient norm", _points(training_entries, "grad_norm"))],
+        make_chart("Training loss", unit, [Series("training loss", _list_points(training_entries, "loss"))], nothing_logged_reason),
+        make_chart("Validation loss", unit, [Series("validation loss", _list_points(evaluation_entries, "eval_loss"), is_dashed=True)], NO_EVALUATION),
+        make_chart("Learning rate", "", [Series("learning rate", _list_points(training_entries, "learning_rate"))], nothing_logged_reason, starts_at_zero=True),
+        make_chart("Gradient norm", "before clipping", [Series("gradient norm", _list_points(training_entries, "grad_norm"))],
             nothing_logged_reason, starts_at_zero=True),
-        make_chart("Throughput", "tokens per second, all ranks", [Series("tokens per second", _points(training_entries, "tokens_per_second"))],
+        make_chart("Throughput", "tokens per second, all ranks", [Series("tokens per second", _list_points(training_entries, "tokens_per_second"))],
               "the trainer measured no throughput", starts_at_zero=True),
-        make_chart("GPU memory", "peak of rank 0, GB", [Series("GPU memory", _points(training_entries, "peak_memory_gb"))], NO_GPU_MEMORY, starts_at_zero=True),
+        make_chart("GPU memory", "peak of rank 0, GB", [Series("GPU memory", _list_points(training_entries, "peak_memory_gb"))],
+            NO_GPU_MEMORY, starts_at_zero=True),
     ]  # fmt: skip
-    charts_and_drawings = [(one, draw_chart(one)) for one in charts]
+    charts_and_drawings = [(chart, draw_chart(chart)) for chart in charts]
     grid = ChartGrid([drawing for _, drawing in charts_and_drawings if drawing], [
-        (one.title, f"not measured: {one.reason}") for one, drawing in charts_and_drawings if drawing is None
+        (chart.title, f"not measured: {chart.reason}") for chart, drawing in charts_and_drawings if drawing is None
     ])
-    marker_note = " A dashed vertical line marks the step at which a later attempt continued." if lines else ""
+    marker_note = " A dashed vertical line marks the step at which a later attempt continued." if attempt_lines else ""
     return Section("curves", "Curves", [grid], f"Values by optimizer step.{marker_note}")
 
 
-def _points(entries: Iterable[LogEntry], name: str) -> list[tuple[float, float | None]]:
+def _list_points(entries: Iterable[LogEntry], name: str) -> list[tuple[float, float | None]]:
     points = []
     for entry in entries:
         value = getattr(entry, name, None)
@@ -148,7 +150,7 @@ def _points(entries: Iterable[LogEntry], name: str) -> list[tuple[float, float |
 
 def _list_attempt_lines(report: RunReport) -> list[AttemptLine]:
     """Return a line for each attempt but the first, at the step where it continued the training. An attempt without training has no line."""
-    return [AttemptLine(one.start_step, f"attempt {one.attempt}") for one in report.attempts[1:] if one.start_step is not None]
+    return [AttemptLine(attempt.start_step, f"attempt {attempt.attempt}") for attempt in report.attempts[1:] if attempt.start_step is not None]
 
 
 # ---- values

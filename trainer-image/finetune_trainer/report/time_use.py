@@ -1,4 +1,5 @@
-"""Builds the table of how the run's pods used their time. A pod writes the report, and a pod cannot know how long it waited before its container started."""
+"""Builds the table of how the run's pods used their time. For the time before a container started, the table refers to
+`status.goodput`, because the pod that writes the report cannot know this time."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from itertools import zip_longest
 from finetune_api.lineage import AttemptRecord
 
 from finetune_trainer.report.attempt_times import find_end_time
-from finetune_trainer.report.blocks import Cell, Table, missing_cell
+from finetune_trainer.report.blocks import Cell, Table, make_missing_cell
 from finetune_trainer.report.cells import format_seconds
 from finetune_trainer.report.run_report import RunReport
 
@@ -27,20 +28,20 @@ SHORTEST_PART_SECONDS = 0.05
 
 def build_time_table(report: RunReport) -> Table | None:
     """Return the table, or None if no attempt has recorded how it used its time."""
-    if all(one.time_use is None for one in report.attempts):
+    if all(attempt.time_use is None for attempt in report.attempts):
         return None
-    seconds: dict[str, float] = {}
-    for one, following in zip_longest(report.attempts, report.attempts[1:]):
-        for part, value in _split_time(one, following, report).items():
-            seconds[part] = seconds.get(part, 0.0) + value
-    total_seconds = sum(seconds.values())
+    seconds_by_part: dict[str, float] = {}
+    for attempt, next_attempt in zip_longest(report.attempts, report.attempts[1:]):
+        for part, part_seconds in _split_time(attempt, next_attempt, report).items():
+            seconds_by_part[part] = seconds_by_part.get(part, 0.0) + part_seconds
+    total_seconds = sum(seconds_by_part.values())
     rows = [
-        [Cell(label), Cell(format_seconds(seconds[part]), "number"), Cell(f"{seconds[part] / total_seconds:.1%}", "number")]
-        for part, label in {**PART_LABELS, KILLED_LABEL: KILLED_LABEL}.items() if seconds.get(part, 0.0) >= SHORTEST_PART_SECONDS
+        [Cell(label), Cell(format_seconds(seconds_by_part[part]), "number"), Cell(f"{seconds_by_part[part] / total_seconds:.1%}", "number")]
+        for part, label in {**PART_LABELS, KILLED_LABEL: KILLED_LABEL}.items() if seconds_by_part.get(part, 0.0) >= SHORTEST_PART_SECONDS
     ]  # fmt: skip
     reason = "a pod does not know it; status.goodput of the FineTuneJob shows it"
-    rows.append([Cell(OPERATOR_PARTS), missing_cell(reason), Cell("–")])
-    useful_share = (seconds.get("firstStep", 0.0) + seconds.get("steps", 0.0)) / total_seconds if total_seconds else 0.0
+    rows.append([Cell(OPERATOR_PARTS), make_missing_cell(reason), Cell("–")])
+    useful_share = (seconds_by_part.get("firstStep", 0.0) + seconds_by_part.get("steps", 0.0)) / total_seconds if total_seconds else 0.0
     note = f"{useful_share:.1%} of the time of rank 0's containers went into optimizer steps that no later attempt repeated."
     return Table("What the time was used for", ["part", "time", "share"], rows, note=note, is_narrow=True)
 
@@ -48,14 +49,14 @@ def build_time_table(report: RunReport) -> Table | None:
 def _split_time(attempt: AttemptRecord, next_attempt: AttemptRecord | None, report: RunReport) -> dict[str, float]:
     """Return how many seconds each part of an attempt took. The time of steps that the next attempt repeated is the separate part `lostSteps`."""
     if attempt.time_use is None:
-        end, _ = find_end_time(attempt, report)
-        return {KILLED_LABEL: max(0.0, ((end or attempt.started_at) - attempt.started_at).total_seconds())}
+        end_time, _ = find_end_time(attempt, report)
+        return {KILLED_LABEL: max(0.0, ((end_time or attempt.started_at) - attempt.started_at).total_seconds())}
     seconds_by_part = attempt.time_use.seconds()
-    lost_seconds = seconds_by_part.get("steps", 0.0) * _lost_share(attempt, next_attempt)
+    lost_seconds = seconds_by_part.get("steps", 0.0) * _compute_lost_share(attempt, next_attempt)
     return seconds_by_part | {"steps": seconds_by_part.get("steps", 0.0) - lost_seconds, "lostSteps": lost_seconds}
 
 
-def _lost_share(attempt: AttemptRecord, next_attempt: AttemptRecord | None) -> float:
+def _compute_lost_share(attempt: AttemptRecord, next_attempt: AttemptRecord | None) -> float:
     """Return the share of an attempt's steps that the next attempt repeated."""
     if next_attempt is None or next_attempt.start_step is None:
         return 0.0

@@ -51,13 +51,13 @@ def find_copy_folder(output: Output, *, namespace: str, model_source: str, start
     if output.dir is None:
         return None
     layout = output.layout or OutputLayout.PROJECT_MODEL_TIME
-    parts = [part for part in output.dir.split("/") if part]
-    _require_no_dots("output.dir", output.dir, parts)
+    folder_names = [part for part in output.dir.split("/") if part]
+    _require_no_dots("output.dir", output.dir, folder_names)
     if layout is OutputLayout.PROJECT_MODEL_TIME:
         project = output.project or namespace
         _require_no_dots("output.project", project, [project])
-        parts += [project, model_folder_name(model_source), time_folder_name(started_at)]
-    return CopyFolder("/".join(parts) + "/", layout)
+        folder_names += [project, model_folder_name(model_source), time_folder_name(started_at)]
+    return CopyFolder("/".join(folder_names) + "/", layout)
 
 
 def model_folder_name(source: str) -> str:
@@ -66,10 +66,10 @@ def model_folder_name(source: str) -> str:
     For a model from a hub, the folder is named after the repository and its owner; for a model of another job, after that job; for any other source,
     after the last folder of the source. Characters other than letters, digits, `.`, `_` and `-` become `_`. Errors: ConfigError SourceInvalid.
     """
-    model = parse_source(source)
-    name = model.repo if isinstance(model, HubSource) else get_last_folder(source)
-    folder = re.sub(r"[^\w.-]", "_", name)
-    return folder if folder.strip(".") else "_"
+    parsed_source = parse_source(source)
+    name = parsed_source.repo if isinstance(parsed_source, HubSource) else get_last_folder(source)
+    folder_name = re.sub(r"[^\w.-]", "_", name)
+    return folder_name if folder_name.strip(".") else "_"
 
 
 def _require_no_dots(path: str, value: str, folder_names: list[str]) -> None:

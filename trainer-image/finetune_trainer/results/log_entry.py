@@ -68,14 +68,14 @@ class LogEntry(BaseModel):
     @property
     def kind(self) -> LineKind:
         """What the line measures, derived from the names of its values."""
-        names = self.model_fields_set
-        if any(name.startswith("test_") for name in names):
+        value_names = self.model_fields_set
+        if any(name.startswith("test_") for name in value_names):
             return LineKind.TEST
-        if any(name.startswith("eval_") for name in names):
+        if any(name.startswith("eval_") for name in value_names):
             return LineKind.EVALUATION
-        if "train_runtime" in names:
+        if "train_runtime" in value_names:
             return LineKind.SUMMARY
-        return LineKind.TRAINING if "loss" in names else LineKind.OTHER
+        return LineKind.TRAINING if "loss" in value_names else LineKind.OTHER
 
     def to_wire(self) -> dict[str, Any]:
         """Return the values of the line for JSON, without values that were not logged."""
@@ -95,17 +95,17 @@ def join_attempts(attempts: Iterable[Sequence[LogEntry]]) -> list[LogEntry]:
     of the earlier attempt is kept too if the later attempt logged no entry of the same kind at this step.
     """
     joined_entries: list[LogEntry] = []
-    for attempt in attempts:
-        if not attempt:
+    for attempt_entries in attempts:
+        if not attempt_entries:
             continue
-        first_step = attempt[0].step
-        repeated_kinds = {entry.kind for entry in attempt if entry.step == first_step}
+        first_step = attempt_entries[0].step
+        repeated_kinds = {entry.kind for entry in attempt_entries if entry.step == first_step}
         joined_entries = [
             entry
             for entry in joined_entries
             if entry.step < first_step or (entry.step == first_step and entry.kind not in repeated_kinds)
         ]
-        joined_entries += attempt
+        joined_entries += attempt_entries
     return joined_entries
 
 

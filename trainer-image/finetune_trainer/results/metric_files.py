@@ -180,11 +180,11 @@ class PerformanceSummary(FileModel):
 
 def build_metric_files(entries: Sequence[LogEntry], run: RunDescription) -> dict[ResultFile, str]:
     """Return the contents of each metric file. `entries`: the log entries of the whole run (see `join_attempts`)."""
-    epochs = compute_epoch_metrics(entries)
+    epoch_metrics = compute_epoch_metrics(entries)
     return {
         ResultFile.STEP_METRICS: _list_to_json(list[StepMetrics], compute_step_metrics(entries)),
-        ResultFile.EPOCH_METRICS: _list_to_json(list[EpochMetrics], epochs),
-        ResultFile.FINAL_METRICS: compute_final_metrics(entries, epochs, run).to_json(),
+        ResultFile.EPOCH_METRICS: _list_to_json(list[EpochMetrics], epoch_metrics),
+        ResultFile.FINAL_METRICS: compute_final_metrics(entries, epoch_metrics, run).to_json(),
         ResultFile.TRAINING_METRICS: compute_training_metrics(entries).to_json(),
         ResultFile.PERFORMANCE_SUMMARY: compute_performance_summary(entries, run).to_json(),
         ResultFile.LOG: log_to_jsonl(entries),
@@ -206,10 +206,10 @@ def compute_epoch_metrics(entries: Sequence[LogEntry]) -> list[EpochMetrics]:
     lines_with_epoch = [line for line in entries if line.epoch is not None and line.kind in (LineKind.TRAINING, LineKind.EVALUATION)]
     lines_by_epoch: dict[int, list[LogEntry]] = defaultdict(list)
     for line in lines_with_epoch:
-        lines_by_epoch[_epoch_number(line)].append(line)
-    losses, times = _mean_loss_by_epoch(lines_with_epoch), _TimeCurve(lines_with_epoch)
+        lines_by_epoch[_compute_epoch_number(line)].append(line)
+    loss_by_epoch, time_curve = _compute_mean_loss_by_epoch(lines_with_epoch), _TimeCurve(lines_with_epoch)
     return [
-        _build_epoch_entry(number, lines_by_epoch[number], times.seconds_of_epoch(number), losses.get(number))
+        _build_epoch_entry(number, lines_by_epoch[number], time_curve.seconds_of_epoch(number), loss_by_epoch.get(number))
         for number in range(1, max(lines_by_epoch, default=0) + 1)
     ]
 
@@ -230,22 +230,22 @@ def compute_final_metrics(entries: Sequence[LogEntry], epochs: Sequence[EpochMet
     def list_values(name: str) -> list[float]:
         return [value for epoch in epochs if (value := getattr(epoch, name)) is not None]
 
-    def final_and_best(name: str, best_of: Callable[..., float | None]) -> dict[str, float | None]:
+    def build_final_and_best(name: str, best_of: Callable[..., float | None]) -> dict[str, float | None]:
         measured_values = list_values(name)
         return {f"final_{name}": measured_values[-1] if measured_values else None, f"best_{name}": best_of(measured_values, default=None)}
 
     metrics: dict[str, float | None] = {}
     for name in ("train_loss", "eval_loss"):
-        metrics |= final_and_best(name, min)
+        metrics |= build_final_and_best(name, min)
     for name in ("eval_accuracy", "eval_f1", "eval_precision", "eval_recall"):
-        metrics |= final_and_best(name, max)
+        metrics |= build_final_and_best(name, max)
     epoch_times = list_values("epoch_time")
     folder = run.metrics_directory.strip("/")
     prefix = f"{folder}/" if folder else ""
     return FinalMetrics(
         training_summary=TrainingSummary(
             total_steps=max((entry.step for entry in entries), default=0), total_epochs=len(epochs),
-            total_training_time=_total_seconds(entries, run),
+            total_training_time=_find_total_seconds(entries, run),
             avg_epoch_time=sum(epoch_times) / len(epoch_times) if epoch_times else None,
             **metrics,
         ),
@@ -267,38 +267,38 @@ def compute_training_metrics(entries: Sequence[LogEntry]) -> TrainingMetrics:
     return TrainingMetrics(
         loss_history=[line.loss for line in lines],
         resource_usage=[ResourceUsage(step=line.step, gpu_memory_gb=line.peak_memory_gb, loss=line.loss) for line in lines],
-        step_times=_step_times(entries),
+        step_times=_compute_step_times(entries),
     )
 
 
 def compute_performance_summary(entries: Sequence[LogEntry], run: RunDescription) -> PerformanceSummary:
     """Compute `performance_summary.json`."""
-    seconds = _total_seconds(entries, run)
-    trained, total = run.trainable_parameters, run.total_parameters
+    seconds = _find_total_seconds(entries, run)
+    trained_count, total_count = run.trainable_parameters, run.total_parameters
     return PerformanceSummary(
-        training_time_minutes=None if seconds is None else seconds / 60, trainable_parameters=trained, total_parameters=total,
-        parameter_efficiency=trained / total if trained is not None and total else None,
+        training_time_minutes=None if seconds is None else seconds / 60, trainable_parameters=trained_count, total_parameters=total_count,
+        parameter_efficiency=trained_count / total_count if trained_count is not None and total_count else None,
     )  # fmt: skip
 
 
-def _mean_loss_by_epoch(lines: Iterable[LogEntry]) -> dict[int, float]:
+def _compute_mean_loss_by_epoch(lines: Iterable[LogEntry]) -> dict[int, float]:
     """Return the mean training loss of each epoch, by the epoch's number.
 
     The loss in a training line is a mean over the steps since the previous training line. In the mean of an epoch, the weight of a line is the share
     of these steps that lies in the epoch.
     """
-    weighted_sums: dict[int, float] = defaultdict(float)
-    weights: dict[int, float] = defaultdict(float)
+    weighted_sum_by_epoch: dict[int, float] = defaultdict(float)
+    weight_by_epoch: dict[int, float] = defaultdict(float)
     line_start = 0.0
     for line in select_training_lines(lines):
         line_end = line.epoch or 0.0
-        for number in range(math.floor(line_start + EPOCH_TOLERANCE) + 1, _epoch_number(line) + 1):
+        for number in range(math.floor(line_start + EPOCH_TOLERANCE) + 1, _compute_epoch_number(line) + 1):
             share = min(line_end, number) - max(line_start, number - 1)
             if line.loss is not None and share > 0:
-                weighted_sums[number] += share * line.loss
-                weights[number] += share
+                weighted_sum_by_epoch[number] += share * line.loss
+                weight_by_epoch[number] += share
         line_start = line_end
-    return {number: weighted_sums[number] / weight for number, weight in weights.items()}
+    return {number: weighted_sum_by_epoch[number] / weight for number, weight in weight_by_epoch.items()}
 
 
 class _TimeCurve:
@@ -326,7 +326,7 @@ class _TimeCurve:
         return self._seconds[index_before] + share * (self._seconds[index_after] - self._seconds[index_before])
 
 
-def _step_times(entries: Sequence[LogEntry]) -> list[float | None]:
+def _compute_step_times(entries: Sequence[LogEntry]) -> list[float | None]:
     """Return, for each training line, the mean seconds of an optimizer step since the previous training line, without evaluations."""
     times: list[float | None] = []
     last_step, last_seconds, evaluation_seconds = 0, 0.0, 0.0
@@ -344,13 +344,13 @@ def _step_times(entries: Sequence[LogEntry]) -> list[float | None]:
     return times
 
 
-def _total_seconds(entries: Sequence[LogEntry], run: RunDescription) -> float | None:
+def _find_total_seconds(entries: Sequence[LogEntry], run: RunDescription) -> float | None:
     if run.training_seconds is not None:
         return run.training_seconds
     return max((entry.training_seconds for entry in entries if entry.training_seconds is not None), default=None)
 
 
-def _epoch_number(line: LogEntry) -> int:
+def _compute_epoch_number(line: LogEntry) -> int:
     """Return the number of the epoch that a line belongs to. The line at the end of epoch 1 was logged with epoch 1.0 and belongs to epoch 1."""
     return math.ceil((line.epoch or 0.0) - EPOCH_TOLERANCE)
 

@@ -32,7 +32,7 @@ def make_slug(name: str) -> str:
     slug. A name without any usable character becomes `run-` and eight digits of its sha256.
     """
     normalized_name = unicodedata.normalize("NFKD", name).lower()
-    normalized_name = "".join(letter for letter in normalized_name if not unicodedata.combining(letter))
+    normalized_name = "".join(character for character in normalized_name if not unicodedata.combining(character))
     name_with_dashes = re.sub(r"[^a-z0-9.]+", "-", normalized_name)
     name_with_dashes = re.sub(r"-*\.[.-]*", ".", name_with_dashes)  # each part between two dots must begin and end with a letter or digit
     slug = name_with_dashes.strip(".-")[:MAX_SLUG_LENGTH].rstrip(".-")

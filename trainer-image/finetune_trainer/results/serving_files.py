@@ -43,8 +43,8 @@ class ServedModel:
         lora_rank = None
         config_file = folder / "adapter_config.json"
         if kind is OutputKind.ADAPTER and merged_uri is None and config_file.exists():
-            settings = json.loads(config_file.read_text())
-            lora_rank = max([int(settings.get("r") or 0), *map(int, (settings.get("rank_pattern") or {}).values())])
+            adapter_config = json.loads(config_file.read_text())
+            lora_rank = max([int(adapter_config.get("r") or 0), *map(int, (adapter_config.get("rank_pattern") or {}).values())])
         return ServedModel(run.name, run.namespace, redact_source(run.spec.model.source or ""), merged_uri or uri, lora_rank)
 
     @property
@@ -83,44 +83,47 @@ def _build_kserve_manifests(model: ServedModel) -> list[dict[str, Any]]:
         revision_arguments = [f"--model_revision={model.hub_revision}"] if model.hub_revision else []
         arguments += [f"--model_id={model.hub_repository}", *revision_arguments, *model.vllm_arguments, f"--lora-modules={model.name}-adapter={MODEL_FOLDER}"]
     predictor = {
-        "serviceAccountName": _account_name(model),
+        "serviceAccountName": _build_account_name(model),
         "model": {
             "modelFormat": {"name": "huggingface"}, "storageUri": model.uri, "args": arguments,
             "resources": {"limits": {GPU_RESOURCE: "1"}, "requests": {GPU_RESOURCE: "1"}},
         },
     }  # fmt: skip
-    service = {"apiVersion": "serving.kserve.io/v1beta1", "kind": "InferenceService", "metadata": _object_metadata(model), "spec": {"predictor": predictor}}
+    service = {
+        "apiVersion": "serving.kserve.io/v1beta1", "kind": "InferenceService", "metadata": _build_object_metadata(model),
+        "spec": {"predictor": predictor},
+    }  # fmt: skip
     account = {
-        "apiVersion": "v1", "kind": "ServiceAccount", "metadata": _object_metadata(model, _account_name(model)),
-        "secrets": [{"name": _secret_name(model)}],
+        "apiVersion": "v1", "kind": "ServiceAccount", "metadata": _build_object_metadata(model, _build_account_name(model)),
+        "secrets": [{"name": _build_secret_name(model)}],
     }  # fmt: skip
     return [account, service]
 
 
 def _build_vllm_manifests(model: ServedModel) -> list[dict[str, Any]]:
     """Return a Deployment of vLLM and its Service. An init container downloads the adapter, and the base or complete model if it is not on a hub."""
-    downloads: dict[str, str] = {}
+    folder_by_uri: dict[str, str] = {}
     if model.lora_rank is None:
-        downloads[model.uri], served_source = MODEL_FOLDER, MODEL_FOLDER
+        folder_by_uri[model.uri], served_source = MODEL_FOLDER, MODEL_FOLDER
     else:
-        downloads[model.uri] = ADAPTER_FOLDER
+        folder_by_uri[model.uri] = ADAPTER_FOLDER
         served_source = model.hub_repository or MODEL_FOLDER
         if model.hub_repository is None:
-            downloads[model.base] = MODEL_FOLDER
+            folder_by_uri[model.base] = MODEL_FOLDER
     revision_arguments = [f"--revision={model.hub_revision}"] if model.lora_rank is not None and model.hub_revision else []
     adapter_arguments = [f"--lora-modules={model.name}={ADAPTER_FOLDER}"] if model.lora_rank is not None else []
     served_name = f"{model.name}-base" if model.lora_rank is not None else model.name
     arguments = [f"--model={served_source}", *revision_arguments, f"--served-model-name={served_name}", *model.vllm_arguments, *adapter_arguments]
     volumes = [("model", MODEL_FOLDER), ("adapter", ADAPTER_FOLDER)]
-    used_volumes = [(volume, folder) for volume, folder in volumes if folder in downloads.values()]
+    used_volumes = [(volume, folder) for volume, folder in volumes if folder in folder_by_uri.values()]
     mounts = [{"name": volume, "mountPath": folder} for volume, folder in used_volumes]
     server_container = {
         "name": "vllm", "image": VLLM_IMAGE, "args": arguments, "ports": [{"containerPort": PORT}], "volumeMounts": mounts,
         "readinessProbe": {"httpGet": {"path": "/health", "port": PORT}}, "resources": {"limits": {GPU_RESOURCE: "1"}},
     }  # fmt: skip
     download_container = {
-        "name": "download", "image": STORAGE_INITIALIZER, "args": [part for pair in downloads.items() for part in pair], "volumeMounts": mounts,
-        "envFrom": [{"secretRef": {"name": _secret_name(model)}}],
+        "name": "download", "image": STORAGE_INITIALIZER, "args": [part for pair in folder_by_uri.items() for part in pair], "volumeMounts": mounts,
+        "envFrom": [{"secretRef": {"name": _build_secret_name(model)}}],
     }  # fmt: skip
     labels = {"app.kubernetes.io/name": model.name}
     pod_spec = {
@@ -128,25 +131,25 @@ def _build_vllm_manifests(model: ServedModel) -> list[dict[str, Any]]:
         "volumes": [{"name": volume, "emptyDir": {}} for volume, _ in used_volumes],
     }
     deployment = {
-        "apiVersion": "apps/v1", "kind": "Deployment", "metadata": _object_metadata(model),
+        "apiVersion": "apps/v1", "kind": "Deployment", "metadata": _build_object_metadata(model),
         "spec": {"replicas": 1, "selector": {"matchLabels": labels}, "template": {"metadata": {"labels": labels}, "spec": pod_spec}},
     }  # fmt: skip
     service = {
-        "apiVersion": "v1", "kind": "Service", "metadata": _object_metadata(model),
+        "apiVersion": "v1", "kind": "Service", "metadata": _build_object_metadata(model),
         "spec": {"selector": labels, "ports": [{"port": PORT, "targetPort": PORT}]},
     }  # fmt: skip
     return [deployment, service]
 
 
-def _object_metadata(model: ServedModel, name: str | None = None) -> dict[str, str]:
+def _build_object_metadata(model: ServedModel, name: str | None = None) -> dict[str, str]:
     return {"name": name or model.name, "namespace": model.namespace}
 
 
-def _account_name(model: ServedModel) -> str:
+def _build_account_name(model: ServedModel) -> str:
     return f"{model.name}-model-storage"
 
 
-def _secret_name(model: ServedModel) -> str:
+def _build_secret_name(model: ServedModel) -> str:
     return f"{model.name}-model-storage"
 
 

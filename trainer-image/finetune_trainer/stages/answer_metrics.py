@@ -76,9 +76,9 @@ def _measure_with_judge(
                 values[metric] = _measure_similarity(inputs.similarity_model, judge, predictions)
     if EvaluationMetric.ANSWER_CORRECTNESS in metrics and judge is not None:
         report(EvaluationMetric.ANSWER_CORRECTNESS)
-        factual = values.get(EvaluationMetric.FACTUAL_CORRECTNESS) or judges.factual_correctness(judge, predictions)
+        factual_correctness = values.get(EvaluationMetric.FACTUAL_CORRECTNESS) or judges.factual_correctness(judge, predictions)
         similarity = text_metrics.semantic_similarity(predictions, judge.embed, field="evaluation.judge.embedding")
-        values[EvaluationMetric.ANSWER_CORRECTNESS] = judges.answer_correctness(factual, similarity)
+        values[EvaluationMetric.ANSWER_CORRECTNESS] = judges.answer_correctness(factual_correctness, similarity)
     if judge is not None:
         channel.report_note(_describe_usage(judge))
         judge.close()
@@ -94,7 +94,10 @@ def _measure_similarity(folder: Path | None, judge: Judge | None, predictions: S
 
 
 def _connect_judge(spec: JudgeSpec | None) -> Judge | None:
-    """Return a client of the judge that the spec names, or None if it names none. The API key comes from the environment, and no message contains it."""
+    """Return a client of the judge that the spec names, or None if the spec names no judge.
+
+    The API key comes from the environment, and no message contains the key.
+    """
     if spec is None or (spec.model is None and spec.embedding is None):
         return None
     settings = JudgeSettings(
@@ -106,5 +109,5 @@ def _connect_judge(spec: JudgeSpec | None) -> Judge | None:
 
 def _describe_usage(judge: Judge) -> str:
     usage, cost = judge.usage, judge.cost
-    text = f"judge: {usage.requests} requests, {usage.input_tokens} input tokens, {usage.output_tokens} output tokens"
-    return f"{text}, cost {cost.value:.4f}" if cost.value is not None else f"{text}, cost unknown: {cost.reason}"
+    usage_text = f"judge: {usage.requests} requests, {usage.input_tokens} input tokens, {usage.output_tokens} output tokens"
+    return f"{usage_text}, cost {cost.value:.4f}" if cost.value is not None else f"{usage_text}, cost unknown: {cost.reason}"

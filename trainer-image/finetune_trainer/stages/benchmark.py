@@ -59,40 +59,41 @@ ROWS_WITH_END_TOKENS = 20
 
 def run_stage(run: RunConfig, channel: Channel, inputs: Inputs, task: StageTask, folder: Path) -> StageResult:
     """Run all tasks that are not finished yet, and write the results. Errors: if tasks failed, the error of the first failed task."""
-    tasks, finished = plan_tasks(run, inputs.benchmarks), FinishedTasks(folder / PARTS_FOLDER)
+    tasks, finished_tasks = plan_tasks(run, inputs.benchmarks), FinishedTasks(folder / PARTS_FOLDER)
     runner = _TaskRunner(run, channel, inputs, task)
     failures: list[ConfigError] = []
     records: list[TaskRecord] = []
-    for number, one in enumerate(tasks, 1):
-        channel.report_stage(Stage.BENCHMARKING, f"task {number} of {len(tasks)}: {one.label}")
-        record = finished.read(one)
+    for number, benchmark_task in enumerate(tasks, 1):
+        channel.report_stage(Stage.BENCHMARKING, f"task {number} of {len(tasks)}: {benchmark_task.label}")
+        record = finished_tasks.read(benchmark_task)
         if record is None:
             try:
-                record = runner.run_task(one)
+                record = runner.run_task(benchmark_task)
             except ConfigError as error:  # Raised after all other tasks have run, so that a repeated stage repeats only failed tasks.
                 log.error("%s: %s", error.code, error.message)
                 failures.append(error)
                 continue
-            finished.write(one, record)
+            finished_tasks.write(benchmark_task, record)
         records.append(record)
     if failures:
-        if others := len(failures) - 1:
-            failures[0].message += f"; {others} other {'task' if others == 1 else 'tasks'} failed, too: see the pod's log"
+        if other_count := len(failures) - 1:
+            failures[0].message += f"; {other_count} other {'task' if other_count == 1 else 'tasks'} failed, too: see the pod's log"
         raise failures[0]
-    files, entries = folder / OUTPUT_FOLDER, combine_results(tasks, records)
-    write_results(files, tasks, entries)
-    _write_sheets(files, run, tasks, records)
-    return StageResult(evaluation=EvaluationResult(benchmarks=to_status_results(entries) or None))
+    output_folder, result_entries = folder / OUTPUT_FOLDER, combine_results(tasks, records)
+    write_results(output_folder, tasks, result_entries)
+    _write_sheets(output_folder, run, tasks, records)
+    return StageResult(evaluation=EvaluationResult(benchmarks=to_status_results(result_entries) or None))
 
 
 def _write_sheets(output_folder: Path, run: RunConfig, tasks: Sequence[BenchmarkTask], records: Sequence[TaskRecord]) -> None:
-    record_by_uses_base = {one.uses_base: record for one, record in zip(tasks, records, strict=True) if one.kind is BenchmarkKind.RATING_SHEETS}
+    record_by_uses_base = {task.uses_base: record for task, record in zip(tasks, records, strict=True) if task.kind is BenchmarkKind.RATING_SHEETS}
     if record_by_uses_base:
         base_answers = record_by_uses_base[True].answers if True in record_by_uses_base else None
-        write_sheets(output_folder, *build_sheet_rows(record_by_uses_base[False].prompts, record_by_uses_base[False].answers, base_answers, seed=_seed(run)))
+        trained_record = record_by_uses_base[False]
+        write_sheets(output_folder, *build_sheet_rows(trained_record.prompts, trained_record.answers, base_answers, seed=_get_seed(run)))
 
 
-def _seed(run: RunConfig) -> int:
+def _get_seed(run: RunConfig) -> int:
     return int(value_or_default(run.spec.training, "seed"))
 
 
@@ -104,9 +105,9 @@ class _TaskRunner:
     channel: Channel
     inputs: Inputs
     task: StageTask
-    _loaded: LoadedModel | None = field(default=None, init=False)
+    _loaded_model: LoadedModel | None = field(default=None, init=False)
     _is_base_loaded: bool = field(default=False, init=False)
-    _last_heartbeat: float = field(default=0.0, init=False)
+    _last_heartbeat_time: float = field(default=0.0, init=False)
 
     def run_task(self, task: BenchmarkTask) -> TaskRecord:
         loaded_model = self._get_model(uses_base=task.uses_base)
@@ -123,11 +124,11 @@ class _TaskRunner:
     # ---- models ----
 
     def _get_model(self, *, uses_base: bool) -> LoadedModel:
-        if self._loaded is None or self._is_base_loaded != uses_base:
-            self._loaded = None
+        if self._loaded_model is None or self._is_base_loaded != uses_base:
+            self._loaded_model = None
             _free_memory()
-            self._loaded, self._is_base_loaded = self._load_model(uses_base=uses_base), uses_base
-        return self._loaded
+            self._loaded_model, self._is_base_loaded = self._load_model(uses_base=uses_base), uses_base
+        return self._loaded_model
 
     def _load_model(self, *, uses_base: bool) -> LoadedModel:
         from finetune_trainer import hardware
@@ -143,12 +144,12 @@ class _TaskRunner:
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         model.register_forward_pre_hook(self._send_heartbeat)
         spec = self.run.spec
-        return LoadedModel(model, tokenizer, spec.evaluation.batch_size_per_device or spec.training.batch_size_per_device or 1, _seed(self.run))
+        return LoadedModel(model, tokenizer, spec.evaluation.batch_size_per_device or spec.training.batch_size_per_device or 1, _get_seed(self.run))
 
     def _send_heartbeat(self, *_: Any) -> None:
         """Send a heartbeat, at most every `HEARTBEAT_SECONDS`. Called before each forward pass, so that a long task does not count as stalled."""
-        if time.monotonic() - self._last_heartbeat > HEARTBEAT_SECONDS:
-            self._last_heartbeat = time.monotonic()
+        if time.monotonic() - self._last_heartbeat_time > HEARTBEAT_SECONDS:
+            self._last_heartbeat_time = time.monotonic()
             self.channel.send_heartbeat()
 
     # ---- questions ----
@@ -163,9 +164,9 @@ class _TaskRunner:
         from finetune_trainer import model as models
 
         run, dataset = self.run, self.run.spec.dataset
-        rendering = render_options(run, tokenizer, choose_chat_template(run, self.inputs, tokenizer), self._held_out_data.summary.format_with_turns)
+        rendering_options = render_options(run, tokenizer, choose_chat_template(run, self.inputs, tokenizer), self._held_out_data.summary.format_with_turns)
         max_length = max_sequence_length(run, tokenizer, models.max_positions(models.load_config(run, self.inputs)))
-        return rendering, TokeniseOptions(max_length, OverflowPolicy.TRUNCATE, dataset.add_eos_token is not False, dataset.add_bos_token)
+        return rendering_options, TokeniseOptions(max_length, OverflowPolicy.TRUNCATE, dataset.add_eos_token is not False, dataset.add_bos_token)
 
     @cached_property
     def _held_out_data(self) -> LoadedData:
@@ -188,12 +189,12 @@ class _TaskRunner:
 
         If `max_new_tokens` is set, the answers are generated greedily. If `max_new_tokens` is None, the options of `evaluation.comparison.generation` apply.
         """
-        from finetune_trainer.stages.generate import generate_answers, generation_options
+        from finetune_trainer.stages.generate import build_generation_options, generate_answers
 
         comparison = self.run.spec.evaluation.comparison
         generation = Generation(max_new_tokens=max_new_tokens) if max_new_tokens else comparison.generation if comparison else None
         return generate_answers(
-            loaded_model.model, loaded_model.tokenizer, prompts, options=generation_options(generation),
+            loaded_model.model, loaded_model.tokenizer, prompts, options=build_generation_options(generation),
             end_ids=self._find_end_token_ids(loaded_model), batch_size=loaded_model.batch_size, seed=loaded_model.seed, on_progress=lambda _: None,
         )  # fmt: skip
 
@@ -211,7 +212,7 @@ class _TaskRunner:
             )  # fmt: skip
         question_count = min(len(questions), task.benchmark.limit or DEFAULT_RATING_QUESTION_COUNT)
         chosen_indices = sorted(random.Random(loaded_model.seed).sample(range(len(questions)), question_count))  # noqa: S311  no secret
-        asked_questions = [questions[number] for number in chosen_indices]
+        asked_questions = [questions[index] for index in chosen_indices]
         return TaskRecord(
             prompts=[question.user_prompt for question in asked_questions],
             answers=self._generate_answers(loaded_model, [question.token_ids for question in asked_questions])
@@ -279,10 +280,12 @@ def _measure_choice_accuracy(loaded_model: LoadedModel, pairs: Sequence[tuple[Do
     from finetune_trainer.evaluation.choices import letter_log_probabilities, letter_metrics
 
     scores = [
-        letter_log_probabilities(loaded_model.model, loaded_model.tokenizer, question.text, asked.letters, add_special_tokens=not question.is_templated)
-        for asked, question in pairs
+        letter_log_probabilities(
+            loaded_model.model, loaded_model.tokenizer, question.text, domain_question.letters, add_special_tokens=not question.is_templated
+        )
+        for domain_question, question in pairs
     ]
-    return {"accuracy": letter_metrics(scores, [asked.letters[asked.correct or 0] for asked, _ in pairs])["accuracy"]}
+    return {"accuracy": letter_metrics(scores, [domain_question.letters[domain_question.correct or 0] for domain_question, _ in pairs])["accuracy"]}
 
 
 def _free_memory() -> None:

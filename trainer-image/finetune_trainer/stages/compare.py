@@ -44,15 +44,15 @@ CONFIDENCE_LEVEL = 0.95
 
 def run_stage(run: RunConfig, channel: Channel, inputs: Inputs, task: StageTask, folder: Path) -> StageResult:
     """Measure the base model, and write the files of the stage."""
-    trained, files = _read_trained_measurements(task), folder / OUTPUT_FOLDER
+    trained_measurements, output_folder = _read_trained_measurements(task), folder / OUTPUT_FOLDER
     held_out = load_held_out(run, channel, inputs, task, load_base_for_comparison)
-    held_out.end_token_ids = trained.end_token_ids
+    held_out.end_token_ids = trained_measurements.end_token_ids
     base_measurements = measure_model(run, channel, inputs, held_out).measurements
-    base_measurements.write(files / BASE_FILE)
-    if trained.answers is not None:
-        comparison = _compare_answers(run, task, held_out, trained.answers, base_measurements.answers or [])
-        (files / COMPARISON_FILE).write_text(comparison.to_json(), "utf-8")
-    return StageResult(evaluation=summarise(run, base_measurements, trained))
+    base_measurements.write(output_folder / BASE_FILE)
+    if trained_measurements.answers is not None:
+        comparison = _compare_answers(run, task, held_out, trained_measurements.answers, base_measurements.answers or [])
+        (output_folder / COMPARISON_FILE).write_text(comparison.to_json(), "utf-8")
+    return StageResult(evaluation=summarise(run, base_measurements, trained_measurements))
 
 
 def _read_trained_measurements(task: StageTask) -> Measurements:
@@ -77,15 +77,15 @@ def load_base_for_comparison(run: RunConfig, inputs: Inputs, task: StageTask, ha
     return model
 
 
-def summarise(run: RunConfig, base: Measurements, trained_measurements: Measurements) -> EvaluationResult:
+def summarise(run: RunConfig, base_measurements: Measurements, trained_measurements: Measurements) -> EvaluationResult:
     """Return the compared metrics and the results of the gates, from the spec and the stored measurements of both models."""
-    sums, trained_values, base_values = paired_sums(base, trained_measurements), trained_measurements.values, base.values
+    sums, trained_values, base_values = paired_sums(base_measurements, trained_measurements), trained_measurements.values, base_measurements.values
     metrics = {name: _compare_values(value, base_values.get(name), sums.get(name)) for name, value in trained_values.items()}
     gates = run.spec.evaluation.gates
     decides_gates = gates is not None and compares_metrics(run.spec)
     return EvaluationResult(
         metrics=metrics or None,
-        gates=evaluate_gates(gates, trained_measurements.gate_values, base.gate_values, sums) if decides_gates and gates else None,
+        gates=evaluate_gates(gates, trained_measurements.gate_values, base_measurements.gate_values, sums) if decides_gates and gates else None,
         comparison_uri=f"{run.storage.uri}/{Storage.EVALUATION}/{COMPARISON_FILE}" if trained_measurements.answers is not None else None,
     )  # fmt: skip
 
@@ -114,7 +114,7 @@ def _compare_answers(
     """Return the contents of `model_comparison.json`."""
     ref, now = prompts_to_compare(run.spec), datetime.now(UTC)
     questions = held_out.questions if ref is None else held_out.prompts
-    source = f"configmap://{ref.name}/{ref.key}" if ref else "test set" if has_test_set(run.spec) else "validation set"
+    prompt_source = f"configmap://{ref.name}/{ref.key}" if ref else "test set" if has_test_set(run.spec) else "validation set"
     comparisons = [
         ComparedAnswers.of(
             number, question.user_prompt, base_answer=base_answer, trained_answer=trained_answer, time=now,
@@ -123,7 +123,7 @@ def _compare_answers(
         for number, (question, base_answer, trained_answer) in enumerate(zip(questions, base_answers, trained_answers, strict=True), 1)
     ]  # fmt: skip
     metadata = ComparisonMetadata(
-        base_model=redact_source(run.spec.model.source or ""), finetuned_model_path=task.uri, prompts_file=source,
+        base_model=redact_source(run.spec.model.source or ""), finetuned_model_path=task.uri, prompts_file=prompt_source,
         num_prompts=len(comparisons), generation_params=_build_generation_params(run), device=str(held_out.model.get_input_embeddings().weight.device),
         comparison_date=format_iso_time(now),
     )  # fmt: skip

@@ -49,11 +49,11 @@ def _has_row_of_each(value: MetricValue, predictions: Sequence[Prediction]) -> b
 
 def _summarise(run: RunConfig, model_results: ModelResults) -> EvaluationResult:
     """Return the results for the status. The results of the gates are included only if no stage `comparing` follows, because that stage evaluates the gates."""
-    found, gates = model_results.measurements, run.spec.evaluation.gates
+    measurements, gates = model_results.measurements, run.spec.evaluation.gates
     decides_gates = gates is not None and not compares_metrics(run.spec)
     return EvaluationResult(
-        rows=found.row_count or None, metrics=_build_metric_results(found.values) or None,
-        gates=evaluate_gates(gates, found.gate_values, {}) if decides_gates and gates else None,
+        rows=measurements.row_count or None, metrics=_build_metric_results(measurements.values) or None,
+        gates=evaluate_gates(gates, measurements.gate_values, {}) if decides_gates and gates else None,
         predictions_uri=f"{run.storage.uri}/{Storage.EVALUATION}/{PREDICTIONS_FILE}" if model_results.predictions else None,
     )  # fmt: skip
 

@@ -23,7 +23,7 @@ ATTENTION_FOR_PADDED_BATCHES = ("sdpa", "eager")
 def load_tokenizer(run: RunConfig, inputs: Inputs, task: StageTask) -> Any:
     """Load the tokenizer that was saved with the model."""
     tokenizer_folder = task.model if (task.model / "tokenizer_config.json").exists() else inputs.tokenizer or inputs.model
-    tokenizer, _ = models.load_tokenizer(_without_new_tokens(run), inputs.model_copy(update={"tokenizer": tokenizer_folder}))
+    tokenizer, _ = models.load_tokenizer(_remove_new_tokens(run), inputs.model_copy(update={"tokenizer": tokenizer_folder}))
     return tokenizer
 
 
@@ -50,14 +50,14 @@ def load_base_model(run: RunConfig, inputs: Inputs, hardware: Hardware, *, quant
     attention_name = hardware.attention if hardware.attention in ATTENTION_FOR_PADDED_BATCHES else "sdpa"
     attention, _ = require_supported_attention(run, models.load_config(run, inputs), attention_name)
     is_quantized = quantizes and rules.base_bits(run.spec) is not None
-    is_spread = hardware.device.type == "cuda" and not is_quantized and must_be_spread(inputs.model, _bytes_per_value(hardware), free_gpu_bytes())
+    is_spread = hardware.device.type == "cuda" and not is_quantized and must_be_spread(inputs.model, _compute_bytes_per_value(hardware), free_gpu_bytes())
     model, _ = models.load_model(run, inputs, replace(hardware, attention=attention), quantize=quantizes, is_spread=is_spread)
     if getattr(model, "hf_device_map", None) is None:
         model = model.to(hardware.device)
     return model.eval()
 
 
-def _bytes_per_value(hardware: Hardware) -> int:
+def _compute_bytes_per_value(hardware: Hardware) -> int:
     """Return how many bytes one weight needs in memory. If the model keeps the format of its files (`auto`), return the largest possible value: 4."""
     import torch
 
@@ -65,7 +65,7 @@ def _bytes_per_value(hardware: Hardware) -> int:
     return int(dtype.itemsize)
 
 
-def _without_new_tokens(run: RunConfig) -> RunConfig:
+def _remove_new_tokens(run: RunConfig) -> RunConfig:
     """Return a copy of the run configuration without `model.newTokens`, because the saved tokenizer already has these tokens."""
     model = run.spec.model.model_copy(update={"new_tokens": None})
     return run.model_copy(update={"spec": run.spec.model_copy(update={"model": model})})

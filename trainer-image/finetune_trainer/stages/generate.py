@@ -17,7 +17,7 @@ SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p")
 """Options that have an effect only if tokens are sampled."""
 
 
-def generation_options(spec: Generation | None) -> dict[str, Any]:
+def build_generation_options(spec: Generation | None) -> dict[str, Any]:
     """Return the options of transformers' `generate`. Fields that the spec does not set have the defaults of the API."""
     generation = spec or Generation()
     options = {name: value_or_default(generation, field) for field, name in GENERATION_FIELDS.items()}
@@ -39,22 +39,22 @@ def generate_answers(
     from transformers import set_seed
 
     set_seed(seed)
-    answers: dict[int, str] = {}
-    remaining_indices = sorted(range(len(prompts)), key=lambda number: (-len(prompts[number]), number))
+    answer_by_index: dict[int, str] = {}
+    remaining_indices = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
     while remaining_indices:
         batch_indices = remaining_indices[:batch_size]
         try:
-            texts = _generate_batch(model, tokenizer, [prompts[number] for number in batch_indices], options, end_ids)
+            batch_answers = _generate_batch(model, tokenizer, [prompts[index] for index in batch_indices], options, end_ids)
         except torch.OutOfMemoryError:
             if batch_size == 1:
                 raise
             batch_size = (batch_size + 1) // 2
             torch.cuda.empty_cache()
             continue
-        answers |= dict(zip(batch_indices, texts, strict=True))
+        answer_by_index |= dict(zip(batch_indices, batch_answers, strict=True))
         remaining_indices = remaining_indices[len(batch_indices) :]
-        on_progress(len(answers))
-    return [answers[number] for number in range(len(prompts))]
+        on_progress(len(answer_by_index))
+    return [answer_by_index[index] for index in range(len(prompts))]
 
 
 def _generate_batch(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], options: dict[str, Any], end_ids: Sequence[int]) -> list[str]:

@@ -11,7 +11,7 @@ from finetune_trainer.channel import Channel
 HEARTBEAT_SECONDS = 5.0
 
 
-def heartbeats_while_computing(channel: Channel) -> AbstractContextManager[None]:
+def send_heartbeats_while_computing(channel: Channel) -> AbstractContextManager[None]:
     """Send heartbeats within the context as long as this process uses CPU time. Loading and writing a model take minutes without any report of progress."""
     used_cpu_seconds = time.process_time()
 

@@ -87,7 +87,7 @@ def measure_model(run: RunConfig, channel: Channel, inputs: Inputs, held_out: He
         values |= measure_answers(run, channel, held_out.stage, inputs, metrics, predictions)
     measurements = Measurements(
         row_count=len(held_out.tokens.input_ids) if metrics or predictions else 0, token_sums=token_sums,
-        bleu_sums=_bleu_sums(predictions) if EvaluationMetric.BLEU in metrics else [],
+        bleu_sums=_compute_bleu_sums(predictions) if EvaluationMetric.BLEU in metrics else [],
         answers=_collect_compared_answers(run, held_out, predictions, channel), end_token_ids=held_out.end_token_ids,
     )  # fmt: skip
     return ModelResults(measurements.with_values(values), predictions)
@@ -112,7 +112,7 @@ def _collect_compared_answers(run: RunConfig, held_out: HeldOutEvaluation, predi
     return [prediction.assistant_response for prediction in predictions] if _compares_questions(run) else None
 
 
-def _bleu_sums(predictions: Sequence[Prediction]) -> list[list[float]]:
+def _compute_bleu_sums(predictions: Sequence[Prediction]) -> list[list[float]]:
     from finetune_trainer.evaluation.text_metrics import bleu_sums
 
     return bleu_sums(predictions)
@@ -142,20 +142,20 @@ def load_held_out(run: RunConfig, channel: Channel, inputs: Inputs, task: StageT
     channel.report_stage(task.stage, "loading the model")
     tokenizer = load_tokenizer(run, inputs, task)
     model = load_model(run, inputs, task, hardware.detect_hardware(run, 0), tokenizer)
-    loaded, dataset = load(run, inputs, training_rows=ROWS_FOR_END_TOKENS), run.spec.dataset
-    rows = select_held_out_rows(loaded)
-    rendering = render_options(run, tokenizer, choose_chat_template(run, inputs, tokenizer), loaded.summary.format_with_turns)
+    loaded_data, dataset = load(run, inputs, training_rows=ROWS_FOR_END_TOKENS), run.spec.dataset
+    rows = select_held_out_rows(loaded_data)
+    rendering_options = render_options(run, tokenizer, choose_chat_template(run, inputs, tokenizer), loaded_data.summary.format_with_turns)
     max_length = max_sequence_length(run, tokenizer, models.max_positions(models.load_config(run, inputs)))
-    options = TokeniseOptions(max_length, OverflowPolicy.TRUNCATE, dataset.add_eos_token is not False, dataset.add_bos_token)
-    examples = rows or loaded.train
-    tokens = tokenise_answered(run, examples, rendering, options)
+    tokenise_options = TokeniseOptions(max_length, OverflowPolicy.TRUNCATE, dataset.add_eos_token is not False, dataset.add_bos_token)
+    examples = rows or loaded_data.train
+    tokens = tokenise_answered(run, examples, rendering_options, tokenise_options)
     prompts = read_prompts(prompts_to_compare(run.spec), inputs.config_maps)
-    compared_questions = read_questions(prompts_to_examples(prompts, examples[0][1], dataset.system_prompt), rendering, options)
+    compared_questions = read_questions(prompts_to_examples(prompts, examples[0][1], dataset.system_prompt), rendering_options, tokenise_options)
     if len(compared_questions) < len(prompts):
         refused_count = len(prompts) - len(compared_questions)
         raise DataError("PromptRefused", f"the chat template refuses {refused_count} of {len(prompts)} prompts", hint="remove dataset.systemPrompt")
     return HeldOutEvaluation(
-        task.stage, model, tokenizer, tokens if rows else TokenRows(), _sample_questions(read_questions(rows, rendering, options), run),
+        task.stage, model, tokenizer, tokens if rows else TokenRows(), _sample_questions(read_questions(rows, rendering_options, tokenise_options), run),
         run.spec.evaluation.batch_size_per_device or run.spec.training.batch_size_per_device or 1,
         end_token_ids(tokenizer, model, tokens.labels), compared_questions,
     )  # fmt: skip
@@ -167,7 +167,7 @@ def _sample_questions(questions: list[Question], run: RunConfig) -> list[Questio
     if limit is None or limit >= len(questions):
         return questions
     chosen_indices = random.Random(value_or_default(run.spec.training, "seed")).sample(range(len(questions)), limit)  # noqa: S311  no secret
-    return [questions[number] for number in sorted(chosen_indices)]
+    return [questions[index] for index in sorted(chosen_indices)]
 
 
 # ---- metrics that need no generated answers
@@ -177,29 +177,29 @@ def _measure_tokens(held_out: HeldOutEvaluation, metrics: Sequence[EvaluationMet
     """Return the requested metrics over the tokens of all answers, and the sums for each row. The comparison with the base model needs these sums."""
     from finetune_trainer.evaluation.token_metrics import OutputHead, RowCounts, TokenCounts
 
-    head, rows = OutputHead.of(held_out.model), RowCounts()
-    counts = TokenCounts(head.vocabulary_size, held_out.model.get_input_embeddings().weight.device)
-    total, done = len(held_out.tokens.input_ids), 0
-    for batch in _batches(held_out.tokens, held_out.batch_size):
-        _add_batch(held_out, head, batch, counts, rows)
-        done += len(batch)
-        channel.report_stage(held_out.stage, f"{done} of {total} rows")
-    values = {"loss": counts.loss, "perplexity": counts.perplexity} if EvaluationMetric.PERPLEXITY in metrics else {}
-    values |= {metric.value: getattr(counts, metric.value) for metric in CLASSIFICATION_METRICS if metric in metrics}
-    return values, rows.sums()
+    head, row_counts = OutputHead.of(held_out.model), RowCounts()
+    token_counts = TokenCounts(head.vocabulary_size, held_out.model.get_input_embeddings().weight.device)
+    row_count, done_count = len(held_out.tokens.input_ids), 0
+    for batch in _split_into_batches(held_out.tokens, held_out.batch_size):
+        _add_batch(held_out, head, batch, token_counts, row_counts)
+        done_count += len(batch)
+        channel.report_stage(held_out.stage, f"{done_count} of {row_count} rows")
+    values = {"loss": token_counts.loss, "perplexity": token_counts.perplexity} if EvaluationMetric.PERPLEXITY in metrics else {}
+    values |= {metric.value: getattr(token_counts, metric.value) for metric in CLASSIFICATION_METRICS if metric in metrics}
+    return values, row_counts.sums()
 
 
 TokenRow = tuple[list[int], list[int]]
 """The token ids and the labels of one row."""
 
 
-def _batches(tokens: TokenRows, size: int) -> Iterator[list[TokenRow]]:
+def _split_into_batches(tokens: TokenRows, size: int) -> Iterator[list[TokenRow]]:
     rows = list(zip(tokens.input_ids, tokens.labels, strict=True))
     for start in range(0, len(rows), size):
         yield rows[start : start + size]
 
 
-def _add_batch(held_out: HeldOutEvaluation, head: Any, batch: Sequence[TokenRow], counts: Any, rows: Any) -> None:
+def _add_batch(held_out: HeldOutEvaluation, head: Any, batch: Sequence[TokenRow], token_counts: Any, row_counts: Any) -> None:
     """Add the predictions for a batch of rows to the counts. If the batch does not fit into memory, split it."""
     import torch
 
@@ -210,11 +210,11 @@ def _add_batch(held_out: HeldOutEvaluation, head: Any, batch: Sequence[TokenRow]
             raise
         torch.cuda.empty_cache()
         half_size = len(batch) // 2
-        _add_batch(held_out, head, batch[:half_size], counts, rows)
-        _add_batch(held_out, head, batch[half_size:], counts, rows)
+        _add_batch(held_out, head, batch[:half_size], token_counts, row_counts)
+        _add_batch(held_out, head, batch[half_size:], token_counts, row_counts)
         return
-    counts.add(predictions)
-    rows.add(predictions, [labels for _, labels in batch])
+    token_counts.add(predictions)
+    row_counts.add(predictions, [labels for _, labels in batch])
 
 
 def _predict_labelled_positions(held_out: HeldOutEvaluation, head: Any, batch: Sequence[TokenRow]) -> Any:
@@ -227,10 +227,10 @@ def _predict_labelled_positions(held_out: HeldOutEvaluation, head: Any, batch: S
 
     from finetune_trainer.evaluation.token_metrics import IGNORED_LABEL, shifted_predictions
 
-    model, max_label_count = held_out.model, max(len(ids) for ids, _ in batch)
+    model, max_row_length = held_out.model, max(len(ids) for ids, _ in batch)
 
     def pad(rows: Sequence[Sequence[int]], filler: int) -> torch.Tensor:
-        return torch.tensor([[*row, *[filler] * (max_label_count - len(row))] for row in rows], device=model.get_input_embeddings().weight.device)
+        return torch.tensor([[*row, *[filler] * (max_row_length - len(row))] for row in rows], device=model.get_input_embeddings().weight.device)
 
     hidden_states: list[torch.Tensor] = []
 
@@ -238,16 +238,16 @@ def _predict_labelled_positions(held_out: HeldOutEvaluation, head: Any, batch: S
         hidden_states.append(arguments[0])
         return (arguments[0][:, -1:],)
 
-    handle = model.get_output_embeddings().register_forward_pre_hook(keep_hidden_states)
+    hook_handle = model.get_output_embeddings().register_forward_pre_hook(keep_hidden_states)
     try:
         with torch.inference_mode():
             ids, mask = pad([ids for ids, _ in batch], held_out.tokenizer.pad_token_id), pad([[1] * len(ids) for ids, _ in batch], 0)
             model(input_ids=ids, attention_mask=mask, use_cache=False)
     finally:
-        handle.remove()
-    states = hidden_states[0][:, -max_label_count:]  # Remove the virtual tokens of prompt tuning.
+        hook_handle.remove()
+    last_hidden_states = hidden_states[0][:, -max_row_length:]  # Remove the virtual tokens of prompt tuning.
     with torch.inference_mode():
-        return shifted_predictions(states, pad([labels for _, labels in batch], IGNORED_LABEL), head)
+        return shifted_predictions(last_hidden_states, pad([labels for _, labels in batch], IGNORED_LABEL), head)
 
 
 def _measure_letters(held_out: HeldOutEvaluation, channel: Channel) -> dict[str, MetricValue]:
@@ -272,12 +272,12 @@ def _measure_letters(held_out: HeldOutEvaluation, channel: Channel) -> dict[str,
 
 def answer_questions(run: RunConfig, held_out: HeldOutEvaluation, questions: Sequence[Question], channel: Channel) -> list[str]:
     """Return the model's answers to questions, generated with the options of `evaluation.comparison.generation`."""
-    from finetune_trainer.stages.generate import generate_answers, generation_options
+    from finetune_trainer.stages.generate import build_generation_options, generate_answers
 
     comparison = run.spec.evaluation.comparison
     return generate_answers(
         held_out.model, held_out.tokenizer, [question.token_ids for question in questions],
-        options=generation_options(comparison.generation if comparison else None), end_ids=held_out.end_token_ids, batch_size=held_out.batch_size,
+        options=build_generation_options(comparison.generation if comparison else None), end_ids=held_out.end_token_ids, batch_size=held_out.batch_size,
         seed=int(value_or_default(run.spec.training, "seed")),
         on_progress=lambda count: channel.report_stage(held_out.stage, f"{count} of {len(questions)} answers"),
     )  # fmt: skip

@@ -25,7 +25,7 @@ from finetune_trainer.channel import Channel
 from finetune_trainer.disk import free_bytes
 from finetune_trainer.inputs import Inputs
 from finetune_trainer.stages.files import OUTPUT_FOLDER, StageResult, StageTask
-from finetune_trainer.stages.heartbeats import heartbeats_while_computing
+from finetune_trainer.stages.heartbeats import send_heartbeats_while_computing
 
 SHARD_SIZE = "4GB"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.*", "manifest.json")
@@ -37,7 +37,7 @@ def run_stage(run: RunConfig, channel: Channel, inputs: Inputs, task: StageTask,
 
     Errors: NotFoundError ModelUnreadable, ModelIncomplete; ConfigError LocalDiskTooSmall; DivergedError WeightsNotFinite.
     """
-    with heartbeats_while_computing(channel):
+    with send_heartbeats_while_computing(channel):
         model = merge_adapter(run, channel, inputs, task)
         if rules.base_bits(run.spec) is not None:
             channel.report_note("the adapter was trained on the quantised base model, and is merged into the base model without quantisation")
@@ -58,7 +58,7 @@ def merge_adapter(run: RunConfig, channel: Channel, inputs: Inputs, task: StageT
     tokenizer = load_tokenizer(run, inputs, task)
     peft_model = _load_adapter(run, inputs, task, tokenizer)
     adapters = load_combined_adapters(peft_model, run, inputs.combined_adapters) if run.spec.output.combine_adapters else None
-    dtypes = {name.replace(".base_layer.", "."): parameter.dtype for name, parameter in peft_model.get_base_model().named_parameters()}
+    dtype_by_name = {name.replace(".base_layer.", "."): parameter.dtype for name, parameter in peft_model.get_base_model().named_parameters()}
     layers = [module for module in peft_model.modules() if isinstance(module, BaseTunerLayer)]
     try:
         with torch.no_grad(), warnings.catch_warnings():
@@ -70,7 +70,7 @@ def merge_adapter(run: RunConfig, channel: Channel, inputs: Inputs, task: StageT
     except ValueError as error:  # PEFT raises this error if the merged weights of a layer are not finite.
         raise DivergedError("WeightsNotFinite", f"the adapter cannot be merged: {error}", hint="lower training.learningRate") from error
     for name, parameter in model.named_parameters():  # PEFT keeps modules that were trained in full as copies in 32 bits.
-        parameter.data = parameter.data.to(dtypes.get(name, model.dtype))
+        parameter.data = parameter.data.to(dtype_by_name.get(name, model.dtype))
     return model
 
 
@@ -99,23 +99,23 @@ def _load_adapter(run: RunConfig, inputs: Inputs, task: StageTask, tokenizer: An
     from finetune_trainer import model as models
     from finetune_trainer.objective import load_objective
 
-    kind = load_objective(rules.trainer_type_of(run.spec)).model_kind
+    model_kind = load_objective(rules.trainer_type_of(run.spec)).model_kind
     host_hardware = replace(hardware.detect_hardware(run, 0), device=torch.device("cpu"), dtype="auto", attention="sdpa")
-    base, _ = models.load_model(run, inputs, host_hardware, model_kind=kind, quantize=False)
-    if run.spec.model.new_tokens and base.get_input_embeddings().weight.shape[0] < len(tokenizer):
-        base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    base_model, _ = models.load_model(run, inputs, host_hardware, model_kind=model_kind, quantize=False)
+    if run.spec.model.new_tokens and base_model.get_input_embeddings().weight.shape[0] < len(tokenizer):
+        base_model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     try:
-        return PeftModel.from_pretrained(base, task.model)
+        return PeftModel.from_pretrained(base_model, task.model)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise NotFoundError("ModelUnreadable", f"the adapter {task.uri} cannot be loaded: {error}") from error
 
 
 def _require_disk_space(model: Any, work_folder: Path) -> None:
     """Check that the merged model fits on the pod's disk. Errors: ConfigError LocalDiskTooSmall."""
-    needed, available = sum(parameter.nbytes for parameter in model.parameters()), free_bytes(work_folder)
-    if needed > available:
+    needed_bytes, available_bytes = sum(parameter.nbytes for parameter in model.parameters()), free_bytes(work_folder)
+    if needed_bytes > available_bytes:
         raise ConfigError(
-            "LocalDiskTooSmall", f"the merged model has {needed / 1e9:.2f} GB, but the pod's disk has only {available / 1e9:.2f} GB left",
+            "LocalDiskTooSmall", f"the merged model has {needed_bytes / 1e9:.2f} GB, but the pod's disk has only {available_bytes / 1e9:.2f} GB left",
             hint="raise resources.ephemeralStorage",
         )  # fmt: skip
 
@@ -129,10 +129,10 @@ def _write_merged_model(model: Any, run: RunConfig, inputs: Inputs, task: StageT
         # replaces the placeholder below.
         model.generation_config = GenerationConfig()
     model.save_pretrained(target_folder, max_shard_size=SHARD_SIZE)
-    files = [path for path in task.model.iterdir() if path.is_file() and not any(path.match(pattern) for pattern in ADAPTER_FILES)]
+    copied_files = [path for path in task.model.iterdir() if path.is_file() and not any(path.match(pattern) for pattern in ADAPTER_FILES)]
     if run.spec.model.trust_remote_code:
-        files += inputs.model.glob("*.py")
-    for path in files:
+        copied_files += inputs.model.glob("*.py")
+    for path in copied_files:
         shutil.copyfile(path, target_folder / path.name)
     copy_end_tokens_to_model_config(target_folder)
     card_file = target_folder / CARD_FILE

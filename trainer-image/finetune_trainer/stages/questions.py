@@ -80,7 +80,7 @@ def read_questions(rows: Iterable[tuple[RawRow, Example]], render_options: Rende
 
     If a question has more than `options.max_length` tokens, only the last `options.max_length` tokens are kept.
     """
-    examples_and_renderings = [rendering for _, example in rows if (rendering := _render_question(example, render_options)) is not None]
+    examples_and_renderings = [pair for _, example in rows if (pair := _render_question(example, render_options)) is not None]
     texts = ((str(number), rendered) for number, (_, rendered) in enumerate(examples_and_renderings))
     encoded_rows = encode(texts, render_options.tokenizer, replace(options, add_eos=False))
     return [
@@ -112,21 +112,21 @@ class TokenRows:
 
 def tokenise_answered(run: RunConfig, rows: Sequence[tuple[RawRow, Example]], render_options: RenderOptions, options: TokeniseOptions) -> TokenRows:
     """Tokenise the examples that contain an answer, as in training. Rows that are too long are truncated. Errors: DataError."""
-    located_examples = [(row.location, converted) for row, example in rows if (converted := to_answered_example(example)) is not None]
-    rejected, result, answerless = list[RejectedRow](), TokenRows(), 0
+    located_examples = [(row.location, answered_example) for row, example in rows if (answered_example := to_answered_example(example)) is not None]
+    rejected_rows, token_rows, answerless_count = list[RejectedRow](), TokenRows(), 0
     for row in SupervisedEncoder(render_options, options)(located_examples):
         fitted_row = row if isinstance(row, RejectedRow) else fit_row(row, replace(options, overflow=OverflowPolicy.TRUNCATE))
         if isinstance(fitted_row, RejectedRow):
-            rejected.append(fitted_row)
+            rejected_rows.append(fitted_row)
         elif fitted_row.outcome is RowOutcome.ANSWERLESS:
-            answerless += 1
+            answerless_count += 1
         else:
-            result.input_ids.append(fitted_row.ids)
-            result.labels.append(fitted_row.labels)
-    require_few_bad_rows(run, rejected, len(located_examples), "test")
-    if not result.input_ids:
-        raise no_row_left_error(0, answerless, options.max_length)
-    return result
+            token_rows.input_ids.append(fitted_row.ids)
+            token_rows.labels.append(fitted_row.labels)
+    require_few_bad_rows(run, rejected_rows, len(located_examples), "test")
+    if not token_rows.input_ids:
+        raise no_row_left_error(0, answerless_count, options.max_length)
+    return token_rows
 
 
 def _render_question(example: Example, options: RenderOptions) -> tuple[Conversation | Completion, Rendered] | None:
@@ -137,7 +137,7 @@ def _render_question(example: Example, options: RenderOptions) -> tuple[Conversa
     answered_example = to_answered_example(example)
     if answered_example is None and isinstance(example, Prompt):
         rendered_question = _render_question(Prompt(example.prompt, {"answer": ANSWER_PLACEHOLDER}), options)
-        return None if rendered_question is None else (_without_answer(rendered_question[0]), rendered_question[1])
+        return None if rendered_question is None else (_remove_answer(rendered_question[0]), rendered_question[1])
     if not isinstance(answered_example, Conversation | Completion):
         return None
     if isinstance(answered_example, Conversation):
@@ -153,7 +153,7 @@ def _render_question(example: Example, options: RenderOptions) -> tuple[Conversa
     return answered_example, Rendered(rendering.text[: rendering.spans[-1][0]], (), rendering.is_templated)
 
 
-def _without_answer(example: Conversation | Completion) -> Conversation | Completion:
+def _remove_answer(example: Conversation | Completion) -> Conversation | Completion:
     if isinstance(example, Completion):
         return replace(example, completion="")
     return replace(example, turns=(*example.turns[:-1], replace(example.turns[-1], content="")))

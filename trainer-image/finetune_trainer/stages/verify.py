@@ -30,7 +30,7 @@ from finetune_trainer.failure import classify_error
 from finetune_trainer.inputs import Inputs
 from finetune_trainer.results.serving_files import ServedModel, build_serving_files
 from finetune_trainer.stages.files import OUTPUT_FOLDER, StageResult, StageTask
-from finetune_trainer.stages.heartbeats import heartbeats_while_computing
+from finetune_trainer.stages.heartbeats import send_heartbeats_while_computing
 from finetune_trainer.stages.placement import estimate_needed_bytes, free_gpu_bytes
 from finetune_trainer.verification import compare
 from finetune_trainer.verification.artefact_checks import find_fault
@@ -81,12 +81,12 @@ class ArtefactValues:
 
 def run_stage(run: RunConfig, channel: Channel, inputs: Inputs, task: StageTask, folder: Path) -> StageResult:
     """Write the manifests for servers, and verify each artefact unless `output.verify` is false."""
-    for name, text in build_serving_files(run.spec, ServedModel.of(run, task.uri, task.kind, task.model, task.merged_uri)).items():
-        (folder / OUTPUT_FOLDER / name).write_text(text, encoding="utf-8")
+    for name, manifest_text in build_serving_files(run.spec, ServedModel.of(run, task.uri, task.kind, task.model, task.merged_uri)).items():
+        (folder / OUTPUT_FOLDER / name).write_text(manifest_text, encoding="utf-8")
     if not verifies_artefacts(run.spec):
         return StageResult()
     reference = _read_reference(folder)
-    with heartbeats_while_computing(channel):
+    with send_heartbeats_while_computing(channel):
         results = Verifier(run, channel, inputs, reference, missing_reason=task.reference_problem).verify(list_artefacts(task))
     verification = compare.summarise(results, reference)
     for result in results:
@@ -121,29 +121,29 @@ class Verifier:
 
     def verify(self, artefacts: list[Artefact]) -> list[ArtefactVerification]:
         """Verify the artefacts in order. The first artefact must be the trained adapter or model."""
-        return [self._verify_one(artefact, artefacts[0].folder) for artefact in artefacts]
+        return [self._verify_artefact(artefact, artefacts[0].folder) for artefact in artefacts]
 
-    def _verify_one(self, artefact: Artefact, trained_folder: Path) -> ArtefactVerification:
+    def _verify_artefact(self, artefact: Artefact, trained_folder: Path) -> ArtefactVerification:
         self._channel.report_stage(Stage.VERIFYING, f"checking the files of the {artefact.name}")
         reference, is_adapter = self._reference, artefact.kind is OutputKind.ADAPTER
         fault = find_fault(artefact.folder, self._inputs.model, reference, is_adapter=is_adapter)
         if fault is not None:
-            return compare.failed_result(artefact.name, fault.code, fault.message)
+            return compare.build_failed_result(artefact.name, fault.code, fault.message)
         if reference is None or reference.reason is not None:
             reason = self._missing_reason if reference is None else str(reference.reason)
-            return compare.not_verified_result(artefact.name, "NoReferenceValues", reason)
+            return compare.build_not_verified_result(artefact.name, "NoReferenceValues", reason)
         if reference.trusts_code and not self._trusts_code:
             reason = "the training ran code from the repository of the model, but model.trustRemoteCode of this job is not true"
-            return compare.not_verified_result(artefact.name, "CodeNotTrusted", reason)
+            return compare.build_not_verified_result(artefact.name, "CodeNotTrusted", reason)
         self._channel.report_stage(Stage.VERIFYING, f"loading the {artefact.name}")
         try:
             measured_values = self._measure_artefact(artefact, reference)
             base_values = self._compute_base_values(measured_values, reference)
             expected_values = self._compute_expected_values(artefact, trained_folder, reference)
         except UnfitArtefactError as error:
-            return compare.failed_result(artefact.name, error.code, str(error))
+            return compare.build_failed_result(artefact.name, error.code, str(error))
         except NotComparableError as error:
-            return compare.not_verified_result(artefact.name, error.code, str(error))
+            return compare.build_not_verified_result(artefact.name, error.code, str(error))
         is_rounded = artefact.name == MERGED_MODEL_NAME and has_16_bit_weights(artefact.folder)
         return compare.judge_artefact(artefact.name, measured_values.values, base_values, expected_values, is_rounded=is_rounded, device=measured_values.device)
 
@@ -213,10 +213,10 @@ class Verifier:
         from finetune_trainer.verification.measure import compute_row_values
 
         device = model.get_input_embeddings().weight.device
-        rows = compute_row_values(
+        values_by_row = compute_row_values(
             model, reference.rows, head=reference.head, pad_token_id=reference.pad_token_id, device=device, autocast=reference.autocast, vision=self._vision
         )
-        return [value for row in rows for value in row]
+        return [value for row_values in values_by_row for value in row_values]
 
     def _load_model(self, folder: Path, reference: ReferenceValues, *, quantizes: bool) -> Any:
         """Load a model in the number format of the training. Errors: NotComparableError if the model does not fit on the pod's GPUs."""
@@ -231,9 +231,9 @@ class Verifier:
         from finetune_trainer.hardware import detect_hardware
 
         device = detect_hardware(self._run, 0).device
-        attention = TRANSFORMERS_ATTENTION if device.type == "cuda" else PORTABLE_ATTENTION
+        supported_attention = TRANSFORMERS_ATTENTION if device.type == "cuda" else PORTABLE_ATTENTION
         options: dict[str, Any] = {
-            "dtype": getattr(torch, reference.dtype), "attn_implementation": reference.attention if reference.attention in attention else "sdpa",
+            "dtype": getattr(torch, reference.dtype), "attn_implementation": reference.attention if reference.attention in supported_attention else "sdpa",
             "trust_remote_code": self._trusts_code,
         }  # fmt: skip
         is_quantized = quantizes and _is_quantized(reference)
@@ -298,16 +298,16 @@ def _load_tokenizer(folder: Path, reference: ReferenceValues, *, trusts_code: bo
     return tokenizer
 
 
-def _add_adapter(base: Any, folder: Path, reference: ReferenceValues) -> Any:
+def _add_adapter(base_model: Any, folder: Path, reference: ReferenceValues) -> Any:
     """Load the adapter on the base model. If the adapter has new tokens, first add embedding rows for them to the base model, as PEFT requires."""
     from peft import PeftModel
 
     config = _read_adapter_config(folder)
-    rows = base.get_input_embeddings().weight.shape[0]
-    token_ids = [token for ids in _token_indices(config).values() for token in ids]
-    if rows < reference.tokenizer_length and (any(token >= rows for token in token_ids) or config.get("modules_to_save")):
-        base.resize_token_embeddings(reference.tokenizer_length, mean_resizing=False)
-    return PeftModel.from_pretrained(base, folder).eval()
+    embedding_row_count = base_model.get_input_embeddings().weight.shape[0]
+    token_ids = [token for ids in _read_token_indices(config).values() for token in ids]
+    if embedding_row_count < reference.tokenizer_length and (any(token >= embedding_row_count for token in token_ids) or config.get("modules_to_save")):
+        base_model.resize_token_embeddings(reference.tokenizer_length, mean_resizing=False)
+    return PeftModel.from_pretrained(base_model, folder).eval()
 
 
 def _has_biases(folder: Path) -> bool:
@@ -319,13 +319,13 @@ def _read_adapter_config(folder: Path) -> dict[str, Any]:
     return dict(json.loads((folder / "adapter_config.json").read_text()))
 
 
-def _token_indices(config: dict[str, Any]) -> dict[str, list[int]]:
+def _read_token_indices(config: dict[str, Any]) -> dict[str, list[int]]:
     indices = config.get("trainable_token_indices") or {}
     return indices if isinstance(indices, dict) else {"": list(indices)}
 
 
 @contextmanager
-def _convert_to_verification_errors(name: str, base: Path) -> Iterator[None]:
+def _convert_to_verification_errors(name: str, base_folder: Path) -> Iterator[None]:
     """Convert exceptions raised within the context: for exhausted memory to NotComparableError, for an unreadable artefact to UnfitArtefactError.
 
     Failures of the node keep their type, so that the attempt is repeated.
@@ -344,8 +344,8 @@ def _convert_to_verification_errors(name: str, base: Path) -> Iterator[None]:
         if not isinstance(failure, InternalError):  # After a fault of the node or of its disk, the artefact may still be correct.
             raise failure from error
         log.exception("the %s cannot be loaded", name)
-        first_error_text = re.sub(r"\s+", " ", str(error)).replace(str(base), "the base model").strip()[:300]
-        raise UnfitArtefactError("ArtefactUnreadable", f"transformers cannot load the {name}: {type(error).__name__}: {first_error_text}") from error
+        short_error_text = re.sub(r"\s+", " ", str(error)).replace(str(base_folder), "the base model").strip()[:300]
+        raise UnfitArtefactError("ArtefactUnreadable", f"transformers cannot load the {name}: {type(error).__name__}: {short_error_text}") from error
 
 
 def _release_memory() -> None:

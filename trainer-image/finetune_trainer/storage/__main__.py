@@ -27,23 +27,23 @@ from finetune_trainer.storage.web import split_query
 
 def print_committed(tree: CheckpointTree, address: JobAddress) -> None:
     """Print one line for each committed checkpoint and for the model."""
-    committed_items = list(find_committed(tree, address))
+    committed_checkpoints = list(find_committed(tree, address))
     print(f"{'WHAT':<16}{'FILES':>6}{'BYTES':>14}  {'HEALTHY':<8}{'MADE BY':<14}URI")
-    for one in committed_items:
-        manifest = tree.read_manifest(one)
-        name = "model" if one.step is None else f"step {one.step}"
-        files, size = (len(manifest.files), manifest.total_bytes) if manifest else ("?", "damaged")
-        healthy_text = "-" if one.step is None else "yes" if one.is_healthy else "unknown"
-        print(f"{name:<16}{files:>6}{size:>14}  {healthy_text:<8}{one.marker.path:<14}{tree.uri(one.folder)}")
+    for checkpoint in committed_checkpoints:
+        manifest = tree.read_manifest(checkpoint)
+        name = "model" if checkpoint.step is None else f"step {checkpoint.step}"
+        file_count, size_text = (len(manifest.files), manifest.total_bytes) if manifest else ("?", "damaged")
+        healthy_text = "-" if checkpoint.step is None else "yes" if checkpoint.is_healthy else "unknown"
+        print(f"{name:<16}{file_count:>6}{size_text:>14}  {healthy_text:<8}{checkpoint.marker.path:<14}{tree.uri(checkpoint.folder)}")
 
 
 def verify(tree: CheckpointTree, address: JobAddress) -> None:
     """Download every committed file and compare it with its manifest. Errors: DataError `CheckpointDamaged`."""
     problems: list[str] = []
-    for one in find_committed(tree, address):
+    for checkpoint in find_committed(tree, address):
         with tempfile.TemporaryDirectory() as folder:
-            problem = download_committed(tree, one, Path(folder))
-        print(f"{tree.uri(one.folder)}: {problem or 'complete and undamaged'}")
+            problem = download_committed(tree, checkpoint, Path(folder))
+        print(f"{tree.uri(checkpoint.folder)}: {problem or 'complete and undamaged'}")
         problems += [problem] if problem else []
     if problems:
         raise DataError("CheckpointDamaged", f"{len(problems)} checkpoints or models are damaged; the first: {problems[0]}")
@@ -55,8 +55,8 @@ def download(tree: CheckpointTree, address: JobAddress, target_folder: Path) -> 
 
     Errors: DataError `CheckpointDamaged`.
     """
-    committed_items = list(find_committed(tree, address))
-    chosen_checkpoint = next((one for one in committed_items if one.step is None), committed_items[0])
+    committed_checkpoints = list(find_committed(tree, address))
+    chosen_checkpoint = next((checkpoint for checkpoint in committed_checkpoints if checkpoint.step is None), committed_checkpoints[0])
     problem = download_committed(tree, chosen_checkpoint, target_folder)
     if problem:
         raise DataError("CheckpointDamaged", problem)

@@ -29,8 +29,8 @@ def main(arguments: list[str]) -> int:
         _report(StorageCheckResult(ok=False, code=error.code, message=error.message, hint=error.hint or ""))
         return int(error.exit_code)
     missing_abilities = [
-        text
-        for text, is_missing in (
+        description
+        for description, is_missing in (
             ("without conditional writes", not abilities.has_conditional_writes), ("old checkpoints cannot be deleted", not abilities.can_delete),
         )
         if is_missing

@@ -19,7 +19,7 @@ from finetune_api.errors import (
 
 from finetune_trainer.failure import local_disk_full_error
 
-PERMISSIONS_BY_OPERATION = {
+PERMISSION_BY_OPERATION = {
     "PutObject": "s3:PutObject", "CreateMultipartUpload": "s3:PutObject", "UploadPart": "s3:PutObject",
     "CompleteMultipartUpload": "s3:PutObject", "GetObject": "s3:GetObject", "HeadObject": "s3:GetObject",
     "ListObjectsV2": "s3:ListBucket", "ListObjects": "s3:ListBucket", "HeadBucket": "s3:ListBucket",
@@ -63,7 +63,7 @@ def convert_error(error: Exception, connection: BucketConnection, *, operation: 
     if isinstance(error, FineTuneError):
         return error
     if isinstance(error, boto.ClientError):
-        return _response_error(error, connection, operation or error.operation_name, key)
+        return _convert_response_error(error, connection, operation or error.operation_name, key)
     if isinstance(error, boto.NoCredentialsError | boto.PartialCredentialsError | boto.CredentialRetrievalError):
         return CredentialsError(
             "CredentialsMissing", f"there are no S3 credentials for bucket {connection.bucket} at {connection.host}",
@@ -71,13 +71,13 @@ def convert_error(error: Exception, connection: BucketConnection, *, operation: 
             "or give the pod's ServiceAccount an identity",
         )  # fmt: skip
     if isinstance(error, boto.SSLError):
-        return _tls_error(error, connection)
+        return _convert_tls_error(error, connection)
     if isinstance(error, OSError) and error.errno in LOCAL_DISK_ERRNOS:
         return local_disk_error(error)
     if isinstance(error, boto.HTTPClientError | boto.ConnectionError | boto.IncompleteReadError | OSError):
         return unreachable_error(connection, str(error))
     if isinstance(error, RecursionError):  # If the region is wrong, botocore follows redirects without end.
-        return _wrong_region_error(connection)
+        return _build_wrong_region_error(connection)
     if isinstance(error, boto.ParamValidationError | ValueError):
         return StorageSetupError(
             "EndpointInvalid",
@@ -115,24 +115,24 @@ def unreachable_error(connection: BucketConnection, exception_text: str = "") ->
     )  # fmt: skip
 
 
-def _tls_error(error: Exception, connection: BucketConnection) -> StorageSetupError:
-    text = str(error)
-    if "WRONG_VERSION_NUMBER" in text or "record layer" in text.lower():
+def _convert_tls_error(error: Exception, connection: BucketConnection) -> StorageSetupError:
+    error_text = str(error)
+    if "WRONG_VERSION_NUMBER" in error_text or "record layer" in error_text.lower():
         reason, hint = (
             "it does not use TLS on this port",
             f"write http:// in {connection.spec_field}.endpoint, or the port that uses TLS",
         )
-    elif "CERTIFICATE_VERIFY_FAILED" in text:
+    elif "CERTIFICATE_VERIFY_FAILED" in error_text:
         reason = "its certificate is for another name, or this pod does not trust its CA"
         hint = f"write the CA's certificate in {connection.spec_field}.caBundleRef"
-    elif "No such file" in text or "Invalid path" in text or "invalid path" in text:
+    elif "No such file" in error_text or "Invalid path" in error_text or "invalid path" in error_text:
         reason, hint = "the CA bundle cannot be read", f"check {connection.spec_field}.caBundleRef"
     else:
         reason, hint = "the TLS handshake failed", f"check {connection.spec_field}.endpoint and {connection.spec_field}.caBundleRef"
     return StorageSetupError("TlsFailed", f"{connection.host}: {reason}", hint=hint)
 
 
-def _wrong_region_error(connection: BucketConnection) -> StorageSetupError:
+def _build_wrong_region_error(connection: BucketConnection) -> StorageSetupError:
     return StorageSetupError(
         "RegionWrong",
         f"bucket {connection.bucket} at {connection.host} is not in region {connection.region}",
@@ -140,7 +140,7 @@ def _wrong_region_error(connection: BucketConnection) -> StorageSetupError:
     )
 
 
-def _response_error(error: Exception, connection: BucketConnection, operation: str, key: str) -> FineTuneError:
+def _convert_response_error(error: Exception, connection: BucketConnection, operation: str, key: str) -> FineTuneError:
     response = getattr(error, "response", {})
     code = str(response.get("Error", {}).get("Code", ""))
     status = int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
@@ -247,7 +247,7 @@ def _to_known_error(
             hint=f"write the bucket's region in {spec_field}.region",
         )
     if error_code in ("AccessDenied", "AllAccessDisabled", "403", "Forbidden", "AccountProblem") or http_status == 403:
-        permission = PERMISSIONS_BY_OPERATION.get(operation, operation)
+        permission = PERMISSION_BY_OPERATION.get(operation, operation)
         return CredentialsError(
             "PermissionDenied",
             f"{location} refuses {permission}" + (f" on {key}" if key else ""),

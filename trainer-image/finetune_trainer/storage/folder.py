@@ -34,7 +34,7 @@ class FolderStore:
         self.retries = 0
 
     def put_file(self, source_file: Path, key: str, *, byte_counter: ByteCounter | None = None) -> None:
-        with self._partial_file(key) as partial_file:
+        with self._prepare_partial_file(key) as partial_file:
             with source_file.open("rb") as reader, partial_file.open("wb") as writer:
                 while chunk := reader.read(CHUNK_BYTES):
                     writer.write(chunk)
@@ -45,12 +45,12 @@ class FolderStore:
             partial_file.rename(self.root / key)
 
     def put(self, key: str, data: bytes) -> None:
-        with self._partial_file(key) as partial_file:
+        with self._prepare_partial_file(key) as partial_file:
             _write_and_sync(partial_file, data)
             partial_file.rename(self.root / key)
 
     def create(self, key: str, data: bytes) -> CreateResult:
-        with self._partial_file(key) as partial_file:
+        with self._prepare_partial_file(key) as partial_file:
             _write_and_sync(partial_file, data)
             try:
                 (self.root / key).hardlink_to(partial_file)
@@ -92,10 +92,10 @@ class FolderStore:
     def stat(self, key: str) -> ObjectStat | None:
         with self._translate_os_errors(f"read {key}"):
             try:
-                status = (self.root / key).stat()
+                file_status = (self.root / key).stat()
             except (FileNotFoundError, NotADirectoryError):
                 return None
-        return ObjectStat(key, status.st_size, str(status.st_mtime_ns), datetime.fromtimestamp(status.st_mtime, UTC))
+        return ObjectStat(key, file_status.st_size, str(file_status.st_mtime_ns), datetime.fromtimestamp(file_status.st_mtime, UTC))
 
     def list(self, key_prefix: str) -> Iterator[ObjectStat]:
         base_folder = self.root / key_prefix.rpartition("/")[0]
@@ -137,7 +137,7 @@ class FolderStore:
             folder = folder.parent
 
     @contextlib.contextmanager
-    def _partial_file(self, key: str) -> Iterator[Path]:
+    def _prepare_partial_file(self, key: str) -> Iterator[Path]:
         """Yield the path of a hidden file in the folder of `key`. At the end of the context, remove the hidden file unless it was renamed."""
         target_file = self.root / key
         partial_file = target_file.parent / f"{PARTIAL_FILE_PREFIX}{uuid.uuid4().hex[:12]}"
@@ -184,17 +184,17 @@ def _walk_files(base_folder: Path) -> Iterator[Path]:
         if not isinstance(error, FileNotFoundError | NotADirectoryError):
             raise error
 
-    for folder, _, names in os.walk(base_folder, onerror=raise_if_unreadable):
-        yield from (Path(folder, name) for name in names)
+    for folder, _, file_names in os.walk(base_folder, onerror=raise_if_unreadable):
+        yield from (Path(folder, name) for name in file_names)
 
 
 def _create_in_place(target: Path, data: bytes) -> CreateResult:
     """Create a file unless it exists, on a file system without hard links. Until the content is written, another process can read an empty file."""
     try:
-        handle = os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        descriptor = os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
     except FileExistsError:
         return CreateResult.EXISTS
-    with os.fdopen(handle, "wb") as stream:
+    with os.fdopen(descriptor, "wb") as stream:
         stream.write(data)
         stream.flush()
         os.fsync(stream.fileno())

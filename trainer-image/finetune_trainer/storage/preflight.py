@@ -71,7 +71,7 @@ def _try_all_requests(store: Store, needs_write: bool) -> StoreAbilities:
     if store.get(key) != b"first":
         raise StorageError("StorageInconsistent", f"{store.uri}: an object that was just written cannot be read")
     second_creation = store.create(key, b"second")
-    data = store.get(key)
+    stored_data = store.get(key)
     is_encrypted = not isinstance(store, S3Store) or store.has_requested_encryption(key)
     can_delete = True
     try:
@@ -79,12 +79,12 @@ def _try_all_requests(store: Store, needs_write: bool) -> StoreAbilities:
     except CredentialsError:
         can_delete = False
     if not is_encrypted:
-        raise _ignored_encryption_error(store)
+        raise _build_ignored_encryption_error(store)
     is_conditional = not isinstance(store, S3Store) or store.supports_conditional_writes
-    return StoreAbilities(kind, is_conditional and second_creation is CreateResult.EXISTS and data == b"first", can_delete)
+    return StoreAbilities(kind, is_conditional and second_creation is CreateResult.EXISTS and stored_data == b"first", can_delete)
 
 
-def _ignored_encryption_error(store: Store) -> StorageSetupError:
+def _build_ignored_encryption_error(store: Store) -> StorageSetupError:
     assert isinstance(store, S3Store) and store.target.encryption is not None
     spec_field = store.connection.spec_field
     return StorageSetupError(
@@ -111,11 +111,11 @@ def _find_cause(error: StorageError, store: Store) -> FineTuneError:
     connection = store.connection
     if connection.addressing_style != "virtual" or not connection.endpoint:
         return error
-    parts = urlsplit(connection.endpoint)
-    if not _accepts_connections(parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)):
+    endpoint_parts = urlsplit(connection.endpoint)
+    if not _accepts_connections(endpoint_parts.hostname or "", endpoint_parts.port or (443 if endpoint_parts.scheme == "https" else 80)):
         return error
     return StorageSetupError(
-        "AddressingWrong", f"{connection.endpoint} responds, but {connection.bucket}.{parts.hostname} does not",
+        "AddressingWrong", f"{connection.endpoint} responds, but {connection.bucket}.{endpoint_parts.hostname} does not",
         hint=f"write {connection.spec_field}.addressingStyle: path",
     )  # fmt: skip
 

@@ -20,14 +20,14 @@ def open_store(target: StoreTarget, **connection_options: float) -> Store:
 
     Errors: ConfigError `StorageUriInvalid` for an unsupported scheme.
     """
-    scheme, _, rest = target.uri.partition("://")
+    scheme, _, path = target.uri.partition("://")
     match scheme:
         case "s3":
-            return S3Store(target, **connection_options)  # type: ignore[arg-type] # attempts is an int, timeouts are floats
+            return S3Store(target, **connection_options)  # type: ignore[arg-type] # max_tries is an int, timeouts are floats
         case "file":
-            return FolderStore(Path(rest), target.uri)
+            return FolderStore(Path(path), target.uri)
         case "pvc":
-            return FolderStore(Path(PVC_MOUNT, *rest.split("/")), target.uri)
+            return FolderStore(Path(PVC_MOUNT, *path.split("/")), target.uri)
         case "https":
             return WebStore(target, **connection_options)  # type: ignore[arg-type] # as above
     raise ConfigError(

@@ -159,12 +159,12 @@ class S3Store:
             batch = full_keys[start : start + MAX_DELETE_KEYS]
             if not (self._supports_batch_deletion and self._delete_batch(batch)):
                 self._supports_batch_deletion = False
-                for name in batch:
-                    self._delete_object(name)
+                for full_key in batch:
+                    self._delete_object(full_key)
 
     def _delete_batch(self, full_keys: list[str]) -> bool:
         """Delete several objects with one request. Returns False if the store does not support such requests."""
-        request = {"Objects": [{"Key": name} for name in full_keys], "Quiet": True}
+        request = {"Objects": [{"Key": full_key} for full_key in full_keys], "Quiet": True}
         try:
             response = self._client.delete_objects(Bucket=self.bucket, Delete=request)
         except Exception as error:
@@ -172,8 +172,8 @@ class S3Store:
             if status in (405, 501) or code in BATCH_DELETION_REFUSED_CODES:
                 return False
             raise convert_error(error, self.connection, operation="DeleteObjects") from error
-        for failed in response.get("Errors", []):
-            raise _deletion_error(failed, self.connection)
+        for failed_deletion in response.get("Errors", []):
+            raise _build_deletion_error(failed_deletion, self.connection)
         return True
 
     def _delete_object(self, full_key: str) -> None:
@@ -190,7 +190,7 @@ class S3Store:
             pages = self._client.get_paginator("list_multipart_uploads").paginate(
                 Bucket=self.bucket, Prefix=self.full_key(key_prefix)
             )
-            for upload in [one for page in pages for one in page.get("Uploads", [])]:
+            for upload in [upload for page in pages for upload in page.get("Uploads", [])]:
                 self._client.abort_multipart_upload(Bucket=self.bucket, Key=upload["Key"], UploadId=upload["UploadId"])
                 swept_count += 1
         except Exception as error:
@@ -219,15 +219,15 @@ class S3Store:
             if stat is None:
                 return None
             digest = hashlib.sha256()
-            starts = range(0, stat.size, RANGE_BYTES)
-            with target_file.open("wb") as writer, ThreadPoolExecutor(min(MAX_PARALLEL_TRANSFERS, max(1, len(starts)))) as pool:
-                pending: deque[Future[bytes]] = deque()
-                for start in starts:
-                    pending.append(pool.submit(self._download_range, key, stat, start))
-                    if len(pending) > MAX_PARALLEL_TRANSFERS:
-                        _append_bytes(pending.popleft().result(), digest, writer, byte_counter)
-                while pending:
-                    _append_bytes(pending.popleft().result(), digest, writer, byte_counter)
+            range_starts = range(0, stat.size, RANGE_BYTES)
+            with target_file.open("wb") as writer, ThreadPoolExecutor(min(MAX_PARALLEL_TRANSFERS, max(1, len(range_starts)))) as pool:
+                pending_ranges: deque[Future[bytes]] = deque()
+                for start in range_starts:
+                    pending_ranges.append(pool.submit(self._download_range, key, stat, start))
+                    if len(pending_ranges) > MAX_PARALLEL_TRANSFERS:
+                        _append_bytes(pending_ranges.popleft().result(), digest, writer, byte_counter)
+                while pending_ranges:
+                    _append_bytes(pending_ranges.popleft().result(), digest, writer, byte_counter)
         except Exception as error:
             if _is_missing(error):
                 return None
@@ -260,7 +260,7 @@ class S3Store:
         except Exception as error:
             if _is_missing(error):
                 return None
-            raise convert_error(self._error_with_reason(error, key), self.connection, operation="HeadObject", key=key) from error
+            raise convert_error(self._fetch_error_with_reason(error, key), self.connection, operation="HeadObject", key=key) from error
         return ObjectStat(key, int(response["ContentLength"]), str(response.get("ETag", "")).strip('"'))
 
     def has_requested_encryption(self, key: str) -> bool:
@@ -274,21 +274,21 @@ class S3Store:
         except Exception as error:
             if self.target.encryption is EncryptionType.CUSTOMER_KEY and get_status_and_code(error)[0] in (400, HTTP_FORBIDDEN):
                 return True
-            raise convert_error(self._error_with_reason(error, key), self.connection, operation="HeadObject", key=key) from error
+            raise convert_error(self._fetch_error_with_reason(error, key), self.connection, operation="HeadObject", key=key) from error
         reported_encryption = str(response.get("ServerSideEncryption", ""))
         return {
             None: True, EncryptionType.S3: bool(reported_encryption),
             EncryptionType.KMS: reported_encryption.startswith("aws:kms"), EncryptionType.CUSTOMER_KEY: False,
         }[self.target.encryption]  # fmt: skip
 
-    def _error_with_reason(self, error: Exception, key: str) -> Exception:
+    def _fetch_error_with_reason(self, error: Exception, key: str) -> Exception:
         """Repeat a refused HEAD request as a GET request and return the error of GET, because only a response to GET has a body with the reason."""
         if get_status_and_code(error)[0] != HTTP_FORBIDDEN:
             return error
         try:
             self._client.get_object(Bucket=self.bucket, Key=self.full_key(key), Range="bytes=0-0", **self._encryption.read_arguments)
-        except Exception as repeated:
-            return repeated if get_status_and_code(repeated)[0] == HTTP_FORBIDDEN else error
+        except Exception as get_error:
+            return get_error if get_status_and_code(get_error)[0] == HTTP_FORBIDDEN else error
         return error
 
     def list(self, key_prefix: str) -> Iterator[ObjectStat]:
@@ -324,10 +324,10 @@ def _append_bytes(data: bytes, digest: Any, writer: IO[bytes], byte_counter: Byt
 def describe_connection(target: StoreTarget, bucket: str) -> BucketConnection:
     """Return the connection that a target describes. Missing fields come from AWS_ variables or get defaults."""
     endpoint = target.endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    style = target.addressing_style or (AddressingStyle.PATH if endpoint else AddressingStyle.VIRTUAL)
+    addressing_style = target.addressing_style or (AddressingStyle.PATH if endpoint else AddressingStyle.VIRTUAL)
     region = target.region or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or DEFAULT_REGION
     encryption = target.encryption.value if target.encryption else None
-    return BucketConnection(bucket, endpoint, region, style.value, target.credentials_prefix, encryption)
+    return BucketConnection(bucket, endpoint, region, addressing_style.value, target.credentials_prefix, encryption)
 
 
 @dataclass(frozen=True)
@@ -350,15 +350,15 @@ def build_encryption_arguments(target: StoreTarget, connection: BucketConnection
             key_id_argument = {"SSEKMSKeyId": target.kms_key_id} if target.kms_key_id else {}
             return EncryptionArguments({"ServerSideEncryption": "aws:kms", **key_id_argument}, {})
         case EncryptionType.CUSTOMER_KEY:
-            key_arguments = {"SSECustomerAlgorithm": "AES256", "SSECustomerKey": _customer_key(target, connection)}
+            key_arguments = {"SSECustomerAlgorithm": "AES256", "SSECustomerKey": _read_customer_key(target, connection)}
             return EncryptionArguments(key_arguments, key_arguments)
     return EncryptionArguments({}, {})
 
 
-def _customer_key(target: StoreTarget, connection: BucketConnection) -> bytes:
-    text = os.environ.get(target.customer_key_variable or Env.STORAGE_CUSTOMER_KEY, "")
+def _read_customer_key(target: StoreTarget, connection: BucketConnection) -> bytes:
+    base64_text = os.environ.get(target.customer_key_variable or Env.STORAGE_CUSTOMER_KEY, "")
     try:
-        key = base64.b64decode(text.strip(), validate=True)
+        key = base64.b64decode(base64_text.strip(), validate=True)
     except ValueError:
         key = b""
     if len(key) != CUSTOMER_KEY_BYTES:
@@ -385,13 +385,13 @@ def _create_client(
         connect_timeout=connect_timeout, read_timeout=read_timeout, tcp_keepalive=True, max_pool_connections=4 * MAX_PARALLEL_TRANSFERS,
         signature_version="s3v4", **(checksum_options if connection.endpoint else {}),
     )  # fmt: skip
-    prefix = target.credentials_prefix
-    keys = {
-        "aws_access_key_id": os.environ.get(prefix + Env.STORAGE_ACCESS_KEY),
-        "aws_secret_access_key": os.environ.get(prefix + Env.STORAGE_SECRET_KEY),
-        "aws_session_token": os.environ.get(prefix + Env.STORAGE_SESSION_TOKEN),
+    variable_prefix = target.credentials_prefix
+    credentials_in_environment = {
+        "aws_access_key_id": os.environ.get(variable_prefix + Env.STORAGE_ACCESS_KEY),
+        "aws_secret_access_key": os.environ.get(variable_prefix + Env.STORAGE_SECRET_KEY),
+        "aws_session_token": os.environ.get(variable_prefix + Env.STORAGE_SESSION_TOKEN),
     }
-    credentials = {name: value for name, value in keys.items() if value} if prefix else {}
+    credentials = {name: value for name, value in credentials_in_environment.items() if value} if variable_prefix else {}
     try:
         return boto3.session.Session().client(
             "s3", endpoint_url=connection.endpoint, region_name=connection.region, config=config,
@@ -424,8 +424,8 @@ def _upload_may_be_complete(error: Exception) -> bool:
     return "NoSuchUpload" in str(error) or isinstance(error, StorageError)
 
 
-def _deletion_error(failed_delete: dict[str, Any], connection: BucketConnection) -> Exception:
+def _build_deletion_error(failed_deletion: dict[str, Any], connection: BucketConnection) -> Exception:
     from botocore.exceptions import ClientError
 
-    response = {"Error": {"Code": failed_delete.get("Code", ""), "Message": ""}, "ResponseMetadata": {"HTTPStatusCode": 0}}
-    return convert_error(ClientError(response, "DeleteObjects"), connection, key=str(failed_delete.get("Key", "")))
+    response = {"Error": {"Code": failed_deletion.get("Code", ""), "Message": ""}, "ResponseMetadata": {"HTTPStatusCode": 0}}
+    return convert_error(ClientError(response, "DeleteObjects"), connection, key=str(failed_deletion.get("Key", "")))

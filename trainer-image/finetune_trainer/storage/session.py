@@ -46,10 +46,10 @@ class Session(requests.Session):
     def get_redirect_target(self, resp: requests.Response) -> str | None:
         """Return the target of a redirect. Errors: StorageSetupError `RedirectRefused` if the target has no TLS; ConfigError `AddressForbidden`."""
         target = super().get_redirect_target(resp)
-        parts = urlsplit(target or "")
-        if parts.scheme not in ("", "https"):
+        target_parts = urlsplit(target or "")
+        if target_parts.scheme not in ("", "https"):
             raise StorageSetupError(
-                "RedirectRefused", f"{redact_source(resp.url)} is redirected to {parts.scheme}://{parts.hostname}, but without TLS "
+                "RedirectRefused", f"{redact_source(resp.url)} is redirected to {target_parts.scheme}://{target_parts.hostname}, but without TLS "
                 "a response can be modified in transit",
                 hint="write the https address of the redirect's target",
             )  # fmt: skip

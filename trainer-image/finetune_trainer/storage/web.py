@@ -102,23 +102,23 @@ class WebStore:
         def request_stat() -> ObjectStat | None:
             with self._request("HEAD", key) as response:
                 if response.status_code not in HEAD_REFUSED_STATUS_CODES:
-                    return self._stat_from_response(key, response)
+                    return self._read_stat(key, response)
             with self._request("GET", key) as response:
-                return self._stat_from_response(key, response)
+                return self._read_stat(key, response)
 
-        return self._with_retries(key, request_stat)
+        return self._send_with_retries(key, request_stat)
 
     def list(self, key_prefix: str) -> Iterator[ObjectStat]:
-        raise self._not_listable_error()
+        raise self._build_not_listable_error()
 
-    def _not_listable_error(self) -> StorageSetupError:
+    def _build_not_listable_error(self) -> StorageSetupError:
         return StorageSetupError(
             "StorageNotListable", f"{self.uri} cannot be listed: a web server has no listing",
             hint=f"write the URI of one checkpoint or of the model: {self.uri}/checkpoints/step-00000100 or {self.uri}/model",
         )  # fmt: skip
 
     def list_folders(self) -> tuple[str, ...]:
-        raise self._not_listable_error()
+        raise self._build_not_listable_error()
 
     # ---- writing: refused ----
 
@@ -148,7 +148,7 @@ class WebStore:
 
     # ---- requests ----
 
-    def _uri_without_query(self, key: str) -> str:
+    def _build_uri_without_query(self, key: str) -> str:
         return f"{self.uri}/{key}" if key else self.uri
 
     @contextlib.contextmanager
@@ -166,43 +166,43 @@ class WebStore:
         finally:
             response.close()
 
-    def _stat_from_response(self, key: str, response: requests.Response) -> ObjectStat | None:
+    def _read_stat(self, key: str, response: requests.Response) -> ObjectStat | None:
         if self._is_missing(key, response):
             return None
         length = response.headers.get("Content-Length", "")
         if not length.isdecimal():
-            raise StorageError("SizeUnknown", f"{self._uri_without_query(key)}: the server does not report its size")
-        return ObjectStat(key, int(length), _strong_etag(response))
+            raise StorageError("SizeUnknown", f"{self._build_uri_without_query(key)}: the server does not report its size")
+        return ObjectStat(key, int(length), _read_strong_etag(response))
 
     def _download(self, key: str, download: _Download) -> str | None:
         """Download an object; returns its sha256, or None if it does not exist."""
-        return self._with_retries(key, lambda: self._try_download(key, download), lambda: download.max_received_bytes)
+        return self._send_with_retries(key, lambda: self._try_download(key, download), lambda: download.max_received_bytes)
 
     def _try_download(self, key: str, download: _Download) -> str | None:
-        with self._request("GET", key, download.range_headers()) as response:
-            if response.status_code == 416 and download.size:
+        with self._request("GET", key, download.build_range_headers()) as response:
+            if response.status_code == 416 and download.received_bytes:
                 download.restart()
-                raise _RetryableError(StorageError("DownloadBroken", f"{self._uri_without_query(key)} answers 416"))
+                raise _RetryableError(StorageError("DownloadBroken", f"{self._build_uri_without_query(key)} answers 416"))
             if self._is_missing(key, response):
                 return None
             download.start_response(response)
             try:
                 for chunk in response.raw.stream(READ_BYTES, decode_content=False):
                     download.write(chunk)
-            except _stream_error_types() as error:
-                raise self._interrupted_error(key, download, error) from error
+            except _get_stream_error_types() as error:
+                raise self._build_interrupted_error(key, download, error) from error
         return download.digest.hexdigest()
 
-    def _interrupted_error(self, key: str, download: _Download, error: Exception) -> _RetryableError:
+    def _build_interrupted_error(self, key: str, download: _Download, error: Exception) -> _RetryableError:
         cause = _find_innermost_cause(error)
         if isinstance(cause, ssl.SSLError | TimeoutError | ConnectionError):
-            return _RetryableError(self._unreachable_error(cause))
+            return _RetryableError(self._build_unreachable_error(cause))
         problem = (
-            f"ended after {download.size} of {download.total} bytes"
-            if download.total
+            f"ended after {download.received_bytes} of {download.total_bytes} bytes"
+            if download.total_bytes
             else f"was interrupted ({type(cause).__name__})"
         )
-        return _RetryableError(StorageError("DownloadBroken", f"{self._uri_without_query(key)} {problem}"))
+        return _RetryableError(StorageError("DownloadBroken", f"{self._build_uri_without_query(key)} {problem}"))
 
     def _is_missing(self, key: str, response: requests.Response) -> bool:
         """Whether the response says that the object does not exist.
@@ -210,9 +210,9 @@ class WebStore:
         Errors: `_RetryableError` if the server is busy, a FineTuneError if it refuses the request.
         """
         status = response.status_code
-        message = f"{self._uri_without_query(key)} answers {status}"
+        message = f"{self._build_uri_without_query(key)} answers {status}"
         if status in RETRIED_STATUS_CODES:
-            raise _RetryableError(StorageError("DownloadFailed", message), _retry_after(response))
+            raise _RetryableError(StorageError("DownloadFailed", message), _read_retry_after_seconds(response))
         if status in (401, 403):
             raise CredentialsError(
                 "PermissionDenied", message, hint="allow reading the file, or copy it to S3; some servers also respond like this if the file does not exist"
@@ -223,7 +223,7 @@ class WebStore:
             raise NotFoundError("ObjectNotFound", message)
         return status == 404
 
-    def _with_retries(self, key: str, send_request: Callable[[], Any], count_received_bytes: Callable[[], int] = lambda: 0) -> Any:
+    def _send_with_retries(self, key: str, send_request: Callable[[], Any], count_received_bytes: Callable[[], int] = lambda: 0) -> Any:
         """Send a request, and retry while the server is busy or the connection breaks.
 
         `count_received_bytes` returns the number of received bytes. After every `CHUNK_BYTES` that were received, the count of tries starts again at 1.
@@ -232,13 +232,13 @@ class WebStore:
         while True:
             try:
                 return self._translate_errors(key, send_request)
-            except _RetryableError as failed:
+            except _RetryableError as failure:
                 try_count = 1 if count_received_bytes() - reached_bytes >= CHUNK_BYTES else try_count + 1
                 reached_bytes = max(reached_bytes, count_received_bytes())
                 if try_count >= self._max_tries:
-                    raise failed.error from failed
-                pause_seconds = min(max(failed.pause, FIRST_PAUSE_SECONDS * 2 ** (try_count - 1)), MAX_PAUSE_SECONDS)
-                log.warning("retry in %.0f s: %s", pause_seconds, failed.error.message)
+                    raise failure.error from failure
+                pause_seconds = min(max(failure.pause_seconds, FIRST_PAUSE_SECONDS * 2 ** (try_count - 1)), MAX_PAUSE_SECONDS)
+                log.warning("retry in %.0f s: %s", pause_seconds, failure.error.message)
             with self._lock:
                 self.retries += 1
             time.sleep(pause_seconds)
@@ -248,24 +248,24 @@ class WebStore:
 
         `from None` hides the texts of these exceptions, because the texts contain the URL with its query.
         """
-        from requests import exceptions as web
+        from requests import exceptions as requests_errors
         from urllib3.exceptions import LocationParseError
 
         try:
             return send_request()
-        except (web.ConnectionError, web.Timeout) as error:
+        except (requests_errors.ConnectionError, requests_errors.Timeout) as error:
             cause = _find_innermost_cause(error)
             if isinstance(cause, ssl.SSLCertVerificationError):
-                raise self._unreachable_error(cause) from None
-            raise _RetryableError(self._unreachable_error(cause)) from None
-        except web.TooManyRedirects:
-            raise StorageError("DownloadFailed", f"{self._uri_without_query(key)} is redirected endlessly") from None
-        except (web.RequestException, LocationParseError, UnicodeError) as error:
+                raise self._build_unreachable_error(cause) from None
+            raise _RetryableError(self._build_unreachable_error(cause)) from None
+        except requests_errors.TooManyRedirects:
+            raise StorageError("DownloadFailed", f"{self._build_uri_without_query(key)} is redirected endlessly") from None
+        except (requests_errors.RequestException, LocationParseError, UnicodeError) as error:
             raise ConfigError(
-                "SourceInvalid", f"{self._uri_without_query(key)} is not a valid URL ({type(error).__name__})", hint=URL_HINT
+                "SourceInvalid", f"{self._build_uri_without_query(key)} is not a valid URL ({type(error).__name__})", hint=URL_HINT
             ) from None  # fmt: skip
 
-    def _unreachable_error(self, cause: BaseException) -> StorageError:
+    def _build_unreachable_error(self, cause: BaseException) -> StorageError:
         is_untrusted_certificate = isinstance(cause, ssl.SSLCertVerificationError)
         return StorageError(
             "EndpointUnreachable", f"{urlsplit(self.uri).netloc} could not be reached ({type(cause).__name__})",
@@ -275,11 +275,11 @@ class WebStore:
 
 
 class _RetryableError(Exception):
-    """A failure that a retry may fix. `error`: the error that is raised after the last try. `pause`: the server's Retry-After in seconds."""
+    """A failure that a retry may fix. `error`: the error that is raised after the last try. `pause_seconds`: the server's Retry-After in seconds."""
 
     def __init__(self, error: FineTuneError, pause_seconds: float = 0) -> None:
         super().__init__(str(error))
-        self.error, self.pause = error, pause_seconds
+        self.error, self.pause_seconds = error, pause_seconds
 
 
 class _Download:
@@ -296,16 +296,16 @@ class _Download:
         self._file.seek(0)
         self._file.truncate()
         self.digest = hashlib.sha256()
-        self.size = self.total = 0
+        self.received_bytes = self.total_bytes = 0
         self._etag = ""
 
-    def range_headers(self) -> dict[str, str]:
+    def build_range_headers(self) -> dict[str, str]:
         """Return headers that request only the missing bytes, on condition that the object has not changed."""
-        return {"Range": f"bytes={self.size}-", "If-Range": f'"{self._etag}"'} if self.size and self._etag else {}
+        return {"Range": f"bytes={self.received_bytes}-", "If-Range": f'"{self._etag}"'} if self.received_bytes and self._etag else {}
 
     def start_response(self, response: requests.Response) -> None:
         """Prepare for the body of a response. The body holds the missing bytes or the whole object."""
-        if response.status_code == 206 and not response.headers.get("Content-Range", "").startswith(f"bytes {self.size}-"):
+        if response.status_code == 206 and not response.headers.get("Content-Range", "").startswith(f"bytes {self.received_bytes}-"):
             self.restart()
             raise _RetryableError(
                 StorageError(
@@ -314,17 +314,17 @@ class _Download:
             )
         if response.status_code != 206:
             self.restart()
-        self._etag = _strong_etag(response)
+        self._etag = _read_strong_etag(response)
         length = response.headers.get("Content-Length", "")
-        self.total = self.size + int(length) if length.isdecimal() else 0
-        if self._check_space and not self.size:
-            self._check_space(self.total)
+        self.total_bytes = self.received_bytes + int(length) if length.isdecimal() else 0
+        if self._check_space and not self.received_bytes:
+            self._check_space(self.total_bytes)
 
     def write(self, chunk: bytes) -> None:
         self._file.write(chunk)
         self.digest.update(chunk)
-        self.size += len(chunk)
-        self.max_received_bytes = max(self.max_received_bytes, self.size)
+        self.received_bytes += len(chunk)
+        self.max_received_bytes = max(self.max_received_bytes, self.received_bytes)
         if self._byte_counter:
             self._byte_counter(len(chunk))
 
@@ -333,15 +333,15 @@ def split_query(uri: str) -> tuple[str, str]:
     """Split a URI into address and query. The query includes its question mark, and is empty unless the URI begins with https://."""
     if not uri.startswith("https://"):
         return uri, ""
-    address, mark, query = uri.partition("#")[0].partition("?")
-    return address, mark + query
+    address, question_mark, query = uri.partition("#")[0].partition("?")
+    return address, question_mark + query
 
 
 def _check_url(uri: str) -> None:
     """Check a URL. Errors: ConfigError `SourceInvalid` if the URL is invalid or contains a password."""
     try:
-        parts = urlsplit(uri)
-        is_valid, has_credentials = bool(parts.hostname) and parts.port != 0, bool(parts.username or parts.password)
+        url_parts = urlsplit(uri)
+        is_valid, has_credentials = bool(url_parts.hostname) and url_parts.port != 0, bool(url_parts.username or url_parts.password)
     except ValueError:
         is_valid, has_credentials = False, False
     if not is_valid:
@@ -376,10 +376,10 @@ def _remove_queries(record: logging.LogRecord) -> bool:
     return True
 
 
-def _stream_error_types() -> tuple[type[Exception], ...]:
-    from urllib3 import exceptions as pool
+def _get_stream_error_types() -> tuple[type[Exception], ...]:
+    from urllib3 import exceptions as urllib3_errors
 
-    return pool.ProtocolError, pool.TimeoutError, pool.SSLError
+    return urllib3_errors.ProtocolError, urllib3_errors.TimeoutError, urllib3_errors.SSLError
 
 
 def _find_innermost_cause(error: BaseException) -> BaseException:
@@ -393,18 +393,18 @@ def _find_innermost_cause(error: BaseException) -> BaseException:
     return error
 
 
-def _strong_etag(response: requests.Response) -> str:
+def _read_strong_etag(response: requests.Response) -> str:
     """Return the ETag if it is strong (identifies the exact bytes), else an empty string."""
     tag = str(response.headers.get("ETag", ""))
     return tag[1:-1] if len(tag) > 2 and tag[0] == tag[-1] == '"' else ""
 
 
-def _retry_after(response: requests.Response) -> float:
+def _read_retry_after_seconds(response: requests.Response) -> float:
     """Return how many seconds the Retry-After header asks the client to wait, or 0 if the header is missing or invalid."""
-    from urllib3 import exceptions as pool
+    from urllib3 import exceptions as urllib3_errors
     from urllib3.util.retry import Retry
 
     try:
         return float(Retry().get_retry_after(response.raw) or 0)
-    except pool.InvalidHeader:
+    except urllib3_errors.InvalidHeader:
         return 0

@@ -1,6 +1,6 @@
 """Stores a record of each incarnation below `run/records/`. The report and the lineage statement are made from these records.
 
-The records are not stored in `run/attempt-<n>/`, because an object in this folder fences out earlier attempts.
+The records are not stored in `run/attempt-<n>/`, because any object in that folder fences out earlier attempts.
 """
 
 from __future__ import annotations

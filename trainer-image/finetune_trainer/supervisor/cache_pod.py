@@ -77,7 +77,7 @@ class SourceRecord(LenientModel):
     files: list[tuple[str, int, str]]
 
 
-class CachePod:
+class PodModelProvider:
     """Provides the models of one pod from the cache. `run()` returns the exit code."""
 
     def __init__(self, settings: Settings, options: CacheOptions) -> None:
@@ -99,7 +99,7 @@ class CachePod:
     def provide_models(self, run: RunConfig) -> CacheRecord:
         """Provide all models of a run from the cache. The record's notes name the models that the cache cannot provide, and why."""
         fetcher = Fetcher(run, self._settings.work_folder)
-        models = {path: model for path, source in cacheable_sources(run) if (model := self._provide_or_note(fetcher, path, source)) is not None}
+        models = {path: model for path, source in list_cacheable_sources(run) if (model := self._provide_or_note(fetcher, path, source)) is not None}
         return CacheRecord(models=models, notes=self._notes)
 
     def _create_folder_of_namespace(self) -> None:
@@ -125,12 +125,14 @@ class CachePod:
             return self._provide_offline(fetcher, source, error)
         with suppress(OSError):
             self._record_source(source, listing)
-        for number in range(1, MAX_TRIES + 1):
+        for try_number in range(1, MAX_TRIES + 1):
             try:
-                entry, from_cache = self._cache.provide(listing.key, source, listing.files, download, log_progress=lambda done: _log_progress(done, listing))
-                return self._make_available(entry, listing, source, from_cache, fetcher)
+                entry, is_from_cache = self._cache.provide(
+                    listing.key, source, listing.files, download, log_progress=lambda done_bytes: _log_progress(done_bytes, listing)
+                )
+                return self._make_available(entry, listing, source, is_from_cache, fetcher)
             except DamagedModel as damage:
-                if number == MAX_TRIES:
+                if try_number == MAX_TRIES:
                     raise
                 self._notes.append(f"model.cache had a damaged copy of {source}, which was removed: {damage}")
         raise AssertionError
@@ -148,14 +150,14 @@ class CachePod:
         fetcher.require_space(listing.total_bytes, "model.source")
         try:
             checked_files = check_files(entry.files, listing.files, copy_to=copy_folder)
-            problem = next((one.problem for one in checked_files if one.problem), "")
+            problem = next((file.problem for file in checked_files if file.problem), "")
             if problem:
                 self._cache.remove(entry)
                 raise DamagedModel(problem)
         except BaseException:
             shutil.rmtree(copy_folder, ignore_errors=True)
             raise
-        return model.model_copy(update={"path": copy_folder, "sha256": {one.name: one.sha256 for one in checked_files}, "in_use_file": None})
+        return model.model_copy(update={"path": copy_folder, "sha256": {file.name: file.sha256 for file in checked_files}, "in_use_file": None})
 
     # ---- without the hub ----
 
@@ -164,7 +166,7 @@ class CachePod:
         hub_source = parse_source(source)
         if not isinstance(hub_source, HubSource) or not self._options.is_on_node:
             return
-        record_file = self._source_record_file(hub_source)
+        record_file = self._get_source_record_file(hub_source)
         if not listing.is_public:
             record_file.unlink(missing_ok=True)
             return
@@ -185,9 +187,9 @@ class CachePod:
         if not self._options.is_on_node:
             raise CacheProblem("the model hub does not answer, and without it the files in a claim cannot be verified") from error
         try:
-            record = SourceRecord.model_validate_json(self._source_record_file(hub_source).read_bytes())
-        except (OSError, ValidationError) as missing:
-            raise CacheProblem("the model hub does not answer, and the cache has no public model of this name") from missing
+            record = SourceRecord.model_validate_json(self._get_source_record_file(hub_source).read_bytes())
+        except (OSError, ValidationError) as read_error:
+            raise CacheProblem("the model hub does not answer, and the cache has no public model of this name") from read_error
         files = tuple(SourceFile(*file) for file in record.files)
         listing = ModelListing(build_hub_location(hub_source), files, hub_revision=record.revision, is_public=True)
         entry = self._cache.find(listing.key, files)
@@ -196,12 +198,12 @@ class CachePod:
         self._notes.append(f"the model hub does not answer: revision {record.revision} of {source} from model.cache is used")
         return self._make_available(entry, listing, source, True, fetcher)
 
-    def _source_record_file(self, source: HubSource) -> Path:
+    def _get_source_record_file(self, source: HubSource) -> Path:
         identity_text = json.dumps([build_hub_location(source), source.revision])
         return self._options.cache_folder / self._options.tenant / SOURCE_RECORDS_FOLDER / f"{hashlib.sha256(identity_text.encode()).hexdigest()}.json"
 
 
-def cacheable_sources(run: RunConfig) -> Iterator[tuple[str, str]]:
+def list_cacheable_sources(run: RunConfig) -> Iterator[tuple[str, str]]:
     """Yield the spec path and the source of each model that the cache can provide: base model and reference model, from the hub or from S3."""
     dpo = run.spec.trainer.dpo
     for path, source in (("model.source", run.spec.model.source), ("trainer.dpo.referenceModel", dpo.reference_model if dpo else None)):
@@ -211,7 +213,7 @@ def cacheable_sources(run: RunConfig) -> Iterator[tuple[str, str]]:
 
 def fill_claim(settings: Settings, run: RunConfig, cache_folder: Path) -> list[str]:
     """Put all models of a run into a cache in a PersistentVolumeClaim. Returns notes on the models that were not stored."""
-    return CachePod(settings, CacheOptions(cache_folder, CLAIM_CACHE_TENANT, ModelUse.NONE, CacheLimits())).provide_models(run).notes
+    return PodModelProvider(settings, CacheOptions(cache_folder, CLAIM_CACHE_TENANT, ModelUse.NONE, CacheLimits())).provide_models(run).notes
 
 
 def _log_progress(done_bytes: int, listing: ModelListing) -> None:
@@ -237,4 +239,4 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     limits = CacheLimits(size_bytes=options.size_limit, free_share=options.free_share)
     model_use = ModelUse.COPY if options.copy else ModelUse.IN_PLACE
-    return CachePod(Settings.from_env(), CacheOptions(options.folder, options.tenant, model_use, limits)).run()
+    return PodModelProvider(Settings.from_env(), CacheOptions(options.folder, options.tenant, model_use, limits)).run()

@@ -30,29 +30,29 @@ class ChildResult:
 
 
 def run_child(
-    arguments: list[str], run: RunConfig, settings: Settings, *, handle_message: Callable[[dict[str, Any]], None], while_running: Callable[[int], None]
+    arguments: list[str], run: RunConfig, settings: Settings, *, handle_message: Callable[[dict[str, Any]], None], watch_process: Callable[[int], None]
 ) -> ChildResult:
-    """Run `finetune-trainer <arguments>` and wait for its end. After the end, all descendants of the calling process are killed.
+    """Run `finetune-trainer <arguments>` and wait until it ends. Then, all descendants of the calling process are killed.
 
-    `handle_message` receives each message of the child. `while_running` is called repeatedly with the child's pid; if it raises an exception, the
+    `handle_message` receives each message of the child. `watch_process` is called repeatedly with the child's pid; if it raises an exception, the
     child is killed.
     """
     failures: list[FineTuneError] = []
 
-    def handle(message: dict[str, Any]) -> None:
+    def handle_and_collect_failures(message: dict[str, Any]) -> None:
         handle_message(message)
         if message.get("kind") == "failed":
             failures.append(failure_from_message(message).error)
 
-    channel = RankChannel(handle)
+    channel = RankChannel(handle_and_collect_failures)
     process = ChildProcess([sys.executable, "-u", "-m", "finetune_trainer", *arguments], build_rank_environment(run, settings, channel.address))
     try:
-        while (code := process.poll()) is None:
-            while_running(process.pid)
+        while (exit_code := process.poll()) is None:
+            watch_process(process.pid)
             threading.Event().wait(POLL_SECONDS)
     finally:
         kill_all_descendants()
         channel.close()
-    if not failures and code != 0:
-        failures.append(failure_from_exit_code(0, code, is_host_out_of_memory=has_oom_kill()).error)
-    return ChildResult(code, failures[0] if failures else None)
+    if not failures and exit_code != 0:
+        failures.append(failure_from_exit_code(0, exit_code, is_host_out_of_memory=has_oom_kill()).error)
+    return ChildResult(exit_code, failures[0] if failures else None)

@@ -56,10 +56,10 @@ def find_existing_model(source_uri: str, own_tree: CheckpointTree) -> ExistingMo
 
     Errors: ConfigError `ExistingModelInvalid` (64); NotFoundError `ExistingModelNotCommitted`, `ExistingModelDamaged`, `ExistingModelIncomplete` (66).
     """
-    shown, address = redact_source(source_uri), parse_address(source_uri)
+    shown_uri, address = redact_source(source_uri), parse_address(source_uri)
     if address.is_whole_job:
         raise ConfigError(
-            "ExistingModelInvalid", f"{SPEC_FIELD} is {shown}, which is not the folder of a final model or checkpoint",
+            "ExistingModelInvalid", f"{SPEC_FIELD} is {shown_uri}, which is not the folder of a final model or checkpoint",
             hint="write status.output.uri of the other FineTuneJob, or <its folder>/model or <its folder>/checkpoints/step-00000100",
         )  # fmt: skip
     tree = open_other_job(own_tree, address.job_uri)
@@ -68,25 +68,25 @@ def find_existing_model(source_uri: str, own_tree: CheckpointTree) -> ExistingMo
     if committed is None or is_other_folder:
         reason = "the committed model is in another folder next to it" if committed else f"there is no {Storage.COMMITTED} object"
         raise _not_found_error(
-            "ExistingModelNotCommitted", f"{SPEC_FIELD} is {shown}, but no model is committed there: {reason}",
+            "ExistingModelNotCommitted", f"{SPEC_FIELD} is {shown_uri}, but no model is committed there: {reason}",
             f"check the address; {redact_source(tree.uri(checkpoint_folder_key(address.step)))} must contain the object {Storage.COMMITTED}",
         )  # fmt: skip
     manifest = tree.read_manifest(committed)
     if manifest is None:
         address_of_manifest = redact_source(tree.uri(join_key(committed.folder, Storage.MANIFEST)))
-        raise _damaged_error(shown, f"{address_of_manifest} is missing or is not the manifest that was committed")
+        raise _damaged_error(shown_uri, f"{address_of_manifest} is missing or is not the manifest that was committed")
     kind = manifest.kind or _find_output_kind(manifest)
     if kind is None:
         raise _not_found_error(
-            "ExistingModelIncomplete", f"{SPEC_FIELD} is {shown}, which contains neither adapter_config.json nor config.json",
+            "ExistingModelIncomplete", f"{SPEC_FIELD} is {shown_uri}, which contains neither adapter_config.json nor config.json",
             "name another checkpoint or the final model",
         )  # fmt: skip
     return ExistingModel(tree, committed, manifest, kind)
 
 
 def _find_output_kind(manifest: Manifest) -> OutputKind | None:
-    names = {entry.path for entry in manifest.files}
-    return OutputKind.ADAPTER if "adapter_config.json" in names else OutputKind.MODEL if "config.json" in names else None
+    file_paths = {entry.path for entry in manifest.files}
+    return OutputKind.ADAPTER if "adapter_config.json" in file_paths else OutputKind.MODEL if "config.json" in file_paths else None
 
 
 def require_same_base(existing: ExistingModel, inputs: Inputs) -> str | None:
@@ -94,13 +94,15 @@ def require_same_base(existing: ExistingModel, inputs: Inputs) -> str | None:
 
     Errors: ConfigError `ExistingModelOfOtherBase`.
     """
-    trained_from, base = existing.manifest.facts.model_revision, inputs.model_revision
+    trained_revision, base_revision = existing.manifest.facts.model_revision, inputs.model_revision
     uri = existing.output.uri
-    if not trained_from or trained_from.startswith("sha256:") != base.startswith("sha256:"):
-        return f"{SPEC_FIELD}: {uri} was trained from {trained_from or 'an unknown base model'}; the trainer could not compare it with model.source ({base})"
-    if trained_from != base:
+    if not trained_revision or trained_revision.startswith("sha256:") != base_revision.startswith("sha256:"):
+        trained_text = trained_revision or "an unknown base model"
+        return f"{SPEC_FIELD}: {uri} was trained from {trained_text}; the trainer could not compare it with model.source ({base_revision})"
+    if trained_revision != base_revision:
         raise ConfigError(
-            "ExistingModelOfOtherBase", f"{SPEC_FIELD} is {uri}, which was trained from the base model {trained_from}, but model.source has {base}",
+            "ExistingModelOfOtherBase",
+            f"{SPEC_FIELD} is {uri}, which was trained from the base model {trained_revision}, but model.source has {base_revision}",
             hint="write the base model of the other FineTuneJob in model.source",
         )  # fmt: skip
     return None

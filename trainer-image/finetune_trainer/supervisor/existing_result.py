@@ -81,24 +81,24 @@ def find_result_to_adopt(run: RunConfig, facts: RunFacts, state: RunState) -> Ru
     if mode is OnExistingResult.TRAIN:
         return None
     try:
-        earlier_runs, unreadable = list_earlier_runs(run)
+        earlier_runs, errors_by_uid = list_earlier_runs(run)
     except FineTuneError as error:
         if mode is not None:
             raise
         state.add_note(f"policy.onExistingResult: the results of earlier jobs could not be read, so the job trains: {error.code}")
         return None
-    for uid, error in unreadable.items():
+    for uid, error in errors_by_uid.items():
         state.add_note(f"policy.onExistingResult: the result of the job with uid {uid} could not be read, so it is not compared: {error.code}")
     if not earlier_runs:
         return None
     settings, inputs = collect_result_settings(run.spec, run.defaults, run.before_adaptation), collect_compared_inputs(facts)
     if mode is OnExistingResult.FAIL:
-        raise _result_found_error(run, earlier_runs[0], settings, inputs)
+        raise _build_result_found_error(run, earlier_runs[0], settings, inputs)
     digest = compute_result_digest(settings, inputs)
-    for earlier in earlier_runs:
-        if earlier.result is not None and earlier.result.digest == digest:
-            log.info("the result of the job with uid %s is adopted: %s", earlier.job_uid, earlier.uri)
-            return earlier.result.model_copy(update={"output": earlier.result.output.model_copy(update={"adopted_uid": earlier.job_uid})})
+    for earlier_run in earlier_runs:
+        if earlier_run.result is not None and earlier_run.result.digest == digest:
+            log.info("the result of the job with uid %s is adopted: %s", earlier_run.job_uid, earlier_run.uri)
+            return earlier_run.result.model_copy(update={"output": earlier_run.result.output.model_copy(update={"adopted_uid": earlier_run.job_uid})})
     difference = _explain_difference(earlier_runs[0], settings, inputs)
     state.add_note(f"policy.onExistingResult: {earlier_runs[0].uri} was not adopted, because {difference}; the job trains")
     return None
@@ -116,17 +116,17 @@ def list_earlier_runs(run: RunConfig) -> tuple[list[EarlierRun], dict[str, FineT
         uids = [uid for uid in root_store.list_folders() if uid != own_uid]
     finally:
         root_store.close()
-    runs: list[EarlierRun] = []
-    unreadable: dict[str, FineTuneError] = {}
+    earlier_runs: list[EarlierRun] = []
+    errors_by_uid: dict[str, FineTuneError] = {}
     for uid in uids:
         try:
-            runs += [earlier] if (earlier := _read_run(run, f"{root}/{uid}", uid)) is not None else []
+            earlier_runs += [earlier_run] if (earlier_run := _read_run(run, f"{root}/{uid}", uid)) is not None else []
         except FineTuneError as error:  # For example, the other job encrypted its files with another key.
-            unreadable[uid] = error
-    if unreadable and not runs:
-        raise next(iter(unreadable.values()))
-    runs.sort(key=lambda earlier: earlier.result.finished_at.timestamp() if earlier.result is not None else 0.0, reverse=True)
-    return runs, unreadable
+            errors_by_uid[uid] = error
+    if errors_by_uid and not earlier_runs:
+        raise next(iter(errors_by_uid.values()))
+    earlier_runs.sort(key=lambda earlier_run: earlier_run.result.finished_at.timestamp() if earlier_run.result is not None else 0.0, reverse=True)
+    return earlier_runs, errors_by_uid
 
 
 def _read_run(run: RunConfig, uri: str, uid: str) -> EarlierRun | None:
@@ -147,20 +147,20 @@ def _read_run(run: RunConfig, uri: str, uid: str) -> EarlierRun | None:
         tree.store.close()
 
 
-def _explain_difference(earlier: EarlierRun, own_settings: dict[str, Any], own_inputs: dict[str, str]) -> str:
-    if earlier.result is None:
+def _explain_difference(earlier_run: EarlierRun, own_settings: dict[str, Any], own_inputs: dict[str, str]) -> str:
+    if earlier_run.result is None:
         return "it has no record of a successful run"
-    differences = list_result_differences(earlier.result, own_settings, own_inputs)
+    differences = list_result_differences(earlier_run.result, own_settings, own_inputs)
     more_note = f" and {len(differences) - MAX_SHOWN_DIFFERENCES} more" if len(differences) > MAX_SHOWN_DIFFERENCES else ""
     return f"it was made with other values: {', '.join(differences[:MAX_SHOWN_DIFFERENCES])}{more_note}"
 
 
-def _result_found_error(run: RunConfig, earlier: EarlierRun, own_settings: dict[str, Any], own_inputs: dict[str, str]) -> ConfigError:
-    is_same = earlier.result is not None and earlier.result.digest == compute_result_digest(own_settings, own_inputs)
-    comparison = "spec and inputs are the same" if is_same else _explain_difference(earlier, own_settings, own_inputs)
+def _build_result_found_error(run: RunConfig, earlier_run: EarlierRun, own_settings: dict[str, Any], own_inputs: dict[str, str]) -> ConfigError:
+    is_same = earlier_run.result is not None and earlier_run.result.digest == compute_result_digest(own_settings, own_inputs)
+    comparison = "spec and inputs are the same" if is_same else _explain_difference(earlier_run, own_settings, own_inputs)
     return ConfigError(
         "ExistingResultFound",
-        f"policy.onExistingResult is fail, and an earlier FineTuneJob {run.namespace}/{run.name} (uid {earlier.job_uid}) "
-        f"has stored {earlier.uri}; {comparison}",
+        f"policy.onExistingResult is fail, and an earlier FineTuneJob {run.namespace}/{run.name} (uid {earlier_run.job_uid}) "
+        f"has stored {earlier_run.uri}; {comparison}",
         hint="choose another name, or write `policy.onExistingResult: adopt` to adopt the result, or `train` to train again into a new folder",
     )

@@ -80,11 +80,11 @@ def decide_exit(facts: AttemptFacts, exit_code_failures: list[RankFailure], *, i
         return _exit_after_commit(facts, node_rank)
     if facts.supervisor_error is None and facts.stop_requested_at is not None:
         return _exit_after_stop(facts, is_saved)
-    failure = _root_cause(facts, exit_code_failures)
+    failure = _find_root_cause(facts, exit_code_failures)
     if failure is None and node_rank > 0 and facts.agent_exit_code == 0:
         return ExitDecision(ExitCode.OK)  # Rank 0's pod commits the final artefact.
     if failure is None:
-        failure = RankFailure(_agent_error(facts.agent_exit_code), is_reported=False)
+        failure = RankFailure(_build_agent_error(facts.agent_exit_code), is_reported=False)
     return ExitDecision(int(failure.error.exit_code), failure)
 
 
@@ -109,7 +109,7 @@ def _exit_after_stop(facts: AttemptFacts, is_saved: bool) -> ExitDecision:
     return ExitDecision(ExitCode.PREEMPTED_SAVED if is_saved else ExitCode.PREEMPTED_UNSAVED)
 
 
-def _root_cause(facts: AttemptFacts, exit_code_failures: list[RankFailure]) -> RankFailure | None:
+def _find_root_cause(facts: AttemptFacts, exit_code_failures: list[RankFailure]) -> RankFailure | None:
     """Return the supervisor's failure or, if there is none, the root cause among the ranks.
 
     A failure that began in a rank takes precedence over a PeerError of the supervisor.
@@ -122,17 +122,17 @@ def _root_cause(facts: AttemptFacts, exit_code_failures: list[RankFailure]) -> R
     return rank_failure if rank_failure is not None and isinstance(facts.supervisor_error, PeerError) else RankFailure(facts.supervisor_error)
 
 
-def _agent_error(agent_code: int | None) -> FineTuneError:
-    if agent_code is not None and agent_code < 0:
-        return PeerError("AgentKilled", f"the torchelastic agent was killed by signal {-agent_code}")
-    if agent_code == ExitCode.INSTALLATION_BROKEN:
+def _build_agent_error(agent_exit_code: int | None) -> FineTuneError:
+    if agent_exit_code is not None and agent_exit_code < 0:
+        return PeerError("AgentKilled", f"the torchelastic agent was killed by signal {-agent_exit_code}")
+    if agent_exit_code == ExitCode.INSTALLATION_BROKEN:
         return InstallationBrokenError(
             "InstallationBroken", "the trainer image lacks a part that the torchelastic agent needs", hint="the pod's log names the missing part"
         )  # fmt: skip
-    if agent_code == 0:
+    if agent_exit_code == 0:
         return InternalError("NoArtefact", "all ranks ended without an error and without a final artefact")
     return PeerError(
-        "AgentFailed", f"the torchelastic agent ended with {agent_code} before the ranks reported a reason", hint="see the pod's log"
+        "AgentFailed", f"the torchelastic agent ended with {agent_exit_code} before the ranks reported a reason", hint="see the pod's log"
     )  # fmt: skip
 
 

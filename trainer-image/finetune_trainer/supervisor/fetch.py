@@ -82,7 +82,7 @@ MODEL_WITHOUT_WEIGHTS = replace(MODEL_SOURCE, skipped_endings=WEIGHT_ENDINGS)
 """The type of a model source of which only the configuration and the tokenizer are needed."""
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 """File extensions of images. A folder with data files may also contain images."""
-IMAGE_FILE_PATTERNS = tuple(f"*{suffix}" for ending in IMAGE_SUFFIXES for suffix in (ending, ending.upper()))
+IMAGE_FILE_PATTERNS = tuple(f"*{suffix}" for lower_suffix in IMAGE_SUFFIXES for suffix in (lower_suffix, lower_suffix.upper()))
 IMAGE_SOURCE = SourceKind("image folder", "Images", FailureClass.DATA, IMAGE_FILE_PATTERNS, "dataset")
 BENCHMARK_SOURCE = SourceKind("benchmark", "Benchmark", FailureClass.DATA, (*DATA_FILE_PATTERNS, "*.yaml", "*_yaml", "*.md", "*.py", "*.arrow"), "dataset")
 
@@ -123,7 +123,7 @@ class S3Listing:
 
     def relative_name(self, stat: ObjectStat) -> str:
         """Return the path of the file to which an object is downloaded, relative to the folder of the source."""
-        return _relative_path(stat.key, self.source.key.rpartition("/")[0] if self.is_single_object else self.source.key)
+        return _compute_relative_path(stat.key, self.source.key.rpartition("/")[0] if self.is_single_object else self.source.key)
 
     @property
     def version(self) -> str:
@@ -146,7 +146,7 @@ class Fetcher:
         `model_kind`: MODEL_SOURCE, or MODEL_WITHOUT_WEIGHTS if the weights of models are not needed.
         """
         self.run, self.work_folder, self.byte_counter, self._model_kind = run, work_folder, byte_counter, model_kind
-        self._cached = cached_models or {}
+        self._cached_models = cached_models or {}
         self.digests = FileDigests() if digests is None else digests
         self.models_from_cache: dict[str, CachedModel] = {}
         """The models that were not downloaded because the init container provides them, by the path of their spec field."""
@@ -173,7 +173,7 @@ class Fetcher:
         return self._fetch_model_folder(source_text, spec_path, folder_name, MODEL_SOURCE)
 
     def _fetch_model_folder(self, source_text: str, spec_path: str, folder_name: str, kind: SourceKind) -> FetchedSource:
-        cached_source = self._find_cached(source_text, spec_path) if kind is MODEL_SOURCE else None
+        cached_source = self._hold_cached_model(source_text, spec_path) if kind is MODEL_SOURCE else None
         fetched_source = cached_source or self._fetch(source_text, spec_path, self.work_folder / "fetched" / folder_name, kind)
         if not fetched_source.path.is_dir():
             raise NotFoundError(
@@ -188,15 +188,15 @@ class Fetcher:
             )  # fmt: skip
         return fetched_source
 
-    def _find_cached(self, source_text: str, spec_path: str) -> FetchedSource | None:
+    def _hold_cached_model(self, source_text: str, spec_path: str) -> FetchedSource | None:
         """Return the model that the init container provides, and keep it in the cache until this process ends. Return None if the model must be downloaded."""
-        cached_model = self._cached.get(spec_path)
+        cached_model = self._cached_models.get(spec_path)
         if cached_model is None or cached_model.source != source_text or not cached_model.hold():
             return None
         self.models_from_cache[spec_path] = cached_model
         for name, sha256 in cached_model.sha256.items():
             self.digests.add_download(cached_model.path / name, sha256)
-        return FetchedSource(cached_model.path, _data_files(cached_model.path),
+        return FetchedSource(cached_model.path, _list_data_files(cached_model.path),
             hub_revision=cached_model.hub_revision, listing_version=cached_model.listing_version)
 
     def fetch_data_files(self, source_text: str, spec_path: str, folder_name: str) -> list[Path]:
@@ -204,7 +204,7 @@ class Fetcher:
         fetched_source = self._fetch(source_text, spec_path, self.work_folder / "fetched" / folder_name, DATA_SOURCE)
         files = [file for file in fetched_source.files if file.suffix.lower() not in IMAGE_SUFFIXES or file == fetched_source.path]
         if not files:
-            raise self._missing_error(DATA_SOURCE, spec_path, source_text, "holds no data file")
+            raise self._build_missing_error(DATA_SOURCE, spec_path, source_text, "holds no data file")
         return files
 
     def fetch_folder(self, source_text: str, spec_path: str, folder_name: str) -> Path:
@@ -229,10 +229,10 @@ class Fetcher:
     def _fetch(self, source_text: str, spec_path: str, target: Path, kind: SourceKind) -> FetchedSource:
         source = parse_source(source_text, spec_path=spec_path)
         match source:
-            case FileSource(path=local):
-                return self._fetch_local(Path(local), spec_path, source_text, kind)
-            case PvcSource(claim=claim, path=inside):
-                return self._fetch_local(Path(PVC_MOUNT, claim, inside), spec_path, source_text, kind)
+            case FileSource(path=local_path):
+                return self._fetch_local(Path(local_path), spec_path, source_text, kind)
+            case PvcSource(claim=claim, path=path_in_claim):
+                return self._fetch_local(Path(PVC_MOUNT, claim, path_in_claim), spec_path, source_text, kind)
             case ConfigMapSource(name=name, key=key):
                 return self._fetch_local(Path(CONFIGMAP_MOUNT, name, key), spec_path, source_text, kind)
             case S3Source():
@@ -247,13 +247,13 @@ class Fetcher:
             if local_path.is_file():
                 return FetchedSource(local_path, [local_path])
             if local_path.is_dir():
-                return FetchedSource(local_path, _data_files(local_path))
+                return FetchedSource(local_path, _list_data_files(local_path))
         except PermissionError as error:
             raise CredentialsError(
                 "PermissionDenied", f"{spec_path} is {source_text}, which user {os.getuid()} may not read",
                 hint="make the files readable for this user", failure_class=kind.failure_class,
             ) from error  # fmt: skip
-        raise self._missing_error(kind, spec_path, source_text, "does not exist")
+        raise self._build_missing_error(kind, spec_path, source_text, "does not exist")
 
     # ---- S3 ----
 
@@ -266,7 +266,7 @@ class Fetcher:
         try:
             listing = self.list_s3(source, kind)
             if not listing.needed_objects:
-                raise self._missing_error(
+                raise self._build_missing_error(
                     kind, spec_path, str(source), "does not exist: there is no object at this key or below it"
                 )
             self.require_space(sum(stat.size for stat in listing.needed_objects), spec_path)
@@ -294,7 +294,7 @@ class Fetcher:
             store.close()
         for stat, file, digest in zip(listing.needed_objects, files, digests, strict=True):
             if digest is None:
-                raise self._missing_error(kind, spec_path, f"s3://{listing.source.bucket}/{stat.key}", "was removed during its download")
+                raise self._build_missing_error(kind, spec_path, f"s3://{listing.source.bucket}/{stat.key}", "was removed during its download")
             self.digests.add_download(file, digest)
         return files
 
@@ -338,11 +338,11 @@ class Fetcher:
                 "", file, byte_counter=self.byte_counter, check_space=lambda size: self.require_space(size, spec_path)
             )
         except NotFoundError as error:
-            raise self._missing_error(kind, spec_path, store.uri, f"answers {error.message.rpartition(' ')[2]}") from error
+            raise self._build_missing_error(kind, spec_path, store.uri, f"answers {error.message.rpartition(' ')[2]}") from error
         finally:
             store.close()
         if digest is None:
-            raise self._missing_error(kind, spec_path, store.uri, "answers 404")
+            raise self._build_missing_error(kind, spec_path, store.uri, "answers 404")
         self.digests.add_download(file, digest)
         return FetchedSource(file, [file])
 
@@ -372,7 +372,7 @@ class Fetcher:
         finally:
             store.close()
         if committed_checkpoint is None:
-            raise self._missing_error(MODEL_SOURCE, spec_path, redact_source(source.url), problem)
+            raise self._build_missing_error(MODEL_SOURCE, spec_path, redact_source(source.url), problem)
         if problem is not None:
             raise NotFoundError(
                 "ModelInvalid", f"{spec_path} is {redact_source(source.url)}, which is damaged: {problem}",
@@ -380,18 +380,18 @@ class Fetcher:
             )  # fmt: skip
         skipped_names = frozenset(entry.path for entry in manifest.files if kind.skips_file(entry.path)) if manifest is not None else frozenset()
         version = _compute_listing_version((entry.path, entry.size, entry.sha256) for entry in manifest.files) if manifest is not None else None
-        return FetchedSource(target, _data_files(target), skipped_names=skipped_names, listing_version=version)
+        return FetchedSource(target, _list_data_files(target), skipped_names=skipped_names, listing_version=version)
 
     def _open_web_store(self, uri: str, kind: SourceKind) -> WebStore:
-        """Open a web server as a store. The CA bundle is that of the connection that the spec configures for this type of source."""
+        """Open a web server as a store, with the CA bundle that the spec configures for this type of source."""
         store = (self.run.model_store if kind.is_model else self.run.dataset_store) or self.run.storage
         return WebStore(StoreTarget(uri=uri, ca_bundle=store.ca_bundle))
 
     def _fetch_hub(self, source: HubSource, spec_path: str, target: Path, kind: SourceKind) -> FetchedSource:
         import huggingface_hub
-        from huggingface_hub import errors as hub
+        from huggingface_hub import errors as hub_errors
 
-        repository = f"{source.repo}" + (f"@{source.revision}" if source.revision else "")
+        repository_and_revision = f"{source.repo}" + (f"@{source.revision}" if source.revision else "")
         try:
             folder = huggingface_hub.snapshot_download(
                 source.repo, repo_type=kind.repo_type, revision=source.revision, cache_dir=self.work_folder / "hub",
@@ -399,19 +399,19 @@ class Fetcher:
                 ignore_patterns=[f"*{ending}" for ending in kind.skipped_endings] or None, max_workers=DOWNLOAD_THREADS,
             )  # fmt: skip
             skipped_names = self._list_skipped_hub_names(source, kind, Path(folder).name)
-        except hub.GatedRepoError as error:
+        except hub_errors.GatedRepoError as error:
             raise NotFoundError(
-                f"{kind.error_code_prefix}Gated", f"{spec_path} is {repository}, which is gated: its owner must grant access first",
+                f"{kind.error_code_prefix}Gated", f"{spec_path} is {repository_and_revision}, which is gated: its owner must grant access first",
                 hint="accept the terms of the repository on the hub and name a token in model.tokenSecretRef", failure_class=kind.failure_class,
             ) from error  # fmt: skip
-        except hub.RevisionNotFoundError as error:
-            raise self._missing_error(kind, spec_path, repository, "has no such revision") from error
-        except (hub.RepositoryNotFoundError, hub.HFValidationError) as error:
-            raise self._missing_error(kind, spec_path, repository, "is not on the hub, or is private and no token was given") from error
+        except hub_errors.RevisionNotFoundError as error:
+            raise self._build_missing_error(kind, spec_path, repository_and_revision, "has no such revision") from error
+        except (hub_errors.RepositoryNotFoundError, hub_errors.HFValidationError) as error:
+            raise self._build_missing_error(kind, spec_path, repository_and_revision, "is not on the hub, or is private and no token was given") from error
         except Exception as error:  # The hub's client does not convert the exceptions of its HTTP library.
-            raise _hub_unreachable_error(kind, spec_path, repository, error) from error
+            raise _build_hub_unreachable_error(kind, spec_path, repository_and_revision, error) from error
         local_folder = Path(folder)
-        return FetchedSource(local_folder, _data_files(local_folder), hub_revision=local_folder.name, skipped_names=skipped_names)
+        return FetchedSource(local_folder, _list_data_files(local_folder), hub_revision=local_folder.name, skipped_names=skipped_names)
 
     def _list_skipped_hub_names(self, source: HubSource, kind: SourceKind, revision: str) -> frozenset[str]:
         if not kind.skipped_endings:
@@ -424,7 +424,7 @@ class Fetcher:
 
     # ---- shared ----
 
-    def _missing_error(self, kind: SourceKind, spec_path: str, source_text: str, problem: str) -> NotFoundError:
+    def _build_missing_error(self, kind: SourceKind, spec_path: str, source_text: str, problem: str) -> NotFoundError:
         return NotFoundError(
             f"{kind.error_code_prefix}NotFound",
             f"{spec_path} is {source_text}, which {problem}",
@@ -446,7 +446,7 @@ _MODEL_FOLDER_FILES = ("config.json", "adapter_config.json", "tokenizer_config.j
 """A folder with at least one of these files is a model, an adapter or a tokenizer."""
 
 
-def _hub_unreachable_error(kind: SourceKind, spec_path: str, repository: str, error: Exception) -> StorageError:
+def _build_hub_unreachable_error(kind: SourceKind, spec_path: str, repository: str, error: Exception) -> StorageError:
     return StorageError(
         "HubUnreachable", f"{spec_path} is {repository}, but the model hub could not be reached ({type(error).__name__})",
         hint="check the pod's access to the internet, or copy the repository to S3 and write s3://bucket/prefix",
@@ -454,7 +454,7 @@ def _hub_unreachable_error(kind: SourceKind, spec_path: str, repository: str, er
     )  # fmt: skip
 
 
-def _relative_path(key: str, root_key: str) -> str:
+def _compute_relative_path(key: str, root_key: str) -> str:
     relative_path = key[len(root_key) :].lstrip("/")
     return "/".join(part for part in relative_path.split("/") if part not in ("", ".", ".."))
 
@@ -480,9 +480,9 @@ def _require_weights(fetched_source: FetchedSource, spec_path: str, shown_source
     )
 
 
-def _data_files(folder: Path) -> list[Path]:
-    names = {path for pattern in DATA_FILE_PATTERNS for path in folder.glob(pattern)}
-    return sorted(path for path in names if path.is_file())
+def _list_data_files(folder: Path) -> list[Path]:
+    matching_paths = {path for pattern in DATA_FILE_PATTERNS for path in folder.glob(pattern)}
+    return sorted(path for path in matching_paths if path.is_file())
 
 
 def _compute_listing_version(files: Iterable[tuple[str, int, str]]) -> str:

@@ -19,8 +19,8 @@ class FileDigests:
 
     def get_known_sha256(self, path: Path) -> str | None:
         """Return the digest of a downloaded file; None if the file was not downloaded or has changed since its download. Errors: OSError."""
-        recorded_digest = self._known_digests.get(path)
-        return recorded_digest[1] if recorded_digest is not None and recorded_digest[0] == _read_file_state(path) else None
+        recorded_state, sha256 = self._known_digests.get(path, (None, None))
+        return sha256 if recorded_state is not None and recorded_state == _read_file_state(path) else None
 
     def get_sha256(self, path: Path) -> str:
         """Return the digest of a file. The file is read unless its digest is known. Errors: OSError."""

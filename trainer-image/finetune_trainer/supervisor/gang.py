@@ -90,10 +90,10 @@ class _Relay:
         server = await asyncio.start_server(self._handle, sock=self._listener, backlog=1024)
         await self._stop.wait()
         server.close()
-        connections = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-        for task in connections:
+        connection_tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        for task in connection_tasks:
             task.cancel()
-        await asyncio.gather(*connections, return_exceptions=True)
+        await asyncio.gather(*connection_tasks, return_exceptions=True)
 
     async def _handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -120,7 +120,7 @@ class Gate(_Relay):
     """Listens on the rendezvous port of rank 0's pod, and passes connections of the gang on to the store."""
 
     def __init__(self, gang_key: bytes, port: int, store_port: int) -> None:
-        self._key = gang_key
+        self._gang_key = gang_key
         self._store_port = store_port
         self._unproven_connections: dict[asyncio.StreamWriter, None] = {}
         super().__init__(_listen_on_all_interfaces(port), "gang-gate")
@@ -133,7 +133,7 @@ class Gate(_Relay):
         self._unproven_connections[writer] = None
         try:
             async with asyncio.timeout(PROOF_TIMEOUT_SECONDS):
-                await check_member(reader, writer, self._key)
+                await check_member(reader, writer, self._gang_key)
         finally:
             self._unproven_connections.pop(writer, None)
         # The agent creates the store after its imports. Until then, the connection waits in the backlog of the bound socket.
@@ -144,7 +144,7 @@ class Forwarder(_Relay):
     """Listens on the loopback interface of a pod without rank 0, and passes the connections of the pod's ranks on to the gate."""
 
     def __init__(self, gang_key: bytes, gate_host: str, gate_port: int) -> None:
-        self._key, self._host, self._port = gang_key, gate_host, gate_port
+        self._gang_key, self._gate_host, self._gate_port = gang_key, gate_host, gate_port
         super().__init__(socket.create_server((LOOPBACK, 0)), "gang-forwarder")
 
     async def _open_far_side(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Streams:
@@ -158,10 +158,10 @@ class Forwarder(_Relay):
                     await asyncio.sleep(CONNECT_PAUSE_SECONDS)
 
     async def _connect(self) -> Streams:
-        reader, writer = await asyncio.open_connection(self._host, self._port)
+        reader, writer = await asyncio.open_connection(self._gate_host, self._gate_port)
         try:
             async with asyncio.timeout(PROOF_TIMEOUT_SECONDS):
-                await prove_membership(reader, writer, self._key)
+                await prove_membership(reader, writer, self._gang_key)
         except BaseException:
             writer.close()
             raise
@@ -180,10 +180,10 @@ async def check_member(reader: asyncio.StreamReader, writer: asyncio.StreamWrite
     writer.write(gate_nonce)
     await writer.drain()
     answer = await reader.readexactly(NONCE_BYTES + PROOF_BYTES)
-    nonce, proof = answer[:NONCE_BYTES], answer[NONCE_BYTES:]
-    if not hmac.compare_digest(proof, _compute_proof(gang_key, b"member", gate_nonce, nonce)):
-        raise NotProvenError(f"the rendezvous refused a connection from {_peer_address(writer)}: the other side does not know the secret of this attempt")
-    writer.write(_compute_proof(gang_key, b"gate", gate_nonce, nonce))
+    member_nonce, proof = answer[:NONCE_BYTES], answer[NONCE_BYTES:]
+    if not hmac.compare_digest(proof, _compute_proof(gang_key, b"member", gate_nonce, member_nonce)):
+        raise NotProvenError(f"the rendezvous refused a connection from {_get_peer_address(writer)}: the other side does not know the secret of this attempt")
+    writer.write(_compute_proof(gang_key, b"gate", gate_nonce, member_nonce))
     await writer.drain()
 
 
@@ -197,18 +197,18 @@ async def prove_membership(reader: asyncio.StreamReader, writer: asyncio.StreamW
     writer.write(member_nonce + _compute_proof(gang_key, b"member", gate_nonce, member_nonce))
     await writer.drain()
     if not hmac.compare_digest(await reader.readexactly(PROOF_BYTES), _compute_proof(gang_key, b"gate", gate_nonce, member_nonce)):
-        raise NotProvenError(f"the rendezvous at {_peer_address(writer)} does not know the secret of this attempt: it is not the pod of rank 0")
+        raise NotProvenError(f"the rendezvous at {_get_peer_address(writer)} does not know the secret of this attempt: it is not the pod of rank 0")
 
 
 def _compute_proof(gang_key: bytes, side: bytes, gate_nonce: bytes, member_nonce: bytes) -> bytes:
     """Return the proof that one side sends to show that it knows the key.
 
-    `side` is part of the proof, so that a side cannot send a proof that it received back as its own.
+    `side` is part of the proof, so that a side cannot return a received proof as if it were its own.
     """
     return hmac.digest(gang_key, side + gate_nonce + member_nonce, "sha256")
 
 
-def _peer_address(writer: asyncio.StreamWriter) -> str:
+def _get_peer_address(writer: asyncio.StreamWriter) -> str:
     address = writer.get_extra_info("peername")
     return str(address[0]) if address else "an unknown address"
 

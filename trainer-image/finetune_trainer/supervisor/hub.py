@@ -95,23 +95,23 @@ def _push_once(run: RunConfig, folder: Path, token: str) -> str:
 
 def _convert_error(error: Exception, repository: str, token: str) -> FineTuneError:
     """Convert an exception of the hub's client to an error with a code. If the result is a StorageError, the push may be retried."""
-    from huggingface_hub import errors as hub
+    from huggingface_hub import errors as hub_errors
 
-    if isinstance(error, hub.HfHubHTTPError):
-        return _response_error(error, repository, token)
-    if isinstance(error, hub.OfflineModeIsEnabled):
+    if isinstance(error, hub_errors.HfHubHTTPError):
+        return _convert_response_error(error, repository, token)
+    if isinstance(error, hub_errors.OfflineModeIsEnabled):
         return ConfigError("HubOffline", "output.hub.push is true, but HF_HUB_OFFLINE is set", hint="remove HF_HUB_OFFLINE from placement.env")
-    if isinstance(error, hub.HFValidationError):
+    if isinstance(error, hub_errors.HFValidationError):
         return ConfigError("HubRepositoryInvalid", f"{REPOSITORY_FIELD} is {repository!r}, which the hub does not accept as a name", hint="write org/name")
     if isinstance(error, OSError | json.JSONDecodeError) or type(error).__module__.startswith(("http", "requests")):
-        return _unreachable_error(repository, type(error).__name__)
-    return InternalError("HubPushFailed", f"pushing to {repository} failed: {type(error).__name__}: {_first_line(error, token)}")
+        return _build_unreachable_error(repository, type(error).__name__)
+    return InternalError("HubPushFailed", f"pushing to {repository} failed: {type(error).__name__}: {_format_first_line(error, token)}")
 
 
-def _response_error(error: Any, repository: str, token: str) -> FineTuneError:
+def _convert_response_error(error: Any, repository: str, token: str) -> FineTuneError:
     """Convert a response of the hub with an error status to an error with a code."""
     status = int(error.response.status_code)
-    reason = _first_line(error.server_message, token)
+    reason = _format_first_line(error.server_message, token)
     if status in (401, 403):
         return CredentialsError(
             "HubAccessDenied", f"the model hub refused access to {repository} ({status}){reason}",
@@ -127,18 +127,18 @@ def _response_error(error: Any, repository: str, token: str) -> FineTuneError:
             "HubConflict", f"{repository} was changed during the push ({status}){reason}", hint="let only one job push to a repository at a time"
         )
     if status >= 500 or status in (408, 429):
-        return _unreachable_error(repository, f"status {status}{reason}")
+        return _build_unreachable_error(repository, f"status {status}{reason}")
     return ConfigError("HubRefused", f"the model hub refused the push to {repository} ({status}){reason}", hint=f"correct {REPOSITORY_FIELD}")
 
 
-def _unreachable_error(repository: str, reason: str) -> StorageError:
+def _build_unreachable_error(repository: str, reason: str) -> StorageError:
     return StorageError(
         "HubUnreachable", f"the model hub could not be reached to push to {repository}: {reason}",
         hint="check the pod's access to the hub, and HF_ENDPOINT in placement.env",
     )  # fmt: skip
 
 
-def _first_line(server_text: object, token: str) -> str:
+def _format_first_line(server_text: object, token: str) -> str:
     """Return the first line of a server's text after `: `, without the token; an empty string if the server sent no text."""
     lines = str(server_text or "").strip().replace(token, "***").splitlines()
     return f": {lines[0][:MAX_SERVER_TEXT_LENGTH]}" if lines else ""

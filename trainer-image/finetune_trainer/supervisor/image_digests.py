@@ -18,15 +18,15 @@ HASH_THREADS = 4
 IMAGES_PER_REPORT = 500
 
 
-def compute_image_set_digest(images: Mapping[Path, str], digests: FileDigests, report_progress: Callable[[str], None]) -> str:
-    """Return a sha256 over the name and the sha256 of each image. `images` maps each file to its name, relative to the folder of the images.
+def compute_image_set_digest(name_by_image: Mapping[Path, str], digests: FileDigests, report_progress: Callable[[str], None]) -> str:
+    """Return a sha256 over the name and the sha256 of each image. `name_by_image` maps each file to its name, relative to the folder of the images.
 
     `digests` contains the sha256 of files that were downloaded from a store. All other files are read and hashed.
     """
-    paths, lines = sorted(images), list[str]()
+    images, lines = sorted(name_by_image), list[str]()
     with ThreadPoolExecutor(HASH_THREADS) as pool:
-        for path, sha256 in zip(paths, pool.map(digests.get_sha256, paths), strict=True):
-            lines.append(f"{images[path]}\0{sha256}")
+        for path, sha256 in zip(images, pool.map(digests.get_sha256, images), strict=True):
+            lines.append(f"{name_by_image[path]}\0{sha256}")
             if len(lines) % IMAGES_PER_REPORT == 0:
-                report_progress(f"{len(lines)} of {len(paths)} images compared by content")
+                report_progress(f"{len(lines)} of {len(images)} images compared by content")
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()

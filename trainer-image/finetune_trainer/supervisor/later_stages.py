@@ -97,8 +97,8 @@ class LaterStages:
         self._run, self._settings, self._tree, self._state = run, settings, tree, run_state
         self._results, self._fetch_inputs, self._is_stop_requested = results, fetch_inputs, is_stop_requested
         self._is_save_deadline_passed, self._existing_model = is_save_deadline_passed, existing_model
-        self._folder = settings.work_folder / "stages"
-        self._parts_folder, self._parts_key = self._folder, ""
+        self._stages_folder = settings.work_folder / "stages"
+        self._parts_folder, self._parts_key = self._stages_folder, ""
         self._stored_parts: set[str] = set()
         """Names of the parts of the current stage that are already in storage. A part is a file with the result of a finished task."""
         self._record_by_stage: dict[Stage, StageRecord] = {}
@@ -115,11 +115,11 @@ class LaterStages:
         except StoppedError:
             return report
         report.open_stages = [stage for stage in stages if stage not in self._record_by_stage]
-        for publishes in (False, True):
-            if publishes and not self._finish_gates(report, output):
+        for is_publishing in (False, True):
+            if is_publishing and not self._finish_gates(report, output):
                 return report
             for stage in stages:
-                if (stage in PUBLISHING_STAGES) is publishes and not self._finish_stage(stage, report, output):
+                if (stage in PUBLISHING_STAGES) is is_publishing and not self._finish_stage(stage, report, output):
                     return report
         return report
 
@@ -141,7 +141,7 @@ class LaterStages:
         report.output = self._apply_result(record.result, report.output or output)
         verification = record.result.verification
         if verification is not None and verification.result is VerificationOutcome.FAILED:
-            return self._fail_stage(stage, verification_error(verification, report.output), report)
+            return self._fail_stage(stage, build_verification_error(verification, report.output), report)
         return True
 
     def _fail_stage(self, stage: Stage, error: FineTuneError, report: StageReport) -> bool:
@@ -166,8 +166,8 @@ class LaterStages:
         return next(stages, None)
 
     def _find_failed_gates(self) -> list[GateResult]:
-        stage = self._find_gate_stage()
-        evaluation = self._record_by_stage[stage].result.evaluation if stage is not None else None
+        gate_stage = self._find_gate_stage()
+        evaluation = self._record_by_stage[gate_stage].result.evaluation if gate_stage is not None else None
         return [gate for gate in (evaluation.gates if evaluation else None) or [] if not gate.passed]
 
     def _finish_gates(self, report: StageReport, output: Output) -> bool:
@@ -175,24 +175,24 @@ class LaterStages:
 
         The results of the gates are read from the stored records of the stages, so every attempt makes the same decision.
         """
-        stage, failed = self._find_gate_stage(), self._find_failed_gates()
-        if stage is None:
+        gate_stage, failed_gates = self._find_gate_stage(), self._find_failed_gates()
+        if gate_stage is None:
             return True
         try:
-            if not failed:
-                self._run_until_save_deadline(lambda: self._promote(output, self._record_by_stage[stage]))
+            if not failed_gates:
+                self._run_until_save_deadline(lambda: self._promote(output, self._record_by_stage[gate_stage]))
         except StoppedError:
-            report.open_stages.append(stage)  # The next attempt reads the record of this stage and promotes the model.
+            report.open_stages.append(gate_stage)  # The next attempt reads the record of this stage and promotes the model.
             return False
         except FineTuneError as error:
-            report.failure = StageFailure(stage, error)
+            report.failure = StageFailure(gate_stage, error)
             return False
-        report.output = (report.output or output).model_copy(update={"promoted": not failed})
+        report.output = (report.output or output).model_copy(update={"promoted": not failed_gates})
         self._state.set_output(report.output)
-        if failed:
+        if failed_gates:
             report.open_stages.clear()
-            report.failure = StageFailure(stage, GateFailedError("GateFailed", "; ".join(gate.text or gate.metric for gate in failed)))
-        return not failed
+            report.failure = StageFailure(gate_stage, GateFailedError("GateFailed", "; ".join(gate.text or gate.metric for gate in failed_gates)))
+        return not failed_gates
 
     def _promote(self, output: Output, record: StageRecord) -> None:
         """Write the marker `_PROMOTED` below this job's folder, even if the model is in another job's folder.
@@ -220,7 +220,7 @@ class LaterStages:
     def _run_stage(self, stage: Stage, output: Output) -> StageRecord:
         """Run one stage, store its files, and write its record. Errors: StoppedError; the failure of the stage."""
         self._state.enter_stage(stage)
-        folder = self._folder / stage.value
+        folder = self._stages_folder / stage.value
         result = self._run_until_stop(lambda: self._begin_stage(stage, output, folder))
         if result is not None:
             return self._run_until_save_deadline(lambda: self._write_record(stage, output, result, []))
@@ -244,7 +244,7 @@ class LaterStages:
             self._state.enter_stage(stage)
         if stage is Stage.VERIFYING:  # The stage verifying must read the files in storage, not the files that the trainer left on the pod's disk.
             shutil.rmtree(self._find_trained_model_folder(), ignore_errors=True)
-            shutil.rmtree(self._folder / Stage.MERGING.value / OUTPUT_FOLDER, ignore_errors=True)
+            shutil.rmtree(self._stages_folder / Stage.MERGING.value / OUTPUT_FOLDER, ignore_errors=True)
         task = StageTask(
             stage=stage, model=self._provide_model(output), kind=output.kind or OutputKind.MODEL, uri=output.uri or "",
             evaluated=self._fetch_evaluation() if stage is Stage.COMPARING else None,
@@ -269,7 +269,7 @@ class LaterStages:
         record = StageRecord(
             stage=stage, model_sha256=output.sha256 or "", attempt=self._run.attempt, time=datetime.now(UTC).isoformat(), result=result, files=files
         )
-        self._tree.store.put(_record_key(stage), json.dumps(record.to_wire(), indent=1).encode())
+        self._tree.store.put(_build_record_key(stage), json.dumps(record.to_wire(), indent=1).encode())
         return record
 
     def _find_trained_model_folder(self) -> Path:
@@ -299,19 +299,19 @@ class LaterStages:
         Errors: StorageError `EvaluationDamaged`. In this case, the record of the stage `evaluating` is removed, so that the next attempt evaluates the
         model again.
         """
-        record, folder = self._record_by_stage[Stage.EVALUATING], self._folder / "evaluated"
+        record, folder = self._record_by_stage[Stage.EVALUATING], self._stages_folder / "evaluated"
         key = join_key(STORAGE_FOLDER_BY_STAGE[Stage.EVALUATING], MEASUREMENTS_FILE)
         sha256 = self._tree.store.download(key, folder / MEASUREMENTS_FILE, byte_counter=self._raise_if_stopped)
         if sha256 is None or sha256 not in [file.sha256 for file in record.files if file.key == key]:
-            self._tree.store.delete([_record_key(Stage.EVALUATING)])
+            self._tree.store.delete([_build_record_key(Stage.EVALUATING)])
             raise StorageError("EvaluationDamaged", f"{self._tree.uri(key)} is missing or damaged", hint="the next attempt evaluates the model again")
         return folder
 
     def provide_merged_model(self, output: Output) -> Path | None:
-        """Return the folder of the merged model on this pod's disk; None if the job merges no model. If another pod merged the model, it is downloaded."""
+        """Return the folder of the merged model on this pod's disk; None if the job merges no model. If another pod merged the model, this pod downloads it."""
         if output.merged_uri is None:
             return None
-        local_merged_folder = self._folder / Stage.MERGING.value / OUTPUT_FOLDER
+        local_merged_folder = self._stages_folder / Stage.MERGING.value / OUTPUT_FOLDER
         target_folder = self._settings.work_folder / "merged-model"
         return next((folder for folder in (local_merged_folder, target_folder) if folder.exists()), None) or fetch_merged_model(
             self._tree, target_folder, byte_counter=self._raise_if_stopped
@@ -337,9 +337,9 @@ class LaterStages:
         if exports_oci(self._run.spec):
             oci_digest = store_oci_artefact(self._tree, self._run.name, is_merged=output.merged_uri is not None)
         if self._run.publish is not None:
-            folders = tuple(dict.fromkeys(STORAGE_FOLDER_BY_STAGE.values()))
-            model_folder, merged = self._provide_model(output), self.provide_merged_model(output)
-            published_uri = self._results.publish(output, model_folder, folders, merged, byte_counter=self._raise_if_stopped)
+            result_folders = tuple(dict.fromkeys(STORAGE_FOLDER_BY_STAGE.values()))
+            model_folder, merged_folder = self._provide_model(output), self.provide_merged_model(output)
+            published_uri = self._results.publish(output, model_folder, result_folders, merged_folder, byte_counter=self._raise_if_stopped)
         if pushes_to_hub(self._run.spec):
             model_folder = self.provide_merged_model(output) or self._provide_model(output)
             self._state.enter_stage(Stage.UPLOADING, "pushing to the model hub")
@@ -360,7 +360,7 @@ class LaterStages:
         stall_watch = StallWatch(self._state, self._run.spec.policy.stall_timeout_seconds)
         child_result = run_child(
             ["stage", str(folder)], self._run, self._settings,
-            handle_message=self._handle_message, while_running=lambda pid: self._watch_process(pid, stall_watch),
+            handle_message=self._handle_message, watch_process=lambda pid: self._watch_process(pid, stall_watch),
         )  # fmt: skip
         if child_result.exit_code != 0:
             self._run_until_save_deadline(self._store_parts)
@@ -368,14 +368,17 @@ class LaterStages:
             raise child_result.failure
 
     def _watch_process(self, pid: int, stall_watch: StallWatch) -> None:
-        """Store new parts of the stage, and end its process by an error if it must stop or has stalled. Errors: StoppedError; PeerError `Stalled`."""
+        """Store new parts of the stage. Raise an error, which ends the process of the stage, if the process must stop or has stalled.
+
+        Errors: StoppedError; PeerError `Stalled`.
+        """
         if self._list_new_parts():
             self._run_until_stop(self._store_parts)
         if self._is_stop_requested():
             raise StoppedError
-        if (stalled := stall_watch.stall_error()) is not None:
+        if (stall_error := stall_watch.stall_error()) is not None:
             dump_rank_stacks([pid])
-            raise stalled
+            raise stall_error
 
     def _handle_message(self, message: dict[str, Any]) -> None:
         self._state.record_heartbeat()
@@ -406,7 +409,7 @@ class LaterStages:
 
     def _read_record(self, stage: Stage, output: Output) -> StageRecord | None:
         """Return the record of a stage if the record was made for this model, otherwise None."""
-        data = self._tree.store.get(_record_key(stage))
+        data = self._tree.store.get(_build_record_key(stage))
         if data is None:
             return None
         try:
@@ -455,7 +458,7 @@ class LaterStages:
             store_quietly(self._state, "results of finished tasks", partial(self._tree.store.put_file, path, f"{self._parts_key}/{path.name}"))
 
 
-def verification_error(verification: Verification, output: Output) -> VerificationFailedError:
+def build_verification_error(verification: Verification, output: Output) -> VerificationFailedError:
     """Return the error for a stored model that differs from the trained model. The error names the first artefact that differs."""
     failed_artefact = next(artefact for artefact in verification.artefacts if artefact.result is VerificationOutcome.FAILED)
     return VerificationFailedError(
@@ -465,7 +468,7 @@ def verification_error(verification: Verification, output: Output) -> Verificati
     )
 
 
-def _record_key(stage: Stage) -> str:
+def _build_record_key(stage: Stage) -> str:
     return f"{RECORDS_FOLDER}/{stage.value}.json"
 
 

@@ -103,8 +103,8 @@ class Lineage:
                     builder=Builder(id=BUILDER_ID, version=_read_builder_versions(manifest.facts)),
                     metadata=BuildMetadata(invocation_id=manifest.job, started_on=self._read_start_time(), finished_on=datetime.now(UTC).isoformat()),
                     byproducts=[
-                        Resource(name=checkpoint_folder_key(one.step), digest={"sha256": one.marker.manifest_sha256})
-                        for one in reversed(self._tree.list_committed())
+                        Resource(name=checkpoint_folder_key(checkpoint.step), digest={"sha256": checkpoint.marker.manifest_sha256})
+                        for checkpoint in reversed(self._tree.list_committed())
                     ],
                     finetune_run=RunSummary(
                         step=manifest.step, facts=manifest.facts.to_wire(), stage_seconds=self._state.report().timings,
@@ -136,31 +136,31 @@ def _read_builder_versions(facts: RunFacts) -> dict[str, str]:
 
 def list_dependencies(run: RunConfig, facts: RunFacts, inputs: Inputs | None, digests: FileDigests) -> list[Resource]:
     """Return the base model, the other models, the data and the trainer image. Each source is followed by those of its files whose digests are known."""
-    return [*_list_model_resources(run, facts, inputs, digests), *_list_data_resources(run, facts, inputs, digests), *_build_image_resource(run)]
+    return [*_list_model_resources(run, facts, inputs, digests), *_list_data_resources(run, facts, inputs, digests), *_list_image_resources(run)]
 
 
 def _list_model_resources(run: RunConfig, facts: RunFacts, inputs: Inputs | None, digests: FileDigests) -> Iterator[Resource]:
     spec = run.spec
-    is_commit = len(facts.model_revision) == GIT_COMMIT_DIGITS
+    is_git_commit = len(facts.model_revision) == GIT_COMMIT_DIGITS
     yield Resource(
         name=BASE_MODEL_DEPENDENCY, uri=redact_source(spec.model.source or ""), annotations={REVISION_ANNOTATION: facts.model_revision},
-        digest={"gitCommit": facts.model_revision} if is_commit else {},
+        digest={"gitCommit": facts.model_revision} if is_git_commit else {},
     )  # fmt: skip
-    if inputs is not None and (is_commit or compute_fingerprint(inputs.model) == facts.model_revision):
+    if inputs is not None and (is_git_commit or compute_fingerprint(inputs.model) == facts.model_revision):
         yield from _list_model_file_resources(BASE_MODEL_DEPENDENCY, inputs.model, digests)
-    adapter = spec.method.adapter.source if spec.method.adapter else None
-    reference = spec.trainer.dpo.reference_model if spec.trainer.dpo else None
+    adapter_source = spec.method.adapter.source if spec.method.adapter else None
+    reference_source = spec.trainer.dpo.reference_model if spec.trainer.dpo else None
     other_sources = (
-        ("model.tokenizer", spec.model.tokenizer, "tokenizer"), ("method.adapter.source", adapter, "adapter"),
-        ("trainer.dpo.referenceModel", reference, "reference model"),
+        ("model.tokenizer", spec.model.tokenizer, "tokenizer"), ("method.adapter.source", adapter_source, "adapter"),
+        ("trainer.dpo.referenceModel", reference_source, "reference model"),
     )  # fmt: skip
     other_sources += tuple(
         (f"output.combineAdapters[{number}].source", item.source, combined_adapter_name(number))
         for number, item in enumerate(spec.output.combine_adapters or [])
     )
-    for path, source, fact in other_sources:
-        if source and fact in facts.other_inputs:
-            yield Resource(name=path, uri=redact_source(source), annotations={REVISION_ANNOTATION: facts.other_inputs[fact]})
+    for spec_path, source, input_name in other_sources:
+        if source and input_name in facts.other_inputs:
+            yield Resource(name=spec_path, uri=redact_source(source), annotations={REVISION_ANNOTATION: facts.other_inputs[input_name]})
 
 
 def _list_model_file_resources(name: str, folder: Path, digests: FileDigests) -> Iterator[Resource]:
@@ -172,37 +172,37 @@ def _list_model_file_resources(name: str, folder: Path, digests: FileDigests) ->
 
 def _list_data_resources(run: RunConfig, facts: RunFacts, inputs: Inputs | None, digests: FileDigests) -> Iterator[Resource]:
     """Yield the data sources and their files. A file that has changed since the training has no digest."""
-    data = run.spec.dataset
-    training_sources = [("dataset.train", data.train, inputs.train if inputs else [])] if data.train else []
+    dataset_spec = run.spec.dataset
+    training_sources = [("dataset.train", dataset_spec.train, inputs.train if inputs else [])] if dataset_spec.train else []
     training_sources += [
         (f"dataset.mixture[{number}].source", item.source, inputs.mixture[number] if inputs else [])
-        for number, item in enumerate(data.mixture or [])
+        for number, item in enumerate(dataset_spec.mixture or [])
     ]
     held_out_sources = [
-        ("dataset.validation", data.validation, inputs.validation if inputs else [], "validation data"),
-        ("dataset.test", data.test, inputs.test if inputs else [], "test data"),
+        ("dataset.validation", dataset_spec.validation, inputs.validation if inputs else [], "validation data"),
+        ("dataset.test", dataset_spec.test, inputs.test if inputs else [], "test data"),
     ]
     yield from _list_data_file_resources(training_sources, facts.dataset_digest, digests)
-    for path, source, files, fact in held_out_sources:
+    for spec_path, source, files, input_name in held_out_sources:
         if source:
-            yield from _list_data_file_resources([(path, source, files)], facts.other_inputs.get(fact, ""), digests)
-    root = data.images.root if data.images else None
+            yield from _list_data_file_resources([(spec_path, source, files)], facts.other_inputs.get(input_name, ""), digests)
+    image_root = dataset_spec.images.root if dataset_spec.images else None
     for name in IMAGE_SETS:
         if name in facts.other_inputs:
             digest = facts.other_inputs[name]
-            yield Resource(name=name, uri=redact_source(root) if root else None, annotations={"combinedDigest": digest})
+            yield Resource(name=name, uri=redact_source(image_root) if image_root else None, annotations={"combinedDigest": digest})
 
 
 def _list_data_file_resources(sources: list[tuple[str, str, list[Path]]], digest: str, digests: FileDigests) -> Iterator[Resource]:
     sha256_by_file = {file: digests.get_sha256(file) for _, _, files in sources for file in files}
     is_unchanged = compute_combined_digest(list(sha256_by_file), sha256_by_file.__getitem__) == digest
-    for path, source, files in sources:
-        yield Resource(name=path, uri=redact_source(source), annotations={"combinedDigest": digest})
+    for spec_path, source, files in sources:
+        yield Resource(name=spec_path, uri=redact_source(source), annotations={"combinedDigest": digest})
         if is_unchanged:
-            yield from (Resource(name=f"{path}/{file.name}", digest={"sha256": sha256_by_file[file]}) for file in files)
+            yield from (Resource(name=f"{spec_path}/{file.name}", digest={"sha256": sha256_by_file[file]}) for file in files)
 
 
-def _build_image_resource(run: RunConfig) -> Iterator[Resource]:
+def _list_image_resources(run: RunConfig) -> Iterator[Resource]:
     """Yield the image of `placement.image`.
 
     A pod does not know the digest of its image; `finetune sign NAME` adds the digest that the operator recorded.

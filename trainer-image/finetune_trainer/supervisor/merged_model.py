@@ -41,11 +41,11 @@ def commit_merged_model(
     committed_adapter = tree.get_committed(None)
     adapter_manifest = tree.read_manifest(committed_adapter) if committed_adapter is not None else None
     entries = list_file_entries(folder)
-    total, uploaded = sum(entry.size for entry in entries), 0
+    total_bytes, uploaded_bytes = sum(entry.size for entry in entries), 0
     for entry in entries:
-        before_each_file(uploaded, total)
+        before_each_file(uploaded_bytes, total_bytes)
         tree.store.put_file(folder / entry.path, join_key(Storage.MERGED, incarnation, entry.path), byte_counter=byte_counter)
-        uploaded += entry.size
+        uploaded_bytes += entry.size
     manifest_changes = {
         "attempt": attempt, "incarnation": incarnation, "kind": OutputKind.MODEL, "files": entries,
         "extra": {ADAPTER_SHA256: output.sha256, "adapter": output.uri},

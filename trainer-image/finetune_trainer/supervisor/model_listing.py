@@ -59,30 +59,30 @@ def list_model(fetcher: Fetcher, source: Source) -> tuple[ModelListing, Callable
     """
     match source:
         case HubSource():
-            return _list_hub(source)
+            return _list_hub_model(source)
         case S3Source():
-            return _list_s3(fetcher, source)
+            return _list_s3_model(fetcher, source)
     raise CacheProblem(f"{source} is not a model on the hub or in S3")
 
 
 def build_hub_location(source: HubSource) -> str:
-    """Return the URL of a repository on the hub whose address the environment variables configure."""
-    return f"{_hub_endpoint()}/{source.repo}"
+    """Return the URL of a repository on the hub. The environment variable HF_ENDPOINT can set the address of the hub."""
+    return f"{_get_hub_endpoint()}/{source.repo}"
 
 
-def _hub_endpoint() -> str:
+def _get_hub_endpoint() -> str:
     from huggingface_hub import constants
 
     return (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
 
 
-def _list_hub(source: HubSource) -> tuple[ModelListing, Callable[[Path], None]]:
+def _list_hub_model(source: HubSource) -> tuple[ModelListing, Callable[[Path], None]]:
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError
 
     token = os.environ.get(Env.HF_TOKEN) or False
     try:
-        api = huggingface_hub.HfApi(endpoint=_hub_endpoint(), token=token)
+        api = huggingface_hub.HfApi(endpoint=_get_hub_endpoint(), token=token)
         repository = api.model_info(source.repo, revision=source.revision)
         if repository.gated or repository.private:
             api.auth_check(source.repo)  # Even if the cache has the files, this job must have access to the repository itself.
@@ -95,12 +95,12 @@ def _list_hub(source: HubSource) -> tuple[ModelListing, Callable[[Path], None]]:
         if isinstance(error, ValueError):
             raise
         raise HubDown from error
-    files = _needed_files(tree_entries)
+    files = _select_needed_files(tree_entries)
     revision = str(repository.sha)
 
     def download(folder: Path) -> None:
         huggingface_hub.snapshot_download(
-            source.repo, revision=revision, local_dir=folder, endpoint=_hub_endpoint(), token=token, allow_patterns=list(MODEL_SOURCE.file_patterns),
+            source.repo, revision=revision, local_dir=folder, endpoint=_get_hub_endpoint(), token=token, allow_patterns=list(MODEL_SOURCE.file_patterns),
             max_workers=DOWNLOAD_THREADS,
         )  # fmt: skip
         shutil.rmtree(folder / ".cache", ignore_errors=True)  # The client has written metadata about the download to this folder.
@@ -109,7 +109,7 @@ def _list_hub(source: HubSource) -> tuple[ModelListing, Callable[[Path], None]]:
     return ModelListing(build_hub_location(source), _check_and_sort(files), hub_revision=revision, is_public=is_public), download
 
 
-def _needed_files(tree_entries: list[Any]) -> list[SourceFile]:
+def _select_needed_files(tree_entries: list[Any]) -> list[SourceFile]:
     from huggingface_hub.hf_api import RepoFile
     from huggingface_hub.utils import filter_repo_objects
 
@@ -118,7 +118,7 @@ def _needed_files(tree_entries: list[Any]) -> list[SourceFile]:
     return [SourceFile(entry.path, entry.size, f"sha256:{entry.lfs.sha256}" if entry.lfs else f"git-blob:{entry.blob_id}") for entry in needed_entries]
 
 
-def _list_s3(fetcher: Fetcher, source: S3Source) -> tuple[ModelListing, Callable[[Path], None]]:
+def _list_s3_model(fetcher: Fetcher, source: S3Source) -> tuple[ModelListing, Callable[[Path], None]]:
     listing = fetcher.list_s3(source, MODEL_SOURCE)
     if not listing.needed_objects or listing.is_single_object:
         raise CacheProblem(f"{source} is not a folder that contains objects")
@@ -140,8 +140,8 @@ def _list_s3(fetcher: Fetcher, source: S3Source) -> tuple[ModelListing, Callable
 def _check_and_sort(files: list[SourceFile]) -> tuple[SourceFile, ...]:
     """Return the files, sorted by name. Errors: CacheProblem if a name leads out of the model's folder, or if two files have the same name."""
     for file in files:
-        parts = PurePosixPath(file.name).parts
-        if not parts or file.name.startswith("/") or ".." in parts or "\0" in file.name:
+        name_parts = PurePosixPath(file.name).parts
+        if not name_parts or file.name.startswith("/") or ".." in name_parts or "\0" in file.name:
             raise CacheProblem(f"the source has a file with the name {file.name!r}")
     if len({file.name for file in files}) < len(files):
         raise CacheProblem("the source has two files with the same name")

@@ -83,8 +83,8 @@ class PreparationPod:
 
     def run(self) -> int:
         """Check everything, report the result to the operator, and return the exit code."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda _number, _frame: self._stop_requested.set())
+        for signal_number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signal_number, lambda _number, _frame: self._stop_requested.set())
         processes.adopt_orphans()
         # If the operator has given no secret, the random secret makes the server refuse every request for the report.
         server = Server(self._state, self._settings.port, attempt_secret=self._settings.attempt_secret or secrets.token_hex(32))
@@ -104,7 +104,7 @@ class PreparationPod:
         resolved_config = message.resolved.model_copy(update={"model_revision": None}) if message.resolved is not None else None
         message = message.model_copy(update={"data": data_report, "resolved": resolved_config})
         if self._adopted_result is not None and decision.exit_code == ExitCode.OK:
-            message = _with_adopted_result(message, self._adopted_result)
+            message = _add_adopted_result(message, self._adopted_result)
         write_termination_message(message, self._settings.termination_log)
         server.close()
         return decision.exit_code
@@ -122,25 +122,25 @@ class PreparationPod:
         preparation = Preparation(run, config_sha256, self._settings, self._state, FileDigests(), MODEL_WITHOUT_WEIGHTS)
         preparation.check_hub_token()
 
-        def fetch() -> RunFacts:
+        def prepare_inputs() -> RunFacts:
             preparation.preflight()
             inputs, facts = preparation.fetch()
             inputs.write(work_folder)
             self._adopted_result = find_result_to_adopt(run, facts, self._state)
             return facts
 
-        facts = run_until(self._stop_requested.is_set, fetch)
-        address: dict[str, str] = {}
+        facts = run_until(self._stop_requested.is_set, prepare_inputs)
+        row_address_fields: dict[str, str] = {}
         with RowStore.open(run, self._settings.checkpoint_key) as row_store:
             self._row_store = row_store if self._may_share_rows(run) else None
             if self._adopted_result is None:
                 self._run_process(run)
-            summary, checked = preparation.data_summary, self._check_result
-            self._state.merge_resolved(checked.resolved if checked is not None else ResolvedConfig())
+            summary, check_result = preparation.data_summary, self._check_result
+            self._state.merge_resolved(check_result.resolved if check_result is not None else ResolvedConfig())
             if summary is None:
                 return DataReport()
-            if checked is not None and self._row_store is not None:
-                address = run_until(self._stop_requested.is_set, lambda: self._store_rows(row_store, run, checked.data.digest, facts, summary))
+            if check_result is not None and self._row_store is not None:
+                row_address_fields = run_until(self._stop_requested.is_set, lambda: self._store_rows(row_store, run, check_result.data.digest, facts, summary))
             with suppress(StoppedError):  # If the pod is stopped here, a later preparation removes unused rows, and training pods fill the cache.
                 run_until(self._stop_requested.is_set, lambda: _remove_unused_rows(row_store))
                 if self._adopted_result is None:
@@ -150,20 +150,20 @@ class PreparationPod:
         data_report = DataReport(
             rows=summary.rows, bad_rows=summary.bad_rows, duplicates=findings.duplicate_count, personal_data=findings.personal_data_counts
         )
-        return data_report.model_copy(update=(checked.data.model_dump(exclude_none=True) if checked is not None else {}) | address)
+        return data_report.model_copy(update=(check_result.data.model_dump(exclude_none=True) if check_result is not None else {}) | row_address_fields)
 
     def _may_share_rows(self, run: RunConfig) -> bool:
         """Whether this preparation stores and uses shared rows.
 
         A preparation that runs the user's code must not store or use shared rows, because the code could change the rows of other jobs.
         """
-        fields = find_user_code_in_preparation(run.spec)
-        if fields:
+        user_code_fields = find_user_code_in_preparation(run.spec)
+        if user_code_fields:
             self._state.add_note(
-                f"prepared rows are neither stored nor used, because {', '.join(fields)} can run other code in the preparation; "
+                f"prepared rows are neither stored nor used, because {', '.join(user_code_fields)} can run other code in the preparation; "
                 "the training pods tokenise the data"
             )
-        return not fields
+        return not user_code_fields
 
     def _run_process(self, run: RunConfig) -> None:
         """Run the process `check`, which does the checks that need large libraries. Errors: the failure that the process reports; StoppedError."""
@@ -172,12 +172,12 @@ class PreparationPod:
             if self._stop_requested.is_set():
                 raise StoppedError
 
-        child_result = run_child(["check"], run, self._settings, handle_message=self._handle_message, while_running=watch)
+        child_result = run_child(["check"], run, self._settings, handle_message=self._handle_message, watch_process=watch)
         if child_result.failure is not None:
             raise child_result.failure
 
     def _answer_request(self, digest: Any) -> None:
-        """Search for the stored rows that the process `check` requests. If `check` repeats the request, show it that the search continues, or answer again."""
+        """Search for the stored rows that the process `check` requests. If `check` repeats the request, signal that the search continues, or answer again."""
         if not rows_request.is_digest(digest) or self._requested_digest not in (None, digest):
             log.warning("a request for prepared rows is not valid")
             return
@@ -250,7 +250,7 @@ class PreparationPod:
                 apply_report(self._state, message)
 
 
-def _with_adopted_result(message: TerminationMessage, result: RunResult) -> TerminationMessage:
+def _add_adopted_result(message: TerminationMessage, result: RunResult) -> TerminationMessage:
     """Return the termination message with the result of the earlier run, as if this job had trained the model."""
     own_notes = message.resolved.notes if message.resolved is not None else None
     resolved_config = (result.resolved or ResolvedConfig()).model_copy(update={"notes": own_notes})

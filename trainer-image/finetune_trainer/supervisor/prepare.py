@@ -101,14 +101,14 @@ class Preparation:
 
     def _retry_while_busy(self, send_request: Callable[[], T]) -> T:
         """Check the store, and retry while the store reports that it is busy. Wrong settings and unreachable stores are reported at once."""
-        for pause in BUSY_PAUSES_SECONDS:
+        for pause_seconds in BUSY_PAUSES_SECONDS:
             try:
                 return send_request()
             except StorageError as error:
                 if error.code != "StorageFailed":
                     raise
-                log.warning("storage is busy, will retry in %.0f s: %s", pause, error)
-                time.sleep(pause)
+                log.warning("storage is busy, will retry in %.0f s: %s", pause_seconds, error)
+                time.sleep(pause_seconds)
         return send_request()
 
     def fetch_existing_model(self, tree: CheckpointTree, folder: Path) -> tuple[Inputs, ExistingModel]:
@@ -150,7 +150,7 @@ class Preparation:
         self._state.enter_stage(Stage.CHECKING)
         stored_rows = self._run_timed("rows", lambda: self._fetch_stored_rows(facts)) if uses_stored_rows else None
         summary = self._run_timed("check", lambda: self._check_data(inputs, stored_rows))
-        image_digests = self._run_timed("images", lambda: self._digest_images(summary))
+        image_digests = self._run_timed("images", lambda: self._compute_image_digests(summary))
         facts = facts.model_copy(update={"other_inputs": facts.other_inputs | image_digests})
         require_expected_inputs(facts)
         return inputs.model_copy(update={"image_digests": image_digests, "stored_rows": stored_rows.digest if stored_rows is not None else None}), facts
@@ -172,7 +172,7 @@ class Preparation:
         self._state.add_note(f"the rows of the preparation are used: {stored_rows.row_count} rows")
         return stored_rows
 
-    def _digest_images(self, summary: DataSummary) -> dict[str, str]:
+    def _compute_image_digests(self, summary: DataSummary) -> dict[str, str]:
         """Return one digest for the images of the training rows and one for the images of the held-out rows, by the names in `IMAGE_SETS`.
 
         A set without images has no entry.
@@ -223,44 +223,48 @@ class Preparation:
             self._run, self._work_folder, byte_counter=self._count_downloaded_bytes, digests=self._digests, model_kind=self._model_kind,
             cached_models=cache.models if cache is not None else None,
         )  # fmt: skip
-        data = spec.dataset
+        dataset_spec = spec.dataset
         source = spec.model.source or ""
         model = fetcher.fetch_model(source, "model.source", "model")
         if cache is not None:
             self._report_cache(cache, fetcher)
-        tokenizer = spec.model.tokenizer
-        adapter = spec.method.adapter.source if spec.method.adapter else None
-        reference = spec.trainer.dpo.reference_model if spec.trainer.dpo else None
-        train = fetcher.fetch_data_files(data.train, "dataset.train", "train") if data.train else []
-        mixture = [
+        tokenizer_source = spec.model.tokenizer
+        adapter_source = spec.method.adapter.source if spec.method.adapter else None
+        reference_source = spec.trainer.dpo.reference_model if spec.trainer.dpo else None
+        train_files = fetcher.fetch_data_files(dataset_spec.train, "dataset.train", "train") if dataset_spec.train else []
+        files_by_mixture_part = [
             fetcher.fetch_data_files(item.source, f"dataset.mixture[{number}].source", f"mixture-{number}")
-            for number, item in enumerate(data.mixture or [])
+            for number, item in enumerate(dataset_spec.mixture or [])
         ]
-        validation = fetcher.fetch_data_files(data.validation, "dataset.validation", "validation") if data.validation else []
-        test = fetcher.fetch_data_files(data.test, "dataset.test", "test") if data.test else []
-        data_files = [*train, *(file for part in mixture for file in part), *validation, *test]
+        validation_files = fetcher.fetch_data_files(dataset_spec.validation, "dataset.validation", "validation") if dataset_spec.validation else []
+        test_files = fetcher.fetch_data_files(dataset_spec.test, "dataset.test", "test") if dataset_spec.test else []
+        training_files = [*train_files, *(file for source_files in files_by_mixture_part for file in source_files)]
+        data_files = [*training_files, *validation_files, *test_files]
+        image_root = dataset_spec.images.root if dataset_spec.images else None
         metric_models = spec.evaluation.metric_models
-        bertscore, similarity = (metric_models.bertscore, metric_models.semantic_similarity) if metric_models else (None, None)
+        bertscore_source, similarity_source = (metric_models.bertscore, metric_models.semantic_similarity) if metric_models else (None, None)
         return Inputs(
             model=model.path,
-            tokenizer=fetcher.fetch_tokenizer(tokenizer, "model.tokenizer", "tokenizer").path
-            if tokenizer and tokenizer != source
+            tokenizer=fetcher.fetch_tokenizer(tokenizer_source, "model.tokenizer", "tokenizer").path
+            if tokenizer_source and tokenizer_source != source
             else None,
-            adapter=fetcher.fetch_adapter(adapter, "method.adapter.source", "adapter").path if adapter else None,
-            reference=fetcher.fetch_model(reference, "trainer.dpo.referenceModel", "reference").path if reference else None,
-            bertscore_model=fetcher.fetch_model(bertscore, "evaluation.metricModels.bertscore", "bertscore").path if bertscore else None,
-            similarity_model=fetcher.fetch_model(similarity, "evaluation.metricModels.semanticSimilarity", "similarity").path if similarity else None,
+            adapter=fetcher.fetch_adapter(adapter_source, "method.adapter.source", "adapter").path if adapter_source else None,
+            reference=fetcher.fetch_model(reference_source, "trainer.dpo.referenceModel", "reference").path if reference_source else None,
+            bertscore_model=fetcher.fetch_model(bertscore_source, "evaluation.metricModels.bertscore", "bertscore").path if bertscore_source else None,
+            similarity_model=fetcher.fetch_model(similarity_source, "evaluation.metricModels.semanticSimilarity", "similarity").path
+            if similarity_source
+            else None,
             combined_adapters=self._fetch_combined_adapters(fetcher, model.path),
             benchmarks=self._fetch_benchmarks(fetcher),
-            train=train,
-            mixture=mixture,
-            validation=validation,
-            test=test,
+            train=train_files,
+            mixture=files_by_mixture_part,
+            validation=validation_files,
+            test=test_files,
             file_digests={file: digest for file in data_files if (digest := self._digests.get_known_sha256(file)) is not None},
-            images=fetcher.fetch_image_folder(data.images.root, "dataset.images.root", "images") if data.images and data.images.root else None,
+            images=fetcher.fetch_image_folder(image_root, "dataset.images.root", "images") if image_root else None,
             source_versions=fetcher.source_versions,
             model_revision=model.hub_revision or compute_fingerprint(model.path),
-            dataset_digest=compute_combined_digest([*train, *(file for part in mixture for file in part)], self._digests.get_sha256),
+            dataset_digest=compute_combined_digest(training_files, self._digests.get_sha256),
             output_dir=self._work_folder / "output",
             config_maps=self._config_maps,
         )
@@ -290,14 +294,14 @@ class Preparation:
 
     def _fetch_combined_adapters(self, fetcher: Fetcher, base_model: Path) -> list[Path]:
         """Fetch and check the adapters of `output.combineAdapters`, in rank 0's pod only. Errors: ConfigError `AdapterNotCombinable`."""
-        folders = []
+        adapter_folders = []
         for number, item in enumerate((self._run.spec.output.combine_adapters or []) if self._node_rank == 0 else []):
-            field = f"output.combineAdapters[{number}].source"
-            folder = fetcher.fetch_adapter(item.source, field, f"combined-adapter-{number}").path
+            spec_path = f"output.combineAdapters[{number}].source"
+            adapter_folder = fetcher.fetch_adapter(item.source, spec_path, f"combined-adapter-{number}").path
             if not self._model_kind.skipped_endings:
-                require_combinable(folder, base_model, field, item.source)
-            folders.append(folder)
-        return folders
+                require_combinable(adapter_folder, base_model, spec_path, item.source)
+            adapter_folders.append(adapter_folder)
+        return adapter_folders
 
     def _check_data(self, inputs: Inputs, stored_rows: StoredRows | None) -> DataSummary:
         from finetune_trainer.benchmarks.plan import plan_tasks
@@ -366,10 +370,13 @@ def require_expected_inputs(facts: RunFacts, *, unknown_inputs: Sequence[str] = 
         ("training data", expected_facts.dataset_digest, facts.dataset_digest),
     ]
     expected_and_found += [
-        (name, digest, facts.other_inputs.get(name, ""))
-        for name, digest in expected_facts.other_inputs.items() if name not in unknown_inputs
+        (name, expected_digest, facts.other_inputs.get(name, ""))
+        for name, expected_digest in expected_facts.other_inputs.items() if name not in unknown_inputs
     ]
-    changed_inputs = [f"{name} is {found or 'absent'} instead of {digest}" for name, digest, found in expected_and_found if digest != found]
+    changed_inputs = [
+        f"{name} is {found_digest or 'absent'} instead of {expected_digest}"
+        for name, expected_digest, found_digest in expected_and_found if expected_digest != found_digest
+    ]
     if changed_inputs:
         raise ConfigError(
             "InputsChanged", "the inputs are not those of the run that is replayed: " + "; ".join(changed_inputs),
@@ -410,8 +417,8 @@ def hash_settings(run: RunConfig) -> dict[str, str]:
     spec["distributed"] = _drop_unused_options(spec.get("distributed") or {})
     hashes = {}
     for field in COMPARED_SPEC_FIELDS:
-        value = {name: entry for name, entry in (spec.get(field) or {}).items() if name not in FIELDS_NOT_HASHED}
-        hashes[field] = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+        hashed_options = {name: value for name, value in (spec.get(field) or {}).items() if name not in FIELDS_NOT_HASHED}
+        hashes[field] = hashlib.sha256(json.dumps(hashed_options, sort_keys=True).encode()).hexdigest()[:12]
     return hashes
 
 

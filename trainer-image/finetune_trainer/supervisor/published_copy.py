@@ -32,8 +32,8 @@ class CopiedFile(LenientModel):
     """The version tag of the copy. If another job has replaced the copy, the tag in storage differs from this recorded tag."""
 
 
-CopiedFiles = TypeAdapter(dict[str, CopiedFile])
-"""The list of copied files in its stored form: each `CopiedFile` by the key of its copy, relative to `storage.uri`."""
+CopiedFilesAdapter = TypeAdapter(dict[str, CopiedFile])
+"""Reads and writes the stored list of copied files: each `CopiedFile` by the key of its copy, relative to `storage.uri`."""
 
 
 class PublishedCopy:
@@ -88,7 +88,7 @@ class PublishedCopy:
         stored_object = self._store.stat(key)
         if stored_object is not None:
             self._copied_files[key] = CopiedFile(source=source, tag=stored_object.tag)
-            self._tree.store.put(COPIED_FILES_KEY, CopiedFiles.dump_json(self._copied_files, by_alias=True))
+            self._tree.store.put(COPIED_FILES_KEY, CopiedFilesAdapter.dump_json(self._copied_files, by_alias=True))
 
 
 def _list_files(folder: Path) -> list[Path]:
@@ -98,7 +98,7 @@ def _list_files(folder: Path) -> list[Path]:
 def _read_copied_files(tree: CheckpointTree) -> dict[str, CopiedFile]:
     data = tree.store.get(COPIED_FILES_KEY)
     try:
-        return CopiedFiles.validate_json(data) if data is not None else {}
+        return CopiedFilesAdapter.validate_json(data) if data is not None else {}
     except ValidationError:
         log.warning("%s cannot be read: all files are copied again", COPIED_FILES_KEY)
         return {}

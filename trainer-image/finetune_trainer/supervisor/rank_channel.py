@@ -37,14 +37,14 @@ class RankChannel:
     def _receive_messages(self) -> None:
         while True:
             try:
-                data = self._socket.recv(MAX_MESSAGE_BYTES + 1)
+                message_bytes = self._socket.recv(MAX_MESSAGE_BYTES + 1)
             except TimeoutError:
                 if self._closing.is_set():
                     return
                 continue
             except OSError:
                 return
-            message = self._parse_message(data)
+            message = self._parse_message(message_bytes)
             if message is not None:
                 try:
                     self._on_message(message)
@@ -53,10 +53,10 @@ class RankChannel:
                 ):  # An invalid message must not end the thread, because later messages must still be received.
                     log.exception("a rank's message could not be applied: %s", message.get("kind"))
 
-    def _parse_message(self, data: bytes) -> dict[str, Any] | None:
+    def _parse_message(self, message_bytes: bytes) -> dict[str, Any] | None:
         """Return the message, or None if the bytes are not a valid message."""
         try:
-            message = json.loads(data)
+            message = json.loads(message_bytes)
             message = read_spilled(message, self._folder) if isinstance(message, dict) else None
         except (OSError, ValueError):
             return None

@@ -29,14 +29,14 @@ def copy_reference_values(tree: CheckpointTree, committed_checkpoint: CommittedC
     if not isinstance(digest, str):
         return "the job that trained the model recorded no reference values: its output.verify was false, or its trainer is older than 0.2.0"
     key = reference_values_key(digest)
-    data, shown = tree.store.get(key), redact_source(tree.uri(key))
+    data, shown_uri = tree.store.get(key), redact_source(tree.uri(key))
     if data is None:
-        return f"the reference values {shown} are missing"
+        return f"the reference values {shown_uri} are missing"
     if hashlib.sha256(data).hexdigest() != digest:
-        return f"the reference values {shown} are damaged"
+        return f"the reference values {shown_uri} are damaged"
     try:
         ReferenceValues.model_validate_json(data)
     except ValidationError:
-        return f"the reference values {shown} cannot be read by this trainer; a later version may have written them"
+        return f"the reference values {shown_uri} cannot be read by this trainer; a later version may have written them"
     (folder / FILE_NAME).write_bytes(data)
     return None

@@ -28,19 +28,19 @@ class RemainingTime:
         self.expected_step_seconds: float | None = None
         """Duration of a step in earlier attempts, including pauses; None if it is not known."""
         self._step_seconds: deque[float] = deque(maxlen=RECENT_STEPS)
-        self._last_step: tuple[int, float] | None = None
-        self._paused_since_step = 0.0
+        self._last_step_and_time: tuple[int, float] | None = None
+        self._pause_seconds_since_step = 0.0
         self._pauses: dict[str, deque[tuple[int, float]]] = {}
 
     def record_step(self, step: int, now: float) -> None:
         """Record the end of a step at the monotonic time `now`. The first step is not measured, because it also compiles kernels."""
-        if self._last_step is not None and step == self._last_step[0] + 1:
-            self._step_seconds.append(max(0.0, now - self._last_step[1] - self._paused_since_step))
-        self._last_step, self._paused_since_step = (step, now), 0.0
+        if self._last_step_and_time is not None and step == self._last_step_and_time[0] + 1:
+            self._step_seconds.append(max(0.0, now - self._last_step_and_time[1] - self._pause_seconds_since_step))
+        self._last_step_and_time, self._pause_seconds_since_step = (step, now), 0.0
 
     def record_pause(self, time_use_part: str, step: int, seconds: float) -> None:
         """Record a pause after a step. `time_use_part`: the part of `TimeUse`, `evaluation` or `saving`."""
-        self._paused_since_step += seconds
+        self._pause_seconds_since_step += seconds
         self._pauses.setdefault(time_use_part, deque(maxlen=RECENT_PAUSE_COUNT)).append((step, seconds))
 
     def estimate(self, step: int, total_steps: int) -> float | None:
@@ -50,8 +50,8 @@ class RemainingTime:
             return steps_left * self.expected_step_seconds
         if not self._step_seconds:
             return None
-        longest_step_seconds = MAX_STEP_IN_MEDIANS * statistics.median(self._step_seconds)
-        step_seconds = statistics.fmean(min(one, longest_step_seconds) for one in self._step_seconds)
+        max_step_seconds = MAX_STEP_IN_MEDIANS * statistics.median(self._step_seconds)
+        step_seconds = statistics.fmean(min(seconds, max_step_seconds) for seconds in self._step_seconds)
         return steps_left * step_seconds + sum(self._estimate_pause_seconds(list(pauses), step, total_steps) for pauses in self._pauses.values())
 
     @staticmethod
@@ -60,7 +60,7 @@ class RemainingTime:
 
         The remaining pauses are assumed to have the mean interval (in steps) and the median duration of the recorded pauses.
         """
-        pause_steps = [at for at, _ in pauses]
+        pause_steps = [pause_step for pause_step, _ in pauses]
         steps_between_pauses = (pause_steps[-1] - pause_steps[0]) / (len(pause_steps) - 1) if len(pause_steps) > 1 else pause_steps[0]
         if steps_between_pauses <= 0:
             return 0.0

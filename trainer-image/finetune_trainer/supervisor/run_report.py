@@ -22,7 +22,7 @@ from finetune_trainer.checkpoint.manifest import Manifest
 from finetune_trainer.checkpoint.tree import CheckpointTree
 from finetune_trainer.evaluation.predictions import Prediction
 from finetune_trainer.report import page
-from finetune_trainer.report.redaction import secret_values
+from finetune_trainer.report.redaction import list_secret_values
 from finetune_trainer.report.result_sections import MAX_ANSWERS
 from finetune_trainer.report.run_report import (
     CompletedStage,
@@ -65,7 +65,7 @@ class ReportWriter:
         """Store the counts that the check of the data found, such as rows and duplicates, for the report."""
         findings = summary.findings
         record = DataRecord(
-            formats=[str(one) for one in summary.formats], rows=summary.rows, bad_rows=summary.bad_rows, duplicates=findings.duplicate_count,
+            formats=[str(data_format) for data_format in summary.formats], rows=summary.rows, bad_rows=summary.bad_rows, duplicates=findings.duplicate_count,
             personal_data=findings.personal_data_counts, share_of_top_answer=findings.share_of_top_answer,
         )  # fmt: skip
         self._tree.store.put(DATA_KEY, record.model_dump_json(by_alias=True, exclude_none=True).encode())
@@ -78,38 +78,39 @@ class ReportWriter:
         if self._tree.is_superseded(self._run.attempt):
             return None
         self._recorder.record_end(message, progress)
-        text = page.render(self.collect_report_data(message.output, progress), secret_values(os.environ)).encode()
-        self._tree.store.put(REPORT_KEY, text)
+        page_bytes = page.render(self.collect_report_data(message.output, progress), list_secret_values(os.environ)).encode()
+        self._tree.store.put(REPORT_KEY, page_bytes)
         if message.output is not None and message.output.published_uri:
-            self._store_beside_copy(text)
+            self._store_next_to_copy(page_bytes)
         return self._tree.uri(REPORT_KEY)
 
-    def _store_beside_copy(self, text: bytes) -> None:
+    def _store_next_to_copy(self, page_bytes: bytes) -> None:
         folder = self._results.find_copy_folder()
         assert folder is not None, "a copy is only made with output.dir"
         store = open_store(self._run.storage.model_copy(update={"uri": self._results.root}))
         try:
-            store.put(folder.key + page.COPY_NAME, text)
+            store.put(folder.key + page.COPY_NAME, page_bytes)
         finally:
             store.close()
 
     def collect_report_data(self, output: Output | None, progress: ProgressReport) -> RunReport:
         """Read all data that the report shows."""
-        logs = _read_logs_by_incarnation(self._tree)
+        entries_by_incarnation = _read_logs_by_incarnation(self._tree)
         records = read_attempt_records(self._tree)
         order_by_incarnation = {record.incarnation: number for number, record in enumerate(records)}
-        log_entries = join_attempts(logs[name] for name in sorted(logs, key=lambda name: (order_by_incarnation.get(name, -1), name)))
+        ordered_incarnations = sorted(entries_by_incarnation, key=lambda name: (order_by_incarnation.get(name, -1), name))
+        log_entries = join_attempts(entries_by_incarnation[name] for name in ordered_incarnations)
         manifest = self._read_model_manifest()
-        predictions = self._read_prediction_lines()
+        prediction_lines = self._read_prediction_lines()
         return RunReport(
             run=self._run, config_sha256=self._config_sha256, written_at=datetime.now(UTC), started_at=self._results.read_start_time(), attempts=tuple(records),
-            log=tuple(log_entries), last_lines={name: entries[-1] for name, entries in logs.items() if entries},
+            log=tuple(log_entries), last_lines={name: entries[-1] for name, entries in entries_by_incarnation.items() if entries},
             output=output, evaluation=progress.evaluation, data=self._read(DATA_KEY, DataRecord),
             token_counts=(manifest.extra.get("data") or {}).get("tokens") or {} if manifest else {}, versions=manifest.facts.versions if manifest else {},
             checkpoints=tuple(self._read_checkpoints()),
             model_files=tuple(ModelFile(file.path, file.size, file.sha256) for file in manifest.files) if manifest else (),
-            stages=tuple(CompletedStage(one.stage.value, one.attempt, one.time) for one in self._read_all(f"{Storage.RUN}/stages", StageRecord)),
-            predictions=tuple(Prediction(**json.loads(line)) for line in predictions[:MAX_ANSWERS]), prediction_count=len(predictions),
+            stages=tuple(CompletedStage(record.stage.value, record.attempt, record.time) for record in self._read_folder(f"{Storage.RUN}/stages", StageRecord)),
+            predictions=tuple(Prediction(**json.loads(line)) for line in prediction_lines[:MAX_ANSWERS]), prediction_count=len(prediction_lines),
             comparison=self._read(join_key(Storage.EVALUATION, ResultFile.MODEL_COMPARISON), ModelComparison),
             further_results=_collect_further_results(output, progress),
         )  # fmt: skip
@@ -123,10 +124,10 @@ class ReportWriter:
         return self._tree.read_manifest(committed_model) if committed_model is not None else None
 
     def _read_checkpoints(self) -> Iterator[StoredCheckpoint]:
-        for committed in self._tree.list_committed()[:MAX_SHOWN_CHECKPOINTS]:
-            manifest = self._tree.read_manifest(committed)
+        for checkpoint in self._tree.list_committed()[:MAX_SHOWN_CHECKPOINTS]:
+            manifest = self._tree.read_manifest(checkpoint)
             yield StoredCheckpoint(
-                committed.step or 0, committed.marker.attempt, committed.marker.manifest_sha256, committed.is_healthy,
+                checkpoint.step or 0, checkpoint.marker.attempt, checkpoint.marker.manifest_sha256, checkpoint.is_healthy,
                 manifest.total_bytes if manifest else None, manifest.eval_loss if manifest else None,
             )  # fmt: skip
 
@@ -139,28 +140,28 @@ class ReportWriter:
             log.warning("%s cannot be read, so the report does not show it", key)
             return None
 
-    def _read_all(self, folder: str, model_class: type[ModelT]) -> list[ModelT]:
+    def _read_folder(self, folder: str, model_class: type[ModelT]) -> list[ModelT]:
         keys = [stat.key for stat in self._tree.store.list(f"{folder}/") if "/" not in stat.key.removeprefix(f"{folder}/")]
         models = (self._read(key, model_class) for key in keys)
-        return [one for one in models if one is not None]
+        return [model for model in models if model is not None]
 
 
 def _read_logs_by_incarnation(tree: CheckpointTree) -> dict[str, list[LogEntry]]:
     """Return the stored log lines of each incarnation."""
     prefix, suffix = f"{Storage.METRICS}/a", ".jsonl"
-    logs = {}
+    entries_by_incarnation = {}
     for stat in list(tree.store.list(prefix)):
         data = tree.store.get(stat.key) if stat.key.endswith(suffix) else None
         if data is not None:
-            name = stat.key.removeprefix(f"{Storage.METRICS}/").removesuffix(suffix)
-            logs[name] = [LogEntry.from_json(line) for line in data.decode().splitlines()]
-    return logs
+            incarnation = stat.key.removeprefix(f"{Storage.METRICS}/").removesuffix(suffix)
+            entries_by_incarnation[incarnation] = [LogEntry.from_json(line) for line in data.decode().splitlines()]
+    return entries_by_incarnation
 
 
 def _collect_further_results(output: Output | None, progress: ProgressReport) -> dict[str, object]:
-    reports = {"evaluation": progress.evaluation, "output": output}
+    results = {"evaluation": progress.evaluation, "output": output}
     result_by_name: dict[str, object] = {}
-    for field, names in TABLE_FIELDS_BY_RESULT.items():
-        values = model.to_wire() if (model := reports[field]) is not None else {}
-        result_by_name |= {name: values[name] for name in names if values.get(name)}
+    for result_name, table_fields in TABLE_FIELDS_BY_RESULT.items():
+        wire_values = model.to_wire() if (model := results[result_name]) is not None else {}
+        result_by_name |= {name: wire_values[name] for name in table_fields if wire_values.get(name)}
     return result_by_name

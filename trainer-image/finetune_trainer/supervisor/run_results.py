@@ -41,7 +41,7 @@ class RunResults:
 
     def __init__(self, run: RunConfig, tree: CheckpointTree, output_folder: Path) -> None:
         self._run, self._tree, self._output_folder = run, tree, output_folder
-        self._stored: set[ResultFile] = set()
+        self._stored_files: set[ResultFile] = set()
 
     def record_start(self) -> None:
         """Record the start of the run, unless an earlier attempt has recorded it."""
@@ -50,25 +50,25 @@ class RunResults:
     def store_rank_files(self) -> None:
         """Store the files that rank 0 has written. Called before each commit. Errors: those of storage."""
         for name in FILES_OF_RANK_0:
-            if name not in self._stored and (path := self._output_folder / name).exists():
+            if name not in self._stored_files and (path := self._output_folder / name).exists():
                 self._tree.store.put_file(path, join_key(Storage.METRICS, name))
-                self._stored.add(name)
-        values_file = self._output_folder / reference.FILE_NAME
-        if values_file.exists():
-            self._tree.store.put_file(values_file, reference.reference_values_key(sha256_file(values_file)))
+                self._stored_files.add(name)
+        reference_values_file = self._output_folder / reference.FILE_NAME
+        if reference_values_file.exists():
+            self._tree.store.put_file(reference_values_file, reference.reference_values_key(sha256_file(reference_values_file)))
 
     def store_metric_files(self) -> None:
         """Store the metric files, unless a later attempt has begun. The file `log.jsonl` is already stored. Errors: those of storage."""
         if self._tree.is_superseded(self._run.attempt):
             return
-        for name, text in self._metric_files.items():
+        for name, text in self._metric_file_texts.items():
             if name not in FILES_OF_RANK_0:
                 self._tree.store.put(join_key(Storage.METRICS, name), text.encode())
 
     @cached_property
-    def _metric_files(self) -> dict[ResultFile, str]:
+    def _metric_file_texts(self) -> dict[ResultFile, str]:
         """Return the contents of the metric files by file name. Empty if the run has no stored log, because an older trainer did not store it."""
-        data = self._read(ResultFile.LOG)
+        data = self._read_result_file(ResultFile.LOG)
         if data is None:
             return {}
         entries = [LogEntry.from_json(line) for line in data.decode().splitlines()]
@@ -90,9 +90,9 @@ class RunResults:
             published_copy.add_model(model_folder, output.sha256 or "")
             if merged_folder is not None:
                 published_copy.add_merged_model(merged_folder, output.merged_uri or "")
-            for name, text in self._metric_files.items():
+            for name, text in self._metric_file_texts.items():
                 published_copy.add_result(name, text.encode())
-            if (test_rows := self._read(ResultFile.TEST_SPLIT)) is not None:
+            if (test_rows := self._read_result_file(ResultFile.TEST_SPLIT)) is not None:
                 published_copy.add_result(ResultFile.TEST_SPLIT, test_rows)
             for prefix in stage_folders:
                 published_copy.add_stored_files(prefix)
@@ -111,7 +111,7 @@ class RunResults:
         directory = (self._run.spec.output.dir or "").strip("/")
         return (self._run.publish or "").removesuffix(directory).rstrip("/")
 
-    def _read(self, name: ResultFile) -> bytes | None:
+    def _read_result_file(self, name: ResultFile) -> bytes | None:
         path = self._output_folder / name
         return path.read_bytes() if path.exists() else self._tree.store.get(join_key(Storage.METRICS, name))
 
@@ -121,7 +121,7 @@ class RunResults:
         return datetime.fromisoformat(json.loads(data)["time"]) if data is not None else datetime.now(UTC)
 
     def _describe_run(self) -> RunDescription:
-        spec, parameters = self._run.spec, self._read_parameter_counts()
+        spec, parameter_counts = self._run.spec, self._read_parameter_counts()
         lora = spec.method.lora
         return RunDescription(
             model=redact_source(spec.model.source or ""), technique=str(method_type_of(spec)), learning_rate=_to_text(spec.training.learning_rate),
@@ -129,7 +129,7 @@ class RunResults:
             lora_r=_to_text(lora.rank if lora else None), lora_alpha=_to_text(lora.alpha if lora else None),
             dataset_type=_to_text(spec.dataset.format and spec.dataset.format.value), metrics_directory=Storage.METRICS,
             started_at=self.read_start_time(), completed_at=datetime.now(UTC),
-            trainable_parameters=parameters.get("trainable"), total_parameters=parameters.get("total"),
+            trainable_parameters=parameter_counts.get("trainable"), total_parameters=parameter_counts.get("total"),
         )  # fmt: skip
 
     def _read_parameter_counts(self) -> dict[str, Any]:

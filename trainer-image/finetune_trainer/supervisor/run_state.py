@@ -56,9 +56,9 @@ class RunState:
         self._output: Output | None = None
         self._evaluation: EvaluationResult | None = None
         self._recent_step_seconds: deque[float] = deque(maxlen=RECENT_STEPS)
-        self._step_time: float | None = None
-        self._heartbeat_time: float | None = None
-        self._stage_since = time.monotonic() - seconds_since_process_start
+        self._last_step_time: float | None = None
+        self._last_heartbeat_time: float | None = None
+        self._stage_start_time = time.monotonic() - seconds_since_process_start
         self._timings: dict[str, float] = {}
         self._pauses: dict[str, float] = {}
         """Seconds of pauses in training, by part of `TimeUse`."""
@@ -80,8 +80,8 @@ class RunState:
         with self._lock:
             if stage != self._stage:
                 now = time.monotonic()
-                self._timings[self._stage.value] = self._timings.get(self._stage.value, 0.0) + now - self._stage_since
-                self._stage, self._stage_since = stage, now
+                self._timings[self._stage.value] = self._timings.get(self._stage.value, 0.0) + now - self._stage_start_time
+                self._stage, self._stage_start_time = stage, now
             self._detail = detail
 
     def add_timing(self, name: str, seconds: float) -> None:
@@ -112,18 +112,18 @@ class RunState:
     def record_heartbeat(self) -> None:
         """Record a heartbeat, such as the end of a micro-step or of an evaluation batch."""
         with self._lock:
-            self._heartbeat_time = time.monotonic()
+            self._last_heartbeat_time = time.monotonic()
 
     def record_step(self, step: int) -> None:
         """Record that an optimizer step is done. A late message about an earlier step does not change the recorded step."""
         now = time.monotonic()
         with self._lock:
             step_before = self._progress.step or 0
-            if self._step_time is not None and step == step_before + 1:
-                self._recent_step_seconds.append(now - self._step_time)
+            if self._last_step_time is not None and step == step_before + 1:
+                self._recent_step_seconds.append(now - self._last_step_time)
             if self._first_step_seconds is None and self._stage is Stage.TRAINING:
-                self._first_step_seconds = max(0.0, self._stage_seconds()[Stage.TRAINING] - sum(self._pauses.values()))
-            self._step_time = now
+                self._first_step_seconds = max(0.0, self._compute_timings()[Stage.TRAINING] - sum(self._pauses.values()))
+            self._last_step_time = now
             self._remaining_time.record_step(step, now)
             if step > step_before:
                 self._update_progress({"step": step})
@@ -238,12 +238,12 @@ class RunState:
     def seconds_since_step(self) -> float | None:
         """Return the seconds since the last step, or None before the first step."""
         with self._lock:
-            return None if self._step_time is None else time.monotonic() - self._step_time
+            return None if self._last_step_time is None else time.monotonic() - self._last_step_time
 
     def seconds_since_heartbeat(self) -> float | None:
         """Return the seconds since the last heartbeat, or None before the first heartbeat."""
         with self._lock:
-            return None if self._heartbeat_time is None else time.monotonic() - self._heartbeat_time
+            return None if self._last_heartbeat_time is None else time.monotonic() - self._last_heartbeat_time
 
     def median_step_seconds(self) -> float | None:
         """Return the median duration of the recent steps, or None before the second step."""
@@ -259,8 +259,8 @@ class RunState:
     def report(self) -> ProgressReport:
         """Return the response of `/progress`."""
         with self._lock:
-            timings = self._stage_seconds()
-            newest = self.checkpoints
+            timings = self._compute_timings()
+            newest_first = self.checkpoints
             return ProgressReport(
                 attempt=self._run.attempt if self._run else 1,
                 uid=self._run.uid if self._run else "",
@@ -268,8 +268,8 @@ class RunState:
                 detail=self._detail,
                 progress=self._build_progress_with_estimates(),
                 metrics=self._metrics,
-                checkpoints=choose_newest_and_best(newest),
-                latest_checkpoint=newest[0].uri if newest else None,
+                checkpoints=choose_newest_and_best(newest_first),
+                latest_checkpoint=newest_first[0].uri if newest_first else None,
                 output=self._output,
                 evaluation=self._evaluation,
                 resumed_from_step=self.resumed_from_step,
@@ -281,17 +281,17 @@ class RunState:
                 time_use=compute_time_use(timings, self._pauses, self._first_step_seconds),
             )
 
-    def _stage_seconds(self) -> dict[str, float]:
+    def _compute_timings(self) -> dict[str, float]:
         """Return the timings. The timing of the current stage includes the time up to this call."""
-        return self._timings | {self._stage.value: self._timings.get(self._stage.value, 0.0) + time.monotonic() - self._stage_since}
+        return self._timings | {self._stage.value: self._timings.get(self._stage.value, 0.0) + time.monotonic() - self._stage_start_time}
 
     def _build_health_with_ages(self) -> HealthReport:
-        since_step, since_heartbeat = self.seconds_since_step(), self.seconds_since_heartbeat()
+        seconds_since_step, seconds_since_heartbeat = self.seconds_since_step(), self.seconds_since_heartbeat()
         median_seconds = self.median_step_seconds()
-        silent_seconds = None if since_step is None or since_heartbeat is None else min(since_step, since_heartbeat)
+        silent_seconds = None if seconds_since_step is None or seconds_since_heartbeat is None else min(seconds_since_step, seconds_since_heartbeat)
         return self._health.model_copy(
             update={
-                "seconds_since_step": None if since_step is None else round(since_step, 3),
+                "seconds_since_step": None if seconds_since_step is None else round(seconds_since_step, 3),
                 "seconds_since_heartbeat": None if silent_seconds is None else round(silent_seconds, 3),
                 "median_step_seconds": None if median_seconds is None else round(median_seconds, 4),
             }
@@ -299,16 +299,16 @@ class RunState:
 
     def _build_progress_with_estimates(self) -> Progress:
         """Return the progress with percentage, remaining time and display texts."""
-        step, total = self._progress.step, self._progress.total_steps
-        update: dict[str, Any] = {}
-        if step is not None and total:
-            percent = min(100, 100 * step // total)
-            update |= {"percent": percent, "display": f"{step}/{total} ({percent}%)"}
-            estimated_seconds = self._remaining_time.estimate(step, total)
+        step, total_steps = self._progress.step, self._progress.total_steps
+        estimates: dict[str, Any] = {}
+        if step is not None and total_steps:
+            percent = min(100, 100 * step // total_steps)
+            estimates |= {"percent": percent, "display": f"{step}/{total_steps} ({percent}%)"}
+            estimated_seconds = self._remaining_time.estimate(step, total_steps)
             if estimated_seconds is not None:
                 seconds_left = round(estimated_seconds)
-                update |= {"seconds_remaining": seconds_left, "eta": format_duration(seconds_left)}
-        return self._progress.model_copy(update=update)
+                estimates |= {"seconds_remaining": seconds_left, "eta": format_duration(seconds_left)}
+        return self._progress.model_copy(update=estimates)
 
 
 def store_quietly(run_state: RunState, content_name: str, action: Callable[[], None]) -> None:
@@ -323,8 +323,8 @@ def store_quietly(run_state: RunState, content_name: str, action: Callable[[], N
 def choose_newest_and_best(newest_first: list[Checkpoint]) -> list[Checkpoint]:
     """Return the newest `MAX_NEWEST_CHECKPOINTS` checkpoints and the checkpoint with the lowest validation loss."""
     newest_checkpoints = newest_first[:MAX_NEWEST_CHECKPOINTS]
-    evaluated_checkpoints = [one for one in newest_first if one.eval_loss is not None]
-    best_checkpoint = min(evaluated_checkpoints, key=lambda one: (one.eval_loss or 0.0, one.step), default=None)
+    evaluated_checkpoints = [checkpoint for checkpoint in newest_first if checkpoint.eval_loss is not None]
+    best_checkpoint = min(evaluated_checkpoints, key=lambda checkpoint: (checkpoint.eval_loss or 0.0, checkpoint.step), default=None)
     return newest_checkpoints if best_checkpoint is None or best_checkpoint in newest_checkpoints else [*newest_checkpoints, best_checkpoint]
 
 

@@ -115,23 +115,23 @@ class _RequestHandler(BaseHTTPRequestHandler):
         if self.path.partition("?")[0] == HttpPath.PROGRESS and not self._may_read_progress():
             self._send_response(401, "text/plain", f"send the token of this attempt in the header {PROGRESS_TOKEN_HEADER}\n".encode())
             return
-        routes: dict[str, Callable[[], tuple[str, bytes]]] = {
-            HttpPath.PROGRESS: lambda: ("application/json", self._progress_json()),
+        response_builders: dict[str, Callable[[], tuple[str, bytes]]] = {
+            HttpPath.PROGRESS: lambda: ("application/json", self._build_progress_json()),
             HttpPath.METRICS: lambda: ("text/plain; version=0.0.4", format_metrics(self.server.run_state).encode()),
             HttpPath.HEALTH: lambda: ("text/plain", b"ok\n"),
             HttpPath.USAGE: lambda: ("application/json", _to_json(self.server.usage.read().to_wire())),
         }
-        route = routes.get(self.path.partition("?")[0])
-        if route is None:
+        build_response = response_builders.get(self.path.partition("?")[0])
+        if build_response is None:
             self._send_response(404, "text/plain", f"try {', '.join(HttpPath)}\n".encode())
         else:
-            self._send_response(200, *route())
+            self._send_response(200, *build_response())
 
     def do_POST(self) -> None:
         if not self.path.partition("?")[0].endswith("/status") or self.client_address[0] not in LOOPBACK_ADDRESSES:
             self._send_response(404, "text/plain", b"not found\n")
             return
-        length = self._content_length()
+        length = self._parse_content_length()
         if length is None:
             self._send_response(400, "text/plain", b"Content-Length must be a number\n")
             return
@@ -146,15 +146,15 @@ class _RequestHandler(BaseHTTPRequestHandler):
             return
         self._send_response(200, "application/json", json.dumps(body).encode())
 
-    def _content_length(self) -> int | None:
-        text = self.headers.get("Content-Length") or "0"
-        return int(text) if text.isascii() and text.isdecimal() else None
+    def _parse_content_length(self) -> int | None:
+        length_text = self.headers.get("Content-Length") or "0"
+        return int(length_text) if length_text.isascii() and length_text.isdecimal() else None
 
     def _may_read_progress(self) -> bool:
         expected_token = self.server.progress_token
         return expected_token is None or hmac.compare_digest(self.headers.get(PROGRESS_TOKEN_HEADER, "").encode(), expected_token.encode())
 
-    def _progress_json(self) -> bytes:
+    def _build_progress_json(self) -> bytes:
         return _to_json(self.server.run_state.report().to_wire())
 
     def _send_response(self, status: int, content_type: str, body: bytes) -> None:
@@ -214,9 +214,9 @@ def format_metrics(run_state: RunState) -> str:
         ),
     }
     lines: list[str] = []
-    for name, (text, value) in gauges_by_name.items():
+    for name, (help_text, value) in gauges_by_name.items():
         if value is not None:
-            lines += [f"# HELP {METRIC_PREFIX}_{name} {text}", f"# TYPE {METRIC_PREFIX}_{name} gauge", f"{METRIC_PREFIX}_{name} {value:g}"]
+            lines += [f"# HELP {METRIC_PREFIX}_{name} {help_text}", f"# TYPE {METRIC_PREFIX}_{name} gauge", f"{METRIC_PREFIX}_{name} {value:g}"]
     for name, value in sorted(run_state.counters.items()):
         lines += [f"# TYPE {METRIC_PREFIX}_{name}_total counter", f"{METRIC_PREFIX}_{name}_total {value:g}"]
     if report.time_use is not None:

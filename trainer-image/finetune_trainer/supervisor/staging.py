@@ -40,17 +40,17 @@ class Staging:
         del self._reports_by_step[step]
         if self.uploader is None:
             return
-        source, target = Path(message["folder"]), self._folder / f"step-{step}"
+        source_folder, target_folder = Path(message["folder"]), self._folder / f"step-{step}"
         try:
-            hard_link_tree(source, target)
+            hard_link_tree(source_folder, target_folder)
         except OSError as error:
             self.skip_checkpoint("StagingFailed", f"step {step}: {error.strerror or error}")
             return
         finally:  # The Trainer does not read this folder again, because the module `best` keeps the best weights.
-            shutil.rmtree(source, ignore_errors=True)
+            shutil.rmtree(source_folder, ignore_errors=True)
         rank0_report = reports_by_rank.get(0, message)
         self.uploader.enqueue(
-            StagedCheckpoint(step, target, str(message["incarnation"]), is_graceful_stop=bool(message.get("graceful")), rank0_report=rank0_report)
+            StagedCheckpoint(step, target_folder, str(message["incarnation"]), is_graceful_stop=bool(message.get("graceful")), rank0_report=rank0_report)
         )
 
     def skip_checkpoint(self, reason: str, description: str) -> None:

@@ -63,7 +63,7 @@ class StallWatch:
     def stall_error(self) -> PeerError | None:
         """Return an error if the run has stalled, otherwise None."""
         if self._state.current_stage is Stage.LOADING:
-            return self._loading_error()
+            return self._find_loading_stall()
         self._work_watch.restart()
         has_no_timeout = self._timeout_seconds is None and self._state.median_step_seconds() is None
         if self._state.current_stage not in WATCHED_STAGES or has_no_timeout:
@@ -77,7 +77,7 @@ class StallWatch:
             hint="the stacks of all ranks are in the pod's log; raise policy.stallTimeoutSeconds if steps may take that long",
         )  # fmt: skip
 
-    def _loading_error(self) -> PeerError | None:
+    def _find_loading_stall(self) -> PeerError | None:
         """Return an error if ranks that load have neither computed nor read for the stall timeout, otherwise None."""
         timeout_seconds = self.timeout_seconds() + self._longest_wait_seconds
         idle_seconds = self._work_watch.measure_idle_seconds(timeout_seconds / WINDOWS_PER_TIMEOUT)

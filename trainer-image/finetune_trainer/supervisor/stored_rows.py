@@ -91,48 +91,48 @@ class RowStore:
 
         Errors: StorageError PreparedDataMissing, PreparedDataDamaged, PreparedDataDiffers; errors of the store.
         """
-        digest, expected = self._options.digest or "", self._options.manifest_sha256
+        digest, expected_sha256 = self._options.digest or "", self._options.manifest_sha256
         if renews_marker:
             try:
                 self._renew_used_marker(digest)
             except FineTuneError as error:  # Perhaps the credentials permit only reading.
                 log.warning("the time until which the prepared rows are kept was not extended: %s", error)
-        stored, committed = self._find_commit(digest, expected)
-        if _data_digests(stored.manifest.facts) != _data_digests(facts):
-            raise _differing_error("the data have changed since the preparation")
-        return self._download_rows(stored, committed, work_folder, byte_counter)
+        stored_rows, committed_folder = self._find_commit(digest, expected_sha256)
+        if _list_data_digests(stored_rows.manifest.facts) != _list_data_digests(facts):
+            raise _build_differing_error("the data have changed since the preparation")
+        return self._download_rows(stored_rows, committed_folder, work_folder, byte_counter)
 
     def fetch_for_preparation(self, digest: str, work_folder: Path, *, byte_counter: ByteCounter | None = None) -> StoredRows | None:
         """Download and verify the rows that an earlier preparation has committed. Return None if no usable rows are committed."""
         try:
             self._renew_used_marker(digest)
-            stored, committed = self._find_commit(digest, None)
-            return self._download_rows(stored, committed, work_folder, byte_counter)
+            stored_rows, committed_folder = self._find_commit(digest, None)
+            return self._download_rows(stored_rows, committed_folder, work_folder, byte_counter)
         except FineTuneError as error:
             log.info("no stored rows are used: %s", error.message)
             return None
 
     def _find_commit(self, digest: str, expected_sha256: str | None) -> tuple[StoredRows, CommittedFolder]:
-        """Read the marker and the manifest.
+        """Read the marker and the manifest of the committed rows.
 
         If `expected_sha256` is None and this store has a key, the rows must be signed. Errors: see `fetch_for_training`.
         """
         committed_folder = self._tree.get_committed_folder(digest)
         if committed_folder is None:
-            raise _missing_error(f"nothing is committed at {self.uri(digest)}")
+            raise _build_missing_error(f"nothing is committed at {self.uri(digest)}")
         sha256 = committed_folder.marker.manifest_sha256
         if expected_sha256 not in (None, sha256):
-            raise _differing_error(f"{self.uri(digest)} was replaced after the preparation")
+            raise _build_differing_error(f"{self.uri(digest)} was replaced after the preparation")
         manifest = self._tree.read_manifest(committed_folder)
         try:
             if expected_sha256 is None and self._tree.can_sign and not self._tree.is_signed(committed_folder):
-                raise _differing_error(f"the rows at {self.uri(digest)} are not signed by a preparation of this namespace")
+                raise _build_differing_error(f"the rows at {self.uri(digest)} are not signed by a preparation of this namespace")
             if manifest is None:
-                raise _damaged_error(f"the manifest at {self.uri(digest)} is missing or damaged")
+                raise _build_damaged_error(f"the manifest at {self.uri(digest)} is missing or damaged")
             try:
                 summary = _create_summary_type_adapter().validate_python(manifest.extra.get(SUMMARY_KEY))
             except ValidationError:
-                raise _differing_error(f"the rows at {self.uri(digest)} were prepared by another version") from None
+                raise _build_differing_error(f"the rows at {self.uri(digest)} were prepared by another version") from None
         except StorageError:
             self._damaged_markers[digest] = committed_folder.marker
             raise
@@ -141,22 +141,22 @@ class RowStore:
     def _download_rows(self, stored_rows: StoredRows, committed_folder: CommittedFolder, work_folder: Path, byte_counter: ByteCounter | None) -> StoredRows:
         """Download the files to the folder where the ranks read rows, and compare them with the manifest. Errors: see `fetch_for_training`."""
         folder = prepared_folder(work_folder / TOKENS_FOLDER, stored_rows.digest)
-        partial = partial_folder(folder)
-        for leftover in (folder, partial):
+        download_folder = partial_folder(folder)
+        for leftover in (folder, download_folder):
             shutil.rmtree(leftover, ignore_errors=True)
         try:
-            problem = fetch_verified(self._tree, committed_folder.folder, stored_rows.manifest, partial, lambda _: True, byte_counter)
+            problem = fetch_verified(self._tree, committed_folder.folder, stored_rows.manifest, download_folder, lambda _: True, byte_counter)
             if problem is not None:
-                raise _damaged_error(problem)
-            prepared = open_prepared(partial, stored_rows.digest)
-            partial.rename(folder)
+                raise _build_damaged_error(problem)
+            prepared_rows = open_prepared(download_folder, stored_rows.digest)
+            download_folder.rename(folder)
         except StorageError as error:
             if error.code.startswith("PreparedData"):
                 self._damaged_markers[stored_rows.digest] = committed_folder.marker
             raise
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
-        return replace(stored_rows, row_count=prepared.rows)
+            shutil.rmtree(download_folder, ignore_errors=True)
+        return replace(stored_rows, row_count=prepared_rows.rows)
 
     # ---- writing ----
 
@@ -177,10 +177,10 @@ class RowStore:
         except FencedOutError:
             store = self._tree.store
             store.delete([stat.key for stat in store.list(join_key(digest, incarnation) + "/")])
-            other, _ = self._find_commit(digest, None)
-            if _sha256_by_path(other.manifest) != _sha256_by_path(manifest):
-                raise _differing_error(f"{self.uri(digest)} has other rows than this preparation has made") from None
-            return other.manifest_sha256
+            other_rows, _ = self._find_commit(digest, None)
+            if _map_path_to_sha256(other_rows.manifest) != _map_path_to_sha256(manifest):
+                raise _build_differing_error(f"{self.uri(digest)} has other rows than this preparation has made") from None
+            return other_rows.manifest_sha256
 
     def _renew_used_marker(self, digest: str) -> None:
         """Keep the rows for `prepare.ttlDays` from now on."""
@@ -197,8 +197,8 @@ class RowStore:
         store = self._tree.store
         stats_by_digest: dict[str, list[ObjectStat]] = {}
         for stat in store.list(""):
-            digest, _, rest = stat.key.partition("/")
-            if rest:
+            digest, _, key_in_folder = stat.key.partition("/")
+            if key_in_folder:
                 stats_by_digest.setdefault(digest, []).append(stat)
         removed_digests = []
         for digest, stats in stats_by_digest.items():
@@ -219,14 +219,13 @@ class RowStore:
             self._renew_used_marker(digest)
         if marker is None or not marker.is_expired(now):
             return False
-        for group in group_keys_for_removal(keys):
-            store.delete(group)
+        for key_group in group_keys_for_removal(keys):
+            store.delete(key_group)
         try:
             store.sweep(f"{digest}/")
         except FineTuneError as error:  # Perhaps the credentials do not permit listing unfinished uploads.
             log.warning("unfinished uploads of removed rows were kept: %s", error)
         return True
-
 
     def _remove_leftovers(self, digest: str, stats: list[ObjectStat], now: datetime) -> None:
         """Remove old folders of preparations, except the folder of the committed rows.
@@ -252,22 +251,22 @@ def _create_summary_type_adapter() -> TypeAdapter[Any]:
     return TypeAdapter(DataSummary)
 
 
-def _data_digests(facts: RunFacts) -> tuple[str, ...]:
+def _list_data_digests(facts: RunFacts) -> tuple[str, ...]:
     """Return the digests of the data from which rows are made."""
     return (facts.dataset_digest, *(facts.other_inputs.get(name, "") for name in DATA_INPUTS))
 
 
-def _sha256_by_path(manifest: Manifest) -> dict[str, str]:
+def _map_path_to_sha256(manifest: Manifest) -> dict[str, str]:
     return {entry.path: entry.sha256 for entry in manifest.files}
 
 
-def _missing_error(message: str) -> StorageError:
+def _build_missing_error(message: str) -> StorageError:
     return StorageError("PreparedDataMissing", message, hint=NO_ACTION)
 
 
-def _damaged_error(message: str) -> StorageError:
+def _build_damaged_error(message: str) -> StorageError:
     return StorageError("PreparedDataDamaged", message, hint=NO_ACTION)
 
 
-def _differing_error(message: str) -> StorageError:
+def _build_differing_error(message: str) -> StorageError:
     return StorageError("PreparedDataDiffers", message, hint=NO_ACTION)

@@ -78,10 +78,10 @@ PARTS_AFTER_FAILURE_SECONDS = 5.0
 FINAL_UPLOAD_SECONDS = 6 * 3600.0
 """Maximum wait for the upload of the final artefact."""
 UPLOAD_POLL_SECONDS = 0.2
-CLEANUP_SECONDS = 60.0
+OPTIONAL_TASK_SECONDS = 60.0
 """Maximum wait for one optional task at the end of an attempt, such as the removal of old checkpoints."""
-CLEANUP_AFTER_STOP_SECONDS = 10.0
-MIN_CLEANUP_SECONDS = 0.05
+OPTIONAL_TASK_AFTER_STOP_SECONDS = 10.0
+MIN_OPTIONAL_TASK_SECONDS = 0.05
 SAVE_GRACE_SHARE = 0.5
 """A stopped pod may store the result of a finished stage until this share of the grace period has passed."""
 TRACKING_GRACE_SHARE = 0.75
@@ -129,12 +129,12 @@ class Supervisor:
             # 1. Start the HTTP server, within a second of the pod's start.
             self._server = self._start_server()
             # 2. Read the run configuration, and remove the files that an earlier container of this pod left behind.
-            run, sha256 = self._read_run_config()
+            run, config_sha256 = self._read_run_config()
             self._clean_work_folder()
             # 3. Start to receive messages of ranks.
             self._channel = self._open_channel(run)
             # 4. Check storage, download and check the inputs, and restore the checkpoint in a thread, while the ranks import their libraries.
-            threading.Thread(target=self._prepare_pod, args=(run, sha256), name="prepare", daemon=True).start()
+            threading.Thread(target=self._prepare_pod, args=(run, config_sha256), name="prepare", daemon=True).start()
             # 5. Start the ranks and watch them until they end or the attempt must end. A job without training has no ranks.
             if run.spec.phases.train is False:
                 self._wait_for_preparation()
@@ -185,9 +185,9 @@ class Supervisor:
         return server
 
     def _read_run_config(self) -> tuple[RunConfig, str]:
-        self._run, sha256 = load_run(self._settings)
-        self._state.set_run_config(self._run, sha256)
-        return self._run, sha256
+        self._run, config_sha256 = load_run(self._settings)
+        self._state.set_run_config(self._run, config_sha256)
+        return self._run, config_sha256
 
     def _clean_work_folder(self) -> None:
         work_folder = self._settings.work_folder
@@ -219,8 +219,8 @@ class Supervisor:
         attempt_secret = self._settings.attempt_secret
         if run.world.nodes == 1 or attempt_secret is None:
             return None
-        self._gang_relay, store = connect_gang(run.world, self._settings.node_rank, attempt_secret)
-        return store
+        self._gang_relay, store_address = connect_gang(run.world, self._settings.node_rank, attempt_secret)
+        return store_address
 
     # ---- 4: prepare (in its own thread) ----
 
@@ -264,13 +264,13 @@ class Supervisor:
         if self._settings.node_rank > 0:
             self._facts.output = find_existing_model(run.spec.phases.from_ or "", tree).output
         else:
-            inputs, existing = preparation.fetch_existing_model(tree, self._settings.work_folder / MODEL_FOLDER)
+            inputs, existing_model = preparation.fetch_existing_model(tree, self._settings.work_folder / MODEL_FOLDER)
             preparation.claim_storage(tree)
             assert self._results is not None
             store_quietly(self._state, RESULT_FILES, self._results.record_start)
-            record_existing_model(existing, tree, run.attempt)
+            record_existing_model(existing_model, tree, run.attempt)
             inputs.write(self._settings.work_folder)
-            self._existing_model, self._facts.output = existing, existing.output
+            self._existing_model, self._facts.output = existing_model, existing_model.output
             self._start_tracking([])
         self._must_end.set()
 
@@ -291,11 +291,11 @@ class Supervisor:
             store_quietly(self._state, ATTEMPT_RECORDS, lambda: writer.record_data(data_summary))
 
     def _start_uploader(self, run: RunConfig, tree: CheckpointTree, facts: RunFacts, restore_result: RestoreResult) -> None:
-        checkpoint = run.spec.checkpoint
-        keep_count = 3 if checkpoint.keep is None else checkpoint.keep
+        checkpoint_spec = run.spec.checkpoint
+        keep_count = 3 if checkpoint_spec.keep is None else checkpoint_spec.keep
         uploader = Uploader(
-            tree, self._state, facts, KeepPolicy(keep_count, tuple(checkpoint.pinned or ())), job_id=f"{run.namespace}/{run.name}/{run.uid}",
-            attempt=run.attempt, node_rank=self._settings.node_rank, node_count=run.world.nodes, before_commit=self._upload_metric_log,
+            tree, self._state, facts, KeepPolicy(keep_count, tuple(checkpoint_spec.pinned or ())), job_id=f"{run.namespace}/{run.name}/{run.uid}",
+            attempt=run.attempt, node_rank=self._settings.node_rank, node_count=run.world.nodes, before_commit=self._store_logs_and_records,
             after_commit=self._warn_if_grace_period_is_too_short, final_upload_timeout_seconds=self._settings.final_upload_timeout_seconds,
         )  # fmt: skip
         if self._settings.node_rank == 0:
@@ -307,8 +307,8 @@ class Supervisor:
         assert self._staging is not None
         self._staging.uploader = uploader
 
-    def _upload_metric_log(self) -> None:
-        """Upload all log lines so far.
+    def _store_logs_and_records(self) -> None:
+        """Store all log lines so far, the files that rank 0 has written, and the configuration in the record of the attempt.
 
         This is called before each commit, because an attempt that resumes from the checkpoint does not log these lines again.
         """
@@ -333,16 +333,16 @@ class Supervisor:
 
     def _watch_agent(self, run: RunConfig, agent: processes.ChildProcess) -> None:
         """Wait until the agent has ended, or until the attempt must end although the agent still runs."""
-        server = generation_server(run.spec)
+        server_spec = generation_server(run.spec)
         stall_watch = StallWatch(
             self._state, run.spec.policy.stall_timeout_seconds, pod_count=run.world.nodes,
-            longest_wait_seconds=value_or_default(server, "start_timeout_seconds") if server is not None else 0.0,
+            longest_wait_seconds=value_or_default(server_spec, "start_timeout_seconds") if server_spec is not None else 0.0,
         )  # fmt: skip
         stop_was_handled = False
-        while (code := agent.poll()) is None:
+        while (agent_exit_code := agent.poll()) is None:
             if self._must_end.wait(POLL_SECONDS):
                 return
-            if (failure := self._upload_failure(run)) is not None:
+            if (failure := self._find_upload_failure(run)) is not None:
                 self._end_with_error(failure)
                 return
             if self._facts.stop_requested_at is not None and not stop_was_handled:
@@ -353,18 +353,18 @@ class Supervisor:
             if self._facts.is_deadline_passed or self._is_past_deadline():
                 self._facts.is_deadline_passed = True
                 return
-            if (stalled := stall_watch.stall_error()) is not None:
+            if (stall_error := stall_watch.stall_error()) is not None:
                 dump_rank_stacks(processes.descendants())
-                self._end_with_error(stalled)
+                self._end_with_error(stall_error)
                 return
-        self._facts.agent_exit_code = code
+        self._facts.agent_exit_code = agent_exit_code
 
     def _wait_for_preparation(self) -> None:
         """Wait until the model of `phases.from` is on the pod's disk, or until the attempt must end without it."""
         while self._facts.stop_requested_at is None and not self._must_end.wait(POLL_SECONDS):
             pass
 
-    def _upload_failure(self, run: RunConfig) -> FineTuneError | None:
+    def _find_upload_failure(self, run: RunConfig) -> FineTuneError | None:
         """Return an error if the uploader has stopped uploading, or if no checkpoint was committed for too long. Otherwise return None."""
         if self._uploader is None:
             return None
@@ -387,19 +387,19 @@ class Supervisor:
         except Exception as error:
             self._end_with_error(as_failure(error, code))
 
-    def _stop_deadline(self) -> float | None:
+    def _compute_stop_deadline(self) -> float | None:
         """Return the monotonic time by which a stopped pod must end, or None if no stop was requested."""
         if self._facts.stop_requested_at is None or self._run is None:
             return None
         return stop_deadline(self._facts.stop_requested_at, self._run.grace_seconds)
 
     def _is_past_deadline(self) -> bool:
-        return time.monotonic() > self._time_after_grace_share(1.0)
+        return time.monotonic() > self._compute_time_after_grace_share(1.0)
 
-    def _time_after_grace_share(self, share: float) -> float:
+    def _compute_time_after_grace_share(self, share: float) -> float:
         """Return the monotonic time at which `share` of the time from the stop request to the deadline has passed; infinite if no stop was requested."""
-        stopped_at, deadline = self._facts.stop_requested_at, self._stop_deadline()
-        return math.inf if stopped_at is None or deadline is None else stopped_at + share * (deadline - stopped_at)
+        stop_requested_at, deadline = self._facts.stop_requested_at, self._compute_stop_deadline()
+        return math.inf if stop_requested_at is None or deadline is None else stop_requested_at + share * (deadline - stop_requested_at)
 
     def _can_save_steps(self, run: RunConfig) -> bool:
         """Whether this pod has unsaved steps and enough time to save them."""
@@ -435,37 +435,37 @@ class Supervisor:
             self._facts.output = uploader.output
             if self._tracking is not None:
                 self._tracking.record_model(uploader.output)
-            self._clean_up(lambda: uploader.apply_retention(is_run_finished=True))
-            self._clean_up(self._sweep_unless_superseded)
-        self._clean_up(self._upload_metric_log)
+            self._run_optional_task(lambda: uploader.apply_retention(is_run_finished=True))
+            self._run_optional_task(self._sweep_unless_superseded)
+        self._run_optional_task(self._store_logs_and_records)
 
     def _wait_for_uploads(self, uploader: Uploader) -> bool:
         """Wait for the uploads; after a stop request, wait at most until the deadline. Returns whether all uploads ended in time."""
         max_seconds = FINAL_UPLOAD_SECONDS if self._facts.is_output_written else UPLOAD_AFTER_FAILURE_SECONDS
-        latest_end = math.inf if self._facts.stop_requested_at is not None else time.monotonic() + max_seconds
+        latest_end_time = math.inf if self._facts.stop_requested_at is not None else time.monotonic() + max_seconds
         while not self._facts.is_deadline_passed:
-            seconds_left = min(latest_end, self._time_after_grace_share(1.0)) - time.monotonic()
+            seconds_left = min(latest_end_time, self._compute_time_after_grace_share(1.0)) - time.monotonic()
             if uploader.wait_until_idle(max(0.0, min(seconds_left, UPLOAD_POLL_SECONDS))):
                 return True
             if seconds_left <= 0:
                 return False
         return uploader.wait_until_idle(0)
 
-    def _clean_up(self, task: Callable[[], None]) -> None:
+    def _run_optional_task(self, task: Callable[[], None]) -> None:
         """Run an optional task in a thread. The wait for the task ends early enough to write the termination message."""
         started_at = time.monotonic()
-        thread = threading.Thread(target=task, name="clean-up", daemon=True)
+        thread = threading.Thread(target=task, name="optional-task", daemon=True)
         thread.start()
-        thread.join(MIN_CLEANUP_SECONDS)
-        while thread.is_alive() and time.monotonic() < self._clean_up_deadline(started_at):
+        thread.join(MIN_OPTIONAL_TASK_SECONDS)
+        while thread.is_alive() and time.monotonic() < self._compute_optional_task_deadline(started_at):
             thread.join(POLL_SECONDS)
 
-    def _clean_up_deadline(self, started_at: float) -> float:
+    def _compute_optional_task_deadline(self, started_at: float) -> float:
         """Return the monotonic time at which the wait for an optional task ends. A stop request while the task runs makes this time earlier."""
-        stopped_at = self._facts.stop_requested_at
-        if stopped_at is None:
-            return started_at + CLEANUP_SECONDS
-        return min(max(started_at, stopped_at) + CLEANUP_AFTER_STOP_SECONDS, self._time_after_grace_share(1.0))
+        stop_requested_at = self._facts.stop_requested_at
+        if stop_requested_at is None:
+            return started_at + OPTIONAL_TASK_SECONDS
+        return min(max(started_at, stop_requested_at) + OPTIONAL_TASK_AFTER_STOP_SECONDS, self._compute_time_after_grace_share(1.0))
 
     def _sweep_unless_superseded(self) -> None:
         """Remove dropped and failed uploads, unless a later attempt has begun. The operator starts a later attempt if it cannot reach this pod."""
@@ -479,14 +479,14 @@ class Supervisor:
         run, tree, results, output = self._run, self._tree, self._results, self._facts.output
         if run is None or tree is None or results is None or output is None or self._settings.node_rank > 0:
             return
-        self._clean_up(self._write_lineage)
+        self._run_optional_task(self._write_lineage)
         output = output.model_copy(update={"lineage_uri": self._lineage_uri})
         self._state.set_output(output)
         started_at = time.time()
         later_stages = LaterStages(
             run, self._settings, tree, self._state, results=results, fetch_inputs=lambda: self._fetch_for_stages(run),
             is_stop_requested=lambda: self._facts.stop_requested_at is not None,
-            is_save_deadline_passed=lambda: time.monotonic() > self._time_after_grace_share(SAVE_GRACE_SHARE), existing_model=self._existing_model,
+            is_save_deadline_passed=lambda: time.monotonic() > self._compute_time_after_grace_share(SAVE_GRACE_SHARE), existing_model=self._existing_model,
         )  # fmt: skip
         try:
             self._facts.stage_report = later_stages.run(output)
@@ -496,7 +496,7 @@ class Supervisor:
         self._facts.output = (self._facts.stage_report.output or output).model_copy(update={"lineage_uri": self._lineage_uri})
         if self._tracking is not None:
             self._tracking.record_evaluation(self._state.report().evaluation, started_at)
-        self._clean_up(lambda: store_quietly(self._state, RESULT_FILES, results.store_metric_files))
+        self._run_optional_task(lambda: store_quietly(self._state, RESULT_FILES, results.store_metric_files))
 
     def _write_lineage(self) -> None:
         """Write the lineage statement. A failure only adds a note, because the model is already committed."""
@@ -531,7 +531,7 @@ class Supervisor:
         """Send the end of the attempt to the trackers, and wait within a time limit. A stop request during the wait shortens the limit."""
         if self._tracking is not None:
             self._tracking.finish(
-                exit_decision, is_ended_by_user=self._facts.is_ended_by_user, get_latest_end=lambda: self._time_after_grace_share(TRACKING_GRACE_SHARE)
+                exit_decision, is_ended_by_user=self._facts.is_ended_by_user, get_latest_end=lambda: self._compute_time_after_grace_share(TRACKING_GRACE_SHARE)
             )
 
     def _write_report(self, exit_decision: ExitDecision) -> None:
@@ -539,7 +539,7 @@ class Supervisor:
 
         If storage has failed, the report is not written, because it could not be stored.
         """
-        writer, message = self._report_writer, self._termination_message(exit_decision)
+        writer, message = self._report_writer, self._build_termination_message(exit_decision)
         if writer is None or self._settings.node_rank > 0 or message.class_ is FailureClass.STORAGE:
             return
         output = self._facts.output
@@ -553,7 +553,7 @@ class Supervisor:
             except Exception as error:
                 self._state.add_note(f"the run's report was not written: {as_failure(error, Reason.REPORT_FAILED).code}")
 
-        self._clean_up(write)
+        self._run_optional_task(write)
         if output is not None and uris and uris[0] is not None:
             self._facts.output = output.model_copy(update={"report_uri": uris[0]})
             self._state.set_output(self._facts.output)
@@ -564,16 +564,16 @@ class Supervisor:
         if exit_decision.exit_code != ExitCode.OK or run is None or tree is None or output is None:
             return
         if self._settings.node_rank == 0 and run.spec.phases.train is not False:
-            self._clean_up(lambda: store_quietly(self._state, RESULT_RECORDS, lambda: store_result(run, tree, output, self._state.report())))
+            self._run_optional_task(lambda: store_quietly(self._state, RESULT_RECORDS, lambda: store_result(run, tree, output, self._state.report())))
 
-    def _termination_message(self, exit_decision: ExitDecision) -> TerminationMessage:
+    def _build_termination_message(self, exit_decision: ExitDecision) -> TerminationMessage:
         return build_termination_message(
             exit_decision, self._state.report(), output=self._facts.output, start_step=self._facts.start_step,
             node_name=self._settings.node_name,
         )  # fmt: skip
 
     def _report_end(self, exit_decision: ExitDecision) -> None:
-        message = self._termination_message(exit_decision)
+        message = self._build_termination_message(exit_decision)
         self._state.enter_stage(Stage.DONE if exit_decision.exit_code == ExitCode.OK else Stage.FAILED, message.message)
         write_termination_message(message, self._settings.termination_log)
         for closable in (self._gang_relay, self._server):

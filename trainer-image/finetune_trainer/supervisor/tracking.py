@@ -1,7 +1,7 @@
 """Starts the tracker process, passes the events of the run to it, and reports its problems.
 
-The tracker process sends the run to experiment trackers. Its problems never delay or end a run. If the tracker process crashes, it is started again,
-at most `MAX_RESTARTS` times. Only rank 0's pod tracks the run.
+The tracker process sends the run to experiment trackers. Its problems never delay training and never end a run. If the tracker process crashes, it
+is started again, at most `MAX_RESTARTS` times. Only rank 0's pod tracks the run.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ TRACKER_ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20", "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ASYNC_LOGGING": "false", "WANDB_ERROR_REPORTING": "false", "WANDB_SILENT": "true", "DO_NOT_TRACK": "true",
 }  # fmt: skip
-WRITABLE_FOLDERS = ("HOME", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR", "MPLCONFIGDIR", "XDG_CACHE_HOME")
+WRITABLE_FOLDER_VARIABLES = ("HOME", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR", "MPLCONFIGDIR", "XDG_CACHE_HOME")
 """Environment variables that name the folders to which libraries write. These variables are set because the pod's root file system is read-only."""
 
 
@@ -154,12 +154,12 @@ class RunTracking:
         """Pass the results of the stages after training to the tracker process."""
         if evaluation is None:
             return
-        values = {name: metric.value for name, metric in (evaluation.metrics or {}).items() if metric.value is not None}
-        times: dict[str, Any] = {"start_time": start_time, "end_time": time.time(), "end": RunEnd.FINISHED, "step": self._last_step}
+        metric_values = {name: metric.value for name, metric in (evaluation.metrics or {}).items() if metric.value is not None}
+        end_fields: dict[str, Any] = {"start_time": start_time, "end_time": time.time(), "end": RunEnd.FINISHED, "step": self._last_step}
         if self._run.spec.phases.infer:
-            self.record_events(PhaseEvent(phase=TrackedPhase.INFER, **times))
-        if values:
-            self.record_events(PhaseEvent(phase=TrackedPhase.EVALUATE, values=values, **times))
+            self.record_events(PhaseEvent(phase=TrackedPhase.INFER, **end_fields))
+        if metric_values:
+            self.record_events(PhaseEvent(phase=TrackedPhase.EVALUATE, values=metric_values, **end_fields))
         self.record_events(ArtifactEvent(name="evaluation", uri=f"{self._run.storage.uri}/{Storage.EVALUATION}"))
 
     # ---- end ----
@@ -178,24 +178,24 @@ class RunTracking:
         self._is_ending.set()
         (self._folder / ENDING_FILE).touch()
         started_at = time.monotonic()
-        while self._process.poll() is None and time.monotonic() < min(started_at + self._seconds_to_wait(run_end), get_latest_end()):
+        while self._process.poll() is None and time.monotonic() < min(started_at + self._choose_max_wait_seconds(run_end), get_latest_end()):
             threading.Event().wait(POLL_SECONDS / 4)
         self._process.stop()
         if run_end is not RunEnd.INTERRUPTED:  # After an interruption, the next attempt sends the values that are missing.
             for note in self._list_notes_on_unsent_events():
                 self._state.add_note(note)
 
-    def _seconds_to_wait(self, end: RunEnd) -> float:
+    def _choose_max_wait_seconds(self, end: RunEnd) -> float:
         if end in (RunEnd.INTERRUPTED, RunEnd.KILLED):
             return STOP_TIMEOUT_SECONDS
-        return END_TIMEOUT_SECONDS if self._find_problem() is None else PROBLEM_TIMEOUT_SECONDS
+        return END_TIMEOUT_SECONDS if self._describe_problems() is None else PROBLEM_TIMEOUT_SECONDS
 
     def _list_notes_on_unsent_events(self) -> Iterator[str]:
-        states = self._read_state().trackers
+        state_by_tracker = self._read_state().trackers
         for name in self._run.spec.tracking.report_to or []:
-            state = states.get(name, TrackerState())
-            if not state.has_ended:
-                cause = state.problem or f"{name} did not accept all values in time"
+            tracker_state = state_by_tracker.get(name, TrackerState())
+            if not tracker_state.has_ended:
+                cause = tracker_state.problem or f"{name} did not accept all values in time"
                 yield f"{cause}; values are missing there, but {self._run.storage.uri}/{Storage.METRICS}/ contains all values"
 
     # ---- the process ----
@@ -213,7 +213,7 @@ class RunTracking:
         inherited_variables = {name: value for name, value in os.environ.items() if name not in UNNEEDED_CREDENTIAL_VARIABLES}
         home_folder = str(self._folder / "home")
         return {
-            **TRACKER_ENVIRONMENT, **inherited_variables, **dict.fromkeys(WRITABLE_FOLDERS, home_folder), "OMP_NUM_THREADS": "1",
+            **TRACKER_ENVIRONMENT, **inherited_variables, **dict.fromkeys(WRITABLE_FOLDER_VARIABLES, home_folder), "OMP_NUM_THREADS": "1",
             Env.RUN_FILE: str(self._settings.run_file), Env.WORK_DIR: str(self._settings.work_folder),
         }  # fmt: skip
 
@@ -221,7 +221,7 @@ class RunTracking:
         """Report problems of trackers, and start the tracker process again if it has ended."""
         restart_count = 0
         while not self._is_ending.wait(POLL_SECONDS):
-            self._state.set_tracker_problem(self._find_problem())
+            self._state.set_tracker_problem(self._describe_problems())
             if self._process is None or self._process.poll() is None:
                 continue
             if restart_count == MAX_RESTARTS:
@@ -233,7 +233,7 @@ class RunTracking:
                 return
             self._process = self._start_process()
 
-    def _find_problem(self) -> str | None:
+    def _describe_problems(self) -> str | None:
         states_with_problem = [state for state in self._read_state().trackers.values() if state.problem is not None]
         if not states_with_problem:
             return None
@@ -274,9 +274,9 @@ def flatten_parameters(run: RunConfig) -> dict[str, str]:
 def _flatten(value: Any, spec_path: str = "") -> Iterator[tuple[str, str]]:
     match value:
         case dict():
-            for name, entry in value.items():
+            for name, child in value.items():
                 if not name.endswith("SecretRef"):
-                    yield from _flatten(entry, f"{spec_path}.{name}" if spec_path else name)
+                    yield from _flatten(child, f"{spec_path}.{name}" if spec_path else name)
         case str():
             yield spec_path, value
         case _:
@@ -285,12 +285,12 @@ def _flatten(value: Any, spec_path: str = "") -> Iterator[tuple[str, str]]:
 
 def list_data_sources(run: RunConfig, facts: RunFacts) -> tuple[DataSource, ...]:
     """Return the sources of training, validation and test data, with their digests."""
-    data = run.spec.dataset
-    training_sources = [data.train, *(part.source for part in data.mixture or [])]
+    dataset_spec = run.spec.dataset
+    training_sources = [dataset_spec.train, *(item.source for item in dataset_spec.mixture or [])]
     sources = [DataSource(context="training", source=redact_source(source), digest=facts.dataset_digest) for source in training_sources if source]
-    for context, source, name in (("validation", data.validation, "validation data"), ("testing", data.test, "test data")):
+    for context, source, input_name in (("validation", dataset_spec.validation, "validation data"), ("testing", dataset_spec.test, "test data")):
         if source:
-            sources.append(DataSource(context=context, source=redact_source(source), digest=facts.other_inputs.get(name, "")))
+            sources.append(DataSource(context=context, source=redact_source(source), digest=facts.other_inputs.get(input_name, "")))
     return tuple(sources)
 
 

@@ -1,4 +1,4 @@
-"""Measures from outside whether the processes of the ranks work, because a rank that hangs in a system call or in a library cannot report it.
+"""Measures with `/proc` whether the processes of the ranks compute or read. A rank that hangs in a system call or in a library cannot report this itself.
 
 A rank sends no heartbeats while it loads a model, and the duration of loading is unknown. But a process that loads a model either computes, reads
 files, or waits for pages of mapped files. A process that waits for a dead file server does none of these three things.
@@ -54,16 +54,16 @@ def measure_work(pid: int) -> Work:
     """Return the work of a process, including its threads and its ended children. If the process has ended, return an object without any work."""
     folder, moved_bytes, is_blocked = Path(f"/proc/{pid}"), 0, False
     with contextlib.suppress(OSError, ValueError, IndexError):
-        fields = (folder / "stat").read_text().rpartition(")")[2].split()
+        stat_fields = (folder / "stat").read_text().rpartition(")")[2].split()
         with contextlib.suppress(OSError, ValueError):
             io_counters = dict(line.split(": ") for line in (folder / "io").read_text().splitlines())
             moved_bytes = sum(int(io_counters[name]) for name in ("rchar", "wchar", "read_bytes"))
         for thread in (folder / "task").iterdir():
             with contextlib.suppress(OSError, IndexError):  # The thread has ended.
                 is_blocked = is_blocked or (thread / "stat").read_text().rpartition(")")[2].split()[0] == "D"
-        # The work of ended children is included, as the kernel includes their bytes. Otherwise the end of a child would look like
-        # negative work, and the work of short-lived children would not count.
-        ticks, faults = sum(map(int, fields[11:15])), int(fields[9]) + int(fields[10])
+        # The kernel includes the bytes of ended children, so the CPU time and page faults of ended children are included too. Otherwise the end of a
+        # child would look like negative work, and the work of short-lived children would not count.
+        ticks, faults = sum(map(int, stat_fields[11:15])), int(stat_fields[9]) + int(stat_fields[10])
         return Work(ticks / TICKS_PER_SECOND, moved_bytes, faults, is_blocked)
     return Work()
 
@@ -77,7 +77,7 @@ class WorkWatch:
     """Measures for how long the ranks have not worked."""
 
     def __init__(self, measure: Callable[[], Work] = measure_work_of_descendants) -> None:
-        self._measure = measure
+        self._measure_work = measure
         self._last_measurement: tuple[float, Work] | None = None
         self._worked_at = 0.0
         self._was_always_blocked = False
@@ -90,13 +90,13 @@ class WorkWatch:
         """Return the seconds since the ranks last worked. The work is measured once in each window of `window_seconds` or 30 s, whichever is shorter."""
         now = time.monotonic()
         if self._last_measurement is None:
-            self._last_measurement, self._worked_at, self._was_always_blocked = (now, self._measure()), now, True
+            self._last_measurement, self._worked_at, self._was_always_blocked = (now, self._measure_work()), now, True
             return 0.0
-        measured_at, before = self._last_measurement
-        seconds = now - measured_at
-        if seconds >= min(window_seconds, MAX_WINDOW_SECONDS):
-            work = self._measure()
-            if work.shows_work_since(before, seconds):
+        measured_at, earlier_work = self._last_measurement
+        window_duration_seconds = now - measured_at
+        if window_duration_seconds >= min(window_seconds, MAX_WINDOW_SECONDS):
+            work = self._measure_work()
+            if work.shows_work_since(earlier_work, window_duration_seconds):
                 self._worked_at, self._was_always_blocked = now, True
             self._was_always_blocked = self._was_always_blocked and work.is_blocked
             self._last_measurement = (now, work)

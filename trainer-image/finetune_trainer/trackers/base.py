@@ -104,21 +104,21 @@ def strip_to_server(address: str) -> str:
     return f"{match[1] or ''}{match[2]}" if match else "the server"
 
 
-def connection_error(tracker: str, address: str, error: Exception) -> TrackerError:
+def build_connection_error(tracker: str, address: str, error: Exception) -> TrackerError:
     """Return the error for a server that does not answer.
 
     The text of the exception only decides which of three reasons the message gives; the message does not contain the text.
     """
-    text = str(error).lower()
-    if "refused" in text:
+    error_text = str(error).lower()
+    if "refused" in error_text:
         reason = "the connection was refused"
-    elif "resol" in text or "name or service" in text or "getaddrinfo" in text:
+    elif "resol" in error_text or "name or service" in error_text or "getaddrinfo" in error_text:
         reason = "its name cannot be resolved"
     else:
         reason = f"its response is not valid ({type(error).__name__})"
     return TrackerError(Reason.TRACKER_UNAVAILABLE, f"{tracker} at {strip_to_server(address)} could not be reached: {reason}")
 
 
-def rejected_credentials_error(tracker: str, address: str, hint: str) -> TrackerError:
+def build_rejected_credentials_error(tracker: str, address: str, hint: str) -> TrackerError:
     """Return the error for credentials that the server does not accept."""
     return TrackerError(Reason.TRACKER_CREDENTIALS_REJECTED, f"{tracker} at {strip_to_server(address)} does not accept the credentials; {hint}")

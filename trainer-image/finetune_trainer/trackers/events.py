@@ -107,7 +107,7 @@ class EndEvent(_Event):
 
 
 Event = LogEvent | DataEvent | PhaseEvent | ArtifactEvent | SystemEvent | EndEvent
-_EVENT: TypeAdapter[Any] = TypeAdapter(Annotated[Event, Field(discriminator="kind")])
+_EVENT_ADAPTER: TypeAdapter[Any] = TypeAdapter(Annotated[Event, Field(discriminator="kind")])
 
 
 def event_to_line(event: Event) -> str:
@@ -117,9 +117,9 @@ def event_to_line(event: Event) -> str:
 
 def append_events(path: Path, events: Iterable[Event]) -> None:
     """Append events to a file, with one write call for all of them."""
-    data = "".join(event_to_line(event) for event in events)
+    text = "".join(event_to_line(event) for event in events)
     with path.open("a", encoding="utf-8") as stream:
-        stream.write(data)
+        stream.write(text)
 
 
 class EventReader:
@@ -141,7 +141,7 @@ class EventReader:
         lines = data.splitlines(keepends=True)[:MAX_EVENTS_PER_BATCH]
         complete_lines = [line for line in lines if line.endswith(b"\n")]
         self._next_position = self.position + sum(map(len, complete_lines))
-        return [_EVENT.validate_json(line) for line in complete_lines]
+        return [_EVENT_ADAPTER.validate_json(line) for line in complete_lines]
 
     def confirm(self) -> None:
         """Record that the events of the last `read` are handled, so that the next `read` returns later events."""

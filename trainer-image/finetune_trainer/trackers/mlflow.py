@@ -21,9 +21,9 @@ from finetune_trainer.results.log_entry import LineKind, LogEntry
 from finetune_trainer.trackers.base import (
     TrackedRun,
     TrackerError,
-    connection_error,
+    build_connection_error,
+    build_rejected_credentials_error,
     logged_values,
-    rejected_credentials_error,
 )
 from finetune_trainer.trackers.events import (
     ArtifactEvent,
@@ -58,7 +58,7 @@ class _RemoteRun:
         self.id = run.info.run_id
         self.status = run.info.status
         self.parameters = dict(run.data.params)
-        self.last_steps = {metric.key: int(metric.step) for metric in run.data.to_proto().metrics}
+        self.last_step_by_metric = {metric.key: int(metric.step) for metric in run.data.to_proto().metrics}
 
 
 class Mlflow:
@@ -67,7 +67,7 @@ class Mlflow:
     name = "mlflow"
 
     def __init__(self, run: TrackedRun, tracking_uri: str, experiment: str | None) -> None:
-        self._run, self._uri, self._experiment = run, tracking_uri, experiment or run.project
+        self._run, self._uri, self._experiment_name = run, tracking_uri, experiment or run.project
         self._client: Any = None
         self._experiment_id = ""
         self._runs: dict[str, _RemoteRun] = {}
@@ -87,8 +87,8 @@ class Mlflow:
 
         self._client = MlflowClient(tracking_uri=self._uri)
         self._runs = {}
-        self._experiment_id = self._find_experiment()
-        parent_run = self._find_or_create(PARENT_RUN_PART, self._run.name, self._run.started_at.timestamp())
+        self._experiment_id = self._find_or_create_experiment()
+        parent_run = self._find_or_create_run(PARENT_RUN_PART, self._run.name, self._run.started_at.timestamp())
         self._log_parameters(parent_run)
         self._log_tags(parent_run, self._run.tags)
         self._set_running(parent_run)
@@ -100,7 +100,7 @@ class Mlflow:
                 case LogEvent(entry=entry):
                     self._add_new_metrics(metrics, TrackedPhase.TRAIN, logged_values(entry), entry.step, entry.unix_time)
                     if entry.kind is LineKind.SUMMARY:
-                        self._add_new_metrics(metrics, PARENT_RUN_PART, _summary_values(entry), entry.step, entry.unix_time)
+                        self._add_new_metrics(metrics, PARENT_RUN_PART, _build_summary_values(entry), entry.step, entry.unix_time)
                 case SystemEvent():
                     self._add_new_metrics(metrics, PARENT_RUN_PART, event.values, event.seconds, event.time)
                 case PhaseEvent():
@@ -122,60 +122,60 @@ class Mlflow:
 
         if isinstance(error, MlflowException):
             status = error.get_http_status_code()
-            text = str(error)
-            if status in (401, 403) or re.search(r"\b(401|403)\b|[Uu]nauthori[sz]ed|PERMISSION_DENIED", text):
+            error_text = str(error)
+            if status in (401, 403) or re.search(r"\b(401|403)\b|[Uu]nauthori[sz]ed|PERMISSION_DENIED", error_text):
                 hint = "check the variables MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, in placement.env"
-                return rejected_credentials_error(self.name, self._uri, hint)
-            if "API request to" not in text and status < 500:
+                return build_rejected_credentials_error(self.name, self._uri, hint)
+            if "API request to" not in error_text and status < 500:
                 return TrackerError(Reason.TRACKER_FAILED, f"mlflow refused a request with the error {error.error_code}")
-        return connection_error(self.name, self._uri, error)
+        return build_connection_error(self.name, self._uri, error)
 
     # ---- runs ----
 
-    def _find_experiment(self) -> str:
+    def _find_or_create_experiment(self) -> str:
         from mlflow.exceptions import MlflowException
 
-        experiment = self._client.get_experiment_by_name(self._experiment)
+        experiment = self._client.get_experiment_by_name(self._experiment_name)
         if experiment is None:
             try:
-                return str(self._client.create_experiment(self._experiment))
+                return str(self._client.create_experiment(self._experiment_name))
             except MlflowException as error:  # Another job may have created the experiment after the search.
-                experiment = self._client.get_experiment_by_name(self._experiment)
+                experiment = self._client.get_experiment_by_name(self._experiment_name)
                 if experiment is None:
                     raise error
         return str(experiment.experiment_id)
 
-    def _find_or_create(self, part: str, name: str, start: float) -> _RemoteRun:
-        condition = f"tags.`finetune.uid` = '{self._run.uid}' and tags.`finetune.part` = '{part}'"
-        existing_runs = self._client.search_runs([self._experiment_id], filter_string=condition, max_results=1)
+    def _find_or_create_run(self, part: str, name: str, start_time: float) -> _RemoteRun:
+        search_filter = f"tags.`finetune.uid` = '{self._run.uid}' and tags.`finetune.part` = '{part}'"
+        existing_runs = self._client.search_runs([self._experiment_id], filter_string=search_filter, max_results=1)
         if existing_runs:
             remote_run = _RemoteRun(existing_runs[0])
         else:
             tags = {**self._run.tags, "finetune.part": part, "mlflow.user": self._run.namespace}
             if part != PARENT_RUN_PART:
                 tags["mlflow.parentRunId"] = self._runs[PARENT_RUN_PART].id
-            remote_run = _RemoteRun(self._client.create_run(self._experiment_id, start_time=int(start * 1000), tags=tags, run_name=name))
+            remote_run = _RemoteRun(self._client.create_run(self._experiment_id, start_time=int(start_time * 1000), tags=tags, run_name=name))
         self._runs[part] = remote_run
         return remote_run
 
-    def _phase_run(self, phase: TrackedPhase, start: float | None = None) -> _RemoteRun:
-        return self._runs.get(phase) or self._find_or_create(phase, self._run.name + RUN_NAME_SUFFIXES[phase], start or time.time())
+    def _get_phase_run(self, phase: TrackedPhase, start_time: float | None = None) -> _RemoteRun:
+        return self._runs.get(phase) or self._find_or_create_run(phase, self._run.name + RUN_NAME_SUFFIXES[phase], start_time or time.time())
 
-    def _set_running(self, remote: _RemoteRun) -> None:
-        if remote.status != "RUNNING":
-            self._client.update_run(remote.id, status="RUNNING")
-            remote.status = "RUNNING"
+    def _set_running(self, remote_run: _RemoteRun) -> None:
+        if remote_run.status != "RUNNING":
+            self._client.update_run(remote_run.id, status="RUNNING")
+            remote_run.status = "RUNNING"
 
     def _end_runs(self, event: EndEvent) -> None:
         self._find_started_phases()
         status, end_time = STATUS_BY_RUN_END[event.end], int(event.time * 1000)
-        for part, remote in self._runs.items():
-            if part != PARENT_RUN_PART and remote.status in ENDED_STATUSES:
+        for part, remote_run in self._runs.items():
+            if part != PARENT_RUN_PART and remote_run.status in ENDED_STATUSES:
                 continue  # This phase ended earlier, so its run keeps its status.
             if event.end is RunEnd.INTERRUPTED:
-                self._client.update_run(remote.id, status=status)
+                self._client.update_run(remote_run.id, status=status)
             else:
-                self._client.set_terminated(remote.id, status=status, end_time=end_time)
+                self._client.set_terminated(remote_run.id, status=status, end_time=end_time)
         if event.reason is not None:
             self._log_tags(self._runs[PARENT_RUN_PART], {"finetune.failure": event.reason})
         if event.end is RunEnd.FINISHED:
@@ -186,8 +186,8 @@ class Mlflow:
 
     def _find_started_phases(self) -> None:
         """Search the server for child runs that this process does not know yet."""
-        condition = f"tags.`finetune.uid` = '{self._run.uid}'"
-        for run in self._client.search_runs([self._experiment_id], filter_string=condition, max_results=10):
+        search_filter = f"tags.`finetune.uid` = '{self._run.uid}'"
+        for run in self._client.search_runs([self._experiment_id], filter_string=search_filter, max_results=10):
             self._runs.setdefault(run.data.tags.get("finetune.part", PARENT_RUN_PART), _RemoteRun(run))
 
     # ---- values ----
@@ -198,37 +198,37 @@ class Mlflow:
 
         values = {_to_mlflow_name(name): value[:MAX_PARAMETER_LENGTH] for name, value in self._run.parameters.items()}
         new_parameters = [Param(name, value) for name, value in values.items() if name not in parent_run.parameters]
-        for i in range(0, len(new_parameters), MAX_PARAMETERS_PER_REQUEST):
-            self._client.log_batch(parent_run.id, params=new_parameters[i : i + MAX_PARAMETERS_PER_REQUEST])
+        for start in range(0, len(new_parameters), MAX_PARAMETERS_PER_REQUEST):
+            self._client.log_batch(parent_run.id, params=new_parameters[start : start + MAX_PARAMETERS_PER_REQUEST])
         changed_values = {name: value for name, value in values.items() if parent_run.parameters.get(name, value) != value}
         self._log_tags(parent_run, {f"attempt-{self._run.attempt}.{name}": value for name, value in changed_values.items()})
 
-    def _log_tags(self, remote: _RemoteRun, tags: dict[str, str]) -> None:
+    def _log_tags(self, remote_run: _RemoteRun, tags: dict[str, str]) -> None:
         from mlflow.entities import RunTag
 
         if tags:
-            self._client.log_batch(remote.id, tags=[RunTag(key, value) for key, value in tags.items()])
+            self._client.log_batch(remote_run.id, tags=[RunTag(key, value) for key, value in tags.items()])
 
     def _add_new_metrics(self, metrics: dict[str, list[Any]], part: str, values: dict[str, float], step: int, unix_time: float | None) -> None:
         """Append to `metrics` those values that the server does not have yet."""
         from mlflow.entities import Metric
 
-        remote_run = self._runs[PARENT_RUN_PART] if part == PARENT_RUN_PART else self._phase_run(TrackedPhase(part))
+        remote_run = self._runs[PARENT_RUN_PART] if part == PARENT_RUN_PART else self._get_phase_run(TrackedPhase(part))
         milliseconds = int((unix_time or time.time()) * 1000)
         for name, value in values.items():
             key = _to_mlflow_name(name)
-            if step > remote_run.last_steps.get(key, -1):
-                remote_run.last_steps[key] = step
+            if step > remote_run.last_step_by_metric.get(key, -1):
+                remote_run.last_step_by_metric[key] = step
                 metrics.setdefault(part, []).append(Metric(key, value, milliseconds, step))
 
     def _send_metrics(self, metrics: dict[str, list[Any]]) -> None:
         for part in list(metrics):
             unsent_metrics = metrics.pop(part)
-            for i in range(0, len(unsent_metrics), MAX_METRICS_PER_REQUEST):
-                self._client.log_batch(self._runs[part].id, metrics=unsent_metrics[i : i + MAX_METRICS_PER_REQUEST])
+            for start in range(0, len(unsent_metrics), MAX_METRICS_PER_REQUEST):
+                self._client.log_batch(self._runs[part].id, metrics=unsent_metrics[start : start + MAX_METRICS_PER_REQUEST])
 
     def _send_phase(self, event: PhaseEvent, metrics: dict[str, list[Any]]) -> None:
-        remote_run = self._phase_run(event.phase, event.start_time)
+        remote_run = self._get_phase_run(event.phase, event.start_time)
         if event.end_time is None or event.end is None:
             self._set_running(remote_run)
             return
@@ -244,22 +244,25 @@ class Mlflow:
     def _send_data(self, event: DataEvent) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
-        inputs = [
+        dataset_inputs = [
             DatasetInput(
-                Dataset(name=item.source[-200:], digest=item.digest[:MAX_DIGEST_LENGTH], source_type="uri", source=f'{{"uri": "{item.source}"}}'),
-                [InputTag("mlflow.data.context", item.context)],
+                Dataset(
+                    name=data_source.source[-200:], digest=data_source.digest[:MAX_DIGEST_LENGTH], source_type="uri",
+                    source=f'{{"uri": "{data_source.source}"}}',
+                ),
+                [InputTag("mlflow.data.context", data_source.context)],
             )
-            for item in event.sources
+            for data_source in event.sources
         ]
-        self._client.log_inputs(self._phase_run(TrackedPhase.TRAIN).id, datasets=inputs)
+        self._client.log_inputs(self._get_phase_run(TrackedPhase.TRAIN).id, datasets=dataset_inputs)
 
 
-def _summary_values(entry: LogEntry) -> dict[str, float]:
+def _build_summary_values(entry: LogEntry) -> dict[str, float]:
     values = logged_values(entry)
-    summary = {
+    summary_values = {
         "final_training_loss": values.get("train_loss"), "total_training_steps": float(entry.step), "total_epochs": entry.epoch,
     }  # fmt: skip
-    return {name: value for name, value in summary.items() if value is not None}
+    return {name: value for name, value in summary_values.items() if value is not None}
 
 
 def _to_mlflow_name(name: str) -> str:

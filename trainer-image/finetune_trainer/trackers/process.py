@@ -87,18 +87,18 @@ class SystemMetrics:
         self._path, self._run, self._storage = path, run, storage
         self._sampler = SystemSampler()
         self._key = join_key(Storage.METRICS, SYSTEM_METRICS_FILE)
-        self._next_sample = self._next_upload = time.monotonic()
+        self._next_sample_time = self._next_upload_time = time.monotonic()
         if not path.exists():
             path.write_bytes(storage.store.get(self._key) or b"")
 
     def sample_and_upload_if_due(self) -> None:
         """Take a sample if `SAMPLE_SECONDS` have passed, and upload the file of samples if its next upload is due."""
         now = time.monotonic()
-        if now >= self._next_sample:
-            self._next_sample = now + SAMPLE_SECONDS
+        if now >= self._next_sample_time:
+            self._next_sample_time = now + SAMPLE_SECONDS
             self._sample()
-        if now >= self._next_upload:
-            self._next_upload = now + UPLOAD_SECONDS * (1 + self._path.stat().st_size // UPLOAD_BYTES)
+        if now >= self._next_upload_time:
+            self._next_upload_time = now + UPLOAD_SECONDS * (1 + self._path.stat().st_size // UPLOAD_BYTES)
             self.upload()
 
     def _sample(self) -> None:
@@ -148,10 +148,10 @@ def main(arguments: list[str]) -> int:
     config, _ = load_run(Settings.from_env())
     run = TrackedRun.model_validate_json((folder / TASK_FILE).read_text())
     storage = RunStorage(open_store(config.storage), run.attempt)
-    samples = SystemMetrics(folder / SYSTEM_METRICS_FILE, run, storage) if config.spec.tracking.system_metrics else None
-    files = [folder / EVENTS_FILE, *([folder / SYSTEM_METRICS_FILE] if samples else [])]
-    senders = [Sender(tracker, files) for tracker in build_trackers(config, run, folder, storage)]
-    _send_all(senders, samples, folder, storage)
+    system_metrics = SystemMetrics(folder / SYSTEM_METRICS_FILE, run, storage) if config.spec.tracking.system_metrics else None
+    event_files = [folder / EVENTS_FILE, *([folder / SYSTEM_METRICS_FILE] if system_metrics else [])]
+    senders = [Sender(tracker, event_files) for tracker in build_trackers(config, run, folder, storage)]
+    _send_all(senders, system_metrics, folder, storage)
     return 0
 
 
@@ -170,7 +170,7 @@ def _end_with_supervisor(supervisor_pid: int) -> None:
     threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
-def _send_all(senders: list[Sender], samples: SystemMetrics | None, folder: Path, storage: RunStorage) -> None:
+def _send_all(senders: list[Sender], system_metrics: SystemMetrics | None, folder: Path, storage: RunStorage) -> None:
     """Run the senders until each of them has sent the end event. Until the attempt ends, take samples of the pod's CPU, memory and GPU usage too."""
     is_ending = threading.Event()
     threads = [threading.Thread(target=sender.run, args=(is_ending,), name=sender.tracker.name, daemon=True) for sender in senders]
@@ -180,26 +180,26 @@ def _send_all(senders: list[Sender], samples: SystemMetrics | None, folder: Path
     while not is_ending.is_set() or any(thread.is_alive() for thread in threads):
         if not is_ending.is_set() and (folder / ENDING_FILE).exists():
             is_ending.set()
-        if samples is not None and not is_ending.is_set():
-            samples.sample_and_upload_if_due()
+        if system_metrics is not None and not is_ending.is_set():
+            system_metrics.sample_and_upload_if_due()
         written_state = _write_state(senders, folder, written_state)
         is_ending.wait(TICK_SECONDS) if not is_ending.is_set() else threading.Event().wait(TICK_SECONDS)
-    if samples is not None:
-        samples.upload()
+    if system_metrics is not None:
+        system_metrics.upload()
     _write_state(senders, folder, written_state)
     _store_state(folder, storage)
 
 
 def _write_state(senders: list[Sender], folder: Path, state_before: TrackingState) -> TrackingState:
     """Return the current state, and write it to `state.json` if it differs from `state_before`, the last written state."""
-    state = TrackingState(trackers={sender.tracker.name: _tracker_state(sender) for sender in senders})
+    state = TrackingState(trackers={sender.tracker.name: _build_tracker_state(sender) for sender in senders})
     if state != state_before:
         with replace_file(folder / STATE_FILE) as partial_file:
             partial_file.write_text(state.model_dump_json(by_alias=True))
     return state
 
 
-def _tracker_state(sender: Sender) -> TrackerState:
+def _build_tracker_state(sender: Sender) -> TrackerState:
     problem = sender.problem
     return TrackerState(
         address=sender.tracker.run_address, sent=sender.sent, has_ended=sender.has_ended,

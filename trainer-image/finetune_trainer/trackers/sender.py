@@ -34,8 +34,8 @@ class Sender:
         self._readers = [EventReader(file) for file in files]
         self._clock = clock
         self._is_open = self._is_ending = self._is_end_sent = False
-        self._failures = 0
-        self._next_try = self._next_flush = clock()
+        self._failure_count = 0
+        self._next_try_time = self._next_flush_time = clock()
 
     def run(self, is_ending: threading.Event) -> None:
         """Send events until the tracker has received and stored the end event. `is_ending`: is set when the supervisor has written the end event."""
@@ -47,15 +47,15 @@ class Sender:
     def send_waiting_events(self, *, is_ending: bool = False) -> None:
         """Send the waiting events, except during a pause after an error. `is_ending`: whether the attempt ends. If it ends, a pause is cut short."""
         if is_ending and not self._is_ending:
-            self._is_ending, self._failures, self._next_try = True, 0, self._clock()
-        if self._clock() < self._next_try:
+            self._is_ending, self._failure_count, self._next_try_time = True, 0, self._clock()
+        if self._clock() < self._next_try_time:
             return
         try:
             self._send()
         except Exception as error:
             self._record_problem(error)
         else:
-            self._failures, self.problem = 0, None
+            self._failure_count, self.problem = 0, None
 
     def _send(self) -> None:
         if not self._is_open:
@@ -68,8 +68,8 @@ class Sender:
                 reader.confirm()
                 self.sent += len(events)
                 self._is_end_sent = self._is_end_sent or any(isinstance(event, EndEvent) for event in events)
-        if self._is_end_sent or self._clock() >= self._next_flush:
-            self._next_flush = self._clock() + FLUSH_SECONDS
+        if self._is_end_sent or self._clock() >= self._next_flush_time:
+            self._next_flush_time = self._clock() + FLUSH_SECONDS
             self.tracker.flush()
         self.has_ended = self._is_end_sent
 
@@ -78,5 +78,5 @@ class Sender:
         self.problem = error if isinstance(error, TrackerError) else self.tracker.explain(error)
         log.warning("%s: %s", self.tracker.name, self.problem.message)
         self._is_open = False
-        self._next_try = self._clock() + min(MAX_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2**self._failures)
-        self._failures += 1
+        self._next_try_time = self._clock() + min(MAX_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2**self._failure_count)
+        self._failure_count += 1

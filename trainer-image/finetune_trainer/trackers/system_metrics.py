@@ -18,11 +18,11 @@ class SystemSampler:
 
     def sample(self) -> dict[str, float]:
         """Return the current usage by the name of the metric. CPU usage is the mean since the last call."""
-        used, total = read_container_memory()
+        used_bytes, total_bytes = read_container_memory()
         values = {
             "system/cpu_utilization_percentage": psutil.cpu_percent(None),
-            "system/system_memory_usage_megabytes": round(used / MEGABYTE, 1),
-            "system/system_memory_usage_percentage": round(100 * used / total, 1),
+            "system/system_memory_usage_megabytes": round(used_bytes / MEGABYTE, 1),
+            "system/system_memory_usage_percentage": round(100 * used_bytes / total_bytes, 1),
         }
         for gpu in self._nvml.read() if self._nvml is not None else ():
             if gpu.utilization_percent is not None:

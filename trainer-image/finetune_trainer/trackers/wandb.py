@@ -19,9 +19,9 @@ from finetune_trainer.trackers.base import (
     FileStorage,
     TrackedRun,
     TrackerError,
-    connection_error,
+    build_connection_error,
+    build_rejected_credentials_error,
     logged_values,
-    rejected_credentials_error,
 )
 from finetune_trainer.trackers.events import ArtifactEvent, DataEvent, EndEvent, Event, LogEvent, PhaseEvent, RunEnd
 
@@ -47,52 +47,52 @@ class Wandb:
         self, run: TrackedRun, folder: Path, storage: FileStorage, *, project: str | None, entity: str | None, system_metrics: bool,
     ) -> None:  # fmt: skip
         self._run, self._folder, self._storage = run, folder, storage
-        self._project, self._entity, self._system_metrics = project or run.project, entity, system_metrics
+        self._project, self._entity, self._sends_system_metrics = project or run.project, entity, system_metrics
         self._is_offline = is_offline(os.environ)
-        self._remote: Any = None
+        self._remote_run: Any = None
         self._first_step = 0
-        self._stored_size = 0
+        self._stored_bytes = 0
         self._is_finished = False
 
     @property
     def run_address(self) -> str | None:
         if self._is_offline:
             return f"{self._run.storage_uri}/{STORAGE_FOLDER}"
-        return getattr(self._remote, "url", None)
+        return getattr(self._remote_run, "url", None)
 
     def open(self) -> None:
         """Create or continue the run. Only the first call does this, because W&B's library repeats failed requests by itself."""
         import wandb
 
-        if self._remote is not None:
+        if self._remote_run is not None:
             return
         if self._is_offline:
             shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._remote = wandb.init(
+        self._remote_run = wandb.init(
             project=self._project, entity=self._entity, id=self._run.uid, name=self._run.name, dir=self._folder,
             mode="offline" if self._is_offline else "online", resume=None if self._is_offline else "allow",
             config={"parameters": self._run.parameters, **{name.replace(".", "_"): value for name, value in self._run.tags.items()}},
             allow_val_change=True, save_code=False,
             settings=wandb.Settings(
-                console="off", disable_git=True, init_timeout=CONNECT_SECONDS, silent=True, x_disable_stats=not self._system_metrics,
+                console="off", disable_git=True, init_timeout=CONNECT_SECONDS, silent=True, x_disable_stats=not self._sends_system_metrics,
                 x_disable_meta=True, x_save_requirements=False,
             ),
         )  # fmt: skip
-        self._first_step = 0 if self._is_offline else int(self._remote.step)
+        self._first_step = 0 if self._is_offline else int(self._remote_run.step)
 
     def send(self, events: Sequence[Event]) -> None:
         for event in events:
             match event:
                 case LogEvent(entry=entry) if entry.step >= self._first_step:
-                    self._remote.log(logged_values(entry), step=entry.step)
+                    self._remote_run.log(logged_values(entry), step=entry.step)
                 case PhaseEvent(values=values) if values:
                     for name, value in values.items():
-                        self._remote.summary[f"{event.phase}/{name}"] = value
+                        self._remote_run.summary[f"{event.phase}/{name}"] = value
                 case DataEvent(sources=sources):
-                    self._remote.config.update({"data": [source.model_dump() for source in sources]}, allow_val_change=True)
+                    self._remote_run.config.update({"data": [source.model_dump() for source in sources]}, allow_val_change=True)
                 case ArtifactEvent():
-                    self._remote.summary[f"artifact/{event.name}"] = event.uri
+                    self._remote_run.summary[f"artifact/{event.name}"] = event.uri
                 case EndEvent():
                     self._finish(event.end)
 
@@ -100,8 +100,8 @@ class Wandb:
         import wandb
 
         if end is RunEnd.INTERRUPTED and not self._is_offline:
-            self._remote.mark_preempting()  # W&B then shows the run as preempted instead of failed.
-        self._remote.finish(exit_code=0 if end is RunEnd.FINISHED or (end is RunEnd.INTERRUPTED and self._is_offline) else 1)
+            self._remote_run.mark_preempting()  # W&B then shows the run as preempted instead of failed.
+        self._remote_run.finish(exit_code=0 if end is RunEnd.FINISHED or (end is RunEnd.INTERRUPTED and self._is_offline) else 1)
         wandb.teardown()  # After `finish`, a process of the library still writes the file. This call waits until the process has ended.
         self._is_finished = True
 
@@ -111,9 +111,9 @@ class Wandb:
             return
         for path in self._folder.glob("wandb/offline-run-*/run-*.wandb"):
             file_size = path.stat().st_size
-            if self._is_finished or file_size > GROWTH_BEFORE_UPLOAD * self._stored_size:
+            if self._is_finished or file_size > GROWTH_BEFORE_UPLOAD * self._stored_bytes:
                 self._storage.put_file(path, f"{STORAGE_FOLDER}/offline-run-{self._run.started_at:%Y%m%d_%H%M%S}-{self._run.uid}/{path.name}")
-                self._stored_size = file_size
+                self._stored_bytes = file_size
 
     def explain(self, error: Exception) -> TrackerError:
         from wandb.errors import AuthenticationError, UsageError
@@ -121,9 +121,9 @@ class Wandb:
         url = os.environ.get("WANDB_BASE_URL", DEFAULT_URL)
         if self._is_offline:
             return TrackerError(Reason.TRACKER_FAILED, f"wandb: the files of the run could not be stored: {type(error).__name__}")
-        text = str(error).lower()
-        if isinstance(error, AuthenticationError) or any(word in text for word in ("api_key", "api key", "401", "403", "permission denied")):
-            return rejected_credentials_error(self.name, url, "check the API key in the Secret of tracking.wandb.apiKeySecretRef")
+        error_text = str(error).lower()
+        if isinstance(error, AuthenticationError) or any(word in error_text for word in ("api_key", "api key", "401", "403", "permission denied")):
+            return build_rejected_credentials_error(self.name, url, "check the API key in the Secret of tracking.wandb.apiKeySecretRef")
         if isinstance(error, UsageError):
             return TrackerError(Reason.TRACKER_FAILED, "wandb refused the run; check tracking.wandb.project and tracking.wandb.entity")
-        return connection_error(self.name, url, error)
+        return build_connection_error(self.name, url, error)

@@ -21,12 +21,12 @@ TENSOR_PREFIX = "base_model.model."
 """Beginning of the names of all tensors in an adapter file. Servers ignore tensors with other names, without an error."""
 WRAPPER_PREFIXES = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "module.")
 """Prefixes that torch's wrappers add to the names of modules."""
-LORA_TENSOR = re.compile(r"\.(lora_(?:embedding_)?[AB])(?:\.weight)?$")
-DORA_TENSOR = re.compile(r"\.lora_magnitude_vector(\.weight)?$")
+LORA_TENSOR_PATTERN = re.compile(r"\.(lora_(?:embedding_)?[AB])(?:\.weight)?$")
+DORA_TENSOR_PATTERN = re.compile(r"\.lora_magnitude_vector(\.weight)?$")
 PROMPT_TYPES = ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING")
-TENSORS_OF_TYPE = {"IA3": re.compile(r"\.ia3_l(\.weight)?$")}
-TRAINED_TOKENS = re.compile(r"\.(token_adapter\.)?trainable_tokens_delta$")
-SINGLE_EXPERT = re.compile(r"\.experts\.\d+\.")
+TENSOR_PATTERN_BY_TYPE = {"IA3": re.compile(r"\.ia3_l(\.weight)?$")}
+TRAINED_TOKENS_PATTERN = re.compile(r"\.(token_adapter\.)?trainable_tokens_delta$")
+SINGLE_EXPERT_PATTERN = re.compile(r"\.experts\.\d+\.")
 """Matches the name of a module or weight of one routed expert."""
 ALL_LINEAR = "all-linear"
 
@@ -55,8 +55,8 @@ def find_fault(folder: Path, base: Path, reference: ReferenceValues | None, *, i
         else:
             _check_model(folder)
         _check_tokenizer(folder, reference)
-    except _FaultFound as found:
-        return found.fault
+    except _FaultFound as error:
+        return error.fault
     return None
 
 
@@ -67,8 +67,8 @@ def find_adapter_fault(folder: Path, base: Path) -> Fault | None:
     """
     try:
         _check_adapter(folder, base, None)
-    except _FaultFound as found:
-        return found.fault
+    except _FaultFound as error:
+        return error.fault
     return None
 
 
@@ -90,8 +90,8 @@ def _check_adapter(folder: Path, base: Path, reference: ReferenceValues | None) 
     _check_finite(tensors)
     if peft_type == "LORA":
         _check_lora(tensors, config, _read_base(base), reference)
-    elif peft_type in TENSORS_OF_TYPE:
-        _check_known_names(tensors, config, TENSORS_OF_TYPE[peft_type])
+    elif peft_type in TENSOR_PATTERN_BY_TYPE:
+        _check_known_names(tensors, config, TENSOR_PATTERN_BY_TYPE[peft_type])
 
 
 def _check_prefixes(tensors: Mapping[str, StoredTensor]) -> None:
@@ -111,22 +111,22 @@ def _check_finite(tensors: Mapping[str, StoredTensor]) -> None:
 
 
 def _check_lora(
-    tensors: Mapping[str, StoredTensor], config: Mapping[str, Any], base: Mapping[str, StoredTensor], reference: ReferenceValues | None
+    tensors: Mapping[str, StoredTensor], config: Mapping[str, Any], base_tensors: Mapping[str, StoredTensor], reference: ReferenceValues | None
 ) -> None:
-    _check_known_names(tensors, config, LORA_TENSOR)
-    matrices = _group_lora_matrices(tensors)
-    _check_pairs_are_complete(matrices)
-    _check_ranks(matrices, config, base)
-    _check_base(matrices, base)
-    _check_targets(matrices, config, base, _find_adapted_embeddings(tensors))
+    _check_known_names(tensors, config, LORA_TENSOR_PATTERN)
+    lora_pairs = _group_lora_matrices(tensors)
+    _check_pairs_are_complete(lora_pairs)
+    _check_ranks(lora_pairs, config, base_tensors)
+    _check_base(lora_pairs, base_tensors)
+    _check_targets(lora_pairs, config, base_tensors, _find_adapted_embeddings(tensors))
     trained_adapter = reference.adapter if reference is not None else None
     if trained_adapter is not None:
-        _check_scaling(matrices, config, trained_adapter.scaling)
+        _check_scaling(lora_pairs, config, trained_adapter.scaling)
     # If the trainer could not measure whether the adapter changes values, the later comparison with the reference values finds adapters without an effect.
     was_changed = trained_adapter is None or trained_adapter.changes_output or (trained_adapter.changes_output is None and not (reference and reference.rows))
-    is_zero = all(pair["B"].is_zero() for pair in matrices.values() if "B" in pair)
-    has_only_lora = all(LORA_TENSOR.search(name) for name in tensors)
-    if was_changed and has_only_lora and is_zero:
+    is_every_b_zero = all(pair["B"].is_zero() for pair in lora_pairs.values() if "B" in pair)
+    has_only_lora = all(LORA_TENSOR_PATTERN.search(name) for name in tensors)
+    if was_changed and has_only_lora and is_every_b_zero:
         raise _FaultFound("AdapterHasNoEffect", "all B matrices of the adapter are zero: the model answers as the base model does")
 
 
@@ -135,23 +135,23 @@ def _group_lora_matrices(tensors: Mapping[str, StoredTensor]) -> dict[str, dict[
 
     Embeddings are left out, because their matrices have another layout.
     """
-    matrices: dict[str, dict[str, StoredTensor]] = {}
+    lora_pairs: dict[str, dict[str, StoredTensor]] = {}
     for name, tensor in tensors.items():
-        match = LORA_TENSOR.search(name)
+        match = LORA_TENSOR_PATTERN.search(name)
         if match and "embedding" not in match.group(1):
-            matrices.setdefault(name[: match.start()].removeprefix(TENSOR_PREFIX), {})[match.group(1)[-1]] = tensor
-    return matrices
+            lora_pairs.setdefault(name[: match.start()].removeprefix(TENSOR_PREFIX), {})[match.group(1)[-1]] = tensor
+    return lora_pairs
 
 
-def _check_known_names(tensors: Mapping[str, StoredTensor], config: Mapping[str, Any], expected: re.Pattern[str]) -> None:
-    """Refuse a tensor whose name matches neither `expected` nor a setting of the configuration."""
+def _check_known_names(tensors: Mapping[str, StoredTensor], config: Mapping[str, Any], expected_pattern: re.Pattern[str]) -> None:
+    """Refuse a tensor whose name matches neither `expected_pattern` nor a setting of the configuration."""
     saved_modules = tuple(config.get("modules_to_save") or ())
     has_tokens, has_bias = bool(config.get("trainable_token_indices")), config.get("bias") not in (None, "none")
     for name in tensors:
         is_in_saved_module = any(f".{module}." in name for module in saved_modules)
-        is_dora_tensor = bool(config.get("use_dora")) and DORA_TENSOR.search(name)
-        is_token_tensor = has_tokens and TRAINED_TOKENS.search(name)
-        is_known_tensor = bool(expected.search(name)) or is_in_saved_module or is_dora_tensor or is_token_tensor
+        is_dora_tensor = bool(config.get("use_dora")) and DORA_TENSOR_PATTERN.search(name)
+        is_token_tensor = has_tokens and TRAINED_TOKENS_PATTERN.search(name)
+        is_known_tensor = bool(expected_pattern.search(name)) or is_in_saved_module or is_dora_tensor or is_token_tensor
         if not (is_known_tensor or (has_bias and name.endswith(".bias")) or _is_embedding(name)):
             raise _FaultFound("AdapterKeysUnknown", f"the tensor {name} belongs to no setting in {ADAPTER_CONFIG}: PEFT and servers ignore or reject it")
 
@@ -170,23 +170,23 @@ def _check_pairs_are_complete(lora_pairs: Mapping[str, Mapping[str, StoredTensor
 
 def _find_adapted_embeddings(tensors: Mapping[str, StoredTensor]) -> set[str]:
     """Return the names (in the base model) of the embeddings that have an adapter."""
-    names_and_matches = ((name, LORA_TENSOR.search(name)) for name in tensors)
+    names_and_matches = ((name, LORA_TENSOR_PATTERN.search(name)) for name in tensors)
     return {name[: match.start()].removeprefix(TENSOR_PREFIX) for name, match in names_and_matches if match and "embedding" in match.group(1)}
 
 
-def _check_ranks(lora_pairs: Mapping[str, Mapping[str, StoredTensor]], config: Mapping[str, Any], base: Mapping[str, StoredTensor]) -> None:
+def _check_ranks(lora_pairs: Mapping[str, Mapping[str, StoredTensor]], config: Mapping[str, Any], base_tensors: Mapping[str, StoredTensor]) -> None:
     """Compare the shapes with the rank. The matrix A of experts has rank x experts rows, because PEFT stores all experts as one matrix."""
     for module, matrices in lora_pairs.items():
-        a, b, rank = matrices["A"].shape, matrices["B"].shape, _module_setting(config, module, "r", "rank_pattern")
-        may_be_experts = f"{module}.weight" not in base
-        if len(a) == 2 and (a[0] != b[1] or (a[0] % rank if may_be_experts else a[0] != rank)):
-            raise _FaultFound("RankDiffers", f"{ADAPTER_CONFIG} says rank {rank:g} for {module}, but A has {a[0]} rows and B has {b[1]} columns")
+        a_shape, b_shape, rank = matrices["A"].shape, matrices["B"].shape, _read_module_setting(config, module, "r", "rank_pattern")
+        may_be_experts = f"{module}.weight" not in base_tensors
+        if len(a_shape) == 2 and (a_shape[0] != b_shape[1] or (a_shape[0] % rank if may_be_experts else a_shape[0] != rank)):
+            raise _FaultFound("RankDiffers", f"{ADAPTER_CONFIG} says rank {rank:g} for {module}, but A has {a_shape[0]} rows and B has {b_shape[1]} columns")
 
 
-def _check_base(lora_pairs: Mapping[str, Mapping[str, StoredTensor]], base: Mapping[str, StoredTensor]) -> None:
+def _check_base(lora_pairs: Mapping[str, Mapping[str, StoredTensor]], base_tensors: Mapping[str, StoredTensor]) -> None:
     """Compare the shapes with those of the base model's weights. Quantised weights are left out, because they have other shapes."""
-    known_weights = {module: base[f"{module}.weight"] for module in lora_pairs if f"{module}.weight" in base}
-    if base and lora_pairs and not known_weights and not _has_renamed_weights(lora_pairs, base):
+    known_weights = {module: base_tensors[f"{module}.weight"] for module in lora_pairs if f"{module}.weight" in base_tensors}
+    if base_tensors and lora_pairs and not known_weights and not _has_renamed_weights(lora_pairs, base_tensors):
         raise _FaultFound("AdapterOfAnotherBase", f"the base model has no module {next(iter(lora_pairs))}: the adapter was trained on another model")
     for module, weight in known_weights.items():
         if weight.dtype not in ("F32", "F16", "BF16", "F64") or len(weight.shape) != 2:
@@ -197,24 +197,24 @@ def _check_base(lora_pairs: Mapping[str, Mapping[str, StoredTensor]], base: Mapp
             raise _FaultFound("AdapterOfAnotherBase", f"{module} has the shape {shape} in the base model, but its adapter fits {outputs} x {inputs}")
 
 
-def _has_renamed_weights(lora_pairs: Mapping[str, Any], base: Mapping[str, StoredTensor]) -> bool:
+def _has_renamed_weights(lora_pairs: Mapping[str, Any], base_tensors: Mapping[str, StoredTensor]) -> bool:
     """Whether the weights in the base model's files have other names than its modules, because transformers renames the weights when it loads them."""
     last_names = {module.removesuffix(".base_layer").rsplit(".", 1)[-1] for module in lora_pairs}
-    return any(name.removesuffix(".weight").rsplit(".", 1)[-1] in last_names or ("experts" in last_names and ".experts." in name) for name in base)
+    return any(name.removesuffix(".weight").rsplit(".", 1)[-1] in last_names or ("experts" in last_names and ".experts." in name) for name in base_tensors)
 
 
-def _check_targets(lora_pairs: Mapping[str, Any], config: Mapping[str, Any], base: Mapping[str, StoredTensor], embeddings: set[str]) -> None:
+def _check_targets(lora_pairs: Mapping[str, Any], config: Mapping[str, Any], base_tensors: Mapping[str, StoredTensor], embeddings: set[str]) -> None:
     """Check that each module of the base model that the configuration targets has an adapter. `embeddings`: embeddings that have an adapter.
 
     The files of many models contain a weight for each routed expert (`experts.0.down_proj`). transformers joins these weights when it loads the model,
     so the targets do not apply to them. They are checked only if the adapter has weights for single experts.
     """
     targets = config.get("target_modules")
-    modules = [name.removesuffix(".weight") for name, tensor in base.items() if name.endswith(".weight") and len(tensor.shape) == 2]
+    modules = [name.removesuffix(".weight") for name, tensor in base_tensors.items() if name.endswith(".weight") and len(tensor.shape) == 2]
     if not targets or targets == ALL_LINEAR or not set(lora_pairs) <= set(modules):
         return
-    if not any(SINGLE_EXPERT.search(module) for module in lora_pairs):
-        modules = [module for module in modules if not SINGLE_EXPERT.search(module)]
+    if not any(SINGLE_EXPERT_PATTERN.search(module) for module in lora_pairs):
+        modules = [module for module in modules if not SINGLE_EXPERT_PATTERN.search(module)]
     layers = config.get("layers_to_transform")
     chosen_layers = None if layers is None else {layers} if isinstance(layers, int) else set(layers)
     for module in modules:
@@ -234,17 +234,17 @@ def _is_excluded(module: str, excluded_modules: Any) -> bool:
     return bool(excluded_modules) and _is_targeted(module, excluded_modules)
 
 
-def _check_scaling(lora_pairs: Mapping[str, Any], config: Mapping[str, Any], trained: Mapping[str, float]) -> None:
-    """Compare the factor by which the configuration scales each module's product B A with the factor in training (`trained`)."""
+def _check_scaling(lora_pairs: Mapping[str, Any], config: Mapping[str, Any], trained_scaling: Mapping[str, float]) -> None:
+    """Compare the factor by which the configuration scales each module's product B A with the factor in training (`trained_scaling`)."""
     for module in lora_pairs:
-        rank, alpha = _module_setting(config, module, "r", "rank_pattern"), _module_setting(config, module, "lora_alpha", "alpha_pattern")
+        rank, alpha = _read_module_setting(config, module, "r", "rank_pattern"), _read_module_setting(config, module, "lora_alpha", "alpha_pattern")
         factor = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        if module in trained and not math.isclose(factor, trained[module], rel_tol=1e-6):
-            settings = f"lora_alpha {alpha:g} and rank {rank:g} scale the adapter of {module} by {factor:g}"
-            raise _FaultFound("AdapterScaleDiffers", f"{settings}, but it was trained with {trained[module]:g}")
+        if module in trained_scaling and not math.isclose(factor, trained_scaling[module], rel_tol=1e-6):
+            settings_text = f"lora_alpha {alpha:g} and rank {rank:g} scale the adapter of {module} by {factor:g}"
+            raise _FaultFound("AdapterScaleDiffers", f"{settings_text}, but it was trained with {trained_scaling[module]:g}")
 
 
-def _module_setting(config: Mapping[str, Any], module: str, name: str, pattern_name: str) -> float:
+def _read_module_setting(config: Mapping[str, Any], module: str, name: str, pattern_name: str) -> float:
     """Return the value of a setting for a module: that of the first matching pattern or, if no pattern matches, that of the whole adapter."""
     patterns: Mapping[str, float] = config.get(pattern_name) or {}
     value = next((value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module)), config.get(name))
@@ -270,17 +270,17 @@ def _check_tokenizer(folder: Path, reference: ReferenceValues | None) -> None:
     """Compare the size and the chat template of the tokenizer with those in training. The size is only known from tokenizer.json."""
     if reference is None:
         return
-    vocabulary_size = _vocabulary_size(folder)
+    vocabulary_size = _read_vocabulary_size(folder)
     if vocabulary_size is not None and reference.tokenizer_length and vocabulary_size != reference.tokenizer_length:
         raise _FaultFound("TokenizerDiffers", f"tokenizer.json has {vocabulary_size} tokens, but the model was trained with {reference.tokenizer_length}")
-    template = _chat_template(folder)
+    template = _read_chat_template(folder)
     if reference.chat_template_sha256 is not None and template is None:
         raise _FaultFound("ChatTemplateMissing", "the tokenizer has no chat template, but the model was trained with one: servers would use another format")
     if reference.chat_template_sha256 is not None and hash_text(template) != reference.chat_template_sha256:
         raise _FaultFound("ChatTemplateDiffers", "the chat template differs from the template of the training")
 
 
-def _vocabulary_size(folder: Path) -> int | None:
+def _read_vocabulary_size(folder: Path) -> int | None:
     """Return the number of tokens in tokenizer.json, or None if this file cannot be read."""
     tokenizer = _read_json(folder / "tokenizer.json")
     vocabulary = (tokenizer or {}).get("model", {}).get("vocab")
@@ -290,7 +290,7 @@ def _vocabulary_size(folder: Path) -> int | None:
     return len(tokens | {token["content"] for token in tokenizer.get("added_tokens") or ()})
 
 
-def _chat_template(folder: Path) -> str | None:
+def _read_chat_template(folder: Path) -> str | None:
     """Return the chat template from chat_template.jinja or, if this file does not exist, from tokenizer_config.json."""
     file = folder / "chat_template.jinja"
     if file.exists():

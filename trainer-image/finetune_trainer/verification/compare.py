@@ -39,7 +39,7 @@ MERGED_MODEL_NAME = "merged"
 OUTCOMES_BY_SEVERITY = (VerificationOutcome.VERIFIED, VerificationOutcome.NOT_VERIFIED, VerificationOutcome.FAILED)
 
 
-def rms_difference(first: Sequence[float], second: Sequence[float]) -> float:
+def compute_rms_difference(first: Sequence[float], second: Sequence[float]) -> float:
     """Return the root mean square of the differences between two lists of values. NaN if a value is not finite."""
     squares = [(first_value - second_value) ** 2 for first_value, second_value in zip(first, second, strict=True)]
     return math.sqrt(math.fsum(squares) / len(squares)) if all(map(math.isfinite, squares)) else math.nan
@@ -56,13 +56,13 @@ def compute_difference_and_tolerance(
     """
     expected_values = reference.values()
     if reference.is_exact and not is_rounded:
-        differences = [abs(one - other) for one, other in zip(values, expected_values, strict=True)]
+        differences = [abs(value - expected_value) for value, expected_value in zip(values, expected_values, strict=True)]
         return (max(differences) if all(map(math.isfinite, differences)) else math.nan), EXACT_TOLERANCE
-    spread = rms_difference(expected_values, reference.batched_values())
+    spread = compute_rms_difference(expected_values, reference.batched_values())
     lowest_tolerance = ROUNDED_TOLERANCE
     if not is_rounded and change is not None and math.isfinite(change):
         lowest_tolerance = min(ROUNDED_TOLERANCE, max(SMALLEST_TOLERANCE, SHARE_OF_CHANGE * change))
-    return rms_difference(values, expected_values), max(SPREAD_FACTOR * spread, lowest_tolerance)
+    return compute_rms_difference(values, expected_values), max(SPREAD_FACTOR * spread, lowest_tolerance)
 
 
 def replace_values(reference: ReferenceValues, values: Sequence[float]) -> ReferenceValues:
@@ -81,46 +81,46 @@ def judge_artefact(
 
     `is_rounded`: whether merging has rounded the weights to 16 bits. `device`: type of the device that computed `values`; empty if unknown.
     """
-    change_from_base = rms_difference(values, base_values) if base_values is not None else None
+    change_from_base = compute_rms_difference(values, base_values) if base_values is not None else None
     difference, tolerance = compute_difference_and_tolerance(values, reference, change_from_base, is_rounded=is_rounded)
-    result = ArtefactVerification(
-        artefact=name, result=VerificationOutcome.VERIFIED, difference=_rounded_or_none(difference), tolerance=_round_to_three_digits(tolerance),
-        change_from_base=_rounded_or_none(change_from_base),
+    verification = ArtefactVerification(
+        artefact=name, result=VerificationOutcome.VERIFIED, difference=_round_or_none(difference), tolerance=_round_to_three_digits(tolerance),
+        change_from_base=_round_or_none(change_from_base),
     )  # fmt: skip
     was_changed_in_training = reference.adapter.changes_output if reference.adapter is not None else None
     rounding_limit = 0.0 if was_changed_in_training else tolerance  # If the change in training is unknown, a small difference may be rounding.
     if change_from_base == 0 and was_changed_in_training is not False and difference > rounding_limit:
-        return _failed(result, "AdapterHasNoEffect", "the stored adapter does not change the values of the base model")
+        return _mark_failed(verification, "AdapterHasNoEffect", "the stored adapter does not change the values of the base model")
     if math.isnan(difference):
-        return _failed(result, "ValuesNotFinite", "the stored model computes values that are not finite")
+        return _mark_failed(verification, "ValuesNotFinite", "the stored model computes values that are not finite")
     if difference > tolerance and name == MERGED_MODEL_NAME and reference.quantization is not None:
-        text = "the adapter was trained on a quantised base model, but merged into unquantised weights, so the difference includes the quantisation error"
-        return result.model_copy(update={"result": VerificationOutcome.NOT_VERIFIED, "code": "BaseWasQuantised", "reason": text})
+        reason = "the adapter was trained on a quantised base model, but merged into unquantised weights, so the difference includes the quantisation error"
+        return verification.model_copy(update={"result": VerificationOutcome.NOT_VERIFIED, "code": "BaseWasQuantised", "reason": reason})
     may_be_rounding = (is_rounded or not reference.is_exact) and difference <= max(ROUNDED_TOLERANCE, SHARE_OF_CHANGE * (change_from_base or 0.0))
     if difference > tolerance and may_be_rounding:
-        text = f"its log-probabilities differ by {difference:.3g} nats, more than {tolerance:.3g}, but the rounding of 16-bit numbers can explain it"
-        return result.model_copy(update={"result": VerificationOutcome.NOT_VERIFIED, "code": "RoundingUnclear", "reason": text})
+        reason = f"its log-probabilities differ by {difference:.3g} nats, more than {tolerance:.3g}, but the rounding of 16-bit numbers can explain it"
+        return verification.model_copy(update={"result": VerificationOutcome.NOT_VERIFIED, "code": "RoundingUnclear", "reason": reason})
     is_on_another_device = bool(device and reference.device and device != reference.device) and not reference.is_exact
     if difference > tolerance and is_on_another_device and difference <= SHARE_OF_DOUBT * (change_from_base or 0.0):
-        text = (
+        reason = (
             f"its log-probabilities differ by {difference:.3g} nats, more than {tolerance:.3g}, but the training computed them on {reference.device} "
             f"and this pod on {device}: they round differently"
         )
-        return result.model_copy(update={"result": VerificationOutcome.NOT_VERIFIED, "code": "OtherDevice", "reason": text})
+        return verification.model_copy(update={"result": VerificationOutcome.NOT_VERIFIED, "code": "OtherDevice", "reason": reason})
     if difference > tolerance:
-        text = f"its log-probabilities differ by {difference:.3g} nats from those of the trained model, but at most {tolerance:.3g} nats are accepted"
-        return _failed(result, "ValuesDiffer", text)
-    trained_change = rms_difference(reference.values(), base_values) if base_values is not None else None
+        reason = f"its log-probabilities differ by {difference:.3g} nats from those of the trained model, but at most {tolerance:.3g} nats are accepted"
+        return _mark_failed(verification, "ValuesDiffer", reason)
+    trained_change = compute_rms_difference(reference.values(), base_values) if base_values is not None else None
     if trained_change is not None and was_changed_in_training is not False and difference > max(SMALLEST_DOUBT, SHARE_OF_DOUBT * trained_change):
-        text = (
+        reason = (
             f"its log-probabilities differ by {difference:.3g} nats, but training changed them by only {trained_change:.3g} nats: "
             "too little to tell rounding from a fault"
         )
-        return result.model_copy(update={"result": VerificationOutcome.NOT_VERIFIED, "code": "RoundingUnclear", "reason": text})
+        return verification.model_copy(update={"result": VerificationOutcome.NOT_VERIFIED, "code": "RoundingUnclear", "reason": reason})
     if change_from_base == 0:
-        note = "training did not change the values of the base model: check training.learningRate and the number of steps"
-        return result.model_copy(update={"code": "TrainingHadNoEffect", "reason": note})
-    return result
+        reason = "training did not change the values of the base model: check training.learningRate and the number of steps"
+        return verification.model_copy(update={"code": "TrainingHadNoEffect", "reason": reason})
+    return verification
 
 
 def summarise(artefacts: Sequence[ArtefactVerification], reference: ReferenceValues | None) -> Verification:
@@ -130,21 +130,21 @@ def summarise(artefacts: Sequence[ArtefactVerification], reference: ReferenceVal
     return Verification(result=worst_outcome, rows=len(rows), tokens=sum(len(row.values) for row in rows), artefacts=list(artefacts))
 
 
-def failed_result(name: str, code: str, reason: str) -> ArtefactVerification:
+def build_failed_result(name: str, code: str, reason: str) -> ArtefactVerification:
     """Return the result for an artefact that is damaged or cannot be loaded."""
     return ArtefactVerification(artefact=name, result=VerificationOutcome.FAILED, code=code, reason=reason)
 
 
-def not_verified_result(name: str, code: str, reason: str) -> ArtefactVerification:
+def build_not_verified_result(name: str, code: str, reason: str) -> ArtefactVerification:
     """Return the result for an artefact whose values could not be compared."""
     return ArtefactVerification(artefact=name, result=VerificationOutcome.NOT_VERIFIED, code=code, reason=reason)
 
 
-def _failed(result: ArtefactVerification, code: str, reason: str) -> ArtefactVerification:
-    return result.model_copy(update={"result": VerificationOutcome.FAILED, "code": code, "reason": reason})
+def _mark_failed(verification: ArtefactVerification, code: str, reason: str) -> ArtefactVerification:
+    return verification.model_copy(update={"result": VerificationOutcome.FAILED, "code": code, "reason": reason})
 
 
-def _rounded_or_none(value: float | None) -> float | None:
+def _round_or_none(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else _round_to_three_digits(value)
 
 

@@ -39,25 +39,25 @@ def compute_batch_values(
     max_row_length = max(len(row.ids) for row in rows)
     ids = torch.tensor([[*row.ids, *[pad_token_id] * (max_row_length - len(row.ids))] for row in rows], device=device)
     attention_mask = torch.tensor([[1] * len(row.ids) + [0] * (max_row_length - len(row.ids)) for row in rows], device=device)
-    inputs = {} if vision is None else vision.make_image_inputs([row.decoded_images() for row in rows], ids.tolist())
-    with _autocast_context(device, autocast):
+    inputs = {} if vision is None else vision.make_image_inputs([row.decode_images() for row in rows], ids.tolist())
+    with _create_autocast_context(device, autocast):
         logits = model(input_ids=ids, attention_mask=attention_mask, use_cache=False, **{name: value.to(device) for name, value in inputs.items()}).logits
     if head == "reward":
         return [[float(score)] for score in logits[:, 0].float()]
     logits = logits[:, -max_row_length:]  # Remove the virtual tokens of prompt tuning.
-    values = [_log_probabilities(logits[index, : len(row.ids) - 1], ids[index, 1 : len(row.ids)]) for index, row in enumerate(rows)]
+    values = [_compute_log_probabilities(logits[index, : len(row.ids) - 1], ids[index, 1 : len(row.ids)]) for index, row in enumerate(rows)]
     return select_counted_values(values, rows)
 
 
-def _log_probabilities(logits: torch.Tensor, tokens: torch.Tensor) -> list[float]:
+def _compute_log_probabilities(logits: torch.Tensor, tokens: torch.Tensor) -> list[float]:
     """Return the log-probability of each token. `logits`: shape (positions, vocabulary size)."""
     values: list[float] = []
     for start in range(0, len(tokens), POSITIONS_PER_CHUNK):
         chunk = slice(start, start + POSITIONS_PER_CHUNK)
-        scores, chosen = logits[chunk].float(), tokens[chunk].to(logits.device)
-        values += (scores.gather(-1, chosen[:, None]).squeeze(-1) - scores.logsumexp(-1)).tolist()
+        scores, chunk_tokens = logits[chunk].float(), tokens[chunk].to(logits.device)
+        values += (scores.gather(-1, chunk_tokens[:, None]).squeeze(-1) - scores.logsumexp(-1)).tolist()
     return values
 
 
-def _autocast_context(device: Any, dtype: str | None) -> AbstractContextManager[Any]:
+def _create_autocast_context(device: Any, dtype: str | None) -> AbstractContextManager[Any]:
     return nullcontext() if dtype is None else torch.autocast(torch.device(device).type, dtype=getattr(torch, dtype))

@@ -54,11 +54,11 @@ def _choose_rows_with_images(dataset: Any) -> list[ReferenceRow]:
     for number in range(min(len(dataset), 4 * MAX_ROWS)):
         columns = dataset[number]
         images = [read_content(image) for image in read_image_column(columns)]
-        for ids, counted in _read_sequences(columns):
+        for ids, is_counted in _read_sequences(columns):
             image_bytes_with_row = image_bytes + sum(map(len, images))
             fits = max(max_row_length, len(ids)) * (len(rows) + 1) <= MAX_ROWS * MAX_ROW_TOKENS and image_bytes_with_row <= MAX_IMAGE_BYTES
-            if fits and any(counted[1:]) and len(rows) < MAX_ROWS:
-                rows.append(ReferenceRow(ids=list(map(int, ids)), is_counted=counted, images=[base64.b64encode(image).decode() for image in images]))
+            if fits and any(is_counted[1:]) and len(rows) < MAX_ROWS:
+                rows.append(ReferenceRow(ids=list(map(int, ids)), is_counted=is_counted, images=[base64.b64encode(image).decode() for image in images]))
                 max_row_length, image_bytes = max(max_row_length, len(ids)), image_bytes_with_row
     return rows
 
@@ -67,9 +67,9 @@ def _to_reference_rows(columns: Mapping[str, Any], tokenizer: Any) -> list[Refer
     """Return the reference rows of one row of the data set. Rows without a counted token are left out."""
     sequences = _read_sequences(columns)
     if not sequences:
-        ids = _prompt_ids(columns.get("prompt"), tokenizer)
+        ids = _tokenise_prompt(columns.get("prompt"), tokenizer)
         sequences = [(ids, [True] * len(ids))]
-    rows = [ReferenceRow(ids=list(map(int, ids[-MAX_ROW_TOKENS:])), is_counted=counted[-MAX_ROW_TOKENS:]) for ids, counted in sequences]
+    rows = [ReferenceRow(ids=list(map(int, ids[-MAX_ROW_TOKENS:])), is_counted=is_counted[-MAX_ROW_TOKENS:]) for ids, is_counted in sequences]
     return [row for row in rows if len(row.ids) >= MIN_ROW_TOKENS and any(row.is_counted[1:])]
 
 
@@ -90,7 +90,7 @@ def _read_sequences(columns: Mapping[str, Any]) -> list[tuple[list[int], list[bo
     return []
 
 
-def _prompt_ids(prompt: Any, tokenizer: Any) -> list[int]:
+def _tokenise_prompt(prompt: Any, tokenizer: Any) -> list[int]:
     """Return the token ids of a prompt, which is a text or a list of messages."""
     if isinstance(prompt, str):
         return list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
@@ -137,7 +137,7 @@ def _measure_values(
     adapter = reference.adapter
     model.eval()
     try:
-        with autocast, _kept_random_states():
+        with autocast, _keep_random_states():
             values = compute_row_values(model, reference.rows, **options)
             batched_values = compute_batch_values(model, reference.rows, **options)
             if adapter is not None and not is_sharded and reference.head == "causal" and method_type_of(run.spec) not in PROMPT_METHODS:
@@ -146,24 +146,24 @@ def _measure_values(
     finally:
         model.train(was_training)
     rows = [
-        row.model_copy(update={"values": of_row, "batched_values": of_batch})
-        for row, of_row, of_batch in zip(reference.rows, values, batched_values, strict=True)
+        row.model_copy(update={"values": row_values, "batched_values": batch_values})
+        for row, row_values, batch_values in zip(reference.rows, values, batched_values, strict=True)
     ]
     return reference.model_copy(update={"rows": rows, "adapter": adapter})
 
 
-def _kept_random_states() -> Any:
+def _keep_random_states() -> Any:
     """Restore torch's random states at the end of the context, because a model may draw random numbers in its forward pass."""
     return torch.random.fork_rng()
 
 
-def _read_dtype(base: Any) -> str:
+def _read_dtype(base_model: Any) -> str:
     """Return the number format of the base model's weights, such as `bfloat16`."""
-    return str(getattr(base, "dtype", torch.float32)).removeprefix("torch.")
+    return str(getattr(base_model, "dtype", torch.float32)).removeprefix("torch.")
 
 
-def _read_quantization(base: Any) -> dict[str, Any] | None:
-    config = getattr(base.config, "quantization_config", None)
+def _read_quantization(base_model: Any) -> dict[str, Any] | None:
+    config = getattr(base_model.config, "quantization_config", None)
     if config is None:
         return None
     return dict(config) if isinstance(config, dict) else dict(config.to_dict())

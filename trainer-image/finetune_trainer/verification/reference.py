@@ -31,8 +31,7 @@ class ReferenceRow(LenientModel):
     values: list[float] = Field(default_factory=list, description="Log-probability (nats) of each counted token, or one score, if the row is computed alone.")
     batched_values: list[float] = Field(default_factory=list, description="Like `values`, but computed in one padded batch with all rows.")
 
-
-    def decoded_images(self) -> list[Any]:
+    def decode_images(self) -> list[Any]:
         """Return the images of the row. Errors: RowError ImageUnreadable."""
         return [load_image(ImageFile(content=base64.b64decode(image))) for image in self.images]
 
@@ -96,4 +95,7 @@ def reference_values_key(digest: str) -> str:
 
 def select_counted_values(values: Sequence[Sequence[float]], rows: Sequence[ReferenceRow]) -> list[list[float]]:
     """Return the values of the counted tokens of each row. `values`: for each row, one value for each token after the first."""
-    return [[value for value, is_counted in zip(of_row, row.is_counted[1:], strict=True) if is_counted] for of_row, row in zip(values, rows, strict=True)]
+    return [
+        [value for value, is_counted in zip(row_values, row.is_counted[1:], strict=True) if is_counted]
+        for row_values, row in zip(values, rows, strict=True)
+    ]

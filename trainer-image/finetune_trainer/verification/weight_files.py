@@ -36,14 +36,14 @@ class StoredTensor:
     def is_finite(self) -> bool:
         """Whether no value is infinite or NaN. Always True for integers and 8-bit floats, whose values are not read."""
         mask = EXPONENT_MASK_BY_FORMAT.get(self.dtype)
-        return mask is None or not any(bool(((chunk & mask) == mask).any()) for chunk in self._chunks())
+        return mask is None or not any(bool(((chunk & mask) == mask).any()) for chunk in self._read_chunks())
 
     def is_zero(self) -> bool:
         """Whether all values are zero, with any sign."""
         mask = {8: 0x7FFFFFFFFFFFFFFF, 4: 0x7FFFFFFF, 2: 0x7FFF, 1: 0x7F}[BYTES_BY_FORMAT[self.dtype]]
-        return not any(bool((chunk & mask).any()) for chunk in self._chunks())
+        return not any(bool((chunk & mask).any()) for chunk in self._read_chunks())
 
-    def _chunks(self) -> Any:
+    def _read_chunks(self) -> Any:
         """Yield the values in chunks, as unsigned integers with the same bits."""
         import numpy
 
@@ -72,12 +72,12 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _parse_tensor(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
+def _parse_tensor(path: Path, name: str, header_entry: Any, data_start: int) -> StoredTensor:
     try:
-        (first, last), shape, dtype = entry["data_offsets"], tuple(map(int, entry["shape"])), str(entry["dtype"])
-        if last - first != math.prod(shape) * BYTES_BY_FORMAT.get(dtype, 1) and dtype in BYTES_BY_FORMAT:
+        (start_offset, end_offset), shape, dtype = header_entry["data_offsets"], tuple(map(int, header_entry["shape"])), str(header_entry["dtype"])
+        if end_offset - start_offset != math.prod(shape) * BYTES_BY_FORMAT.get(dtype, 1) and dtype in BYTES_BY_FORMAT:
             raise DamagedFileError(f"{path.name}: the size of {name} does not match its shape")
-        return StoredTensor(path, dtype, shape, data_start + int(first), int(last - first))
+        return StoredTensor(path, dtype, shape, data_start + int(start_offset), int(end_offset - start_offset))
     except (KeyError, TypeError, ValueError) as error:
         raise DamagedFileError(f"the header of {path.name} does not describe {name}") from error
 

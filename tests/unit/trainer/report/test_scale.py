@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from finetune_trainer.report.scale import compute_ticks, format_number, reduce_points, segments
+from finetune_trainer.report.scale import compute_ticks, format_number, reduce_points, split_into_segments
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -50,8 +50,8 @@ def test_numbers_have_at_most_four_significant_digits(value: float, text: str) -
 
 def test_a_missing_value_splits_the_line() -> None:
     points = [(1.0, 2.0), (2.0, None), (3.0, 4.0), (4.0, 5.0), (5.0, math.nan)]
-    assert segments(points) == [[(1.0, 2.0)], [(3.0, 4.0), (4.0, 5.0)]]
-    assert segments([(1.0, None)]) == []
+    assert split_into_segments(points) == [[(1.0, 2.0)], [(3.0, 4.0), (4.0, 5.0)]]
+    assert split_into_segments([(1.0, None)]) == []
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=600), st.integers(4, 60))

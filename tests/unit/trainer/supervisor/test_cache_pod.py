@@ -15,7 +15,7 @@ from finetune_trainer.model_cache.folder import CacheLimits
 from finetune_trainer.model_cache.record import CacheRecord
 from finetune_trainer.settings import Settings
 from finetune_trainer.supervisor import cache_pod
-from finetune_trainer.supervisor.cache_pod import CacheOptions, CachePod, ModelUse, cacheable_sources
+from finetune_trainer.supervisor.cache_pod import CacheOptions, ModelUse, PodModelProvider, list_cacheable_sources
 
 from tests.support.hub import TOKEN, Hub, serve_hub
 from tests.support.learning import make_run
@@ -61,7 +61,7 @@ def provide(tmp_path: Path, model: Path) -> Provide:
         run = make_run(folder / "run", model, {"model": {"source": source}})[0]
         (folder / "run.json").write_bytes(run.to_bytes())
         settings = replace(Settings.from_env(run_file=str(folder / "run.json"), work_folder=str(folder / "work")), run_sha256=None)
-        assert CachePod(settings, CacheOptions(tmp_path / "cache", tenant, use, limits)).run() == 0
+        assert PodModelProvider(settings, CacheOptions(tmp_path / "cache", tenant, use, limits)).run() == 0
         record = CacheRecord.read(folder / "work")
         assert record is not None
         return record
@@ -261,7 +261,7 @@ def test_a_name_that_leads_out_of_the_folder_is_refused(provide: Provide, hub: H
 
 def test_a_pod_without_run_json_ends_without_a_record(tmp_path: Path) -> None:
     settings = Settings.from_env(run_file=str(tmp_path / "none"), work_folder=str(tmp_path / "work"))
-    assert CachePod(settings, CacheOptions(tmp_path / "cache", "team", ModelUse.IN_PLACE, CacheLimits())).run() == 0
+    assert PodModelProvider(settings, CacheOptions(tmp_path / "cache", "team", ModelUse.IN_PLACE, CacheLimits())).run() == 0
     assert CacheRecord.read(tmp_path / "work") is None
 
 
@@ -269,7 +269,7 @@ def test_only_models_from_the_hub_and_s3_are_provided(tmp_path: Path) -> None:
     def sources(model: str, reference: str) -> list[tuple[str, str]]:
         spec = {"model": {"source": model}, "trainer": {"type": "dpo", "dpo": {"referenceModel": reference}}}
         run: RunConfig = make_run(tmp_path / "run", tmp_path, spec)[0]
-        return list(cacheable_sources(run))
+        return list(list_cacheable_sources(run))
 
     assert sources("org/a", "s3://bucket/c") == [("model.source", "org/a"), ("trainer.dpo.referenceModel", "s3://bucket/c")]
     assert sources("pvc://claim/a", "file:///a") == []

@@ -242,9 +242,9 @@ def supervisor(tmp_path: Path) -> Supervisor:
 
 
 def test_time_limits_are_shares_of_the_grace_period(supervisor: Supervisor) -> None:
-    assert supervisor._time_after_grace_share(0.5) == float("inf") and not supervisor._is_past_deadline()
+    assert supervisor._compute_time_after_grace_share(0.5) == float("inf") and not supervisor._is_past_deadline()
     supervisor._facts.stop_requested_at = 1000.0
-    assert [supervisor._time_after_grace_share(share) for share in (0.0, 0.5, 1.0)] == [1000.0, 1047.5, 1095.0]
+    assert [supervisor._compute_time_after_grace_share(share) for share in (0.0, 0.5, 1.0)] == [1000.0, 1047.5, 1095.0]
 
 
 @pytest.mark.parametrize(
@@ -253,7 +253,7 @@ def test_time_limits_are_shares_of_the_grace_period(supervisor: Supervisor) -> N
 )
 def test_a_stop_shortens_the_wait_for_optional_work(stopped_at: float | None, started: float, end: float, supervisor: Supervisor) -> None:
     supervisor._facts.stop_requested_at = stopped_at
-    assert supervisor._clean_up_deadline(started) == end
+    assert supervisor._compute_optional_task_deadline(started) == end
 
 
 def test_a_stop_during_optional_work_ends_the_wait(supervisor: Supervisor) -> None:
@@ -263,7 +263,7 @@ def test_a_stop_during_optional_work_ends_the_wait(supervisor: Supervisor) -> No
         supervisor._facts.stop_requested_at = time.monotonic() - 1000
         may_end.wait()
 
-    supervisor._clean_up(request_stop_and_hang)  # Without the stop request, this call would wait for 60 seconds.
+    supervisor._run_optional_task(request_stop_and_hang)  # Without the stop request, this call would wait for 60 seconds.
     may_end.set()
 
 

@@ -156,7 +156,7 @@ def test_a_stop_during_the_wait_for_trackers_ends_the_wait(settings: Settings, t
 
 @pytest.mark.parametrize(("end", "seconds"), [("finished", 120.0), ("failed", 120.0), ("interrupted", 5.0), ("killed", 5.0)])
 def test_how_an_attempt_ended_decides_the_wait_for_trackers(end: str, seconds: float, settings: Settings, tmp_path: Path) -> None:
-    assert RunTracking(make_run_config(tmp_path), settings, RunState())._seconds_to_wait(RunEnd(end)) == seconds
+    assert RunTracking(make_run_config(tmp_path), settings, RunState())._choose_max_wait_seconds(RunEnd(end)) == seconds
 
 
 def test_a_tracker_process_that_crashes_is_started_again_a_few_times(

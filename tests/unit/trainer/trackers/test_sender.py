@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from finetune_api.names import Reason
-from finetune_trainer.trackers.base import TrackerError, connection_error
+from finetune_trainer.trackers.base import TrackerError, build_connection_error
 from finetune_trainer.trackers.events import (
     MAX_EVENTS_PER_BATCH,
     EndEvent,
@@ -64,7 +64,7 @@ class FakeTracker:
         self.flushed += 1
 
     def explain(self, error: Exception) -> TrackerError:
-        return connection_error(self.name, "http://user:k3y@host:1/path", error)
+        return build_connection_error(self.name, "http://user:k3y@host:1/path", error)
 
     @property
     def steps(self) -> list[int]:

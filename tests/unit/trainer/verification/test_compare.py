@@ -6,7 +6,12 @@ import math
 
 import pytest
 from finetune_api.status import VerificationOutcome
-from finetune_trainer.verification.compare import failed_result, judge_artefact, not_verified_result, summarise
+from finetune_trainer.verification.compare import (
+    build_failed_result,
+    build_not_verified_result,
+    judge_artefact,
+    summarise,
+)
 from finetune_trainer.verification.reference import ReferenceRow, ReferenceValues, TrainedAdapter
 
 VALUES = [-1.0, -2.0, -3.0, -4.0]
@@ -142,7 +147,7 @@ def test_an_adapter_that_changes_values_only_by_rounding_is_not_failed_if_its_ef
 
 def test_the_worst_result_of_all_artefacts_is_the_result() -> None:
     good = judge_artefact("adapter", VALUES, shifted(1.0), reference())
-    unknown, bad = not_verified_result("merged", "ModelTooLarge", "too large"), failed_result("merged", "WeightsNotFinite", "NaN")
+    unknown, bad = build_not_verified_result("merged", "ModelTooLarge", "too large"), build_failed_result("merged", "WeightsNotFinite", "NaN")
     assert [summarise(found, reference()).result for found in ([good], [good, unknown], [unknown, bad, good], [])] == [
         "Verified", "NotVerified", "Failed", "NotVerified",
     ]  # fmt: skip
