@@ -29,7 +29,7 @@ def logs(
     context: ContextOption = None,
     kubeconfig: KubeconfigOption = None,
 ) -> None:
-    """Print the merged logs of a job's pods. If there are several pods, each line begins with [attempt/node].
+    """Print the merged logs of a job's pods. If there are several pods, each line begins with [attempt/pod], for example [2/0].
 
     Example: finetune logs support-bot -f
 

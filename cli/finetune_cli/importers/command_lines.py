@@ -78,7 +78,7 @@ def add_config_file(draft: JobDraft, path: str) -> InputDocument | None:
     except UnreadableFile as error:
         if draft.documents:
             if not any(given_document.path.name == Path(path).name for given_document in draft.documents):
-                draft.add_note(f"--config {path}: there is no such file on this machine, so the given files are used instead")
+                draft.add_note(f"--config {path}: this file cannot be read here, so the given files are used instead")
             return None
         draft.mistakes.append(
             Mistake("command line", "--config", f"{path}: {error.mistake.message}", "give the file before `--` too")

@@ -45,7 +45,7 @@ OWN_OPTION_ROWS: tuple[OptionRow, ...] = (
     *make_refused_options("training on images, video or audio", "finetune_vision_layers"),
     *make_ignored_options("the model has language layers only", "finetune_language_layers finetune_attention_modules finetune_mlp_modules"),
     *make_refused_options("8-bit floating point weights", "load_in_fp8"),
-    *make_ignored_options("the base model is loaded in 16 bits unless load_in_4bit or load_in_8bit is true", "load_in_16bit"),
+    OptionRow("load_in_16bit", "model.quantization.bits", to_boolean, is_set_by_combine=True),
     *make_refused_options("an adapter in some of the layers only", "layers_to_transform layers_pattern", "write target_modules with the names of the modules"),
     *make_refused_options("quantisation-aware training", "qat_scheme"),
     *make_refused_options("quantisation after training", "quantization", "quantise the final model with another program"),
@@ -124,6 +124,7 @@ def combine_options(draft: JobDraft) -> None:
         draft.assign_default("model.quantization.bits", 4)
     if "token" in draft.given_options:
         draft.assign("model.tokenSecretRef", draft.store_secret("hf-token", draft.get("token")), "token")
+    _explain_16bit(draft)
     _set_initialisation(draft)
     if "save_method" in draft.given_options:
         draft.assign("output.mergeAdapter", str(draft.get("save_method")).startswith("merged"), "save_method")
@@ -134,6 +135,19 @@ def combine_options(draft: JobDraft) -> None:
 def _is_4bit(draft: JobDraft) -> bool:
     """Return whether the base model is loaded in 4 bits, which is Unsloth's default."""
     return draft.get("load_in_4bit", not draft.get("load_in_8bit") and not draft.get("load_in_16bit")) is True
+
+
+def _explain_16bit(draft: JobDraft) -> None:
+    """Explain the effect of `load_in_16bit`, which sets no field: a FineTuneJob loads the base model in 16 bits if it sets no quantisation."""
+    other_keys = tuple(key for key in ("load_in_4bit", "load_in_8bit") if draft.get(key) is True)
+    if draft.get("load_in_16bit") is not True:
+        draft.add_reason("load_in_16bit", "load_in_4bit and load_in_8bit decide, with 4 bits as the default")
+    elif other_keys:
+        draft.add_mistake(
+            ("load_in_16bit", *other_keys), "a base model has either 4, 8 or 16 bits", "set one of them to true", explained_path="model.quantization"
+        )
+    else:
+        draft.add_reason("load_in_16bit", "16 bits are the trainer's default for the frozen base model")
 
 
 def _set_initialisation(draft: JobDraft) -> None:

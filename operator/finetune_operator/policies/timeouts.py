@@ -70,7 +70,7 @@ def describe_stall(
     seconds_without_heartbeat = _compute_seconds_without_heartbeat(report) if report is not None and report.stage is Stage.TRAINING else None
     is_report_valid = report_age_seconds < min(limit_seconds, REPORT_VALID_SECONDS)
     if seconds_without_heartbeat is not None and is_report_valid and seconds_without_heartbeat + report_age_seconds > limit_seconds:
-        return f"no step for {seconds_without_heartbeat + report_age_seconds:.0f} s; the stall timeout is {limit_seconds:.0f} s"
+        return f"no rank has reported progress for {seconds_without_heartbeat + report_age_seconds:.0f} s; the stall timeout is {limit_seconds:.0f} s"
     unfinished_pods = [pod for pod in pods if not pod.is_finished]
     seconds_without_answer = seconds_between(max(reported_at, unready_since) if unready_since else reported_at, now)
     if seconds_without_answer > limit_seconds and unfinished_pods and not any(pod.is_ready or pod.deletion_timestamp for pod in unfinished_pods):

@@ -101,6 +101,9 @@ def test_a_file_is_recognised_by_its_content(import_settings: Any, tool: str) ->
         ("unsloth", {}, "method.lora", {"rank": 8, "alpha": 16, "dropout": 0, "targetModules": ["q_proj"]}),
         ("unsloth", {}, "training.seed", 3407),
         ("unsloth", {}, "training.gradientCheckpointing", "unsloth"),
+        ("unsloth", {"model/load_in_4bit": None}, "method.type", "qlora"),
+        ("unsloth", {"model/load_in_4bit": None, "model/load_in_16bit": True}, "method.type", "lora"),
+        ("unsloth", {"model/load_in_4bit": False, "model/load_in_16bit": True}, "model", {"source": "org/m"}),
         ("unsloth", {"peft/loftq_config": {"loftq_bits": 4, "loftq_iter": 3}, "model/load_in_4bit": False}, "method.lora.loftq", {"bits": 4, "iterations": 1}),
         ("together", {}, "method.lora", {"rank": 8, "alpha": 16, "targetModules": ["all-linear"]}),
         ("together", {"model": "org/m-Reference"}, "model.source", "org/m"),
@@ -128,6 +131,12 @@ def test_options_set_fields_of_the_spec(import_settings: Any, tool: str, changes
     import_outcome = import_settings(tool, changes)
     assert import_outcome.mistakes == []
     assert import_outcome.at(path) == expected
+
+
+@pytest.mark.parametrize("other_key", ["load_in_4bit", "load_in_8bit"])
+def test_unsloth_loads_the_base_model_with_one_precision(import_settings: Any, other_key: str) -> None:
+    (mistake,) = import_settings("unsloth", {"model/load_in_4bit": None, "model/load_in_16bit": True, f"model/{other_key}": True}).mistakes
+    assert "load_in_16bit" in mistake and other_key in mistake and "a base model has either 4, 8 or 16 bits" in mistake
 
 
 @pytest.mark.parametrize(

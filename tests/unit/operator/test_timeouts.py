@@ -94,8 +94,8 @@ def test_default_stall_limit_is_20_steps_but_at_least_ten_minutes(median: float 
     ("since_step", "report_age", "message"),
     [
         (590.0, 10, ""),
-        (590.0, 11, "no step for 601 s; the stall timeout is 600 s"),
-        (5000.0, 119.5, "no step for 5120 s; the stall timeout is 600 s"),
+        (590.0, 11, "no rank has reported progress for 601 s; the stall timeout is 600 s"),
+        (5000.0, 119.5, "no rank has reported progress for 5120 s; the stall timeout is 600 s"),
         (5000.0, 120, ""),
         (None, 100, ""),
     ],
@@ -107,7 +107,7 @@ def test_run_without_steps_stalls_only_while_its_report_is_new(since_step: float
 
 def test_report_older_than_a_short_stall_timeout_is_ignored() -> None:
     received_report = report(health={"secondsSinceStep": 30.0})
-    assert timeouts.describe_stall(SHORT_STALL_TIMEOUT, received_report, T0, [pod()], at(31)).startswith("no step for 61 s")
+    assert timeouts.describe_stall(SHORT_STALL_TIMEOUT, received_report, T0, [pod()], at(31)).startswith("no rank has reported progress for 61 s")
     assert timeouts.describe_stall(SHORT_STALL_TIMEOUT, received_report, T0, [pod()], at(60)) == ""
 
 
