@@ -105,7 +105,7 @@ def _convert_error(error: Exception, repository: str, token: str) -> FineTuneErr
         return ConfigError("HubRepositoryInvalid", f"{REPOSITORY_FIELD} is {repository!r}, which the hub does not accept as a name", hint="write org/name")
     if isinstance(error, OSError | json.JSONDecodeError) or type(error).__module__.startswith(("http", "requests")):
         return _build_unreachable_error(repository, type(error).__name__)
-    return InternalError("HubPushFailed", f"pushing to {repository} failed: {type(error).__name__}: {_format_first_line(error, token)}")
+    return InternalError("HubPushFailed", f"pushing to {repository} failed: {type(error).__name__}{_format_first_line(error, token)}")
 
 
 def _convert_response_error(error: Any, repository: str, token: str) -> FineTuneError:

@@ -139,6 +139,16 @@ def test_a_hub_that_cannot_be_reached_is_named(hub: Hub, folder: Path, tmp_path:
     assert (caught.value.code, int(caught.value.exit_code)) == ("HubUnreachable", 69)
 
 
+def test_an_unexpected_error_is_named_without_the_token(hub: Hub, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> str:
+        raise ValueError(f"bad value {TOKEN}\nsecond line")
+
+    monkeypatch.setattr(pushing, "_push_once", fail)
+    with pytest.raises(FineTuneError) as caught:
+        pushing.push_to_hub(run_with(tmp_path), folder, retry_seconds=60)
+    assert (caught.value.code, caught.value.message) == ("HubPushFailed", "pushing to org/bot failed: ValueError: bad value ***")
+
+
 def test_names_that_the_hub_refuses_and_offline_mode_are_errors_of_the_user(hub: Hub, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
