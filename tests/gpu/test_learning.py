@@ -68,7 +68,7 @@ def test_a_reward_model_trains_32_bit_weights_on_a_16_bit_base(model: Path, tmp_
 
     spec = {"method": {"lora": {"dropout": 0}}, "trainer": {"type": "reward"}, "training": {"maxSteps": 2}}
     outcome = run_training(tmp_path, model, merge_mappings(SIXTY_STEPS, spec), PREFERENCE_PAIRS)
-    types = {(one.requires_grad, one.dtype) for one in outcome.model.parameters()}
+    types = {(parameter.requires_grad, parameter.dtype) for parameter in outcome.model.parameters()}
     assert types == {(True, torch.float32), (False, torch.bfloat16)}
 
 
@@ -137,13 +137,13 @@ def test_the_kernel_computes_the_same_as_sdpa_with_a_mask(window: int | None, he
     inputs = [torch.randn(1, heads, len(positions), head_size, device="cuda", dtype=torch.bfloat16) for heads in (8, 2, 2)]
     weights = torch.randn(1, len(positions), 8, head_size, device="cuda", dtype=torch.bfloat16)
 
-    def results(attention_mask: torch.Tensor | None, **options: Any) -> list[torch.Tensor]:
+    def compute_output_and_gradients(attention_mask: torch.Tensor | None, **options: Any) -> list[torch.Tensor]:
         query, key, value = (tensor.clone().requires_grad_() for tensor in inputs)
-        result, _ = compute_varlen_attention(layer, query, key, value, attention_mask, scaling=0.1, sliding_window=window, **options)
-        result.backward(weights)
+        output, _ = compute_varlen_attention(layer, query, key, value, attention_mask, scaling=0.1, sliding_window=window, **options)
+        output.backward(weights)
         gradients = [tensor.grad for tensor in (query, key, value)]
-        return [result, *(gradient for gradient in gradients if gradient is not None)]
+        return [output, *(gradient for gradient in gradients if gradient is not None)]
 
-    found = results(None, cu_seq_lens_q=starts, max_length_q=max(lengths))
-    for one, expected in zip(found, results(mask[None, None]), strict=True):
-        torch.testing.assert_close(one.float(), expected.float(), atol=0.1, rtol=0.05)
+    tensors_with_boundaries = compute_output_and_gradients(None, cu_seq_lens_q=starts, max_length_q=max(lengths))
+    for tensor, tensor_with_mask in zip(tensors_with_boundaries, compute_output_and_gradients(mask[None, None]), strict=True):
+        torch.testing.assert_close(tensor.float(), tensor_with_mask.float(), atol=0.1, rtol=0.05)

@@ -98,7 +98,7 @@ def test_a_pod_runs_benchmarks_of_its_model_and_of_the_base_model(model: Path, t
     assert found["hellaswag", "acc_norm"]["samples"] == 2 and found["written_sums", "exact_match"]["base"] is not None
     assert found["sums", "accuracy"]["value"] in (0, 1) and found["sums", "accuracy"]["base"] is None
     assert message.evaluation is not None and message.evaluation.benchmarks is not None
-    assert [(one.task, one.metric) for one in message.evaluation.benchmarks] == [(entry["task"], entry["metric"]) for entry in entries]
+    assert [(result.task, result.metric) for result in message.evaluation.benchmarks] == [(entry["task"], entry["metric"]) for entry in entries]
     assert json.loads(stored_path(tmp_path, "evaluation/domain_sums_results.json").read_text()).keys() >= {"bleu", "rouge1_f", "rouge2_f", "rougeL_f"}
     assert json.loads(stored_path(tmp_path, "evaluation/lm_eval_results.json").read_text())["sums"] == {"acc": sums["value"]}
     with stored_path(tmp_path, "evaluation/human_rating.csv").open(encoding="utf-8-sig", newline="") as stream:

@@ -147,7 +147,7 @@ def test_a_job_without_training_runs_every_stage_on_a_checkpoint_of_another_job(
     verification = message.output.verification
     assert verification is not None and verification.result == "NotVerified"
     reason = "the model is a checkpoint, and a trainer records reference values only for its final model"
-    assert [(one.artefact, one.code, one.reason) for one in verification.artefacts] == [
+    assert [(artefact.artefact, artefact.code, artefact.reason) for artefact in verification.artefacts] == [
         ("adapter", "NoReferenceValues", reason), ("merged", "NoReferenceValues", reason),
     ]  # fmt: skip
 

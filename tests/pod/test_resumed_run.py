@@ -135,16 +135,16 @@ def test_the_lineage_statement_describes_all_attempts_the_inputs_and_every_file(
     text = (run.store / "lineage/statement.json").read_text()
     statement = Statement.model_validate_json(text)
     files = {path.name: sha256(path) for path in Path((output.uri or "").removeprefix("file://")).iterdir()}
-    assert {one.name: one.digest["sha256"] for one in statement.subject} == files and len(statement.subject) == len(files)
-    dependencies = {one.name: one.digest.get("sha256") for one in statement.predicate.build_definition.resolved_dependencies}
+    assert {subject.name: subject.digest["sha256"] for subject in statement.subject} == files and len(statement.subject) == len(files)
+    dependencies = {dependency.name: dependency.digest.get("sha256") for dependency in statement.predicate.build_definition.resolved_dependencies}
     assert dependencies["dataset.train/sums-and-products.jsonl"] == sha256(run.folder / "sums-and-products.jsonl")
     assert dependencies["model.source/model.safetensors"] == sha256(run.model / "model.safetensors")
     assert statement.job == f"team-a/sums-bot/{UID}" and statement.run.step == STEPS and statement.spec["training"]["seed"] == 42
     assert run.message.resumed_from_step is not None and run.message.resumed_from_step >= KILLED_AFTER_STEP
-    assert [(one.attempt, one.start_step) for one in statement.run.attempts] == [(1, 0), (2, run.message.resumed_from_step)]
+    assert [(attempt.attempt, attempt.start_step) for attempt in statement.run.attempts] == [(1, 0), (2, run.message.resumed_from_step)]
     resolved = statement.run.attempts[1].resolved
     assert resolved is not None and resolved.device == "cpu"
-    checkpoints = {one.name: one.digest["sha256"] for one in statement.predicate.run_details.byproducts}
+    checkpoints = {byproduct.name: byproduct.digest["sha256"] for byproduct in statement.predicate.run_details.byproducts}
     markers = {f"checkpoints/{path.parent.name}": read_json(path)["manifestSha256"] for path in run.store.glob("checkpoints/*/_COMMITTED")}
     assert checkpoints == markers and len(markers) == 2
     assert "not-for-others" not in text and statement.spec["placement"]["env"] == [{"name": "MY_VALUE"}]

@@ -47,7 +47,7 @@ def stop_while_request_hangs(pod: Pod, rule: Rule[S3Operation]) -> None:
     """Start the pod, and stop it as soon as a request matches `rule`, which keeps the request unanswered."""
     with rule, pod:
         pod.wait_until(lambda: rule.hits > 0)
-        assert [pod.pids(one) for one in ("agent", "train", "child-of-a-rank")] == [[], [], []], "a training process still runs after the training"
+        assert [pod.pids(name) for name in ("agent", "train", "child-of-a-rank")] == [[], [], []], "a training process still runs after the training"
         pod.terminate()
         assert pod.end(timeout=300) == ExitCode.PREEMPTED_SAVED, pod.text[-3000:]
     message = pod.termination_message()
@@ -58,8 +58,8 @@ def stop_while_request_hangs(pod: Pod, rule: Rule[S3Operation]) -> None:
 def list_copied_files(proxy: S3Proxy, bucket: Bucket) -> list[str]:
     """Return the model files that were copied to `output.dir` so far."""
     prefix = f"/{bucket.name}/{bucket.root}/results/"
-    puts = [one for one in proxy.exchanges if one.operation == "PutObject" and one.client_status == 200 and one.path.startswith(prefix)]
-    return [name for one in puts if (name := one.path.removeprefix(prefix)).startswith(("adapter", "chain"))]
+    puts = [put for put in proxy.exchanges if put.operation == "PutObject" and put.client_status == 200 and put.path.startswith(prefix)]
+    return [name for put in puts if (name := put.path.removeprefix(prefix)).startswith(("adapter", "chain"))]
 
 
 def test_a_stop_during_the_copy_and_during_a_download(proxy: S3Proxy, bucket: Bucket, spec: dict[str, Any], tmp_path: Path) -> None:

@@ -186,7 +186,7 @@ def test_a_changed_model_of_another_job_fails_and_a_model_without_reference_valu
     with pod:
         assert pod.end() == ExitCode.VERIFICATION_FAILED, pod.text[-6000:]
     found, message = require_verification(pod), pod.termination_message()
-    assert [(one.artefact, one.result, one.code) for one in found.artefacts] == [
+    assert [(artefact.artefact, artefact.result, artefact.code) for artefact in found.artefacts] == [
         ("adapter", VerificationOutcome.FAILED, "ValuesDiffer"), ("merged", VerificationOutcome.FAILED, "ValuesDiffer"),
     ]  # fmt: skip
     assert (message.code, message.stage) == ("ValuesDiffer", Stage.VERIFYING)

@@ -100,7 +100,7 @@ def test_resume_and_lineage_detect_a_swapped_image_of_equal_size(vision_model: P
     with Pod(run_config(spec, target), tmp_path / "one") as first:
         assert first.end() == ExitCode.OK, first.text[-6000:]
     statement = json.loads((root / "lineage" / "statement.json").read_text())
-    dependencies = {one["name"]: one for one in statement["predicate"]["buildDefinition"]["resolvedDependencies"]}
+    dependencies = {dependency["name"]: dependency for dependency in statement["predicate"]["buildDefinition"]["resolvedDependencies"]}
     lines = sorted(f"{name}.png\0{hashlib.sha256(make_png(colour)).hexdigest()}" for name, colour in COLOURS.items())
     digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
     assert dependencies["training image set"]["annotations"] == {"combinedDigest": digest}

@@ -52,9 +52,9 @@ class ExampleJobs:
     def wait_finished(self, name: str) -> FinishedRun:
         """Import and apply the jobs of this example and of the next example, and wait until the job of this example succeeds."""
         index = self.names.index(name)
-        for one in self.names[index : index + JOBS_AT_A_TIME]:
-            if one not in self.specs:
-                self.specs[one] = self._apply(one)
+        for example_name in self.names[index : index + JOBS_AT_A_TIME]:
+            if example_name not in self.specs:
+                self.specs[example_name] = self._apply(example_name)
         status: FineTuneJobStatus = self.job_namespace.wait_finished(make_job_name(name))
         return FinishedRun(self.specs[name], status, self.read, self.list_files)
 
@@ -67,7 +67,7 @@ class ExampleJobs:
             env={**os.environ, "MLFLOW_TRACKING_URI": TRACKING_URI},
         )  # fmt: skip
         assert completed_process.returncode == 0, completed_process.stderr
-        (job,) = [one for one in yaml.safe_load_all(manifest.read_text("utf-8")) if one["kind"] == KIND]
+        (job,) = [manifest_object for manifest_object in yaml.safe_load_all(manifest.read_text("utf-8")) if manifest_object["kind"] == KIND]
         for config_map, data in list_missing_config_maps(name, job["spec"]):
             self.job_namespace.apply({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": config_map}, "data": data})
         self.job_namespace.apply(manifest)
@@ -144,6 +144,6 @@ def check_hub(run: FinishedRun, hub: Hub) -> None:
 def check_token_from_secret(job_namespace: JobNamespace, name: str, token: dict[str, str]) -> None:
     """Check that the pod reads its Hugging Face token from the Secret that the import wrote."""
     (pod,) = job_namespace.pods(name)
-    (container,) = [one for one in pod["spec"]["containers"] if one["name"] == TRAINER_CONTAINER]
-    (variable,) = [one for one in container["env"] if one["name"] == Env.HF_TOKEN.value]
+    (container,) = [candidate for candidate in pod["spec"]["containers"] if candidate["name"] == TRAINER_CONTAINER]
+    (variable,) = [candidate for candidate in container["env"] if candidate["name"] == Env.HF_TOKEN.value]
     assert variable["valueFrom"]["secretKeyRef"] == token == {"name": f"{name}-import", "key": "hf-token"}

@@ -112,7 +112,7 @@ class Installation:
         """Return the sha256 of each file of a committed folder, by path, as its manifest.json lists them."""
         bucket, _, prefix = uri.removeprefix("s3://").partition("/")
         body = json.loads(self.store.get_object(Bucket=bucket, Key=f"{prefix}/manifest.json")["Body"].read())
-        return {one["path"]: one["sha256"] for one in body["files"]}
+        return {entry["path"]: entry["sha256"] for entry in body["files"]}
 
 
 def restricted_namespace(name: str) -> Object:
@@ -135,8 +135,8 @@ class JobNamespace:
 
     def apply(self, *manifests: Object | Path) -> None:
         """Run `kubectl apply` for each object or manifest file."""
-        for one in manifests:
-            text = one.read_text("utf-8") if isinstance(one, Path) else yaml.safe_dump(one)
+        for manifest in manifests:
+            text = manifest.read_text("utf-8") if isinstance(manifest, Path) else yaml.safe_dump(manifest)
             self.installation.cluster.kubectl("-n", self.namespace, "apply", "-f", "-", stdin=text)
 
     def status(self, name: str) -> FineTuneJobStatus:
@@ -152,7 +152,7 @@ class JobNamespace:
     ) -> FineTuneJobStatus:
         """Wait until `until(status)` is true, and return the status. After `timeout` seconds, raise AssertionError with the status and the pods' logs."""
         try:
-            found = self.installation.api.wait(
+            job = self.installation.api.wait(
                 PLURAL,
                 self.namespace,
                 name,
@@ -162,7 +162,7 @@ class JobNamespace:
             )
         except AssertionError as error:
             raise AssertionError(f"{error}\n{self._pod_logs(name)}") from None
-        return parse_status(found)
+        return parse_status(job)
 
     def wait_finished(self, name: str, phase: Phase = Phase.SUCCEEDED) -> FineTuneJobStatus:
         """Wait until the job ends, and return its status. Raise AssertionError if the job's final phase is not `phase`."""
@@ -172,8 +172,8 @@ class JobNamespace:
 
     def pods(self, name: str) -> list[Object]:
         """List the pods of a job, sorted by attempt."""
-        found = self.installation.api.list("pods", self.namespace, labels=f"{Label.JOB_NAME}={name}")
-        return sorted(found, key=lambda pod: (int(pod["metadata"]["labels"][Label.ATTEMPT]), pod["metadata"]["name"]))
+        pods = self.installation.api.list("pods", self.namespace, labels=f"{Label.JOB_NAME}={name}")
+        return sorted(pods, key=lambda pod: (int(pod["metadata"]["labels"][Label.ATTEMPT]), pod["metadata"]["name"]))
 
     def exec_script(self, pod: str, script: str) -> str:
         """Run a shell script in the trainer container of a pod. Returns its output."""
@@ -182,13 +182,13 @@ class JobNamespace:
         )
 
     def _pod_logs(self, name: str) -> str:
-        found = []
+        log_texts = []
         for pod in self.pods(name):
             logs = self.installation.cluster.kubectl(
                 "-n", self.namespace, "logs", "--tail=30", pod["metadata"]["name"], check=False
             )
-            found.append(f"--- {pod['metadata']['name']} {pod['status'].get('phase')}\n{logs}")
-        return "\n".join(found)
+            log_texts.append(f"--- {pod['metadata']['name']} {pod['status'].get('phase')}\n{logs}")
+        return "\n".join(log_texts)
 
 
 def parse_status(body: Object) -> FineTuneJobStatus:

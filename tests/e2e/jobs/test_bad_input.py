@@ -191,9 +191,9 @@ def test_an_unknown_node_pool_is_reported_without_a_pod(job_namespace: JobNamesp
 
 def condition_status(status: FineTuneJobStatus, kind: Condition) -> str:
     """Return the status of a condition, or an empty string if the condition is absent."""
-    return next((one.status for one in status.conditions if one.type == kind), "")
+    return next((condition.status for condition in status.conditions if condition.type == kind), "")
 
 
 def condition_reason(status: FineTuneJobStatus) -> str:
     """Return the reason of the job's condition `Reconciling`, or an empty string if the job has no such condition."""
-    return next((one.reason for one in status.conditions if one.type == Condition.RECONCILING), "")
+    return next((condition.reason for condition in status.conditions if condition.type == Condition.RECONCILING), "")

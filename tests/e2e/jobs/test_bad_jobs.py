@@ -92,13 +92,13 @@ def find_wrong_refusals(jobs: JobNamespace, case: str) -> list[str]:
         return [f"{case}: {status.phase} without a failure"]
     if case in REFUSED_BY_RULE:
         code, failure_class = Reason.REJECTED, FailureClass.USER
-    found = (failure.code, FailureClass(failure.class_), status.attempts, location in f"{failure.message} {failure.hint}")
-    return [] if found == (code, failure_class, [], True) else [f"{case}: {found}: {failure.message} | {failure.hint}"]
+    outcome = (failure.code, FailureClass(failure.class_), status.attempts, location in f"{failure.message} {failure.hint}")
+    return [] if outcome == (code, failure_class, [], True) else [f"{case}: {outcome}: {failure.message} | {failure.hint}"]
 
 
 def read_reconciling_reason(status: FineTuneJobStatus) -> str:
     """Return the reason of the job's condition `Reconciling`, or an empty string if the job has no such condition."""
-    return next((one.reason for one in status.conditions if one.type == Condition.RECONCILING), "")
+    return next((condition.reason for condition in status.conditions if condition.type == Condition.RECONCILING), "")
 
 
 def test_bad_jobs_are_refused_and_no_pod_requests_a_gpu(job_namespace: JobNamespace, tmp_path: Path) -> None:

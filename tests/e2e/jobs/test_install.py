@@ -42,7 +42,7 @@ def test_a_job_finishes_while_the_operator_is_down(job_namespace: JobNamespace) 
     installation.api.wait_list(
         "jobs",
         job_namespace.namespace,
-        lambda jobs: all(condition_is_true(one, "Complete") for one in jobs),
+        lambda jobs: all(condition_is_true(job, "Complete") for job in jobs),
         labels=labels,
         timeout=120,
     )

@@ -52,7 +52,7 @@ def base_url(installation: Installation, job_namespace: JobNamespace) -> Iterato
     })  # fmt: skip
     command = [str(build.ensure_built(build.KUBE_PROGRAM)), "kubectl", "--kubeconfig", str(cluster.kubeconfig), "-n", demo.RELEASE_NAME]
     (service,) = [
-        one["metadata"]["name"] for one in installation.api.list("services", demo.RELEASE_NAME) if "openai" in one["metadata"]["name"]
+        service["metadata"]["name"] for service in installation.api.list("services", demo.RELEASE_NAME) if "openai" in service["metadata"]["name"]
     ]
     with subprocess.Popen([*command, "port-forward", f"service/{service}", ":80"], stdout=subprocess.PIPE, text=True) as forward:
         assert forward.stdout is not None
@@ -75,14 +75,14 @@ def test_the_official_client_trains_a_model(base_url: str, job_namespace: JobNam
     assert client.files.content(file.id).read() == rows
 
     job = client.fine_tuning.jobs.create(model="gpt-4o-mini", training_file=file.id, hyperparameters={"n_epochs": 1})
-    assert job.status in ("validating_files", "queued") and job.id in {one.id for one in client.fine_tuning.jobs.list()}
+    assert job.status in ("validating_files", "queued") and job.id in {listed_job.id for listed_job in client.fine_tuning.jobs.list()}
     job_namespace.wait_finished(job.id)
     done_job = client.fine_tuning.jobs.retrieve(job.id)
     assert (done_job.status, done_job.error) == ("succeeded", None)
     assert done_job.fine_tuned_model == job_namespace.status(job.id).output.uri  # type: ignore[union-attr]
     assert (done_job.trained_tokens or 0) > 0
     assert done_job.finished_at is not None and list(client.fine_tuning.jobs.list_events(job.id))
-    assert [one.step_number for one in client.fine_tuning.jobs.checkpoints.list(job.id)]
+    assert [checkpoint.step_number for checkpoint in client.fine_tuning.jobs.checkpoints.list(job.id)]
     (result_file,) = done_job.result_files
     assert client.files.content(result_file).text.startswith("step,")
 

@@ -73,7 +73,7 @@ class TwoAttempts:
 
         The second attempt resumes from the newest committed checkpoint, and ends after twelve more checkpoints.
         """
-        self.start_step = max(one.step or 0 for one in self.storage.direct_tree.list_committed())
+        self.start_step = max(checkpoint.step or 0 for checkpoint in self.storage.direct_tree.list_committed())
         script, resume = TOY_SCRIPT | {"further": 12 * STEPS_PER_CHECKPOINT}, ResumeConfig(mode="auto", expect_step=self.start_step)
         return make_toy_pod(self.folder / "two", self.spec, self.second_storage, self.server, script, attempt=2, resume=resume)
 
@@ -84,10 +84,10 @@ class TwoAttempts:
 
         def watch() -> None:
             while not is_done.wait(READ_INTERVAL_SECONDS):
-                for one in self.storage.direct_tree.list_committed():
-                    paths = self.markers_seen.setdefault(one.step or 0, [])
-                    if paths[-1:] != [one.marker.path]:
-                        paths.append(one.marker.path)
+                for checkpoint in self.storage.direct_tree.list_committed():
+                    paths = self.markers_seen.setdefault(checkpoint.step or 0, [])
+                    if paths[-1:] != [checkpoint.marker.path]:
+                        paths.append(checkpoint.marker.path)
 
         thread = threading.Thread(target=watch)
         thread.start()
@@ -108,12 +108,12 @@ class TwoAttempts:
         resumed_step = later_pod.termination_message().resumed_from_step
         assert resumed_step is not None and resumed_step >= self.start_step
         last_step = resumed_step + 12 * STEPS_PER_CHECKPOINT
-        for one in self.storage.direct_tree.list_committed():
-            assert one.marker.attempt == (1 if (one.step or 0) <= resumed_step else 2), one
+        for checkpoint in self.storage.direct_tree.list_committed():
+            assert checkpoint.marker.attempt == (1 if (checkpoint.step or 0) <= resumed_step else 2), checkpoint
         for step, paths in self.markers_seen.items():
             assert paths == sorted(paths) and len(paths) <= 2, f"step {step}: {paths}"
         assert last_step in self.storage.verify_all(self.folder / "after")
-        committed_folders = {f"{one.folder}/" for one in self.storage.direct_tree.list_committed()}
+        committed_folders = {f"{checkpoint.folder}/" for checkpoint in self.storage.direct_tree.list_committed()}
         data_keys = [
             stat.key
             for stat in self.storage.direct_tree.store.list("checkpoints/")

@@ -91,7 +91,7 @@ def test_the_servers_have_each_step_once_after_a_kill(mlflow: TrackerServer, mon
     assert runs.run("job").data.metrics["eval_perplexity"] == pytest.approx(perplexity)
     # MongoDB has one document per log line.
     documents = list(database.step_metrics.find({"run_id": UID, "kind": "training"}).sort("step"))
-    assert find_differences([(one["step"], one["loss"]) for one in documents], expected) == []
+    assert find_differences([(document["step"], document["loss"]) for document in documents], expected) == []
     [run] = database.training_runs.find()
     assert (run["status"], run["attempt"], run["artifacts"]["model"]["uri"]) == ("completed", 2, message.output.uri)  # type: ignore[union-attr]
     assert database.final_metrics.find_one({"phase": "evaluate"})["perplexity"] == pytest.approx(perplexity)  # type: ignore[index]
@@ -147,8 +147,8 @@ def test_mongodb_documents_of_repeated_steps_are_replaced(mongodb: TrackerServer
     second.open()
     second.send([*log_events(1, 12, evaluated_steps=(10,)), *end_events(12)])
     documents = list(database.step_metrics.find({"kind": "training"}).sort("step"))
-    assert [(one["step"], one["loss"]) for one in documents] == [(step, compute_loss(step)) for step in range(1, 13)]
-    assert [one["step"] for one in database.step_metrics.find({"kind": "evaluation"})] == [10]
+    assert [(document["step"], document["loss"]) for document in documents] == [(step, compute_loss(step)) for step in range(1, 13)]
+    assert [document["step"] for document in database.step_metrics.find({"kind": "evaluation"})] == [10]
     [run] = database.training_runs.find()
     assert (run["status"], run["attempt"], run["parameters"]["training_batchSizePerDevice"]) == ("completed", 2, "4")
     assert json.dumps(run["data"][0]) == json.dumps({"context": "training", "source": "s3://bucket/train.jsonl", "digest": "a" * 64})

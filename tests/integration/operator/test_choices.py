@@ -50,8 +50,8 @@ async def test_attempts_keep_the_choices_after_a_restart_of_the_operator_with_ot
     await world.kubelet.end(await world.wait_for_pod("run-1", 0, "Running"), ExitCode.SIGKILL)
     second, pods = await read_run_and_pod_spec(world, "run-2")
     for run in (first, second):
-        assert {path: (run.spec.value(path), run.origin(path)) for path in (one["field"] for one in CHOICES)} == {
-            str(one["field"]): (one["value"], Origin.PLAN) for one in CHOICES
+        assert {path: (run.spec.value(path), run.origin(path)) for path in (choice["field"] for choice in CHOICES)} == {
+            str(choice["field"]): (choice["value"], Origin.PLAN) for choice in CHOICES
         }
     assert pods["nodeSelector"]["gpu"] == "h100"
     status = world.status()

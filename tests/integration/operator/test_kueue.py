@@ -56,7 +56,7 @@ async def eventually(expected: str, condition: Callable[[], bool]) -> None:
 def is_inadmissible(queue: QueueObjects, job: str) -> bool:
     """Whether Kueue has tried to admit a Job's Workload and found no quota."""
     conditions = queue.workloads_by_job().get(job, {}).get("status", {}).get("conditions", [])
-    return any(one["type"] == "QuotaReserved" and one["status"] == "False" for one in conditions)
+    return any(condition["type"] == "QuotaReserved" and condition["status"] == "False" for condition in conditions)
 
 
 def gpus(nodes: int, per_node: int) -> Object:
@@ -217,7 +217,7 @@ async def test_the_workload_says_why_a_job_waits(world: Rig, queue: QueueObjects
     await world.create(placement={"queueName": queue_name}, resources=gpus(1, 1))
     await eventually("not admitted", lambda: is_inadmissible(queue, "run-1"))
     conditions = queue.workloads_by_job()["run-1"]["status"]["conditions"]
-    assert reason in next(one["message"] for one in conditions if one["type"] == "QuotaReserved")
+    assert reason in next(condition["message"] for condition in conditions if condition["type"] == "QuotaReserved")
     await world.wait_for_phase("Queued")
     assert queue_name in world.condition("QuotaReserved")["message"]
     assert world.pods.items == {}

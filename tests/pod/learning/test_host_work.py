@@ -179,7 +179,7 @@ def test_gradients_are_removed_or_set_to_zero() -> None:
     net = make_small_model()
     net[0].bias.requires_grad_(False)
     with module_walks.collected_model(net) as collected:
-        assert [id(one) for one in collected.trained_parameters] == [id(net[0].weight)]
+        assert [id(parameter) for parameter in collected.trained_parameters] == [id(net[0].weight)]
         net[0].weight.grad = torch.ones(2, 2)
         net.zero_grad(set_to_none=False)
         assert net[0].weight.grad.tolist() == [[0, 0], [0, 0]]

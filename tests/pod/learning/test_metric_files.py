@@ -33,7 +33,7 @@ def test_metric_files_of_a_real_run(model: Path, tmp_path: Path) -> None:
     run = RunDescription(model="tiny", technique="lora", started_at=started_at, completed_at=datetime.now(UTC))
     files = build_metric_files(log, run)
     steps = json.loads(files[ResultFile.STEP_METRICS])
-    assert [one["step"] for one in steps] == list(range(1, 9)) and [one["loss"] for one in steps] == outcome.losses
+    assert [entry["step"] for entry in steps] == list(range(1, 9)) and [entry["loss"] for entry in steps] == outcome.losses
     first, second = json.loads(files[ResultFile.EPOCH_METRICS])
     assert first["train_loss"] == pytest.approx(sum(outcome.losses[:4]) / 4)
     assert second["train_loss"] == pytest.approx(sum(outcome.losses[4:]) / 4)

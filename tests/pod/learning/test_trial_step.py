@@ -187,11 +187,11 @@ def test_the_trial_step_runs_without_gpu_options(tmp_path: Path) -> None:
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "phi3", "qwen3_moe", "deepseek_v3", "gemma3_text", "gpt_oss", "falcon"])
 def test_small_copies_of_real_models_compute_a_forward_pass(model_type: str) -> None:
     config = AutoConfig.for_model(model_type, vocab_size=64, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    before, small = config.to_dict(), shrink_config(config)
-    assert config.to_dict() == before
-    built = AutoModelForCausalLM.from_config(small, attn_implementation="eager")
-    assert built(input_ids=torch.tensor([[5, 6, 7]])).logits.shape == (1, 3, 64)
-    assert (small.num_hidden_layers, small.model_type, sum(one.numel() for one in built.parameters()) < 3e6) == (2, model_type, True)
+    settings_before, small_config = config.to_dict(), shrink_config(config)
+    assert config.to_dict() == settings_before
+    model = AutoModelForCausalLM.from_config(small_config, attn_implementation="eager")
+    assert model(input_ids=torch.tensor([[5, 6, 7]])).logits.shape == (1, 3, 64)
+    assert (small_config.num_hidden_layers, small_config.model_type, sum(parameter.numel() for parameter in model.parameters()) < 3e6) == (2, model_type, True)
 
 
 def test_small_copies_keep_the_kind_of_attention_and_of_layers() -> None:

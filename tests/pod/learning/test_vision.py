@@ -69,7 +69,7 @@ def test_every_family_learns_from_images_and_can_be_loaded_again(name: str, meth
     frozen = [f"{family.parent}{part}" for part in dict.fromkeys((family.tower, family.projector)) if not part.startswith(f"{family.tower}.")]
     assert f"the vision layers ({', '.join(frozen)}) are frozen; to train them, write `vision: {{visionLayers: true}}` in method" in outcome.notes
     assert "batches are padded, because padding-free batches support only text" in outcome.notes
-    assert trained_parameter_names(outcome) and not [one for one in trained_parameter_names(outcome) if any(f"{part}." in one for part in frozen)]
+    assert trained_parameter_names(outcome) and not [name for name in trained_parameter_names(outcome) if any(f"{part}." in name for part in frozen)]
     assert outcome.folder is not None and (outcome.folder / "preprocessor_config.json").read_text() == (inputs.model / "preprocessor_config.json").read_text()
     result = verify(outcome, run, inputs)
     assert (result.result, result.reason) == (VerificationOutcome.VERIFIED, None) and result.change_from_base > 1e-3
@@ -155,9 +155,9 @@ def read_trained_rows(outcome: RunOutcome) -> list[dict[str, Any]]:
 )  # fmt: skip
 def test_only_the_requested_parts_are_trained(name: str, method: dict[str, Any], trained: tuple[str, ...], frozen: tuple[str, ...], tmp_path: Path) -> None:
     outcome, run, inputs = train(tmp_path, name, {"method": method, "training": {"maxSteps": 2}})
-    names = trained_parameter_names(outcome)
-    assert all(any(part in one for one in names) for part in trained), names
-    assert not [one for one in names if any(part in one for part in frozen)]
+    trained_names = trained_parameter_names(outcome)
+    assert all(any(part in trained_name for trained_name in trained_names) for part in trained), trained_names
+    assert not [trained_name for trained_name in trained_names if any(part in trained_name for part in frozen)]
     result = verify(outcome, run, inputs)
     assert (result.result, result.code) == (VerificationOutcome.VERIFIED, None), result
 

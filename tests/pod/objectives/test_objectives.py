@@ -282,7 +282,7 @@ def test_text_is_joined_without_a_template_and_gets_an_end_token(model: Path, tm
 
 @pytest.mark.parametrize("options", [{}, {"timeoutSeconds": 120}])
 def test_reward_functions_of_users_get_the_columns_and_are_weighted(options: Spec, model: Path, tmp_path: Path) -> None:
-    source = "def near(completions, answer, **_):\n    return [float(len(one)) for one in answer]\n"
+    source = "def near(completions, answer, **_):\n    return [float(len(text)) for text in answer]\n"
     own = {"configMapRef": {"name": "mine", "key": "r.py"}, "function": "near", "weight": 0.5, **options}
     spec = grpo_spec({"training": {"maxSteps": 1, "batchSizePerDevice": 20}}, [own, {"builtin": "exactMatch", "weight": 2}])
     outcome = run_training(tmp_path, model, spec, PROMPTS, config_maps={"mine": {"r.py": source}})

@@ -155,7 +155,7 @@ def test_a_cheap_switch_activates_the_adapters_that_peft_would_activate(model: P
     from trl.trainer.utils import use_adapter
 
     def active_adapters() -> list[Any]:
-        return [net.active_adapter, net.base_model.active_adapter, *(getattr(one, "active_adapter", None) for one in net.modules())]
+        return [net.active_adapter, net.base_model.active_adapter, *(getattr(module, "active_adapter", None) for module in net.modules())]
 
     trainer, net = build_dpo_trainer(tmp_path, model)
     with torch.no_grad():
@@ -172,7 +172,7 @@ def test_a_cheap_switch_activates_the_adapters_that_peft_would_activate(model: P
                 assert active_adapters() == before
             trained = [name for name, one in net.named_parameters() if one.requires_grad]
             with dpo_trainer.use_adapter(net, None):
-                assert all(one.disable_adapters for one in net.modules() if hasattr(one, "disable_adapters"))
+                assert all(module.disable_adapters for module in net.modules() if hasattr(module, "disable_adapters"))
         assert [name for name, one in net.named_parameters() if one.requires_grad] == trained
 
 

@@ -137,7 +137,7 @@ def test_advice_enables_recomputation_only_if_the_user_did_not_disable_it() -> N
         advise_after_out_of_memory(SimpleNamespace(spec=run.spec, defaults=defaults), config, facts, refused)
         for defaults in ([], ["training.gradientCheckpointing"])
     ]
-    assert [(one.batch_size_per_device, one.gradient_checkpointing) for one in by_origin] == [(2, None), (4, "enabled")]
+    assert [(advice.batch_size_per_device, advice.gradient_checkpointing) for advice in by_origin] == [(2, None), (4, "enabled")]
 
 
 def failed_session(monkeypatch: pytest.MonkeyPatch, channel: Channel, *, device: str = "cuda", is_training: bool = True, trainer_type: str = "sft") -> Any:

@@ -114,8 +114,8 @@ def test_the_order_of_texts_and_images_is_kept(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["s3://data/images/pictures/red.png", "pictures/red.png"])
 def test_images_are_read_from_the_root_instead_of_the_folder_of_the_data(text: str, tmp_path: Path) -> None:
-    found = load_images(tmp_path, {"messages": make_messages(image_part(url=text))}, {"root": "s3://data/images"})
-    assert found == [ImageFile(tmp_path.resolve() / "root" / "pictures" / "red.png")]
+    image_files = load_images(tmp_path, {"messages": make_messages(image_part(url=text))}, {"root": "s3://data/images"})
+    assert image_files == [ImageFile(tmp_path.resolve() / "root" / "pictures" / "red.png")]
 
 
 def test_the_image_column_may_have_another_name(tmp_path: Path) -> None:

@@ -65,4 +65,4 @@ def test_records_are_read_in_the_order_of_their_start(recorder: AttemptRecorder,
         )
         one.record_start(0, ResolvedConfig())
     tree.store.put("run/records/a3-00000001.json", b"{")
-    assert [one.incarnation for one in read_attempt_records(tree)] == ["a2-00000009", "a2-00000001", "a10-00000001"]
+    assert [record.incarnation for record in read_attempt_records(tree)] == ["a2-00000009", "a2-00000001", "a10-00000001"]

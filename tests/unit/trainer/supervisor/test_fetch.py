@@ -215,10 +215,10 @@ def write_files(root: Path, *names: str) -> None:
 )
 def test_an_s3_source_is_one_object_or_all_objects_below_a_key(local_fetcher: Fetcher, tmp_path: Path, source: str, files: list[str]) -> None:
     write_files(tmp_path / "bucket", "data/a.jsonl", "data/inner/b.csv", "database/c.jsonl")
-    found = local_fetcher.fetch_data_files(source, "dataset.train", "train")
-    assert [file.relative_to(tmp_path / "work/fetched/train").as_posix() for file in found] == files
-    assert [file.read_text().rpartition("/")[2] for file in found] == [name.rpartition("/")[2] for name in files]
-    assert [local_fetcher.digests.get_known_sha256(file) for file in found] == [sha256_file(file) for file in found]
+    data_files = local_fetcher.fetch_data_files(source, "dataset.train", "train")
+    assert [file.relative_to(tmp_path / "work/fetched/train").as_posix() for file in data_files] == files
+    assert [file.read_text().rpartition("/")[2] for file in data_files] == [name.rpartition("/")[2] for name in files]
+    assert [local_fetcher.digests.get_known_sha256(file) for file in data_files] == [sha256_file(file) for file in data_files]
 
 
 @pytest.mark.parametrize("source", ["s3://bucket/missing", "file:///missing", "s3://bucket/dat"])

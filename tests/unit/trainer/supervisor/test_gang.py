@@ -51,25 +51,25 @@ class EchoStore:
 
 @pytest.fixture
 def store() -> Iterator[EchoStore]:
-    found = EchoStore()
-    yield found
-    found.close()
+    echo_store = EchoStore()
+    yield echo_store
+    echo_store.close()
 
 
 @pytest.fixture
 def gate(store: EchoStore) -> Iterator[Gate]:
-    found = Gate(KEY, 0, store.port)
-    yield found
-    found.close()
+    new_gate = Gate(KEY, 0, store.port)
+    yield new_gate
+    new_gate.close()
 
 
 @contextlib.contextmanager
 def forwarder(port: int, key: bytes = KEY) -> Iterator[Forwarder]:
-    found = Forwarder(key, "127.0.0.1", port)
+    new_forwarder = Forwarder(key, "127.0.0.1", port)
     try:
-        yield found
+        yield new_forwarder
     finally:
-        found.close()
+        new_forwarder.close()
 
 
 def connect(port: int) -> socket.socket:

@@ -150,42 +150,42 @@ def stop_after_a_part(attempt: Attempt) -> list[dict[str, str]]:
 
     Returns a list. At its start, each run of the stage adds the finished parts that it has found to this list.
     """
-    found: list[dict[str, str]] = []
+    part_texts_per_run: list[dict[str, str]] = []
 
     def run(folder: Path) -> None:
-        found.append({path.name: path.read_text() for path in (folder / PARTS_FOLDER).iterdir()})
+        part_texts_per_run.append({path.name: path.read_text() for path in (folder / PARTS_FOLDER).iterdir()})
         (folder / PARTS_FOLDER / f"task-{attempt.run.attempt}.json").write_text("{}")
         (folder / PARTS_FOLDER / "task-9.part").write_text("{")  # not complete yet
         attempt.stages._store_parts()
         raise StoppedError
 
     attempt.stages.behaviour = run  # type: ignore[method-assign]
-    return found
+    return part_texts_per_run
 
 
 def test_the_next_attempt_gets_the_finished_parts_of_a_stopped_stage(tmp_path: Path, output: Output) -> None:
     first, second, other = (Attempt(tmp_path, number) for number in (1, 2, 3))
-    found = stop_after_a_part(first)
-    assert first.end(output).open_stages == [Stage.EVALUATING] and found == [{}]
-    found = stop_after_a_part(second)
+    part_texts_per_run = stop_after_a_part(first)
+    assert first.end(output).open_stages == [Stage.EVALUATING] and part_texts_per_run == [{}]
+    part_texts_per_run = stop_after_a_part(second)
     second.end(output)
-    assert found == [{"task-1.json": "{}"}]
+    assert part_texts_per_run == [{"task-1.json": "{}"}]
     stored = {stat.key.rpartition("/")[2] for stat in first.tree.store.list("run/stages/evaluating-parts/")}
     assert stored == {"task-1.json", "task-2.json"}
-    found = stop_after_a_part(other)
+    part_texts_per_run = stop_after_a_part(other)
     other.end(output.model_copy(update={"sha256": "0" * 64}))
-    assert found == [{}]  # Finished parts of another model are not used.
+    assert part_texts_per_run == [{}]  # Finished parts of another model are not used.
 
 
 def test_a_part_that_cannot_be_stored_adds_a_note(tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
     attempt = Attempt(tmp_path, 1)
-    found = stop_after_a_part(attempt)
+    part_texts_per_run = stop_after_a_part(attempt)
 
     def fail(*_: object) -> None:
         raise StorageError("StorageFailed", "the store answers 503")
 
     monkeypatch.setattr(attempt.tree.store, "put_file", fail)
-    assert attempt.end(output).failure is None and found == [{}]
+    assert attempt.end(output).failure is None and part_texts_per_run == [{}]
     assert attempt.state.report().resolved.notes == ["some results of finished tasks were not stored: StorageFailed"]
 
 

@@ -52,10 +52,10 @@ def test_a_later_pod_writes_the_missing_statement_but_no_digests_of_files(root: 
     (root / "lineage/statement.json").unlink()
     Lineage(run, tree, RunState(), FileDigests()).write_statement(None)
     statement = Statement.model_validate_json((root / "lineage/statement.json").read_bytes())
-    assert [one.name for one in statement.predicate.build_definition.resolved_dependencies] == [
+    assert [dependency.name for dependency in statement.predicate.build_definition.resolved_dependencies] == [
         "model.source", "dataset.train", "dataset.test", "training image set",
     ]  # fmt: skip
-    assert [one.incarnation for one in statement.run.attempts] == ["a1-1f3c9a2b"]
+    assert [attempt.incarnation for attempt in statement.run.attempts] == ["a1-1f3c9a2b"]
 
 
 def test_a_superseded_attempt_and_a_run_without_a_model_write_no_statement(root: Path) -> None:
@@ -73,14 +73,14 @@ def test_files_that_have_changed_since_the_training_have_no_digest(root: Path, t
     manifest = tree.read_manifest(tree.get_committed(None))  # type: ignore[arg-type]
     assert manifest is not None
     inputs = make_inputs(tmp_path / "run")
-    names = [one.name for one in list_dependencies(run, manifest.facts, inputs, FileDigests())]
+    names = [dependency.name for dependency in list_dependencies(run, manifest.facts, inputs, FileDigests())]
     assert names == [
         "model.source", "model.source/config.json", "dataset.train", "dataset.train/train.jsonl", "dataset.test", "dataset.test/test.jsonl",
         "training image set",
     ]  # fmt: skip
     (tmp_path / "run/train.jsonl").write_text("changed")
     (tmp_path / "run/base/config.json").write_text("changed")
-    without = [one.name for one in list_dependencies(run, manifest.facts, inputs, FileDigests())]
+    without = [dependency.name for dependency in list_dependencies(run, manifest.facts, inputs, FileDigests())]
     assert without == ["model.source", "dataset.train", "dataset.test", "dataset.test/test.jsonl", "training image set"]
     monkeypatch.setattr(subject, "MAX_HASHED_MODEL_BYTES", 1)
     commit = manifest.facts.model_copy(update={"model_revision": "c" * 40})
@@ -103,7 +103,7 @@ def test_downloaded_files_are_not_read_again(root: Path, tmp_path: Path, monkeyp
     content, times = inputs.train[0].read_bytes(), inputs.train[0].stat()
     inputs.train[0].write_bytes(content[::-1])
     os.utime(inputs.train[0], ns=(times.st_atime_ns, times.st_mtime_ns))  # Set back the modification time, as if the file had not changed.
-    names = [one.name for one in list_dependencies(run, manifest.facts, inputs, digests)]
+    names = [dependency.name for dependency in list_dependencies(run, manifest.facts, inputs, digests)]
     assert read == inputs.train and "dataset.train/train.jsonl" not in names and "dataset.test/test.jsonl" in names
 
 

@@ -48,7 +48,7 @@ def test_a_message_larger_than_a_datagram_arrives(recorder: ChannelRecorder, tmp
     report = {"notes": [f"row {number}: too long" for number in range(10_000)]}
     rank_channel(recorder, tmp_path).report_output(tmp_path / "final", OutputKind.ADAPTER, report)
     recorder.channel.close()
-    assert [one["extra"] for one in recorder.received] == [report]
+    assert [message["extra"] for message in recorder.received] == [report]
     assert not Path(recorder.channel.address).parent.exists()
 
 
@@ -58,8 +58,8 @@ def test_a_failure_with_many_wide_characters_arrives(recorder: ChannelRecorder, 
     assert len(json.dumps(text)) > MAX_MESSAGE_BYTES
     rank_channel(recorder, tmp_path).report_failure(DataError("RowBroken", text))
     recorder.channel.close()
-    (found,) = recorder.received
-    assert failure_from_message(found).error.message.startswith("\N{FIRE}" * 100)
+    (message,) = recorder.received
+    assert failure_from_message(message).error.message.startswith("\N{FIRE}" * 100)
 
 
 @pytest.mark.parametrize(

@@ -108,8 +108,8 @@ def send_request(server: Server, path: str, body: bytes | None = None, length: i
     ],
 )  # fmt: skip
 def test_every_request_has_a_response(server: Server, path: str, body: bytes | None, length: int | None, status: int, text: bytes) -> None:
-    found_status, found = send_request(server, path, body, length)
-    assert found_status == status and text in found
+    response_status, response_body = send_request(server, path, body, length)
+    assert response_status == status and text in response_body
 
 
 def test_a_status_from_another_host_is_refused(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

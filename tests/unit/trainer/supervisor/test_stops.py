@@ -56,7 +56,7 @@ def hang(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[str]]]:
         original, hung = getattr(target, method), list[str]()
 
         def call(*arguments: Any, **options: Any) -> Any:
-            if not hung and (matching := [str(one) for one in arguments if key_part in str(one)]):
+            if not hung and (matching := [str(argument) for argument in arguments if key_part in str(argument)]):
                 hung.append(matching[0])
                 before()
                 may_end.wait()

@@ -86,7 +86,7 @@ def test_the_name_of_a_run_is_the_same_in_all_attempts(tmp_path: Path) -> None:
 def test_data_sources_have_digests(tmp_path: Path) -> None:
     run = make_run_config(tmp_path, {"dataset": {"train": "s3://b/t.jsonl", "test": "s3://b/test.jsonl"}, "tracking": {"reportTo": ["tensorboard"]}})
     sources = list_data_sources(run, RunFacts(dataset_digest="d1", other_inputs={"test data": "d2"}))
-    assert [(one.context, one.source, one.digest) for one in sources] == [("training", "s3://b/t.jsonl", "d1"), ("testing", "s3://b/test.jsonl", "d2")]
+    assert [(entry.context, entry.source, entry.digest) for entry in sources] == [("training", "s3://b/t.jsonl", "d1"), ("testing", "s3://b/test.jsonl", "d2")]
 
 
 def test_the_log_lines_in_a_checkpoint_are_those_of_all_attempts(tmp_path: Path) -> None:

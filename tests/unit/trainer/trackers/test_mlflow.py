@@ -49,7 +49,7 @@ def test_a_killed_attempt_is_continued_in_the_same_runs_and_repeated_steps_are_s
     assert parent.data.tags["finetune.attempt"] == "2" and parent.info.start_time == int(START * 1000)
     child = runs.run("support-bot_finetuning")
     assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
-    assert sorted((one.dataset.name, one.tags[0].value) for one in child.inputs.dataset_inputs) == [
+    assert sorted((dataset_input.dataset.name, dataset_input.tags[0].value) for dataset_input in child.inputs.dataset_inputs) == [
         ("s3://bucket/train.jsonl", "training"), ("s3://bucket/validation.jsonl", "validation"),
     ]  # fmt: skip
 

@@ -143,7 +143,7 @@ def test_an_adapter_that_changes_values_only_by_rounding_is_not_failed_if_its_ef
 def test_the_worst_result_of_all_artefacts_is_the_result() -> None:
     good = judge_artefact("adapter", VALUES, shifted(1.0), reference())
     unknown, bad = not_verified_result("merged", "ModelTooLarge", "too large"), failed_result("merged", "WeightsNotFinite", "NaN")
-    assert [summarise(found, reference()).result for found in ([good], [good, unknown], [unknown, bad, good], [])] == [
+    assert [summarise(artefact_results, reference()).result for artefact_results in ([good], [good, unknown], [unknown, bad, good], [])] == [
         "Verified", "NotVerified", "Failed", "NotVerified",
     ]  # fmt: skip
     summary = summarise([good], reference())
