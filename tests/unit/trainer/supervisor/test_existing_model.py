@@ -52,19 +52,19 @@ def find_model(tmp_path: Path, key: str) -> Any:
 
 @pytest.mark.parametrize("key", ["other/model", "other/model/", "other/model/a1-00000001"])
 def test_a_final_model_is_found_and_downloaded_whole(key: str, other_job: Path, tmp_path: Path) -> None:
-    existing = find_model(tmp_path, key)
-    assert existing.output.uri == f"file://{other_job}/model/a1-00000001" and existing.output.kind is OutputKind.ADAPTER
-    download_existing_model(existing, tmp_path / "target")
+    existing_model = find_model(tmp_path, key)
+    assert existing_model.output.uri == f"file://{other_job}/model/a1-00000001" and existing_model.output.kind is OutputKind.ADAPTER
+    download_existing_model(existing_model, tmp_path / "target")
     assert {path.relative_to(tmp_path / "target").as_posix() for path in (tmp_path / "target").rglob("*") if path.is_file()} == set(FILES)
-    record_existing_model(existing, open_tree(tmp_path / "own"), attempt=3)
+    record_existing_model(existing_model, open_tree(tmp_path / "own"), attempt=3)
     record = json.loads((tmp_path / "own" / "run" / "given_model.json").read_text())
-    assert (record["uri"], record["sha256"], record["kind"], record["attempt"]) == (existing.output.uri, existing.output.sha256, "adapter", 3)
+    assert (record["uri"], record["sha256"], record["kind"], record["attempt"]) == (existing_model.output.uri, existing_model.output.sha256, "adapter", 3)
 
 
 def test_a_checkpoint_is_downloaded_without_its_training_state(other_job: Path, tmp_path: Path) -> None:
-    existing, sizes = find_model(tmp_path, "other/checkpoints/step-00000002"), list[int]()
-    assert existing.output_kind is OutputKind.ADAPTER and existing.output.uri == f"file://{other_job}/checkpoints/step-00000002/a1-00000001"
-    download_existing_model(existing, tmp_path / "target", check_space=sizes.append)
+    existing_model, sizes = find_model(tmp_path, "other/checkpoints/step-00000002"), list[int]()
+    assert existing_model.output_kind is OutputKind.ADAPTER and existing_model.output.uri == f"file://{other_job}/checkpoints/step-00000002/a1-00000001"
+    download_existing_model(existing_model, tmp_path / "target", check_space=sizes.append)
     assert sorted(path.name for path in (tmp_path / "target").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     assert sizes == [len(b"{}") + len(b"weights")]
 
@@ -88,10 +88,10 @@ def test_a_wrong_address_is_refused(key: str, error: type[FineTuneError], code: 
 
 
 def test_a_damaged_manifest_and_a_damaged_file_are_refused(other_job: Path, tmp_path: Path) -> None:
-    existing = find_model(tmp_path, "other/model")
+    existing_model = find_model(tmp_path, "other/model")
     (other_job / "model" / "a1-00000001" / "adapter_model.safetensors").write_bytes(b"WEIGHTS")
     with pytest.raises(NotFoundError, match="damaged: .*adapter_model.safetensors is damaged: its sha256 differs") as caught:
-        download_existing_model(existing, tmp_path / "target")
+        download_existing_model(existing_model, tmp_path / "target")
     assert caught.value.code == "ExistingModelDamaged" and caught.value.exit_code == 66 and not (tmp_path / "target").exists()
     (other_job / "model" / "a1-00000001" / "manifest.json").write_bytes(b"{}")
     with pytest.raises(NotFoundError, match="manifest.json is missing or is not the manifest that was committed"):
@@ -103,10 +103,10 @@ def make_inputs(tmp_path: Path, revision: str) -> Inputs:
 
 
 def test_a_model_that_was_trained_from_another_base_model_is_refused(other_job: Path, tmp_path: Path) -> None:
-    existing = find_model(tmp_path, "other/model")
-    assert require_same_base(existing, make_inputs(tmp_path, BASE)) is None
+    existing_model = find_model(tmp_path, "other/model")
+    assert require_same_base(existing_model, make_inputs(tmp_path, BASE)) is None
     with pytest.raises(ConfigError, match="which was trained from the base model ") as caught:
-        require_same_base(existing, make_inputs(tmp_path, "sha256:" + "b" * 64))
+        require_same_base(existing_model, make_inputs(tmp_path, "sha256:" + "b" * 64))
     assert caught.value.code == "ExistingModelOfOtherBase" and caught.value.hint == "write the base model of the other FineTuneJob in model.source"
 
 
