@@ -31,8 +31,8 @@ def pass_to_operator(exit_decision: ExitDecision, *, step: int = 7, output: Outp
 @pytest.mark.parametrize("error_type", ERROR_TYPES, ids=[error_type.__name__ for error_type in ERROR_TYPES])
 def test_every_error_of_a_rank_is_reported(tmp_path: Path, error_type: type[FineTuneError]) -> None:
     channel = Channel.create_recording(tmp_path, rank=3)
-    error, origin = classify_error(error_type("Expected", "what was wrong", hint="what to write"))
-    channel.report_failure(error, is_origin=origin)
+    error, is_origin = classify_error(error_type("Expected", "what was wrong", hint="what to write"))
+    channel.report_failure(error, is_origin=is_origin)
     facts = AttemptFacts(rank_failures=[failure_from_message(channel.sent[0])])
     message = pass_to_operator(decide_exit(facts, [], is_saved=False, node_rank=0))
     assert (message.exit_code, message.code, message.message, message.hint) == (
@@ -82,9 +82,9 @@ def test_a_stop_names_the_newest_step(step: int | None, start_step: int, code: E
     assert message.time_ns and message.time_ns > 10**18
 
 
-@pytest.mark.parametrize(("failed_at", "step"), [(None, 7), (0, 0), (3, 3)])
-def test_a_failure_names_the_step_and_time_of_the_rank(failed_at: int | None, step: int) -> None:
-    failure = RankFailure(InternalError("x", "m"), rank=0, step=failed_at, time_ns=5)
+@pytest.mark.parametrize(("failed_step", "step"), [(None, 7), (0, 0), (3, 3)])
+def test_a_failure_names_the_step_and_time_of_the_rank(failed_step: int | None, step: int) -> None:
+    failure = RankFailure(InternalError("x", "m"), rank=0, step=failed_step, time_ns=5)
     message = pass_to_operator(ExitDecision(70, failure))
     assert (message.step, message.rank, message.time_ns, message.origin, message.latest_checkpoint) == (step, 0, 5, True, "s3://b/step-5")
 
