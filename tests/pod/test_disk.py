@@ -13,7 +13,7 @@ from finetune_api.pod import ResumeConfig
 from finetune_trainer.checkpoint.space import DISK_RESERVE_BYTES
 from pod_buckets import Bucket
 from pod_harness import run_config
-from recorded_run import committed_steps, make_spec, make_traced_pod, record_run, run_uninterrupted
+from recorded_run import list_committed_steps, make_spec, make_traced_pod, record_run, run_uninterrupted
 
 from localcluster.s3 import S3Endpoint
 from tests.support.slices import quick_slice
@@ -65,12 +65,12 @@ def test_training_continues_without_checkpoints_while_the_disk_is_full(
         pod.wait_until((work / "held").exists)
         report = pod.report()
         assert report is not None and report.progress is not None
-        assert (report.progress.step, committed_steps(bucket)) == (18, [])
+        assert (report.progress.step, list_committed_steps(bucket)) == (18, [])
         assert report.health.checkpoint_problem == "StagingDiskFull: the checkpoint of step 16 was skipped: the pod's disk is full"
         filler.unlink()
         pod.terminate()
         assert pod.end() == 75, pod.text[-4000:]
-    assert committed_steps(bucket) == [19]
+    assert list_committed_steps(bucket) == [19]
     resume = ResumeConfig(mode="auto", expect_step=19)
     with make_traced_pod(run_config(spec, bucket.target(), processes=processes, attempt=2, resume=resume), tmp_path / "two", bucket) as again:
         assert again.end() == 0, again.text[-4000:]

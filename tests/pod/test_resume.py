@@ -19,7 +19,7 @@ from pod_harness import Pod, run_config
 from recorded_run import (
     CHECKPOINT_STEPS,
     STEPS,
-    committed_steps,
+    list_committed_steps,
     make_spec,
     make_traced_pod,
     record_run,
@@ -108,7 +108,7 @@ def test_a_resumed_run_equals_an_uninterrupted_run(
         code, expected = interrupt(first)
     assert code == expected, first.text[-4000:]
     resume_step = int(hold.partition(":")[2]) if interrupt is stop_pod else newest
-    assert max(committed_steps(bucket)) == resume_step and not bucket.keys("model/")
+    assert max(list_committed_steps(bucket)) == resume_step and not bucket.keys("model/")
 
     repeated_run = run_config(
         spec, bucket.target(), processes=processes, attempt=2, resume=ResumeConfig(mode="auto", expect_step=newest)
@@ -150,7 +150,7 @@ def test_a_kill_before_a_checkpoint_is_complete_resumes_from_the_previous_one(
             first.wait_committed(8)
             code, expected = interrupt(first)
     assert code == expected, first.text[-4000:]
-    assert committed_steps(bucket) == [8] and not bucket.keys("model/")
+    assert list_committed_steps(bucket) == [8] and not bucket.keys("model/")
 
     repeated_run = run_config(spec, bucket.target(), processes=processes, attempt=2, resume=ResumeConfig(mode="auto", expect_step=8))
     with make_traced_pod(repeated_run, tmp_path / "two", bucket) as second:
@@ -175,7 +175,7 @@ def test_a_stop_waits_until_a_checkpoint_is_written_in_the_background(
         first.terminate()
         assert first.end() == 75, first.text[-4000:]
     stopped = first.termination_message()
-    assert stopped.committed_step == 25 and 16 in committed_steps(bucket)
+    assert stopped.committed_step == 25 and 16 in list_committed_steps(bucket)
     assert stopped.resolved is not None and SLOW_DISK_NOTE in (stopped.resolved.notes or [])
     repeated_run = run_config(spec, bucket.target(), attempt=2, resume=ResumeConfig(mode="auto", expect_step=25))
     with make_traced_pod(repeated_run, tmp_path / "two", bucket) as second:
@@ -229,5 +229,5 @@ def test_a_run_that_is_killed_repeatedly_equals_an_uninterrupted_run(
             else:
                 assert pod.end() == 0, pod.text[-4000:]
         newest = max(newest, (kill_step - 1) // CHECKPOINT_STEPS * CHECKPOINT_STEPS)
-        assert max(committed_steps(bucket), default=0) == (newest if kill_step else STEPS)
+        assert max(list_committed_steps(bucket), default=0) == (newest if kill_step else STEPS)
     assert record_run(bucket, pods, pods[-1].termination_message()) == expected_run

@@ -22,7 +22,7 @@ from recorded_run import (
     CHECKPOINT_STEPS,
     STEPS,
     RecordedRun,
-    committed_steps,
+    list_committed_steps,
     make_spec,
     make_traced_pod,
     read_log_lines,
@@ -51,7 +51,7 @@ def test_a_non_finite_loss_is_never_saved_and_the_replay_is_exact(
         assert first.end() == 72, first.text[-4000:]
     termination = first.termination_message()
     assert (termination.code, termination.class_) == ("LossNotFinite", FailureClass.DIVERGED), logged
-    assert committed_steps(bucket) == [CHECKPOINT_STEPS, 2 * CHECKPOINT_STEPS]
+    assert list_committed_steps(bucket) == [CHECKPOINT_STEPS, 2 * CHECKPOINT_STEPS]
     repeated_run = run_config(spec, bucket.target(), attempt=2, resume=ResumeConfig(mode="auto", expect_step=2 * CHECKPOINT_STEPS))
     with make_traced_pod(repeated_run, tmp_path / "two", bucket) as second:
         assert second.end() == 0, second.text[-4000:]
@@ -167,12 +167,12 @@ def test_another_number_of_ranks_trains_the_same_rows(bucket: Bucket, model: Pat
     second = make_resized_pod(2, spec, strategy, bucket, tmp_path / "two", attempt=2, expected_step=15, hold_step=27)
     pods.append(stop_at_hold_step(second))
     assert_resumed_inexactly(second.termination_message(), 15, "4 ranks")
-    committed_before = committed_steps(bucket)
+    committed_before = list_committed_steps(bucket)
     with make_resized_pod(1, spec, "none", bucket, tmp_path / "one", attempt=3, expected_step=27) as last:
         code = last.end()
     if strategy == "fsdp":
         assert_refused(last, code, "was made by fsdp", "fsdp stores the optimizer's state in another form")
-        assert committed_steps(bucket) == committed_before
+        assert list_committed_steps(bucket) == committed_before
         with make_resized_pod(2, spec, strategy, bucket, tmp_path / "again", attempt=4, expected_step=27) as last:
             assert last.end() == 0, last.text[-4000:]
     else:
@@ -189,13 +189,13 @@ def test_a_deepspeed_checkpoint_is_refused_on_another_number_of_ranks(bucket: Bu
     """
     spec = merge(make_spec(model, rows, "full"), {"training": {"batchSizePerDevice": 1}})
     stop_at_hold_step(make_resized_pod(2, spec, "deepspeed", bucket, tmp_path / "two", hold_step=9))
-    committed_before = committed_steps(bucket)
+    committed_before = list_committed_steps(bucket)
     for attempt, strategy in enumerate(("deepspeed", "none"), 2):
         with make_resized_pod(1, spec, strategy, bucket, tmp_path / strategy, attempt=attempt, expected_step=9) as pod:
             code = pod.end()
         reason = f"was made by deepspeed on 2 ranks, but this run uses {strategy} on 1: DeepSpeed cannot split its optimizer state"
         assert_refused(pod, code, "step-00000009", reason)
-    assert committed_steps(bucket) == committed_before and 9 in committed_before
+    assert list_committed_steps(bucket) == committed_before and 9 in committed_before
 
 
 def make_resized_pod(

@@ -43,7 +43,7 @@ def make_toy_pod(
     return Pod(config, folder / name, settings | (env or {}))
 
 
-def committed_steps(folder: Path) -> list[int]:
+def list_committed_steps(folder: Path) -> list[int]:
     """Return the steps of all committed checkpoints, in ascending order."""
     markers = (folder / "root/team/job" / UID / "checkpoints").glob("step-*/_COMMITTED")
     return sorted(int(path.parent.name.removeprefix("step-")) for path in markers)
@@ -65,7 +65,7 @@ def test_a_finished_run_commits_its_model(tmp_path: Path, spec: dict[str, Any]) 
     folder = Path(termination.output.uri.removeprefix("file://"))
     assert (folder / "adapter_model.safetensors").read_text() == "final 20"
     assert (termination.step, termination.committed_step, termination.class_, termination.code) == (20, 20, None, None)
-    assert committed_steps(tmp_path) == [10, 15, 20]
+    assert list_committed_steps(tmp_path) == [10, 15, 20]
     assert not list(pod.folder.glob("work/output/checkpoint-*")), "uploaded checkpoints are still on the pod's disk"
     assert not list(pod.folder.glob("work/staged/*"))
 
@@ -87,7 +87,7 @@ def test_a_failing_rank_is_named_in_the_termination_message(
     with make_toy_pod(tmp_path, spec, {"at": {"0:7": event}}) as pod:
         exit_code, termination = wait_for_exit(pod)
     assert (exit_code, termination.code, termination.class_, termination.rank, termination.origin) == (code, name, failure_class, 0, True)
-    assert committed_steps(tmp_path) == [5] and termination.committed_step == 5
+    assert list_committed_steps(tmp_path) == [5] and termination.committed_step == 5
     assert len((pod.folder / "termination-message").read_bytes()) <= 4096
 
 
@@ -139,7 +139,7 @@ def test_a_stop_saves_and_the_next_attempt_resumes(tmp_path: Path, spec: dict[st
         pod.terminate()
         code, termination = wait_for_exit(pod)
     assert (code, termination.class_, termination.code) == (75, FailureClass.PREEMPTED, "StoppedSaved")
-    assert termination.step == termination.committed_step and committed_steps(tmp_path) == [termination.step]
+    assert termination.step == termination.committed_step and list_committed_steps(tmp_path) == [termination.step]
     again = {"steps": termination.step + 5, "every": 1000}
     with make_toy_pod(tmp_path, spec, again, name="two", attempt=2, resume=ResumeConfig(mode="auto", expect_step=termination.step)) as pod:
         code, second = wait_for_exit(pod)
@@ -188,7 +188,7 @@ def test_a_stop_that_exceeds_the_grace_period_ends_without_a_checkpoint(tmp_path
         pod.terminate()
         code, termination = wait_for_exit(pod)
     assert (code, termination.code, termination.class_) == (76, "StoppedUnsaved", FailureClass.PREEMPTED)
-    assert committed_steps(tmp_path) == [5]
+    assert list_committed_steps(tmp_path) == [5]
 
 
 def test_checkpoints_are_skipped_while_staging_fails(tmp_path: Path, spec: dict[str, Any]) -> None:
