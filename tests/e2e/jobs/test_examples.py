@@ -45,11 +45,11 @@ class ExampleRunner:
 def examples(shared_namespace: JobNamespace, request: pytest.FixtureRequest) -> ExampleRunner:
     """Runs the selected examples in one namespace."""
     functions = [item for item in request.session.items if isinstance(item, pytest.Function)]
-    selected = {function.callspec.params["name"] for function in functions if function.originalname == "test_an_example_succeeds"}
-    return ExampleRunner(shared_namespace, [name for name in EXAMPLE_NAMES if name in selected])
+    selected_names = {function.callspec.params["name"] for function in functions if function.originalname == "test_an_example_succeeds"}
+    return ExampleRunner(shared_namespace, [name for name in EXAMPLE_NAMES if name in selected_names])
 
 
-def expected_steps(name: str) -> int:
+def read_expected_steps(name: str) -> int:
     """Return the number of optimizer steps that the example must train."""
     (body,) = [
         item for item in yaml.safe_load_all((ROOT / f"examples/{name}.yaml").read_text("utf-8")) if item["kind"] == KIND
@@ -68,7 +68,7 @@ QLoRA.
 def test_an_example_succeeds(examples: ExampleRunner, name: str) -> None:
     status = examples.wait_finished(name)
     assert status.progress is not None
-    assert (status.progress.step, status.progress.total_steps) == (expected_steps(name), expected_steps(name))
+    assert (status.progress.step, status.progress.total_steps) == (read_expected_steps(name), read_expected_steps(name))
     assert status.restarts == 0
     check_output(examples.job_namespace, name, status)
     assert status.resolved is not None

@@ -23,7 +23,7 @@ SERVICE_ACCOUNT = "openai-client"
 API_KEY = f"sk-{secrets.token_hex(32)}"
 
 
-def guide_objects() -> list[dict[str, Any]]:
+def read_guide_objects() -> list[dict[str, Any]]:
     """Read the manifests of the client's ServiceAccount, role and binding from the guide."""
     text = (ROOT / "docs/guides/openai.md").read_text("utf-8")
     block = re.search(r"```yaml\n(apiVersion: v1\nkind: ServiceAccount.*?)```", text, re.DOTALL)
@@ -37,13 +37,13 @@ def base_url(installation: Installation, job_namespace: JobNamespace) -> Iterato
     namespace, cluster = job_namespace.namespace, installation.cluster
     images.build_images([images.ImageName.CLI], show_step)
     cluster.load_image(f"{CLI_IMAGE}:dev")
-    for item in guide_objects():
+    for item in read_guide_objects():
         if item["kind"] == "RoleBinding":
             item["subjects"][0]["namespace"] = namespace
         job_namespace.apply(item)
-    table = {"keys": [{"sha256": hashlib.sha256(API_KEY.encode()).hexdigest(), "namespace": namespace, "serviceAccount": SERVICE_ACCOUNT}]}
+    key_table = {"keys": [{"sha256": hashlib.sha256(API_KEY.encode()).hexdigest(), "namespace": namespace, "serviceAccount": SERVICE_ACCOUNT}]}
     operator_namespace = JobNamespace(installation, demo.RELEASE_NAME)
-    operator_namespace.create_secret("openai-keys", {"keys.yaml": yaml.safe_dump(table)})
+    operator_namespace.create_secret("openai-keys", {"keys.yaml": yaml.safe_dump(key_table)})
     operator_namespace.create_secret("openai-s3", {"AWS_ACCESS_KEY_ID": cluster.s3.access_key, "AWS_SECRET_ACCESS_KEY": cluster.s3.secret_key})
     spec = {"model": {"source": MODEL}, "resources": {"gpusPerNode": 0, "cpu": "100m", "memory": "2Gi"}, "checkpoint": {"steps": 2}}
     installation.install(openaiServer={

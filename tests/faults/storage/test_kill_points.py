@@ -109,7 +109,7 @@ def scenario(tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: 
 
 
 @pytest.mark.parametrize(
-    ("point", "stored"),
+    ("point", "is_executed"),
     [
         ("marker", False),
         *(pytest.param(*case, marks=pytest.mark.faults) for case in (
@@ -117,12 +117,12 @@ def scenario(tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: 
         )),
     ],
 )  # fmt: skip
-def test_a_step_is_not_committed_if_the_pod_is_killed_before_the_marker(scenario: KillScenario, point: str, stored: bool) -> None:
+def test_a_step_is_not_committed_if_the_pod_is_killed_before_the_marker(scenario: KillScenario, point: str, is_executed: bool) -> None:
     """Row 12: the interrupted step does not count as committed.
 
     The next attempt removes the objects and unfinished uploads of this step, and has the same result as an uninterrupted run.
     """
-    committed_steps, interrupted_step = scenario.kill_first_attempt_at(point, stored)
+    committed_steps, interrupted_step = scenario.kill_first_attempt_at(point, is_executed)
     assert scenario.storage.verify_all(scenario.folder / "between") == committed_steps and interrupted_step not in committed_steps
     leftover_keys = scenario.list_keys(interrupted_step)
     assert leftover_keys, "the objects before the held request are stored"

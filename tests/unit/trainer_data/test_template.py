@@ -320,8 +320,8 @@ def test_tool_calls_of_an_unknown_form_are_rendered_without_an_error(call: Any, 
 
     from tests.support.tiny import make_tokenizer
 
-    template = TEMPLATE_WITH_CALLS.replace("{{ call.function.name }}({{ call.function.arguments | tojson }})", "{{ call | tojson }}")
-    make_tokenizer(tmp_path, chat_template=template)
+    chat_template = TEMPLATE_WITH_CALLS.replace("{{ call.function.name }}({{ call.function.arguments | tojson }})", "{{ call | tojson }}")
+    make_tokenizer(tmp_path, chat_template=chat_template)
     options = RenderOptions(AutoTokenizer.from_pretrained(tmp_path), use_chat_template=True, response_only=True)
     row = Conversation((Turn("user", "hi"), Turn("assistant", "text", extra={"tool_calls": [call]})))
     assert "text" in render(row, options).text
