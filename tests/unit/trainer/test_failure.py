@@ -237,10 +237,10 @@ def make_failure(code: int, *, is_origin: bool = True, time_ns: int = 0, is_repo
 @pytest.mark.parametrize(
     ("failures", "expected_exit_code"),
     [
-        ([make_failure(74, origin=False), make_failure(72)], 72),
+        ([make_failure(74, is_origin=False), make_failure(72)], 72),
         ([make_failure(70), make_failure(65)], 65),
         ([make_failure(74), make_failure(71)], 71),
-        ([make_failure(74, origin=False, time_ns=1), make_failure(74, time_ns=2)], 74),
+        ([make_failure(74, is_origin=False, time_ns=1), make_failure(74, time_ns=2)], 74),
         ([make_failure(70, time_ns=2), make_failure(72, time_ns=3)], 72),
     ],
 )
