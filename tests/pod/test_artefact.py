@@ -65,7 +65,7 @@ def style_adapter(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def stored_path(folder: Path, key: str = "") -> Path:
-    """Return the path of an object in the job\'s storage folder."""
+    """Return the path of an object in the job's storage folder."""
     return folder / "store" / "team" / "job" / UID / key
 
 

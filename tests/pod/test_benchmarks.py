@@ -49,7 +49,7 @@ def make_benchmark_pod(folder: Path, model: Path, benchmarks: list[dict[str, Any
 
 
 def stored_path(folder: Path, key: str) -> Path:
-    """Return the path of an object in the job\'s storage folder."""
+    """Return the path of an object in the job's storage folder."""
     return folder / "store" / "team" / "job" / UID / key
 
 

@@ -37,7 +37,7 @@ def make_evaluating_pod(folder: Path, model: Path, spec: dict[str, Any], *, atte
 
 
 def stored_path(folder: Path, key: str) -> Path:
-    """Return the path of an object in the job\'s storage folder."""
+    """Return the path of an object in the job's storage folder."""
     return folder / "store" / "team" / "job" / UID / key
 
 

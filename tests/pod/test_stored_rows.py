@@ -86,8 +86,8 @@ def test_a_second_job_tokenises_nothing_and_a_run_with_stored_rows_is_equal(
         assert pod.end() == 0, pod.text[-4000:]
     message = pod.termination_message()
     assert list_prepared_rows_notes(message) == [USED_NOTE]
-    expected = run_uninterrupted(s3_server, tmp_path_factory.getbasetemp(), model, rows, "full", 1)
-    assert record_run(bucket, [pod], message) == expected
+    expected_run = run_uninterrupted(s3_server, tmp_path_factory.getbasetemp(), model, rows, "full", 1)
+    assert record_run(bucket, [pod], message) == expected_run
 
 
 # ---- rows that cannot be used ----

@@ -46,7 +46,7 @@ def require_verification(pod: Pod) -> Verification:
 
 
 def stored_path(folder: Path, key: str, uid: str = UID) -> Path:
-    """Return the path of an object in the job\'s storage folder."""
+    """Return the path of an object in the job's storage folder."""
     return folder / "store" / "team" / "job" / uid / key
 
 

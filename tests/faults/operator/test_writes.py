@@ -142,10 +142,10 @@ def test_a_wrong_clock_of_the_operator_does_not_affect_deadline_and_ttl(rig: Rig
     assert rig.api.find("jobs", rig.namespace, "ended-1") is not None
     completed_at = body["status"]["completionTime"]
     rig.api.wait_gone("jobs", rig.namespace, "ended-1")
-    assert _read_server_time(rig) >= _add_seconds(completed_at, 4)
+    assert _read_server_time(rig) >= _compute_unix_time(completed_at, 4)
     assert attempt_reasons(rig.wait_finished("late")) == [(1, Reason.DEADLINE_EXCEEDED)]
     started_at = rig.get("late")["status"]["attempts"][0]["startTime"]
-    assert _read_server_time(rig) >= _add_seconds(started_at, 4)
+    assert _read_server_time(rig) >= _compute_unix_time(started_at, 4)
     assert rig.api.find("jobs", rig.namespace, "kept-1") is not None
     assert attempt_reasons(rig.get("early")) == [(1, "")]
     assert find_condition(rig.get("early"), Condition.FINISHED)["status"] == "False"
@@ -158,10 +158,11 @@ def _read_server_time(rig: Rig) -> float:
         "metadata": {"generateName": "now-"}, "eventTime": "2026-01-01T00:00:00.000000Z", "action": "Look", "type": "Normal",
         "reportingController": "test", "reportingInstance": "test", "reason": "Now", "regarding": {"namespace": rig.namespace},
     })  # fmt: skip
-    return _add_seconds(created_object["metadata"]["creationTimestamp"], 0) + 1
+    return _compute_unix_time(created_object["metadata"]["creationTimestamp"], 0) + 1
 
 
-def _add_seconds(timestamp: str, seconds: float) -> float:
+def _compute_unix_time(timestamp: str, seconds: float) -> float:
+    """Return the Unix time that is `seconds` after a timestamp of the API server."""
     from datetime import datetime
 
     return datetime.fromisoformat(timestamp.replace("Z", "+00:00")).timestamp() + seconds

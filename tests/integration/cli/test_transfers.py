@@ -118,7 +118,7 @@ def test_an_interrupted_upload_continues_and_no_incomplete_object_is_visible(
 
 
 def break_uploads(patch: pytest.MonkeyPatch, sent_part_numbers: list[int], *, allowed_parts: int) -> None:
-    """Record the numbers of the uploaded parts in `sent`. After `allowed` parts, the connection is lost at every further part."""
+    """Record the numbers of the uploaded parts in `sent_part_numbers`. After `allowed_parts` parts, the connection is lost at every further part."""
     patch.setattr(uploads, "PARALLEL_TRANSFERS", 1)
     original_init = uploads.MultipartUpload.__init__
 

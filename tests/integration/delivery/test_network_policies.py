@@ -60,9 +60,9 @@ def chart(helm_program: Path) -> list[Object]:
 def render(helm_program: Path, isolation: Object) -> list[Object]:
     """Render the chart for the namespace `ops` with these `isolation` values."""
     chart = ROOT / "helm/finetune-operator"
-    values = json.dumps({"imageRegistry": "r.example.com", "isolation": isolation})
+    values_text = json.dumps({"imageRegistry": "r.example.com", "isolation": isolation})
     command = [str(helm_program), "template", "rel", str(chart), "-n", "ops", "-f", "-"]
-    text = subprocess.run(command, input=values, capture_output=True, text=True, check=True).stdout
+    text = subprocess.run(command, input=values_text, capture_output=True, text=True, check=True).stdout
     return [item for item in yaml.safe_load_all(text) if item]
 
 

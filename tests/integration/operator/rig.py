@@ -91,7 +91,7 @@ class Progress:
         self.answers.pop(f"/{pod['metadata']['namespace']}/{pod['metadata']['name']}", None)
 
     def close(self) -> None:
-        """Stop."""
+        """Stop the HTTP server."""
         self._server.shutdown()
         self._server.server_close()
 
@@ -467,7 +467,7 @@ class Heartbeat:
         self._endpoint.request("PATCH", f"/api/v1/nodes/{NODE}/status", status, content_type=content_type)
 
     def close(self) -> None:
-        """Stop."""
+        """Stop sending heartbeats."""
         self._end.set()
         self._thread.join()
 

@@ -75,10 +75,10 @@ def test_the_merged_model_equals_base_and_adapter(case: str, model: Path, tmp_pa
     loaded_model, loading_info = AutoModelForCausalLM.from_pretrained(merged, output_loading_info=True)
     assert not loading_info["missing_keys"] and not loading_info["unexpected_keys"]
     tokenizer = AutoTokenizer.from_pretrained(merged)
-    expected = compute_logits(load_with_adapter(model, adapter, len(tokenizer) if case == "new tokens" else 0))
-    assert torch.allclose(compute_logits(loaded_model), expected, atol=1e-4)
+    expected_logits = compute_logits(load_with_adapter(model, adapter, len(tokenizer) if case == "new tokens" else 0))
+    assert torch.allclose(compute_logits(loaded_model), expected_logits, atol=1e-4)
     base = compute_logits(AutoModelForCausalLM.from_pretrained(model))
-    assert not torch.allclose(expected[..., : base.shape[-1]], base, atol=1e-2)
+    assert not torch.allclose(expected_logits[..., : base.shape[-1]], base, atol=1e-2)
     details = [message.get("detail") for message in channel.sent if message["kind"] == "stage"]
     assert details[0] == "loading the base model" and details[-1] == "writing the merged model"
     total = next(detail.split()[2] for detail in details if "layers" in detail)
@@ -176,8 +176,8 @@ def test_tied_embeddings_are_stored_separately_if_only_one_of_them_was_trained(t
 
     tied_model = make_tiny_model(tmp_path / "tied", tied=True)
     adapter, merged, _ = train_and_merge(tmp_path, tied_model, {"method": {"type": "lora", "lora": {"modulesToSave": ["embed_tokens"]}}})
-    expected = compute_logits(load_with_adapter(tied_model, adapter))
-    assert torch.allclose(compute_logits(AutoModelForCausalLM.from_pretrained(merged)), expected, atol=1e-4)
+    expected_logits = compute_logits(load_with_adapter(tied_model, adapter))
+    assert torch.allclose(compute_logits(AutoModelForCausalLM.from_pretrained(merged)), expected_logits, atol=1e-4)
 
 
 def test_an_adapter_of_a_quantised_base_is_merged_into_the_base_in_16_bits(model: Path, tmp_path: Path) -> None:
@@ -210,9 +210,9 @@ def test_the_head_of_a_reward_model_is_merged(model: Path, tmp_path: Path) -> No
     rows = [{"prompt": "one", "chosen": "red", "rejected": "blue"}, {"prompt": "two", "chosen": "green", "rejected": "blue"}]
     adapter, merged, _ = train_and_merge(tmp_path, model, {"trainer": {"type": "reward"}}, rows)
     base = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1)
-    expected = compute_logits(PeftModel.from_pretrained(base, adapter))
+    expected_logits = compute_logits(PeftModel.from_pretrained(base, adapter))
     loaded_model, loading_info = AutoModelForSequenceClassification.from_pretrained(merged, output_loading_info=True)
-    assert not loading_info["missing_keys"] and torch.allclose(compute_logits(loaded_model), expected, atol=1e-4)
+    assert not loading_info["missing_keys"] and torch.allclose(compute_logits(loaded_model), expected_logits, atol=1e-4)
 
 
 def test_a_base_model_that_is_stored_quantised_is_refused_before_training(model: Path, tmp_path: Path) -> None:

@@ -231,10 +231,10 @@ def test_columns_are_read_under_the_names_in_dataset_columns(tmp_path: Path) -> 
 
 def test_the_messages_format_reads_question_and_answer_columns_named_in_dataset_columns(tmp_path: Path) -> None:
     dataset = {"format": "messages", "columns": {"question": "Question", "answer": "Response"}, "systemPrompt": "Help."}
-    expected = Conversation((Turn("system", "Help."), HI, HO))
-    assert load_examples(tmp_path / "a", dataset, [{"Question": "hi", "Response": "ho"}]) == [expected]
+    expected_conversation = Conversation((Turn("system", "Help."), HI, HO))
+    assert load_examples(tmp_path / "a", dataset, [{"Question": "hi", "Response": "ho"}]) == [expected_conversation]
     assert load_examples(tmp_path / "b", dataset, [{"messages": CHAT}]) == [
-        expected
+        expected_conversation
     ]  # an existing messages column takes precedence
     error = catch_check_error(tmp_path / "c", dataset, [{"Question": "hi", "Answer": "ho"}])
     assert error.code == "ColumnMissing"

@@ -190,10 +190,10 @@ def test_lines_that_cross_an_epoch_count_for_both_epochs() -> None:
 
 
 def test_epochs_without_a_line_of_their_own_have_an_entry() -> None:
-    (first, second, third) = compute_epoch_metrics(make_entries(make_training_line(1, 0.5, 3.0, 1.0), make_training_line(6, 3.0, 1.0, 6.0)))
-    assert (first.train_loss, first.epoch_time) == (2.0, 2.0)
-    assert (second.train_loss, second.epoch_time, second.timestamp) == (1.0, 2.0, None)
-    assert (third.train_loss, third.epoch_time) == (1.0, 2.0)
+    (first_epoch, second_epoch, third_epoch) = compute_epoch_metrics(make_entries(make_training_line(1, 0.5, 3.0, 1.0), make_training_line(6, 3.0, 1.0, 6.0)))
+    assert (first_epoch.train_loss, first_epoch.epoch_time) == (2.0, 2.0)
+    assert (second_epoch.train_loss, second_epoch.epoch_time, second_epoch.timestamp) == (1.0, 2.0, None)
+    assert (third_epoch.train_loss, third_epoch.epoch_time) == (1.0, 2.0)
 
 
 def test_rounded_epochs_belong_to_the_epoch_that_they_end() -> None:

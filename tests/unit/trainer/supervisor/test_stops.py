@@ -223,8 +223,8 @@ def test_stored_files_of_stages_are_copied_once(tmp_path: Path, output: Output, 
     copy = tmp_path / "copies" / "results" / "predictions.jsonl"
     assert copy.read_text() == '{"a": 1}\n'
     first_attempt.tree.store.delete(["run/stages/uploading.json"])
-    before = copy.stat().st_mtime_ns
-    assert Attempt(tmp_path, 2, spec=spec).end(output).open_stages == [] and copy.stat().st_mtime_ns == before
+    copied_at_ns = copy.stat().st_mtime_ns
+    assert Attempt(tmp_path, 2, spec=spec).end(output).open_stages == [] and copy.stat().st_mtime_ns == copied_at_ns
     first_attempt.tree.store.put("evaluation/predictions.jsonl", b'{"a": 2}\n')
     first_attempt.tree.store.delete(["run/stages/uploading.json"])
     assert Attempt(tmp_path, 3, spec=spec).end(output).open_stages == [] and copy.read_text() == '{"a": 2}\n'

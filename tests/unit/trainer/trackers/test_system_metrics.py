@@ -15,10 +15,10 @@ from finetune_trainer.usage import Nvml, UsageReader, _Memory, _Utilization, rea
 
 
 def test_host_values_are_plausible() -> None:
-    values = SystemSampler().sample()
-    assert 0 <= values["system/cpu_utilization_percentage"] <= 100
-    assert 0 < values["system/system_memory_usage_percentage"] < 100
-    assert values["system/system_memory_usage_megabytes"] > 10
+    host_values = SystemSampler().sample()
+    assert 0 <= host_values["system/cpu_utilization_percentage"] <= 100
+    assert 0 < host_values["system/system_memory_usage_percentage"] < 100
+    assert host_values["system/system_memory_usage_megabytes"] > 10
 
 
 def test_memory_is_that_of_a_container_with_a_limit(tmp_path: Path) -> None:

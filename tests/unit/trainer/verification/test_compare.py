@@ -109,8 +109,9 @@ def test_a_difference_between_device_types_is_not_verified_instead_of_failed(
 
     On another type of device, rounding can explain a difference of up to half of the change by training, except if the values are in 32 bits.
     """
-    values = shift_values(difference)
-    verdict = judge_artefact("adapter", values, [value + 1 for value in values], reference_values.model_copy(update={"device": "cuda"}), device=device)
+    shifted_values = shift_values(difference)
+    base_values = [value + 1 for value in shifted_values]
+    verdict = judge_artefact("adapter", shifted_values, base_values, reference_values.model_copy(update={"device": "cuda"}), device=device)
     assert (verdict.result, verdict.code, verdict.difference) == (result, code, difference)
 
 
