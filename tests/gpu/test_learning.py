@@ -45,7 +45,7 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 
 
-def run(name: str, model: Path, folder: Path) -> RunOutcome:
+def run_feature(name: str, model: Path, folder: Path) -> RunOutcome:
     if name in ("liger", "backend unsloth") and importlib.util.find_spec("liger_kernel") is None:
         pytest.skip("liger-kernel is only published for x86-64")
     return run_training(folder, model, merge_mappings(SIXTY_STEPS, RUNS[name]))
@@ -53,7 +53,7 @@ def run(name: str, model: Path, folder: Path) -> RunOutcome:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_every_feature_learns_on_a_gpu(name: str, model: Path, tmp_path: Path) -> None:
-    outcome = run(name, model, tmp_path)
+    outcome = run_feature(name, model, tmp_path)
     assert outcome.losses[-1] < 0.5 * outcome.losses[0]
     assert outcome.resolved["device"] not in ("cpu", None)
     assert outcome.logs[-2]["peak_memory_gb"] > 0
@@ -68,8 +68,8 @@ def test_a_reward_model_trains_32_bit_weights_on_a_16_bit_base(model: Path, tmp_
 
     spec = {"method": {"lora": {"dropout": 0}}, "trainer": {"type": "reward"}, "training": {"maxSteps": 2}}
     outcome = run_training(tmp_path, model, merge_mappings(SIXTY_STEPS, spec), PREFERENCE_PAIRS)
-    types = {(one.requires_grad, one.dtype) for one in outcome.model.parameters()}
-    assert types == {(True, torch.float32), (False, torch.bfloat16)}
+    parameter_types = {(parameter.requires_grad, parameter.dtype) for parameter in outcome.model.parameters()}
+    assert parameter_types == {(True, torch.float32), (False, torch.bfloat16)}
 
 
 def test_full_training_stores_weights_in_32_bits_during_training(model: Path, tmp_path: Path) -> None:
@@ -102,18 +102,20 @@ def test_a_padding_free_run_has_the_losses_of_a_padded_run(method: dict[str, Any
         "method": method, "training": {"maxSteps": 5, "batchSizePerDevice": 4, "gradientAccumulationSteps": 2, "learningRate": 1e-3},
         "evaluation": {"strategy": "steps", "steps": 5},
     }  # fmt: skip
-    padding_free, padded = (
+    padding_free_outcome, padded_outcome = (
         run_training(tmp_path / name, model, merge_mappings(SIXTY_STEPS, {**spec, "model": {"attention": name}}), rows, validation=rows)
         for name in ("auto", "sdpa")
     )
-    assert [outcome.resolved["attention"] for outcome in (padding_free, padded)] == ["varlen", "sdpa"]
-    assert padding_free.losses == pytest.approx(padded.losses, rel=2e-2)
-    assert padding_free.grad_norms == pytest.approx(padded.grad_norms, rel=0.1)
-    assert padding_free.eval_losses == pytest.approx(padded.eval_losses, rel=2e-2) and len(padded.eval_losses) == 1
-    counts, expected = ([line["num_tokens"] for line in outcome.logs if "loss" in line] for outcome in (padding_free, padded))
-    assert counts == expected
-    assert {line["padding_share"] for line in padding_free.logs if "loss" in line} == {0.0}
-    assert any("concatenated instead of padded" in note for note in padding_free.notes)
+    assert [outcome.resolved["attention"] for outcome in (padding_free_outcome, padded_outcome)] == ["varlen", "sdpa"]
+    assert padding_free_outcome.losses == pytest.approx(padded_outcome.losses, rel=2e-2)
+    assert padding_free_outcome.grad_norms == pytest.approx(padded_outcome.grad_norms, rel=0.1)
+    assert padding_free_outcome.eval_losses == pytest.approx(padded_outcome.eval_losses, rel=2e-2) and len(padded_outcome.eval_losses) == 1
+    token_counts, expected_token_counts = (
+        [line["num_tokens"] for line in outcome.logs if "loss" in line] for outcome in (padding_free_outcome, padded_outcome)
+    )
+    assert token_counts == expected_token_counts
+    assert {line["padding_share"] for line in padding_free_outcome.logs if "loss" in line} == {0.0}
+    assert any("concatenated instead of padded" in note for note in padding_free_outcome.notes)
 
 
 @pytest.mark.parametrize("head_size", [64, 256])
@@ -137,13 +139,13 @@ def test_the_kernel_computes_the_same_as_sdpa_with_a_mask(window: int | None, he
     inputs = [torch.randn(1, heads, len(positions), head_size, device="cuda", dtype=torch.bfloat16) for heads in (8, 2, 2)]
     weights = torch.randn(1, len(positions), 8, head_size, device="cuda", dtype=torch.bfloat16)
 
-    def results(attention_mask: torch.Tensor | None, **options: Any) -> list[torch.Tensor]:
+    def compute_output_and_gradients(attention_mask: torch.Tensor | None, **options: Any) -> list[torch.Tensor]:
         query, key, value = (tensor.clone().requires_grad_() for tensor in inputs)
-        result, _ = compute_varlen_attention(layer, query, key, value, attention_mask, scaling=0.1, sliding_window=window, **options)
-        result.backward(weights)
+        output, _ = compute_varlen_attention(layer, query, key, value, attention_mask, scaling=0.1, sliding_window=window, **options)
+        output.backward(weights)
         gradients = [tensor.grad for tensor in (query, key, value)]
-        return [result, *(gradient for gradient in gradients if gradient is not None)]
+        return [output, *(gradient for gradient in gradients if gradient is not None)]
 
-    found = results(None, cu_seq_lens_q=starts, max_length_q=max(lengths))
-    for one, expected in zip(found, results(mask[None, None]), strict=True):
-        torch.testing.assert_close(one.float(), expected.float(), atol=0.1, rtol=0.05)
+    tensors_with_boundaries = compute_output_and_gradients(None, cu_seq_lens_q=starts, max_length_q=max(lengths))
+    for tensor, tensor_with_mask in zip(tensors_with_boundaries, compute_output_and_gradients(mask[None, None]), strict=True):
+        torch.testing.assert_close(tensor.float(), tensor_with_mask.float(), atol=0.1, rtol=0.05)

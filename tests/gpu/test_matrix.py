@@ -30,9 +30,9 @@ def gpu() -> None:
 
 @pytest.mark.parametrize("method", SPEC_BY_METHOD)
 def test_a_gpu_accepts_and_refuses_the_same_combinations_as_a_cpu(method: str, tmp_path: Path) -> None:
-    expected = {cell: verdict for cell, verdict in read_expected_table("one rank").items() if cell[0] == method}
-    assert run_strategy("one rank", tmp_path, methods=[method], base_spec=ONE_GPU) == expected
-    assert len(expected) == len(TRAINER_BY_OBJECTIVE)
+    expected_verdicts = {cell: verdict for cell, verdict in read_expected_table("one rank").items() if cell[0] == method}
+    assert run_strategy("one rank", tmp_path, methods=[method], base_spec=ONE_GPU) == expected_verdicts
+    assert len(expected_verdicts) == len(TRAINER_BY_OBJECTIVE)
 
 
 def test_every_precision_and_optimizer_lowers_the_loss_on_a_gpu(tmp_path: Path) -> None:
@@ -45,5 +45,5 @@ def test_every_precision_and_optimizer_lowers_the_loss_on_a_gpu(tmp_path: Path) 
     cells = [Cell(name, model, spec, TEN_ROWS) for name, spec in specs.items()]
     results = launch_cells(cells, tmp_path / "cells", rank_count=1)
     assert {name: result.error for name, result in results.items()} == dict.fromkeys(options)
-    falls = {name: result.losses[-1] < result.losses[0] for name, result in results.items()}
-    assert falls == dict.fromkeys(options, True)
+    has_fallen = {name: result.losses[-1] < result.losses[0] for name, result in results.items()}
+    assert has_fallen == dict.fromkeys(options, True)

@@ -53,13 +53,13 @@ def make_gpu_pod(folder: Path, model: Path, spec: dict[str, Any], *, attempt: in
     """Create a pod with one GPU that stores its results below `store` (default: `folder`)."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = write_rows(folder / "rows.jsonl")
-    base = {
+    base_spec = {
         "model": {"source": f"file://{model}"}, "dataset": {"train": f"file://{rows}"},
         "training": {"maxSteps": STEPS, "batchSizePerDevice": 2, "gradientAccumulationSteps": 2, "learningRate": 1e-3},
         "checkpoint": {"steps": CHECKPOINT_STEPS}, "tracking": {"loggingSteps": 5},
     }  # fmt: skip
     target = StoreTarget(uri=f"file://{store or folder}/store/team/job/{UID}")
-    return Pod(run_config(merge(base, spec), target, attempt=attempt, gpus=GPU_COUNT), folder / f"pod-{attempt}")
+    return Pod(run_config(merge(base_spec, spec), target, attempt=attempt, gpus=GPU_COUNT), folder / f"pod-{attempt}")
 
 
 def read_final_weights(pod: Pod) -> dict[str, bytes]:
@@ -83,15 +83,15 @@ def test_every_strategy_trains_on_one_gpu(strategy: str, method: str, model: Pat
 
 @pytest.mark.parametrize("name", RESUMED_SPECS)
 def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_run(name: str, model: Path, tmp_path: Path) -> None:
-    with make_gpu_pod(tmp_path / "whole", model, RESUMED_SPECS[name]) as whole:
-        assert whole.end() == ExitCode.OK, whole.text[-6000:]
-    with make_gpu_pod(tmp_path / "killed", model, RESUMED_SPECS[name]) as killed:
-        killed.wait_committed(CHECKPOINT_STEPS)
-        killed.kill()
-    with make_gpu_pod(tmp_path / "again", model, RESUMED_SPECS[name], attempt=2, store=tmp_path / "killed") as resumed:
-        assert resumed.end() == ExitCode.OK, resumed.text[-6000:]
-    assert resumed.termination_message().resumed_from_step in range(CHECKPOINT_STEPS, STEPS)
-    assert read_final_weights(resumed) == read_final_weights(whole)
+    with make_gpu_pod(tmp_path / "whole", model, RESUMED_SPECS[name]) as uninterrupted_pod:
+        assert uninterrupted_pod.end() == ExitCode.OK, uninterrupted_pod.text[-6000:]
+    with make_gpu_pod(tmp_path / "killed", model, RESUMED_SPECS[name]) as killed_pod:
+        killed_pod.wait_committed(CHECKPOINT_STEPS)
+        killed_pod.kill()
+    with make_gpu_pod(tmp_path / "again", model, RESUMED_SPECS[name], attempt=2, store=tmp_path / "killed") as resumed_pod:
+        assert resumed_pod.end() == ExitCode.OK, resumed_pod.text[-6000:]
+    assert resumed_pod.termination_message().resumed_from_step in range(CHECKPOINT_STEPS, STEPS)
+    assert read_final_weights(resumed_pod) == read_final_weights(uninterrupted_pod)
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])
@@ -104,10 +104,10 @@ def test_a_pod_evaluates_its_model_on_the_gpu(method: str, model: Path, tmp_path
         assert pod.end() == ExitCode.OK, pod.text[-6000:]
         message = pod.termination_message()
     assert message.output is not None and message.output.evaluation is not None and message.evaluation is not None
-    values = {name: metric.value for name, metric in (message.evaluation.metrics or {}).items()}
+    metric_values = {name: metric.value for name, metric in (message.evaluation.metrics or {}).items()}
     # The trainer has measured the same rows in its own process, but in batches of another size.
-    assert values["loss"] == pytest.approx(message.output.evaluation["testLoss"], rel=1e-2)
-    assert values["accuracy"] == pytest.approx(message.output.evaluation["testTokenAccuracy"], abs=0.02)
+    assert metric_values["loss"] == pytest.approx(message.output.evaluation["testLoss"], rel=1e-2)
+    assert metric_values["accuracy"] == pytest.approx(message.output.evaluation["testTokenAccuracy"], abs=0.02)
     assert len(list((tmp_path / "store").rglob("predictions.jsonl"))) == 1
 
 
@@ -123,26 +123,26 @@ def test_a_batch_that_does_not_fit_is_reduced_until_it_fits(model: Path, tmp_pat
         "method": {"type": "full"}, "dataset": {"train": f"file://{rows}", "maxSequenceLength": 512},
         "training": {"maxSteps": 1, "batchSizePerDevice": 512, "gradientAccumulationSteps": 1, "gradientCheckpointing": "disabled"},
     }  # fmt: skip
-    pod, codes, batches = make_gpu_pod(tmp_path, model, spec), [], []
+    pod, exit_codes, batches = make_gpu_pod(tmp_path, model, spec), [], []
     free_bytes, _ = torch.cuda.mem_get_info()
-    held = torch.empty(max(0, free_bytes - 2 * 2**30), dtype=torch.uint8, device="cuda")
-    while not codes or codes[-1] == ExitCode.OUT_OF_MEMORY:
+    occupied_memory = torch.empty(max(0, free_bytes - 2 * 2**30), dtype=torch.uint8, device="cuda")
+    while not exit_codes or exit_codes[-1] == ExitCode.OUT_OF_MEMORY:
         with pod:
-            codes.append(pod.end())
+            exit_codes.append(pod.end())
             message, training = pod.termination_message(), pod.run.spec.training
         batches.append((training.batch_size_per_device, training.gradient_accumulation_steps))
-        if codes[-1] == ExitCode.OUT_OF_MEMORY:
+        if exit_codes[-1] == ExitCode.OUT_OF_MEMORY:
             assert (message.code, message.rank) == ("GpuOutOfMemory", 0)
             advice = message.plan.out_of_memory if message.plan is not None and uses_advice else None
             assert (advice is not None) == uses_advice
             adaptation = adapt_to_out_of_memory(pod.run.spec, datetime.now(UTC), advice)
-            adapted_run = apply_adaptations(pod.run.spec, [adaptation])
+            adapted_spec = apply_adaptations(pod.run.spec, [adaptation])
             attempt = pod.run.attempt + 1
-            changes = {"spec": adapted_run, "attempt": attempt, "before_adaptation": get_original_values(pod.run.spec, [adaptation])}
+            changes = {"spec": adapted_spec, "attempt": attempt, "before_adaptation": get_original_values(pod.run.spec, [adaptation])}
             pod = Pod(pod.run.model_copy(update=changes), tmp_path / f"pod-{attempt}")
-    del held
+    del occupied_memory
     torch.cuda.empty_cache()
-    assert codes[-1] == ExitCode.OK, pod.text[-6000:]
-    assert len(codes) > 1, "the first batch already fits into the memory"
-    assert len(codes) == 2 if uses_advice else batches == [(512 >> step, 1 << step) for step in range(len(codes))]
+    assert exit_codes[-1] == ExitCode.OK, pod.text[-6000:]
+    assert len(exit_codes) > 1, "the first batch already fits into the memory"
+    assert len(exit_codes) == 2 if uses_advice else batches == [(512 >> step, 1 << step) for step in range(len(exit_codes))]
     assert all(rows * steps == 512 for rows, steps in batches)

@@ -52,13 +52,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", RUNS)
 def test_a_pod_verifies_its_model_on_the_gpu(name: str, model: Path, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.jsonl")
-    base = {
+    base_spec = {
         "model": {"source": f"file://{model}"}, "dataset": {"train": f"file://{rows}", "split": {"train": 0.75, "test": 0.25}},
         "training": {"maxSteps": 20, "batchSizePerDevice": 4, "gradientAccumulationSteps": 1, "learningRate": 1e-4 if "full" in name else 1e-3},
         "checkpoint": {"steps": 20}, "tracking": {"loggingSteps": 10}, "output": {"verify": True},
     }  # fmt: skip
     target = StoreTarget(uri=f"file://{tmp_path}/store/team/job/{UID}")
-    with Pod(run_config(merge(base, RUNS[name]), target, gpus=GPU_COUNT), tmp_path / "pod") as pod:
+    with Pod(run_config(merge(base_spec, RUNS[name]), target, gpus=GPU_COUNT), tmp_path / "pod") as pod:
         assert pod.end() == ExitCode.OK, pod.text[-6000:]
         output = pod.termination_message().output
     assert output is not None and output.verification is not None

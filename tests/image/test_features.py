@@ -16,5 +16,5 @@ pytestmark = [pytest.mark.image, pytest.mark.slow]
 def test_the_feature_tests_pass_in_the_image(folder: str, trainer_image: TrainerImage, tmp_path: Path) -> None:
     log = tmp_path / "log"
     with log.open("wb") as output:
-        code = trainer_image.run_pytest([folder, "-m", "not slow and not gpu"], tmp_path, output, timeout=1700)
-    assert code == 0, log.read_text(errors="replace")[-6000:]
+        exit_code = trainer_image.run_pytest([folder, "-m", "not slow and not gpu"], tmp_path, output, timeout=1700)
+    assert exit_code == 0, log.read_text(errors="replace")[-6000:]

@@ -32,24 +32,24 @@ def run_pod(image: TrainerImage, folder: Path, spec: dict[str, Any], *, processe
     """Run one pod until it ends. `folder` contains its model, its data and its results."""
     model, rows = make_tiny_model(folder / "model"), write_rows(folder / "rows.jsonl")
     (folder / "work").mkdir()
-    base: dict[str, Any] = {
+    base_spec: dict[str, Any] = {
         "model": {"source": f"file://{model}"}, "dataset": {"train": f"file://{rows}"},
         "training": {"maxSteps": 2, "batchSizePerDevice": 2}, "checkpoint": {"strategy": "no"},
     }  # fmt: skip
-    run = run_config(merge(base, spec), StoreTarget(uri=f"file://{folder}/store/team/job/{UID}"), processes=processes, gpus=gpus)
-    data = run.to_bytes()
-    (folder / "run.json").write_bytes(data)
+    run = run_config(merge(base_spec, spec), StoreTarget(uri=f"file://{folder}/store/team/job/{UID}"), processes=processes, gpus=gpus)
+    run_bytes = run.to_bytes()
+    (folder / "run.json").write_bytes(run_bytes)
     environment = {
-        Env.RUN_FILE: str(folder / "run.json"), Env.RUN_SHA256: RunConfig.sha256(data), Env.WORK_DIR: str(folder / "work"),
+        Env.RUN_FILE: str(folder / "run.json"), Env.RUN_SHA256: RunConfig.sha256(run_bytes), Env.WORK_DIR: str(folder / "work"),
         Env.TERMINATION_LOG: str(folder / "termination-message"), Env.NODE_RANK: "0", Env.POD_UID: UID,
     }  # fmt: skip
     command = ["python", "-m", "finetune_trainer", "supervise"]
     with (folder / "log").open("wb") as output:
-        code = image.run(command, folder, output, environment=environment)
+        exit_code = image.run(command, folder, output, environment=environment)
     log = (folder / "log").read_text(errors="replace")
-    message = folder / "termination-message"
-    assert message.exists(), f"exit code {code}, no termination message:\n{log[-6000:]}"
-    return EndedPod(code, log, TerminationMessage.model_validate_json(message.read_text()))
+    message_file = folder / "termination-message"
+    assert message_file.exists(), f"exit code {exit_code}, no termination message:\n{log[-6000:]}"
+    return EndedPod(exit_code, log, TerminationMessage.model_validate_json(message_file.read_text()))
 
 
 @pytest.mark.slow  # `make test` runs pods with two ranks in tests/e2e/jobs/test_resume.py, and offloads in test_matrix.py

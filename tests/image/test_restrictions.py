@@ -19,8 +19,8 @@ pytestmark = pytest.mark.image
 def run_module_in_image(image: TrainerImage, folder: Path, module: str) -> dict[str, Any]:
     """Run a Python module of the tests in the image. Returns the JSON value that the module writes."""
     with (folder / "log").open("wb") as output:
-        code = image.python_runner(folder)(["-m", module, str(folder / "report.json")], {}, output, 120)
-    assert code == 0, (folder / "log").read_text()[-6000:]
+        exit_code = image.python_runner(folder)(["-m", module, str(folder / "report.json")], {}, output, 120)
+    assert exit_code == 0, (folder / "log").read_text()[-6000:]
     report: dict[str, Any] = json.loads((folder / "report.json").read_text())
     return report
 
@@ -43,8 +43,8 @@ def test_a_missing_compiler_is_reported_as_a_broken_installation(trainer_image: 
     """The image has no compiler, so the libraries raise the errors that they would raise in a pod."""
     failures = run_module_in_image(trainer_image, tmp_path, "tests.support.compiler_failures")
     assert {name: failure["exitCode"] for name, failure in failures.items()} == dict.fromkeys(failures, 78)
-    parts = {name: failure["message"].partition("lacks ")[2].partition(":")[0] for name, failure in failures.items()}
-    assert parts == {
+    missing_parts = {name: failure["message"].partition("lacks ")[2].partition(":")[0] for name, failure in failures.items()}
+    assert missing_parts == {
         "DeepSpeed's shared-memory operation": "the program c++", "DeepSpeed's Adam": "the program c++", "DeepSpeed's CUDA operation": "the CUDA compiler nvcc",
         "torch.compile": "a C++ compiler", "Triton": "a C compiler", "CUDA": "",
     }  # fmt: skip

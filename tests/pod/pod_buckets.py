@@ -34,8 +34,8 @@ class Bucket:
 
     def target(self, **change: Any) -> StoreTarget:
         """Return the storage target of the job `team/job`, with the fields in `change` replaced."""
-        values = {"uri": f"s3://{self.name}/{self.root}/team/job/{UID}", "endpoint": self.endpoint.host_url} | change
-        return StoreTarget.model_validate(values)
+        fields = {"uri": f"s3://{self.name}/{self.root}/team/job/{UID}", "endpoint": self.endpoint.host_url} | change
+        return StoreTarget.model_validate(fields)
 
     def keys(self, prefix: str = "") -> list[str]:
         """List the job's keys that begin with `prefix`. The returned keys and `prefix` are relative to the job's folder."""

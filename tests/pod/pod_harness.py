@@ -140,8 +140,8 @@ class Pod:
     def port(self) -> int | None:
         """The port of the pod's HTTP server. None until the server listens."""
         with (self.folder / "log").open("rb") as stream:
-            head = stream.read(20_000).decode(errors="replace")
-        for line in head.splitlines():
+            log_head = stream.read(20_000).decode(errors="replace")
+        for line in log_head.splitlines():
             if "listening on port " in line:
                 return int(line.rpartition(" ")[2])
         return None
@@ -209,15 +209,15 @@ class Pod:
         assert self.process is not None
         from finetune_trainer.processes import descendants
 
-        matching = []
+        matching_pids = []
         for pid in descendants(self.process.pid):
             try:
                 arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
             except OSError:
                 continue
             if argument.encode() in arguments:
-                matching.append(pid)
-        return matching
+                matching_pids.append(pid)
+        return matching_pids
 
     def terminate(self) -> None:
         """Send SIGTERM to the supervisor, as a kubelet does when it stops a pod."""

@@ -98,13 +98,13 @@ def read_log_lines(bucket: Bucket, attempt_prefix: str = "") -> Lines:
     lines_by_step: Lines = {}
     for key in bucket.keys(f"metrics/{attempt_prefix or 'a'}"):
         for text in bucket.read(key).decode().splitlines():
-            value = json.loads(text)
-            kind = next((name for name in ("loss", "eval_loss") if name in value), None)
+            line_values = json.loads(text)
+            kind = next((name for name in ("loss", "eval_loss") if name in line_values), None)
             if kind is None:
                 continue
-            comparable = {name: number for name, number in value.items() if not name.endswith(TIMED_SUFFIXES)}
-            assert lines_by_step.setdefault((value["step"], kind), comparable) == comparable, (
-                f"another attempt logged other values for step {value['step']} of {key}"
+            comparable_values = {name: number for name, number in line_values.items() if not name.endswith(TIMED_SUFFIXES)}
+            assert lines_by_step.setdefault((line_values["step"], kind), comparable_values) == comparable_values, (
+                f"another attempt logged other values for step {line_values['step']} of {key}"
             )
     return lines_by_step
 
@@ -133,7 +133,7 @@ def read_weight_hashes(bucket: Bucket, termination: TerminationMessage) -> dict[
     return {item["path"]: item["sha256"] for item in manifest["files"] if item["path"].endswith(".safetensors")}
 
 
-def committed_steps(bucket: Bucket) -> list[int]:
+def list_committed_steps(bucket: Bucket) -> list[int]:
     """Return the steps of all committed checkpoints, in ascending order."""
     keys = [key.split("/") for key in bucket.keys("checkpoints/") if key.endswith("_COMMITTED")]
     return sorted(int(folder.removeprefix("step-")) for _, folder, _ in keys)
@@ -165,8 +165,8 @@ def _record_uninterrupted(server: S3Endpoint, folder: Path, spec: dict[str, Any]
     with make_traced_pod(run, folder, bucket) as pod:
         assert pod.end() == 0, pod.text[-4000:]
     record = record_run(bucket, [pod], pod.termination_message())
-    last, every = LAST_STEP.get(variant, STEPS), run.spec.tracking.logging_steps or 1
-    logged = [step for step, kind in sorted(record.lines) if kind == "loss"]
-    assert logged == sorted({1, *range(every, last + 1, every), last}), "the run logged other steps than its spec requests"
-    assert sorted(record.rows) == [(step, rank) for step in range(1, last + 1) for rank in range(processes)]
+    last_step, log_interval = LAST_STEP.get(variant, STEPS), run.spec.tracking.logging_steps or 1
+    logged_steps = [step for step, kind in sorted(record.lines) if kind == "loss"]
+    assert logged_steps == sorted({1, *range(log_interval, last_step + 1, log_interval), last_step}), "the run logged other steps than its spec requests"
+    assert sorted(record.rows) == [(step, rank) for step in range(1, last_step + 1) for rank in range(processes)]
     return record

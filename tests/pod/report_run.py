@@ -44,7 +44,7 @@ class TwoAttempts:
 def run_with_report(folder: Path, model: Path, spec: dict[str, Any] | None = None) -> TwoAttempts:
     """Run both attempts with their files below `folder`. `stored_run_folder(folder)` then contains the report."""
     rows = write_rows(folder / "sums-and-products.jsonl", make_number_rows())
-    base = {
+    base_spec = {
         "model": {"source": f"file://{model}"}, "method": {"type": "full"},
         "dataset": {"train": f"file://{rows}", "split": {"train": 0.8, "validation": 0.1, "test": 0.1}, "checks": {"deduplicate": True, "piiScan": True}},
         "training": {"maxSteps": STEPS, "batchSizePerDevice": 8, "gradientAccumulationSteps": 1, "learningRate": 0.003},
@@ -53,21 +53,21 @@ def run_with_report(folder: Path, model: Path, spec: dict[str, Any] | None = Non
             "steps": 10, "metrics": ["perplexity", "accuracy", "f1", "bleu", "rouge"], "comparison": {"generation": {"maxNewTokens": 16}}, "maxRows": 12,
         },
     }  # fmt: skip
-    merged = merge(base, spec or {})
+    merged_spec = merge(base_spec, spec or {})
     target = StoreTarget(uri=f"file://{folder}/store/team-a/sums-bot/{UID}")
     first_start = datetime.now(UTC)
-    with _make_pod(merged, target, folder, 1) as killed:
-        killed.wait_committed(KILLED_AFTER_STEP)
-        killed.wait_until(lambda: _has_uncommitted_steps(killed))
-        report = killed.report()
+    with _make_pod(merged_spec, target, folder, 1) as killed_pod:
+        killed_pod.wait_committed(KILLED_AFTER_STEP)
+        killed_pod.wait_until(lambda: _has_uncommitted_steps(killed_pod))
+        report = killed_pod.report()
         assert report is not None
-        killed.kill()
+        killed_pod.kill()
         first_end = datetime.now(UTC)
     second_start = datetime.now(UTC)
-    with _make_pod(merged, target, folder, 2) as resumed:
-        assert resumed.end() == ExitCode.OK, resumed.text[-6000:]
+    with _make_pod(merged_spec, target, folder, 2) as resumed_pod:
+        assert resumed_pod.end() == ExitCode.OK, resumed_pod.text[-6000:]
         second_end = datetime.now(UTC)
-    return TwoAttempts((first_start, first_end), report, (second_start, second_end), resumed.termination_message())
+    return TwoAttempts((first_start, first_end), report, (second_start, second_end), resumed_pod.termination_message())
 
 
 def _has_uncommitted_steps(pod: Pod) -> bool:

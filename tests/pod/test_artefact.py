@@ -65,35 +65,38 @@ def style_adapter(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def stored_path(folder: Path, key: str = "") -> Path:
-    """Return the path of an object in the job\'s storage folder."""
+    """Return the path of an object in the job's storage folder."""
     return folder / "store" / "team" / "job" / UID / key
 
 
 def test_a_pod_merges_its_adapter_with_another_and_pushes_the_merged_model(model: Path, style_adapter: Path, hub: Hub, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    others = [{"source": f"file://{style_adapter}", "weight": 0.5}]
-    settings = {"verify": True, "mergeAdapter": True, "combineAdapters": others, "export": ["oci"], "hub": HUB_OUTPUT, "dir": "results", "layout": "flat"}
+    other_adapters = [{"source": f"file://{style_adapter}", "weight": 0.5}]
+    settings = {
+        "verify": True, "mergeAdapter": True, "combineAdapters": other_adapters, "export": ["oci"], "hub": HUB_OUTPUT, "dir": "results",
+        "layout": "flat",
+    }  # fmt: skip
     with make_pod(tmp_path, model, settings, hub=hub) as pod:
         assert pod.end() == ExitCode.OK, pod.text[-6000:]
         message = pod.termination_message()
     output = message.output
     assert output is not None and output.uri is not None and output.merged_uri is not None
     incarnation = output.uri.rpartition("/")[2]
-    merged = stored_path(tmp_path, f"merged/{incarnation}")
-    assert output.merged_uri == f"file://{merged}"
+    merged_folder = stored_path(tmp_path, f"merged/{incarnation}")
+    assert output.merged_uri == f"file://{merged_folder}"
     assert json.loads(stored_path(tmp_path, "merged/_COMMITTED").read_text())["path"] == incarnation
-    manifest = json.loads((merged / "manifest.json").read_text())
+    manifest = json.loads((merged_folder / "manifest.json").read_text())
     assert manifest["kind"] == "model" and manifest["extra"] == {"adapter": output.uri, "adapterSha256": output.sha256}
-    assert AutoModelForCausalLM.from_pretrained(merged).num_parameters() == AutoModelForCausalLM.from_pretrained(model).num_parameters()
+    assert AutoModelForCausalLM.from_pretrained(merged_folder).num_parameters() == AutoModelForCausalLM.from_pretrained(model).num_parameters()
     files = {entry["path"] for entry in manifest["files"]}
     repository = hub.repositories["org/bot"]
     assert repository.is_private and repository.files.keys() == files >= {"model.safetensors", "README.md", "generation_config.json"}
-    assert repository.files["model.safetensors"] == (merged / "model.safetensors").read_bytes()
+    assert repository.files["model.safetensors"] == (merged_folder / "model.safetensors").read_bytes()
     assert repository.commits[0].summary == "FineTuneJob team/job" and repository.commits[0].description == f"uid {UID}"
     assert output.hub_uri == f"{hub.url}/org/bot/tree/{repository.commits[0].oid}"
-    copy = tmp_path / "store" / "results"
-    assert (copy / "merged" / "model.safetensors").exists() and (copy / "adapter_model.safetensors").exists()
+    copy_folder = tmp_path / "store" / "results"
+    assert (copy_folder / "merged" / "model.safetensors").exists() and (copy_folder / "adapter_model.safetensors").exists()
     assert output.verification is not None and output.verification.artefacts is not None
     adapter_check, merged_check = output.verification.artefacts
     assert (adapter_check.result, merged_check.result) == (VerificationOutcome.VERIFIED, VerificationOutcome.VERIFIED)
@@ -104,40 +107,40 @@ def test_a_pod_merges_its_adapter_with_another_and_pushes_the_merged_model(model
     assert sources["output.combineAdapters[0].source"] == f"file://{style_adapter}"
     oci = write_layout(JobStorage(f"file://{root}", StorageRoot()), tmp_path / "layout", LayoutForm.MODELPACK, "latest", lambda path, size: None)
     assert output.oci_digest == oci.digest == f"sha256:{hashlib.sha256((root / MANIFEST_KEY).read_bytes()).hexdigest()}"
-    config = json.loads((root / MANIFEST_KEY).read_text())["config"]["digest"]
-    assert config == f"sha256:{hashlib.sha256((root / CONFIG_KEY).read_bytes()).hexdigest()}"
-    everything = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
-    assert not any(TOKEN.encode() in data for data in everything)
+    config_digest = json.loads((root / MANIFEST_KEY).read_text())["config"]["digest"]
+    assert config_digest == f"sha256:{hashlib.sha256((root / CONFIG_KEY).read_bytes()).hexdigest()}"
+    file_contents = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    assert not any(TOKEN.encode() in data for data in file_contents)
 
 
 @pytest.mark.slow  # test_evaluation.py has a similar test, which stops a pod during its evaluation
 @pytest.mark.faults
 def test_the_next_attempt_merges_after_a_pod_was_stopped_while_merging(model: Path, tmp_path: Path) -> None:
-    with make_pod(tmp_path, model, {"mergeAdapter": True}) as stopped:
-        stopped.wait_until(lambda: (report := stopped.report()) is not None and report.output is not None and report.stage is Stage.MERGING)
-        stopped.terminate()
-        assert stopped.end() == ExitCode.PREEMPTED_SAVED, stopped.text[-6000:]
-    output = stopped.termination_message().output
+    with make_pod(tmp_path, model, {"mergeAdapter": True}) as stopped_pod:
+        stopped_pod.wait_until(lambda: (report := stopped_pod.report()) is not None and report.output is not None and report.stage is Stage.MERGING)
+        stopped_pod.terminate()
+        assert stopped_pod.end() == ExitCode.PREEMPTED_SAVED, stopped_pod.text[-6000:]
+    output = stopped_pod.termination_message().output
     assert output is not None and output.merged_uri is None
-    with make_pod(tmp_path, model, {"mergeAdapter": True}, attempt=2) as resumed:
-        assert resumed.end() == ExitCode.OK, resumed.text[-6000:]
-    resumed_output = resumed.termination_message().output
-    assert resumed_output is not None and resumed_output.sha256 == output.sha256 and "step 1/4" not in resumed.text
+    with make_pod(tmp_path, model, {"mergeAdapter": True}, attempt=2) as resumed_pod:
+        assert resumed_pod.end() == ExitCode.OK, resumed_pod.text[-6000:]
+    resumed_output = resumed_pod.termination_message().output
+    assert resumed_output is not None and resumed_output.sha256 == output.sha256 and "step 1/4" not in resumed_pod.text
     assert [path.name for path in stored_path(tmp_path, "merged").iterdir() if path.is_dir()] == [str(resumed_output.merged_uri).rpartition("/")[2]]
 
 
 @pytest.mark.faults
 def test_a_refused_push_is_reported_as_refused_credentials_and_keeps_the_model(model: Path, hub: Hub, tmp_path: Path) -> None:
     hub.failures = {"/commit/main": [(403, "forbidden")]}
-    with make_pod(tmp_path, model, {"hub": HUB_OUTPUT}, hub=hub) as refused:
-        assert refused.end() == ExitCode.CREDENTIALS_REFUSED, refused.text[-6000:]
-    message = refused.termination_message()
+    with make_pod(tmp_path, model, {"hub": HUB_OUTPUT}, hub=hub) as refused_pod:
+        assert refused_pod.end() == ExitCode.CREDENTIALS_REFUSED, refused_pod.text[-6000:]
+    message = refused_pod.termination_message()
     assert (message.code, message.stage) == ("HubAccessDenied", Stage.UPLOADING)
     assert message.output is not None and message.output.uri is not None and message.output.hub_uri is None
-    with make_pod(tmp_path, model, {"hub": HUB_OUTPUT}, hub=hub, attempt=2) as repeated:
-        assert repeated.end() == ExitCode.OK, repeated.text[-6000:]
+    with make_pod(tmp_path, model, {"hub": HUB_OUTPUT}, hub=hub, attempt=2) as repeated_pod:
+        assert repeated_pod.end() == ExitCode.OK, repeated_pod.text[-6000:]
     assert hub.repositories["org/bot"].files.keys() >= {"adapter_model.safetensors", "adapter_config.json", "generation_config.json", "README.md"}
-    assert len(hub.repositories["org/bot"].commits) == 1 and "step 1/4" not in repeated.text
+    assert len(hub.repositories["org/bot"].commits) == 1 and "step 1/4" not in repeated_pod.text
 
 
 def test_a_pod_without_a_hub_token_ends_before_training(model: Path, hub: Hub, tmp_path: Path) -> None:

@@ -60,9 +60,9 @@ def test_wrong_credentials_are_a_storage_failure(bucket: Bucket, tmp_path: Path,
 
 
 def test_an_unreachable_endpoint_is_a_storage_failure(bucket: Bucket, tmp_path: Path, spec: dict[str, Any]) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        termination = run_failing_pod(bucket, tmp_path, spec, endpoint=f"http://127.0.0.1:{taken.getsockname()[1]}")
+    with socket.socket() as bound_socket:
+        bound_socket.bind(("127.0.0.1", 0))
+        termination = run_failing_pod(bucket, tmp_path, spec, endpoint=f"http://127.0.0.1:{bound_socket.getsockname()[1]}")
     check_failure(termination, 69, "EndpointUnreachable", FailureClass.STORAGE, "storage.endpoint")
 
 

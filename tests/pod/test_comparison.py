@@ -34,19 +34,19 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_comparing_pod(folder: Path, model: Path, spec: dict[str, Any], *, attempt: int = 1, uid: str = UID) -> Pod:
     rows = write_rows(folder / "rows.jsonl")
-    base = {
+    base_spec = {
         "model": {"source": f"file://{model}"}, "dataset": {"train": f"file://{rows}", "split": {"train": 28 / 36, "test": 8 / 36}},
         "training": {"maxSteps": 4, "batchSizePerDevice": 4, "gradientAccumulationSteps": 1, "learningRate": 1e-2},
         "checkpoint": {"steps": 2}, "tracking": {"loggingSteps": 1}, "method": {"type": "lora"},
         "evaluation": {"metrics": METRICS, "comparison": {"generation": {"maxNewTokens": 8}}}, "output": {"dir": "results", "layout": "flat"},
     }  # fmt: skip
-    run = run_config(merge(base, spec), StoreTarget(uri=f"file://{folder}/store/team/job/{uid}"), attempt=attempt)
+    run = run_config(merge(base_spec, spec), StoreTarget(uri=f"file://{folder}/store/team/job/{uid}"), attempt=attempt)
     publish = f"file://{folder}/store/results" if run.spec.output.dir else None
     return Pod(run.model_copy(update={"publish": publish, "uid": uid}), folder / f"pod-{uid[0]}-{attempt}")
 
 
 def stored_path(folder: Path, key: str, uid: str = UID) -> Path:
-    """Return the path of an object in the job\'s storage folder."""
+    """Return the path of an object in the job's storage folder."""
     return folder / "store" / "team" / "job" / uid / key
 
 
@@ -75,18 +75,18 @@ def test_a_failed_gate_keeps_the_model_and_publishes_nothing_in_every_attempt(mo
 def test_the_next_attempt_compares_after_a_pod_was_stopped_before_the_comparison(model: Path, tmp_path: Path) -> None:
     """Full training stores a complete model, so the comparison must load the base model separately."""
     spec = {"method": {"type": "full"}, "evaluation": {"gates": [{"metric": "loss", "notWorseThanBase": {"margin": 50}}]}}
-    with make_comparing_pod(tmp_path, model, spec) as stopped:
-        stopped.wait_until(lambda: (report := stopped.report()) is not None and report.stage is Stage.COMPARING)
-        stopped.terminate()
-        assert stopped.end() == ExitCode.PREEMPTED_SAVED, stopped.text[-6000:]
-    assert (stopped.termination_message().evaluation or pytest.fail("the stopped pod did not report its evaluation")).gates is None
-    evaluated = json.loads(stored_path(tmp_path, "run/stages/evaluating.json").read_text())
-    with make_comparing_pod(tmp_path, model, spec, attempt=2) as resumed:
-        assert resumed.end() == ExitCode.OK, resumed.text[-6000:]
-        message = resumed.termination_message()
+    with make_comparing_pod(tmp_path, model, spec) as stopped_pod:
+        stopped_pod.wait_until(lambda: (report := stopped_pod.report()) is not None and report.stage is Stage.COMPARING)
+        stopped_pod.terminate()
+        assert stopped_pod.end() == ExitCode.PREEMPTED_SAVED, stopped_pod.text[-6000:]
+    assert (stopped_pod.termination_message().evaluation or pytest.fail("the stopped pod did not report its evaluation")).gates is None
+    evaluating_record = json.loads(stored_path(tmp_path, "run/stages/evaluating.json").read_text())
+    with make_comparing_pod(tmp_path, model, spec, attempt=2) as resumed_pod:
+        assert resumed_pod.end() == ExitCode.OK, resumed_pod.text[-6000:]
+        message = resumed_pod.termination_message()
     assert message.evaluation is not None and (message.evaluation.metrics or {})["loss"].low is not None
     assert message.output is not None and message.output.promoted is True and stored_path(tmp_path, "model/_PROMOTED").exists()
-    assert json.loads(stored_path(tmp_path, "run/stages/evaluating.json").read_text()) == evaluated
+    assert json.loads(stored_path(tmp_path, "run/stages/evaluating.json").read_text()) == evaluating_record
     assert json.loads(stored_path(tmp_path, "run/stages/comparing.json").read_text())["attempt"] == 2
 
 
@@ -96,7 +96,7 @@ EVALUATION_ONLY_SPEC: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def trained(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Output]:
+def trained_job(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Output]:
     """Run a job that trains without an evaluation. Returns the folder of its files, and its output."""
     folder = tmp_path_factory.mktemp("trained")
     with make_comparing_pod(folder, model, {"evaluation": {"metrics": None, "comparison": None}}, uid=OTHER_JOB_UID) as pod:
@@ -107,9 +107,9 @@ def trained(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
 
 
 def test_a_job_without_training_evaluates_the_model_of_another_job_and_leaves_its_folder_unchanged(
-    trained: tuple[Path, Output], model: Path
+    trained_job: tuple[Path, Output], model: Path
 ) -> None:
-    folder, other_output = trained
+    folder, other_output = trained_job
     other_files = read_files(stored_path(folder, "", OTHER_JOB_UID))
     with make_comparing_pod(folder, model, merge(EVALUATION_ONLY_SPEC, {"phases": {"from": other_output.uri}})) as pod:
         assert pod.end() == ExitCode.OK, pod.text[-6000:]
@@ -128,8 +128,8 @@ def test_a_job_without_training_evaluates_the_model_of_another_job_and_leaves_it
 
 @pytest.mark.slow
 @pytest.mark.faults
-def test_a_job_without_training_runs_every_stage_on_a_checkpoint_of_another_job(trained: tuple[Path, Output], model: Path) -> None:
-    folder, _ = trained
+def test_a_job_without_training_runs_every_stage_on_a_checkpoint_of_another_job(trained_job: tuple[Path, Output], model: Path) -> None:
+    folder, _ = trained_job
     uri, uid = f"file://{stored_path(folder, 'checkpoints/step-00000002', OTHER_JOB_UID)}", UID.replace("1", "2")
     output = {"dir": None, "layout": None, "mergeAdapter": True, "verify": True}
     evaluation = {"gates": None, "benchmarks": [{"name": "human-eval", "limit": 2}]}
@@ -147,13 +147,13 @@ def test_a_job_without_training_runs_every_stage_on_a_checkpoint_of_another_job(
     verification = message.output.verification
     assert verification is not None and verification.result == "NotVerified"
     reason = "the model is a checkpoint, and a trainer records reference values only for its final model"
-    assert [(one.artefact, one.code, one.reason) for one in verification.artefacts] == [
+    assert [(artefact.artefact, artefact.code, artefact.reason) for artefact in verification.artefacts] == [
         ("adapter", "NoReferenceValues", reason), ("merged", "NoReferenceValues", reason),
     ]  # fmt: skip
 
 
-def test_an_adapter_of_another_base_model_is_refused_before_any_stage(trained: tuple[Path, Output], tmp_path: Path) -> None:
-    folder, other_output = trained
+def test_an_adapter_of_another_base_model_is_refused_before_any_stage(trained_job: tuple[Path, Output], tmp_path: Path) -> None:
+    folder, other_output = trained_job
     other_base = make_tiny_model(tmp_path / "other", seed=5)
     spec = merge(EVALUATION_ONLY_SPEC, {"phases": {"from": other_output.uri}})
     with make_comparing_pod(folder, other_base, spec, uid=UID.replace("1", "3")) as pod:
@@ -167,11 +167,11 @@ def test_an_adapter_of_another_base_model_is_refused_before_any_stage(trained: t
 def test_base_and_trained_model_answer_the_prompts_and_invalid_prompts_end_the_job_before_training(
     model: Path, tmp_path: Path
 ) -> None:
-    maps = tmp_path / "maps" / "prompts"
-    maps.mkdir(parents=True)
-    (maps / "good").write_text("What is 2 + 3?\n\nName a city\nin France.\n")
-    (maps / "empty").write_text(" \n")
-    (maps / "latin").write_bytes("Grüße".encode("latin-1"))
+    config_map_folder = tmp_path / "maps" / "prompts"
+    config_map_folder.mkdir(parents=True)
+    (config_map_folder / "good").write_text("What is 2 + 3?\n\nName a city\nin France.\n")
+    (config_map_folder / "empty").write_text(" \n")
+    (config_map_folder / "latin").write_bytes("Grüße".encode("latin-1"))
 
     def make_prompt_pod(prompts_key: str, attempt: int) -> Pod:
         comparison = {"promptsRef": {"name": "prompts", "key": prompts_key}, "generation": {"maxNewTokens": 4}}
@@ -182,11 +182,11 @@ def test_base_and_trained_model_answer_the_prompts_and_invalid_prompts_end_the_j
 
     refusals = (("empty", "PromptsEmpty", "no prompts"), ("latin", "PromptsNotUtf8", "byte 3 is not valid UTF-8"))
     for attempt, (key, code, expected_text) in enumerate(refusals, 1):
-        with make_prompt_pod(key, attempt) as refused:
-            assert refused.end() == ExitCode.DATA_INVALID, refused.text[-6000:]
-        message = refused.termination_message()
+        with make_prompt_pod(key, attempt) as refused_pod:
+            assert refused_pod.end() == ExitCode.DATA_INVALID, refused_pod.text[-6000:]
+        message = refused_pod.termination_message()
         assert message.code == code and f"ConfigMap prompts, key {key}: {expected_text}" in (message.message or "") and message.hint
-        assert "step 1/4" not in refused.text
+        assert "step 1/4" not in refused_pod.text
     with make_prompt_pod("good", 3) as pod:
         assert pod.end() == ExitCode.OK, pod.text[-6000:]
     comparison = json.loads(stored_path(tmp_path, "evaluation/model_comparison.json").read_text())

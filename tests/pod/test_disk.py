@@ -13,7 +13,7 @@ from finetune_api.pod import ResumeConfig
 from finetune_trainer.checkpoint.space import DISK_RESERVE_BYTES
 from pod_buckets import Bucket
 from pod_harness import run_config
-from recorded_run import committed_steps, make_spec, make_traced_pod, record_run, run_uninterrupted
+from recorded_run import list_committed_steps, make_spec, make_traced_pod, record_run, run_uninterrupted
 
 from localcluster.s3 import S3Endpoint
 from tests.support.slices import quick_slice
@@ -56,22 +56,22 @@ def test_training_continues_without_checkpoints_while_the_disk_is_full(
     """
     expected_run = run_uninterrupted(s3_server, tmp_path_factory.getbasetemp(), model, rows, "lora", processes, "windows")
     spec = make_spec(model, rows, "lora", "windows")
-    work, limit = small_disk
+    work, limit_variables = small_disk
     filler = work / "filler"
     filler.write_bytes(bytes(DISK_BYTES - DISK_RESERVE_BYTES))
-    small = make_traced_pod(run_config(spec, bucket.target(), processes=processes), tmp_path / "one", bucket, hold_point="forward:19")
-    small.env |= limit
-    with small as pod:
-        pod.wait_until((work / "held").exists)
-        report = pod.report()
+    first_pod = make_traced_pod(run_config(spec, bucket.target(), processes=processes), tmp_path / "one", bucket, hold_point="forward:19")
+    first_pod.env |= limit_variables
+    with first_pod:
+        first_pod.wait_until((work / "held").exists)
+        report = first_pod.report()
         assert report is not None and report.progress is not None
-        assert (report.progress.step, committed_steps(bucket)) == (18, [])
+        assert (report.progress.step, list_committed_steps(bucket)) == (18, [])
         assert report.health.checkpoint_problem == "StagingDiskFull: the checkpoint of step 16 was skipped: the pod's disk is full"
         filler.unlink()
-        pod.terminate()
-        assert pod.end() == 75, pod.text[-4000:]
-    assert committed_steps(bucket) == [19]
+        first_pod.terminate()
+        assert first_pod.end() == 75, first_pod.text[-4000:]
+    assert list_committed_steps(bucket) == [19]
     resume = ResumeConfig(mode="auto", expect_step=19)
-    with make_traced_pod(run_config(spec, bucket.target(), processes=processes, attempt=2, resume=resume), tmp_path / "two", bucket) as again:
-        assert again.end() == 0, again.text[-4000:]
-    assert record_run(bucket, [pod, again], again.termination_message()) == expected_run
+    with make_traced_pod(run_config(spec, bucket.target(), processes=processes, attempt=2, resume=resume), tmp_path / "two", bucket) as second_pod:
+        assert second_pod.end() == 0, second_pod.text[-4000:]
+    assert record_run(bucket, [first_pod, second_pod], second_pod.termination_message()) == expected_run

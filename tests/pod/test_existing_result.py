@@ -54,21 +54,21 @@ def test_a_job_in_a_rebuilt_cluster_adopts_the_result_of_the_same_spec_and_data(
     }  # fmt: skip
     assert set(record["inputs"]) == {"training data", "model.source"}
 
-    elsewhere = merge(spec, {"placement": {"labels": {"team": "a"}}, "resources": {"memory": "9Gi"}, "tracking": {"loggingSteps": 1}})
-    adopted = prepare(run_config(elsewhere, bucket.target()), tmp_path / "adopted", bucket)
-    assert adopted.output == trained_message.output.model_copy(update={"adopted_uid": UID})
-    assert adopted.output is not None and adopted.output.lineage_uri is not None and adopted.output.report_uri is not None
-    assert (adopted.metrics, adopted.step, adopted.exit_code) == (trained_message.metrics, 4, 0)
-    assert adopted.resolved is not None and trained_message.resolved is not None
-    assert adopted.resolved.dataset_digest == trained_message.resolved.dataset_digest
+    spec_with_other_placement = merge(spec, {"placement": {"labels": {"team": "a"}}, "resources": {"memory": "9Gi"}, "tracking": {"loggingSteps": 1}})
+    adopted_message = prepare(run_config(spec_with_other_placement, bucket.target()), tmp_path / "adopted", bucket)
+    assert adopted_message.output == trained_message.output.model_copy(update={"adopted_uid": UID})
+    assert adopted_message.output is not None and adopted_message.output.lineage_uri is not None and adopted_message.output.report_uri is not None
+    assert (adopted_message.metrics, adopted_message.step, adopted_message.exit_code) == (trained_message.metrics, 4, 0)
+    assert adopted_message.resolved is not None and trained_message.resolved is not None
+    assert adopted_message.resolved.dataset_digest == trained_message.resolved.dataset_digest
     assert not [file.name for file in (tmp_path / "adopted").rglob("*.safetensors")], "the preparation pod downloaded weights"
     assert bucket.client.list_objects_v2(Bucket=bucket.name, Prefix=f"{bucket.root}/team/job/{NEW_UID}/")["KeyCount"] == 0
 
     put(bucket, "rows.jsonl", write_rows(tmp_path / "rows.jsonl", ROWS[:-1]).read_bytes())
     put(bucket, "base/model.safetensors", (model / "model.safetensors").read_bytes()[:-1] + b"x")
-    refused = prepare(run_config(merge(spec, {"policy": {"onExistingResult": "fail"}}), bucket.target()), tmp_path / "refused", bucket)
-    assert (refused.code, refused.class_) == ("ExistingResultFound", FailureClass.USER)
-    assert refused.message == (
+    refused_message = prepare(run_config(merge(spec, {"policy": {"onExistingResult": "fail"}}), bucket.target()), tmp_path / "refused", bucket)
+    assert (refused_message.code, refused_message.class_) == ("ExistingResultFound", FailureClass.USER)
+    assert refused_message.message == (
         f"policy.onExistingResult is fail, and an earlier FineTuneJob team/job (uid {UID}) has stored {trained_message.output.uri}; "
         "it was made with other values: contents of model.source, contents of training data"
     )

@@ -21,7 +21,7 @@ from tests.support.generation_server import DIES_AT, start_server
 STEPS, CHECKPOINT_STEPS, RANKS = 6, 2, 2
 
 
-def grpo_spec(model: Path, rows: Path) -> dict[str, Any]:
+def make_grpo_spec(model: Path, rows: Path) -> dict[str, Any]:
     return {
         "model": {"source": f"file://{model}"},
         "method": {"type": "lora", "lora": {"dropout": 0.1}},
@@ -51,16 +51,16 @@ def run_attempt(folder: Path, bucket: Bucket, spec: dict[str, Any], attempt: int
 def test_a_run_that_resumes_after_its_server_ended_equals_an_uninterrupted_run(
     s3_server: S3Endpoint, bucket: Bucket, model: Path, rows: Path, tmp_path: Path
 ) -> None:
-    spec, undisturbed_bucket = grpo_spec(model, rows), new_bucket(s3_server)
-    code, undisturbed, generations = run_attempt(tmp_path / "undisturbed", undisturbed_bucket, spec)
-    assert (code, generations) == (ExitCode.OK, STEPS), undisturbed
+    spec, undisturbed_bucket = make_grpo_spec(model, rows), new_bucket(s3_server)
+    code, undisturbed_message, generation_count = run_attempt(tmp_path / "undisturbed", undisturbed_bucket, spec)
+    assert (code, generation_count) == (ExitCode.OK, STEPS), undisturbed_message
 
-    code, failure, generations = run_attempt(tmp_path / "first", bucket, spec, **{DIES_AT: "4"})
-    assert (code, failure.code, failure.class_) == (ExitCode.PEER_FAILED, "GenerationServerEnded", FailureClass.INFRASTRUCTURE), failure
-    assert (failure.rank, failure.origin, failure.step, generations) == (0, True, 3, 3)
-    assert failure.committed_step == CHECKPOINT_STEPS
+    code, failure_message, generation_count = run_attempt(tmp_path / "first", bucket, spec, **{DIES_AT: "4"})
+    assert (code, failure_message.code, failure_message.class_) == (ExitCode.PEER_FAILED, "GenerationServerEnded", FailureClass.INFRASTRUCTURE), failure_message
+    assert (failure_message.rank, failure_message.origin, failure_message.step, generation_count) == (0, True, 3, 3)
+    assert failure_message.committed_step == CHECKPOINT_STEPS
 
-    code, resumed, generations = run_attempt(tmp_path / "second", bucket, spec, attempt=2)
-    assert (code, resumed.resumed_from_step, generations) == (ExitCode.OK, CHECKPOINT_STEPS, STEPS - CHECKPOINT_STEPS), resumed
+    code, resumed_message, generation_count = run_attempt(tmp_path / "second", bucket, spec, attempt=2)
+    assert (code, resumed_message.resumed_from_step, generation_count) == (ExitCode.OK, CHECKPOINT_STEPS, STEPS - CHECKPOINT_STEPS), resumed_message
     assert read_log_lines(bucket) == read_log_lines(undisturbed_bucket)
-    assert read_weight_hashes(bucket, resumed) == read_weight_hashes(undisturbed_bucket, undisturbed)
+    assert read_weight_hashes(bucket, resumed_message) == read_weight_hashes(undisturbed_bucket, undisturbed_message)

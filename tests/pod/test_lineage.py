@@ -31,8 +31,8 @@ def make_lineage_pod(folder: Path, model: Path, *, attempt: int = 1, steps: int 
 
 
 def test_a_pod_stops_before_training_if_the_inputs_of_a_replay_have_changed(model: Path, tmp_path: Path) -> None:
-    expected = {"FINETUNE_EXPECTED_INPUTS": json.dumps({"modelRevision": "sha256:0", "datasetDigest": "1"})}
-    with make_lineage_pod(tmp_path, model, env=expected) as pod:
+    variables = {"FINETUNE_EXPECTED_INPUTS": json.dumps({"modelRevision": "sha256:0", "datasetDigest": "1"})}
+    with make_lineage_pod(tmp_path, model, env=variables) as pod:
         assert pod.end() == ExitCode.CONFIG_INVALID, pod.text[-6000:]
     message = pod.termination_message()
     assert message.code == "InputsChanged"

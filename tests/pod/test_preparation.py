@@ -54,8 +54,8 @@ def test_a_gpu_job_is_prepared_without_a_gpu_and_without_weights(bucket: Bucket,
     assert message.resolved is not None
     assert (message.resolved.trainable_parameters, message.resolved.total_parameters) == (32768, 164160)
     assert (message.resolved.dataset_rows, message.resolved.model_revision) == (36, None)
-    downloaded = {file.name for file in (tmp_path / "pod" / "work" / "fetched" / "model").iterdir()}
-    assert "config.json" in downloaded and not any(name.endswith(".safetensors") for name in downloaded)
+    downloaded_names = {file.name for file in (tmp_path / "pod" / "work" / "fetched" / "model").iterdir()}
+    assert "config.json" in downloaded_names and not any(name.endswith(".safetensors") for name in downloaded_names)
 
 
 # ---- the plan chooses fields that the spec leaves out; the GPUs of its pools do not exist ----
@@ -101,13 +101,13 @@ QUICK_BAD_JOBS = ("wrong secret key", "unknown role", "target modules that the m
 @pytest.mark.parametrize("name", quick_slice(BAD_JOBS, QUICK_BAD_JOBS))
 def test_a_bad_job_is_refused_with_location_and_hint(bucket: Bucket, tmp_path: Path, model: Path, rows: Path, name: str) -> None:
     change, code, failure_class, location = BAD_JOBS[name]
-    good: dict[str, Any] = {
+    good_spec: dict[str, Any] = {
         "model": {"source": f"file://{model}"}, "dataset": {"train": f"file://{rows}", "format": "messages"}, "training": {"maxSteps": 4},
     }  # fmt: skip
-    bad = BadJob(tmp_path, model, bucket.name, good)
-    change(bad)
-    run = run_config(bad.spec, bucket.target(**bad.storage), processes=GPUS_PER_NODE, gpus=GPUS_PER_NODE)
-    message, log = prepare(bucket, tmp_path, run, bad.env)
+    bad_job = BadJob(tmp_path, model, bucket.name, good_spec)
+    change(bad_job)
+    run = run_config(bad_job.spec, bucket.target(**bad_job.storage), processes=GPUS_PER_NODE, gpus=GPUS_PER_NODE)
+    message, log = prepare(bucket, tmp_path, run, bad_job.env)
     assert (message.code, message.class_) == (code, failure_class), f"{message.code} {message.class_}: {message.message} | {message.hint}"
     assert message.hint and location in f"{message.message} {message.hint}", f"{message.message} | {message.hint}"
     assert bucket.endpoint.secret_key not in log + message.to_json()

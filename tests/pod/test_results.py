@@ -27,13 +27,13 @@ def test_all_results_are_copied_below_the_output_folder(tmp_path: Path) -> None:
     run = run_config(spec, StoreTarget(uri=f"{root}team/job/{UID}"))
     with Pod(run.model_copy(update={"publish": f"{root}{run.spec.output.dir}"}), tmp_path / "pod") as pod:
         assert pod.end() == ExitCode.OK, pod.text[-6000:]
-    result = pod.termination_message().output
-    assert result is not None and result.published_uri is not None and result.uri is not None
-    assert re.fullmatch(r"results/sums/tiny/\d{8}_\d{6}", result.published_uri.removeprefix(root))
-    copy, original = (Path(uri.removeprefix("file://")) for uri in (result.published_uri, result.uri))
+    output = pod.termination_message().output
+    assert output is not None and output.published_uri is not None and output.uri is not None
+    assert re.fullmatch(r"results/sums/tiny/\d{8}_\d{6}", output.published_uri.removeprefix(root))
+    copy_folder, model_folder = (Path(uri.removeprefix("file://")) for uri in (output.published_uri, output.uri))
     for path in ("adapter_model.safetensors", "adapter_config.json", "tokenizer.json"):
-        assert (copy / "model" / path).read_bytes() == (original / path).read_bytes()
-    names = {path.name for path in copy.iterdir() if path.is_file()}
+        assert (copy_folder / "model" / path).read_bytes() == (model_folder / path).read_bytes()
+    names = {path.name for path in copy_folder.iterdir() if path.is_file()}
     metric_files = {"step_metrics.json", "epoch_metrics.json", "final_metrics.json", "training_metrics.json", "performance_summary.json", "log.jsonl"}
     assert metric_files | {"report.html", "test_split.jsonl", "evaluation_results.json", "evaluation_summary.json"} <= names
-    assert json.loads((copy / "evaluation_results.json").read_text())["perplexity"] > 1
+    assert json.loads((copy_folder / "evaluation_results.json").read_text())["perplexity"] > 1

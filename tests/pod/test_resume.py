@@ -19,7 +19,7 @@ from pod_harness import Pod, run_config
 from recorded_run import (
     CHECKPOINT_STEPS,
     STEPS,
-    committed_steps,
+    list_committed_steps,
     make_spec,
     make_traced_pod,
     record_run,
@@ -100,25 +100,25 @@ def test_a_resumed_run_equals_an_uninterrupted_run(
         s3_server, tmp_path_factory.getbasetemp(), model, rows, method, processes, spec_variant
     )
     spec = make_spec(model, rows, method, spec_variant)
-    hold, newest = WAITING_POINTS.get(variant, DEFAULT_WAITING_POINT)
+    hold_point, newest_step = WAITING_POINTS.get(variant, DEFAULT_WAITING_POINT)
     run = run_config(spec, bucket.target(), processes=processes)
-    with make_traced_pod(run, tmp_path / "one", bucket, hold_point=hold) as first:
-        first.wait_until((first.folder / "work" / "held").exists)
-        first.wait_committed(newest)
-        code, expected = interrupt(first)
-    assert code == expected, first.text[-4000:]
-    resume_step = int(hold.partition(":")[2]) if interrupt is stop_pod else newest
-    assert max(committed_steps(bucket)) == resume_step and not bucket.keys("model/")
+    with make_traced_pod(run, tmp_path / "one", bucket, hold_point=hold_point) as first_pod:
+        first_pod.wait_until((first_pod.folder / "work" / "held").exists)
+        first_pod.wait_committed(newest_step)
+        exit_code, expected_exit_code = interrupt(first_pod)
+    assert exit_code == expected_exit_code, first_pod.text[-4000:]
+    resume_step = int(hold_point.partition(":")[2]) if interrupt is stop_pod else newest_step
+    assert max(list_committed_steps(bucket)) == resume_step and not bucket.keys("model/")
 
-    repeated_run = run_config(
-        spec, bucket.target(), processes=processes, attempt=2, resume=ResumeConfig(mode="auto", expect_step=newest)
+    resumed_config = run_config(
+        spec, bucket.target(), processes=processes, attempt=2, resume=ResumeConfig(mode="auto", expect_step=newest_step)
     )
-    with make_traced_pod(repeated_run, tmp_path / "two", bucket) as second:
-        assert second.end() == 0, second.text[-4000:]
-    termination = second.termination_message()
+    with make_traced_pod(resumed_config, tmp_path / "two", bucket) as second_pod:
+        assert second_pod.end() == 0, second_pod.text[-4000:]
+    termination = second_pod.termination_message()
     assert termination.resumed_from_step == resume_step
     assert termination.resolved is not None and termination.resolved.resume_exact is True
-    assert record_run(bucket, [first, second], termination) == expected_run
+    assert record_run(bucket, [first_pod, second_pod], termination) == expected_run
 
 
 @pytest.mark.parametrize(
@@ -145,18 +145,18 @@ def test_a_kill_before_a_checkpoint_is_complete_resumes_from_the_previous_one(
     with S3Proxy(s3_server.host_url) as proxy:
         upload = proxy.fault(Blackhole(), operation="PutObject", key="/checkpoints/step-00000016/")
         run = run_config(spec, bucket.target(endpoint=proxy.url), processes=processes)
-        with make_traced_pod(run, tmp_path / "one", bucket, hold_point=f"{phase}:16") as first:
-            first.wait_until((lambda: upload.hits > 0) if phase == "upload" else (first.folder / "work" / "held").exists)
-            first.wait_committed(8)
-            code, expected = interrupt(first)
-    assert code == expected, first.text[-4000:]
-    assert committed_steps(bucket) == [8] and not bucket.keys("model/")
+        with make_traced_pod(run, tmp_path / "one", bucket, hold_point=f"{phase}:16") as first_pod:
+            first_pod.wait_until((lambda: upload.hits > 0) if phase == "upload" else (first_pod.folder / "work" / "held").exists)
+            first_pod.wait_committed(8)
+            exit_code, expected_exit_code = interrupt(first_pod)
+    assert exit_code == expected_exit_code, first_pod.text[-4000:]
+    assert list_committed_steps(bucket) == [8] and not bucket.keys("model/")
 
-    repeated_run = run_config(spec, bucket.target(), processes=processes, attempt=2, resume=ResumeConfig(mode="auto", expect_step=8))
-    with make_traced_pod(repeated_run, tmp_path / "two", bucket) as second:
-        assert second.end() == 0, second.text[-4000:]
-    assert second.termination_message().resumed_from_step == 8
-    assert record_run(bucket, [first, second], second.termination_message()) == expected_run
+    resumed_config = run_config(spec, bucket.target(), processes=processes, attempt=2, resume=ResumeConfig(mode="auto", expect_step=8))
+    with make_traced_pod(resumed_config, tmp_path / "two", bucket) as second_pod:
+        assert second_pod.end() == 0, second_pod.text[-4000:]
+    assert second_pod.termination_message().resumed_from_step == 8
+    assert record_run(bucket, [first_pod, second_pod], second_pod.termination_message()) == expected_run
 
 
 @pytest.mark.faults
@@ -169,18 +169,18 @@ def test_a_stop_waits_until_a_checkpoint_is_written_in_the_background(
     """
     expected_run = run_uninterrupted(s3_server, tmp_path_factory.getbasetemp(), model, rows, "full", 1, "plain")
     spec = make_spec(model, rows, "full", "plain")
-    with make_traced_pod(run_config(spec, bucket.target()), tmp_path / "one", bucket, hold_point="write:16") as first:
-        first.wait_until((first.folder / "work" / "held").exists)
-        first.wait_step(24)
-        first.terminate()
-        assert first.end() == 75, first.text[-4000:]
-    stopped = first.termination_message()
-    assert stopped.committed_step == 25 and 16 in committed_steps(bucket)
-    assert stopped.resolved is not None and SLOW_DISK_NOTE in (stopped.resolved.notes or [])
-    repeated_run = run_config(spec, bucket.target(), attempt=2, resume=ResumeConfig(mode="auto", expect_step=25))
-    with make_traced_pod(repeated_run, tmp_path / "two", bucket) as second:
-        assert second.end() == 0, second.text[-4000:]
-    assert record_run(bucket, [first, second], second.termination_message()) == expected_run
+    with make_traced_pod(run_config(spec, bucket.target()), tmp_path / "one", bucket, hold_point="write:16") as first_pod:
+        first_pod.wait_until((first_pod.folder / "work" / "held").exists)
+        first_pod.wait_step(24)
+        first_pod.terminate()
+        assert first_pod.end() == 75, first_pod.text[-4000:]
+    stop_message = first_pod.termination_message()
+    assert stop_message.committed_step == 25 and 16 in list_committed_steps(bucket)
+    assert stop_message.resolved is not None and SLOW_DISK_NOTE in (stop_message.resolved.notes or [])
+    resumed_config = run_config(spec, bucket.target(), attempt=2, resume=ResumeConfig(mode="auto", expect_step=25))
+    with make_traced_pod(resumed_config, tmp_path / "two", bucket) as second_pod:
+        assert second_pod.end() == 0, second_pod.text[-4000:]
+    assert record_run(bucket, [first_pod, second_pod], second_pod.termination_message()) == expected_run
 
 
 @pytest.mark.slow  # `make test` runs the first test of this file, which stops a pod during a step
@@ -191,16 +191,16 @@ def test_a_stop_during_an_evaluation_completes_the_evaluation(
     """A run that is stopped during an evaluation completes the evaluation and one more step. The next attempt does not repeat the evaluation."""
     expected_run = run_uninterrupted(s3_server, tmp_path_factory.getbasetemp(), model, rows, "lora", 1, "best")
     spec = make_spec(model, rows, "lora", "best")
-    with make_traced_pod(run_config(spec, bucket.target()), tmp_path / "one", bucket, hold_point="evaluation:16") as first:
-        first.wait_until((first.folder / "work" / "held").exists)
-        first.terminate()
-        assert first.end() == 75, first.text[-4000:]
-    assert first.termination_message().committed_step == 17
-    repeated_run = run_config(spec, bucket.target(), attempt=2, resume=ResumeConfig(mode="auto", expect_step=17))
-    with make_traced_pod(repeated_run, tmp_path / "two", bucket) as second:
-        assert second.end() == 0, second.text[-4000:]
-    assert second.termination_message().resumed_from_step == 17
-    assert record_run(bucket, [first, second], second.termination_message()) == expected_run
+    with make_traced_pod(run_config(spec, bucket.target()), tmp_path / "one", bucket, hold_point="evaluation:16") as first_pod:
+        first_pod.wait_until((first_pod.folder / "work" / "held").exists)
+        first_pod.terminate()
+        assert first_pod.end() == 75, first_pod.text[-4000:]
+    assert first_pod.termination_message().committed_step == 17
+    resumed_config = run_config(spec, bucket.target(), attempt=2, resume=ResumeConfig(mode="auto", expect_step=17))
+    with make_traced_pod(resumed_config, tmp_path / "two", bucket) as second_pod:
+        assert second_pod.end() == 0, second_pod.text[-4000:]
+    assert second_pod.termination_message().resumed_from_step == 17
+    assert record_run(bucket, [first_pod, second_pod], second_pod.termination_message()) == expected_run
 
 
 @pytest.mark.faults
@@ -212,22 +212,22 @@ def test_a_run_that_is_killed_repeatedly_equals_an_uninterrupted_run(
 ) -> None:  # fmt: skip
     """Kill five attempts of a run at random steps. Some attempts are killed before they have committed a checkpoint."""
     expected_run = run_uninterrupted(s3_server, tmp_path_factory.getbasetemp(), model, rows, "lora", 1, "windows")
-    spec, draw = make_spec(model, rows, "lora", "windows"), random.Random(seed)
+    spec, random_generator = make_spec(model, rows, "lora", "windows"), random.Random(seed)
     pods: list[Pod] = []
-    newest = 0
+    newest_step = 0
     for attempt in range(1, 7):
-        kill_step = draw.randint(newest + 1, min(STEPS, newest + 2 * CHECKPOINT_STEPS)) if attempt < 6 else 0
-        resume = ResumeConfig(mode="auto", expect_step=newest)
+        kill_step = random_generator.randint(newest_step + 1, min(STEPS, newest_step + 2 * CHECKPOINT_STEPS)) if attempt < 6 else 0
+        resume = ResumeConfig(mode="auto", expect_step=newest_step)
         run = run_config(spec, bucket.target(), attempt=attempt, resume=resume)
         pod = make_traced_pod(run, tmp_path / f"attempt-{attempt}", bucket, hold_point=f"forward:{kill_step}" if kill_step else "")
         pods.append(pod)
         with pod:
             if kill_step:
                 pod.wait_until((pod.folder / "work" / "held").exists)
-                code, expected = kill_rank(pod)
-                assert code == expected, pod.text[-4000:]
+                exit_code, expected_exit_code = kill_rank(pod)
+                assert exit_code == expected_exit_code, pod.text[-4000:]
             else:
                 assert pod.end() == 0, pod.text[-4000:]
-        newest = max(newest, (kill_step - 1) // CHECKPOINT_STEPS * CHECKPOINT_STEPS)
-        assert max(committed_steps(bucket), default=0) == (newest if kill_step else STEPS)
+        newest_step = max(newest_step, (kill_step - 1) // CHECKPOINT_STEPS * CHECKPOINT_STEPS)
+        assert max(list_committed_steps(bucket), default=0) == (newest_step if kill_step else STEPS)
     assert record_run(bucket, pods, pods[-1].termination_message()) == expected_run

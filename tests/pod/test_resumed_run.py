@@ -88,21 +88,21 @@ def read_tensor_shapes(path: Path) -> list[tuple[int, ...]]:
 
 
 def test_metric_files_cover_all_attempts(run: ResumedRun) -> None:
-    steps, epochs, final, performance, training = (
+    step_entries, epoch_entries, final_metrics, performance_summary, training_metrics = (
         read_json(run.store / "metrics" / f"{name}.json")
         for name in ("step_metrics", "epoch_metrics", "final_metrics", "performance_summary", "training_metrics")
     )
-    assert [entry["step"] for entry in steps] == list(range(1, STEPS + 1))
-    assert steps[0].keys() == {"step", "loss", "learning_rate", "grad_norm", "timestamp"}
-    assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT[\d:.]+\+00:00", entry["timestamp"]) for entry in steps)
-    assert [entry["epoch"] for entry in epochs] == list(range(1, len(epochs) + 1)) and epochs[-1]["eval_loss"] is not None
-    assert final["training_summary"]["total_steps"] == STEPS and final["training_summary"]["final_eval_loss"] == epochs[-1]["eval_loss"]
-    assert final["configuration"]["technique"] == "full" and final["configuration"]["batch_size"] == "8"
-    assert performance["trainable_parameters"] == sum(math.prod(shape) for shape in read_tensor_shapes(run.model / "model.safetensors"))
-    assert performance["training_time_minutes"] * 60 == pytest.approx(final["training_summary"]["total_training_time"])
-    assert len(training["loss_history"]) == STEPS
-    seconds = [entry["training_seconds"] for entry in run.logged]
-    assert seconds == sorted(seconds)
+    assert [entry["step"] for entry in step_entries] == list(range(1, STEPS + 1))
+    assert step_entries[0].keys() == {"step", "loss", "learning_rate", "grad_norm", "timestamp"}
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT[\d:.]+\+00:00", entry["timestamp"]) for entry in step_entries)
+    assert [entry["epoch"] for entry in epoch_entries] == list(range(1, len(epoch_entries) + 1)) and epoch_entries[-1]["eval_loss"] is not None
+    assert final_metrics["training_summary"]["total_steps"] == STEPS and final_metrics["training_summary"]["final_eval_loss"] == epoch_entries[-1]["eval_loss"]
+    assert final_metrics["configuration"]["technique"] == "full" and final_metrics["configuration"]["batch_size"] == "8"
+    assert performance_summary["trainable_parameters"] == sum(math.prod(shape) for shape in read_tensor_shapes(run.model / "model.safetensors"))
+    assert performance_summary["training_time_minutes"] * 60 == pytest.approx(final_metrics["training_summary"]["total_training_time"])
+    assert len(training_metrics["loss_history"]) == STEPS
+    training_seconds = [entry["training_seconds"] for entry in run.logged]
+    assert training_seconds == sorted(training_seconds)
     test_rows = [json.loads(line) for line in (run.store / "metrics/test_split.jsonl").read_text().splitlines()]
     assert len(test_rows) == 23 and all(row in make_number_rows() for row in test_rows)
 
@@ -113,16 +113,16 @@ def test_each_step_is_in_tensorboard_once(run: ResumedRun) -> None:
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}, purge_orphaned_data=False)
     events.Reload()
     losses = [(event.step, event.value) for event in events.Scalars("train/loss")]
-    expected = [(line["step"], line["loss"]) for line in run.logged if "loss" in line]
+    logged_losses = [(line["step"], line["loss"]) for line in run.logged if "loss" in line]
     assert [step for step, _ in losses] == list(range(1, STEPS + 1))
-    assert losses == [(step, pytest.approx(value, rel=1e-6)) for step, value in expected]
+    assert losses == [(step, pytest.approx(value, rel=1e-6)) for step, value in logged_losses]
     perplexity = run.message.evaluation.metrics["perplexity"].value  # type: ignore[union-attr,index]
     assert [(event.step, event.value) for event in events.Scalars("evaluate/perplexity")] == [(STEPS, pytest.approx(perplexity))]
     samples = [json.loads(line) for line in (run.store / "metrics/system_metrics.jsonl").read_text().splitlines()]
     assert samples and samples[0]["values"]["system/system_memory_usage_megabytes"] > 0
     assert [event.step for event in events.Scalars("system/cpu_utilization_percentage")] == sorted({line["seconds"] for line in samples})
-    state = read_json(run.store / "run/trackers.json")["trackers"]["tensorboard"]
-    assert state["hasEnded"] and state["address"].endswith("tracking/tensorboard/sums-run-1") and state["problem"] is None
+    tracker_state = read_json(run.store / "run/trackers.json")["trackers"]["tensorboard"]
+    assert tracker_state["hasEnded"] and tracker_state["address"].endswith("tracking/tensorboard/sums-run-1") and tracker_state["problem"] is None
 
 
 def sha256(path: Path) -> str:
@@ -135,16 +135,16 @@ def test_the_lineage_statement_describes_all_attempts_the_inputs_and_every_file(
     text = (run.store / "lineage/statement.json").read_text()
     statement = Statement.model_validate_json(text)
     files = {path.name: sha256(path) for path in Path((output.uri or "").removeprefix("file://")).iterdir()}
-    assert {one.name: one.digest["sha256"] for one in statement.subject} == files and len(statement.subject) == len(files)
-    dependencies = {one.name: one.digest.get("sha256") for one in statement.predicate.build_definition.resolved_dependencies}
+    assert {subject.name: subject.digest["sha256"] for subject in statement.subject} == files and len(statement.subject) == len(files)
+    dependencies = {dependency.name: dependency.digest.get("sha256") for dependency in statement.predicate.build_definition.resolved_dependencies}
     assert dependencies["dataset.train/sums-and-products.jsonl"] == sha256(run.folder / "sums-and-products.jsonl")
     assert dependencies["model.source/model.safetensors"] == sha256(run.model / "model.safetensors")
     assert statement.job == f"team-a/sums-bot/{UID}" and statement.run.step == STEPS and statement.spec["training"]["seed"] == 42
     assert run.message.resumed_from_step is not None and run.message.resumed_from_step >= KILLED_AFTER_STEP
-    assert [(one.attempt, one.start_step) for one in statement.run.attempts] == [(1, 0), (2, run.message.resumed_from_step)]
+    assert [(attempt.attempt, attempt.start_step) for attempt in statement.run.attempts] == [(1, 0), (2, run.message.resumed_from_step)]
     resolved = statement.run.attempts[1].resolved
     assert resolved is not None and resolved.device == "cpu"
-    checkpoints = {one.name: one.digest["sha256"] for one in statement.predicate.run_details.byproducts}
+    checkpoints = {byproduct.name: byproduct.digest["sha256"] for byproduct in statement.predicate.run_details.byproducts}
     markers = {f"checkpoints/{path.parent.name}": read_json(path)["manifestSha256"] for path in run.store.glob("checkpoints/*/_COMMITTED")}
     assert checkpoints == markers and len(markers) == 2
     assert "not-for-others" not in text and statement.spec["placement"]["env"] == [{"name": "MY_VALUE"}]
@@ -163,46 +163,47 @@ def test_the_report_covers_all_steps_and_attempts(run: ResumedRun) -> None:
     text = (store / REPORT_KEY).read_text()
     page = parse_page(text)
     assert read_badge(page) == "Completed" and SECRET not in text
-    attempts = read_table(page, "Attempts of the run")
-    resumed_at = int(attempts[2][3])
-    assert [row[0] for row in attempts] == ["attempt", "1", "2"] and attempts[2][4] == str(STEPS) and resumed_at % 20 == 0
-    assert attempts[1][3:5] == ["0", attempts[1][4]] and int(attempts[1][4].removesuffix(" or later")) >= resumed_at
-    assert (attempts[1][6], attempts[2][6]) == ("The pod was killed before it could write a reason.", "completed")
+    attempt_rows = read_table(page, "Attempts of the run")
+    resume_step = int(attempt_rows[2][3])
+    assert [row[0] for row in attempt_rows] == ["attempt", "1", "2"] and attempt_rows[2][4] == str(STEPS) and resume_step % 20 == 0
+    assert attempt_rows[1][3:5] == ["0", attempt_rows[1][4]] and int(attempt_rows[1][4].removesuffix(" or later")) >= resume_step
+    assert (attempt_rows[1][6], attempt_rows[2][6]) == ("The pod was killed before it could write a reason.", "completed")
     figures = {figure.find_all("strong")[0].full_text: figure for figure in page.find_all("figure")}
-    lines = {figure: len(element.find_all("path")[0].attributes["d"].split("L")) for figure, element in figures.items() if element.find_all("path")}
-    assert lines["Training loss"] == lines["Learning rate"] == lines["Gradient norm"] == STEPS
-    assert lines["Validation loss"] == STEPS // 10
+    point_counts = {figure: len(element.find_all("path")[0].attributes["d"].split("L")) for figure, element in figures.items() if element.find_all("path")}
+    assert point_counts["Training loss"] == point_counts["Learning rate"] == point_counts["Gradient norm"] == STEPS
+    assert point_counts["Validation loss"] == STEPS // 10
     assert figures["Training loss"].find_all("g", **{"class": "attempts"})[0].full_text == "attempt 2 attempt 2"
-    steps = [row.children[0].full_text for row in figures["Validation loss"].find_all("tr")[1:]]
-    assert steps == [str(step) for step in range(10, STEPS + 1, 10)]
-    metrics = {row[0]: row[1] for row in read_table(page, "Evaluation of 23 rows after training")}
-    assert {"loss", "perplexity", "accuracy", "f1", "bleu", "rougeL"} < metrics.keys()
+    evaluated_steps = [row.children[0].full_text for row in figures["Validation loss"].find_all("tr")[1:]]
+    assert evaluated_steps == [str(step) for step in range(10, STEPS + 1, 10)]
+    metric_cells = {row[0]: row[1] for row in read_table(page, "Evaluation of 23 rows after training")}
+    assert {"loss", "perplexity", "accuracy", "f1", "bleu", "rougeL"} < metric_cells.keys()
     assert len(page.find_all("article")) == 2 * 12, "the report shows each of 12 answers twice: alone, and next to the answer of the base model"
-    checks = dict(read_table(page, "Checks of the training rows"))
-    assert (checks["duplicates left out"], checks["rows that may hold personal data: email"]) == ("1", "1")
-    origin = dict(read_table(page, "Model and inputs"))
-    assert (origin["final model"], origin["sha256 of the model's manifest"]) == (message.output.uri, message.output.sha256)
+    check_cells = dict(read_table(page, "Checks of the training rows"))
+    assert (check_cells["duplicates left out"], check_cells["rows that may hold personal data: email"]) == ("1", "1")
+    origin_cells = dict(read_table(page, "Model and inputs"))
+    assert (origin_cells["final model"], origin_cells["sha256 of the model's manifest"]) == (message.output.uri, message.output.sha256)
     assert {row[0] for row in read_table(page, "Files of the final model")[1:]} >= {"model.safetensors", "tokenizer.json"}
     records = [read_json(path) for path in sorted((store / "run/records").iterdir())]
     assert [(record["attempt"], "endedAt" in record) for record in records] == [(1, False), (2, True)]
 
 
-def split_observed_time(times: tuple[datetime, datetime], reported: TimeUse | None, last_part: str) -> dict[str, float]:
+def split_observed_time(times: tuple[datetime, datetime], reported_time: TimeUse | None, last_part: str) -> dict[str, float]:
     """Return how many seconds an attempt spent on each of its parts, such as training. The attempt's pod is scheduled without a delay."""
-    assert reported is not None
+    assert reported_time is not None
     begins_at, ends_at = times
-    pod = PodTimes(begins_at, begins_at, begins_at, ends_at, reported.seconds(), last_part)
-    return {part: round(seconds, 3) for part, seconds in split_attempt_time(AttemptTimes(begins_at, ends_at, job_created_at=begins_at, pods=[pod])).items()}
+    pod_times = PodTimes(begins_at, begins_at, begins_at, ends_at, reported_time.seconds(), last_part)
+    attempt_times = AttemptTimes(begins_at, ends_at, job_created_at=begins_at, pods=[pod_times])
+    return {part: round(seconds, 3) for part, seconds in split_attempt_time(attempt_times).items()}
 
 
 def test_the_parts_of_the_time_sum_to_the_wall_time_of_both_attempts(run: ResumedRun) -> None:
     attempts, message = run.attempts, run.attempts.message
-    first = split_observed_time(attempts.first_times, attempts.first_report.time_use, "steps")
-    second = split_observed_time(attempts.second_times, message.time_use, "other")
-    assert {"starting", "checking", "loading", "firstStep", "steps", "evaluation", "saving"} <= first.keys() and "other" not in first
-    assert {"firstStep", "steps", "evaluation", "upload", "finishing", "other"} <= second.keys()
+    first_parts = split_observed_time(attempts.first_times, attempts.first_report.time_use, "steps")
+    second_parts = split_observed_time(attempts.second_times, message.time_use, "other")
+    assert {"starting", "checking", "loading", "firstStep", "steps", "evaluation", "saving"} <= first_parts.keys() and "other" not in first_parts
+    assert {"firstStep", "steps", "evaluation", "upload", "finishing", "other"} <= second_parts.keys()
 
-    entries = [AttemptTime(number=number, wall_seconds=sum_parts(parts), parts=parts) for number, parts in ((1, first), (2, second))]
+    entries = [AttemptTime(number=number, wall_seconds=sum_parts(parts), parts=parts) for number, parts in ((1, first_parts), (2, second_parts))]
     records = [
         Attempt(number=1, last_step=attempts.first_report.progress.step),
         Attempt(number=2, resumed_from_step=message.resumed_from_step, last_step=STEPS),
@@ -217,7 +218,8 @@ def test_the_parts_of_the_time_sum_to_the_wall_time_of_both_attempts(run: Resume
 
 def test_a_resumed_attempt_can_estimate_its_end_from_the_steps_of_the_first_attempt(run: ResumedRun) -> None:
     entries = [LogEntry.model_validate(line) for line in run.logged]
-    before = [entry for entry in entries if entry.step <= KILLED_AFTER_STEP]
+    first_entries = [entry for entry in entries if entry.step <= KILLED_AFTER_STEP]
     facts = RunFacts(world_size=1, effective_batch=8)
-    expected = estimate_step_seconds(before, facts, facts)
-    assert expected is not None and 0 < expected < (run.attempts.first_times[1] - run.attempts.first_times[0]).total_seconds() / KILLED_AFTER_STEP
+    estimated_seconds = estimate_step_seconds(first_entries, facts, facts)
+    first_start, first_end = run.attempts.first_times
+    assert estimated_seconds is not None and 0 < estimated_seconds < (first_end - first_start).total_seconds() / KILLED_AFTER_STEP

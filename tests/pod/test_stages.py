@@ -71,17 +71,18 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> EndedRun:
 
 
 def test_the_model_is_measured_and_its_answers_are_stored(run: EndedRun) -> None:
-    values = {name: metric.value for name, metric in (run.evaluation.metrics or {}).items()}
+    metric_values = {name: metric.value for name, metric in (run.evaluation.metrics or {}).items()}
     assert run.evaluation.rows == TEST_ROWS and run.output.evaluation is not None
-    assert values.keys() == {"loss", "perplexity", "accuracy", "precision", "recall", "f1", "exactMatch", "bleu", "rouge1", "rouge2", "rougeL"}
+    assert metric_values.keys() == {"loss", "perplexity", "accuracy", "precision", "recall", "f1", "exactMatch", "bleu", "rouge1", "rouge2", "rougeL"}
     # The trainer process has already measured the same rows at the end of the training.
-    assert values["loss"] == pytest.approx(run.output.evaluation["testLoss"], abs=1e-4)
-    assert values["accuracy"] == pytest.approx(run.output.evaluation["testTokenAccuracy"], abs=1e-4)
-    assert values["recall"] == values["accuracy"] and math.isclose(values["perplexity"] or 0, math.exp(values["loss"] or 0), rel_tol=1e-3)
+    assert metric_values["loss"] == pytest.approx(run.output.evaluation["testLoss"], abs=1e-4)
+    assert metric_values["accuracy"] == pytest.approx(run.output.evaluation["testTokenAccuracy"], abs=1e-4)
+    assert metric_values["recall"] == metric_values["accuracy"]
+    assert math.isclose(metric_values["perplexity"] or 0, math.exp(metric_values["loss"] or 0), rel_tol=1e-3)
     predictions = run.predictions()
     assert len(predictions) == TEST_ROWS and predictions[0].keys() == {"system_prompt", "user_prompt", "assistant_response", "ground_truth"}
     assert all(row["user_prompt"].startswith("What is ") and row["ground_truth"].startswith("It is ") for row in predictions)
-    assert run.read_json("evaluation/evaluation_summary.json")["bleu_score"] == pytest.approx(values["bleu"], abs=1e-3)
+    assert run.read_json("evaluation/evaluation_summary.json")["bleu_score"] == pytest.approx(metric_values["bleu"], abs=1e-3)
     assert (run.store / "evaluation/evaluation_detailed.xlsx").exists() and (run.store / "evaluation/evaluation_results.json").exists()
     assert (run.store / "run/stages/evaluating.json").exists()
 
@@ -95,8 +96,8 @@ def test_the_model_is_compared_with_the_base_model_and_promoted(run: EndedRun) -
         assert metric.low is not None and metric.high is not None and metric.low <= (metric.difference or 0) <= metric.high, (name, metric)
     assert (metrics["loss"].high or 0) < 0  # the whole confidence interval shows a lower loss on the held-out rows
     assert [(gate.metric, gate.passed) for gate in evaluation.gates or []] == [("perplexity", True), ("loss", True), ("rouge", True)]
-    promoted = run.read_json("model/_PROMOTED")
-    assert (promoted["manifestSha256"], promoted["uri"], promoted["attempt"], len(promoted["gates"])) == (output.sha256, output.uri, 1, 3)
+    promotion = run.read_json("model/_PROMOTED")
+    assert (promotion["manifestSha256"], promotion["uri"], promotion["attempt"], len(promotion["gates"])) == (output.sha256, output.uri, 1, 3)
     comparison = run.read_json("evaluation/model_comparison.json")
     assert evaluation.comparison_uri == f"file://{run.store}/evaluation/model_comparison.json"
     assert [row["finetuned_model_response"] for row in comparison["comparisons"]] == [row["assistant_response"] for row in run.predictions()]
@@ -106,13 +107,13 @@ def test_the_model_is_compared_with_the_base_model_and_promoted(run: EndedRun) -
 
 
 def test_the_stored_adapter_computes_what_was_trained(run: EndedRun) -> None:
-    found = run.output.verification
-    assert found is not None and (found.result, found.rows) == (VerificationOutcome.VERIFIED, TEST_ROWS)
+    verification = run.output.verification
+    assert verification is not None and (verification.result, verification.rows) == (VerificationOutcome.VERIFIED, TEST_ROWS)
     # The reference values contain rows of the user's data. As the model folder is published, they are stored outside it.
-    (reference,) = (run.store / "run").glob("reference-values-*.json")
-    assert found.tokens == sum(len(row["values"]) for row in json.loads(reference.read_text())["rows"])
+    (reference_file,) = (run.store / "run").glob("reference-values-*.json")
+    assert verification.tokens == sum(len(row["values"]) for row in json.loads(reference_file.read_text())["rows"])
     assert not list((run.store / "model").rglob("reference-values*"))
-    (artefact,) = found.artefacts
+    (artefact,) = verification.artefacts
     assert (artefact.artefact, artefact.result, artefact.reason, artefact.tolerance) == ("adapter", VerificationOutcome.VERIFIED, None, 1e-3)
     assert artefact.difference is not None and artefact.difference <= 1e-5
     assert artefact.change_from_base is not None and artefact.change_from_base > 0.01
@@ -123,11 +124,11 @@ def test_the_stored_adapter_computes_what_was_trained(run: EndedRun) -> None:
 
 def test_all_results_are_copied_below_the_output_folder(run: EndedRun) -> None:
     assert run.output.uri is not None and run.output.published_uri == f"file://{run.copy}"
-    original = Path(run.output.uri.removeprefix("file://"))
+    model_folder = Path(run.output.uri.removeprefix("file://"))
     for path in ("adapter_model.safetensors", "adapter_config.json", "tokenizer.json"):
-        assert (run.copy / path).read_bytes() == (original / path).read_bytes()
-    names = {path.name for path in run.copy.iterdir() if path.is_file()}
+        assert (run.copy / path).read_bytes() == (model_folder / path).read_bytes()
+    copied_names = {path.name for path in run.copy.iterdir() if path.is_file()}
     metric_files = {"step_metrics.json", "epoch_metrics.json", "final_metrics.json", "training_metrics.json", "performance_summary.json", "log.jsonl"}
     evaluation_files = {"evaluation_results.json", "evaluation_summary.json", "model_comparison.json"}
-    assert metric_files | evaluation_files | {"report.html", "test_split.jsonl", "vllm.yaml"} <= names
+    assert metric_files | evaluation_files | {"report.html", "test_split.jsonl", "vllm.yaml"} <= copied_names
     assert json.loads((run.copy / "evaluation_results.json").read_text())["perplexity"] > 1

@@ -47,7 +47,7 @@ def stop_while_request_hangs(pod: Pod, rule: Rule[S3Operation]) -> None:
     """Start the pod, and stop it as soon as a request matches `rule`, which keeps the request unanswered."""
     with rule, pod:
         pod.wait_until(lambda: rule.hits > 0)
-        assert [pod.pids(one) for one in ("agent", "train", "child-of-a-rank")] == [[], [], []], "a training process still runs after the training"
+        assert [pod.pids(name) for name in ("agent", "train", "child-of-a-rank")] == [[], [], []], "a training process still runs after the training"
         pod.terminate()
         assert pod.end(timeout=300) == ExitCode.PREEMPTED_SAVED, pod.text[-3000:]
     message = pod.termination_message()
@@ -58,19 +58,19 @@ def stop_while_request_hangs(pod: Pod, rule: Rule[S3Operation]) -> None:
 def list_copied_files(proxy: S3Proxy, bucket: Bucket) -> list[str]:
     """Return the model files that were copied to `output.dir` so far."""
     prefix = f"/{bucket.name}/{bucket.root}/results/"
-    puts = [one for one in proxy.exchanges if one.operation == "PutObject" and one.client_status == 200 and one.path.startswith(prefix)]
-    return [name for one in puts if (name := one.path.removeprefix(prefix)).startswith(("adapter", "chain"))]
+    puts = [put for put in proxy.exchanges if put.operation == "PutObject" and put.client_status == 200 and put.path.startswith(prefix)]
+    return [name for put in puts if (name := put.path.removeprefix(prefix)).startswith(("adapter", "chain"))]
 
 
 def test_a_stop_during_the_copy_and_during_a_download(proxy: S3Proxy, bucket: Bucket, spec: dict[str, Any], tmp_path: Path) -> None:
-    first, second, third = (make_proxied_pod(proxy, bucket, tmp_path, merge(spec, COPY_SPEC), attempt) for attempt in (1, 2, 3))
-    stop_while_request_hangs(first, proxy.fault(Blackhole(), operation="PutObject", key="/results/chain-0"))
-    assert "started the child" in first.text and list_copied_files(proxy, bucket) == ["adapter_model.safetensors"]
-    stop_while_request_hangs(second, proxy.fault(Blackhole(), operation="GetObject", key="/model/a1-.*/adapter_model.safetensors"))
-    with third as pod:
+    first_pod, second_pod, third_pod = (make_proxied_pod(proxy, bucket, tmp_path, merge(spec, COPY_SPEC), attempt) for attempt in (1, 2, 3))
+    stop_while_request_hangs(first_pod, proxy.fault(Blackhole(), operation="PutObject", key="/results/chain-0"))
+    assert "started the child" in first_pod.text and list_copied_files(proxy, bucket) == ["adapter_model.safetensors"]
+    stop_while_request_hangs(second_pod, proxy.fault(Blackhole(), operation="GetObject", key="/model/a1-.*/adapter_model.safetensors"))
+    with third_pod as pod:
         assert pod.end() == ExitCode.OK, pod.text[-3000:]
     assert list_copied_files(proxy, bucket) == ["adapter_model.safetensors", "chain-0"]
-    output = third.termination_message().output
+    output = third_pod.termination_message().output
     assert output is not None and output.published_uri == f"s3://{bucket.name}/{bucket.root}/results"
 
 
@@ -80,8 +80,8 @@ def test_a_stop_during_a_download_for_a_stage(
     hanging_input: str, proxy: S3Proxy, bucket: Bucket, spec: dict[str, Any], model: Path, rows: Path, tmp_path: Path
 ) -> None:
     """The second attempt does not train, but it downloads the base model and the data, because its stages need them."""
-    with make_proxied_pod(proxy, bucket, tmp_path, spec, 1) as first:
-        assert first.end() == ExitCode.OK, first.text[-3000:]
+    with make_proxied_pod(proxy, bucket, tmp_path, spec, 1) as first_pod:
+        assert first_pod.end() == ExitCode.OK, first_pod.text[-3000:]
     for path in (path for path in model.iterdir() if path.is_file()):
         bucket.put(f"{bucket.root}/inputs/model/{path.name}", path.read_bytes())
     bucket.put(f"{bucket.root}/inputs/data/rows.jsonl", rows.read_bytes())
@@ -90,5 +90,5 @@ def test_a_stop_during_a_download_for_a_stage(
         "model": {"source": f"{inputs}/model"}, "dataset": {"train": f"{inputs}/data", "split": {"test": 0.25}},
         "evaluation": {"metrics": ["perplexity"]},
     }  # fmt: skip
-    second = make_proxied_pod(proxy, bucket, tmp_path, merge(spec, changes), 2)
-    stop_while_request_hangs(second, proxy.fault(Blackhole(), operation="GetObject", key=f"/inputs/{hanging_input}/"))
+    second_pod = make_proxied_pod(proxy, bucket, tmp_path, merge(spec, changes), 2)
+    stop_while_request_hangs(second_pod, proxy.fault(Blackhole(), operation="GetObject", key=f"/inputs/{hanging_input}/"))

@@ -42,9 +42,9 @@ def make_run_with_rows(spec: dict[str, Any], bucket: Bucket, data: DataReport, *
 
 def list_stored_keys(bucket: Bucket) -> list[str]:
     """List the keys of the namespace's prepared rows, relative to their folder."""
-    base = f"{bucket.root}/team/_prepared/"
-    answer = bucket.client.list_objects_v2(Bucket=bucket.name, Prefix=base)
-    return [item["Key"].removeprefix(base) for item in answer.get("Contents", [])]
+    prefix = f"{bucket.root}/team/_prepared/"
+    answer = bucket.client.list_objects_v2(Bucket=bucket.name, Prefix=prefix)
+    return [item["Key"].removeprefix(prefix) for item in answer.get("Contents", [])]
 
 
 def full_key(bucket: Bucket, key: str) -> str:
@@ -74,9 +74,9 @@ def test_a_second_job_tokenises_nothing_and_a_run_with_stored_rows_is_equal(
 ) -> None:
     spec = make_spec(model, rows, "full")
     first_data_report = require_data_report(prepare(bucket, tmp_path / "first", spec))
-    second = require_data_report(prepare(bucket, tmp_path / "second", spec, OTHER_UID))
-    assert (first_data_report.tokenised_rows, second.tokenised_rows) == (36, 0)
-    assert second.model_copy(update={"tokenised_rows": 36}) == first_data_report
+    second_data_report = require_data_report(prepare(bucket, tmp_path / "second", spec, OTHER_UID))
+    assert (first_data_report.tokenised_rows, second_data_report.tokenised_rows) == (36, 0)
+    assert second_data_report.model_copy(update={"tokenised_rows": 36}) == first_data_report
     assert first_data_report.prepared_uri == f"s3://{bucket.name}/{bucket.root}/team/_prepared/{first_data_report.digest}"
     names = sorted(key.split("/", 1)[1] for key in list_stored_keys(bucket))
     assert [name for name in names if "/" not in name] == ["_COMMITTED", "_USED"]
@@ -86,8 +86,8 @@ def test_a_second_job_tokenises_nothing_and_a_run_with_stored_rows_is_equal(
         assert pod.end() == 0, pod.text[-4000:]
     message = pod.termination_message()
     assert list_prepared_rows_notes(message) == [USED_NOTE]
-    expected = run_uninterrupted(s3_server, tmp_path_factory.getbasetemp(), model, rows, "full", 1)
-    assert record_run(bucket, [pod], message) == expected
+    expected_run = run_uninterrupted(s3_server, tmp_path_factory.getbasetemp(), model, rows, "full", 1)
+    assert record_run(bucket, [pod], message) == expected_run
 
 
 # ---- rows that cannot be used ----
@@ -177,8 +177,8 @@ def test_data_that_have_changed_are_prepared_again(bucket: Bucket, model: Path, 
     rows = write_rows(tmp_path / "rows.jsonl")
     spec = merge(make_spec(model, rows, "full"), {"training": {"maxSteps": 2}})
     old_data_report = require_data_report(prepare(bucket, tmp_path / "old", spec))
-    changed = [*ROWS[:-1], {"messages": [*ROWS[-1]["messages"][:1], {"role": "assistant", "content": "It is many."}]}]
-    write_rows(rows, changed)
+    changed_rows = [*ROWS[:-1], {"messages": [*ROWS[-1]["messages"][:1], {"role": "assistant", "content": "It is many."}]}]
+    write_rows(rows, changed_rows)
     new_data_report = require_data_report(prepare(bucket, tmp_path / "new", spec, OTHER_UID))
     assert old_data_report.digest != new_data_report.digest and new_data_report.tokenised_rows == 36
     assert len({key.split("/")[0] for key in list_stored_keys(bucket)}) == 2
@@ -195,8 +195,8 @@ def test_rows_of_another_chat_template_are_not_trained_on(bucket: Bucket, model:
     spec = merge(make_spec(model, rows, "full"), {"training": {"maxSteps": 2}})
     data = require_data_report(prepare(bucket, tmp_path / "prepare", spec))
     template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-    changed = merge(spec, {"dataset": {"chatTemplate": {"text": template}}})
-    with Pod(make_run_with_rows(changed, bucket, data), tmp_path / "train", bucket.env) as pod:
+    changed_spec = merge(spec, {"dataset": {"chatTemplate": {"text": template}}})
+    with Pod(make_run_with_rows(changed_spec, bucket, data), tmp_path / "train", bucket.env) as pod:
         assert pod.end() == 0, pod.text[-4000:]
     assert list_prepared_rows_notes(pod.termination_message()) == [
         USED_NOTE,
@@ -212,17 +212,17 @@ def test_a_resumed_attempt_with_stored_rows_is_equal(
 ) -> None:  # fmt: skip
     spec = make_spec(model, rows, method, variant)
     data = require_data_report(prepare(bucket, tmp_path / "prepare", spec, processes=processes))
-    with make_traced_pod(make_run_with_rows(spec, bucket, data, processes=processes), tmp_path / "one", bucket, hold_point="accumulation:19") as first:
-        first.wait_until((first.folder / "work" / "held").exists)
-        first.wait_committed(16)
-        first.kill()
-    again = make_run_with_rows(spec, bucket, data, processes=processes, attempt=2, resume=ResumeConfig(mode="auto", expect_step=16))
-    with make_traced_pod(again, tmp_path / "two", bucket) as second:
-        assert second.end() == 0, second.text[-4000:]
-    message = second.termination_message()
+    with make_traced_pod(make_run_with_rows(spec, bucket, data, processes=processes), tmp_path / "one", bucket, hold_point="accumulation:19") as first_pod:
+        first_pod.wait_until((first_pod.folder / "work" / "held").exists)
+        first_pod.wait_committed(16)
+        first_pod.kill()
+    repeated_run = make_run_with_rows(spec, bucket, data, processes=processes, attempt=2, resume=ResumeConfig(mode="auto", expect_step=16))
+    with make_traced_pod(repeated_run, tmp_path / "two", bucket) as second_pod:
+        assert second_pod.end() == 0, second_pod.text[-4000:]
+    message = second_pod.termination_message()
     assert (message.resumed_from_step, any("rows of the preparation are used" in note for note in list_prepared_rows_notes(message))) == (16, True)
-    expected = run_uninterrupted(s3_server, tmp_path_factory.getbasetemp(), model, rows, method, processes, variant)
-    assert record_run(bucket, [first, second], message) == expected
+    expected_run = run_uninterrupted(s3_server, tmp_path_factory.getbasetemp(), model, rows, method, processes, variant)
+    assert record_run(bucket, [first_pod, second_pod], message) == expected_run
 
 
 # ---- rows that several preparations share, and rows that are removed ----
@@ -243,15 +243,15 @@ def test_two_simultaneous_preparations_report_the_rows_of_the_first_commit(bucke
     for number, uid in enumerate((UID, OTHER_UID)):
         target = bucket.target(uri=f"s3://{bucket.name}/{bucket.root}/team/job/{uid}")
         pods.append(Pod(run_config(spec, target), tmp_path / str(number), bucket.env, command="prepare"))
-    first, second = pods
-    with first, second:
-        first.wait_until(lambda: bool(list((first.folder / "work").glob("stored-rows-*"))))
-        assert first.process is not None
-        first.process.send_signal(signal.SIGSTOP)
-        second.wait_until(lambda: read_tokenised_rows(second) == 36)
-        assert second.end() == 0, second.text[-4000:]
-        first.process.send_signal(signal.SIGCONT)
-        assert first.end() == 0, first.text[-4000:]
+    first_pod, second_pod = pods
+    with first_pod, second_pod:
+        first_pod.wait_until(lambda: bool(list((first_pod.folder / "work").glob("stored-rows-*"))))
+        assert first_pod.process is not None
+        first_pod.process.send_signal(signal.SIGSTOP)
+        second_pod.wait_until(lambda: read_tokenised_rows(second_pod) == 36)
+        assert second_pod.end() == 0, second_pod.text[-4000:]
+        first_pod.process.send_signal(signal.SIGCONT)
+        assert first_pod.end() == 0, first_pod.text[-4000:]
     reports = [require_data_report(pod.termination_message()) for pod in pods]
     assert reports[0] == reports[1] and reports[0].tokenised_rows == 36
     incarnations = {key.split("/")[1] for key in list_stored_keys(bucket) if key.count("/") > 1}
@@ -266,9 +266,10 @@ def test_a_preparation_replaces_rows_that_are_damaged_or_not_signed(
     """An attacker with write access to the bucket can commit rows before a job's preparation, but cannot sign them."""
     spec = make_spec(model, rows, "full")
     damage_rows(bucket, require_data_report(prepare(bucket, tmp_path / "one", spec)))
-    second = require_data_report(prepare(bucket, tmp_path / "two", spec, OTHER_UID))
-    third = require_data_report(prepare(bucket, tmp_path / "three", spec))
-    assert (second.tokenised_rows, third.tokenised_rows, third.prepared_sha256) == (36, 0, second.prepared_sha256)
+    second_data_report = require_data_report(prepare(bucket, tmp_path / "two", spec, OTHER_UID))
+    third_data_report = require_data_report(prepare(bucket, tmp_path / "three", spec))
+    assert (second_data_report.tokenised_rows, third_data_report.tokenised_rows) == (36, 0)
+    assert third_data_report.prepared_sha256 == second_data_report.prepared_sha256
 
 
 @pytest.mark.slow

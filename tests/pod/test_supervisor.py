@@ -38,12 +38,12 @@ def make_toy_pod(
 ) -> Pod:
     """Create a pod whose ranks follow a script of `toy_rank` and whose storage is a local folder."""
     config = run_config(spec, StoreTarget(uri=f"file://{folder}/root/team/job/{UID}"), **run)
-    path = os.pathsep.join([PYTHONPATH, str(TESTS_FOLDER)])
-    settings = {"PYTHONPATH": path, "FINETUNE_TRAINER_MODULE": "toy_rank", "TOY_SCRIPT": json.dumps(script)}
-    return Pod(config, folder / name, settings | (env or {}))
+    python_path = os.pathsep.join([PYTHONPATH, str(TESTS_FOLDER)])
+    toy_variables = {"PYTHONPATH": python_path, "FINETUNE_TRAINER_MODULE": "toy_rank", "TOY_SCRIPT": json.dumps(script)}
+    return Pod(config, folder / name, toy_variables | (env or {}))
 
 
-def committed_steps(folder: Path) -> list[int]:
+def list_committed_steps(folder: Path) -> list[int]:
     """Return the steps of all committed checkpoints, in ascending order."""
     markers = (folder / "root/team/job" / UID / "checkpoints").glob("step-*/_COMMITTED")
     return sorted(int(path.parent.name.removeprefix("step-")) for path in markers)
@@ -51,10 +51,10 @@ def committed_steps(folder: Path) -> list[int]:
 
 def wait_for_exit(pod: Pod) -> tuple[int, TerminationMessage]:
     """Wait until the pod ends. Returns its exit code and its termination message."""
-    code = pod.end()
+    exit_code = pod.end()
     termination = pod.termination_message()
-    assert termination.exit_code == code, pod.text[-3000:]
-    return code, termination
+    assert termination.exit_code == exit_code, pod.text[-3000:]
+    return exit_code, termination
 
 
 def test_a_finished_run_commits_its_model(tmp_path: Path, spec: dict[str, Any]) -> None:
@@ -65,13 +65,13 @@ def test_a_finished_run_commits_its_model(tmp_path: Path, spec: dict[str, Any]) 
     folder = Path(termination.output.uri.removeprefix("file://"))
     assert (folder / "adapter_model.safetensors").read_text() == "final 20"
     assert (termination.step, termination.committed_step, termination.class_, termination.code) == (20, 20, None, None)
-    assert committed_steps(tmp_path) == [10, 15, 20]
+    assert list_committed_steps(tmp_path) == [10, 15, 20]
     assert not list(pod.folder.glob("work/output/checkpoint-*")), "uploaded checkpoints are still on the pod's disk"
     assert not list(pod.folder.glob("work/staged/*"))
 
 
 @pytest.mark.parametrize(
-    ("event", "code", "name", "failure_class"),
+    ("event", "expected_exit_code", "error_code", "failure_class"),
     [
         ("bad-data", 65, "NoTrainableToken", FailureClass.DATA),
         ("diverge", 72, "LossNotFinite", FailureClass.DIVERGED),
@@ -82,12 +82,12 @@ def test_a_finished_run_commits_its_model(tmp_path: Path, spec: dict[str, Any]) 
     ],
 )
 def test_a_failing_rank_is_named_in_the_termination_message(
-    tmp_path: Path, spec: dict[str, Any], event: str, code: int, name: str, failure_class: FailureClass
+    tmp_path: Path, spec: dict[str, Any], event: str, expected_exit_code: int, error_code: str, failure_class: FailureClass
 ) -> None:
     with make_toy_pod(tmp_path, spec, {"at": {"0:7": event}}) as pod:
         exit_code, termination = wait_for_exit(pod)
-    assert (exit_code, termination.code, termination.class_, termination.rank, termination.origin) == (code, name, failure_class, 0, True)
-    assert committed_steps(tmp_path) == [5] and termination.committed_step == 5
+    assert (exit_code, termination.code, termination.class_, termination.rank, termination.origin) == (expected_exit_code, error_code, failure_class, 0, True)
+    assert list_committed_steps(tmp_path) == [5] and termination.committed_step == 5
     assert len((pod.folder / "termination-message").read_bytes()) <= 4096
 
 
@@ -139,11 +139,11 @@ def test_a_stop_saves_and_the_next_attempt_resumes(tmp_path: Path, spec: dict[st
         pod.terminate()
         code, termination = wait_for_exit(pod)
     assert (code, termination.class_, termination.code) == (75, FailureClass.PREEMPTED, "StoppedSaved")
-    assert termination.step == termination.committed_step and committed_steps(tmp_path) == [termination.step]
-    again = {"steps": termination.step + 5, "every": 1000}
-    with make_toy_pod(tmp_path, spec, again, name="two", attempt=2, resume=ResumeConfig(mode="auto", expect_step=termination.step)) as pod:
-        code, second = wait_for_exit(pod)
-    assert (code, second.resumed_from_step) == (0, termination.step)
+    assert termination.step == termination.committed_step and list_committed_steps(tmp_path) == [termination.step]
+    resumed_script = {"steps": termination.step + 5, "every": 1000}
+    with make_toy_pod(tmp_path, spec, resumed_script, name="two", attempt=2, resume=ResumeConfig(mode="auto", expect_step=termination.step)) as pod:
+        code, second_termination = wait_for_exit(pod)
+    assert (code, second_termination.resumed_from_step) == (0, termination.step)
 
 
 def test_a_stop_before_the_first_step_loses_nothing(tmp_path: Path, spec: dict[str, Any]) -> None:
@@ -158,10 +158,10 @@ def test_a_stop_during_the_imports_is_not_lost(tmp_path: Path, spec: dict[str, A
     """The supervisor also obeys a SIGTERM that arrives while it still imports its modules."""
     with make_toy_pod(tmp_path, spec, {"steps": 100000}) as pod:
         assert pod.process is not None
-        caught = Path(f"/proc/{pod.process.pid}/status")
+        status_file = Path(f"/proc/{pod.process.pid}/status")
 
         def handles_sigterm() -> bool:
-            mask = next(line for line in caught.read_text().splitlines() if line.startswith("SigCgt"))
+            mask = next(line for line in status_file.read_text().splitlines() if line.startswith("SigCgt"))
             return bool(int(mask.split()[1], 16) >> (signal.SIGTERM - 1) & 1)
 
         pod.wait_until(handles_sigterm)
@@ -188,22 +188,22 @@ def test_a_stop_that_exceeds_the_grace_period_ends_without_a_checkpoint(tmp_path
         pod.terminate()
         code, termination = wait_for_exit(pod)
     assert (code, termination.code, termination.class_) == (76, "StoppedUnsaved", FailureClass.PREEMPTED)
-    assert committed_steps(tmp_path) == [5]
+    assert list_committed_steps(tmp_path) == [5]
 
 
 def test_checkpoints_are_skipped_while_staging_fails(tmp_path: Path, spec: dict[str, Any]) -> None:
     """Training continues, and the progress report shows the problem. As soon as files can be staged again, checkpoints are committed."""
     with make_toy_pod(tmp_path, spec, {"steps": 100000}) as pod:
         pod.wait_committed(5)
-        staged = pod.folder / "work" / "staged"
-        staged.rename(staged.with_name("away"))
-        staged.touch()
+        staging_folder = pod.folder / "work" / "staged"
+        staging_folder.rename(staging_folder.with_name("away"))
+        staging_folder.touch()
         pod.wait_until(lambda: "StagingFailed" in (read_checkpoint_problem(pod) or ""))
-        during = pod.step()
-        pod.wait_step(during + 10)
-        staged.unlink()
-        staged.mkdir()
-        pod.wait_committed(during + 10)
+        step_of_problem = pod.step()
+        pod.wait_step(step_of_problem + 10)
+        staging_folder.unlink()
+        staging_folder.mkdir()
+        pod.wait_committed(step_of_problem + 10)
         pod.wait_until(lambda: read_checkpoint_problem(pod) is None)
 
 
@@ -223,23 +223,23 @@ def test_a_final_model_that_cannot_be_staged_is_a_storage_failure(tmp_path: Path
 
 def test_a_new_attempt_of_a_finished_run_reports_the_existing_output(tmp_path: Path, spec: dict[str, Any]) -> None:
     with make_toy_pod(tmp_path, spec, {}) as pod:
-        _, first = wait_for_exit(pod)
+        _, first_termination = wait_for_exit(pod)
     with make_toy_pod(tmp_path, spec, {}, name="two", attempt=2, resume=ResumeConfig(mode="auto", expect_step=20)) as pod:
-        code, second = wait_for_exit(pod)
-    assert code == 0 and first.output == second.output and first.output is not None
+        code, second_termination = wait_for_exit(pod)
+    assert code == 0 and first_termination.output == second_termination.output and first_termination.output is not None
 
 
 @pytest.mark.parametrize("victim", ["supervisor", "agent"])
 def test_ranks_end_after_the_supervisor_or_the_agent_is_killed(tmp_path: Path, spec: dict[str, Any], victim: str) -> None:
     with make_toy_pod(tmp_path, spec, {"steps": 100000}, processes=2) as pod:
         pod.wait_step(3)
-        ranks = pod.pids("train")
-        assert len(ranks) == 2 and pod.process is not None
+        rank_pids = pod.pids("train")
+        assert len(rank_pids) == 2 and pod.process is not None
         os.kill(pod.process.pid if victim == "supervisor" else pod.pids("agent")[0], signal.SIGKILL)
         code = pod.end()
     assert code == (-signal.SIGKILL if victim == "supervisor" else 74)
     deadline = time.monotonic() + 20
-    while any(is_alive(pid) for pid in ranks):
+    while any(is_alive(pid) for pid in rank_pids):
         assert time.monotonic() < deadline, "a rank still runs"
         time.sleep(0.02)
 
@@ -272,10 +272,10 @@ def test_the_http_server_reports_progress_and_metrics(tmp_path: Path, spec: dict
 
 
 def test_a_port_that_is_already_in_use_is_reported(tmp_path: Path, spec: dict[str, Any]) -> None:
-    with socket.socket(socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET) as taken:
-        taken.bind(("", 0))
-        taken.listen()
-        port = str(taken.getsockname()[1])
+    with socket.socket(socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET) as listening_socket:
+        listening_socket.bind(("", 0))
+        listening_socket.listen()
+        port = str(listening_socket.getsockname()[1])
         with make_toy_pod(tmp_path, spec, {}, env={"FINETUNE_PORT": port}) as pod:
             code, termination = wait_for_exit(pod)
     assert (code, termination.code) == (70, "PortInUse") and port in (termination.message or "")

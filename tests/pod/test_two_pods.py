@@ -36,21 +36,21 @@ class TwoPods:
             for node in (0, 1)
         ]
 
-    def stop_one_pod(self, first_pods: list[Pod], signalled_pod: int) -> list[TerminationMessage]:
+    def stop_one_pod(self, pods: list[Pod], signalled_pod: int) -> list[TerminationMessage]:
         """Send SIGTERM to one pod, as a kubelet does, and check that both pods stop after the same step. Returns both termination messages."""
-        first_pods[signalled_pod].terminate()
-        assert [pod.end() for pod in first_pods] == [75, 75], first_pods[0].text[-3000:] + first_pods[1].text[-3000:]
-        termination = [pod.termination_message() for pod in first_pods]
-        assert termination[0].step == termination[1].step == termination[0].committed_step
-        return termination
+        pods[signalled_pod].terminate()
+        assert [pod.end() for pod in pods] == [75, 75], pods[0].text[-3000:] + pods[1].text[-3000:]
+        terminations = [pod.termination_message() for pod in pods]
+        assert terminations[0].step == terminations[1].step == terminations[0].committed_step
+        return terminations
 
     def resume_and_compare(self, first_pods: list[Pod], start_step: int) -> None:
         """Run the next attempt from step `start_step`, and compare both attempts with an uninterrupted run."""
-        second = self.start(2, start_step, self.bucket.target())
-        with second[0], second[1]:
-            assert [pod.end() for pod in second] == [0, 0], second[0].text[-3000:] + second[1].text[-3000:]
-        assert second[0].termination_message().resumed_from_step == start_step
-        assert record_run(self.bucket, [*first_pods, *second], second[0].termination_message()) == self.expected_run
+        second_pods = self.start(2, start_step, self.bucket.target())
+        with second_pods[0], second_pods[1]:
+            assert [pod.end() for pod in second_pods] == [0, 0], second_pods[0].text[-3000:] + second_pods[1].text[-3000:]
+        assert second_pods[0].termination_message().resumed_from_step == start_step
+        assert record_run(self.bucket, [*first_pods, *second_pods], second_pods[0].termination_message()) == self.expected_run
 
 
 @pytest.fixture
@@ -83,13 +83,13 @@ def test_a_stop_of_one_pod_stops_both_at_the_same_step(
     gang: TwoPods, phase: str, signalled_pod: int, stop_step: int
 ) -> None:
     """The signalled pod pauses in `phase`, so the other pod waits for it in the next collective operation."""
-    first = gang.start(1, 0, gang.bucket.target(), hold_point=phase, signalled_pod=signalled_pod)
-    with first[0], first[1]:
-        first[signalled_pod].wait_until((first[signalled_pod].folder / "work" / "held").exists)
-        termination = gang.stop_one_pod(first, signalled_pod)
-    assert termination[0].committed_step == stop_step
+    first_pods = gang.start(1, 0, gang.bucket.target(), hold_point=phase, signalled_pod=signalled_pod)
+    with first_pods[0], first_pods[1]:
+        first_pods[signalled_pod].wait_until((first_pods[signalled_pod].folder / "work" / "held").exists)
+        terminations = gang.stop_one_pod(first_pods, signalled_pod)
+    assert terminations[0].committed_step == stop_step
     assert [key for key in gang.bucket.keys(f"checkpoints/step-{stop_step:08}/") if key.endswith("/manifest.hmac")] != []
-    gang.resume_and_compare(first, stop_step)
+    gang.resume_and_compare(first_pods, stop_step)
 
 
 @pytest.mark.faults
@@ -97,12 +97,12 @@ def test_a_stop_of_one_pod_stops_both_at_the_same_step(
 def test_a_stop_while_the_gang_uploads_commits_both_checkpoints(gang: TwoPods, s3_server: S3Endpoint, signalled_pod: int) -> None:
     """The pods finish the upload of the checkpoint of step 8, and then upload the checkpoint that the stop request causes."""
     with S3Proxy(s3_server.host_url) as proxy:
-        slow = proxy.fault(Latency(1.0), operation="PutObject", key=r"checkpoints/step-0*8/")
-        first = gang.start(1, 0, gang.bucket.target(endpoint=proxy.url))
-        with first[0], first[1]:
-            first[signalled_pod].wait_until(lambda: slow.hits > 0)
-            termination = gang.stop_one_pod(first, signalled_pod)
-    stop_step = termination[0].committed_step
+        slow_uploads = proxy.fault(Latency(1.0), operation="PutObject", key=r"checkpoints/step-0*8/")
+        first_pods = gang.start(1, 0, gang.bucket.target(endpoint=proxy.url))
+        with first_pods[0], first_pods[1]:
+            first_pods[signalled_pod].wait_until(lambda: slow_uploads.hits > 0)
+            terminations = gang.stop_one_pod(first_pods, signalled_pod)
+    stop_step = terminations[0].committed_step
     assert stop_step is not None
     assert {f"step-{8:08}", f"step-{stop_step:08}"} <= {key.split("/")[1] for key in gang.bucket.keys("checkpoints/")}
-    gang.resume_and_compare(first, stop_step)
+    gang.resume_and_compare(first_pods, stop_step)

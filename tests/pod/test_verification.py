@@ -27,15 +27,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_verifying_pod(folder: Path, model: Path, spec: dict[str, Any], *, attempt: int = 1, uid: str = UID) -> Pod:
     folder.mkdir(parents=True, exist_ok=True)
     rows = write_rows(folder / "rows.jsonl")
-    base = {
+    base_spec = {
         "model": {"source": f"file://{model}"}, "dataset": {"train": f"file://{rows}", "split": {"train": 28 / 36, "test": 8 / 36}},
         "training": {"maxSteps": 4, "batchSizePerDevice": 4, "gradientAccumulationSteps": 1, "learningRate": 1e-2},
         "checkpoint": {"steps": 4}, "tracking": {"loggingSteps": 1}, "output": {"verify": True},
     }  # fmt: skip
     target = StoreTarget(uri=f"file://{folder}/store/team/job/{uid}")
-    run = run_config(merge(base, spec), target, attempt=attempt)
-    directory = run.spec.output.dir
-    run = run.model_copy(update={"publish": f"file://{folder}/store/{directory}"}) if directory else run
+    run = run_config(merge(base_spec, spec), target, attempt=attempt)
+    output_dir = run.spec.output.dir
+    run = run.model_copy(update={"publish": f"file://{folder}/store/{output_dir}"}) if output_dir else run
     return Pod(run.model_copy(update={"uid": uid}), folder / f"pod-{uid[0]}-{attempt}")
 
 
@@ -46,7 +46,7 @@ def require_verification(pod: Pod) -> Verification:
 
 
 def stored_path(folder: Path, key: str, uid: str = UID) -> Path:
-    """Return the path of an object in the job\'s storage folder."""
+    """Return the path of an object in the job's storage folder."""
     return folder / "store" / "team" / "job" / uid / key
 
 
@@ -88,30 +88,30 @@ def test_a_stored_model_that_differs_from_the_trained_model_fails_the_job_and_is
     pod.env = write_start_module(tmp_path / "sabotage", DAMAGE_SAVED_ADAPTER)
     with pod:
         assert pod.end() == ExitCode.VERIFICATION_FAILED, pod.text[-6000:]
-    message, found = pod.termination_message(), require_verification(pod)
+    message, verification = pod.termination_message(), require_verification(pod)
     assert (message.code, message.stage, message.class_) == ("ValuesDiffer", Stage.VERIFYING, FailureClass.MODEL)
     assert "differ by" in (message.message or "") and message.output is not None and message.output.uri in (message.hint or "")
-    assert (found.result, found.artefacts[0].code) == (VerificationOutcome.FAILED, "ValuesDiffer")
-    assert found.artefacts[0].difference is not None and found.artefacts[0].difference > 1e-2
+    assert (verification.result, verification.artefacts[0].code) == (VerificationOutcome.FAILED, "ValuesDiffer")
+    assert verification.artefacts[0].difference is not None and verification.artefacts[0].difference > 1e-2
     assert message.output.uri is not None and Path(message.output.uri.removeprefix("file://")).exists()
     assert message.output.published_uri is None and not (tmp_path / "store" / "results").exists()
     # A failed verification is final: another attempt fails at once, without repeating the training or the verification.
-    with make_verifying_pod(tmp_path, model, spec, attempt=2) as again:
-        assert again.end() == ExitCode.VERIFICATION_FAILED, again.text[-6000:]
-    assert again.termination_message().code == "ValuesDiffer"
-    assert "step 1/4" not in again.text and "Loading weights" not in again.text
+    with make_verifying_pod(tmp_path, model, spec, attempt=2) as second_pod:
+        assert second_pod.end() == ExitCode.VERIFICATION_FAILED, second_pod.text[-6000:]
+    assert second_pod.termination_message().code == "ValuesDiffer"
+    assert "step 1/4" not in second_pod.text and "Loading weights" not in second_pod.text
 
 
 @pytest.mark.slow
 def test_a_pod_that_is_stopped_during_its_verification_keeps_its_model_and_the_next_attempt_verifies(model: Path, tmp_path: Path) -> None:
-    with make_verifying_pod(tmp_path, model, {}) as stopped:
-        stopped.wait_until(lambda: (report := stopped.report()) is not None and report.stage is Stage.VERIFYING)
-        stopped.terminate()
-        assert stopped.end() == ExitCode.PREEMPTED_SAVED, stopped.text[-6000:]
-    with make_verifying_pod(tmp_path, model, {}, attempt=2) as resumed:
-        assert resumed.end() == ExitCode.OK, resumed.text[-6000:]
-    assert require_verification(resumed).result is VerificationOutcome.VERIFIED
-    assert "step 1/4" not in resumed.text
+    with make_verifying_pod(tmp_path, model, {}) as stopped_pod:
+        stopped_pod.wait_until(lambda: (report := stopped_pod.report()) is not None and report.stage is Stage.VERIFYING)
+        stopped_pod.terminate()
+        assert stopped_pod.end() == ExitCode.PREEMPTED_SAVED, stopped_pod.text[-6000:]
+    with make_verifying_pod(tmp_path, model, {}, attempt=2) as resumed_pod:
+        assert resumed_pod.end() == ExitCode.OK, resumed_pod.text[-6000:]
+    assert require_verification(resumed_pod).result is VerificationOutcome.VERIFIED
+    assert "step 1/4" not in resumed_pod.text
 
 
 EXHAUST_MEMORY = """
@@ -130,7 +130,7 @@ OTHER_JOB_UID = "99999999-2222-3333-4444-555555555555"
 
 
 @pytest.fixture(scope="module")
-def unverified(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def unverified_model(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Run a job whose stage `verifying` runs out of memory. Returns the folder of its files, and the address of its model."""
     folder = tmp_path_factory.mktemp("unverified")
     pod = make_verifying_pod(folder, model, {}, uid=OTHER_JOB_UID)
@@ -149,15 +149,16 @@ def repetition_spec(uri: str, **changes: Any) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_a_job_without_training_repeats_the_verification_of_another_job(unverified: tuple[Path, str], model: Path) -> None:
-    folder, uri = unverified
+def test_a_job_without_training_repeats_the_verification_of_another_job(unverified_model: tuple[Path, str], model: Path) -> None:
+    folder, uri = unverified_model
     other_files = read_files(stored_path(folder, "", OTHER_JOB_UID))
     with make_verifying_pod(folder, model, repetition_spec(uri)) as pod:
         assert pod.end() == ExitCode.OK, pod.text[-6000:]
-    found, output = require_verification(pod), pod.termination_message().output
+    verification, output = require_verification(pod), pod.termination_message().output
     assert output is not None and output.uri == uri
-    assert (found.result, found.rows, [artefact.artefact for artefact in found.artefacts]) == (VerificationOutcome.VERIFIED, TEST_ROWS, ["adapter"])
-    assert found.artefacts[0].tolerance == 1e-3 and (found.artefacts[0].difference or 0) <= 1e-4 < (found.artefacts[0].change_from_base or 0)
+    (artefact,) = verification.artefacts
+    assert (verification.result, verification.rows, artefact.artefact) == (VerificationOutcome.VERIFIED, TEST_ROWS, "adapter")
+    assert artefact.tolerance == 1e-3 and (artefact.difference or 0) <= 1e-4 < (artefact.change_from_base or 0)
     assert read_files(stored_path(folder, "", OTHER_JOB_UID)) == other_files
     assert {path.name for path in stored_path(folder, "run/stages").iterdir()} == {"verifying.json"}
     assert "step 1/4" not in pod.text
@@ -165,32 +166,32 @@ def test_a_job_without_training_repeats_the_verification_of_another_job(unverifi
 
 @pytest.mark.slow
 def test_a_changed_model_of_another_job_fails_and_a_model_without_reference_values_is_not_verified(
-    unverified: tuple[Path, str], model: Path, tmp_path: Path
+    unverified_model: tuple[Path, str], model: Path, tmp_path: Path
 ) -> None:
     """The job that verifies the changed adapter also merges it, and the merged model fails the verification, too."""
-    folder, uri = unverified
+    folder, uri = unverified_model
     shutil.copytree(stored_path(folder, "", OTHER_JOB_UID), stored_path(tmp_path, "", OTHER_JOB_UID))
     uri = uri.replace(str(folder), str(tmp_path))
-    values = next(stored_path(tmp_path, "run", OTHER_JOB_UID).glob("reference-values-*.json"))
-    values.rename(values.with_name("kept"))
+    reference_file = next(stored_path(tmp_path, "run", OTHER_JOB_UID).glob("reference-values-*.json"))
+    reference_file.rename(reference_file.with_name("kept"))
     with make_verifying_pod(tmp_path, model, repetition_spec(uri)) as pod:
         assert pod.end() == ExitCode.OK, pod.text[-6000:]
-    found = require_verification(pod)
-    assert (found.result, found.artefacts[0].code) == (VerificationOutcome.NOT_VERIFIED, "NoReferenceValues")
-    assert found.artefacts[0].reason == f"the reference values file://{values} are missing"
+    verification = require_verification(pod)
+    assert (verification.result, verification.artefacts[0].code) == (VerificationOutcome.NOT_VERIFIED, "NoReferenceValues")
+    assert verification.artefacts[0].reason == f"the reference values file://{reference_file} are missing"
 
-    values.with_name("kept").rename(values)
-    changed = make_uid(2)
-    pod = make_verifying_pod(tmp_path, model, repetition_spec(uri, output={"mergeAdapter": True}), uid=changed)
+    reference_file.with_name("kept").rename(reference_file)
+    verifying_uid = make_uid(2)
+    pod = make_verifying_pod(tmp_path, model, repetition_spec(uri, output={"mergeAdapter": True}), uid=verifying_uid)
     pod.env = write_start_module(tmp_path / "changed", CHANGE_DOWNLOADED_ADAPTER)
     with pod:
         assert pod.end() == ExitCode.VERIFICATION_FAILED, pod.text[-6000:]
-    found, message = require_verification(pod), pod.termination_message()
-    assert [(one.artefact, one.result, one.code) for one in found.artefacts] == [
+    verification, message = require_verification(pod), pod.termination_message()
+    assert [(artefact.artefact, artefact.result, artefact.code) for artefact in verification.artefacts] == [
         ("adapter", VerificationOutcome.FAILED, "ValuesDiffer"), ("merged", VerificationOutcome.FAILED, "ValuesDiffer"),
     ]  # fmt: skip
     assert (message.code, message.stage) == ("ValuesDiffer", Stage.VERIFYING)
-    record = json.loads(stored_path(tmp_path, "run/stages/verifying.json", changed).read_text())
+    record = json.loads(stored_path(tmp_path, "run/stages/verifying.json", verifying_uid).read_text())
     assert record["result"]["verification"]["result"] == "Failed"
 
 

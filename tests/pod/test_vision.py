@@ -61,25 +61,25 @@ def test_a_killed_run_on_images_resumes_exactly(bucket: Bucket, vision_model: Pa
     rows = write_data(tmp_path, bucket)
     spec = make_spec(vision_model, rows, bucket)
     run = run_config(spec, bucket.target())
-    with make_traced_pod(run, tmp_path / "one", bucket, hold_point=f"accumulation:{KILLED_IN_STEP}") as first:
-        first.wait_until((first.folder / "work" / "held").exists)
-        first.wait_committed(CHECKPOINT_STEPS)
-        first.kill()
-        first.end()
+    with make_traced_pod(run, tmp_path / "one", bucket, hold_point=f"accumulation:{KILLED_IN_STEP}") as first_pod:
+        first_pod.wait_until((first_pod.folder / "work" / "held").exists)
+        first_pod.wait_committed(CHECKPOINT_STEPS)
+        first_pod.kill()
+        first_pod.end()
     repeated_run = run_config(spec, bucket.target(), attempt=2, resume=ResumeConfig(mode="auto", expect_step=CHECKPOINT_STEPS))
-    with Pod(repeated_run, tmp_path / "two", bucket.env) as second:
-        assert second.end() == ExitCode.OK, second.text[-6000:]
-    message = second.termination_message()
+    with Pod(repeated_run, tmp_path / "two", bucket.env) as second_pod:
+        assert second_pod.end() == ExitCode.OK, second_pod.text[-6000:]
+    message = second_pod.termination_message()
     assert (message.resumed_from_step, message.resolved and message.resolved.resume_exact) == (CHECKPOINT_STEPS, True)
 
     inputs = Inputs(
         model=vision_model, train=[rows], images=tmp_path / "images", model_revision="m", dataset_digest="d", output_dir=tmp_path / "out",
         config_maps=tmp_path / "none",
     )  # fmt: skip
-    uninterrupted = train_here(run, inputs)
-    assert uninterrupted.folder is not None
-    expected = hashlib.sha256((uninterrupted.folder / "adapter_model.safetensors").read_bytes()).hexdigest()
-    assert read_weight_hashes(bucket, message) == {"adapter_model.safetensors": expected}
+    uninterrupted_result = train_here(run, inputs)
+    assert uninterrupted_result.folder is not None
+    expected_hash = hashlib.sha256((uninterrupted_result.folder / "adapter_model.safetensors").read_bytes()).hexdigest()
+    assert read_weight_hashes(bucket, message) == {"adapter_model.safetensors": expected_hash}
 
 
 @pytest.mark.faults
@@ -90,34 +90,34 @@ def test_resume_and_lineage_detect_a_swapped_image_of_equal_size(vision_model: P
         (tmp_path / f"{name}.png").write_bytes(make_png(colour))
         question = [{"type": "image", "url": f"{name}.png"}, {"type": "text", "text": "question"}]
         rows.append({"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": name}]})
-    file = write_rows(tmp_path / "rows.jsonl", rows)
+    rows_file = write_rows(tmp_path / "rows.jsonl", rows)
     spec = {
-        "model": {"source": f"file://{vision_model}", "modality": "visionLanguage"}, "dataset": {"train": f"file://{file}"},
+        "model": {"source": f"file://{vision_model}", "modality": "visionLanguage"}, "dataset": {"train": f"file://{rows_file}"},
         "training": {"maxSteps": 4, "batchSizePerDevice": 1, "gradientAccumulationSteps": 1}, "checkpoint": {"steps": 2, "keep": 0},
     }  # fmt: skip
-    root = tmp_path / "store" / "team" / "job" / UID
-    target = StoreTarget(uri=f"file://{root}")
-    with Pod(run_config(spec, target), tmp_path / "one") as first:
-        assert first.end() == ExitCode.OK, first.text[-6000:]
-    statement = json.loads((root / "lineage" / "statement.json").read_text())
-    dependencies = {one["name"]: one for one in statement["predicate"]["buildDefinition"]["resolvedDependencies"]}
+    run_folder = tmp_path / "store" / "team" / "job" / UID
+    target = StoreTarget(uri=f"file://{run_folder}")
+    with Pod(run_config(spec, target), tmp_path / "one") as first_pod:
+        assert first_pod.end() == ExitCode.OK, first_pod.text[-6000:]
+    statement = json.loads((run_folder / "lineage" / "statement.json").read_text())
+    dependencies = {dependency["name"]: dependency for dependency in statement["predicate"]["buildDefinition"]["resolvedDependencies"]}
     lines = sorted(f"{name}.png\0{hashlib.sha256(make_png(colour)).hexdigest()}" for name, colour in COLOURS.items())
     digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
     assert dependencies["training image set"]["annotations"] == {"combinedDigest": digest}
-    (root / "model" / "_COMMITTED").unlink()  # simulates a job that stopped before it committed its model
+    (run_folder / "model" / "_COMMITTED").unlink()  # simulates a job that stopped before it committed its model
 
-    content = (tmp_path / "red.png").read_bytes()
-    swapped = make_png((20, 20, 222))
-    assert len(content) == len(swapped)
-    (tmp_path / "red.png").write_bytes(swapped)
-    with Pod(run_config(spec, target, attempt=2), tmp_path / "two") as second:
-        assert second.end() == ExitCode.CONFIG_INVALID, second.text[-6000:]
-    message = second.termination_message()
+    original_content = (tmp_path / "red.png").read_bytes()
+    swapped_content = make_png((20, 20, 222))
+    assert len(original_content) == len(swapped_content)
+    (tmp_path / "red.png").write_bytes(swapped_content)
+    with Pod(run_config(spec, target, attempt=2), tmp_path / "two") as second_pod:
+        assert second_pod.end() == ExitCode.CONFIG_INVALID, second_pod.text[-6000:]
+    message = second_pod.termination_message()
     assert message.code == "CheckpointIncompatible" and "was made with another training image set" in (message.message or "")
-    (tmp_path / "red.png").write_bytes(content)
-    with Pod(run_config(spec, target, attempt=3), tmp_path / "three") as third:
-        assert third.end() == ExitCode.OK, third.text[-6000:]
-    message = third.termination_message()
+    (tmp_path / "red.png").write_bytes(original_content)
+    with Pod(run_config(spec, target, attempt=3), tmp_path / "three") as third_pod:
+        assert third_pod.end() == ExitCode.OK, third_pod.text[-6000:]
+    message = third_pod.termination_message()
     assert message.resumed_from_step == 4 and message.resolved is not None and message.resolved.resume_exact is True
 
 
@@ -133,8 +133,8 @@ def test_adapter_and_merged_model_are_verified_by_a_fresh_process(bucket: Bucket
         assert pod.end() == ExitCode.OK, pod.text[-6000:]
     output = pod.termination_message().output
     assert output is not None and output.uri is not None and output.verification is not None
-    found = [(artefact.artefact, artefact.result, artefact.reason) for artefact in output.verification.artefacts]
-    assert found == [("adapter", VerificationOutcome.VERIFIED, None), ("merged", VerificationOutcome.VERIFIED, None)]
+    verified_artefacts = [(artefact.artefact, artefact.result, artefact.reason) for artefact in output.verification.artefacts]
+    assert verified_artefacts == [("adapter", VerificationOutcome.VERIFIED, None), ("merged", VerificationOutcome.VERIFIED, None)]
     for uri in (output.uri, output.merged_uri or ""):
         manifest = json.loads(bucket.read(uri.split("/job/", 1)[1].split("/", 1)[1] + "/manifest.json"))
         assert {"preprocessor_config.json", "chat_template.jinja", "tokenizer.json"} <= {item["path"] for item in manifest["files"]}

@@ -38,31 +38,31 @@ def preload(run: RunConfig) -> None:
 
 
 def main(run: RunConfig, channel: Channel, inputs: Inputs) -> None:
-    steps, every, pause = SCRIPT.get("steps", 20), SCRIPT.get("every", 5), SCRIPT.get("pause", 0.01)
+    last_step, checkpoint_interval, pause_seconds = SCRIPT.get("steps", 20), SCRIPT.get("every", 5), SCRIPT.get("pause", 0.01)
     agreement = StopAgreement(channel, TcpGangStore("toy") if channel.world_size > 1 else SingleRankStore(), poll_seconds=0.02)
     step = inputs.restore.step if inputs.restore else 0
-    steps = step + SCRIPT["further"] if "further" in SCRIPT else steps
-    chain = (inputs.restore.path / CHAIN_FILE.format(channel.rank)).read_text() if inputs.restore else ""
+    last_step = step + SCRIPT["further"] if "further" in SCRIPT else last_step
+    chain_state = (inputs.restore.path / CHAIN_FILE.format(channel.rank)).read_text() if inputs.restore else ""
     channel.report_stage(Stage.TRAINING)
-    channel.report_progress(Progress(step=step, total_steps=steps, epoch=0.0))
+    channel.report_progress(Progress(step=step, total_steps=last_step, epoch=0.0))
     agreement.start(step)
-    while step < steps:
-        time.sleep(pause)
+    while step < last_step:
+        time.sleep(pause_seconds)
         step += 1
         run_scripted_event(channel.rank, step)
-        chain = next_chain(chain, channel.rank, step)
+        chain_state = next_chain(chain_state, channel.rank, step)
         channel.report_step(step)
         channel.report_metrics(Metrics(train_loss=1.0 / step))
-        channel.report_log_line(step, {"loss": 1.0 / step, "chain": chain})
-        stopping = agreement.must_stop(step)
-        if step % every == 0 or stopping:
-            save_checkpoint(channel, inputs, step, chain, stopping)
+        channel.report_log_line(step, {"loss": 1.0 / step, "chain": chain_state})
+        must_stop = agreement.must_stop(step)
+        if step % checkpoint_interval == 0 or must_stop:
+            save_checkpoint(channel, inputs, step, chain_state, must_stop)
     if channel.rank == 0:
-        final = inputs.output_dir / "final"
-        final.mkdir()
-        (final / "adapter_model.safetensors").write_text(f"final {step}")
-        (final / CHAIN_FILE.format(channel.rank)).write_text(chain)
-        channel.report_output(final, OutputKind.ADAPTER, {})
+        final_folder = inputs.output_dir / "final"
+        final_folder.mkdir()
+        (final_folder / "adapter_model.safetensors").write_text(f"final {step}")
+        (final_folder / CHAIN_FILE.format(channel.rank)).write_text(chain_state)
+        channel.report_output(final_folder, OutputKind.ADAPTER, {})
 
 
 def next_chain(chain: str, rank: int, step: int) -> str:

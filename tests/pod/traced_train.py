@@ -43,14 +43,14 @@ def patch_trainer(channel: Channel) -> None:
     from finetune_trainer.checkpoint.background import BackgroundWriter
     from finetune_trainer.engine import GuardedTrainer
 
-    before = GuardedTrainer.get_batch_samples
+    get_batch_samples = GuardedTrainer.get_batch_samples
     defer_file = BackgroundWriter._defer
     micro_batch = saved_step = file_count = 0
 
-    def batches(self: Any, *args: Any, **options: Any) -> Any:
+    def record_batch_samples(self: Any, *args: Any, **options: Any) -> Any:
         nonlocal micro_batch
         micro_batch = 0
-        samples, count = before(self, *args, **options)
+        samples, count = get_batch_samples(self, *args, **options)
         if samples:
             entry = {"step": self.state.global_step + 1, "rows": [hash_rows(batch) for batch in samples]}
             with (channel.work_folder / f"rows-{channel.rank}.jsonl").open("a") as file:
@@ -93,12 +93,12 @@ def patch_trainer(channel: Channel) -> None:
 
     def start(self: StopAgreement, step: int) -> None:
         agreements.append(self)
-        begin(self, step)
+        start_agreement(self, step)
 
-    begin = StopAgreement.start
+    start_agreement = StopAgreement.start
     BackgroundWriter._defer = defer  # type: ignore[method-assign]
     StopAgreement.start = start  # type: ignore[method-assign]
-    GuardedTrainer.get_batch_samples = batches  # type: ignore[method-assign]
+    GuardedTrainer.get_batch_samples = record_batch_samples  # type: ignore[method-assign]
     GuardedTrainer.training_step = training_step  # type: ignore[method-assign]
     GuardedTrainer.prediction_step = prediction_step  # type: ignore[method-assign]
     GuardedTrainer._finalize_training = finalize  # type: ignore[method-assign]

@@ -16,21 +16,21 @@ CLONE_NEWNET = 0x40000000
 def enter_network(pid: int) -> Iterator[None]:
     """Run a `with` block of this thread in the network namespace of another process. Sockets that are opened in the block stay in that namespace."""
     libc = ctypes.CDLL(None, use_errno=True)
-    own, other = (os.open(f"/proc/{name}/ns/net", os.O_RDONLY) for name in ("thread-self", pid))
+    own_namespace, other_namespace = (os.open(f"/proc/{name}/ns/net", os.O_RDONLY) for name in ("thread-self", pid))
 
     def set_namespace(namespace: int) -> None:
         if libc.setns(namespace, CLONE_NEWNET) != 0:
             raise OSError(ctypes.get_errno(), "setns")
 
     try:
-        set_namespace(other)
+        set_namespace(other_namespace)
         try:
             yield
         finally:
-            set_namespace(own)
+            set_namespace(own_namespace)
     finally:
-        os.close(own)
-        os.close(other)
+        os.close(own_namespace)
+        os.close(other_namespace)
 
 
 def create_service(job_namespace: JobNamespace, name: str, port: int, target_port: int) -> None:

@@ -52,9 +52,9 @@ class ExampleJobs:
     def wait_finished(self, name: str) -> FinishedRun:
         """Import and apply the jobs of this example and of the next example, and wait until the job of this example succeeds."""
         index = self.names.index(name)
-        for one in self.names[index : index + JOBS_AT_A_TIME]:
-            if one not in self.specs:
-                self.specs[one] = self._apply(one)
+        for example_name in self.names[index : index + JOBS_AT_A_TIME]:
+            if example_name not in self.specs:
+                self.specs[example_name] = self._apply(example_name)
         status: FineTuneJobStatus = self.job_namespace.wait_finished(make_job_name(name))
         return FinishedRun(self.specs[name], status, self.read, self.list_files)
 
@@ -67,7 +67,7 @@ class ExampleJobs:
             env={**os.environ, "MLFLOW_TRACKING_URI": TRACKING_URI},
         )  # fmt: skip
         assert completed_process.returncode == 0, completed_process.stderr
-        (job,) = [one for one in yaml.safe_load_all(manifest.read_text("utf-8")) if one["kind"] == KIND]
+        (job,) = [manifest_object for manifest_object in yaml.safe_load_all(manifest.read_text("utf-8")) if manifest_object["kind"] == KIND]
         for config_map, data in list_missing_config_maps(name, job["spec"]):
             self.job_namespace.apply({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": config_map}, "data": data})
         self.job_namespace.apply(manifest)
@@ -91,21 +91,21 @@ def example_jobs(
     shared_namespace: JobNamespace, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> Iterator[ExampleJobs]:
     """Upload the small models and data that replace those of the examples, and start the servers that the selected examples need."""
-    selected = [item.callspec.params["name"] for item in request.session.items if item.path == request.path]  # type: ignore[attr-defined]  # all tests are parametrised
+    selected_names = [item.callspec.params["name"] for item in request.session.items if item.path == request.path]  # type: ignore[attr-defined]  # all tests are parametrised
     folder, cluster = tmp_path_factory.mktemp("examples"), shared_namespace.installation.cluster
     write_stand_ins(folder)
     shared_namespace.installation.upload_folder(folder, BUCKET)
-    jobs = ExampleJobs(shared_namespace, folder, selected)
-    changes = [change for name in selected for change in PAGE_EXAMPLES[name].changes]
+    jobs = ExampleJobs(shared_namespace, folder, selected_names)
+    changes = [change for name in selected_names for change in PAGE_EXAMPLES[name].changes]
     address = cluster.plan.nodes[0].address
     with ExitStack() as servers:
         if any("HF_ENDPOINT" in change for change in changes):
             jobs.hub = servers.enter_context(serve_hub(address, enter_network(cluster.network_namespace_pid), "http://hub"))
             create_service(shared_namespace, "hub", 80, jobs.hub.port)
             shared_namespace.create_secret("hub", {"token": TOKEN})
-        if MLFLOW_EXAMPLES & set(selected):
-            run_in = ["nsenter", "--net", "--target", str(cluster.network_namespace_pid)]
-            jobs.mlflow = servers.enter_context(make_mlflow_server(folder / "mlflow", address, run_in, f"mlflow,mlflow:5000,{address}:*"))
+        if MLFLOW_EXAMPLES & set(selected_names):
+            command_prefix = ["nsenter", "--net", "--target", str(cluster.network_namespace_pid)]
+            jobs.mlflow = servers.enter_context(make_mlflow_server(folder / "mlflow", address, command_prefix, f"mlflow,mlflow:5000,{address}:*"))
             create_service(shared_namespace, "mlflow", 5000, jobs.mlflow.port)
         yield jobs
 
@@ -141,9 +141,9 @@ def check_hub(run: FinishedRun, hub: Hub) -> None:
     assert repository.files["adapter_model.safetensors"] == run.read(f"{run.output.uri}/adapter_model.safetensors")
 
 
-def check_token_from_secret(job_namespace: JobNamespace, name: str, token: dict[str, str]) -> None:
+def check_token_from_secret(job_namespace: JobNamespace, name: str, token_reference: dict[str, str]) -> None:
     """Check that the pod reads its Hugging Face token from the Secret that the import wrote."""
     (pod,) = job_namespace.pods(name)
-    (container,) = [one for one in pod["spec"]["containers"] if one["name"] == TRAINER_CONTAINER]
-    (variable,) = [one for one in container["env"] if one["name"] == Env.HF_TOKEN.value]
-    assert variable["valueFrom"]["secretKeyRef"] == token == {"name": f"{name}-import", "key": "hf-token"}
+    (container,) = [candidate for candidate in pod["spec"]["containers"] if candidate["name"] == TRAINER_CONTAINER]
+    (variable,) = [candidate for candidate in container["env"] if candidate["name"] == Env.HF_TOKEN.value]
+    assert variable["valueFrom"]["secretKeyRef"] == token_reference == {"name": f"{name}-import", "key": "hf-token"}

@@ -72,7 +72,7 @@ class Installation:
 
     def install(self, **chart_values: Any) -> str:
         """Install or upgrade the chart with the demo's values, overridden by `chart_values`. Returns Helm's output."""
-        self.api.patch("namespaces", None, demo.RELEASE_NAME, restricted_namespace(demo.RELEASE_NAME), patch_type="apply")
+        self.api.patch("namespaces", None, demo.RELEASE_NAME, make_restricted_namespace(demo.RELEASE_NAME), patch_type="apply")
         values = demo.make_helm_values(ChartInputs(self.cluster.s3)) | chart_values  # type: ignore[arg-type]  # demo.make_helm_values reads only the fields of ChartInputs
         values["settings"] |= {"retry": {"baseSeconds": 1}}
         # Some virtual machines advertise AMX but do not permit it, so 16-bit matrix products would be killed with SIGILL.
@@ -102,7 +102,7 @@ class Installation:
 
     def create_namespace(self, namespace: str) -> JobNamespace:
         """Create a namespace for jobs, with Pod Security `restricted` and a Secret with the S3 keys."""
-        self.api.patch("namespaces", None, namespace, restricted_namespace(namespace), patch_type="apply")
+        self.api.patch("namespaces", None, namespace, make_restricted_namespace(namespace), patch_type="apply")
         keys = {"AWS_ACCESS_KEY_ID": self.cluster.s3.access_key, "AWS_SECRET_ACCESS_KEY": self.cluster.s3.secret_key}
         created_namespace = JobNamespace(self, namespace)
         created_namespace.create_secret(SECRET, keys)
@@ -112,10 +112,10 @@ class Installation:
         """Return the sha256 of each file of a committed folder, by path, as its manifest.json lists them."""
         bucket, _, prefix = uri.removeprefix("s3://").partition("/")
         body = json.loads(self.store.get_object(Bucket=bucket, Key=f"{prefix}/manifest.json")["Body"].read())
-        return {one["path"]: one["sha256"] for one in body["files"]}
+        return {entry["path"]: entry["sha256"] for entry in body["files"]}
 
 
-def restricted_namespace(name: str) -> Object:
+def make_restricted_namespace(name: str) -> Object:
     """Return the manifest of a namespace with the Pod Security level `restricted`."""
     labels = {"pod-security.kubernetes.io/enforce": "restricted"}
     return {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}}
@@ -135,8 +135,8 @@ class JobNamespace:
 
     def apply(self, *manifests: Object | Path) -> None:
         """Run `kubectl apply` for each object or manifest file."""
-        for one in manifests:
-            text = one.read_text("utf-8") if isinstance(one, Path) else yaml.safe_dump(one)
+        for manifest in manifests:
+            text = manifest.read_text("utf-8") if isinstance(manifest, Path) else yaml.safe_dump(manifest)
             self.installation.cluster.kubectl("-n", self.namespace, "apply", "-f", "-", stdin=text)
 
     def status(self, name: str) -> FineTuneJobStatus:
@@ -152,7 +152,7 @@ class JobNamespace:
     ) -> FineTuneJobStatus:
         """Wait until `until(status)` is true, and return the status. After `timeout` seconds, raise AssertionError with the status and the pods' logs."""
         try:
-            found = self.installation.api.wait(
+            job_object = self.installation.api.wait(
                 PLURAL,
                 self.namespace,
                 name,
@@ -161,19 +161,19 @@ class JobNamespace:
                 description=description,
             )
         except AssertionError as error:
-            raise AssertionError(f"{error}\n{self._pod_logs(name)}") from None
-        return parse_status(found)
+            raise AssertionError(f"{error}\n{self._read_pod_logs(name)}") from None
+        return parse_status(job_object)
 
     def wait_finished(self, name: str, phase: Phase = Phase.SUCCEEDED) -> FineTuneJobStatus:
         """Wait until the job ends, and return its status. Raise AssertionError if the job's final phase is not `phase`."""
         status = self.wait(name, lambda s: s.phase in (Phase.SUCCEEDED, Phase.FAILED, Phase.CANCELLED), "finished")
-        assert status.phase is phase, f"{name}: {status.phase}, {status.failure}\n{self._pod_logs(name)}"
+        assert status.phase is phase, f"{name}: {status.phase}, {status.failure}\n{self._read_pod_logs(name)}"
         return status
 
     def pods(self, name: str) -> list[Object]:
         """List the pods of a job, sorted by attempt."""
-        found = self.installation.api.list("pods", self.namespace, labels=f"{Label.JOB_NAME}={name}")
-        return sorted(found, key=lambda pod: (int(pod["metadata"]["labels"][Label.ATTEMPT]), pod["metadata"]["name"]))
+        pods = self.installation.api.list("pods", self.namespace, labels=f"{Label.JOB_NAME}={name}")
+        return sorted(pods, key=lambda pod: (int(pod["metadata"]["labels"][Label.ATTEMPT]), pod["metadata"]["name"]))
 
     def exec_script(self, pod: str, script: str) -> str:
         """Run a shell script in the trainer container of a pod. Returns its output."""
@@ -181,14 +181,14 @@ class JobNamespace:
             "-n", self.namespace, "exec", pod, "-c", TRAINER_CONTAINER, "--", "sh", "-c", script
         )
 
-    def _pod_logs(self, name: str) -> str:
-        found = []
+    def _read_pod_logs(self, name: str) -> str:
+        log_texts = []
         for pod in self.pods(name):
             logs = self.installation.cluster.kubectl(
                 "-n", self.namespace, "logs", "--tail=30", pod["metadata"]["name"], check=False
             )
-            found.append(f"--- {pod['metadata']['name']} {pod['status'].get('phase')}\n{logs}")
-        return "\n".join(found)
+            log_texts.append(f"--- {pod['metadata']['name']} {pod['status'].get('phase')}\n{logs}")
+        return "\n".join(log_texts)
 
 
 def parse_status(body: Object) -> FineTuneJobStatus:
@@ -196,7 +196,7 @@ def parse_status(body: Object) -> FineTuneJobStatus:
     return FineTuneJobStatus.model_validate(body.get("status") or {"observedGeneration": -1})
 
 
-def job(name: str, **spec: Any) -> Object:
+def make_job(name: str, **spec: Any) -> Object:
     """Return the manifest of a FineTuneJob that trains the uploaded model on CPUs. Each spec group in `spec` replaces the default group of that name."""
     groups: Object = {
         "model": {"source": MODEL},

@@ -59,19 +59,19 @@ def test_the_demo_runs_to_its_end(
     borrowed_installation: Installation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make_tiny_model(tmp_path / "model", hidden=128, layers=4)
-    out = tmp_path / "out.txt"
-    with out.open("w") as file:
+    output_file = tmp_path / "out.txt"
+    with output_file.open("w") as file:
         monkeypatch.setattr(demo, "console", Console(file=file, width=200))
         monkeypatch.setattr(demo, "ensure_model", lambda: model)
         demo.run_demo(RunningCluster(borrowed_installation))
     borrowed_installation.api.delete("namespaces", None, demo.NAMESPACE)
-    text = out.read_text()
-    for fact in (
+    text = output_file.read_text()
+    for expected_text in (
         "kubectl apply -f examples/quickstart.yaml", "phase Running", "phase Succeeded", "100 % of the steps done",
         "quickstart   Succeeded   40/40 (100%)", "model/_COMMITTED", "checkpoints/step-00000040/_COMMITTED",
         *demo.UNSEEN_QUESTIONS,
     ):  # fmt: skip
-        assert fact in text, text
+        assert expected_text in text, text
     assert text.count("    tuned  ") == len(demo.UNSEEN_QUESTIONS)
 
 

@@ -34,22 +34,22 @@ class ExampleRunner:
     def wait_finished(self, name: str) -> FineTuneJobStatus:
         """Apply this example and the next example, and wait until this example ends."""
         next_names = self.names[self.names.index(name) + 1 :][:1] if name in self.names else []
-        for one in (name, *next_names):
-            if one not in self.applied_names:
-                self.applied_names.add(one)
-                self.job_namespace.apply(ROOT / f"examples/{one}.yaml")
+        for example_name in (name, *next_names):
+            if example_name not in self.applied_names:
+                self.applied_names.add(example_name)
+                self.job_namespace.apply(ROOT / f"examples/{example_name}.yaml")
         return self.job_namespace.wait_finished(name)
 
 
 @pytest.fixture(scope="module")
 def examples(shared_namespace: JobNamespace, request: pytest.FixtureRequest) -> ExampleRunner:
     """Runs the selected examples in one namespace."""
-    functions = [one for one in request.session.items if isinstance(one, pytest.Function)]
-    selected = {one.callspec.params["name"] for one in functions if one.originalname == "test_an_example_succeeds"}
-    return ExampleRunner(shared_namespace, [name for name in EXAMPLE_NAMES if name in selected])
+    functions = [item for item in request.session.items if isinstance(item, pytest.Function)]
+    selected_names = {function.callspec.params["name"] for function in functions if function.originalname == "test_an_example_succeeds"}
+    return ExampleRunner(shared_namespace, [name for name in EXAMPLE_NAMES if name in selected_names])
 
 
-def expected_steps(name: str) -> int:
+def read_expected_steps(name: str) -> int:
     """Return the number of optimizer steps that the example must train."""
     (body,) = [
         item for item in yaml.safe_load_all((ROOT / f"examples/{name}.yaml").read_text("utf-8")) if item["kind"] == KIND
@@ -68,7 +68,7 @@ QLoRA.
 def test_an_example_succeeds(examples: ExampleRunner, name: str) -> None:
     status = examples.wait_finished(name)
     assert status.progress is not None
-    assert (status.progress.step, status.progress.total_steps) == (expected_steps(name), expected_steps(name))
+    assert (status.progress.step, status.progress.total_steps) == (read_expected_steps(name), read_expected_steps(name))
     assert status.restarts == 0
     check_output(examples.job_namespace, name, status)
     assert status.resolved is not None

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 from finetune_api.names import PLURAL, Condition, Reason
 
-from tests.e2e.jobs.installation import JobNamespace, job
+from tests.e2e.jobs.installation import JobNamespace, make_job
 
 
 @pytest.mark.slow
 def test_a_job_that_is_applied_again_adopts_its_result(job_namespace: JobNamespace) -> None:
-    api, body = job_namespace.installation.api, job("again", training={"maxSteps": 2}, policy={"onExistingResult": "adopt"})
+    api, body = job_namespace.installation.api, make_job("again", training={"maxSteps": 2}, policy={"onExistingResult": "adopt"})
     job_namespace.apply(body)
     trained_status = job_namespace.wait_finished("again")
     assert trained_status.attempt == 1 and trained_status.output is not None and trained_status.output.uri is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import demo
 from finetune_api.names import Label, Phase
 
-from tests.e2e.jobs.installation import LONG_RUN_STEPS, Installation, JobNamespace, job
+from tests.e2e.jobs.installation import LONG_RUN_STEPS, Installation, JobNamespace, make_job
 from tests.support.audit_log import read_requests
 from tests.support.kubeapi import condition_is_true
 
@@ -25,16 +25,16 @@ def test_a_helm_upgrade_with_the_same_values_restarts_no_pod(installation: Insta
     installation.api.wait_list(
         "pods", demo.RELEASE_NAME, lambda pods: len(pods) == 1, timeout=60
     )  # a pod of the previous version may still be ending
-    (before,) = installation.api.list("pods", demo.RELEASE_NAME)
+    (pod_before,) = installation.api.list("pods", demo.RELEASE_NAME)
     installation.install()
-    (after,) = installation.api.list("pods", demo.RELEASE_NAME)
-    assert after["metadata"]["uid"] == before["metadata"]["uid"]
+    (pod_after,) = installation.api.list("pods", demo.RELEASE_NAME)
+    assert pod_after["metadata"]["uid"] == pod_before["metadata"]["uid"]
 
 
 def test_a_job_finishes_while_the_operator_is_down(job_namespace: JobNamespace) -> None:
     installation = job_namespace.installation
     labels = f"{Label.JOB_NAME}=alone"
-    job_namespace.apply(job("alone", training={"maxSteps": LONG_RUN_STEPS, "batchSizePerDevice": 2, "gradientAccumulationSteps": 1}))
+    job_namespace.apply(make_job("alone", training={"maxSteps": LONG_RUN_STEPS, "batchSizePerDevice": 2, "gradientAccumulationSteps": 1}))
     installation.api.wait_list("jobs", job_namespace.namespace, lambda jobs: len(jobs) == 1, labels=labels, timeout=60)
     kubectl = installation.cluster.kubectl
     kubectl("-n", demo.RELEASE_NAME, "scale", f"deployment/{demo.RELEASE_NAME}", "--replicas=0", "--timeout=60s")
@@ -42,7 +42,7 @@ def test_a_job_finishes_while_the_operator_is_down(job_namespace: JobNamespace) 
     installation.api.wait_list(
         "jobs",
         job_namespace.namespace,
-        lambda jobs: all(condition_is_true(one, "Complete") for one in jobs),
+        lambda jobs: all(condition_is_true(job, "Complete") for job in jobs),
         labels=labels,
         timeout=120,
     )

@@ -9,7 +9,7 @@ import pytest
 from finetune_api.names import Phase
 
 from localcluster.processes import wait_until
-from tests.e2e.jobs.installation import LONG_RUN_STEPS, Installation, JobNamespace, job
+from tests.e2e.jobs.installation import LONG_RUN_STEPS, Installation, JobNamespace, make_job
 from tests.support.kueue_controller import NodeNetwork, QueueObjects, running_kueue
 
 QUOTAS = {"cpu": "4", "memory": "16Gi", "ephemeral-storage": "40Gi"}
@@ -27,7 +27,7 @@ def queue(installation: Installation, job_namespace: JobNamespace, tmp_path: Pat
 @pytest.mark.slow
 def test_kueue_admits_a_job_and_its_pod_trains(queue: QueueObjects, job_namespace: JobNamespace) -> None:
     queue.create({**QUOTAS, "cpu": "0"})
-    job_namespace.apply(job("queued", training={"maxSteps": LONG_RUN_STEPS}, placement={"queueName": "team-a"}))
+    job_namespace.apply(make_job("queued", training={"maxSteps": LONG_RUN_STEPS}, placement={"queueName": "team-a"}))
     job_namespace.wait("queued", lambda s: s.phase is Phase.QUEUED, "queued")
     assert job_namespace.pods("queued") == []
 

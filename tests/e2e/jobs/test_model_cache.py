@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from finetune_api.status import FineTuneJobStatus
 
-from tests.e2e.jobs.installation import JobNamespace, job
+from tests.e2e.jobs.installation import JobNamespace, make_job
 
 pytestmark = pytest.mark.slow
 TRAINER_UID = 10001
 CLAIM = "models"
-PAIR = {"gpusPerNode": 0, "nodes": 2, "cpu": "100m", "memory": "2Gi"}
+TWO_PODS = {"gpusPerNode": 0, "nodes": 2, "cpu": "100m", "memory": "2Gi"}
 
 
 @pytest.fixture
@@ -33,12 +33,12 @@ def volume_folder() -> Iterator[Path]:
 @pytest.fixture
 def claim(job_namespace: JobNamespace, volume_folder: Path) -> Iterator[None]:
     """A claim in the namespace of the jobs, bound to a volume in `volume_folder`."""
-    api, access, size = job_namespace.installation.api, ["ReadWriteMany"], {"storage": "1Gi"}
+    api, access_modes, size = job_namespace.installation.api, ["ReadWriteMany"], {"storage": "1Gi"}
     volume_name = f"{job_namespace.namespace}-{CLAIM}"
-    reference = {"namespace": job_namespace.namespace, "name": CLAIM}
-    volume = {"capacity": size, "accessModes": access, "hostPath": {"path": str(volume_folder)}, "storageClassName": "", "claimRef": reference}
+    claim_reference = {"namespace": job_namespace.namespace, "name": CLAIM}
+    volume = {"capacity": size, "accessModes": access_modes, "hostPath": {"path": str(volume_folder)}, "storageClassName": "", "claimRef": claim_reference}
     api.create("persistentvolumes", None, {"apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": volume_name}, "spec": volume})
-    spec = {"accessModes": access, "resources": {"requests": size}, "storageClassName": "", "volumeName": volume_name}
+    spec = {"accessModes": access_modes, "resources": {"requests": size}, "storageClassName": "", "volumeName": volume_name}
     api.create("persistentvolumeclaims", job_namespace.namespace, {
         "apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": CLAIM}, "spec": spec,
     })  # fmt: skip
@@ -57,9 +57,9 @@ def node_cache(job_namespace: JobNamespace, volume_folder: Path) -> Iterator[Non
     installation.install()
 
 
-def train(jobs: JobNamespace, name: str, cache: str, **spec: Any) -> FineTuneJobStatus:
+def run_job(jobs: JobNamespace, name: str, cache: str, **spec: Any) -> FineTuneJobStatus:
     """Run a job with a cache to its end, and return its status."""
-    body = job(name, training={"maxSteps": 2}, **spec)
+    body = make_job(name, training={"maxSteps": 2}, **spec)
     body["spec"]["model"] = body["spec"]["model"] | {"cache": cache}
     jobs.apply(body)
     return jobs.wait_finished(name)
@@ -81,18 +81,18 @@ def list_stored_files(folder: Path) -> dict[str, tuple[int, int, int]]:
 @pytest.mark.usefixtures("claim")
 def test_a_preparation_fills_the_claim_from_which_all_jobs_read(job_namespace: JobNamespace, volume_folder: Path) -> None:
     cache = f"pvc://{CLAIM}/hub"
-    first_status = train(job_namespace, "first", cache, prepare={"strategy": "always"})
+    first_status = run_job(job_namespace, "first", cache, prepare={"strategy": "always"})
     stored_files = list_stored_files(volume_folder)
     assert (read_model_source(first_status), len(stored_files), {owner for *_, owner in stored_files.values()}) == ("cache", 1, {TRAINER_UID})
-    assert read_model_source(train(job_namespace, "second", cache, resources=PAIR)) == "cache"
+    assert read_model_source(run_job(job_namespace, "second", cache, resources=TWO_PODS)) == "cache"
     assert list_stored_files(volume_folder) == stored_files
 
 
 @pytest.mark.usefixtures("node_cache")
 def test_the_jobs_of_a_node_download_the_model_once(job_namespace: JobNamespace, volume_folder: Path) -> None:
     """Both nodes of the local cluster see the same folder, so one download serves both."""
-    assert read_model_source(train(job_namespace, "first", "node")) == "download"
+    assert read_model_source(run_job(job_namespace, "first", "node")) == "download"
     stored_files = list_stored_files(volume_folder)
     assert (len(stored_files), {owner for *_, owner in stored_files.values()}) == (1, {TRAINER_UID})
-    assert read_model_source(train(job_namespace, "second", "node", resources=PAIR)) == "cache"
+    assert read_model_source(run_job(job_namespace, "second", "node", resources=TWO_PODS)) == "cache"
     assert list_stored_files(volume_folder) == stored_files

@@ -23,7 +23,7 @@ SERVICE_ACCOUNT = "openai-client"
 API_KEY = f"sk-{secrets.token_hex(32)}"
 
 
-def guide_objects() -> list[dict[str, Any]]:
+def read_guide_objects() -> list[dict[str, Any]]:
     """Read the manifests of the client's ServiceAccount, role and binding from the guide."""
     text = (ROOT / "docs/guides/openai.md").read_text("utf-8")
     block = re.search(r"```yaml\n(apiVersion: v1\nkind: ServiceAccount.*?)```", text, re.DOTALL)
@@ -37,13 +37,13 @@ def base_url(installation: Installation, job_namespace: JobNamespace) -> Iterato
     namespace, cluster = job_namespace.namespace, installation.cluster
     images.build_images([images.ImageName.CLI], show_step)
     cluster.load_image(f"{CLI_IMAGE}:dev")
-    for item in guide_objects():
+    for item in read_guide_objects():
         if item["kind"] == "RoleBinding":
             item["subjects"][0]["namespace"] = namespace
         job_namespace.apply(item)
-    table = {"keys": [{"sha256": hashlib.sha256(API_KEY.encode()).hexdigest(), "namespace": namespace, "serviceAccount": SERVICE_ACCOUNT}]}
+    key_table = {"keys": [{"sha256": hashlib.sha256(API_KEY.encode()).hexdigest(), "namespace": namespace, "serviceAccount": SERVICE_ACCOUNT}]}
     operator_namespace = JobNamespace(installation, demo.RELEASE_NAME)
-    operator_namespace.create_secret("openai-keys", {"keys.yaml": yaml.safe_dump(table)})
+    operator_namespace.create_secret("openai-keys", {"keys.yaml": yaml.safe_dump(key_table)})
     operator_namespace.create_secret("openai-s3", {"AWS_ACCESS_KEY_ID": cluster.s3.access_key, "AWS_SECRET_ACCESS_KEY": cluster.s3.secret_key})
     spec = {"model": {"source": MODEL}, "resources": {"gpusPerNode": 0, "cpu": "100m", "memory": "2Gi"}, "checkpoint": {"steps": 2}}
     installation.install(openaiServer={
@@ -52,7 +52,7 @@ def base_url(installation: Installation, job_namespace: JobNamespace) -> Iterato
     })  # fmt: skip
     command = [str(build.ensure_built(build.KUBE_PROGRAM)), "kubectl", "--kubeconfig", str(cluster.kubeconfig), "-n", demo.RELEASE_NAME]
     (service,) = [
-        one["metadata"]["name"] for one in installation.api.list("services", demo.RELEASE_NAME) if "openai" in one["metadata"]["name"]
+        service["metadata"]["name"] for service in installation.api.list("services", demo.RELEASE_NAME) if "openai" in service["metadata"]["name"]
     ]
     with subprocess.Popen([*command, "port-forward", f"service/{service}", ":80"], stdout=subprocess.PIPE, text=True) as forward:
         assert forward.stdout is not None
@@ -75,14 +75,14 @@ def test_the_official_client_trains_a_model(base_url: str, job_namespace: JobNam
     assert client.files.content(file.id).read() == rows
 
     job = client.fine_tuning.jobs.create(model="gpt-4o-mini", training_file=file.id, hyperparameters={"n_epochs": 1})
-    assert job.status in ("validating_files", "queued") and job.id in {one.id for one in client.fine_tuning.jobs.list()}
+    assert job.status in ("validating_files", "queued") and job.id in {listed_job.id for listed_job in client.fine_tuning.jobs.list()}
     job_namespace.wait_finished(job.id)
     done_job = client.fine_tuning.jobs.retrieve(job.id)
     assert (done_job.status, done_job.error) == ("succeeded", None)
     assert done_job.fine_tuned_model == job_namespace.status(job.id).output.uri  # type: ignore[union-attr]
     assert (done_job.trained_tokens or 0) > 0
     assert done_job.finished_at is not None and list(client.fine_tuning.jobs.list_events(job.id))
-    assert [one.step_number for one in client.fine_tuning.jobs.checkpoints.list(job.id)]
+    assert [checkpoint.step_number for checkpoint in client.fine_tuning.jobs.checkpoints.list(job.id)]
     (result_file,) = done_job.result_files
     assert client.files.content(result_file).text.startswith("step,")
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from finetune_api.names import Condition, Phase
 
-from tests.e2e.jobs.installation import JobNamespace, job
+from tests.e2e.jobs.installation import JobNamespace, make_job
 
 
 def test_a_job_is_prepared_and_then_trained(job_namespace: JobNamespace) -> None:
-    job_namespace.apply(job("prepared", prepare={"strategy": "always"}, training={"maxSteps": 2}))
+    job_namespace.apply(make_job("prepared", prepare={"strategy": "always"}, training={"maxSteps": 2}))
     status = job_namespace.wait("prepared", lambda s: s.phase is Phase.PREPARING, "prepared", 60)
     assert (status.attempt, status.attempts) == (None, [])
     status = job_namespace.wait_finished("prepared")

@@ -12,7 +12,7 @@ import pytest
 from finetune_api.names import PLURAL, FailureClass, Label, Phase
 from finetune_api.status import FineTuneJobStatus
 
-from tests.e2e.jobs.installation import Installation, JobNamespace, demo, job
+from tests.e2e.jobs.installation import Installation, JobNamespace, demo, make_job
 from tests.support.slices import quick_slice
 
 STEPS, CHECKPOINT_STEPS = 100, 10
@@ -22,7 +22,7 @@ TWO_PODS: dict[str, Any] = {"gpusPerNode": 0, "nodes": 2, "cpu": "100m", "memory
 
 def make_long_job(name: str, resources: dict[str, Any], **spec_groups: Any) -> dict[str, Any]:
     """Return a job with two ranks, dropout and frequent checkpoints that trains long enough to be interrupted."""
-    return job(
+    return make_job(
         name,
         resources=resources,
         method={"type": "lora", "lora": {"dropout": 0.1}},
@@ -49,16 +49,16 @@ def read_weight_hashes(job_namespace: JobNamespace, status: FineTuneJobStatus) -
     assert status.output is not None
     assert status.output.uri is not None
     files = job_namespace.installation.read_file_hashes(status.output.uri)
-    found = {path: digest for path, digest in files.items() if path.endswith(".safetensors")}
-    assert found
-    return found
+    weight_hashes = {path: digest for path, digest in files.items() if path.endswith(".safetensors")}
+    assert weight_hashes
+    return weight_hashes
 
 
 def find_last_rank_pid(job_namespace: JobNamespace, pod: str) -> int:
     """Return the process id of the last rank, as seen inside the container."""
     script = 'for p in /proc/[0-9]*; do tr "\\0" " " < $p/cmdline 2>/dev/null | grep -q "[f]inetune_trainer train" && echo ${p#/proc/}; done; true'
-    found = sorted(int(line) for line in job_namespace.exec_script(pod, script).split())
-    return found[-1]
+    rank_pids = sorted(int(line) for line in job_namespace.exec_script(pod, script).split())
+    return rank_pids[-1]
 
 
 def find_supervisor_pid(uid: str) -> int:
@@ -119,14 +119,14 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_run(
     interrupt(shared_namespace, pods[pod_index])
     status = shared_namespace.wait_finished(name)
     assert status.restarts == 1
-    first, second = status.attempts
-    assert second.resumed_from_step is not None
-    assert second.resumed_from_step >= CHECKPOINT_STEPS
-    assert first.last_step is not None
-    assert first.last_step < STEPS
+    first_attempt, second_attempt = status.attempts
+    assert second_attempt.resumed_from_step is not None
+    assert second_attempt.resumed_from_step >= CHECKPOINT_STEPS
+    assert first_attempt.last_step is not None
+    assert first_attempt.last_step < STEPS
     if "deleted" in name:
-        assert first.reason == FailureClass.PREEMPTED.value
-        assert first.counted is not True, "the deletion of a pod was counted as a retry"
+        assert first_attempt.reason == FailureClass.PREEMPTED.value
+        assert first_attempt.counted is not True, "the deletion of a pod was counted as a retry"
     assert read_weight_hashes(shared_namespace, status) == uninterrupted_weights
 
 
@@ -145,14 +145,14 @@ def test_a_suspended_job_saves_a_checkpoint_and_resumes_from_it(
         lambda pods: all(has_ended(pod) for pod in pods),
         labels=f"{Label.JOB_NAME}={name}",
     )
-    (first,) = status.attempts
-    assert first.counted is not True, "the suspension was counted as a retry"
+    (first_attempt,) = status.attempts
+    assert first_attempt.counted is not True, "the suspension was counted as a retry"
     set_suspend(shared_namespace, name, False)
     status = shared_namespace.wait_finished(name)
-    first, second = status.attempts
-    assert first.last_step is not None
-    assert 0 < first.last_step < STEPS
-    assert second.resumed_from_step == first.committed_step == first.last_step, "the second attempt repeats steps"
+    first_attempt, second_attempt = status.attempts
+    assert first_attempt.last_step is not None
+    assert 0 < first_attempt.last_step < STEPS
+    assert second_attempt.resumed_from_step == first_attempt.committed_step == first_attempt.last_step, "the second attempt repeats steps"
     assert read_weight_hashes(shared_namespace, status) == uninterrupted_weights
 
 
@@ -177,8 +177,8 @@ def test_a_recreated_job_waits_for_the_pods_of_the_deleted_job_of_the_same_name(
     shared_namespace.installation.cluster.kubectl(
         "-n", shared_namespace.namespace, "delete", "finetunejob", name, "--wait=false"
     )
-    (old,) = shared_namespace.pods(name)
-    shared_namespace.apply(job(name, training={"maxSteps": 2}))
+    (old_pod,) = shared_namespace.pods(name)
+    shared_namespace.apply(make_job(name, training={"maxSteps": 2}))
     status = shared_namespace.wait_finished(name)
     assert status.output is not None
     assert status.output.uri is not None
@@ -189,7 +189,7 @@ def test_a_recreated_job_waits_for_the_pods_of_the_deleted_job_of_the_same_name(
     (attempt,) = status.attempts
     assert (attempt.resumed_from_step, attempt.last_step) == (None, 2)
     (pod,) = shared_namespace.pods(name)
-    assert pod["metadata"]["uid"] != old["metadata"]["uid"]
+    assert pod["metadata"]["uid"] != old_pod["metadata"]["uid"]
 
 
 @pytest.fixture
@@ -220,9 +220,9 @@ def test_a_job_on_a_powered_off_node_resumes_from_its_checkpoint_on_another_node
     cluster.kubectl("uncordon", "n1")
     cluster.power_off(n2)
     status = shared_namespace.wait(name, lambda s: s.phase is Phase.SUCCEEDED, "succeeded", timeout=420)
-    first, second = status.attempts
-    assert first.counted is not True, "the lost node was counted as a retry"
-    assert first.node == n2
-    assert second.resumed_from_step is not None
-    assert second.resumed_from_step >= CHECKPOINT_STEPS
+    first_attempt, second_attempt = status.attempts
+    assert first_attempt.counted is not True, "the lost node was counted as a retry"
+    assert first_attempt.node == n2
+    assert second_attempt.resumed_from_step is not None
+    assert second_attempt.resumed_from_step >= CHECKPOINT_STEPS
     assert read_weight_hashes(shared_namespace, status) == uninterrupted_weights

@@ -13,9 +13,9 @@ TESTBOX_IMAGE = "localhost/testbox:dev"
 Object = dict[str, Any]
 
 
-def pod(name: str, *arguments: str, container: Object | None = None, **spec: Any) -> Object:
+def make_pod(name: str, *arguments: str, container: Object | None = None, **spec: Any) -> Object:
     """Return the manifest of a pod whose only container runs testbox. `container` and `spec` add fields to the container and to the pod's spec."""
-    box = {"name": "box", "image": TESTBOX_IMAGE, "imagePullPolicy": "IfNotPresent", "args": list(arguments)}
+    testbox_container = {"name": "box", "image": TESTBOX_IMAGE, "imagePullPolicy": "IfNotPresent", "args": list(arguments)}
     return {
         "apiVersion": "v1",
         "kind": "Pod",
@@ -24,25 +24,25 @@ def pod(name: str, *arguments: str, container: Object | None = None, **spec: Any
             "restartPolicy": "Never",
             "automountServiceAccountToken": False,
             "enableServiceLinks": False,
-            "containers": [{**box, **(container or {})}],
+            "containers": [{**testbox_container, **(container or {})}],
             **spec,
         },
     }
 
 
-def pod_phase(obj: Object) -> str:
+def read_phase(obj: Object) -> str:
     """Return the phase of a pod."""
     return str(obj["status"].get("phase"))
 
 
-def terminated_state(obj: Object) -> Object:
+def read_terminated_state(obj: Object) -> Object:
     """Return the terminated state of the pod's container, or an empty dict while the container has not ended."""
     states = obj["status"].get("containerStatuses") or [{}]
-    ended: Object = states[0].get("state", {}).get("terminated", {})
-    return ended
+    terminated_state: Object = states[0].get("state", {}).get("terminated", {})
+    return terminated_state
 
 
-def waiting_reason(obj: Object) -> str | None:
+def read_waiting_reason(obj: Object) -> str | None:
     """Return the reason why the pod's container waits, or None if the container does not wait."""
     states = obj["status"].get("containerStatuses") or [{}]
     reason: str | None = states[0].get("state", {}).get("waiting", {}).get("reason")
@@ -86,7 +86,7 @@ class NamespaceApi:
     def run(self, manifest: Object, seconds: float = 40) -> Object:
         """Create a pod and wait until its container has ended. Returns the pod."""
         self.create(manifest)
-        return self.wait("pod", manifest["metadata"]["name"], terminated_state, seconds)
+        return self.wait("pod", manifest["metadata"]["name"], read_terminated_state, seconds)
 
     def kubectl(self, *arguments: str) -> str:
         """Run kubectl in this namespace and return its output without the last line break."""

@@ -16,7 +16,7 @@ from localcluster import LocalClusterError, NodeCluster, leftovers, processes
 from localcluster.errors import ClusterBusy, ClusterDiffers
 from localcluster.leftovers import NO_LEFTOVERS, Leftovers
 from localcluster.machine import Machine
-from tests.e2e.localcluster.pods import NamespaceApi, pod, pod_phase
+from tests.e2e.localcluster.pods import NamespaceApi, make_pod, read_phase
 
 pytestmark = pytest.mark.e2e
 
@@ -31,9 +31,9 @@ def _run_pods_that_ignore_sigterm(cluster: NodeCluster) -> None:
     """On each node, run a pod that ignores SIGTERM."""
     api = NamespaceApi(cluster, "default")
     for node in ("n1", "n2"):
-        api.create(pod(f"p-{node}", "sleep", "600", nodeSelector={"kubernetes.io/hostname": node}))
+        api.create(make_pod(f"p-{node}", "sleep", "600", nodeSelector={"kubernetes.io/hostname": node}))
     for node in ("n1", "n2"):
-        api.wait("pod", f"p-{node}", lambda p: pod_phase(p) == "Running")
+        api.wait("pod", f"p-{node}", lambda p: read_phase(p) == "Running")
 
 
 def _wait_until(is_true: Callable[[], bool], seconds: float = 30) -> None:
@@ -43,7 +43,7 @@ def _wait_until(is_true: Callable[[], bool], seconds: float = 30) -> None:
         time.sleep(0.02)
 
 
-def _command(cluster: NodeCluster, *arguments: str) -> list[str]:
+def _make_command(cluster: NodeCluster, *arguments: str) -> list[str]:
     return [sys.executable, "-m", "localcluster", *arguments, "--state", str(cluster.state_dir)]
 
 
@@ -59,7 +59,7 @@ def test_a_second_up_uses_the_running_cluster_and_refuses_other_options(cluster:
 
 
 def test_status_shows_nodes_and_s3(cluster: NodeCluster) -> None:
-    status = subprocess.run(_command(cluster, "status"), capture_output=True, text=True).stdout
+    status = subprocess.run(_make_command(cluster, "status"), capture_output=True, text=True).stdout
     assert "nodes   n1 Ready, n2 Ready" in status
     assert cluster.s3.host_url in status
     with pytest.raises(LocalClusterError, match="there is no node n9: the nodes are n1, n2"):
@@ -99,25 +99,25 @@ def test_down_leaves_nothing_behind(cluster: NodeCluster, testbox: str) -> None:
 
 def test_down_leaves_nothing_behind_after_up_was_killed(cluster: NodeCluster) -> None:
     cluster.down()
-    started = subprocess.Popen(_command(cluster, "up", "--nodes", "2"), stderr=subprocess.DEVNULL)
+    up_process = subprocess.Popen(_make_command(cluster, "up", "--nodes", "2"), stderr=subprocess.DEVNULL)
     _wait_until((cluster.state_dir / "certs" / "apiserver.crt").exists)
     namespaces = leftovers.list_linux_namespaces(cluster.state_dir)
-    started.kill()
-    started.wait()
+    up_process.kill()
+    up_process.wait()
     assert leftovers.find_leftovers(cluster.state_dir, namespaces) != NO_LEFTOVERS
-    assert subprocess.run(_command(cluster, "down"), stderr=subprocess.DEVNULL).returncode == 0
+    assert subprocess.run(_make_command(cluster, "down"), stderr=subprocess.DEVNULL).returncode == 0
     assert leftovers.find_leftovers(cluster.state_dir, namespaces) == NO_LEFTOVERS
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_up_leaves_nothing_behind(cluster: NodeCluster, number: signal.Signals) -> None:
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_up_leaves_nothing_behind(cluster: NodeCluster, signal_number: signal.Signals) -> None:
     cluster.down()
-    with subprocess.Popen(_command(cluster, "up", "--nodes", "2"), stderr=subprocess.PIPE, text=True) as started:
+    with subprocess.Popen(_make_command(cluster, "up", "--nodes", "2"), stderr=subprocess.PIPE, text=True) as up_process:
         _wait_until((cluster.state_dir / "certs" / "apiserver.crt").exists)
         namespaces = leftovers.list_linux_namespaces(cluster.state_dir)
-        started.send_signal(number)
-        _, stderr = started.communicate()
-    assert started.returncode == 130
+        up_process.send_signal(signal_number)
+        _, stderr = up_process.communicate()
+    assert up_process.returncode == 130
     assert stderr.splitlines()[-1] == "localcluster: interrupted; all started processes were stopped"
     assert leftovers.find_leftovers(cluster.state_dir, namespaces) == NO_LEFTOVERS
 

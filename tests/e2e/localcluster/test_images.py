@@ -10,7 +10,7 @@ from localcluster import build
 from localcluster.errors import ImageNotFound
 from localcluster.oci import Image, write_layout
 from localcluster.store import find_untagged_names
-from tests.e2e.localcluster.pods import NamespaceApi, pod, terminated_state
+from tests.e2e.localcluster.pods import NamespaceApi, make_pod, read_terminated_state
 
 pytestmark = pytest.mark.e2e
 TAG = "localhost/changing:dev"
@@ -20,21 +20,21 @@ def _write_image(folder: Path, number: str) -> Path:
     """Write an image layout with testbox and a file that contains `number`. The image's layer is so large that load_image hard-links the layer instead of
     copying it.
     """
-    extra = folder / number
-    extra.write_bytes(number.encode() * (2 << 20))
-    image = Image(TAG, {"/testbox": build.ensure_built("testbox"), "/extra": extra}, ["/testbox"])
+    extra_file = folder / number
+    extra_file.write_bytes(number.encode() * (2 << 20))
+    image = Image(TAG, {"/testbox": build.ensure_built("testbox"), "/extra": extra_file}, ["/testbox"])
     return write_layout(folder / f"layout-{number}", image)
 
 
 def test_new_pods_run_the_changed_image(api: NamespaceApi, tmp_path: Path) -> None:
-    on_n1 = {"container": {"image": TAG}, "nodeSelector": {"kubernetes.io/hostname": "n1"}}
+    pod_fields = {"container": {"image": TAG}, "nodeSelector": {"kubernetes.io/hostname": "n1"}}
     containerd = api.cluster.containerd(api.cluster.plan.node("n1"))
     image_ids = []
     for number in ("1", "2"):
         assert api.cluster.load_image(_write_image(tmp_path, number), nodes=["n1"]) == TAG
-        finished = api.run(pod(f"p{number}", "exit", number, **on_n1))
-        assert terminated_state(finished)["exitCode"] == int(number)
-        image_ids.append(finished["status"]["containerStatuses"][0]["imageID"])
+        finished_pod = api.run(make_pod(f"p{number}", "exit", number, **pod_fields))
+        assert read_terminated_state(finished_pod)["exitCode"] == int(number)
+        image_ids.append(finished_pod["status"]["containerStatuses"][0]["imageID"])
         assert find_untagged_names(containerd.list_images()) == []
     assert image_ids[0] != image_ids[1]
 

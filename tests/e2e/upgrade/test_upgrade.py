@@ -16,7 +16,7 @@ from finetune_api.names import PLURAL, Label, Phase
 
 from localcluster import images
 from localcluster.steps import show_step
-from tests.e2e.jobs.installation import ROOT, SMALL_RESOURCES, ChartInputs, Installation, JobNamespace, demo, job
+from tests.e2e.jobs.installation import ROOT, SMALL_RESOURCES, ChartInputs, Installation, JobNamespace, demo, make_job
 from tests.support.kubeapi import Object
 
 # The first test run takes several minutes longer than later runs, because it builds the images of release 0.1.0.
@@ -58,13 +58,13 @@ def old_release(installation: Installation, tmp_path_factory: pytest.TempPathFac
         pytest.skip(f"the clone has no commit {OLD_COMMIT}: {archive.stderr.decode().strip()}")
     subprocess.run(["tar", "-x", "-C", str(source)], input=archive.stdout, check=True)
     tags = {}
-    for which in (images.ImageName.OPERATOR, images.ImageName.TRAINER):
-        recipe = images.RECIPE_BY_IMAGE[which]
+    for image_name in (images.ImageName.OPERATOR, images.ImageName.TRAINER):
+        recipe = images.RECIPE_BY_IMAGE[image_name]
         old_recipe = images.ImageRecipe(f"{recipe.name}-0.1.0", recipe.dockerfile, recipe.build_arguments, recipe.needed_disk_gb)
-        built = images.build_recipe(old_recipe, source, show_step)
-        tags[which] = installation.cluster.load_image(built.layout_folder)
-    place = ChartInputs(installation.cluster.s3, tags[images.ImageName.OPERATOR], tags[images.ImageName.TRAINER])
-    return Release(source / CHART_PATH, place)
+        built_image = images.build_recipe(old_recipe, source, show_step)
+        tags[image_name] = installation.cluster.load_image(built_image.layout_folder)
+    chart_inputs = ChartInputs(installation.cluster.s3, tags[images.ImageName.OPERATOR], tags[images.ImageName.TRAINER])
+    return Release(source / CHART_PATH, chart_inputs)
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def new_release(installation: Installation) -> Iterator[Release]:
 
 def make_long_job(name: str, resources: dict[str, Any], **spec_groups: Any) -> Object:
     """Return a job with frequent checkpoints that is still training when the operator is upgraded."""
-    return job(
+    return make_job(
         name,
         resources=resources,
         training={"maxSteps": STEPS, "batchSizePerDevice": 4, "gradientAccumulationSteps": 4},
@@ -91,11 +91,11 @@ JOBS = {
     "running": make_long_job("running", CPU_RESOURCES),
     "gang": make_long_job("gang", CPU_RESOURCES | {"nodes": 2}),
     "suspended": make_long_job("suspended", CPU_RESOURCES),
-    "done": job("done", training={"maxSteps": 2}),
-    "failed": job("failed", dataset={"train": "s3://datasets/missing.jsonl"}),
-    "cancelled": job("cancelled", training={"maxSteps": 500}),
-    "unschedulable": job("unschedulable", resources={"gpusPerNode": 64}),
-    "queued": job("queued", training={"maxSteps": 2}, placement={"queueName": "nobody-admits"}),
+    "done": make_job("done", training={"maxSteps": 2}),
+    "failed": make_job("failed", dataset={"train": "s3://datasets/missing.jsonl"}),
+    "cancelled": make_job("cancelled", training={"maxSteps": 500}),
+    "unschedulable": make_job("unschedulable", resources={"gpusPerNode": 64}),
+    "queued": make_job("queued", training={"maxSteps": 2}, placement={"queueName": "nobody-admits"}),
 }
 
 
@@ -121,12 +121,12 @@ def bring_into_every_phase(job_namespace: JobNamespace) -> None:
 
 def read_job_states(job_namespace: JobNamespace) -> dict[str, tuple[Any, ...]]:
     """Return what an upgrade must not change in each job: the attempt, the restarts, the number of ended attempts and the uids of the pods."""
-    found = {}
+    states = {}
     for name in JOBS:
         status = job_namespace.status(name)
         uids = sorted(pod["metadata"]["uid"] for pod in job_namespace.pods(name))
-        found[name] = (status.attempt, status.restarts, len(status.attempts), uids)
-    return found
+        states[name] = (status.attempt, status.restarts, len(status.attempts), uids)
+    return states
 
 
 def replace_operator_and_finish(job_namespace: JobNamespace, release: Release) -> None:
@@ -142,7 +142,7 @@ def replace_operator_and_finish(job_namespace: JobNamespace, release: Release) -
         generation = job_namespace.installation.api.get(PLURAL, job_namespace.namespace, name)["metadata"]["generation"]
         job_namespace.wait(
             name,
-            lambda s, wanted=generation: s.observed_generation == wanted,  # type: ignore[misc]
+            lambda s, generation=generation: s.observed_generation == generation,  # type: ignore[misc]
             "reconciled by the other operator",
         )
     assert read_job_states(job_namespace) == states_before
@@ -155,11 +155,11 @@ def replace_operator_and_finish(job_namespace: JobNamespace, release: Release) -
         status = job_namespace.wait_finished(name)
         assert (status.restarts, len(status.attempts)) == (0, 1), f"{name}: {status.attempts}"
     resumed_status = job_namespace.wait_finished("suspended")
-    first, second = resumed_status.attempts
-    assert second.resumed_from_step == first.committed_step
-    assert second.resumed_from_step
-    failed = {name: job_namespace.status(name).failure for name in JOBS if name != "failed"}
-    assert not any(failed.values()), failed
+    first_attempt, second_attempt = resumed_status.attempts
+    assert second_attempt.resumed_from_step == first_attempt.committed_step
+    assert second_attempt.resumed_from_step
+    failures = {name: job_namespace.status(name).failure for name in JOBS if name != "failed"}
+    assert not any(failures.values()), failures
 
 
 def test_jobs_in_every_phase_survive_the_upgrade_from_0_1_0_and_the_rollback(

@@ -160,12 +160,12 @@ def test_a_deleted_node_does_not_count_as_a_retry(rig: Rig) -> None:
         rig.kubelet.recreate_node(pod.node)
     assert attempt_reasons(body)[0] == (1, Reason.NODE_LOST)
     assert body["status"].get("retriesUsed", 0) == 0
-    run = _run_config(rig, 2)
-    assert '"expectStep":5' in run
+    run_config_text = _read_run_config(rig, 2)
+    assert '"expectStep":5' in run_config_text
     rig.wait_event(Reason.NODE_LOST)
 
 
-def _run_config(rig: Rig, attempt: int) -> str:
+def _read_run_config(rig: Rig, attempt: int) -> str:
     job = rig.api.get("jobs", rig.namespace, f"job-{attempt}")
     return str(job["spec"]["template"]["metadata"]["annotations"]["finetune-operator.io/run.json"])
 

@@ -26,10 +26,10 @@ CHART_FOLDER = CHECKOUT_FOLDER / "helm" / "finetune-operator"
 
 def find_helm() -> Path:
     """Return the path of Helm: the value of $HELM, a program on the PATH, or the program that `make tools` has built."""
-    found = os.environ.get("HELM") or shutil.which("helm")
+    helm_path = os.environ.get("HELM") or shutil.which("helm")
     tools_folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetune-operator" / "tools"
     built_programs = sorted(tools_folder.glob("helm-*/helm"))
-    path = Path(found) if found and Path(found).exists() else (built_programs[-1] if built_programs else None)
+    path = Path(helm_path) if helm_path and Path(helm_path).exists() else (built_programs[-1] if built_programs else None)
     if path is None:
         pytest.fail("Helm is missing: run make tools")
     return path
@@ -43,7 +43,7 @@ def render_chart(namespace: str, **values: str) -> list[dict[str, Any]]:
     return [dict(document) for document in YAML(typ="safe").load_all(text) if document]
 
 
-def resource_name(kind: str) -> str:
+def make_plural_name(kind: str) -> str:
     return f"{kind.lower()}s"
 
 
@@ -53,7 +53,7 @@ def apply_rbac(rig: Rig, documents: list[dict[str, Any]]) -> str:
         kind, meta = document["kind"], document["metadata"]
         if kind in ("ServiceAccount", "Role", "RoleBinding", "ClusterRole", "ClusterRoleBinding"):
             namespace = None if kind.startswith("Cluster") else meta.get("namespace", rig.namespace)
-            rig.api.patch(resource_name(kind), namespace, meta["name"], document, patch_type="apply")
+            rig.api.patch(make_plural_name(kind), namespace, meta["name"], document, patch_type="apply")
     account = next(d["metadata"]["name"] for d in documents if d["kind"] == "ServiceAccount")
     path = f"/api/v1/namespaces/{rig.namespace}/serviceaccounts/{account}/token"
     return str(rig.api.request("POST", path, {"spec": {"expirationSeconds": 3600}}).body["status"]["token"])
@@ -169,11 +169,11 @@ def list_granted_permissions(documents: list[dict[str, Any]]) -> set[tuple[str, 
 @pytest.mark.row(39)
 def test_the_rbac_rules_have_no_wildcards_and_allow_reading_only_the_operators_secret() -> None:
     for values in ({}, {"watchNamespaces[0]": "team-a"}):
-        pairs = list_granted_permissions(render_chart("system", **values))
-        assert pairs
-        assert not [pair for pair in pairs if "*" in pair]
+        permissions = list_granted_permissions(render_chart("system", **values))
+        assert permissions
+        assert not [permission for permission in permissions if "*" in permission]
         # The operator has permission to read a single Secret: the one that contains the operator's own key.
-        assert {pair for pair in pairs if pair[0].startswith("secrets")} == {("secrets", "create"), ("secrets", "get")}
+        assert {permission for permission in permissions if permission[0].startswith("secrets")} == {("secrets", "create"), ("secrets", "get")}
 
 
 WRITE_VERBS = ("create", "update", "patch", "delete", "deletecollection")
@@ -240,11 +240,11 @@ def test_a_terminating_namespace_deletes_its_jobs(rig: Rig) -> None:
 
 
 @pytest.mark.row(37)
-@pytest.mark.parametrize("hard", [{"pods": "0"}, {"count/jobs.batch": "0"}])
-def test_an_exceeded_quota_is_quoted_until_it_is_raised(rig: Rig, hard: dict[str, str]) -> None:
-    quota = {"metadata": {"name": "tight"}, "spec": {"hard": hard}}
+@pytest.mark.parametrize("limits", [{"pods": "0"}, {"count/jobs.batch": "0"}])
+def test_an_exceeded_quota_is_quoted_until_it_is_raised(rig: Rig, limits: dict[str, str]) -> None:
+    quota = {"metadata": {"name": "tight"}, "spec": {"hard": limits}}
     rig.api.create("resourcequotas", rig.namespace, quota)
-    rig.api.wait("resourcequotas", rig.namespace, "tight", lambda b: b.get("status", {}).get("hard") == hard)
+    rig.api.wait("resourcequotas", rig.namespace, "tight", lambda b: b.get("status", {}).get("hard") == limits)
     rig.start_operator()
     rig.submit()
     body = rig.wait(lambda b: find_condition(b, Condition.PODS_READY).get("reason") == Reason.QUOTA_EXCEEDED, timeout=60)
@@ -257,8 +257,8 @@ def test_an_exceeded_quota_is_quoted_until_it_is_raised(rig: Rig, hard: dict[str
 
 @pytest.mark.row(37)
 def test_a_refusal_by_a_limit_range_is_quoted(rig: Rig) -> None:
-    limit = {"type": "Container", "max": {"memory": "1Gi"}}
-    rig.api.create("limitranges", rig.namespace, {"metadata": {"name": "small"}, "spec": {"limits": [limit]}})
+    memory_limit = {"type": "Container", "max": {"memory": "1Gi"}}
+    rig.api.create("limitranges", rig.namespace, {"metadata": {"name": "small"}, "spec": {"limits": [memory_limit]}})
     rig.start_operator()
     rig.submit(resources={"memory": "2Gi"})
     body = rig.wait(
@@ -269,8 +269,8 @@ def test_a_refusal_by_a_limit_range_is_quoted(rig: Rig) -> None:
 
 @pytest.mark.row(38)
 def test_all_pods_comply_with_pod_security_restricted(rig: Rig) -> None:
-    label = {"pod-security.kubernetes.io/enforce": "restricted", "pod-security.kubernetes.io/warn": "restricted"}
-    rig.api.patch("namespaces", None, rig.namespace, {"metadata": {"labels": label}})
+    labels = {"pod-security.kubernetes.io/enforce": "restricted", "pod-security.kubernetes.io/warn": "restricted"}
+    rig.api.patch("namespaces", None, rig.namespace, {"metadata": {"labels": labels}})
     operator = rig.start_operator()
     rig.submit(resources={"nodes": 2}, storage={"credentialsSecretRef": {"name": "s3"}})
     rig.kubelet.wait_running(rig.namespace, "job", count=2)
@@ -289,8 +289,8 @@ def test_a_refusal_by_pod_security_blocks_the_job(rig: Rig) -> None:
     """The namespace label makes the API server refuse a pod that violates the profile. `test_all_pods_comply_with_pod_security_restricted` relies on
     this.
     """
-    label = {"pod-security.kubernetes.io/enforce": "restricted"}
-    rig.api.patch("namespaces", None, rig.namespace, {"metadata": {"labels": label}})
+    labels = {"pod-security.kubernetes.io/enforce": "restricted"}
+    rig.api.patch("namespaces", None, rig.namespace, {"metadata": {"labels": labels}})
     rig.start_operator(config={"policy": {"annotations": ["*"]}})  # The operator's default policy would refuse the annotation.
     rig.submit(placement={"annotations": {f"container.apparmor.security.beta.kubernetes.io/{TRAINER_CONTAINER}": "unconfined"}})
     body = rig.wait(

@@ -58,14 +58,14 @@ def cancel_job(rig: Rig) -> None:
     rig.patch_spec(cancel=True)
 
 
-STATUS = (KillPoint.BEFORE_STATUS_WRITE, KillPoint.AFTER_STATUS_WRITE)
-CREATION_POINTS = (KillPoint.BEFORE_JOB_CREATE, KillPoint.AFTER_JOB_CREATE, *STATUS)
-DELETION_POINTS = (KillPoint.BEFORE_JOB_DELETE, KillPoint.AFTER_JOB_DELETE, *STATUS)
+STATUS_POINTS = (KillPoint.BEFORE_STATUS_WRITE, KillPoint.AFTER_STATUS_WRITE)
+CREATION_POINTS = (KillPoint.BEFORE_JOB_CREATE, KillPoint.AFTER_JOB_CREATE, *STATUS_POINTS)
+DELETION_POINTS = (KillPoint.BEFORE_JOB_DELETE, KillPoint.AFTER_JOB_DELETE, *STATUS_POINTS)
 SCENARIO_STEPS: dict[str, tuple[Callable[[Rig], None], Callable[[Rig], None], tuple[KillPoint, ...]]] = {
     "create": (create_nothing, create_job, CREATION_POINTS),
     "create two": (create_nothing, create_job_with_two_pods, (KillPoint.BEFORE_CHILD_CREATE, KillPoint.AFTER_CHILD_CREATE)),
     "fail": (start_job, fail_pod, CREATION_POINTS),
-    "succeed": (start_job, complete_pod, STATUS),
+    "succeed": (start_job, complete_pod, STATUS_POINTS),
     "suspend": (start_job, suspend_job, DELETION_POINTS),
     "resume": (create_suspended_job, resume_job, CREATION_POINTS),
     "cancel": (start_job, cancel_job, DELETION_POINTS),
@@ -99,8 +99,8 @@ def test_every_kill_point_is_covered() -> None:
     """The scenarios reach all kill points except the forced deletion of a pod, which `test_the_operator_is_killed_after_the_forced_removal_of_a_pod`
     covers.
     """
-    died_at = {point for _, _, points in SCENARIO_STEPS.values() for point in points}
-    assert died_at == set(KillPoint) - {KillPoint.AFTER_POD_DELETE}
+    covered_points = {point for _, _, points in SCENARIO_STEPS.values() for point in points}
+    assert covered_points == set(KillPoint) - {KillPoint.AFTER_POD_DELETE}
 
 
 @pytest.mark.row(2)
@@ -192,7 +192,7 @@ def test_a_deadline_that_passes_while_the_operator_is_down_ends_the_job(rig: Rig
     body = rig.wait_attempt(1)
     operator.stop()
     start_time = body["status"]["attempts"][0]["startTime"]
-    rig.api.wait_list("nodes", None, lambda items: _seconds_since(start_time) > 5, timeout=60)
+    rig.api.wait_list("nodes", None, lambda items: _compute_seconds_since(start_time) > 5, timeout=60)
     rig.start_operator()
     body = rig.wait_finished()
     assert attempt_reasons(body) == [(1, Reason.DEADLINE_EXCEEDED)]
@@ -201,7 +201,7 @@ def test_a_deadline_that_passes_while_the_operator_is_down_ends_the_job(rig: Rig
     rig.kubelet.wait_pods(rig.namespace, "job", lambda pods: not pods)
 
 
-def _seconds_since(time: str) -> float:
+def _compute_seconds_since(time: str) -> float:
     from datetime import UTC, datetime
 
     return (datetime.now(UTC) - datetime.fromisoformat(time.replace("Z", "+00:00"))).total_seconds()

@@ -99,18 +99,18 @@ def test_malformed_jobs_and_pods_are_ignored(rig: Rig) -> None:
     for number in range(12):
         random_labels = {k: rng.choice([v, "", "9", "99999999999999999999", "a.b-c"]) for k, v in labels.items()}
         random_labels[Label.MANAGED_BY.value] = names.MANAGER_NAME
-        meta = {
+        metadata = {
             "name": f"job-{number + 100}", "labels": random_labels, "annotations": {Annotation.RUN_CONFIG_SHA256.value: "?" * number},
             "ownerReferences": [
                 {"apiVersion": names.API_VERSION, "kind": names.KIND, "name": "job", "uid": f"none-{number}",
                  "controller": rng.choice([True, False])}
             ] if number % 3 == 0 else [],
         }  # fmt: skip
-        created_object = rig.api.create("jobs", rig.namespace, {"metadata": meta, "spec": {"suspend": True, "template": template}})
+        created_object = rig.api.create("jobs", rig.namespace, {"metadata": metadata, "spec": {"suspend": True, "template": template}})
         foreign_objects.append((created_object["metadata"]["name"], created_object["metadata"]["uid"]))
         pod = {"metadata": {"name": f"pod-{number}", "labels": random_labels}}
         rig.api.create("pods", rig.namespace, pod | {"spec": template["spec"]})
-    pods = {p["metadata"]["uid"] for p in rig.api.list("pods", rig.namespace)}
+    foreign_pod_uids = {p["metadata"]["uid"] for p in rig.api.list("pods", rig.namespace)}
     proxy = rig.start_proxy()
     rig.start_operator(proxy=proxy)
     rig.submit()
@@ -120,7 +120,7 @@ def test_malformed_jobs_and_pods_are_ignored(rig: Rig) -> None:
     assert condition_is_true(rig.wait_finished(), Condition.SUCCEEDED)
     assert attempt_reasons(rig.get())[0][0] == 1
     assert [e for e in proxy.exchanges if e.method == "DELETE"] == []
-    assert pods <= {p["metadata"]["uid"] for p in rig.api.list("pods", rig.namespace)}
+    assert foreign_pod_uids <= {p["metadata"]["uid"] for p in rig.api.list("pods", rig.namespace)}
 
 
 @pytest.mark.row(49)

@@ -75,26 +75,26 @@ def test_only_columns_without_a_value_are_empty(rig: Rig) -> None:
 def test_every_field_has_a_description(rig: Rig) -> None:
     document = rig.api.request("GET", f"/openapi/v3/apis/{names.API_VERSION}").body
     schemas = document["components"]["schemas"].values()
-    kind = next(schema for schema in schemas if {"spec", "status"} <= set(schema.get("properties") or {}))
-    undescribed = list(_list_undescribed(kind["properties"]["spec"], "spec")) + list(_list_undescribed(kind["properties"]["status"], "status"))
-    assert undescribed == []
+    job_schema = next(schema for schema in schemas if {"spec", "status"} <= set(schema.get("properties") or {}))
+    undescribed_paths = [path for group in ("spec", "status") for path in _list_undescribed(job_schema["properties"][group], group)]
+    assert undescribed_paths == []
 
 
 def _list_undescribed(schema: dict[str, Any], path: str) -> Any:
     """Yield the path of each field that has no description."""
     if not schema.get("description"):
         yield path
-    for name, inner in (schema.get("properties") or {}).items():
-        yield from _list_undescribed(inner, f"{path}.{name}")
+    for name, inner_schema in (schema.get("properties") or {}).items():
+        yield from _list_undescribed(inner_schema, f"{path}.{name}")
 
 
 @pytest.mark.row(55)
 def test_one_kubectl_wait_command_covers_every_end_of_a_job(rig: Rig) -> None:
     """`kubectl wait --for=condition=Finished` ignores a condition with an old observedGeneration."""
     rig.start_operator()
-    for name, ending in (("good", success_exit()), ("bad", failure_exit(64, message="no"))):
+    for name, container_exit in (("good", success_exit()), ("bad", failure_exit(64, message="no"))):
         rig.submit(name)
-        rig.kubelet.end_pod(rig.kubelet.wait_running(rig.namespace, name)[0], ending)
+        rig.kubelet.end_pod(rig.kubelet.wait_running(rig.namespace, name)[0], container_exit)
         body = rig.wait_finished(name)
         finished_condition = next(c for c in body["status"]["conditions"] if c["type"] == "Finished")
         assert finished_condition["observedGeneration"] == body["metadata"]["generation"]

@@ -179,8 +179,8 @@ def test_the_operator_survives_a_restart_of_the_server_with_a_compacted_store(ow
     rig.wait_attempt(1, "new", timeout=60)
     assert attempt_reasons(rig.get("kept")) == [(1, "")]
     assert operator.is_running
-    for each in rig.operators:
-        each.kill()
+    for started_operator in rig.operators:
+        started_operator.kill()
 
 
 def _find_process(state: Path, name: str) -> tuple[int, list[str]]:
@@ -194,8 +194,8 @@ def _find_process(state: Path, name: str) -> tuple[int, list[str]]:
 
 def _compact_etcd(etcd_url: str) -> None:
     """Compact etcd's store, so that the resourceVersion of every watch is too old."""
-    status = _post_json(f"{etcd_url}/v3/kv/range", b'{"key": "AA=="}')
-    revision = status.partition('"revision":"')[2].partition('"')[0]
+    range_response = _post_json(f"{etcd_url}/v3/kv/range", b'{"key": "AA=="}')
+    revision = range_response.partition('"revision":"')[2].partition('"')[0]
     _post_json(f"{etcd_url}/v3/kv/compaction", b'{"revision": "%s", "physical": true}' % revision.encode())
 
 
@@ -244,8 +244,8 @@ def test_the_operator_survives_the_removal_and_reinstallation_of_the_crd(own_clu
     # The garbage collector notices that the owner is deleted only when the API server serves the CRD again.
     rig.api.wait_gone("jobs", "work", "old-1", timeout=90)
     assert rig.wait_finished("new")["status"]["phase"] == Phase.SUCCEEDED
-    for each in rig.operators:
-        each.kill()
+    for started_operator in rig.operators:
+        started_operator.kill()
 
 
 def test_a_job_runs_normally_through_a_proxy_without_faults(rig: Rig) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 from finetune_api.names import Phase, Reason
@@ -30,8 +29,8 @@ def start_replica(rig: Rig) -> tuple[OperatorProcess, ApiProxy]:
 
 
 def read_lease_holder(rig: Rig) -> str:
-    object = rig.api.find("leases", rig.namespace, LEASE_NAME)
-    return str((object or {}).get("spec", {}).get("holderIdentity") or "")
+    lease = rig.api.find("leases", rig.namespace, LEASE_NAME)
+    return str((lease or {}).get("spec", {}).get("holderIdentity") or "")
 
 
 def list_writes_except_lease(proxy: ApiProxy) -> list[str]:
@@ -39,7 +38,7 @@ def list_writes_except_lease(proxy: ApiProxy) -> list[str]:
     return [label for label in proxy.list_writes() if not label.endswith(" leases")]
 
 
-def finish_job(rig: Rig, name: str, **more: Any) -> None:
+def finish_job(rig: Rig, name: str) -> None:
     rig.kubelet.end_pod(rig.kubelet.wait_running(rig.namespace, name)[0], success_exit())
     assert attempt_reasons(rig.wait_finished(name, timeout=40)) == [(1, Reason.SUCCEEDED)]
 
@@ -139,20 +138,20 @@ def neighbour(rig: Rig) -> Iterator[Rig]:
 
 def test_two_operators_with_different_namespaces_share_a_cluster(rig: Rig, neighbour: Rig) -> None:
     """Each operator has its own namespace and configuration, and does not affect the other operator's jobs."""
-    sides = []
-    for side, root in ((rig, "s3://here/runs"), (neighbour, "s3://there/runs")):
-        proxy = side.start_proxy()
-        sides.append((side, proxy, root, side.start_operator(proxy=proxy, config={"storage": {"uri": root}})))
-    for side, _, root, _ in sides:
-        side.submit("same-name")
-        assert side.wait_attempt(1, "same-name")["status"]["resolved"]["defaults"]["storage.uri"] == root
-    sides[0][3].kill()
+    installations = []
+    for side_rig, storage_uri in ((rig, "s3://here/runs"), (neighbour, "s3://there/runs")):
+        proxy = side_rig.start_proxy()
+        installations.append((side_rig, proxy, storage_uri, side_rig.start_operator(proxy=proxy, config={"storage": {"uri": storage_uri}})))
+    for side_rig, _, storage_uri, _ in installations:
+        side_rig.submit("same-name")
+        assert side_rig.wait_attempt(1, "same-name")["status"]["resolved"]["defaults"]["storage.uri"] == storage_uri
+    installations[0][3].kill()
     rig.submit("later")
     finish_job(neighbour, "same-name")
     assert rig.get("later").get("status", {}).get("phase") is None
-    sides[0][3].start()
+    installations[0][3].start()
     for name in ("same-name", "later"):
         finish_job(rig, name)
-    for side, proxy, _, _ in sides:
-        assert proxy.list_writes() == proxy.list_writes(side.namespace)
-        assert count_created(proxy, "jobs") == (2 if side is rig else 1)
+    for side_rig, proxy, _, _ in installations:
+        assert proxy.list_writes() == proxy.list_writes(side_rig.namespace)
+        assert count_created(proxy, "jobs") == (2 if side_rig is rig else 1)

@@ -52,9 +52,9 @@ def test_progress_is_throttled_and_transitions_are_written_at_once(rig: Rig) -> 
         step += 1
         rig.kubelet.set_progress(rig.namespace, "job", progress={"step": step, "totalSteps": 10_000})
         rig.kubelet.wait_progress_request(rig.namespace, "job")
-    elapsed = time.monotonic() - start
+    elapsed_seconds = time.monotonic() - start
     assert rig.kubelet.progress_requests[rig.namespace, "job"] - requests_before > 50
-    assert 1 <= count_status_writes(proxy) - writes_before <= elapsed / 4 + 1
+    assert 1 <= count_status_writes(proxy) - writes_before <= elapsed_seconds / 4 + 1
     rig.kubelet.end_pod(pod, success_exit())
     assert attempt_reasons(rig.wait_finished()) == [(1, Reason.SUCCEEDED)]
 
@@ -78,8 +78,8 @@ def test_a_repeated_event_is_counted_in_a_series(rig: Rig) -> None:
     )  # fmt: skip
     suspended_events = [e for e in events if e["reason"] == Reason.SUSPENDED]
     assert len(suspended_events) == 1
-    names_ = [e["metadata"]["name"] for e in events if e["regarding"]["name"] == "job"]
-    assert len(names_) == len(set(names_))
+    event_names = [e["metadata"]["name"] for e in events if e["regarding"]["name"] == "job"]
+    assert len(event_names) == len(set(event_names))
 
 
 SECRET_VALUES = ("wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY", "hf_abcdefghijklmnopqrstuvwxyz", "AKIAIOSFODNN7EXAMPLE")
@@ -140,12 +140,12 @@ def test_a_wrong_clock_of_the_operator_does_not_affect_deadline_and_ttl(rig: Rig
         rig.kubelet.end_pod(rig.kubelet.wait_running(rig.namespace, name)[0], success_exit())
     body = rig.wait_finished("ended")
     assert rig.api.find("jobs", rig.namespace, "ended-1") is not None
-    completed = body["status"]["completionTime"]
+    completed_at = body["status"]["completionTime"]
     rig.api.wait_gone("jobs", rig.namespace, "ended-1")
-    assert _read_server_time(rig) >= _to_timestamp(completed, 4)
+    assert _read_server_time(rig) >= _compute_unix_time(completed_at, 4)
     assert attempt_reasons(rig.wait_finished("late")) == [(1, Reason.DEADLINE_EXCEEDED)]
     started_at = rig.get("late")["status"]["attempts"][0]["startTime"]
-    assert _read_server_time(rig) >= _to_timestamp(started_at, 4)
+    assert _read_server_time(rig) >= _compute_unix_time(started_at, 4)
     assert rig.api.find("jobs", rig.namespace, "kept-1") is not None
     assert attempt_reasons(rig.get("early")) == [(1, "")]
     assert find_condition(rig.get("early"), Condition.FINISHED)["status"] == "False"
@@ -158,13 +158,14 @@ def _read_server_time(rig: Rig) -> float:
         "metadata": {"generateName": "now-"}, "eventTime": "2026-01-01T00:00:00.000000Z", "action": "Look", "type": "Normal",
         "reportingController": "test", "reportingInstance": "test", "reason": "Now", "regarding": {"namespace": rig.namespace},
     })  # fmt: skip
-    return _to_timestamp(created_object["metadata"]["creationTimestamp"], 0) + 1
+    return _compute_unix_time(created_object["metadata"]["creationTimestamp"], 0) + 1
 
 
-def _to_timestamp(time_: str, seconds: float) -> float:
+def _compute_unix_time(timestamp: str, seconds: float) -> float:
+    """Return the Unix time that is `seconds` after a timestamp of the API server."""
     from datetime import datetime
 
-    return datetime.fromisoformat(time_.replace("Z", "+00:00")).timestamp() + seconds
+    return datetime.fromisoformat(timestamp.replace("Z", "+00:00")).timestamp() + seconds
 
 
 def test_a_failure_emits_one_event(rig: Rig) -> None:

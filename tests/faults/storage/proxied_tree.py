@@ -35,10 +35,10 @@ class ProxiedTree:
         self, step: int | None, folder: Path, incarnation: str = "a1-00000000", attempt: int = 1, **manifest_fields: Any
     ) -> Manifest:
         """Upload and commit a folder through the proxy."""
-        base = checkpoint_folder_key(step)
-        entries = self.proxied_tree.upload(base, incarnation, folder)
+        folder_key = checkpoint_folder_key(step)
+        entries = self.proxied_tree.upload(folder_key, incarnation, folder)
         manifest = Manifest(step=step or 0, attempt=attempt, incarnation=incarnation, files=entries, **manifest_fields)
-        self.proxied_tree.commit(base, manifest)
+        self.proxied_tree.commit(folder_key, manifest)
         return manifest
 
     def verify_all(self, folder: Path) -> list[int]:
@@ -57,10 +57,10 @@ class ProxiedTree:
         return steps
 
 
-def compute_expected_states(steps: int) -> dict[int, str]:
+def compute_expected_states(step_count: int) -> dict[int, str]:
     """Return the state of rank 0 after each step of an uninterrupted run of toy ranks."""
     states_by_step, state = {}, ""
-    for step in range(1, steps + 1):
+    for step in range(1, step_count + 1):
         states_by_step[step] = state = next_chain(state, 0, step)
     return states_by_step
 
@@ -70,8 +70,8 @@ def read_logged_states(storage: ProxiedTree) -> dict[int, str]:
     states_by_step: dict[int, str] = {}
     for stat in storage.direct_tree.store.list("metrics/a"):
         for line in (storage.direct_tree.store.get(stat.key) or b"").decode().splitlines():
-            value = json.loads(line)
-            assert states_by_step.setdefault(value["step"], value["chain"]) == value["chain"], value
+            entry = json.loads(line)
+            assert states_by_step.setdefault(entry["step"], entry["chain"]) == entry["chain"], entry
     return states_by_step
 
 

@@ -39,9 +39,9 @@ def test_every_checkpoint_is_committed_despite_many_store_errors(storage: Proxie
 @pytest.mark.parametrize("key", ["optimizer.pt", "manifest.json", "_COMMITTED"])
 def test_a_request_whose_response_is_lost_is_retried_without_harm(storage: ProxiedTree, proxy: S3Proxy, checkpoint: Path, tmp_path: Path, key: str) -> None:
     """The store executes a request, but the response is lost and the client retries. A retry that finds the client's own marker counts as success."""
-    with proxy.fault(LostResponse(), operation="PutObject", key=key, max_hits=1) as lost:
+    with proxy.fault(LostResponse(), operation="PutObject", key=key, max_hits=1) as lost_response:
         storage.commit(5, checkpoint)
-    assert lost.hits == 1
+    assert lost_response.hits == 1
     assert storage.verify_all(tmp_path / "check") == [5]
 
 
@@ -50,9 +50,9 @@ def test_a_multipart_upload_whose_last_response_is_lost_is_complete(
 ) -> None:
     monkeypatch.setattr(s3, "PART_BYTES", 5 * s3.MIB)
     (checkpoint / "model.safetensors").write_bytes(random.Random(3).randbytes(11 * s3.MIB))
-    with proxy.fault(LostResponse(), operation="CompleteMultipartUpload", max_hits=1) as lost:
+    with proxy.fault(LostResponse(), operation="CompleteMultipartUpload", max_hits=1) as lost_response:
         storage.commit(5, checkpoint)
-    assert lost.hits == 1
+    assert lost_response.hits == 1
     assert storage.verify_all(tmp_path / "check") == [5]
 
 
@@ -62,10 +62,10 @@ def test_only_one_of_two_incarnations_keeps_its_marker(storage: ProxiedTree, che
     of the later attempt remains.
     """
     results: dict[str, object] = {}
-    start = threading.Barrier(2)
+    barrier = threading.Barrier(2)
 
     def commit(incarnation: str, attempt: int) -> None:
-        start.wait()
+        barrier.wait()
         try:
             storage.commit(5, checkpoint, incarnation, attempt)
             results[incarnation] = "committed"
@@ -81,9 +81,9 @@ def test_only_one_of_two_incarnations_keeps_its_marker(storage: ProxiedTree, che
     committed_names = [name for name, result in results.items() if result == "committed"]
     if second_attempt == 1:
         assert sorted(type(result).__name__ for result in results.values()) == ["FencedOutError", "str"]
-    found_checkpoint = storage.direct_tree.get_committed(5)
-    assert found_checkpoint is not None and found_checkpoint.marker.path == (committed_names[0] if second_attempt == 1 else incarnations[1][0])
-    assert found_checkpoint.marker.path in committed_names
+    committed_checkpoint = storage.direct_tree.get_committed(5)
+    assert committed_checkpoint is not None and committed_checkpoint.marker.path == (committed_names[0] if second_attempt == 1 else incarnations[1][0])
+    assert committed_checkpoint.marker.path in committed_names
     assert storage.verify_all(tmp_path / "check") == [5]
 
 
@@ -106,8 +106,8 @@ def test_incarnations_do_not_mix_data_in_a_store_that_ignores_conditions(storage
     assert preflight(target).has_conditional_writes is False
     storage.commit(5, checkpoint, "a1-00000001", 1)
     storage.commit(5, checkpoint, "a2-00000002", 2)
-    found_checkpoint = storage.direct_tree.get_committed(5)
-    assert found_checkpoint is not None and found_checkpoint.marker.path == "a2-00000002"
+    committed_checkpoint = storage.direct_tree.get_committed(5)
+    assert committed_checkpoint is not None and committed_checkpoint.marker.path == "a2-00000002"
     assert storage.verify_all(tmp_path / "check") == [5]
     fault.remove()
     assert preflight(target).has_conditional_writes is True
@@ -245,9 +245,9 @@ def test_an_existing_marker_stays_in_a_store_that_refuses_conditions(
 
 def test_the_preflight_succeeds_although_a_response_is_lost(storage: ProxiedTree, proxy: S3Proxy) -> None:
     target = storage.proxied_tree.store.target  # type: ignore[attr-defined] # an S3Store
-    with proxy.fault(LostResponse(), operation="PutObject", key=r"\.probe/", max_hits=1) as lost:
+    with proxy.fault(LostResponse(), operation="PutObject", key=r"\.probe/", max_hits=1) as lost_response:
         assert preflight(target).has_conditional_writes
-    assert lost.hits == 1
+    assert lost_response.hits == 1
 
 
 def test_a_full_disk_of_the_pod_is_not_reported_as_an_unreachable_store(storage: ProxiedTree, tmp_path: Path) -> None:

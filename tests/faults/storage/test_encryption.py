@@ -68,13 +68,13 @@ def test_an_object_cannot_be_read_without_its_key(
 @pytest.mark.parametrize(("kind", "feature"), [(EncryptionType.S3, SSE_S3), (EncryptionType.KMS, SSE_KMS), (EncryptionType.CUSTOMER_KEY, SSE_C)])
 def test_encryption_that_the_store_lacks_is_refused(target: StoreTarget, kind: EncryptionType, feature: str) -> None:
     """SeaweedFS without keys answers an encrypted write with status 500. Other stores accept it, but store the object unencrypted."""
-    seen = read_result_of_chosen_store(feature)
-    if seen == YES:
+    probe_result = read_result_of_chosen_store(feature)
+    if probe_result == YES:
         assert preflight(target.model_copy(update={"encryption": kind})).can_delete
         return
     with pytest.raises(FineTuneError) as caught:
         preflight(target.model_copy(update={"encryption": kind}))
     # MinIO refuses a customer key without TLS, before any other check. The API therefore forbids customer keys with http://.
-    needs_tls = kind is EncryptionType.CUSTOMER_KEY and seen == "400 InvalidRequest"
+    needs_tls = kind is EncryptionType.CUSTOMER_KEY and probe_result == "400 InvalidRequest"
     assert (caught.value.exit_code, caught.value.code) == (67, "TlsFailed" if needs_tls else "EncryptionRefused")
-    assert ("stores objects without it" in caught.value.message) == (seen == IGNORED)
+    assert ("stores objects without it" in caught.value.message) == (probe_result == IGNORED)

@@ -72,13 +72,13 @@ class KillScenario:
                 pod.kill()
         interrupted_step = parse_step(held_request.keys[0].split("/checkpoints/")[1].split("/")[0])
         assert last_report is not None and interrupted_step is not None
-        return [one.step for one in last_report.checkpoints], interrupted_step
+        return [checkpoint.step for checkpoint in last_report.checkpoints], interrupted_step
 
     def count_unfinished_uploads(self) -> int:
         """Count the unfinished multipart uploads of the job."""
         prefix = self.storage.direct_tree.store.full_key("")  # type: ignore[attr-defined] # an S3Store
         uploads = self.storage.client.list_multipart_uploads(Bucket=self.storage.bucket).get("Uploads") or []
-        return sum(one["Key"].startswith(prefix) for one in uploads)
+        return sum(upload["Key"].startswith(prefix) for upload in uploads)
 
     def list_keys(self, step: int) -> set[str]:
         """Return the keys of a step's objects in the store."""
@@ -109,20 +109,20 @@ def scenario(tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: 
 
 
 @pytest.mark.parametrize(
-    ("point", "stored"),
+    ("point", "is_executed"),
     [
         ("marker", False),
-        *(pytest.param(*one, marks=pytest.mark.faults) for one in (
+        *(pytest.param(*case, marks=pytest.mark.faults) for case in (
             ("part of the data", False), ("manifest", False), ("part of the data", True), ("manifest", True),
         )),
     ],
 )  # fmt: skip
-def test_a_step_is_not_committed_if_the_pod_is_killed_before_the_marker(scenario: KillScenario, point: str, stored: bool) -> None:
+def test_a_step_is_not_committed_if_the_pod_is_killed_before_the_marker(scenario: KillScenario, point: str, is_executed: bool) -> None:
     """Row 12: the interrupted step does not count as committed.
 
     The next attempt removes the objects and unfinished uploads of this step, and has the same result as an uninterrupted run.
     """
-    committed_steps, interrupted_step = scenario.kill_first_attempt_at(point, stored)
+    committed_steps, interrupted_step = scenario.kill_first_attempt_at(point, is_executed)
     assert scenario.storage.verify_all(scenario.folder / "between") == committed_steps and interrupted_step not in committed_steps
     leftover_keys = scenario.list_keys(interrupted_step)
     assert leftover_keys, "the objects before the held request are stored"

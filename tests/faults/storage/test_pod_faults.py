@@ -25,13 +25,13 @@ def test_checkpoints_are_skipped_if_the_store_is_slow(
 ) -> None:
     """A checkpoint of 4 MB is due every 50 ms, but the store accepts only 4 MB per second."""
     proxy.fault(Bandwidth(4e6), operation="PutObject")
-    most_staged = 0
+    max_staged_count = 0
     with make_toy_pod(tmp_path, spec, storage, s3_server, {"steps": 200, "every": 5, "bytes": 4_000_000}) as pod:
         staged_folder = pod.folder / "work" / "staged"
 
         def has_ended() -> bool:
-            nonlocal most_staged
-            most_staged = max(most_staged, len(list(staged_folder.glob("step-*"))) if staged_folder.exists() else 0)
+            nonlocal max_staged_count
+            max_staged_count = max(max_staged_count, len(list(staged_folder.glob("step-*"))) if staged_folder.exists() else 0)
             return pod.process is not None and pod.process.poll() is not None
 
         pod.wait_until(has_ended, 120)
@@ -39,7 +39,7 @@ def test_checkpoints_are_skipped_if_the_store_is_slow(
     assert termination.exit_code == 0, pod.text[-3000:]
     steps = storage.verify_all(tmp_path / "check")
     assert steps[0] == 200 and len(steps) < 30
-    assert most_staged <= 3, "at most one checkpoint is uploaded, one is queued and one is staged at the same time"
+    assert max_staged_count <= 3, "at most one checkpoint is uploaded, one is queued and one is staged at the same time"
     assert termination.resolved is not None and any("skipped" in note for note in termination.resolved.notes or [])
 
 
@@ -127,16 +127,16 @@ def test_a_checkpoint_is_not_visible_if_the_pod_is_killed_during_its_upload(
         tmp_path, spec, storage, s3_server, {"steps": 100000, "every": 20, "pause": 0.02, "bytes": 2_000_000}
     ) as pod:
         pod.wait_committed(20)
-        slow = proxy.fault(Bandwidth(100_000), operation="PutObject")
+        slow_uploads = proxy.fault(Bandwidth(100_000), operation="PutObject")
         pod.wait_step((pod.step() // 20 + 2) * 20 + 1)
         pod.kill()
-    slow.remove()
+    slow_uploads.remove()
     steps = storage.verify_all(tmp_path / "check")
-    last = {"steps": steps[0] + 3, "every": 20}
-    again = tmp_path / "again"
-    with make_toy_pod(again, spec, storage, s3_server, last, attempt=2, resume=ResumeConfig(mode="auto", expect_step=20)) as second:
-        assert second.end() == 0, second.text[-3000:]
-    assert second.termination_message().resumed_from_step == steps[0]
+    second_script = {"steps": steps[0] + 3, "every": 20}
+    second_folder = tmp_path / "again"
+    with make_toy_pod(second_folder, spec, storage, s3_server, second_script, attempt=2, resume=ResumeConfig(mode="auto", expect_step=20)) as second_pod:
+        assert second_pod.end() == 0, second_pod.text[-3000:]
+    assert second_pod.termination_message().resumed_from_step == steps[0]
     folders = {stat.key.split("/")[1] for stat in storage.direct_tree.store.list("checkpoints/")}
     assert folders == {f"step-{step:08d}" for step in steps}
 
@@ -173,8 +173,8 @@ def test_a_stop_during_an_upload_loses_no_step(
     """The pod finishes the running upload, and then uploads the checkpoint that the ranks save when they stop."""
     with make_toy_pod(tmp_path, spec, storage, s3_server, {"steps": 100000, "every": 20, "bytes": 300_000}) as pod:
         pod.wait_committed(20)
-        slow = proxy.fault(Bandwidth(1e6), operation="PutObject", key="checkpoints/.*state-0")
-        pod.wait_until(lambda: slow.hits > 0)
+        slow_upload = proxy.fault(Bandwidth(1e6), operation="PutObject", key="checkpoints/.*state-0")
+        pod.wait_until(lambda: slow_upload.hits > 0)
         pod.terminate()
         assert pod.end() == 75, pod.text[-3000:]
     termination = pod.termination_message()
@@ -206,24 +206,24 @@ def test_a_stale_incarnation_ends_at_its_first_fenced_commit(
 
     The next commit of the stale pod is fenced: it changes nothing in the store, and the pod ends.
     """
-    endless, script = {"steps": 10_000_000, "every": 10}, {"steps": 300, "every": 10}
-    with make_toy_pod(tmp_path / "one", spec, storage, s3_server, endless) as stale:
-        stale.wait_committed(10)
-        assert stale.process is not None
-        frozen = [stale.process.pid, *descendants(stale.process.pid)]
-        for pid in frozen:
+    endless_script, second_script = {"steps": 10_000_000, "every": 10}, {"steps": 300, "every": 10}
+    with make_toy_pod(tmp_path / "one", spec, storage, s3_server, endless_script) as stale_pod:
+        stale_pod.wait_committed(10)
+        assert stale_pod.process is not None
+        frozen_pids = [stale_pod.process.pid, *descendants(stale_pod.process.pid)]
+        for pid in frozen_pids:
             os.kill(pid, signal.SIGSTOP)
         resume = ResumeConfig(mode="auto", expect_step=10)
-        with make_toy_pod(tmp_path / "two", spec, storage, s3_server, script, attempt=2, resume=resume) as second:
-            assert second.end() == 0, second.text[-3000:]
-        before = {stat.key: stat.tag for stat in storage.direct_tree.store.list("") if "/a2-" in stat.key or "/_" in stat.key}
-        for pid in frozen:
+        with make_toy_pod(tmp_path / "two", spec, storage, s3_server, second_script, attempt=2, resume=resume) as second_pod:
+            assert second_pod.end() == 0, second_pod.text[-3000:]
+        tags_before = {stat.key: stat.tag for stat in storage.direct_tree.store.list("") if "/a2-" in stat.key or "/_" in stat.key}
+        for pid in frozen_pids:
             os.kill(pid, signal.SIGCONT)
-        assert stale.end(60) == 74, "the stale pod continues to train although it is fenced\n" + stale.text[-3000:]
-    termination = stale.termination_message()
+        assert stale_pod.end(60) == 74, "the stale pod continues to train although it is fenced\n" + stale_pod.text[-3000:]
+    termination = stale_pod.termination_message()
     assert (termination.code, termination.class_, termination.origin) == ("FencedOut", FailureClass.INFRASTRUCTURE, True)
-    after = {stat.key: stat.tag for stat in storage.direct_tree.store.list("") if "/a2-" in stat.key or "/_" in stat.key}
-    assert {key: after.get(key) for key in before} == before, "the stale pod has changed an object of the second attempt"
+    tags_after = {stat.key: stat.tag for stat in storage.direct_tree.store.list("") if "/a2-" in stat.key or "/_" in stat.key}
+    assert {key: tags_after.get(key) for key in tags_before} == tags_before, "the stale pod has changed an object of the second attempt"
     assert storage.verify_all(tmp_path / "check")[0] == 300
 
 
@@ -232,15 +232,15 @@ def test_a_damaged_checkpoint_is_replaced(
 ) -> None:
     """The next attempt resumes from the checkpoint before the damaged one. When it repeats the damaged step, it replaces the damaged checkpoint."""
     script = {"steps": 17, "every": 5}
-    with make_toy_pod(tmp_path / "one", spec, storage, s3_server, script | {"at": {"0:17": "die"}}) as first:
-        assert first.end() == 74, first.text[-3000:]
-    newest, before = storage.direct_tree.list_committed()[:2]
-    assert newest.step == 15 and before.step is not None
-    storage.direct_tree.store.put(f"{newest.folder}/state-0", b"x" * 1000)
+    with make_toy_pod(tmp_path / "one", spec, storage, s3_server, script | {"at": {"0:17": "die"}}) as first_pod:
+        assert first_pod.end() == 74, first_pod.text[-3000:]
+    newest_checkpoint, previous_checkpoint = storage.direct_tree.list_committed()[:2]
+    assert newest_checkpoint.step == 15 and previous_checkpoint.step is not None
+    storage.direct_tree.store.put(f"{newest_checkpoint.folder}/state-0", b"x" * 1000)
     resume = ResumeConfig(mode="auto", expect_step=15)
-    with make_toy_pod(tmp_path / "two", spec, storage, s3_server, script, attempt=2, resume=resume) as second:
-        assert second.end() == 0, second.text[-3000:]
-    assert second.termination_message().resumed_from_step == before.step
+    with make_toy_pod(tmp_path / "two", spec, storage, s3_server, script, attempt=2, resume=resume) as second_pod:
+        assert second_pod.end() == 0, second_pod.text[-3000:]
+    assert second_pod.termination_message().resumed_from_step == previous_checkpoint.step
     assert storage.verify_all(tmp_path / "check")[0] == 15
     replaced_checkpoint = storage.direct_tree.get_committed(15)
     assert replaced_checkpoint is not None and replaced_checkpoint.marker.attempt == 2
@@ -271,26 +271,26 @@ def test_a_store_that_is_busy_at_the_start_is_retried(
     tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: S3Proxy, s3_server: S3Endpoint
 ) -> None:
     with (
-        proxy.fault(Status(503, "SlowDown"), operation="PutObject", key=r"\.probe/", max_hits=4) as busy,
+        proxy.fault(Status(503, "SlowDown"), operation="PutObject", key=r"\.probe/", max_hits=4) as busy_rule,
         make_toy_pod(tmp_path, spec, storage, s3_server, {}) as pod,
     ):
         assert pod.end() == 0, pod.text[-3000:]
-    assert busy.hits == 4
+    assert busy_rule.hits == 4
     assert storage.verify_all(tmp_path / "check")[0] == 20
 
 
-@pytest.mark.parametrize("saved", quick_slice((True, False), (True,)))
+@pytest.mark.parametrize("is_saved", quick_slice((True, False), (True,)))
 def test_a_stop_during_the_upload_of_the_final_model_keeps_the_deadline(
-    tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: S3Proxy, s3_server: S3Endpoint, saved: bool
+    tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: S3Proxy, s3_server: S3Endpoint, is_saved: bool
 ) -> None:
     """The ranks have already ended when the pod receives SIGTERM. The pod ends within its grace period, and reports whether all steps are saved."""
     proxy.fault(Latency(3600), operation="PutObject", key="/model/")
-    script = {"steps": 20, "every": 5 if saved else 15}
+    script = {"steps": 20, "every": 5 if is_saved else 15}
     with make_toy_pod(tmp_path, spec, storage, s3_server, script, grace=3) as pod:
         pod.wait_until(lambda: b'stage="uploading"' in (pod.get("/metrics") or b"") and not pod.pids("train"))
-        pod.wait_committed(20 if saved else 15)
+        pod.wait_committed(20 if is_saved else 15)
         pod.terminate()
-        assert pod.end(120) == (75 if saved else 76), pod.text[-3000:]
+        assert pod.end(120) == (75 if is_saved else 76), pod.text[-3000:]
     termination = pod.termination_message()
-    assert (termination.code, termination.committed_step) == (("StoppedSaved", 20) if saved else ("StoppedUnsaved", 15))
+    assert (termination.code, termination.committed_step) == (("StoppedSaved", 20) if is_saved else ("StoppedUnsaved", 15))
     assert storage.direct_tree.get_committed(None) is None

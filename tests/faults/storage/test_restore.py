@@ -100,15 +100,15 @@ def test_a_restore_with_only_damaged_checkpoints_fails_with_73(two_checkpoints: 
 
 
 def test_an_interrupted_download_is_retried(two_checkpoints: ProxiedTree, proxy: S3Proxy, tmp_path: Path) -> None:
-    with proxy.fault(Truncate(1000), operation="GetObject", key="optimizer.pt", max_hits=2) as cut_off:
+    with proxy.fault(Truncate(1000), operation="GetObject", key="optimizer.pt", max_hits=2) as cut_off_response:
         restore_result = restore_newest(two_checkpoints, tmp_path)
-    assert (restore_result.step, restore_result.damage_messages, cut_off.hits) == (10, [], 2)
+    assert (restore_result.step, restore_result.damage_messages, cut_off_response.hits) == (10, [], 2)
 
 
 def test_a_byte_flipped_in_transit_is_detected(two_checkpoints: ProxiedTree, proxy: S3Proxy, tmp_path: Path) -> None:
-    with proxy.fault(FlipByte(99_999), operation="GetObject", key="step-00000010/.*optimizer.pt", max_hits=1) as flipped:
+    with proxy.fault(FlipByte(99_999), operation="GetObject", key="step-00000010/.*optimizer.pt", max_hits=1) as flipped_response:
         restore_result = restore_newest(two_checkpoints, tmp_path)
-    assert (restore_result.step, flipped.hits) == (5, 1)
+    assert (restore_result.step, flipped_response.hits) == (5, 1)
     assert "optimizer.pt" in restore_result.damage_messages[0]
 
 
@@ -166,8 +166,8 @@ def test_a_busy_store_is_retried_for_models_and_data(storage: ProxiedTree, proxy
     store = storage.proxied_tree.store
     assert isinstance(store, S3Store)
     run: Any = SimpleNamespace(model_store=None, dataset_store=store.target, storage=store.target)
-    with proxy.fault(Status(503, "SlowDown"), operation="GetObject", key="rows.jsonl", max_hits=2) as busy:
-        (found,) = Fetcher(run, tmp_path).fetch_data_files(
+    with proxy.fault(Status(503, "SlowDown"), operation="GetObject", key="rows.jsonl", max_hits=2) as busy_rule:
+        (data_file,) = Fetcher(run, tmp_path).fetch_data_files(
             f"s3://{store.bucket}/{store.full_key('rows.jsonl')}", "dataset.train", "train"
         )
-    assert (found.read_bytes(), busy.hits) == (b"{}", 2)
+    assert (data_file.read_bytes(), busy_rule.hits) == (b"{}", 2)

@@ -73,7 +73,7 @@ class TwoAttempts:
 
         The second attempt resumes from the newest committed checkpoint, and ends after twelve more checkpoints.
         """
-        self.start_step = max(one.step or 0 for one in self.storage.direct_tree.list_committed())
+        self.start_step = max(checkpoint.step or 0 for checkpoint in self.storage.direct_tree.list_committed())
         script, resume = TOY_SCRIPT | {"further": 12 * STEPS_PER_CHECKPOINT}, ResumeConfig(mode="auto", expect_step=self.start_step)
         return make_toy_pod(self.folder / "two", self.spec, self.second_storage, self.server, script, attempt=2, resume=resume)
 
@@ -84,10 +84,10 @@ class TwoAttempts:
 
         def watch() -> None:
             while not is_done.wait(READ_INTERVAL_SECONDS):
-                for one in self.storage.direct_tree.list_committed():
-                    paths = self.markers_seen.setdefault(one.step or 0, [])
-                    if paths[-1:] != [one.marker.path]:
-                        paths.append(one.marker.path)
+                for checkpoint in self.storage.direct_tree.list_committed():
+                    paths = self.markers_seen.setdefault(checkpoint.step or 0, [])
+                    if paths[-1:] != [checkpoint.marker.path]:
+                        paths.append(checkpoint.marker.path)
 
         thread = threading.Thread(target=watch)
         thread.start()
@@ -108,12 +108,12 @@ class TwoAttempts:
         resumed_step = later_pod.termination_message().resumed_from_step
         assert resumed_step is not None and resumed_step >= self.start_step
         last_step = resumed_step + 12 * STEPS_PER_CHECKPOINT
-        for one in self.storage.direct_tree.list_committed():
-            assert one.marker.attempt == (1 if (one.step or 0) <= resumed_step else 2), one
+        for checkpoint in self.storage.direct_tree.list_committed():
+            assert checkpoint.marker.attempt == (1 if (checkpoint.step or 0) <= resumed_step else 2), checkpoint
         for step, paths in self.markers_seen.items():
             assert paths == sorted(paths) and len(paths) <= 2, f"step {step}: {paths}"
         assert last_step in self.storage.verify_all(self.folder / "after")
-        committed_folders = {f"{one.folder}/" for one in self.storage.direct_tree.list_committed()}
+        committed_folders = {f"{checkpoint.folder}/" for checkpoint in self.storage.direct_tree.list_committed()}
         data_keys = [
             stat.key
             for stat in self.storage.direct_tree.store.list("checkpoints/")
@@ -127,23 +127,23 @@ class TwoAttempts:
 
 @pytest.fixture
 def two_attempts(tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: S3Proxy, s3_server: S3Endpoint) -> Iterator[TwoAttempts]:
-    with S3Proxy(s3_server.host_url) as other:
-        target = storage.direct_tree.store.target.model_copy(update={"endpoint": other.url})  # type: ignore[attr-defined] # an S3Store
-        second = ProxiedTree(CheckpointTree(S3Store(target)), storage.direct_tree, storage.client, storage.bucket)
-        yield TwoAttempts(tmp_path, spec, storage, second, (proxy, other), s3_server)
+    with S3Proxy(s3_server.host_url) as second_proxy:
+        target = storage.direct_tree.store.target.model_copy(update={"endpoint": second_proxy.url})  # type: ignore[attr-defined] # an S3Store
+        second_storage = ProxiedTree(CheckpointTree(S3Store(target)), storage.direct_tree, storage.client, storage.bucket)
+        yield TwoAttempts(tmp_path, spec, storage, second_storage, (proxy, second_proxy), s3_server)
 
 
 def test_an_earlier_attempt_ends_once_a_later_one_has_begun(two_attempts: TwoAttempts) -> None:
     """Row 13: the first attempt ends and commits nothing more as soon as the second attempt has begun."""
-    with two_attempts.watch_markers(), two_attempts.make_earlier_pod() as earlier:
-        earlier.wait_committed(2 * STEPS_PER_CHECKPOINT)
-        with two_attempts.make_later_pod() as later:
-            earlier.end(120)
-            assert later.process is not None and later.process.poll() is None, (
+    with two_attempts.watch_markers(), two_attempts.make_earlier_pod() as earlier_pod:
+        earlier_pod.wait_committed(2 * STEPS_PER_CHECKPOINT)
+        with two_attempts.make_later_pod() as later_pod:
+            earlier_pod.end(120)
+            assert later_pod.process is not None and later_pod.process.poll() is None, (
                 "the second attempt must still run when the first one ends"
             )
-            later.end()
-    two_attempts.assert_later_attempt_won(earlier, later, "a later attempt has begun")
+            later_pod.end()
+    two_attempts.assert_later_attempt_won(earlier_pod, later_pod, "a later attempt has begun")
 
 
 @dataclass
@@ -193,7 +193,7 @@ def release_both_before_earlier_check(race: MarkerRace) -> None:
 
 
 @pytest.mark.parametrize(
-    ("order", "reason"),
+    ("release_requests", "reason"),
     [
         pytest.param(release_later_first, "was committed by a2-", id="later-first", marks=pytest.mark.faults),
         pytest.param(
@@ -205,23 +205,23 @@ def release_both_before_earlier_check(race: MarkerRace) -> None:
     ],
 )  # fmt: skip
 def test_the_later_attempts_marker_stays_if_two_attempts_commit_the_same_step(
-    two_attempts: TwoAttempts, order: Callable[[MarkerRace], None], reason: str
+    two_attempts: TwoAttempts, release_requests: Callable[[MarkerRace], None], reason: str
 ) -> None:
     """Row 13: both attempts write the marker of the same step, in every order of their requests."""
-    with two_attempts.watch_markers(), two_attempts.make_earlier_pod() as earlier:
-        earlier.wait_committed(STEPS_PER_CHECKPOINT)
-        marker_gates, final_check = (RequestGate(), RequestGate()), RequestGate()
+    with two_attempts.watch_markers(), two_attempts.make_earlier_pod() as earlier_pod:
+        earlier_pod.wait_committed(STEPS_PER_CHECKPOINT)
+        marker_gates, final_check_gate = (RequestGate(), RequestGate()), RequestGate()
         two_attempts.proxies[0].fault(marker_gates[0], operation="PutObject", key="checkpoints/.*_COMMITTED", max_hits=1)
-        earlier.wait_until(lambda: bool(marker_gates[0].keys))
+        earlier_pod.wait_until(lambda: bool(marker_gates[0].keys))
         step = parse_step(marker_gates[0].keys[0].split("/")[-2])
         assert step is not None
-        two_attempts.proxies[0].fault(final_check, operation="HeadObject", key=f"{checkpoint_folder_key(step)}/a1-.*/manifest.json", max_hits=1)
+        two_attempts.proxies[0].fault(final_check_gate, operation="HeadObject", key=f"{checkpoint_folder_key(step)}/a1-.*/manifest.json", max_hits=1)
         two_attempts.proxies[1].fault(marker_gates[1], operation="PutObject", key=f"{checkpoint_folder_key(step)}/_COMMITTED", max_hits=1)
-        with two_attempts.make_later_pod() as later:
-            later.wait_until(lambda: bool(marker_gates[1].keys))
-            race = MarkerRace(two_attempts, earlier, step, marker_gates, final_check)
-            order(race)
+        with two_attempts.make_later_pod() as later_pod:
+            later_pod.wait_until(lambda: bool(marker_gates[1].keys))
+            race = MarkerRace(two_attempts, earlier_pod, step, marker_gates, final_check_gate)
+            release_requests(race)
             assert race.read_marked_attempt() == 2
-            later.end()
-    two_attempts.assert_later_attempt_won(earlier, later, reason)
+            later_pod.end()
+    two_attempts.assert_later_attempt_won(earlier_pod, later_pod, reason)
     assert two_attempts.markers_seen[step][-1].startswith("a2-")

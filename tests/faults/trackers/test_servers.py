@@ -43,7 +43,7 @@ def mongodb(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrackerServer]
         yield server
 
 
-def server_spec(mlflow: TrackerServer, experiment: str, trackers: list[str]) -> dict[str, Any]:
+def make_tracking_spec(mlflow: TrackerServer, experiment: str, trackers: list[str]) -> dict[str, Any]:
     return {
         "evaluation": {"metrics": ["perplexity"]},
         "tracking": {
@@ -54,12 +54,12 @@ def server_spec(mlflow: TrackerServer, experiment: str, trackers: list[str]) -> 
     }  # fmt: skip
 
 
-def find_differences(stored: list[tuple[int, float]], expected: list[tuple[int, float]]) -> list[tuple[int, float]]:
+def find_differences(stored_values: list[tuple[int, float]], expected_values: list[tuple[int, float]]) -> list[tuple[int, float]]:
     """Return the values that are missing, wrong or stored too often.
 
     The tests assert on these few values, because a failed assertion that compares the whole lists would take minutes.
     """
-    return sorted((Counter(stored) - Counter(expected)) + (Counter(expected) - Counter(stored)))
+    return sorted((Counter(stored_values) - Counter(expected_values)) + (Counter(expected_values) - Counter(stored_values)))
 
 
 def count_stored_losses(runs: MlflowRuns) -> int:
@@ -68,30 +68,30 @@ def count_stored_losses(runs: MlflowRuns) -> int:
 
 
 def test_the_servers_have_each_step_once_after_a_kill(mlflow: TrackerServer, mongodb: TrackerServer, model: Path, tmp_path: Path) -> None:
-    spec = server_spec(mlflow, "killed", ["mlflow", "mongodb"]) | {"training": {"maxSteps": 4 * STEPS}}
+    spec = make_tracking_spec(mlflow, "killed", ["mlflow", "mongodb"]) | {"training": {"maxSteps": 4 * STEPS}}
     env = {"MONGODB_URI": f"mongodb://127.0.0.1:{mongodb.port}"}
     runs = MlflowRuns(f"http://127.0.0.1:{mlflow.port}", "killed")
     database = MongoClient("127.0.0.1", mongodb.port)["killed"]
-    with make_tracked_pod(tmp_path, model, spec, env=env) as killed:
-        killed.wait_committed(10)
-        killed.wait_until(lambda: count_stored_losses(runs) > 0 and database.step_metrics.count_documents({}) > 0)
-        killed.kill()
+    with make_tracked_pod(tmp_path, model, spec, env=env) as killed_pod:
+        killed_pod.wait_committed(10)
+        killed_pod.wait_until(lambda: count_stored_losses(runs) > 0 and database.step_metrics.count_documents({}) > 0)
+        killed_pod.kill()
     assert runs.run("job").info.status == "RUNNING"
     sent_before = count_stored_losses(runs)
-    with make_tracked_pod(tmp_path, model, spec, attempt=2, env=env) as resumed:
-        assert resumed.end() == ExitCode.OK, resumed.text[-6000:]
-    message = resumed.termination_message()
-    lines = [line for line in read_log_entries(tmp_path) if "loss" in line]
-    assert len(lines) == 4 * STEPS and sent_before > 0
+    with make_tracked_pod(tmp_path, model, spec, attempt=2, env=env) as resumed_pod:
+        assert resumed_pod.end() == ExitCode.OK, resumed_pod.text[-6000:]
+    message = resumed_pod.termination_message()
+    logged_lines = [line for line in read_log_entries(tmp_path) if "loss" in line]
+    assert len(logged_lines) == 4 * STEPS and sent_before > 0
     # MLflow has one run for the two attempts. Repeated steps have equal values, because CPU runs are deterministic.
-    expected = [(line["step"], line["loss"]) for line in lines]
-    assert find_differences(runs.history("job_finetuning", "loss"), expected) == []
+    expected_losses = [(line["step"], line["loss"]) for line in logged_lines]
+    assert find_differences(runs.history("job_finetuning", "loss"), expected_losses) == []
     assert runs.names() == {"job", "job_finetuning", "job_evaluation"} and {run.info.status for run in runs.all()} == {"FINISHED"}
     perplexity = message.evaluation.metrics["perplexity"].value  # type: ignore[union-attr,index]
     assert runs.run("job").data.metrics["eval_perplexity"] == pytest.approx(perplexity)
     # MongoDB has one document per log line.
     documents = list(database.step_metrics.find({"run_id": UID, "kind": "training"}).sort("step"))
-    assert find_differences([(one["step"], one["loss"]) for one in documents], expected) == []
+    assert find_differences([(document["step"], document["loss"]) for document in documents], expected_losses) == []
     [run] = database.training_runs.find()
     assert (run["status"], run["attempt"], run["artifacts"]["model"]["uri"]) == ("completed", 2, message.output.uri)  # type: ignore[union-attr]
     assert database.final_metrics.find_one({"phase": "evaluate"})["perplexity"] == pytest.approx(perplexity)  # type: ignore[index]
@@ -105,7 +105,7 @@ def read_problem(pod: Pod) -> str | None:
 def test_a_server_that_is_down_for_a_while_delays_nothing_and_gets_everything(model: Path, tmp_path: Path) -> None:
     server = make_mlflow_server(tmp_path / "mlflow")
     runs = MlflowRuns(f"http://127.0.0.1:{server.port}", "down")
-    spec = server_spec(server, "down", ["mlflow"]) | {"training": {"maxSteps": 5000}}
+    spec = make_tracking_spec(server, "down", ["mlflow"]) | {"training": {"maxSteps": 5000}}
     with make_tracked_pod(tmp_path, model, spec) as pod:
         pod.wait_until(lambda: read_problem(pod) is not None)
         assert read_problem(pod) == f"TrackerUnavailable: mlflow at http://127.0.0.1:{server.port} could not be reached: the connection was refused"
@@ -129,8 +129,9 @@ def test_a_server_that_stays_down_is_named_at_the_end_without_its_password(model
     [note] = [note for note in notes if "mongodb" in note]
     assert note.startswith("mongodb at mongodb://127.0.0.1:9 could not be reached: the connection was refused; values are missing there")
     assert note.endswith(f"/store/team/job/{UID}/metrics/ contains all values")
-    written = [path.read_bytes() for path in [pod.folder / "log", pod.folder / "termination-message", *(tmp_path / "store").rglob("*")] if path.is_file()]
-    assert all(PASSWORD.encode() not in data for data in written)
+    written_paths = [pod.folder / "log", pod.folder / "termination-message", *(tmp_path / "store").rglob("*")]
+    written_contents = [path.read_bytes() for path in written_paths if path.is_file()]
+    assert all(PASSWORD.encode() not in data for data in written_contents)
 
 
 def test_mongodb_documents_of_repeated_steps_are_replaced(mongodb: TrackerServer) -> None:
@@ -141,14 +142,14 @@ def test_mongodb_documents_of_repeated_steps_are_replaced(mongodb: TrackerServer
     first_tracker.send(end_events(14, end=RunEnd.INTERRUPTED))
     database = MongoClient(uri)["repeated"]
     assert database.training_runs.find_one()["status"] == "interrupted"  # type: ignore[index]
-    second = Mongodb(tracked_run(attempt=2, resumed_from_step=10), uri, "repeated")
-    second.open()
+    second_tracker = Mongodb(tracked_run(attempt=2, resumed_from_step=10), uri, "repeated")
+    second_tracker.open()
     assert database.step_metrics.count_documents({"kind": "training"}) == 10
-    second.open()
-    second.send([*log_events(1, 12, evaluated_steps=(10,)), *end_events(12)])
+    second_tracker.open()
+    second_tracker.send([*log_events(1, 12, evaluated_steps=(10,)), *end_events(12)])
     documents = list(database.step_metrics.find({"kind": "training"}).sort("step"))
-    assert [(one["step"], one["loss"]) for one in documents] == [(step, compute_loss(step)) for step in range(1, 13)]
-    assert [one["step"] for one in database.step_metrics.find({"kind": "evaluation"})] == [10]
+    assert [(document["step"], document["loss"]) for document in documents] == [(step, compute_loss(step)) for step in range(1, 13)]
+    assert [document["step"] for document in database.step_metrics.find({"kind": "evaluation"})] == [10]
     [run] = database.training_runs.find()
     assert (run["status"], run["attempt"], run["parameters"]["training_batchSizePerDevice"]) == ("completed", 2, "4")
     assert json.dumps(run["data"][0]) == json.dumps({"context": "training", "source": "s3://bucket/train.jsonl", "digest": "a" * 64})
@@ -163,6 +164,6 @@ def test_the_mlflow_server_keeps_one_value_per_step_if_a_response_is_lost(mlflow
     tracker.send(log_events(1, 700))
     # The response to the first request is lost, so the sender opens the tracker again and repeats the events with a later time.
     tracker.open()
-    repeated = [event.model_copy(update={"entry": event.entry.model_copy(update={"unix_time": time.time()})}) for event in log_events(1, 700)]  # type: ignore[union-attr]
-    tracker.send(repeated)
+    repeated_events = [event.model_copy(update={"entry": event.entry.model_copy(update={"unix_time": time.time()})}) for event in log_events(1, 700)]  # type: ignore[union-attr]
+    tracker.send(repeated_events)
     assert find_differences(MlflowRuns(uri, "lost").history("support-bot_finetuning", "loss"), [(step, compute_loss(step)) for step in range(1, 701)]) == []

@@ -100,8 +100,8 @@ def test_a_job_that_is_older_than_the_policy_can_change_but_cannot_extend_its_de
     """
     path = existing_jobs[old_deadline]
     response = call(control_plane, "PATCH", path, {"spec": change}, content_type="application/merge-patch+json", dryRun="All")
-    refused = [("policy.activeDeadlineSeconds", "maxDurationSeconds")]
-    assert (response.status, REFUSAL.findall(response.message)) == ((200, []) if is_accepted else (403, refused)), response.message
+    expected_refusals = [("policy.activeDeadlineSeconds", "maxDurationSeconds")]
+    assert (response.status, REFUSAL.findall(response.message)) == ((200, []) if is_accepted else (403, expected_refusals)), response.message
 
 
 def test_the_policy_applies_only_to_watched_namespaces() -> None:

@@ -17,8 +17,8 @@ pytestmark = pytest.mark.integration
 
 def test_the_server_accepts_the_crd_without_a_warning_and_calls_it_structural(control_plane: Endpoint, crd_installed: Response) -> None:
     assert crd_installed.headers.get_all("Warning") is None
-    installed = call(control_plane, "GET", f"{CRD_PATH}/{names.PLURAL}.{names.GROUP}").body
-    conditions = {condition["type"]: condition["status"] for condition in installed["status"]["conditions"]}
+    installed_crd = call(control_plane, "GET", f"{CRD_PATH}/{names.PLURAL}.{names.GROUP}").body
+    conditions = {condition["type"]: condition["status"] for condition in installed_crd["status"]["conditions"]}
     assert conditions == {"NamesAccepted": "True", "Established": "True"}
 
 
@@ -30,7 +30,7 @@ def test_the_server_adds_only_suspend_cancel_empty_groups_and_an_initial_status_
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "expected_words"),
     [
         ({"training": {"learningRate": "2e-4"}}, ["spec.training.learningRate", "number"]),
         ({"training": {"learningRate": 0}}, ["spec.training.learningRate", "greater than 0"]),
@@ -40,10 +40,10 @@ def test_the_server_adds_only_suspend_cancel_empty_groups_and_an_initial_status_
         ({"training": {"learnRate": 1}}, ['unknown field "spec.training.learnRate"']),
     ],
 )
-def test_the_error_about_an_invalid_value_names_the_field(api: Endpoint, change: dict[str, Any], words: list[str]) -> None:
+def test_the_error_about_an_invalid_value_names_the_field(api: Endpoint, change: dict[str, Any], expected_words: list[str]) -> None:
     response = dry_run(api, MINIMAL_SPEC | change)
     assert response.status in (400, 422)
-    assert [word for word in words if word not in response.message] == []
+    assert [word for word in expected_words if word not in response.message] == []
 
 
 @pytest.mark.parametrize(

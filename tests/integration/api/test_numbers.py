@@ -70,20 +70,20 @@ def list_spellings(value: float) -> list[str]:
 
 def find_number_fields(model: type[BaseModel], prefix: str = "") -> Iterator[NumberField]:
     for name, info in model.model_fields.items():
-        extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
-        yield from _find_fields_of_type(info.annotation, list(info.metadata), f"{prefix}{info.alias or name}", extra.get(DEFAULT_KEY))
+        schema_extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
+        yield from _find_fields_of_type(info.annotation, list(info.metadata), f"{prefix}{info.alias or name}", schema_extra.get(DEFAULT_KEY))
 
 
 def _find_fields_of_type(annotation: Any, metadata: list[Any], path: str, default: Any) -> Iterator[NumberField]:
     if get_origin(annotation) is Annotated:
-        inner, *more = get_args(annotation)
-        yield from _find_fields_of_type(inner, [*metadata, *more], path, default)
+        inner_type, *more_metadata = get_args(annotation)
+        yield from _find_fields_of_type(inner_type, [*metadata, *more_metadata], path, default)
     elif get_origin(annotation) is list:
         yield from _find_fields_of_type(get_args(annotation)[0], [], f"{path}[]", None)
     elif get_args(annotation):
-        options = [argument for argument in get_args(annotation) if argument is not type(None)]
-        if len(options) == 1:
-            yield from _find_fields_of_type(options[0], metadata, path, default)
+        member_types = [argument for argument in get_args(annotation) if argument is not type(None)]
+        if len(member_types) == 1:
+            yield from _find_fields_of_type(member_types[0], metadata, path, default)
     elif issubclass(annotation, BaseModel):
         yield from find_number_fields(annotation, f"{path}.")
     elif issubclass(annotation, int | float) and not issubclass(annotation, bool):
@@ -93,12 +93,12 @@ def _find_fields_of_type(annotation: Any, metadata: list[Any], path: str, defaul
 NUMBER_FIELDS = tuple(find_number_fields(FineTuneJobSpec))
 
 
-def write_spec(values: dict[str, str]) -> str:
-    """Return a spec as JSON text. `values` is the spelling of each number, by dotted path."""
+def write_spec(spelling_by_path: dict[str, str]) -> str:
+    """Return a spec as JSON text. `spelling_by_path` is the spelling of each number, by dotted path."""
     spec = json.loads(json.dumps(MINIMAL_SPEC))
-    for path, text in values.items():
-        for group, extra in REQUIRED_SIBLINGS.get(path, {}).items():
-            spec[group] = spec.get(group, {}) | extra
+    for path, text in spelling_by_path.items():
+        for group, required_fields in REQUIRED_SIBLINGS.get(path, {}).items():
+            spec[group] = spec.get(group, {}) | required_fields
         if path.startswith("dataset.mixture"):
             spec["dataset"].pop("train", None)
         *groups, name = path.split(".")
@@ -116,23 +116,23 @@ def write_spec(values: dict[str, str]) -> str:
     return re.sub(r'"@([^@"]+)@"', r"\1", json.dumps(spec))
 
 
-def dry_run(api: Endpoint, spec: str) -> Response:
-    body = json.dumps(manifest("numbers", {})).replace('"spec": {}', f'"spec": {spec}')
+def dry_run(api: Endpoint, spec_text: str) -> Response:
+    body = json.dumps(manifest("numbers", {})).replace('"spec": {}', f'"spec": {spec_text}')
     return call(api, "POST", JOBS_PATH, body, dryRun="All", fieldValidation="Strict")
 
 
-def combine_spellings(texts: dict[str, list[str]]) -> Iterator[dict[str, str]]:
+def combine_spellings(spellings_by_path: dict[str, list[str]]) -> Iterator[dict[str, str]]:
     """Yield dicts with one spelling per field, until every spelling was used once. If all spellings of a field were used, the later dicts omit the field."""
-    for i in range(max(map(len, texts.values()))):
-        yield {path: spelled[i] for path, spelled in texts.items() if i < len(spelled)}
+    for i in range(max(map(len, spellings_by_path.values()))):
+        yield {path: spellings[i] for path, spellings in spellings_by_path.items() if i < len(spellings)}
 
 
-def split_exclusive_fields(paths: dict[str, list[str]]) -> list[dict[str, list[str]]]:
+def split_exclusive_fields(spellings_by_path: dict[str, list[str]]) -> list[dict[str, list[str]]]:
     """Split the fields into two sets, because a rule of the spec forbids each field of the second set if a certain field of the first set is present."""
-    exclusive = {"training.warmupSteps", "dataset.mixture[].weight", "evaluation.gates[].value"}
+    exclusive_paths = {"training.warmupSteps", "dataset.mixture[].weight", "evaluation.gates[].value"}
     return [
-        {path: texts for path, texts in paths.items() if path not in exclusive},
-        {path: texts for path, texts in paths.items() if path in exclusive},
+        {path: texts for path, texts in spellings_by_path.items() if path not in exclusive_paths},
+        {path: texts for path, texts in spellings_by_path.items() if path in exclusive_paths},
     ]
 
 
@@ -145,31 +145,31 @@ def test_numeric_fields_are_found_in_groups_lists_and_list_items() -> None:
 
 @pytest.mark.parametrize("group", [0, 1], ids=["combinable", "exclusive"])
 def test_default_and_bounds_are_accepted_in_every_spelling(api: Endpoint, group: int) -> None:
-    texts = split_exclusive_fields({number.path: number.accepted_spellings() for number in NUMBER_FIELDS})[group]
-    for values in combine_spellings(texts):
-        spec = write_spec(values)
-        response = dry_run(api, spec)
+    spellings_by_path = split_exclusive_fields({number.path: number.accepted_spellings() for number in NUMBER_FIELDS})[group]
+    for spelling_by_path in combine_spellings(spellings_by_path):
+        spec_text = write_spec(spelling_by_path)
+        response = dry_run(api, spec_text)
         assert response.status == 201, response.message
-        FineTuneJobSpec.model_validate_json(spec)
-        load_spec(json.loads(spec))
+        FineTuneJobSpec.model_validate_json(spec_text)
+        load_spec(json.loads(spec_text))
 
 
 def test_values_outside_the_bounds_are_refused_in_every_spelling(api: Endpoint) -> None:
-    by_schema, by_rule = {}, {}
+    refused_by_schema, refused_by_rule = {}, {}
     for number in NUMBER_FIELDS:
-        fractional = any(isinstance(bound, float) and not bound.is_integer() for bound in number.bounds.values() if not isinstance(bound, list))
-        (by_rule if fractional else by_schema)[number.path] = number.refused_spellings()
-    for texts in (by_schema, by_rule):
-        for values in combine_spellings(texts):
-            spec = write_spec(values)
-            response = dry_run(api, spec)
-            assert response.status == 422, (values, response.body)
-            named = {cause["field"].removeprefix("spec.").replace("[0]", "[]") for cause in response.body["details"]["causes"]}
-            assert named >= set(values), sorted(set(values) - named)
+        has_fractional_bound = any(isinstance(bound, float) and not bound.is_integer() for bound in number.bounds.values() if not isinstance(bound, list))
+        (refused_by_rule if has_fractional_bound else refused_by_schema)[number.path] = number.refused_spellings()
+    for spellings_by_path in (refused_by_schema, refused_by_rule):
+        for spelling_by_path in combine_spellings(spellings_by_path):
+            spec_text = write_spec(spelling_by_path)
+            response = dry_run(api, spec_text)
+            assert response.status == 422, (spelling_by_path, response.body)
+            refused_paths = {cause["field"].removeprefix("spec.").replace("[0]", "[]") for cause in response.body["details"]["causes"]}
+            assert refused_paths >= set(spelling_by_path), sorted(set(spelling_by_path) - refused_paths)
             with pytest.raises(ValidationError) as error:
-                FineTuneJobSpec.model_validate_json(spec)
-            offline = {_to_dotted_path(item["loc"]) for item in error.value.errors()}
-            assert offline >= set(values), sorted(set(values) - offline)
+                FineTuneJobSpec.model_validate_json(spec_text)
+            offline_refused_paths = {_to_dotted_path(item["loc"]) for item in error.value.errors()}
+            assert offline_refused_paths >= set(spelling_by_path), sorted(set(spelling_by_path) - offline_refused_paths)
 
 
 def _to_dotted_path(location: tuple[int | str, ...]) -> str:

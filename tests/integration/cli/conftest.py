@@ -72,9 +72,9 @@ def finetune(
     def run(*words: str, default_namespace: bool = True) -> Result:
         output.stdout_console.cache_clear()
         output.error_console.cache_clear()
-        extra = ["-n", namespace] if default_namespace else []
+        namespace_words = ["-n", namespace] if default_namespace else []
         capsys.readouterr()
-        code = main.run([*words, *extra], [])
+        code = main.run([*words, *namespace_words], [])
         captured_output = capsys.readouterr()
         return Result(code, captured_output.out, captured_output.err)
 

@@ -34,19 +34,19 @@ SUCCEEDED_STATUS = {"phase": "Succeeded", "conditions": [condition("Finished"), 
 @pytest.fixture
 def node(api: KubeApi) -> Iterator[Callable[..., None]]:
     """Return a function that creates a node. The nodes are deleted after the test."""
-    created: list[str] = []
+    node_names: list[str] = []
 
     def create_node(name: str, labels: dict[str, str], gpus: int, *, is_ready: bool = True, **spec: Any) -> None:
         api.create("nodes", None, {"metadata": {"name": name, "labels": labels}, "spec": spec})
-        created.append(name)
-        ready = {"type": "Ready", "status": "True" if is_ready else "False", "reason": "t", "message": "t"}
-        resources = {"cpu": "64", "memory": "512Gi", "pods": "110", **({"nvidia.com/gpu": str(gpus)} if gpus else {})}
-        api.patch("nodes/status", None, name, {"status": {"conditions": [ready], "allocatable": resources, "capacity": resources}})
+        node_names.append(name)
+        ready_condition = {"type": "Ready", "status": "True" if is_ready else "False", "reason": "t", "message": "t"}
+        node_resources = {"cpu": "64", "memory": "512Gi", "pods": "110", **({"nvidia.com/gpu": str(gpus)} if gpus else {})}
+        api.patch("nodes/status", None, name, {"status": {"conditions": [ready_condition], "allocatable": node_resources, "capacity": node_resources}})
         if is_ready:  # the API server taints a new node as not ready, and the node controller removes the taint
             api.wait("nodes", None, name, lambda one: NOT_READY_TAINT not in [taint["key"] for taint in one["spec"].get("taints") or []])
 
     yield create_node
-    for name in created:
+    for name in node_names:
         api.delete("nodes", None, name)
 
 
@@ -56,8 +56,8 @@ def operator(api: KubeApi, namespace: str) -> Callable[..., None]:
 
     def install(*, is_ready: bool = True, version: str = "0.2.0", **config: Any) -> None:
         labels = {**CHART_LABELS, "app.kubernetes.io/version": version}
-        value = {"trainer": {"image": "registry.example.com/finetune-trainer:0.2.0"}, "namespaces": [namespace], **config}
-        api.create("configmaps", namespace, {"metadata": {"name": "operator", "labels": labels}, "data": {"config.yaml": json.dumps(value)}})
+        config_values = {"trainer": {"image": "registry.example.com/finetune-trainer:0.2.0"}, "namespaces": [namespace], **config}
+        api.create("configmaps", namespace, {"metadata": {"name": "operator", "labels": labels}, "data": {"config.yaml": json.dumps(config_values)}})
         template = {"metadata": {"labels": {"app": "operator"}}, "spec": {"containers": [{"name": "operator", "image": "x"}]}}
         spec = {"replicas": 1, "selector": {"matchLabels": {"app": "operator"}}, "template": template}
         api.create("deployments", namespace, {"metadata": {"name": "operator", "labels": labels}, "spec": spec})
@@ -91,14 +91,14 @@ def test_pools_shows_defaults_and_free_gpus(
         "metadata": {"name": "user"}, "spec": {"nodeName": f"{namespace}-a", "containers": [{"name": "c", "image": "x", "resources": limits}]},
     })  # fmt: skip
     result = finetune("pools", "--operator-namespace", namespace)
-    head, h100, cpu = [line.split("   ") for line in result.out.splitlines()]
+    header, h100, cpu = [line.split("   ") for line in result.out.splitlines()]
     assert [cell.strip() for cell in h100 if cell.strip()] == [
         "h100", "yes", "8", "80Gi", "2 of 3", "13 of 16", "cpu 80000m, memory 320Gi, disk 20Gi, shm 16Gi", "8 x H100",
     ]  # fmt: skip
     assert [cell.strip() for cell in cpu if cell.strip()] == ["cpu", "-", "0", "-", "0", "-", "cpu 1, memory 64Gi, disk 20Gi, shm 1Gi", "-"]
-    first, _ = json.loads(finetune("pools", "--operator-namespace", namespace, "-o", "json").out)
-    assert first["usage"] == {"nodes": 3, "usableNodes": 2, "freeNodes": 1, "gpus": 16, "freeGpus": 13}
-    assert first["podDefaults"] == {"cpu": "80000m", "memory": "320Gi", "ephemeralStorage": "20Gi", "sharedMemory": "16Gi"}
+    first_pool, _ = json.loads(finetune("pools", "--operator-namespace", namespace, "-o", "json").out)
+    assert first_pool["usage"] == {"nodes": 3, "usableNodes": 2, "freeNodes": 1, "gpus": 16, "freeGpus": 13}
+    assert first_pool["podDefaults"] == {"cpu": "80000m", "memory": "320Gi", "ephemeralStorage": "20Gi", "sharedMemory": "16Gi"}
 
 
 def test_pools_without_an_operator_says_what_to_do(finetune: Finetune, namespace: str) -> None:
@@ -117,8 +117,8 @@ def kubelet(api: KubeApi, namespace: str) -> Callable[[dict[str, Any]], threadin
     def play(state: dict[str, Any]) -> threading.Thread:
         def set_state() -> None:
             (pod,) = api.wait_list("pods", namespace, bool, labels="app.kubernetes.io/name=finetune-doctor")
-            container = {"name": names.TRAINER_CONTAINER, "image": "x", "imageID": "", "ready": False, "restartCount": 0, "state": state}
-            api.patch("pods/status", namespace, pod["metadata"]["name"], {"status": {"containerStatuses": [container]}})
+            container_status = {"name": names.TRAINER_CONTAINER, "image": "x", "imageID": "", "ready": False, "restartCount": 0, "state": state}
+            api.patch("pods/status", namespace, pod["metadata"]["name"], {"status": {"containerStatuses": [container_status]}})
 
         thread = threading.Thread(target=set_state)
         thread.start()
@@ -161,7 +161,7 @@ def test_doctor_finds_no_problem_and_leaves_no_objects(
 
 
 @pytest.mark.parametrize(
-    ("state", "image", "storage", "text"),
+    ("state", "image_state", "storage_state", "expected_text"),
     [
         ({"waiting": {"reason": "ErrImagePull", "message": "unauthorized"}}, "failed", "unknown", "ErrImagePull: unauthorized"),
         ({"waiting": {"reason": "CreateContainerConfigError", "message": 'secret "s3" not found'}}, "ok", "failed", 'secret "s3" not found'),
@@ -173,16 +173,16 @@ def test_doctor_finds_no_problem_and_leaves_no_objects(
     ids=["image", "secret", "keys", "old image"],
 )  # fmt: skip
 def test_doctor_explains_why_its_pod_failed(
-    state: dict[str, Any], image: str, storage: str, text: str, finetune: Finetune, operator: Callable[..., None], kubelet: Callable[..., Any],
-    api: KubeApi, namespace: str,
+    state: dict[str, Any], image_state: str, storage_state: str, expected_text: str, finetune: Finetune, operator: Callable[..., None],
+    kubelet: Callable[..., Any], api: KubeApi, namespace: str,
 ) -> None:  # fmt: skip
     operator(storage=STORAGE)
     kubelet(state)
     result = finetune("doctor", "--operator-namespace", namespace, "-o", "json", *(word for name in ("crd", "rights", "pools") for word in ("--skip", name)))
     checks = read_checks(result)
-    assert (result.code, checks["image"]["state"], checks["storage"]["state"]) == (2, image, storage)
-    failed = checks["image" if image == "failed" else "storage"]
-    assert (text in failed["message"], bool(failed["cure"])) == (True, True), failed
+    assert (result.code, checks["image"]["state"], checks["storage"]["state"]) == (2, image_state, storage_state)
+    failed_check = checks["image" if image_state == "failed" else "storage"]
+    assert (expected_text in failed_check["message"], bool(failed_check["cure"])) == (True, True), failed_check
     assert api.list("jobs", namespace) == []
 
 
@@ -198,8 +198,8 @@ def test_doctor_names_an_operator_and_pools_that_are_not_ready(
     assert lines["operator"] == (
         f"✗ operator  {namespace}/operator, release 0.2.0: none of 1 pods is ready; read `kubectl -n {namespace} logs deployment/operator`"
     )
-    a100, t4 = "pool a100: its nodes have at most 1 nvidia.com/gpu, but gpusPerNode is 8", f"pool t4: no node has the labels no={namespace}"
-    assert lines["pools"].startswith(f"✗ pools     {a100}; {t4}; correct nodePools")
+    a100_problem, t4_problem = "pool a100: its nodes have at most 1 nvidia.com/gpu, but gpusPerNode is 8", f"pool t4: no node has the labels no={namespace}"
+    assert lines["pools"].startswith(f"✗ pools     {a100_problem}; {t4_problem}; correct nodePools")
     assert "image" not in lines
 
 
@@ -247,8 +247,8 @@ def test_doctor_prints_one_line_for_an_unreachable_cluster(finetune: Finetune, t
     result = finetune("doctor", "--kubeconfig", str(path))
     assert (result.code, len(result.out.splitlines())) == (2, 1)
     assert result.out.startswith("✗ cluster   the API server at https://127.0.0.1:1 cannot be reached: ")
-    missing = finetune("doctor", "--kubeconfig", str(tmp_path / "none"))
-    assert (missing.code, missing.out.startswith("✗ cluster   no cluster: --kubeconfig")) == (2, True)
+    missing_file_result = finetune("doctor", "--kubeconfig", str(tmp_path / "none"))
+    assert (missing_file_result.code, missing_file_result.out.startswith("✗ cluster   no cluster: --kubeconfig")) == (2, True)
 
 
 def test_doctor_refuses_wrong_arguments(finetune: Finetune, tmp_path: Path) -> None:
@@ -312,13 +312,13 @@ def test_top_shows_usage_of_running_pods(
     create_pod(api, namespace, finished_job, 1, pod_server[0])
     result = finetune("top")
     assert (result.code, result.err) == (0, "")
-    head, row = [[cell.strip() for cell in line.split("   ") if cell.strip()] for line in result.out.splitlines()]
-    assert dict(zip(head, row, strict=True)) == {
+    header, row = [[cell.strip() for cell in line.split("   ") if cell.strip()] for line in result.out.splitlines()]
+    assert dict(zip(header, row, strict=True)) == {
         "NAME": "bot", "PHASE": "Running", "PROGRESS": "120/500 (24%)", "TOKENS/S": "2,731", "ETA": "1h12m", "POD": "bot-2-0", "NODE": "gpu-1", "GPUS": "2",
         "GPU%": "94", "GPU MEMORY": "64.0 GiB of 80.0 GiB", "MEMORY": "12.0 GiB of 64.0 GiB",
     }  # fmt: skip
-    (data,) = json.loads(finetune("top", "bot", "-o", "json").out)
-    assert (data["pod"], data["usage"]["gpus"][0]["utilizationPercent"], data["progress"]["tokensPerSecond"]) == ("bot-2-0", 90.0, 2730.7)
+    (pod_usage,) = json.loads(finetune("top", "bot", "-o", "json").out)
+    assert (pod_usage["pod"], pod_usage["usage"]["gpus"][0]["utilizationPercent"], pod_usage["progress"]["tokensPerSecond"]) == ("bot-2-0", 90.0, 2730.7)
     assert "bot-2-0" in finetune("top", "-A", default_namespace=False).out
     assert finetune("top", "done") == Result(0, "", "note: done has no running pods\n")
 
@@ -363,8 +363,8 @@ def test_delete_lists_what_stays_in_storage(finetune: Finetune, job: Job, api: K
 def test_delete_asks_before_it_deletes_a_running_job(finetune: Finetune, job: Job, api: KubeApi, namespace: str) -> None:
     job(status=RUNNING_STATUS)
     job("other", status=SUCCEEDED_STATUS)
-    refused = finetune("delete", "bot", "other")
-    assert refused == Result(1, "", "error: bot has not finished, and cannot be resumed after the deletion: confirm with --yes\n")
+    refused_result = finetune("delete", "bot", "other")
+    assert refused_result == Result(1, "", "error: bot has not finished, and cannot be resumed after the deletion: confirm with --yes\n")
     assert finetune("delete", "bot", "none", "--yes").code == 1
     assert api.find(names.PLURAL, namespace, "bot") is not None
     result = finetune("delete", "finetunejob/bot", "other", "--yes")

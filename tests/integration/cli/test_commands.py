@@ -93,8 +93,8 @@ def test_submit_of_an_existing_name_is_refused(finetune: Finetune, job: Job, tmp
 
 def test_get_shows_the_columns_that_the_server_defines(finetune: Finetune, job: Job) -> None:
     job(status=RUNNING_STATUS)
-    head, row = finetune("get").out.splitlines()
-    assert head.split() == ["NAME", "STATUS", "PROGRESS", "LOSS", "ETA", "WORKERS", "RESTARTS", "REASON", "AGE"]
+    header, row = finetune("get").out.splitlines()
+    assert header.split() == ["NAME", "STATUS", "PROGRESS", "LOSS", "ETA", "WORKERS", "RESTARTS", "REASON", "AGE"]
     assert row.split()[:3] == ["bot", "Running", "120/500"]
     assert "MODEL" in finetune("get", "-o", "wide").out
     assert finetune("get", "-o", "name").out == "finetunejobs.finetune-operator.io/bot\n"
@@ -156,7 +156,7 @@ def test_wait_exits_at_the_condition_or_the_timeout(finetune: Finetune, job: Job
 
 
 @pytest.mark.parametrize(
-    ("goal", "code", "out"),
+    ("goal", "exit_code", "expected_output"),
     [
         ("condition=Reconciling", 0, "bot: Running\n"), ("condition=reconciling=true", 0, "bot: Running\n"),
         ("jsonpath={.status.phase}=Running", 0, "bot: Running\n"), ("jsonpath='{.status.attempt}'=2", 0, "bot: Running\n"),
@@ -164,11 +164,11 @@ def test_wait_exits_at_the_condition_or_the_timeout(finetune: Finetune, job: Job
         ("jsonpath={.status.phase}=Failed", 1, ""), ("delete", 1, ""),
     ],
 )  # fmt: skip
-def test_wait_accepts_the_forms_of_kubectl_wait(finetune: Finetune, job: Job, goal: str, code: int, out: str) -> None:
+def test_wait_accepts_the_forms_of_kubectl_wait(finetune: Finetune, job: Job, goal: str, exit_code: int, expected_output: str) -> None:
     job(status=RUNNING_STATUS)
     result = finetune("wait", "bot", f"--for={goal}", "--timeout=0s")
-    assert (result.code, result.out) == (code, out)
-    assert result.err == ("" if code == 0 else f"error: bot is not {'deleted' if goal == 'delete' else goal.removeprefix('condition=')} after 0s\n")
+    assert (result.code, result.out) == (exit_code, expected_output)
+    assert result.err == ("" if exit_code == 0 else f"error: bot is not {'deleted' if goal == 'delete' else goal.removeprefix('condition=')} after 0s\n")
 
 
 @pytest.mark.parametrize(
@@ -324,8 +324,8 @@ def test_a_support_bundle_contains_everything_except_secrets(
             for member in members.getmembers()
         }  # type: ignore[union-attr]  # every member of the archive is a file
     assert set(texts) == {"job.yaml", "status.txt", "pods.yaml", "events.txt", "versions.json", "logs/bot-1-0.txt"}
-    everything = "".join(texts.values())
-    assert ("plainsecret" in everything, "hf_abcdefghij" in everything, "kept" in everything) == (False, False, True)
+    all_text = "".join(texts.values())
+    assert ("plainsecret" in all_text, "hf_abcdefghij" in all_text, "kept" in all_text) == (False, False, True)
     assert "DatasetEmpty" in texts["job.yaml"]
 
 
@@ -333,11 +333,11 @@ def test_a_support_bundle_contains_everything_except_secrets(
 
 
 def test_an_unreachable_server_is_reported(finetune: Finetune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = {
+    kubeconfig = {
         "apiVersion": "v1", "kind": "Config", "current-context": "c", "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
         "clusters": [{"name": "c", "cluster": {"server": "https://127.0.0.1:1"}}], "users": [{"name": "u", "user": {}}],
     }  # fmt: skip
-    result = finetune("get", "--kubeconfig", write_file(tmp_path, json.dumps(config), "k"))
+    result = finetune("get", "--kubeconfig", write_file(tmp_path, json.dumps(kubeconfig), "k"))
     assert result.code == 1
     assert result.err.startswith("error: the API server at https://127.0.0.1:1 cannot be reached: ")
 
@@ -349,9 +349,9 @@ def test_a_missing_kubeconfig_is_reported(finetune: Finetune, tmp_path: Path) ->
 
 def test_a_job_name_may_follow_the_resource_name(finetune: Finetune, job: Job) -> None:
     job("bot", status={"phase": "Succeeded", "conditions": [condition("Finished"), condition("Succeeded")]})
-    printed = finetune("get", "-o", "name").out.strip()
-    assert finetune("status", printed).out == finetune("status", "bot").out
-    assert finetune("wait", printed, "--timeout", "0").code == 0
+    printed_name = finetune("get", "-o", "name").out.strip()
+    assert finetune("status", printed_name).out == finetune("status", "bot").out
+    assert finetune("wait", printed_name, "--timeout", "0").code == 0
     result = finetune("wait", "bot", "--for", "Suspended", "--timeout", "0")
     assert (result.code, result.out) == (1, "")
     assert "has ended (Succeeded) and cannot become Suspended" in result.err

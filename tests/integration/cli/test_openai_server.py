@@ -95,8 +95,8 @@ def installation(
         api.create("namespaces", None, {"metadata": {"name": namespace}})
         create_role_and_account(api, namespace, "client", read_documented_rules())
         create_role_and_account(api, namespace, "reader", [{"apiGroups": [names.GROUP], "resources": ["finetunejobs"], "verbs": ["get", "list"]}])
-        impersonate = {"apiGroups": [""], "resources": ["serviceaccounts"], "resourceNames": ["client", "reader"], "verbs": ["impersonate"]}
-        create_role_and_account(api, namespace, "server", [impersonate], account=("openai-a", "server"))
+        impersonation_rule = {"apiGroups": [""], "resources": ["serviceaccounts"], "resourceNames": ["client", "reader"], "verbs": ["impersonate"]}
+        create_role_and_account(api, namespace, "server", [impersonation_rule], account=("openai-a", "server"))
     keys = folder / "keys.yaml"
     write_keys(keys, ACCOUNTS)
     s3_server.client().create_bucket(Bucket="openai")
@@ -149,11 +149,11 @@ def connect_as_server(control_plane: Endpoint, api: KubeApi, kubeconfig: Path) -
     path = "/api/v1/namespaces/openai-a/serviceaccounts/server/token"
     response = api.request("POST", path, {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {}})
     yaml = YAML(typ="safe")
-    value = yaml.load(control_plane.kubeconfig.read_text(encoding="utf-8"))
-    for user in value["users"]:
+    kubeconfig_content = yaml.load(control_plane.kubeconfig.read_text(encoding="utf-8"))
+    for user in kubeconfig_content["users"]:
         user["user"] = {"token": response.body["status"]["token"]}
     with kubeconfig.open("w", encoding="utf-8") as file:
-        yaml.dump(value, file)
+        yaml.dump(kubeconfig_content, file)
     return connect(None, None, kubeconfig)
 
 
@@ -184,7 +184,7 @@ def test_the_openai_client_works_with_only_another_base_url_and_key(installation
     assert (created_job.organization_id, created_job.model) == ("openai-a", "gpt-4o-mini")
     assert (created_job.training_file, created_job.metadata) == (file.id, {"team": "support"})
 
-    running = mark_running(api, installation, created_job.id)
+    running_job = mark_running(api, installation, created_job.id)
     job = client.fine_tuning.jobs.retrieve(created_job.id)
     assert (job.status, job.trained_tokens, job.estimated_finish) == ("running", None, 1767225660)
     assert job.hyperparameters.to_dict() == {"n_epochs": 2, "batch_size": 16, "learning_rate_multiplier": 0.5}
@@ -205,7 +205,7 @@ def test_the_openai_client_works_with_only_another_base_url_and_key(installation
     assert api.get(names.PLURAL, "openai-a", created_job.id)["spec"]["suspend"] is False
     assert client.fine_tuning.jobs.cancel(created_job.id).status == "cancelled"
     assert api.get(names.PLURAL, "openai-a", created_job.id)["spec"]["cancel"] is True
-    assert running["metadata"]["labels"] == {"finetune-operator.io/created-by": "openai-server"}
+    assert running_job["metadata"]["labels"] == {"finetune-operator.io/created-by": "openai-server"}
 
 
 def mark_running(api: KubeApi, installation: Installation, name: str) -> dict[str, Any]:
@@ -230,9 +230,9 @@ def mark_running(api: KubeApi, installation: Installation, name: str) -> dict[st
 
 def make_command(installation: Installation, folder: Path, s3_server: S3Endpoint, port: int) -> list[str]:
     """Return the command that starts a server on `port`, as a list of words."""
-    file = folder / "server.yaml"
-    file.write_text(json.dumps(build_config(s3_server).to_wire()), encoding="utf-8")
-    paths = {"--config": file, "--keys": installation.keys, "--kubeconfig": installation.kubeconfig}
+    config_file = folder / "server.yaml"
+    config_file.write_text(json.dumps(build_config(s3_server).to_wire()), encoding="utf-8")
+    paths = {"--config": config_file, "--keys": installation.keys, "--kubeconfig": installation.kubeconfig}
     return ["serve-openai", "--port", str(port), *(str(word) for pair in paths.items() for word in pair)]
 
 
@@ -267,9 +267,9 @@ def test_the_command_reports_a_port_that_is_in_use(installation: Installation, s
 
 
 def test_a_wrong_api_key_is_refused(installation: Installation) -> None:
-    with pytest.raises(openai.AuthenticationError) as refused:
+    with pytest.raises(openai.AuthenticationError) as refusal:
         installation.client("sk-wrong").fine_tuning.jobs.list()
-    assert (refused.value.code, "sk-wrong" in str(refused.value)) == ("invalid_api_key", False)
+    assert (refusal.value.code, "sk-wrong" in str(refusal.value)) == ("invalid_api_key", False)
 
 
 def test_a_client_has_the_rights_of_its_service_account(installation: Installation, job_id: str) -> None:
@@ -277,41 +277,42 @@ def test_a_client_has_the_rights_of_its_service_account(installation: Installati
     file_id = upload(installation.client())
     assert reader.fine_tuning.jobs.retrieve(job_id).id == job_id
     assert reader.files.content(file_id).read() == ROWS
-    denied = [
+    denied_calls = [
         lambda: reader.fine_tuning.jobs.create(model="gpt-4o-mini", training_file=file_id),
         lambda: reader.fine_tuning.jobs.cancel(job_id),
         lambda: reader.fine_tuning.jobs.list_events(job_id),
         lambda: upload(reader),
         lambda: reader.files.delete(file_id),
     ]
-    for call in denied:
-        with pytest.raises(openai.PermissionDeniedError) as refused:
+    for call in denied_calls:
+        with pytest.raises(openai.PermissionDeniedError) as refusal:
             call()
-        assert (refused.value.code, "system:serviceaccount:openai-a:reader" in str(refused.value)) == ("forbidden", True)
+        assert (refusal.value.code, "system:serviceaccount:openai-a:reader" in str(refusal.value)) == ("forbidden", True)
 
 
 def test_a_client_sees_no_jobs_and_files_of_another_namespace(installation: Installation, job_id: str) -> None:
-    other = installation.client(OTHER_KEY)
+    other_client = installation.client(OTHER_KEY)
     file_id = upload(installation.client())
-    for call in (lambda: other.fine_tuning.jobs.retrieve(job_id), lambda: other.fine_tuning.jobs.cancel(job_id), lambda: other.files.retrieve(file_id),
-                 lambda: other.files.delete(file_id), lambda: other.fine_tuning.jobs.retrieve("../openai-a/x")):  # fmt: skip
-        with pytest.raises(openai.NotFoundError) as missing:
+    for call in (lambda: other_client.fine_tuning.jobs.retrieve(job_id), lambda: other_client.fine_tuning.jobs.cancel(job_id),
+                 lambda: other_client.files.retrieve(file_id),
+                 lambda: other_client.files.delete(file_id), lambda: other_client.fine_tuning.jobs.retrieve("../openai-a/x")):  # fmt: skip
+        with pytest.raises(openai.NotFoundError) as not_found_error:
             call()
-        assert missing.value.code == "not_found"
-    with pytest.raises(openai.BadRequestError) as refused:
-        other.fine_tuning.jobs.create(model="gpt-4o-mini", training_file=file_id)
-    assert (refused.value.param, refused.value.code) == ("training_file", "file_not_found")
-    assert (other.fine_tuning.jobs.list().data, other.files.list().data) == ([], [])
+        assert not_found_error.value.code == "not_found"
+    with pytest.raises(openai.BadRequestError) as refusal:
+        other_client.fine_tuning.jobs.create(model="gpt-4o-mini", training_file=file_id)
+    assert (refusal.value.param, refusal.value.code) == ("training_file", "file_not_found")
+    assert (other_client.fine_tuning.jobs.list().data, other_client.files.list().data) == ([], [])
 
 
 def test_an_account_that_the_server_may_not_impersonate_causes_a_server_error(installation: Installation) -> None:
-    with pytest.raises(openai.InternalServerError) as failed:
+    with pytest.raises(openai.InternalServerError) as server_error:
         installation.client(FOREIGN_KEY).with_options(max_retries=0).fine_tuning.jobs.list()
-    assert (failed.value.code, "the verb `impersonate`" in str(failed.value)) == ("impersonation_forbidden", True)
+    assert (server_error.value.code, "the verb `impersonate`" in str(server_error.value)) == ("impersonation_forbidden", True)
 
 
 def test_a_removed_key_is_refused_without_a_restart(installation: Installation) -> None:
-    before = installation.keys.read_text(encoding="utf-8")
+    original_keys = installation.keys.read_text(encoding="utf-8")
     client = installation.client(OTHER_KEY).with_options(max_retries=0)
     assert client.files.list().data == []
     try:
@@ -319,11 +320,11 @@ def test_a_removed_key_is_refused_without_a_restart(installation: Installation) 
         with pytest.raises(openai.AuthenticationError):
             client.files.list()
         installation.keys.write_text("keys: []", encoding="utf-8")
-        with pytest.raises(openai.InternalServerError) as failed:
+        with pytest.raises(openai.InternalServerError) as server_error:
             client.files.list()
-        assert failed.value.code == "keys_unavailable"
+        assert server_error.value.code == "keys_unavailable"
     finally:
-        installation.keys.write_text(before, encoding="utf-8")
+        installation.keys.write_text(original_keys, encoding="utf-8")
 
 
 # --- wrong requests -------------------------------------------------------------------------------------------------
@@ -331,29 +332,29 @@ def test_a_removed_key_is_refused_without_a_restart(installation: Installation) 
 
 def test_a_wrong_request_is_refused_with_the_name_of_the_wrong_parameter(installation: Installation) -> None:
     client = installation.client()
-    file_id, pairs = upload(client), upload(client, PREFERENCE_ROWS)
-    supervised = {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 99}}}
-    wrong: list[tuple[dict[str, Any], str, str]] = [
+    file_id, preference_file_id = upload(client), upload(client, PREFERENCE_ROWS)
+    supervised_method = {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 99}}}
+    wrong_requests: list[tuple[dict[str, Any], str, str]] = [
         ({"model": "gpt-9"}, "model", "write one of gpt-4o-mini, tracked"),
         ({"training_file": "file-none"}, "training_file", "there is no file"),
-        ({"training_file": pairs}, "training_file", "train.jsonl:1: messages: the key is missing"),
-        ({"method": supervised}, "method.supervised.hyperparameters.n_epochs", "an integer from 1 to 50"),
+        ({"training_file": preference_file_id}, "training_file", "train.jsonl:1: messages: the key is missing"),
+        ({"method": supervised_method}, "method.supervised.hyperparameters.n_epochs", "an integer from 1 to 50"),
         ({"hyperparameters": {"batch_size": 3}}, "hyperparameters.batch_size", "write 2 or 4"),
         ({"method": {"type": "reinforcement"}}, "method.type", "this server has no graders"),
         ({"integrations": [{"type": "wandb", "wandb": {"project": "p"}}]}, "integrations", "tracking.wandb.apiKeySecretRef"),
         ({"suffix": "a" * 65}, "suffix", "1 to 64 characters"),
         ({"extra_body": {"n_epochs": 3}}, "n_epochs", "unknown key"),
     ]
-    for changed_arguments, param, message in wrong:
-        with pytest.raises(openai.BadRequestError) as refused:
+    for changed_arguments, param, message in wrong_requests:
+        with pytest.raises(openai.BadRequestError) as refusal:
             client.fine_tuning.jobs.create(**{"model": "gpt-4o-mini", "training_file": file_id, **changed_arguments})
-        assert (refused.value.param, message in str(refused.value)) == (param, True), refused.value
+        assert (refusal.value.param, message in str(refusal.value)) == (param, True), refusal.value
 
 
 def test_a_path_that_the_server_does_not_serve_is_not_found(installation: Installation) -> None:
-    with pytest.raises(openai.NotFoundError) as missing:
+    with pytest.raises(openai.NotFoundError) as not_found_error:
         installation.client().models.list()
-    assert (missing.value.code, missing.value.body) == (
+    assert (not_found_error.value.code, not_found_error.value.body) == (
         "not_found", {"message": "GET /v1/models: not found", "type": "invalid_request_error", "param": None, "code": "not_found"},
     )  # fmt: skip
 
@@ -386,9 +387,9 @@ def test_a_job_that_has_ended_cannot_be_paused(installation: Installation, api: 
     assert (job.status, job.finished_at) == ("failed", 1767225610)
     assert job.error is not None
     assert job.error.to_dict() == {"code": "DatasetEmpty", "message": "the data has no rows; check the file", "param": "training_file"}
-    with pytest.raises(openai.BadRequestError) as refused:
+    with pytest.raises(openai.BadRequestError) as refusal:
         client.fine_tuning.jobs.pause(job_id)
-    assert (refused.value.code, "its status is failed" in str(refused.value)) == ("job_has_ended", True)
+    assert (refusal.value.code, "its status is failed" in str(refusal.value)) == ("job_has_ended", True)
 
 
 def test_a_job_that_kubectl_has_created_is_not_listed(installation: Installation, api: KubeApi) -> None:
@@ -415,33 +416,33 @@ def test_a_long_list_is_divided_into_pages(installation: Installation) -> None:
     assert [job.id for job in client.fine_tuning.jobs.list(limit=2)] == jobs[::-1]
     assert [job.id for job in client.fine_tuning.jobs.list(metadata={"n": "1"})] == [jobs[1]]
     assert [file.filename for file in client.files.list(limit=1, order="asc")] == ["0.jsonl", "1.jsonl", "2.jsonl"]
-    with pytest.raises(openai.BadRequestError) as refused:
+    with pytest.raises(openai.BadRequestError) as refusal:
         client.files.list(after="file-none").data  # noqa: B018
-    assert refused.value.param == "after"
+    assert refusal.value.param == "after"
 
 
 def test_files_are_checked_stored_and_deleted(installation: Installation, s3_server: S3Endpoint) -> None:
     client = installation.client()
     for content, message in ((b'{"a": 1}\n[]\n', "line 2 is not a JSON object"), (b"{'a': 1}", "line 1 is not valid JSON"), (b"\n", "the file has no rows")):
-        with pytest.raises(openai.BadRequestError) as refused:
+        with pytest.raises(openai.BadRequestError) as refusal:
             upload(client, content)
-        assert (refused.value.param, message in str(refused.value)) == ("file", True)
-    with pytest.raises(openai.BadRequestError) as refused:
+        assert (refusal.value.param, message in str(refusal.value)) == ("file", True)
+    with pytest.raises(openai.BadRequestError) as refusal:
         client.files.create(file=("a.jsonl", ROWS), purpose="batch")
-    assert refused.value.param == "purpose"
-    with pytest.raises(openai.BadRequestError) as refused:
+    assert refusal.value.param == "purpose"
+    with pytest.raises(openai.BadRequestError) as refusal:
         client.files.create(file=("a.jsonl", ROWS), purpose="fine-tune", expires_after={"anchor": "created_at", "seconds": 3600})
-    assert refused.value.param == "expires_after[anchor]"
-    with pytest.raises(openai.APIStatusError) as too_large:
+    assert refusal.value.param == "expires_after[anchor]"
+    with pytest.raises(openai.APIStatusError) as too_large_error:
         upload(client, b" " * 100_001)
-    assert (too_large.value.status_code, too_large.value.param) == (413, "file")
+    assert (too_large_error.value.status_code, too_large_error.value.param) == (413, "file")
     file_id = upload(client)
     key = f"jobs/openai-a/_files/{file_id}/train.jsonl/rows.jsonl"
     assert s3_server.client().get_object(Bucket="openai", Key=key)["Body"].read() == ROWS
     job = client.fine_tuning.jobs.create(model="gpt-4o-mini", training_file=file_id)
-    with pytest.raises(openai.BadRequestError) as used:
+    with pytest.raises(openai.BadRequestError) as in_use_error:
         client.files.delete(file_id)
-    assert (used.value.code, job.id in str(used.value)) == ("file_in_use", True)
+    assert (in_use_error.value.code, job.id in str(in_use_error.value)) == ("file_in_use", True)
     other_file = upload(client)
     assert client.files.delete(other_file).deleted is True
     with pytest.raises(openai.NotFoundError):
@@ -452,9 +453,9 @@ def test_a_succeeded_job_names_its_model_and_its_metrics(installation: Installat
     client, store = installation.client(), s3_server.client()
     uid = api.get(names.PLURAL, "openai-a", job_id)["metadata"]["uid"]
     model = f"s3://openai/jobs/openai-a/{job_id}/{uid}/model/a2-1f3c9a2b"
-    first = '{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.5}\n'
-    second = '{"step": 2, "loss": 2.0}\n{"step": 2, "eval_loss": 2.25}\n'
-    for name, lines in (("a1-11111111", first), ("a2-22222222", second)):
+    first_lines = '{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.5}\n'
+    second_lines = '{"step": 2, "loss": 2.0}\n{"step": 2, "eval_loss": 2.25}\n'
+    for name, lines in (("a1-11111111", first_lines), ("a2-22222222", second_lines)):
         store.put_object(Bucket="openai", Key=f"jobs/openai-a/{job_id}/{uid}/metrics/{name}.jsonl", Body=lines.encode())
     assert client.fine_tuning.jobs.retrieve(job_id).result_files == []
     set_status(api, "openai-a", job_id, {
@@ -463,9 +464,9 @@ def test_a_succeeded_job_names_its_model_and_its_metrics(installation: Installat
     })  # fmt: skip
     job = client.fine_tuning.jobs.retrieve(job_id)
     assert (job.status, job.fine_tuned_model, job.trained_tokens) == ("succeeded", model, 1234)
-    (result,) = job.result_files
-    assert client.files.content(result).text == "step,train_loss,valid_loss\n1,3.0,\n2,2.0,2.25\n"
-    file = client.files.retrieve(result)
+    (result_file_id,) = job.result_files
+    assert client.files.content(result_file_id).text == "step,train_loss,valid_loss\n1,3.0,\n2,2.0,2.25\n"
+    file = client.files.retrieve(result_file_id)
     assert (file.purpose, file.bytes, file.created_at) == ("fine-tune-results", 45, 1767225610)
 
 

@@ -41,14 +41,14 @@ def make_runner_with_token(
     control_plane: Endpoint, token: str, folder: Path, finetune: Callable[..., Result]
 ) -> Callable[..., Result]:
     """Return a function that runs `finetune` commands with `token`. A kubeconfig with this token is written into `folder`."""
-    config = folder / "kubeconfig"
+    kubeconfig = folder / "kubeconfig"
     yaml = YAML(typ="safe")
-    value = yaml.load(control_plane.kubeconfig.read_text(encoding="utf-8"))
-    for user in value["users"]:
+    kubeconfig_content = yaml.load(control_plane.kubeconfig.read_text(encoding="utf-8"))
+    for user in kubeconfig_content["users"]:
         user["user"] = {"token": token}
-    with config.open("w", encoding="utf-8") as file:
-        yaml.dump(value, file)
-    return lambda *words: finetune(*words, "--kubeconfig", str(config))
+    with kubeconfig.open("w", encoding="utf-8") as file:
+        yaml.dump(kubeconfig_content, file)
+    return lambda *words: finetune(*words, "--kubeconfig", str(kubeconfig))
 
 
 @pytest.fixture
@@ -118,9 +118,9 @@ def test_the_documented_role_for_pools_is_sufficient(
 def test_the_documented_role_has_no_rights_on_secrets(
     api: KubeApi, control_plane: Endpoint, token: str, namespace: str
 ) -> None:
-    with pytest.raises(ApiError) as refused:
+    with pytest.raises(ApiError) as refusal:
         KubeApi(control_plane, token=token).list("secrets", namespace)
-    assert refused.value.code == 403
+    assert refusal.value.code == 403
 
 
 # --- the guide's table ----------------------------------------------------------------------------------------------
@@ -173,13 +173,13 @@ def read_documented_rights() -> dict[str, set[str]]:
     """Return the rights that each row of the guide's table lists, as `resource:verb`, by the first cell of the row."""
     text = GUIDE_FILE.read_text(encoding="utf-8")
     rights_by_commands = {}
-    for commands, jobs, others in re.findall(r"^\| (`.*?) \| (.*?) \| (.*?)\|$", text, re.MULTILINE):
-        needed = {f"{JOBS}:{verb}" for verb in find_verbs(re.sub("`[^`]*`", "", jobs))}
-        for resources, words in re.findall(r"((?:`[^`]+`(?:, )?)+): ([a-z, ]+)", others):
-            needed |= {
+    for commands, job_verbs, other_rights in re.findall(r"^\| (`.*?) \| (.*?) \| (.*?)\|$", text, re.MULTILINE):
+        needed_rights = {f"{JOBS}:{verb}" for verb in find_verbs(re.sub("`[^`]*`", "", job_verbs))}
+        for resources, words in re.findall(r"((?:`[^`]+`(?:, )?)+): ([a-z, ]+)", other_rights):
+            needed_rights |= {
                 f"{resource}:{verb}" for resource in re.findall("`([^`]+)`", resources) for verb in find_verbs(words)
             }
-        rights_by_commands[commands] = needed
+        rights_by_commands[commands] = needed_rights
     return rights_by_commands
 
 
@@ -223,7 +223,7 @@ def test_the_commands_of_a_row_use_exactly_its_documented_rights(
 
 def create_jobs_and_secret(job: Callable[..., dict[str, Any]], api: KubeApi, namespace: str) -> None:
     """Create a running job with a pod, a finished job with an empty storage folder and a Secret for it, and an operator's ConfigMap."""
-    running = job(status=RUNNING_STATUS)
+    running_job = job(status=RUNNING_STATUS)
     config = json.dumps({"trainer": {"image": "registry.example.com/trainer"}, "namespaces": [namespace]})
     api.create(
         "configmaps",
@@ -235,7 +235,7 @@ def create_jobs_and_secret(job: Callable[..., dict[str, Any]], api: KubeApi, nam
     keys = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
     api.create("secrets", namespace, {"metadata": {"name": "s3"}, "stringData": keys})
     labels = {
-        names.Label.MANAGED_BY: names.MANAGER_NAME, names.Label.JOB_NAME: "bot", names.Label.JOB_UID: running["metadata"]["uid"], names.Label.ATTEMPT: "1",
+        names.Label.MANAGED_BY: names.MANAGER_NAME, names.Label.JOB_NAME: "bot", names.Label.JOB_UID: running_job["metadata"]["uid"], names.Label.ATTEMPT: "1",
     }  # fmt: skip
     container = {"name": names.TRAINER_CONTAINER, "image": "x"}
     api.create(
@@ -256,14 +256,14 @@ def find_needed_rights(method: str, path: str, query: dict[str, str]) -> set[str
     )
     if match is None:
         return set()
-    group, resource, name, part = match.groups()
-    resource = f"{resource}/{part}" if part else f"{resource}.{group}" if group else resource
+    group, resource, name, subresource = match.groups()
+    resource = f"{resource}/{subresource}" if subresource else f"{resource}.{group}" if group else resource
     if method == "GET":
         return {f"{resource}:{'watch' if query.get('watch') else 'get' if name else 'list'}"}
-    applied = method == "PATCH" and query.get("force") == "true"
+    is_server_side_apply = method == "PATCH" and query.get("force") == "true"
     return {
         f"{resource}:{verb}"
         for verb in (
-            {"patch", "create"} if applied else {"PATCH": ["patch"], "POST": ["create"], "DELETE": ["delete"]}[method]
+            {"patch", "create"} if is_server_side_apply else {"PATCH": ["patch"], "POST": ["create"], "DELETE": ["delete"]}[method]
         )
     }

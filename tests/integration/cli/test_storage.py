@@ -79,18 +79,18 @@ def test_the_report_is_downloaded_and_opened(
 ) -> None:
     target = tmp_path / "page.html"
     words = ("report", "bot", "--use-secret", "-o", str(target))
-    absent = finetune(*words)
-    assert (absent.code, "bot has no report below s3://" in absent.err, target.exists()) == (1, True, False)
+    missing_report_result = finetune(*words)
+    assert (missing_report_result.code, "bot has no report below s3://" in missing_report_result.err, target.exists()) == (1, True, False)
     bucket.put_object(Key=f"{job_prefix}/report/index.html", Body=b"<!doctype html>page")
-    opened: list[str] = []
-    monkeypatch.setattr("webbrowser.open", lambda uri: not opened.append(uri))
+    opened_addresses: list[str] = []
+    monkeypatch.setattr("webbrowser.open", lambda uri: not opened_addresses.append(uri))
     assert finetune(*words) == Result(0, f"{target}\n", "")
-    assert (target.read_bytes(), opened) == (b"<!doctype html>page", [])
+    assert (target.read_bytes(), opened_addresses) == (b"<!doctype html>page", [])
     assert finetune(*words, "--open").code == 0
-    assert opened == [target.as_uri()]
+    assert opened_addresses == [target.as_uri()]
     monkeypatch.setattr("webbrowser.open", lambda uri: False)
-    refused = finetune(*words, "--open")
-    assert (refused.code, "no browser could be started" in refused.err) == (1, True)
+    no_browser_result = finetune(*words, "--open")
+    assert (no_browser_result.code, "no browser could be started" in no_browser_result.err) == (1, True)
 
 
 def test_a_request_for_a_report_archive_names_the_support_bundle_command(finetune: Finetune) -> None:

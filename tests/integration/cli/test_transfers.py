@@ -78,19 +78,19 @@ def write_commit(bucket: Bucket, folder: str, data: bytes, **fields: Any) -> Non
 
 
 def test_a_file_and_a_folder_are_uploaded(finetune: Finetune, bucket: Bucket, tmp_path: Path) -> None:
-    data = tmp_path / "train.jsonl"
-    data.write_bytes(DATA)
-    result = finetune("upload", str(data), f"{bucket.uri}/team/")
+    data_file = tmp_path / "train.jsonl"
+    data_file.write_bytes(DATA)
+    result = finetune("upload", str(data_file), f"{bucket.uri}/team/")
     assert (result.code, result.out) == (0, f"{bucket.uri}/team/train.jsonl: 1 file, 16.0 MiB\n")
     assert f"write `dataset.train: {bucket.uri}/team/train.jsonl`" in result.err
     assert bucket.read("team/train.jsonl") == DATA
-    again = finetune("upload", str(data), f"{bucket.uri}/team/train.jsonl")
-    assert again.out == f"{bucket.uri}/team/train.jsonl: 1 file, 16.0 MiB (1 unchanged)\n"
-    model = tmp_path / "model"
-    (model / "sub").mkdir(parents=True)
+    second_result = finetune("upload", str(data_file), f"{bucket.uri}/team/train.jsonl")
+    assert second_result.out == f"{bucket.uri}/team/train.jsonl: 1 file, 16.0 MiB (1 unchanged)\n"
+    model_folder = tmp_path / "model"
+    (model_folder / "sub").mkdir(parents=True)
     for name in ("config.json", "model.safetensors", "sub/tokenizer.json", "half.bin.part"):
-        (model / name).write_text(name)
-    assert [Path(file["path"]).name for file in run_json(finetune, "upload", str(model), f"{bucket.uri}/m")["files"]] == [
+        (model_folder / name).write_text(name)
+    assert [Path(file["path"]).name for file in run_json(finetune, "upload", str(model_folder), f"{bucket.uri}/m")["files"]] == [
         "model.safetensors", "tokenizer.json", "config.json",
     ]  # fmt: skip
     assert bucket.list_keys() == ["m/config.json", "m/model.safetensors", "m/sub/tokenizer.json", "team/train.jsonl"]
@@ -102,39 +102,39 @@ def test_an_interrupted_upload_continues_and_no_incomplete_object_is_visible(
     path = tmp_path / "train.jsonl"
     path.write_bytes(DATA)
     words = ("upload", str(path), f"{bucket.uri}/t.jsonl")
-    sent: list[int] = []
+    sent_part_numbers: list[int] = []
     with monkeypatch.context() as patch:
-        break_uploads(patch, sent, allowed=2)
+        break_uploads(patch, sent_part_numbers, allowed_parts=2)
         result = finetune(*words)
     assert result.code == 1
     assert "run the same command again to continue it" in result.err
     assert (bucket.list_keys(), bucket.list_unfinished_uploads()) == ([], ["t.jsonl"])
     with monkeypatch.context() as patch:
-        sent.clear()
-        break_uploads(patch, sent, allowed=99)
+        sent_part_numbers.clear()
+        break_uploads(patch, sent_part_numbers, allowed_parts=99)
         (file,) = run_json(finetune, *words)["files"]
-    assert (sent, file["state"], file["sha256"]) == ([3], "resumed", hashlib.sha256(DATA).hexdigest())
+    assert (sent_part_numbers, file["state"], file["sha256"]) == ([3], "resumed", hashlib.sha256(DATA).hexdigest())
     assert (bucket.read("t.jsonl") == DATA, bucket.list_unfinished_uploads()) == (True, [])
 
 
-def break_uploads(patch: pytest.MonkeyPatch, sent: list[int], *, allowed: int) -> None:
-    """Record the numbers of the uploaded parts in `sent`. After `allowed` parts, the connection is lost at every further part."""
+def break_uploads(patch: pytest.MonkeyPatch, sent_part_numbers: list[int], *, allowed_parts: int) -> None:
+    """Record the numbers of the uploaded parts in `sent_part_numbers`. After `allowed_parts` parts, the connection is lost at every further part."""
     patch.setattr(uploads, "PARALLEL_TRANSFERS", 1)
-    create = uploads.MultipartUpload.__init__
+    original_init = uploads.MultipartUpload.__init__
 
-    def init(self: uploads.MultipartUpload, storage: JobStorage, *rest: Any) -> None:
-        create(self, storage, *rest)
+    def init_and_record_parts(self: uploads.MultipartUpload, storage: JobStorage, *rest: Any) -> None:
+        original_init(self, storage, *rest)
         upload_part = storage.client.upload_part
 
-        def record(**options: Any) -> Any:
-            if len(sent) >= allowed:
+        def upload_and_record_part(**options: Any) -> Any:
+            if len(sent_part_numbers) >= allowed_parts:
                 raise ConnectionLost("the connection is lost")
-            sent.append(options["PartNumber"])
+            sent_part_numbers.append(options["PartNumber"])
             return upload_part(**options)
 
-        storage.client.upload_part = record
+        storage.client.upload_part = upload_and_record_part
 
-    patch.setattr(uploads.MultipartUpload, "__init__", init)
+    patch.setattr(uploads.MultipartUpload, "__init__", init_and_record_parts)
 
 
 def test_the_upload_of_a_changed_file_starts_again(finetune: Finetune, bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,7 +142,7 @@ def test_the_upload_of_a_changed_file_starts_again(finetune: Finetune, bucket: B
     path.write_bytes(DATA)
     words = ("upload", str(path), f"{bucket.uri}/t.jsonl")
     with monkeypatch.context() as patch:
-        break_uploads(patch, [], allowed=1)
+        break_uploads(patch, [], allowed_parts=1)
         assert finetune(*words).code == 1
     path.write_bytes(b"x" + DATA[1:])
     (file,) = run_json(finetune, *words)["files"]
@@ -154,10 +154,10 @@ def test_the_upload_of_a_changed_file_starts_again(finetune: Finetune, bucket: B
 def test_file_that_changes_during_the_upload_is_refused(finetune: Finetune, bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "t.jsonl"
     path.write_bytes(b"first")
-    digest = uploads.digest_file
+    digest_file = uploads.digest_file
 
     def digest_and_change(path: Path) -> Any:
-        result = digest(path)
+        result = digest_file(path)
         path.write_bytes(b"other")
         return result
 
@@ -178,8 +178,8 @@ def test_the_access_keys_can_come_from_a_secret(
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     words = ("upload", str(tmp_path / "t.jsonl"), f"{bucket.uri}/t.jsonl", "--endpoint", s3_server.host_url)
-    without = finetune(*words)
-    assert (without.code, "there are no S3 credentials" in without.err) == (1, True)
+    result_without_keys = finetune(*words)
+    assert (result_without_keys.code, "there are no S3 credentials" in result_without_keys.err) == (1, True)
     result = finetune(*words, "--secret", "s3")
     assert (result.code, s3_server.secret_key in result.out + result.err) == (0, False)
 
@@ -219,9 +219,9 @@ def test_the_model_of_a_job_is_downloaded_and_verified(
     assert finetune("download", "bot").out == "bot-model: 1 file, 7 B (1 unchanged), checked: sha256 of the manifest\n"
     assert finetune("download", "bot", "latest").out.startswith("bot-step-00000020: 1 file, 5 B")
     assert finetune("download", "bot", "metrics").out == "bot-metrics: 1 file, 2 B, checked: MD5 of the store\n"
-    missing = finetune("download", "bot", "40")
-    assert "checkpoints/step-00000040 is not committed below s3://" in missing.err
-    assert "available: checkpoints/step-00000020, model" in missing.err
+    missing_checkpoint_result = finetune("download", "bot", "40")
+    assert "checkpoints/step-00000040 is not committed below s3://" in missing_checkpoint_result.err
+    assert "available: checkpoints/step-00000020, model" in missing_checkpoint_result.err
     assert "nonsense: unknown part of a job; write the step of a checkpoint, or one of model, latest," in finetune("download", "bot", "nonsense").err
 
 
@@ -229,8 +229,8 @@ def test_a_file_with_other_content_is_replaced_only_on_request(finetune: Finetun
     write_commit(bucket, "x/model", b"weights", step=1, kind="adapter")
     (tmp_path / "w.bin").write_bytes(b"my file")
     words = ("download", f"{bucket.uri}/x/model", "--to", str(tmp_path))
-    refused = finetune(*words)
-    assert (refused.code, "w.bin exists already with other content" in refused.err) == (1, True)
+    refused_result = finetune(*words)
+    assert (refused_result.code, "w.bin exists already with other content" in refused_result.err) == (1, True)
     assert (tmp_path / "w.bin").read_bytes() == b"my file"
     assert finetune(*words, "--overwrite").code == 0
     assert (tmp_path / "w.bin").read_bytes() == b"weights"
@@ -287,19 +287,19 @@ def test_an_interrupted_download_continues(finetune: Finetune, bucket: Bucket, t
     path.write_bytes(DATA)
     finetune("upload", str(path), f"{bucket.uri}/d/t.bin")
     words = ("download", f"{bucket.uri}/d/t.bin", "--to", str(tmp_path))
-    starts: list[int] = []
+    start_positions: list[int] = []
     with lost_connection(monkeypatch):
         assert "run the same command again to continue it" in finetune(*words).err
     assert [entry.name for entry in tmp_path.iterdir() if entry.name.startswith("t.bin")] == []
     read_chunks = JobStorage.read_chunks
 
-    def record(self: JobStorage, key: str, start: int = 0, etag: str = "") -> Iterator[bytes]:
-        starts.append(start)
+    def read_and_record_start(self: JobStorage, key: str, start: int = 0, etag: str = "") -> Iterator[bytes]:
+        start_positions.append(start)
         return read_chunks(self, key, start, etag)
 
-    monkeypatch.setattr(JobStorage, "read_chunks", record)
+    monkeypatch.setattr(JobStorage, "read_chunks", read_and_record_start)
     (file,) = run_json(finetune, *words)["files"]
-    assert (starts, file["state"], file["check"]) == ([1 << 20], "resumed", "etag")
+    assert (start_positions, file["state"], file["check"]) == ([1 << 20], "resumed", "etag")
     assert (tmp_path / "t.bin").read_bytes() == DATA
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["in.bin", "t.bin"]
 
@@ -320,13 +320,13 @@ def test_a_checkpoint_can_be_copied_to_another_bucket(finetune: Finetune, bucket
     result = finetune("upload", str(tmp_path / "c"), f"{bucket.uri}/y")
     assert result.out == f"{bucket.uri}/y/checkpoints/step-00000400: 1 file, 5 B\n"
     assert f"write `checkpoint.resume: {bucket.uri}/y/checkpoints/step-00000400`" in result.err
-    copied = [key for key in bucket.list_keys() if key.startswith("y/")]
-    assert copied == [key.replace("x/", "y/", 1) for key in bucket.list_keys() if key.startswith("x/")]
-    assert all(bucket.read(key) == bucket.read(key.replace("y/", "x/", 1)) for key in copied if not key.endswith("_COMMITTED"))
+    copied_keys = [key for key in bucket.list_keys() if key.startswith("y/")]
+    assert copied_keys == [key.replace("x/", "y/", 1) for key in bucket.list_keys() if key.startswith("x/")]
+    assert all(bucket.read(key) == bucket.read(key.replace("y/", "x/", 1)) for key in copied_keys if not key.endswith("_COMMITTED"))
     assert json.loads(bucket.read("y/checkpoints/step-00000400/_COMMITTED")) == json.loads(bucket.read("x/checkpoints/step-00000400/_COMMITTED"))
     (tmp_path / "c/w.bin").write_bytes(b"STATE")
-    damaged = finetune("upload", str(tmp_path / "c"), f"{bucket.uri}/z")
-    assert (damaged.code, "w.bin is damaged: its sha256 is" in damaged.err) == (1, True)
+    damaged_result = finetune("upload", str(tmp_path / "c"), f"{bucket.uri}/z")
+    assert (damaged_result.code, "w.bin is damaged: its sha256 is" in damaged_result.err) == (1, True)
     assert [key for key in bucket.list_keys() if key.startswith("z/")] == []
     (tmp_path / "c/w.bin").unlink()
     assert "w.bin is missing, but" in finetune("upload", str(tmp_path / "c"), f"{bucket.uri}/z").err
@@ -346,8 +346,8 @@ def test_an_incomplete_checkpoint_gets_no_commit_marker(finetune: Finetune, buck
     assert [file["state"] for file in run_json(finetune, "upload", str(tmp_path), f"{bucket.uri}/y")["files"]] == ["unchanged", "transferred"]
     assert "y/checkpoints/step-00000005/_COMMITTED" in bucket.list_keys()
     (tmp_path / "manifest.json").write_text(json.dumps({**manifest, "attempt": 2}))
-    other = finetune("upload", str(tmp_path), f"{bucket.uri}/y")
-    assert (other.code, "already contains another checkpoint or model; choose another target" in other.err) == (1, True)
+    other_checkpoint_result = finetune("upload", str(tmp_path), f"{bucket.uri}/y")
+    assert (other_checkpoint_result.code, "already contains another checkpoint or model; choose another target" in other_checkpoint_result.err) == (1, True)
 
 
 @pytest.mark.parametrize(
@@ -371,8 +371,8 @@ def test_a_partial_file_that_is_too_long_starts_again(finetune: Finetune, bucket
     words = ("download", f"{bucket.uri}/d/t.bin", "--to", str(tmp_path))
     with lost_connection(monkeypatch):
         assert finetune(*words).code == 1
-    (part,) = (path for path in tmp_path.iterdir() if path.is_file())
-    part.write_bytes(DATA + b"more")
+    (partial_file,) = (path for path in tmp_path.iterdir() if path.is_file())
+    partial_file.write_bytes(DATA + b"more")
     assert finetune(*words).code == 0
     assert (tmp_path / "t.bin").read_bytes() == DATA
 
@@ -407,7 +407,7 @@ def test_a_wrong_access_key_is_no_missing_permission(finetune: Finetune, bucket:
     bucket.write("t.jsonl", b"{}")
     (tmp_path / "t.jsonl").write_bytes(b"{}")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "unknown")
-    code = read_result_of_chosen_store(UNKNOWN_KEY).rstrip(")").split()[-1]
+    error_code = read_result_of_chosen_store(UNKNOWN_KEY).rstrip(")").split()[-1]
     for words in (("download", f"{bucket.uri}/t.jsonl"), ("upload", str(tmp_path / "t.jsonl"), f"{bucket.uri}/x.jsonl")):
         result = finetune(*words)
-        assert (result.code, code in result.err) == (1, True), result
+        assert (result.code, error_code in result.err) == (1, True), result

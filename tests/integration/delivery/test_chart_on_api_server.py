@@ -174,27 +174,27 @@ def test_helm_3_and_helm_4_name_the_keys_of_wrong_values(helm_program: Path) -> 
 
 
 def test_releases_that_would_manage_the_same_namespaces_are_refused(helm: Helm) -> None:
-    def refused(release: str, namespace: str, **values: Any) -> str:
+    def read_refusal(release: str, namespace: str, **values: Any) -> str:
         completed_process = helm("install", release, namespace, {"crds": {"enabled": False}, **values})
         assert completed_process.returncode != 0
         return completed_process.stderr
 
-    def accepted(action: str, release: str, namespace: str, **values: Any) -> None:
+    def run_helm(action: str, release: str, namespace: str, **values: Any) -> None:
         completed_process = helm(action, release, namespace, {"crds": {"enabled": False}, **values})
         assert completed_process.returncode == 0, completed_process.stderr
 
-    accepted("install", "first", "ops", crds={"enabled": True})
+    run_helm("install", "first", "ops", crds={"enabled": True})
     first_has_all = "release first in namespace ops already manages the FineTuneJobs of all namespaces, and two operators would both create Jobs"
-    assert first_has_all in refused("second", "ops-2")
-    assert first_has_all in refused("second", "ops-2", watchNamespaces=["team-b"])
-    assert first_has_all in refused("first", "ops-2")
-    accepted("upgrade", "first", "ops", crds={"enabled": True}, replicas=2)
-    accepted("upgrade", "first", "ops", crds={"enabled": True}, watchNamespaces=["team-a"])
+    assert first_has_all in read_refusal("second", "ops-2")
+    assert first_has_all in read_refusal("second", "ops-2", watchNamespaces=["team-b"])
+    assert first_has_all in read_refusal("first", "ops-2")
+    run_helm("upgrade", "first", "ops", crds={"enabled": True}, replicas=2)
+    run_helm("upgrade", "first", "ops", crds={"enabled": True}, watchNamespaces=["team-a"])
     first_has_team_a = "release first in namespace ops already manages the FineTuneJobs of namespace team-a"
-    assert first_has_team_a in refused("second", "ops-2")
-    assert first_has_team_a in refused("second", "ops-2", watchNamespaces=["team-b", "team-a"])
-    accepted("install", "second", "ops-2", watchNamespaces=["team-b"])
-    accepted("install", "third", "ops-3", watchNamespaces=["team-b"], checkOtherReleases=False, fullnameOverride="third")
+    assert first_has_team_a in read_refusal("second", "ops-2")
+    assert first_has_team_a in read_refusal("second", "ops-2", watchNamespaces=["team-b", "team-a"])
+    run_helm("install", "second", "ops-2", watchNamespaces=["team-b"])
+    run_helm("install", "third", "ops-3", watchNamespaces=["team-b"], checkOtherReleases=False, fullnameOverride="third")
 
 
 @pytest.fixture
@@ -241,18 +241,18 @@ def test_running_job_survives_upgrade_rollback_uninstall_and_a_new_installation(
     run("install", {})
     wait_until("the CRD to be served", lambda: is_served(rig.api), servers=[], timeout=30)
     operator = start_operator(rig, "rel")
-    test = run_helm_test_script(helm_program, operator)
-    assert (test.returncode, test.stdout.count(": ok\n")) == (0, 2), test.stderr
+    helm_test = run_helm_test_script(helm_program, operator)
+    assert (helm_test.returncode, helm_test.stdout.count(": ok\n")) == (0, 2), helm_test.stderr
     rig.submit()
     (pod,) = rig.kubelet.wait_running(rig.namespace, "job")
     rig.wait_attempt(1)
 
     def list_children() -> list[tuple[str, str, str]]:
-        found = [*rig.api.list("jobs", rig.namespace), *rig.api.list("pods", rig.namespace), *rig.api.list("finetunejobs", rig.namespace)]
-        return sorted((item["metadata"]["name"], item["metadata"]["uid"], str(item["metadata"].get("generation"))) for item in found)
+        items = [*rig.api.list("jobs", rig.namespace), *rig.api.list("pods", rig.namespace), *rig.api.list("finetunejobs", rig.namespace)]
+        return sorted((item["metadata"]["name"], item["metadata"]["uid"], str(item["metadata"].get("generation"))) for item in items)
 
-    before = list_children()
-    assert len(before) == 3
+    children_before = list_children()
+    assert len(children_before) == 3
     assert_attempt_is_isolated(rig, pod)
     for action, values, arguments in (
         ("upgrade", {"settings": {"workers": 3}, "trainer": {"resources": {"memory": "8Gi"}}, "replicas": 2}, ()), ("rollback", None, ("1",)),
@@ -260,15 +260,15 @@ def test_running_job_survives_upgrade_rollback_uninstall_and_a_new_installation(
         run(action, values, *arguments)
         operator.stop()
         operator = start_operator(rig, "rel")
-        assert list_children() == before, action
+        assert list_children() == children_before, action
     operator.stop()
     run("uninstall")
-    assert list_children() == before
+    assert list_children() == children_before
     assert rig.api.find("serviceaccounts", "ops", "rel-finetune-operator") is None
     assert not [role for role in rig.api.list("clusterroles") if role["metadata"]["name"].startswith("rel-")]
     run("install", {})
     operator = start_operator(rig, "rel")
-    assert list_children() == before
+    assert list_children() == children_before
     rig.kubelet.end_pod(pod, success_exit())
     assert rig.wait_finished()["status"]["phase"] == Phase.SUCCEEDED
 
@@ -290,9 +290,9 @@ def assert_attempt_is_isolated(rig: Rig, pod: Any) -> None:
 
 
 def test_helm_test_fails_if_no_replica_is_ready(helm_program: Path) -> None:
-    class Closed:
+    class StoppedOperator:
         port = 1
 
-    completed_process = run_helm_test_script(helm_program, Closed())
+    completed_process = run_helm_test_script(helm_program, StoppedOperator())
     assert completed_process.returncode != 0
     assert "Connection refused" in completed_process.stderr

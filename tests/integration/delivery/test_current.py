@@ -48,7 +48,7 @@ def current_cluster(
     return demo_clusters.choose_cluster("current", keep_running=False)
 
 
-def namespace_names(endpoint: Endpoint) -> set[str]:
+def list_namespace_names(endpoint: Endpoint) -> set[str]:
     return {item["metadata"]["name"] for item in KubeApi(endpoint).list("namespaces", None)}
 
 
@@ -56,13 +56,13 @@ def namespace_names(endpoint: Endpoint) -> set[str]:
 def test_demo_creates_and_removes_its_namespaces(
     current_cluster: demo_clusters.DemoCluster, users_cluster: Endpoint
 ) -> None:
-    namespaces_before = namespace_names(users_cluster)
+    namespaces_before = list_namespace_names(users_cluster)
     current_cluster.up()
     current_cluster.up()  # the demo calls up() again if the previous run had KEEP=1
     install_crd(KubeApi(users_cluster))
-    assert namespace_names(users_cluster) == namespaces_before | {demo.RELEASE_NAME, demo.NAMESPACE}
+    assert list_namespace_names(users_cluster) == namespaces_before | {demo.RELEASE_NAME, demo.NAMESPACE}
     demo.uninstall_objects(current_cluster)
-    assert namespace_names(users_cluster) == namespaces_before
+    assert list_namespace_names(users_cluster) == namespaces_before
     assert current_cluster.kubectl("get", "crd", "-o", "name") == ""
     assert not current_cluster.has_demo_objects()
 
@@ -76,9 +76,9 @@ def test_demo_neither_replaces_nor_removes_existing_objects(
         install_crd(api)
     else:
         current_cluster.kubectl("create", "namespace", existing_object.partition(" ")[2])
-    namespaces_before = namespace_names(users_cluster)
+    namespaces_before = list_namespace_names(users_cluster)
     with pytest.raises(demo_clusters.NoCluster, match=f"already has .*{existing_object}"):
         current_cluster.up()
     assert not current_cluster.has_demo_objects()
-    assert namespace_names(users_cluster) == namespaces_before
+    assert list_namespace_names(users_cluster) == namespaces_before
     assert json.loads(current_cluster.kubectl("get", "crd", "-o", "json"))["items"] != [] or existing_object != "CustomResourceDefinition"

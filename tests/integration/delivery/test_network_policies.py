@@ -60,9 +60,9 @@ def chart(helm_program: Path) -> list[Object]:
 def render(helm_program: Path, isolation: Object) -> list[Object]:
     """Render the chart for the namespace `ops` with these `isolation` values."""
     chart = ROOT / "helm/finetune-operator"
-    values = json.dumps({"imageRegistry": "r.example.com", "isolation": isolation})
+    values_text = json.dumps({"imageRegistry": "r.example.com", "isolation": isolation})
     command = [str(helm_program), "template", "rel", str(chart), "-n", "ops", "-f", "-"]
-    text = subprocess.run(command, input=values, capture_output=True, text=True, check=True).stdout
+    text = subprocess.run(command, input=values_text, capture_output=True, text=True, check=True).stdout
     return [item for item in yaml.safe_load_all(text) if item]
 
 
@@ -100,10 +100,10 @@ def find_reached_ports(lab_pods: tuple[LabPod, ...], policies: tuple[Object, ...
     target, *sources = lab_pods
     attempts = tuple((source.name, ip, port) for source in sources for ip in target.ips for port in PORTS)
     results = run_lab(Lab(lab_pods, policies, attempts))
-    found: dict[str, list[int]] = {source.name: [] for source in sources}
+    reached_ports: dict[str, list[int]] = {source.name: [] for source in sources}
     for (source, _, port), succeeded in zip(attempts, results, strict=True):
-        found[source] += [port] if succeeded else []
-    return found
+        reached_ports[source] += [port] if succeeded else []
+    return reached_ports
 
 
 def test_only_the_gang_the_operator_and_monitoring_reach_a_pod(helm_program: Path, operator_labels: Object) -> None:
@@ -114,31 +114,31 @@ def test_only_the_gang_the_operator_and_monitoring_reach_a_pod(helm_program: Pat
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(("metrics_from", "reached"), [([], []), ([{"ipBlock": {"cidr": "10.77.0.99/32"}}], [PROGRESS_PORT])], ids=["default", "listed"])
+@pytest.mark.parametrize(("metrics_from", "expected_ports"), [([], []), ([{"ipBlock": {"cidr": "10.77.0.99/32"}}], [PROGRESS_PORT])], ids=["default", "listed"])
 def test_top_reaches_a_pod_if_the_addresses_of_the_api_server_are_listed(
-    helm_program: Path, operator_labels: Object, metrics_from: list[Object], reached: list[int]
+    helm_program: Path, operator_labels: Object, metrics_from: list[Object], expected_ports: list[int]
 ) -> None:
     """`finetune top` reads pods through the API server, which is not a pod. In this test, connections from the API server are tried from the lab's pod
     `cloud`.
     """
     isolation = read_isolation(render(helm_program, {"metricsFrom": metrics_from}))
-    assert find_reached_ports(make_lab_pods(operator_labels), build_policies(isolation))["cloud"] == reached
+    assert find_reached_ports(make_lab_pods(operator_labels), build_policies(isolation))["cloud"] == expected_ports
 
 
 def test_by_default_prometheus_does_not_reach_a_pod(chart: list[Object], operator_labels: Object) -> None:
-    found_ports = find_reached_ports(make_lab_pods(operator_labels), build_policies(read_isolation(chart)))
-    assert {source for source, ports in found_ports.items() if ports} == {"run-1", "operator"}
+    reached_ports = find_reached_ports(make_lab_pods(operator_labels), build_policies(read_isolation(chart)))
+    assert {source for source, ports in reached_ports.items() if ports} == {"run-1", "operator"}
 
 
 def test_without_policies_every_pod_reaches_every_port(helm_program: Path, operator_labels: Object) -> None:
     """This test shows that the connections that are refused in the other tests are refused because of the policies."""
     isolation = read_isolation(render(helm_program, {"networkPolicy": False}))
-    found_ports = find_reached_ports(make_lab_pods(operator_labels), build_policies(isolation))
-    assert found_ports == {source: [*PORTS, *PORTS] for source in found_ports} and len(found_ports) == 9
+    reached_ports = find_reached_ports(make_lab_pods(operator_labels), build_policies(isolation))
+    assert reached_ports == {source: [*PORTS, *PORTS] for source in reached_ports} and len(reached_ports) == 9
 
 
 @pytest.mark.parametrize(
-    ("values", "is_metadata_reached", "is_store_reached"),
+    ("isolation_values", "is_metadata_reached", "is_store_reached"),
     [
         ({}, True, True),
         ({"blockMetadata": True}, False, True),
@@ -147,12 +147,12 @@ def test_without_policies_every_pod_reaches_every_port(helm_program: Path, opera
     ids=["default", "metadata", "a network"],
 )
 def test_blocked_addresses_are_not_reached_but_all_others_are(
-    helm_program: Path, operator_labels: Object, values: Object, is_metadata_reached: bool, is_store_reached: bool
+    helm_program: Path, operator_labels: Object, isolation_values: Object, is_metadata_reached: bool, is_store_reached: bool
 ) -> None:
-    isolation = read_isolation(render(helm_program, values))
+    isolation = read_isolation(render(helm_program, isolation_values))
     addresses = (METADATA, METADATA_V6, STORE)
     attempts = [("run-0", address, 80) for address in addresses] + [("neighbour", address, 80) for address in addresses]
     attempts += [("run-0", "10.77.0.2", RANDOM_PORT), ("run-0", "fd77::4", PROGRESS_PORT)]
     results = run_lab(Lab(make_lab_pods(operator_labels), build_policies(isolation), tuple(attempts)))
-    own = [is_metadata_reached, is_metadata_reached, is_store_reached]
-    assert results == [*own, True, True, True, True, True]
+    expected_results = [is_metadata_reached, is_metadata_reached, is_store_reached]
+    assert results == [*expected_results, True, True, True, True, True]

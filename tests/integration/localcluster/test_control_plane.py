@@ -31,15 +31,15 @@ def state_folder(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_two_control_planes_are_independent(control_plane: Endpoint, tmp_path: Path) -> None:
-    with ControlPlane(tmp_path / "other") as other:
-        assert other.server != control_plane.server
+    with ControlPlane(tmp_path / "other") as other_plane:
+        assert other_plane.server != control_plane.server
         manifest = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "only-here"}}
-        other.request("POST", "/api/v1/namespaces", manifest)
-        assert other.exists("/api/v1/namespaces/only-here")
+        other_plane.request("POST", "/api/v1/namespaces", manifest)
+        assert other_plane.exists("/api/v1/namespaces/only-here")
         assert not control_plane.exists("/api/v1/namespaces/only-here")
-        with pytest.raises(ApiError) as refused:
-            Endpoint(other.kubeconfig, other.server, control_plane.token, other.ca).get("/api/v1/namespaces")
-        assert refused.value.status == 401
+        with pytest.raises(ApiError) as refusal:
+            Endpoint(other_plane.kubeconfig, other_plane.server, control_plane.token, other_plane.ca).get("/api/v1/namespaces")
+        assert refusal.value.status == 401
     assert processes.list_owned_pids(tmp_path / "other") == []
     assert not (tmp_path / "other").exists()
 
@@ -47,38 +47,38 @@ def test_two_control_planes_are_independent(control_plane: Endpoint, tmp_path: P
 @pytest.mark.slow
 def test_the_command_line_starts_shows_and_stops_a_cluster(state_folder: Path) -> None:
     state_option = ["--state", str(state_folder)]
-    up = _run_localcluster("up", "--mode", "control-plane", *state_option)
-    assert up.stdout == f"export KUBECONFIG={state_folder}/kubeconfig\n"
-    assert "start the control plane" in up.stderr
+    up_result = _run_localcluster("up", "--mode", "control-plane", *state_option)
+    assert up_result.stdout == f"export KUBECONFIG={state_folder}/kubeconfig\n"
+    assert "start the control plane" in up_result.stderr
     pids = processes.list_owned_pids(state_folder)
     assert len(pids) == 3
     assert _run_localcluster("up", "--mode", "control-plane", *state_option).returncode == 0
     assert sorted(processes.list_owned_pids(state_folder)) == sorted(pids)
     assert "mode    control-plane" in _run_localcluster("status", *state_option).stdout
     assert _run_localcluster("kubectl", *state_option, "--", "get", "--raw", "/readyz").stdout == "ok"
-    other = _run_localcluster("up", "--nodes", "2", *state_option)
-    assert (other.returncode, other.stderr.count("\n")) == (1, 1)
-    assert "a control-plane cluster is running in" in other.stderr
+    node_mode_result = _run_localcluster("up", "--nodes", "2", *state_option)
+    assert (node_mode_result.returncode, node_mode_result.stderr.count("\n")) == (1, 1)
+    assert "a control-plane cluster is running in" in node_mode_result.stderr
     for pid in pids[:1]:
         os.kill(pid, signal.SIGKILL)
     assert _run_localcluster("up", "--mode", "control-plane", *state_option).returncode == 0
     assert set(processes.list_owned_pids(state_folder)).isdisjoint(pids)
     assert _run_localcluster("down", *state_option).returncode == 0
     assert processes.list_owned_pids(state_folder) == []
-    down = _run_localcluster("status", *state_option)
-    assert (down.returncode, down.stderr) == (1, f"localcluster: no cluster is running in {state_folder}: run `localcluster up`\n")
+    status_result = _run_localcluster("status", *state_option)
+    assert (status_result.returncode, status_result.stderr) == (1, f"localcluster: no cluster is running in {state_folder}: run `localcluster up`\n")
 
 
 def test_ctrl_c_during_up_leaves_no_process(state_folder: Path) -> None:
     command = [sys.executable, "-m", "localcluster", "up", "--mode", "control-plane", "--state", str(state_folder)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as started:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as up_process:
         deadline = time.monotonic() + 20
         while not processes.list_owned_pids(state_folder):
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        started.send_signal(signal.SIGINT)
-        _, stderr = started.communicate()
-    assert started.returncode == 130
+        up_process.send_signal(signal.SIGINT)
+        _, stderr = up_process.communicate()
+    assert up_process.returncode == 130
     assert stderr.splitlines()[-1] == "localcluster: interrupted; all started processes were stopped"
     assert processes.list_owned_pids(state_folder) == []
 

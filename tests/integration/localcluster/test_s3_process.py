@@ -27,44 +27,44 @@ def bucket(s3_server: S3Endpoint) -> str:
 
 
 def test_wrong_keys_and_anonymous_requests_are_refused(s3_server: S3Endpoint, bucket: str) -> None:
-    with pytest.raises(ClientError) as refused:
+    with pytest.raises(ClientError) as refusal:
         dataclasses.replace(s3_server, secret_key="wrong").client().list_objects_v2(Bucket=bucket)
-    assert _read_error_code(refused) == "SignatureDoesNotMatch"
-    with pytest.raises(ClientError) as refused:
+    assert _read_error_code(refusal) == "SignatureDoesNotMatch"
+    with pytest.raises(ClientError) as refusal:
         dataclasses.replace(s3_server, access_key="AKNOBODY").client().list_objects_v2(Bucket=bucket)
-    assert _read_error_code(refused) == "InvalidAccessKeyId"
+    assert _read_error_code(refusal) == "InvalidAccessKeyId"
     s3_server.client().put_object(Bucket=bucket, Key="k", Body=b"x")
-    with pytest.raises(urllib.error.HTTPError) as anonymous:
+    with pytest.raises(urllib.error.HTTPError) as anonymous_error:
         urllib.request.urlopen(f"{s3_server.host_url}/{bucket}/k")
-    assert anonymous.value.code == 403
+    assert anonymous_error.value.code == 403
 
 
 def test_write_to_a_missing_bucket_is_refused(s3_server: S3Endpoint) -> None:
-    with pytest.raises(ClientError) as refused:
+    with pytest.raises(ClientError) as refusal:
         s3_server.client().put_object(Bucket="never-created", Key="k", Body=b"")
-    assert _read_error_code(refused) == "NoSuchBucket"
+    assert _read_error_code(refusal) == "NoSuchBucket"
 
 
 def test_second_write_with_if_none_match_is_refused(s3_server: S3Endpoint, bucket: str) -> None:
     client = s3_server.client()
     client.put_object(Bucket=bucket, Key="once", Body=b"1", IfNoneMatch="*")
-    with pytest.raises(ClientError) as refused:
+    with pytest.raises(ClientError) as refusal:
         client.put_object(Bucket=bucket, Key="once", Body=b"2", IfNoneMatch="*")
-    assert _read_error_code(refused) == "PreconditionFailed"
+    assert _read_error_code(refusal) == "PreconditionFailed"
     assert client.get_object(Bucket=bucket, Key="once")["Body"].read() == b"1"
 
 
 def test_a_restart_keeps_data_and_address(tmp_path: Path) -> None:
     existing_sockets = set(Path("/tmp").glob("seaweedfs-*.sock"))  # sockets that killed servers of earlier test runs left behind
     server = S3Process(tmp_path)
-    first = server.start()
-    first.client().create_bucket(Bucket="kept")
-    first.client().put_object(Bucket="kept", Key="k", Body=b"v" * 100_000)
+    endpoint = server.start()
+    endpoint.client().create_bucket(Bucket="kept")
+    endpoint.client().put_object(Bucket="kept", Key="k", Body=b"v" * 100_000)
     server.stop()
     assert processes.list_owned_pids(tmp_path) == []
     assert [p for port in server.ports for p in Path("/tmp").glob(f"seaweedfs-*-{port}.sock") if p not in existing_sockets] == []
-    assert server.start() == first
-    assert first.client().get_object(Bucket="kept", Key="k")["Body"].read() == b"v" * 100_000
+    assert server.start() == endpoint
+    assert endpoint.client().get_object(Bucket="kept", Key="k")["Body"].read() == b"v" * 100_000
     server.stop()
 
 

@@ -35,9 +35,9 @@ def endpoint_with_crd(control_plane: Endpoint) -> Iterator[Endpoint]:
 @pytest.fixture(scope="session")
 def progress() -> Iterator[Progress]:
     """One HTTP server that replaces the progress servers of all pods."""
-    found = Progress()
-    yield found
-    found.close()
+    server = Progress()
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")
@@ -64,11 +64,11 @@ def operator(
     endpoint_with_crd: Endpoint, config: dict[str, object], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Operator]:
     """A running operator. The operator stops at the end of the module, because tests in other folders run their own operators on the same API server."""
-    found = Operator(tmp_path_factory.mktemp("operator"), endpoint_with_crd.kubeconfig, config)
-    found.start()
-    yield found
-    code = found.stop()
-    log = found.log.read_text()
+    running_operator = Operator(tmp_path_factory.mktemp("operator"), endpoint_with_crd.kubeconfig, config)
+    running_operator.start()
+    yield running_operator
+    code = running_operator.stop()
+    log = running_operator.log.read_text()
     assert code == 0, log[-3000:]
     assert "Traceback" not in log, log[log.index("Traceback") - 500 :][:4000]
 
@@ -76,8 +76,8 @@ def operator(
 @pytest.fixture
 async def world_without_operator(endpoint_with_crd: Endpoint, progress: Progress, request: pytest.FixtureRequest) -> AsyncIterator[Rig]:
     """A namespace without an operator, for a test that starts its own operator."""
-    async with open_rig(endpoint_with_crd, _namespace(request), progress) as found:
-        yield found
+    async with open_rig(endpoint_with_crd, _make_namespace_name(request), progress) as rig:
+        yield rig
 
 
 @pytest.fixture
@@ -86,6 +86,6 @@ async def world(operator: Operator, world_without_operator: Rig) -> Rig:
     return world_without_operator
 
 
-def _namespace(request: pytest.FixtureRequest) -> str:
+def _make_namespace_name(request: pytest.FixtureRequest) -> str:
     test_name = re.sub(r"[^a-z0-9]+", "-", request.node.name.lower().removeprefix("test_"))
     return f"{test_name[:40].strip('-')}-{next(numbers)}"

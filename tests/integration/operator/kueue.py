@@ -69,20 +69,20 @@ class Queue:
             if Label.QUEUE in job["metadata"]["labels"] and not _is_finished(job)
         ]
         priorities = {job["metadata"]["name"]: await self._read_priority(job) for job in jobs}
-        admitted = [job["metadata"]["name"] for job in jobs if not job["spec"]["suspend"]]
-        waiting = sorted(
-            (job for job in jobs if job["spec"]["suspend"] and job["metadata"]["name"] not in admitted),
+        admitted_names = [job["metadata"]["name"] for job in jobs if not job["spec"]["suspend"]]
+        waiting_jobs = sorted(
+            (job for job in jobs if job["spec"]["suspend"] and job["metadata"]["name"] not in admitted_names),
             key=lambda job: (-priorities[job["metadata"]["name"]], job["metadata"]["creationTimestamp"]),
         )
-        if not waiting:
+        if not waiting_jobs:
             return None
-        first = waiting[0]["metadata"]["name"]
-        if admitted and priorities[admitted[0]] >= priorities[first]:
+        first_name = waiting_jobs[0]["metadata"]["name"]
+        if admitted_names and priorities[admitted_names[0]] >= priorities[first_name]:
             return None
-        for name in admitted:
+        for name in admitted_names:
             await self.evict(name)
-        await self.admit(first, {})
-        return str(first)
+        await self.admit(first_name, {})
+        return str(first_name)
 
     async def _read_priority(self, job: Object) -> int:
         """Return a Job's priority: the value of its pods' PriorityClass (`jobframework.ExtractPriority`), or 0 without one (`DefaultPriority`)."""

@@ -83,15 +83,15 @@ class Progress:
     def set_report(self, pod: Object, report: Object) -> None:
         """Set the report of a pod. The uid and the attempt are taken from the pod's labels."""
         meta = pod["metadata"]
-        full = {"uid": meta["labels"][Label.JOB_UID], "attempt": int(meta["labels"][Label.ATTEMPT]), **report}
-        self.answers[f"/{meta['namespace']}/{meta['name']}"] = json.dumps(full)
+        complete_report = {"uid": meta["labels"][Label.JOB_UID], "attempt": int(meta["labels"][Label.ATTEMPT]), **report}
+        self.answers[f"/{meta['namespace']}/{meta['name']}"] = json.dumps(complete_report)
 
     def remove_report(self, pod: Object) -> None:
         """Stop answering requests for this pod's report."""
         self.answers.pop(f"/{pod['metadata']['namespace']}/{pod['metadata']['name']}", None)
 
     def close(self) -> None:
-        """Stop."""
+        """Stop the HTTP server."""
         self._server.shutdown()
         self._server.server_close()
 
@@ -239,11 +239,11 @@ class Rig:
     async def wait_for_ended_attempt(self, number: int, name: str = "run") -> Object:
         """Wait until the status shows an end time for the attempt, and return the attempt's entry in the status."""
 
-        def ended() -> Object | None:
+        def find_ended_record() -> Object | None:
             records = self.status(name).get("attempts", [])
             return next((record for record in records if record["number"] == number and record.get("endTime")), None)
 
-        return await self.wait_until(f"the end of attempt {number}", ended)
+        return await self.wait_until(f"the end of attempt {number}", find_ended_record)
 
     async def wait_for_no_jobs_and_pods(self) -> None:
         """Wait until the namespace has no Jobs and no pods."""
@@ -256,8 +256,8 @@ class Rig:
     def _pod(self, job: str, index: int, state: str) -> Object | None:
         for pod in self.pods.items.values():
             labels = pod["metadata"]["labels"]
-            same = labels.get("batch.kubernetes.io/job-name") == job
-            if same and labels.get("batch.kubernetes.io/job-completion-index") == str(index):
+            is_of_job = labels.get("batch.kubernetes.io/job-name") == job
+            if is_of_job and labels.get("batch.kubernetes.io/job-completion-index") == str(index):
                 return pod if not state or pod["status"].get("phase") == state else None
         return None
 
@@ -284,9 +284,9 @@ class Rig:
     async def report_training(self, job: str, step: int = 40, total: int = 100, **report: Any) -> Object:
         """Let pod 0 of a Job report that it trains."""
         pod = await self.wait_for_pod(job, 0, "Running")
-        shown = {"step": step, "totalSteps": total, "secondsRemaining": 60}
-        value = {"stage": "training", "progress": shown, "health": {"secondsSinceStep": 1.0, "medianStepSeconds": 0.5}}
-        self.progress.set_report(pod, {**value, **report})
+        progress = {"step": step, "totalSteps": total, "secondsRemaining": 60}
+        training_report = {"stage": "training", "progress": progress, "health": {"secondsSinceStep": 1.0, "medianStepSeconds": 0.5}}
+        self.progress.set_report(pod, {**training_report, **report})
         return pod
 
 
@@ -306,24 +306,24 @@ class Kubelet:
         """Run and stop pods until cancelled."""
         while True:
             async with self._rig.changed:
-                todo = await self._pending_steps()
-                while not todo:
+                pending_steps = await self._list_pending_steps()
+                while not pending_steps:
                     await self._rig.changed.wait()
-                    todo = await self._pending_steps()
-            for step, pod in todo:
+                    pending_steps = await self._list_pending_steps()
+            for step, pod in pending_steps:
                 with contextlib.suppress(NotFound):
                     await step(pod)
 
-    async def _pending_steps(self) -> list[tuple[Callable[[Object], Awaitable[None]], Object]]:
-        steps: list[tuple[Callable[[Object], Awaitable[None]], Object]] = []
+    async def _list_pending_steps(self) -> list[tuple[Callable[[Object], Awaitable[None]], Object]]:
+        pending_steps: list[tuple[Callable[[Object], Awaitable[None]], Object]] = []
         for pod in list(self._rig.pods.items.values()):
             uid = pod["metadata"]["uid"]
-            deleting = "deletionTimestamp" in pod["metadata"]
-            if deleting and self.ends_deleted_pods and self._is_first(uid, "stop"):
-                steps.append((self._stop, pod))
-            elif not deleting and self.starts_new_pods and self._is_first(uid, "run"):
-                steps.append((self.start, pod))
-        return steps
+            is_deleted = "deletionTimestamp" in pod["metadata"]
+            if is_deleted and self.ends_deleted_pods and self._is_first(uid, "stop"):
+                pending_steps.append((self._stop, pod))
+            elif not is_deleted and self.starts_new_pods and self._is_first(uid, "run"):
+                pending_steps.append((self.start, pod))
+        return pending_steps
 
     def _is_first(self, uid: str, action: str) -> bool:
         if (uid, action) in self._handled:
@@ -352,8 +352,8 @@ class Kubelet:
         self, pod: Object, code: int, message: TerminationMessage | None = None, *, reason: str = "", raw: str = ""
     ) -> None:
         """End the pod's container with this exit code and termination message."""
-        text = raw or (message.to_json() if message else "")
-        terminated = {"exitCode": code, "reason": reason or ("Completed" if code == 0 else "Error"), "message": text}
+        message_text = raw or (message.to_json() if message else "")
+        terminated = {"exitCode": code, "reason": reason or ("Completed" if code == 0 else "Error"), "message": message_text}
         state = ((pod.get("status") or {}).get("containerStatuses") or [{}])[0].get("state") or {}
         terminated |= {"finishedAt": _now(), "startedAt": (state.get("running") or {}).get("startedAt") or _now()}
         await self.write(pod, {
@@ -461,13 +461,13 @@ class Heartbeat:
 
     def _send_heartbeat(self) -> None:
         now = _now()
-        ready = {"type": "Ready", "status": "True", "reason": "KubeletReady", "lastHeartbeatTime": now}
-        status = {"status": {"conditions": [{**ready, "lastTransitionTime": now}]}}
-        kind = "application/strategic-merge-patch+json"
-        self._endpoint.request("PATCH", f"/api/v1/nodes/{NODE}/status", status, content_type=kind)
+        ready_condition = {"type": "Ready", "status": "True", "reason": "KubeletReady", "lastHeartbeatTime": now}
+        status = {"status": {"conditions": [{**ready_condition, "lastTransitionTime": now}]}}
+        content_type = "application/strategic-merge-patch+json"
+        self._endpoint.request("PATCH", f"/api/v1/nodes/{NODE}/status", status, content_type=content_type)
 
     def close(self) -> None:
-        """Stop."""
+        """Stop sending heartbeats."""
         self._end.set()
         self._thread.join()
 

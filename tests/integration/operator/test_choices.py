@@ -42,18 +42,18 @@ async def test_attempts_keep_the_choices_after_a_restart_of_the_operator_with_ot
     operator.kill()
     await world.kubelet.end(pod, 0, TerminationMessage.model_validate({"plan": {"choices": CHOICES}}))
     operator.start()
-    first, _ = await read_run_and_pod_spec(world, "run-1")
+    first_run, _ = await read_run_and_pod_spec(world, "run-1")
     await world.wait_for_pod("run-1", 0, "Running")
     operator.kill()
     operator.config = {**operator.config, "nodePools": [POOLS[0] | {"pricePerGpuHour": 1}, POOLS[1] | {"pricePerGpuHour": 99}]}
     operator.start()
     await world.kubelet.end(await world.wait_for_pod("run-1", 0, "Running"), ExitCode.SIGKILL)
-    second, pods = await read_run_and_pod_spec(world, "run-2")
-    for run in (first, second):
-        assert {path: (run.spec.value(path), run.origin(path)) for path in (one["field"] for one in CHOICES)} == {
-            str(one["field"]): (one["value"], Origin.PLAN) for one in CHOICES
+    second_run, pod_spec = await read_run_and_pod_spec(world, "run-2")
+    for run in (first_run, second_run):
+        assert {path: (run.spec.value(path), run.origin(path)) for path in (choice["field"] for choice in CHOICES)} == {
+            str(choice["field"]): (choice["value"], Origin.PLAN) for choice in CHOICES
         }
-    assert pods["nodeSelector"]["gpu"] == "h100"
+    assert pod_spec["nodeSelector"]["gpu"] == "h100"
     status = world.status()
     assert (status["plan"]["choices"], status["resolved"]["nodePool"], status["resolved"]["effectiveBatch"]) == (CHOICES, "h100", 16)
 

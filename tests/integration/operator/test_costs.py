@@ -59,11 +59,11 @@ async def test_the_goodput_times_of_two_attempts_sum_to_the_total_time(world: Ri
     await world.kubelet.end(await world.wait_for_pod("run-1", 0, "Running"), ExitCode.SIGKILL)
     await world.report_training("run-2", step=35, resumedFromStep=30, timeUse={"starting": 0.1})
 
-    def second_is_listed() -> Any:
+    def read_goodput_of_two_attempts() -> Any:
         goodput = world.status().get("goodput") or {}
         return goodput if len(goodput.get("attempts", [])) == 2 else None
 
-    goodput = await world.wait_until("the time of the second attempt", second_is_listed)
+    goodput = await world.wait_until("the time of the second attempt", read_goodput_of_two_attempts)
     assert sum(goodput["parts"].values()) == pytest.approx(goodput["wallSeconds"], abs=0.02)
     assert sum(attempt["wallSeconds"] for attempt in goodput["attempts"]) == pytest.approx(goodput["wallSeconds"], abs=0.02)
     assert min(goodput["parts"].values()) > 0
@@ -71,5 +71,5 @@ async def test_the_goodput_times_of_two_attempts_sum_to_the_total_time(world: Ri
 
 async def test_a_job_with_a_cost_limit_waits_if_its_pool_has_no_price(world: Rig) -> None:
     await world.create(resources={"gpusPerNode": 1, "gpuResource": "example.com/gpu"}, policy={"maxCost": 1})
-    accepted = await world.wait_until("the condition", lambda: next((c for c in world.status().get("conditions", []) if c["type"] == "Accepted"), None))
-    assert (accepted["status"], accepted["reason"]) == ("False", "PriceUnknown")
+    accepted_condition = await world.wait_until("the condition", lambda: world.condition("Accepted"))
+    assert (accepted_condition["status"], accepted_condition["reason"]) == ("False", "PriceUnknown")

@@ -72,8 +72,8 @@ async def test_a_suspended_job_saves_and_resumes_from_the_saved_step(world: Rig)
     assert status["attempts"][0]["stepsLost"] == 0
     assert status["restarts"] == 1
     await wait_for_event(world, "Succeeded")
-    emitted = await list_event_reasons(world)
-    assert [r for r in emitted if r in ("Suspended", "Resumed", "ResumedFromCheckpoint", "Succeeded")] == [
+    event_reasons = await list_event_reasons(world)
+    assert [r for r in event_reasons if r in ("Suspended", "Resumed", "ResumedFromCheckpoint", "Succeeded")] == [
         "Suspended", "Resumed", "ResumedFromCheckpoint", "Succeeded",
     ]  # fmt: skip
 
@@ -175,18 +175,18 @@ async def test_out_of_memory_halves_the_batch_and_keeps_the_effective_batch(worl
 async def test_a_diverged_run_is_first_replayed_then_rolled_back_then_fails(world: Rig) -> None:
     await world.create(training={"learningRate": 0.001})
     checkpoints = [make_checkpoint_entry(step) for step in (10, 20, 30)]
-    rates, limits = [], []
+    learning_rates, max_steps = [], []
     for number in (1, 2, 3, 4):
         job = await world.wait_for_job(f"run-{number}")
         run = read_run_config(job)
-        rates.append(run.spec.training.learning_rate)
-        limits.append(run.resume.max_step)
+        learning_rates.append(run.spec.training.learning_rate)
+        max_steps.append(run.resume.max_step)
         pod = await world.wait_for_pod(f"run-{number}", 0, "Running")
         message = TerminationMessage.model_validate({"code": "LossNotFinite", "message": "nan", "checkpoints": checkpoints, "step": 33})
         await world.kubelet.end(pod, ExitCode.TRAINING_DIVERGED, message)
     status = await world.wait_for_phase("Failed")
-    assert rates == [0.001, 0.001, 0.0005, 0.00025]
-    assert limits == [None, None, 20, 10]
+    assert learning_rates == [0.001, 0.001, 0.0005, 0.00025]
+    assert max_steps == [None, None, 20, 10]
     assert status["failure"]["class"] == "Diverged"
 
 
@@ -200,9 +200,9 @@ async def test_the_attempt_after_a_rollback_starts_from_the_newest_checkpoint(wo
         await world.kubelet.end(pod, ExitCode.TRAINING_DIVERGED, message)
     assert read_run_config(await world.wait_for_job("run-3")).resume.max_step == 20
     later_checkpoints = [*checkpoints, make_checkpoint_entry(60, attempt=3)]
-    saved = {"code": "StoppedSaved", "checkpoints": later_checkpoints, "committedStep": 60, "checkpoint": later_checkpoints[-1]["uri"], "step": 60}
-    stopped = TerminationMessage.model_validate({**saved, "resumedFromStep": 20})
-    await world.kubelet.end(await world.wait_for_pod("run-3", 0, "Running"), ExitCode.PREEMPTED_SAVED, stopped)
+    saved_fields = {"code": "StoppedSaved", "checkpoints": later_checkpoints, "committedStep": 60, "checkpoint": later_checkpoints[-1]["uri"], "step": 60}
+    stop_message = TerminationMessage.model_validate({**saved_fields, "resumedFromStep": 20})
+    await world.kubelet.end(await world.wait_for_pod("run-3", 0, "Running"), ExitCode.PREEMPTED_SAVED, stop_message)
     resume = read_run_config(await world.wait_for_job("run-4")).resume
     assert (resume.max_step, resume.expect_step) == (None, 60)
     assert read_run_config(await world.wait_for_job("run-4")).spec.training.learning_rate == 0.0005
@@ -286,13 +286,13 @@ async def test_pods_get_the_node_selector_and_gpus_of_their_pool(world: Rig) -> 
 
 async def test_one_failed_rank_ends_the_attempt_for_all_ranks(world: Rig) -> None:
     await world.create(resources={"nodes": 2})
-    first, second = await world.wait_for_pod("run-1", 0, "Running"), await world.wait_for_pod("run-1", 1, "Running")
+    first_pod, second_pod = await world.wait_for_pod("run-1", 0, "Running"), await world.wait_for_pod("run-1", 1, "Running")
     message = TerminationMessage(code="Boom", message="boom", rank=1, origin=True)
-    await world.kubelet.end(second, ExitCode.INTERNAL_ERROR, message)
+    await world.kubelet.end(second_pod, ExitCode.INTERNAL_ERROR, message)
     await world.wait_for_job("run-2")
     attempt = await world.wait_for_ended_attempt(1)
     assert (attempt["reason"], attempt["exitCode"]) == ("InternalError", 70)
-    assert first["metadata"]["name"] != second["metadata"]["name"]
+    assert first_pod["metadata"]["name"] != second_pod["metadata"]["name"]
 
 
 async def test_two_gangs_share_neither_service_nor_rendezvous(world: Rig) -> None:
@@ -334,15 +334,15 @@ async def test_a_job_deleted_by_another_client_counts_as_a_retry(world: Rig) -> 
 
 
 async def test_a_job_of_another_owner_with_the_same_name_blocks_the_attempt(world: Rig) -> None:
-    foreign = {
+    foreign_job = {
         "apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "run-1", "namespace": world.namespace},
         "spec": {"suspend": True, "template": {"spec": {"restartPolicy": "Never", "containers": [{"name": "x", "image": "x"}]}}},
     }  # fmt: skip
-    created = (await world.kube.create(JOB, world.namespace, foreign)).body
+    created_job = (await world.kube.create(JOB, world.namespace, foreign_job)).body
     await world.create()
     await world.wait_until("conflict", lambda: world.condition("Reconciling").get("reason") == "ChildrenConflict")
     assert world.status()["phase"] == "Pending"
-    assert world.jobs.items["run-1"]["metadata"]["uid"] == created["metadata"]["uid"]
+    assert world.jobs.items["run-1"]["metadata"]["uid"] == created_job["metadata"]["uid"]
 
 
 async def test_the_status_of_an_unschedulable_job_quotes_the_scheduler(world: Rig) -> None:
@@ -385,15 +385,15 @@ async def wait_for_refusal(world: Rig) -> KubeError:
 async def test_a_job_that_an_admission_policy_refuses_waits_and_quotes_the_policy(world: Rig) -> None:
     """The API server answers with status 422 in both cases: if an admission policy refuses a valid Job, and if the Job is invalid."""
     name = f"costs-{world.namespace}"
-    only_here = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": world.namespace}}}
+    namespace_match = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": world.namespace}}}
     rules = [{"apiGroups": ["batch"], "apiVersions": ["v1"], "operations": ["CREATE"], "resources": ["jobs"]}]
-    policy = {"failurePolicy": "Fail", "matchConstraints": {**only_here, "resourceRules": rules}}
+    policy = {"failurePolicy": "Fail", "matchConstraints": {**namespace_match, "resourceRules": rules}}
     policy["validations"] = [{"expression": "false", "message": "every Job names its cost centre"}]
     binding = {"policyName": name, "validationActions": ["Deny"]}
-    created = []
+    created_objects = []
     for kind, spec in ((ADMISSION_POLICY, policy), (ADMISSION_POLICY_BINDING, binding)):
         body = {"apiVersion": kind.api_version, "kind": kind.kind, "metadata": {"name": name}, "spec": spec}
-        created.append((kind, (await world.kube.create(kind, "", body)).body["metadata"]["uid"]))
+        created_objects.append((kind, (await world.kube.create(kind, "", body)).body["metadata"]["uid"]))
     try:
         assert isinstance(await wait_for_refusal(world), Invalid)
         await world.create()
@@ -401,7 +401,7 @@ async def test_a_job_that_an_admission_policy_refuses_waits_and_quotes_the_polic
         assert "every Job names its cost centre" in world.condition("PodsReady")["message"]
         assert world.condition("Accepted")["status"] == "True"
     finally:
-        for kind, uid in created:
+        for kind, uid in created_objects:
             await world.kube.delete(kind, "", name, uid=uid)
     await world.wait_for_job("run-1")
 

@@ -44,16 +44,17 @@ async def test_a_job_that_is_created_again_adopts_the_result_of_its_preparation(
     first_object = await world.create(policy=policy)
     await world.kubelet.end(await world.wait_for_pod("run-prepare1", 0, "Running"), 0, TerminationMessage(exit_code=0))
     await world.kubelet.succeed(await world.wait_for_pod("run-1", 0, "Running"))
-    trained = await world.wait_for_phase("Succeeded")
+    trained_status = await world.wait_for_phase("Succeeded")
     await world.kube.delete(FINETUNEJOB, world.namespace, "run", uid=first_object["metadata"]["uid"], foreground=False)
     await world.wait_until("the deletion of all Jobs", lambda: not world.jobs.items and not world.ftjs.items)
     await world.wait_for_no_jobs_and_pods()
 
-    second = await world.create(policy=policy)
-    output = trained["output"] | {"adoptedUid": first_object["metadata"]["uid"]}
-    message = TerminationMessage.model_validate({"exitCode": 0, "output": output, "metrics": trained["metrics"], "step": 100})
+    second_object = await world.create(policy=policy)
+    output = trained_status["output"] | {"adoptedUid": first_object["metadata"]["uid"]}
+    message = TerminationMessage.model_validate({"exitCode": 0, "output": output, "metrics": trained_status["metrics"], "step": 100})
     await world.kubelet.end(await world.wait_for_pod("run-prepare1", 0, "Running"), 0, message)
-    adopted = await world.wait_for_phase("Succeeded")
-    assert (adopted["output"], adopted["metrics"], adopted["reason"]) == (output, trained["metrics"], "ExistingResultAdopted")
-    assert (adopted["attempts"], adopted.get("attempt"), adopted["preparation"]["reason"]) == ([], None, "ExistingResultAdopted")
-    assert {name: body["metadata"]["ownerReferences"][0]["uid"] for name, body in world.jobs.items.items()} == {"run-prepare1": second["metadata"]["uid"]}
+    adopted_status = await world.wait_for_phase("Succeeded")
+    assert (adopted_status["output"], adopted_status["metrics"], adopted_status["reason"]) == (output, trained_status["metrics"], "ExistingResultAdopted")
+    assert (adopted_status["attempts"], adopted_status.get("attempt"), adopted_status["preparation"]["reason"]) == ([], None, "ExistingResultAdopted")
+    owner_uids = {name: body["metadata"]["ownerReferences"][0]["uid"] for name, body in world.jobs.items.items()}
+    assert owner_uids == {"run-prepare1": second_object["metadata"]["uid"]}

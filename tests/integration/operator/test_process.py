@@ -21,7 +21,7 @@ async def fetch(operator: Operator, path: str) -> tuple[int, str]:
         return answer.status, await answer.text()
 
 
-async def metrics(operator: Operator, pattern: str) -> str:
+async def wait_for_metrics(operator: Operator, pattern: str) -> str:
     """Read the metrics until they match `pattern`, because a test may see a newly written status before the operator has counted this write in its metrics."""
     async with asyncio.timeout(30):
         while not re.search(pattern, text := (await fetch(operator, "/metrics"))[1]):
@@ -35,7 +35,7 @@ async def test_health_and_metrics_are_served(operator: Operator, world: Rig) -> 
     await world.wait_for_phase("Succeeded")
     assert await fetch(operator, "/healthz") == (200, "ok\n")
     assert await fetch(operator, "/readyz") == (200, "ok\n")
-    text = await metrics(operator, pattern=r'finetune_operator_jobs_finished_total\{outcome="Succeeded"\} [1-9]')
+    text = await wait_for_metrics(operator, pattern=r'finetune_operator_jobs_finished_total\{outcome="Succeeded"\} [1-9]')
     lines = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
     assert float(lines['finetune_operator_jobs_finished_total{outcome="Succeeded"}']) >= 1
     assert float(lines['finetune_operator_api_requests_total{code="201",resource="jobs",verb="create"}']) >= 1
@@ -45,7 +45,7 @@ async def test_health_and_metrics_are_served(operator: Operator, world: Rig) -> 
     assert world.namespace not in text
 
 
-def run(tmp_path: Path, text: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+def run_operator(tmp_path: Path, text: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
     path = tmp_path / "config.yaml"
     path.write_text(text)
     command = [sys.executable, "-m", "finetune_operator", "--config", str(path)]
@@ -53,7 +53,7 @@ def run(tmp_path: Path, text: str, env: dict[str, str]) -> subprocess.CompletedP
 
 
 def test_a_wrong_configuration_is_reported_in_one_line(tmp_path: Path) -> None:
-    completed_process = run(tmp_path, "workers: none\nnodePool: []\n", {})
+    completed_process = run_operator(tmp_path, "workers: none\nnodePool: []\n", {})
     assert completed_process.returncode == 2
     assert completed_process.stderr.count("\n") == 1
     assert "workers: Input should be a valid integer" in completed_process.stderr
@@ -61,7 +61,7 @@ def test_a_wrong_configuration_is_reported_in_one_line(tmp_path: Path) -> None:
 
 
 def test_a_missing_api_server_is_reported_without_a_traceback(tmp_path: Path) -> None:
-    completed_process = run(tmp_path, "{}", {"KUBECONFIG": str(tmp_path / "none")})
+    completed_process = run_operator(tmp_path, "{}", {"KUBECONFIG": str(tmp_path / "none")})
     assert completed_process.returncode == 2
     assert "cannot find the address of an API server" in completed_process.stderr
     assert "Traceback" not in completed_process.stderr
@@ -73,7 +73,7 @@ def test_a_missing_crd_is_reported_without_a_traceback(tmp_path: Path, endpoint_
     path = tmp_path / "kubeconfig"
     kubeconfig["clusters"][0]["cluster"]["server"] += "/not-here"
     path.write_text(yaml.safe_dump(kubeconfig))
-    completed_process = run(tmp_path, yaml.safe_dump(config), {"KUBECONFIG": str(path)})
+    completed_process = run_operator(tmp_path, yaml.safe_dump(config), {"KUBECONFIG": str(path)})
     assert completed_process.returncode == 1
     assert "install the CRD first" in completed_process.stderr
     assert "Traceback" not in completed_process.stderr

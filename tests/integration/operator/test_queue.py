@@ -16,9 +16,9 @@ async def test_a_job_is_queued_admitted_evicted_and_admitted_again(world: Rig) -
     await queue.wait_for_waiting_job("run-1")
     status = await world.wait_for_phase("Queued")
     assert world.pods.items == {}
-    quota = world.condition("QuotaReserved")
-    assert (quota["status"], quota["reason"]) == ("False", "Queued")
-    assert "team-a" in quota["message"]
+    quota_condition = world.condition("QuotaReserved")
+    assert (quota_condition["status"], quota_condition["reason"]) == ("False", "Queued")
+    assert "team-a" in quota_condition["message"]
 
     await queue.admit("run-1", {"flavour": "spot"})
     pod = await world.report_training("run-1", step=40)
@@ -65,8 +65,8 @@ async def test_a_queued_job_can_be_suspended(world: Rig) -> None:
 
 async def test_a_job_with_higher_priority_preempts_another_which_resumes_afterwards(world: Rig) -> None:
     """`placement.priorityClassName` is enough to set the priority, because Kueue reads it from the pods' PriorityClass."""
-    queue, urgent = Queue(world), f"urgent-{world.namespace}"[:63].rstrip("-")
-    body = {"apiVersion": "scheduling.k8s.io/v1", "kind": "PriorityClass", "metadata": {"name": urgent}, "value": 1000}
+    queue, priority_name = Queue(world), f"urgent-{world.namespace}"[:63].rstrip("-")
+    body = {"apiVersion": "scheduling.k8s.io/v1", "kind": "PriorityClass", "metadata": {"name": priority_name}, "value": 1000}
     await world.kube.create(PRIORITY_CLASS, "", body)
     await world.create("low", placement={"queueName": "team-a"})
     await queue.wait_for_waiting_job("low-1")
@@ -74,21 +74,21 @@ async def test_a_job_with_higher_priority_preempts_another_which_resumes_afterwa
     pod = await world.report_training("low-1", step=40)
     await world.wait_for_phase("Running", "low")
 
-    await world.create("high", placement={"queueName": "team-a", "priorityClassName": urgent})
+    await world.create("high", placement={"queueName": "team-a", "priorityClassName": priority_name})
     await queue.wait_for_waiting_job("high-1")
     uri = "s3://models/test/checkpoints/step-00000040/a1-0123abcd"
-    saved = {"checkpoints": [{"step": 40, "uri": uri, "healthy": True}], "latestCheckpoint": uri}
-    await world.report_training("low-1", step=40, **saved)
+    checkpoint_fields = {"checkpoints": [{"step": 40, "uri": uri, "healthy": True}], "latestCheckpoint": uri}
+    await world.report_training("low-1", step=40, **checkpoint_fields)
     await world.wait_until("the checkpoint", lambda: world.status("low").get("latestCheckpoint") == uri)
     assert await queue.schedule() == "high-1"
     await world.wait_for_phase("Queued", "low")
     assert world.condition("QuotaReserved", "low")["reason"] == "Queued"
-    running = await world.report_training("high-1")
-    assert running["spec"]["priority"] == 1000
+    high_pod = await world.report_training("high-1")
+    assert high_pod["spec"]["priority"] == 1000
     await world.wait_for_phase("Running", "high")
     assert await queue.schedule() is None, "a Job of lower priority must not preempt a Job of higher priority"
 
-    await world.kubelet.succeed(running)
+    await world.kubelet.succeed(high_pod)
     await world.wait_for_phase("Succeeded", "high")
     assert await queue.schedule() == "low-1"
     repeated_pod = await world.wait_for_pod("low-1", 0, "Running")

@@ -132,13 +132,13 @@ def test_repeated_watch_events_change_nothing(rig: Rig) -> None:
     rig.start_operator(proxy=proxy)
     rig.submit()
     rig.kubelet.end_pod(rig.kubelet.wait_running(rig.namespace, "job")[0], success_exit())
-    before = rig.wait_finished()
+    finished_job = rig.wait_finished()
     proxy.clear_exchanges()
     for resource in ("pods", "jobs", FINETUNEJOBS):
         assert proxy.command_watches(resource, ReplayEvents(50)) >= 1
     rig.submit("later")
     rig.wait_attempt(1, "later")
-    assert rig.get()["status"] == before["status"]
+    assert rig.get()["status"] == finished_job["status"]
     assert [e.path for e in proxy.exchanges if e.method != "GET" and "/job" in e.path.partition(f"{FINETUNEJOBS}/")[2]] == []
     assert rig.list_job_names() == ["job-1"]
 

@@ -33,5 +33,5 @@ def set_end_token(folder: Path, token: str) -> None:
     tokenizer.eos_token = token
     tokenizer.save_pretrained(folder)
     for name in ("config.json", "generation_config.json"):
-        values = json.loads((folder / name).read_text())
-        (folder / name).write_text(json.dumps(values | {"eos_token_id": tokenizer.eos_token_id}))
+        settings = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(settings | {"eos_token_id": tokenizer.eos_token_id}))

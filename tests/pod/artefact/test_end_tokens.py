@@ -36,20 +36,20 @@ def test_the_trained_end_token_stops_plain_generation(method: str, model: Path, 
     folder = outcome.folder
     assert folder is not None
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    end, base_end = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    end_id, base_end_id = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
     settings = json.loads((folder / "generation_config.json").read_text())
-    assert settings["eos_token_id"] == [end, base_end] and settings["pad_token_id"] == tokenizer.pad_token_id
+    assert settings["eos_token_id"] == [end_id, base_end_id] and settings["pad_token_id"] == tokenizer.pad_token_id
     assert tokenizer.eos_token == "<|im_end|>" and tokenizer.chat_template == AutoTokenizer.from_pretrained(model).chat_template
     if method == "full":
-        assert json.loads((folder / "config.json").read_text())["eos_token_id"] == end
+        assert json.loads((folder / "config.json").read_text())["eos_token_id"] == end_id
     base = AutoModelForCausalLM.from_pretrained(model if method == "lora" else folder)
     trained_model = PeftModel.from_pretrained(base, folder) if method == "lora" else base
     options = {"generation_config": GenerationConfig.from_pretrained(folder)} if method == "lora" else {}
-    expected = TEN_ROWS[0]["messages"][1]["content"]
-    assert generate_first_answer(trained_model, folder, **options)[0] == f"{expected}<|im_end|>"
+    expected_answer = TEN_ROWS[0]["messages"][1]["content"]
+    assert generate_first_answer(trained_model, folder, **options)[0] == f"{expected_answer}<|im_end|>"
     # With the generation settings of the base model, the model continues after its answer.
     text, length = generate_first_answer(trained_model, folder, generation_config=GenerationConfig.from_pretrained(model))
-    assert text.startswith(f"{expected}<|im_end|>") and length == 24
+    assert text.startswith(f"{expected_answer}<|im_end|>") and length == 24
 
 
 def test_a_model_trained_on_plain_text_keeps_the_end_token_of_its_base_model(model: Path, tmp_path: Path) -> None:

@@ -33,20 +33,20 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def train_and_merge(
-    folder: Path, model: Path, spec: dict[str, Any], rows: list[dict[str, str]] | None = None, combined: Sequence[Path] = ()
+    folder: Path, model: Path, spec: dict[str, Any], rows: list[dict[str, str]] | None = None, combined_folders: Sequence[Path] = ()
 ) -> tuple[Path, Path, Channel]:
-    """Train an adapter and merge it, together with the adapters in `combined`, in this process.
+    """Train an adapter and merge it, together with the adapters in `combined_folders`, in this process.
 
     Returns the folder of the adapter, the folder of the merged model, and the channel, which records the messages of the merge.
     """
     run, inputs = make_run(folder, model, {"training": TRAINING_FIELDS, "output": {"mergeAdapter": True}, **spec}, rows or TEN_ROWS)
     adapter = train_here(run, inputs).folder
     assert adapter is not None
-    inputs = inputs.model_copy(update={"combined_adapters": list(combined)})
-    stage, channel = folder / "stage", Channel.create_recording(folder / "work")
-    (stage / OUTPUT_FOLDER).mkdir(parents=True)
-    merge.run_stage(run, channel, inputs, StageTask(stage=Stage.MERGING, model=adapter, kind=OutputKind.ADAPTER, uri="u"), stage)
-    return adapter, stage / OUTPUT_FOLDER, channel
+    inputs = inputs.model_copy(update={"combined_adapters": list(combined_folders)})
+    stage_folder, channel = folder / "stage", Channel.create_recording(folder / "work")
+    (stage_folder / OUTPUT_FOLDER).mkdir(parents=True)
+    merge.run_stage(run, channel, inputs, StageTask(stage=Stage.MERGING, model=adapter, kind=OutputKind.ADAPTER, uri="u"), stage_folder)
+    return adapter, stage_folder / OUTPUT_FOLDER, channel
 
 
 def compute_logits(model: Any) -> Any:
@@ -72,13 +72,13 @@ def test_the_merged_model_equals_base_and_adapter(case: str, model: Path, tmp_pa
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     adapter, merged, channel = train_and_merge(tmp_path, model, CASES[case])
-    loaded, info = AutoModelForCausalLM.from_pretrained(merged, output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"]
+    loaded_model, loading_info = AutoModelForCausalLM.from_pretrained(merged, output_loading_info=True)
+    assert not loading_info["missing_keys"] and not loading_info["unexpected_keys"]
     tokenizer = AutoTokenizer.from_pretrained(merged)
-    expected = compute_logits(load_with_adapter(model, adapter, len(tokenizer) if case == "new tokens" else 0))
-    assert torch.allclose(compute_logits(loaded), expected, atol=1e-4)
+    expected_logits = compute_logits(load_with_adapter(model, adapter, len(tokenizer) if case == "new tokens" else 0))
+    assert torch.allclose(compute_logits(loaded_model), expected_logits, atol=1e-4)
     base = compute_logits(AutoModelForCausalLM.from_pretrained(model))
-    assert not torch.allclose(expected[..., : base.shape[-1]], base, atol=1e-2)
+    assert not torch.allclose(expected_logits[..., : base.shape[-1]], base, atol=1e-2)
     details = [message.get("detail") for message in channel.sent if message["kind"] == "stage"]
     assert details[0] == "loading the base model" and details[-1] == "writing the merged model"
     total = next(detail.split()[2] for detail in details if "layers" in detail)
@@ -113,13 +113,13 @@ def test_combined_adapters_are_added_up_with_their_weights(model: Path, other_ad
     from safetensors.torch import load_file
 
     output = {"mergeAdapter": True, "adapterWeight": 0.75, "combineAdapters": [{"source": f"file://{other_adapter}", "weight": -0.5}]}
-    adapter, merged, _ = train_and_merge(tmp_path, model, {"output": output}, combined=[other_adapter])
-    base, result = load_file(model / "model.safetensors"), load_file(merged / "model.safetensors")
-    own, other = compute_weight_changes(adapter), compute_weight_changes(other_adapter)
-    assert set(other) - set(own) == set() and len(own) > len(other) > 0
-    for name, weight in base.items():
-        expected = weight + 0.75 * own.get(name, 0) - 0.5 * other.get(name, 0)
-        assert torch.allclose(result[name], expected, atol=1e-6), name
+    adapter, merged, _ = train_and_merge(tmp_path, model, {"output": output}, combined_folders=[other_adapter])
+    base_weights, merged_weights = load_file(model / "model.safetensors"), load_file(merged / "model.safetensors")
+    own_changes, other_changes = compute_weight_changes(adapter), compute_weight_changes(other_adapter)
+    assert set(other_changes) - set(own_changes) == set() and len(own_changes) > len(other_changes) > 0
+    for name, weight in base_weights.items():
+        expected_weight = weight + 0.75 * own_changes.get(name, 0) - 0.5 * other_changes.get(name, 0)
+        assert torch.allclose(merged_weights[name], expected_weight, atol=1e-6), name
 
 
 @pytest.mark.parametrize(
@@ -174,30 +174,30 @@ def test_tied_embeddings_are_stored_separately_if_only_one_of_them_was_trained(t
 
     from tests.support.tiny import make_tiny_model
 
-    tied = make_tiny_model(tmp_path / "tied", tied=True)
-    adapter, merged, _ = train_and_merge(tmp_path, tied, {"method": {"type": "lora", "lora": {"modulesToSave": ["embed_tokens"]}}})
-    expected = compute_logits(load_with_adapter(tied, adapter))
-    assert torch.allclose(compute_logits(AutoModelForCausalLM.from_pretrained(merged)), expected, atol=1e-4)
+    tied_model = make_tiny_model(tmp_path / "tied", tied=True)
+    adapter, merged, _ = train_and_merge(tmp_path, tied_model, {"method": {"type": "lora", "lora": {"modulesToSave": ["embed_tokens"]}}})
+    expected_logits = compute_logits(load_with_adapter(tied_model, adapter))
+    assert torch.allclose(compute_logits(AutoModelForCausalLM.from_pretrained(merged)), expected_logits, atol=1e-4)
 
 
 def test_an_adapter_of_a_quantised_base_is_merged_into_the_base_in_16_bits(model: Path, tmp_path: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    half = tmp_path / "half"
-    AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).save_pretrained(half)
+    model_in_16_bits = tmp_path / "half"
+    AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).save_pretrained(model_in_16_bits)
     for path in model.iterdir():
-        if not (half / path.name).exists():
-            (half / path.name).write_bytes(path.read_bytes())
-    adapter, merged, channel = train_and_merge(tmp_path, half, {"method": {"type": "qlora"}})
+        if not (model_in_16_bits / path.name).exists():
+            (model_in_16_bits / path.name).write_bytes(path.read_bytes())
+    adapter, merged, channel = train_and_merge(tmp_path, model_in_16_bits, {"method": {"type": "qlora"}})
     loaded_model = AutoModelForCausalLM.from_pretrained(merged)
     assert loaded_model.dtype is torch.bfloat16 and getattr(loaded_model.config, "quantization_config", None) is None
-    layer = load_with_adapter(half, adapter).get_base_model().model.layers[0].self_attn.q_proj
-    change = layer.get_delta_weight("default")
-    expected = layer.get_base_layer().weight.float() + change.float()
+    layer = load_with_adapter(model_in_16_bits, adapter).get_base_model().model.layers[0].self_attn.q_proj
+    weight_change = layer.get_delta_weight("default")
+    expected_weight = layer.get_base_layer().weight.float() + weight_change.float()
     merged_weight = loaded_model.model.layers[0].self_attn.q_proj.weight.float()
-    assert change.abs().max() > 0.01
-    assert torch.all((merged_weight - expected).abs() <= expected.abs() * 2**-8)  # the relative rounding error of bfloat16
+    assert weight_change.abs().max() > 0.01
+    assert torch.all((merged_weight - expected_weight).abs() <= expected_weight.abs() * 2**-8)  # the relative rounding error of bfloat16
     notes = [message["text"] for message in channel.sent if message["kind"] == "note"]
     assert notes == ["the adapter was trained on the quantised base model, and is merged into the base model without quantisation"]
 
@@ -210,17 +210,17 @@ def test_the_head_of_a_reward_model_is_merged(model: Path, tmp_path: Path) -> No
     rows = [{"prompt": "one", "chosen": "red", "rejected": "blue"}, {"prompt": "two", "chosen": "green", "rejected": "blue"}]
     adapter, merged, _ = train_and_merge(tmp_path, model, {"trainer": {"type": "reward"}}, rows)
     base = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1)
-    expected = compute_logits(PeftModel.from_pretrained(base, adapter))
-    loaded, info = AutoModelForSequenceClassification.from_pretrained(merged, output_loading_info=True)
-    assert not info["missing_keys"] and torch.allclose(compute_logits(loaded), expected, atol=1e-4)
+    expected_logits = compute_logits(PeftModel.from_pretrained(base, adapter))
+    loaded_model, loading_info = AutoModelForSequenceClassification.from_pretrained(merged, output_loading_info=True)
+    assert not loading_info["missing_keys"] and torch.allclose(compute_logits(loaded_model), expected_logits, atol=1e-4)
 
 
 def test_a_base_model_that_is_stored_quantised_is_refused_before_training(model: Path, tmp_path: Path) -> None:
     config = json.loads((model / "config.json").read_text()) | {"quantization_config": {"quant_method": "gptq", "bits": 4}}
-    quantised = tmp_path / "quantised"
-    shutil.copytree(model, quantised)
-    (quantised / "config.json").write_text(json.dumps(config))
-    run, inputs = make_run(tmp_path, quantised, {"output": {"mergeAdapter": True}})
+    quantised_model = tmp_path / "quantised"
+    shutil.copytree(model, quantised_model)
+    (quantised_model / "config.json").write_text(json.dumps(config))
+    run, inputs = make_run(tmp_path, quantised_model, {"output": {"mergeAdapter": True}})
     with pytest.raises(ConfigError, match=r"QuantizedBase: the model is stored quantised \(gptq\), but output.mergeAdapter needs"):
         train_here(run, inputs)
 

@@ -27,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def local_options(folder: Path, path: Path) -> list[str]:
+def prepare_local_options(folder: Path, path: Path) -> list[str]:
     """Write the ConfigMaps of an example file into folders. Returns the options that select local folders for the model and the data."""
     documents = list(yaml.safe_load_all(path.read_text("utf-8")))
     (job,) = (document for document in documents if document["kind"] == KIND)
@@ -49,7 +49,7 @@ def local_options(folder: Path, path: Path) -> list[str]:
 def test_example_trains(folder: Path, name: str) -> None:
     path = EXAMPLES / f"{name}.yaml"
     job_name = path.stem
-    options = [*local_options(folder, path), "--set", "dataset.maxSequenceLength=128", *OPTIONS.get(name, [])]
+    options = [*prepare_local_options(folder, path), "--set", "dataset.maxSequenceLength=128", *OPTIONS.get(name, [])]
     result: subprocess.CompletedProcess[str] = run_finetune(folder, "run", str(path), "--local", "-o", f"out-{job_name}", *options)
     assert result.returncode == 0, result.stderr[-3000:]
     assert f"{job_name}: done, the model is in file://" in result.stdout

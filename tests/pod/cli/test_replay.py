@@ -29,8 +29,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run_folder(folder: Path) -> Path:
-    (found,) = (folder / "out/local/bot").iterdir()
-    return found
+    (run_folder,) = (folder / "out/local/bot").iterdir()
+    return run_folder
 
 
 @pytest.mark.slow
@@ -38,22 +38,22 @@ def test_a_replay_reproduces_the_weights(folder: Path, run_folder: Path) -> None
     result = run_finetune(folder, "replay", f"file://{run_folder}", "--keep", "again")
     assert (result.returncode, "equal: all " in result.stdout) == (0, True), result.stdout + result.stderr
     assert "6/6 (100%)" in result.stderr
-    (repeated,) = (folder / "again/local/bot").iterdir()
-    weights = [next(root.glob("model/a*/adapter_model.safetensors")).read_bytes() for root in (run_folder, repeated)]
+    (repeated_run_folder,) = (folder / "again/local/bot").iterdir()
+    weights = [next(root.glob("model/a*/adapter_model.safetensors")).read_bytes() for root in (run_folder, repeated_run_folder)]
     assert weights[0] == weights[1]
-    verified = run_finetune(folder, "verify", f"file://{run_folder}")
-    assert verified.returncode == 0, verified.stdout
+    verify_result = run_finetune(folder, "verify", f"file://{run_folder}")
+    assert verify_result.returncode == 0, verify_result.stdout
 
 
 @pytest.mark.faults
 def test_a_changed_seed_in_the_statement_gives_other_weights(folder: Path, run_folder: Path) -> None:
     statement = run_folder / "lineage/statement.json"
-    before = statement.read_bytes()
+    content_before = statement.read_bytes()
     edit_json(statement, lambda value: value["predicate"]["buildDefinition"]["externalParameters"]["spec"]["training"].update(seed=4))
     try:
         result = run_finetune(folder, "replay", f"file://{run_folder}")
     finally:
-        statement.write_bytes(before)
+        statement.write_bytes(content_before)
     assert result.returncode == 2, result.stderr
     assert "warning: StatementContradictsRun: training.seed in the statement" in result.stderr
     last_line = result.stdout.splitlines()[-1]
@@ -63,12 +63,12 @@ def test_a_changed_seed_in_the_statement_gives_other_weights(folder: Path, run_f
 
 def test_changed_data_are_refused_before_the_training(folder: Path, run_folder: Path) -> None:
     rows = folder / "rows.jsonl"
-    before = rows.read_text()
-    rows.write_text(before.replace("question 1", "question one"))
+    content_before = rows.read_text()
+    rows.write_text(content_before.replace("question 1", "question one"))
     try:
         result = run_finetune(folder, "replay", f"file://{run_folder}")
     finally:
-        rows.write_text(before)
+        rows.write_text(content_before)
     assert result.returncode == 2
     assert "InputsChanged: the inputs are not those of the run that is replayed: training data is " in result.stderr
     assert "equal" not in result.stdout and "training  " not in result.stderr
@@ -76,10 +76,10 @@ def test_changed_data_are_refused_before_the_training(folder: Path, run_folder: 
 
 def test_a_damaged_model_is_not_compared(folder: Path, run_folder: Path) -> None:
     weights = next(run_folder.glob("model/a*/adapter_model.safetensors"))
-    before = weights.read_bytes()
-    weights.write_bytes(before[:-1])
+    content_before = weights.read_bytes()
+    weights.write_bytes(content_before[:-1])
     try:
         result = run_finetune(folder, "replay", f"file://{run_folder}")
     finally:
-        weights.write_bytes(before)
+        weights.write_bytes(content_before)
     assert (result.returncode, "FileChanged: " in result.stderr) == (1, True)

@@ -100,15 +100,15 @@ def test_ctrl_c_saves_a_checkpoint_and_the_same_command_resumes(folder: Path) ->
     _, stderr = process.communicate()
     assert process.returncode == 1
     assert "run the same command again to continue" in stderr
-    (step,) = (folder / "stopped/local/bot").glob("*/checkpoints/*/_COMMITTED")
-    saved = int(step.parent.name.removeprefix("step-"))
-    assert 0 < saved < 300
+    (checkpoint_marker,) = (folder / "stopped/local/bot").glob("*/checkpoints/*/_COMMITTED")
+    saved_step = int(checkpoint_marker.parent.name.removeprefix("step-"))
+    assert 0 < saved_step < 300
     run_with_other_seed = run_finetune(folder, *arguments, "--set", "training.seed=1")
     assert (run_with_other_seed.returncode, "holds results of a job bot with another spec" in run_with_other_seed.stderr) == (1, True)
-    resumed = run_finetune(folder, *arguments)
-    assert resumed.returncode == 0, resumed.stderr
+    resume_result = run_finetune(folder, *arguments)
+    assert resume_result.returncode == 0, resume_result.stderr
     message = json.loads((folder / "stopped/.finetune/bot/work/termination-message.json").read_text(encoding="utf-8"))
-    assert (message["resumedFromStep"], message["step"]) == (saved, 300)
+    assert (message["resumedFromStep"], message["step"]) == (saved_step, 300)
 
 
 @pytest.mark.slow  # `make test` runs a manifest in this file, and compares the manifests of all sources in tests/unit/cli
@@ -118,11 +118,11 @@ def test_an_imported_job_trains(folder: Path, source: str) -> None:
     home.mkdir()
     (home / SOURCES[source].file).write_text(SOURCES[source].text, encoding="utf-8")
     (home / "rows.jsonl").write_text(make_rows(SOURCES[source].rows), encoding="utf-8")
-    own = import_options(source, "./tiny", f"./{source}/rows.jsonl")
-    imported = run_finetune(folder, "import", f"{source}/{SOURCES[source].file}", *own, "-o", f"{source}/job.yaml")
-    assert imported.returncode == 0, imported.stderr
-    trained = run_finetune(folder, "run", f"{source}/job.yaml", "--local", "-o", f"{source}/out")
-    assert trained.returncode == 0, trained.stderr
+    import_options_of_source = import_options(source, "./tiny", f"./{source}/rows.jsonl")
+    import_result = run_finetune(folder, "import", f"{source}/{SOURCES[source].file}", *import_options_of_source, "-o", f"{source}/job.yaml")
+    assert import_result.returncode == 0, import_result.stderr
+    run_result = run_finetune(folder, "run", f"{source}/job.yaml", "--local", "-o", f"{source}/out")
+    assert run_result.returncode == 0, run_result.stderr
     (marker,) = (home / "out" / "local").glob(f"{source}/*/model/_COMMITTED")
     adapter = marker.parent / json.loads(marker.read_text())["path"] / "adapter_config.json"
     assert json.loads(adapter.read_text(encoding="utf-8"))["r"] == SOURCES[source].rank

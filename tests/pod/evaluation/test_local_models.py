@@ -46,7 +46,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def token_embeddings(folder: Path, text: str, layer: int) -> torch.Tensor:
+def compute_token_embeddings(folder: Path, text: str, layer: int) -> torch.Tensor:
     """Return one unit vector for each token of a text, without padding. The first vector is that of [CLS], the last is that of [SEP]."""
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
     tokens = torch.tensor([tokenizer.encode(text, truncation=True, max_length=POSITION_COUNT)])
@@ -58,18 +58,18 @@ def token_embeddings(folder: Path, text: str, layer: int) -> torch.Tensor:
 @pytest.mark.parametrize(("layer", "batch_size"), [(None, 32), (2, 32), (2, 1)])
 def test_bertscore_is_the_mean_of_greedy_matches(encoder: Path, layer: int | None, batch_size: int) -> None:
     found_scores = bertscore(PREDICTIONS, encoder, field="x", layer=layer, batch_size=batch_size)
-    expected: list[tuple[float, float, float]] = []
+    expected_scores: list[tuple[float, float, float]] = []
     for answer, reference in ((answer, reference) for answer, reference in PAIRS if answer and reference):
-        cosines = token_embeddings(encoder, answer, layer or 3) @ token_embeddings(encoder, reference, layer or 3).T
+        cosines = compute_token_embeddings(encoder, answer, layer or 3) @ compute_token_embeddings(encoder, reference, layer or 3).T
         precision, recall = cosines.amax(1)[1:-1].mean().item(), cosines.amax(0)[1:-1].mean().item()
-        expected.append((precision, recall, 2 * precision * recall / (precision + recall)))
-    expected.insert(3, (0.0, 0.0, 0.0))
-    for place, name in enumerate(("precision", "recall", "f1")):
-        column = [scores[place] for scores in expected]
+        expected_scores.append((precision, recall, 2 * precision * recall / (precision + recall)))
+    expected_scores.insert(3, (0.0, 0.0, 0.0))
+    for column_index, name in enumerate(("precision", "recall", "f1")):
+        column = [scores[column_index] for scores in expected_scores]
         assert found_scores[name].scores == pytest.approx(column, abs=1e-4)
         assert found_scores[name].value == pytest.approx(sum(column) / 5, abs=1e-4)
         assert found_scores[name].rows is not None and found_scores[name].rows[4] is None and found_scores[name].rows[2] == pytest.approx(1.0, abs=1e-5)
-    assert 0 < expected[0][0] < 0.99 and expected[1][0] != pytest.approx(expected[1][1], abs=1e-3)
+    assert 0 < expected_scores[0][0] < 0.99 and expected_scores[1][0] != pytest.approx(expected_scores[1][1], abs=1e-3)
 
 
 def test_a_tokenizer_without_a_length_limit_is_supported(encoder: Path) -> None:
@@ -82,21 +82,21 @@ def test_a_recommended_layer_that_the_model_lacks_is_replaced_by_its_last_layer(
 
     For a model that has this name but only three layers, layer 3 is used. Layer 2 would give another result.
     """
-    known = tmp_path / "bert-base-uncased"
-    shutil.copytree(encoder, known)
-    last, second = (bertscore(PREDICTIONS[:1], encoder, field="x", layer=layer)["f1"].value for layer in (3, 2))
-    assert bertscore(PREDICTIONS[:1], known, field="x")["f1"].value == last != second
-    assert bertscore(PREDICTIONS[:1], encoder, field="x", model_name="roberta-base-openai-detector")["f1"].value == last
+    renamed_encoder = tmp_path / "bert-base-uncased"
+    shutil.copytree(encoder, renamed_encoder)
+    last_layer_f1, second_layer_f1 = (bertscore(PREDICTIONS[:1], encoder, field="x", layer=layer)["f1"].value for layer in (3, 2))
+    assert bertscore(PREDICTIONS[:1], renamed_encoder, field="x")["f1"].value == last_layer_f1 != second_layer_f1
+    assert bertscore(PREDICTIONS[:1], encoder, field="x", model_name="roberta-base-openai-detector")["f1"].value == last_layer_f1
 
 
 def test_embeddings_that_are_not_finite_leave_no_value(encoder: Path, tmp_path: Path) -> None:
-    broken = tmp_path / "broken"
-    shutil.copytree(encoder, broken)
-    model = AutoModel.from_pretrained(broken)
+    broken_encoder = tmp_path / "broken"
+    shutil.copytree(encoder, broken_encoder)
+    model = AutoModel.from_pretrained(broken_encoder)
     with torch.no_grad():
         model.embeddings.LayerNorm.weight.fill_(math.nan)
-    model.save_pretrained(broken)
-    scores = bertscore(PREDICTIONS[:2], broken, field="evaluation.b")
+    model.save_pretrained(broken_encoder)
+    scores = bertscore(PREDICTIONS[:2], broken_encoder, field="evaluation.b")
     assert scores["f1"].value is None and "evaluation.b" in str(scores["f1"].reason)
 
 
@@ -125,9 +125,9 @@ def test_sentence_embeddings_are_pooled_token_embeddings(encoder: Path, tmp_path
             states = model(torch.tensor([tokenizer.encode(text, truncation=True, max_length=POSITION_COUNT)])).last_hidden_state[0].double()
         return states[0] if pooling == "cls" else states.mean(0)
 
-    found = semantic_similarity(PREDICTIONS, sentence_embedder(folder), field="x")
-    expected = [
+    similarity = semantic_similarity(PREDICTIONS, sentence_embedder(folder), field="x")
+    expected_scores = [
         torch.cosine_similarity(pool_by_hand(answer), pool_by_hand(reference), dim=0).item() if answer else 0.0
         for answer, reference in PAIRS if reference is not None
     ]  # fmt: skip
-    assert found.scores == pytest.approx(expected, abs=1e-5) and found.rows is not None and found.rows[4] is None
+    assert similarity.scores == pytest.approx(expected_scores, abs=1e-5) and similarity.rows is not None and similarity.rows[4] is None

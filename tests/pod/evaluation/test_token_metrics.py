@@ -60,32 +60,32 @@ def test_predictions_equal_those_of_the_complete_logits(model_name: str, logits_
             head_layer.bias.normal_()
     tokens, labels = make_batch()
     with torch.no_grad():
-        hidden = model.base_model(input_ids=tokens).last_hidden_state
+        hidden_states = model.base_model(input_ids=tokens).last_hidden_state
         logits = model(input_ids=tokens).logits[:, :-1].float()
-    counted = labels[:, 1:] != -100
-    expected = torch.nn.functional.cross_entropy(logits[counted], labels[:, 1:][counted], reduction="none")
+    is_counted = labels[:, 1:] != -100
+    expected_losses = torch.nn.functional.cross_entropy(logits[is_counted], labels[:, 1:][is_counted], reduction="none")
 
-    found = shifted_predictions(hidden, labels, OutputHead.of(model), logits_per_chunk=logits_per_chunk)
+    predictions = shifted_predictions(hidden_states, labels, OutputHead.of(model), logits_per_chunk=logits_per_chunk)
 
-    assert found.labels.tolist() == labels[:, 1:][counted].tolist() and len(found.labels) == 8 + 9 + 8
-    assert found.predicted.tolist() == logits[counted].argmax(-1).tolist()
-    torch.testing.assert_close(found.negative_log_likelihoods, expected, rtol=1e-5, atol=1e-5)
+    assert predictions.labels.tolist() == labels[:, 1:][is_counted].tolist() and len(predictions.labels) == 8 + 9 + 8
+    assert predictions.predicted.tolist() == logits[is_counted].argmax(-1).tolist()
+    torch.testing.assert_close(predictions.negative_log_likelihoods, expected_losses, rtol=1e-5, atol=1e-5)
     counts = TokenCounts(VOCABULARY_SIZE)
-    counts.add(found)
-    assert counts.loss.value == pytest.approx(expected.mean().item(), rel=1e-6)
-    assert counts.perplexity.value == pytest.approx(math.exp(expected.mean().item()), rel=1e-5)
+    counts.add(predictions)
+    assert counts.loss.value == pytest.approx(expected_losses.mean().item(), rel=1e-6)
+    assert counts.perplexity.value == pytest.approx(math.exp(expected_losses.mean().item()), rel=1e-5)
 
 
 def test_at_most_one_chunk_of_logits_exists_at_a_time() -> None:
-    chunks = []
+    chunk_sizes = []
 
-    def project(hidden: torch.Tensor) -> torch.Tensor:
-        chunks.append(len(hidden))
-        return torch.zeros(len(hidden), VOCABULARY_SIZE)
+    def project(hidden_states: torch.Tensor) -> torch.Tensor:
+        chunk_sizes.append(len(hidden_states))
+        return torch.zeros(len(hidden_states), VOCABULARY_SIZE)
 
     tokens, labels = make_batch()
     shifted_predictions(torch.zeros(*tokens.shape, 4), labels, OutputHead(project, VOCABULARY_SIZE), logits_per_chunk=10 * VOCABULARY_SIZE)
-    assert chunks == [10, 10, 5]
+    assert chunk_sizes == [10, 10, 5]
 
 
 def make_counts(labels: list[int], predicted: list[int], losses: list[float] | None = None) -> TokenCounts:
@@ -112,25 +112,25 @@ def test_metrics_equal_those_of_scikit_learn(seed: int) -> None:
 
 def test_merged_counts_have_the_metrics_of_all_tokens() -> None:
     """The perplexity of merged counts is the perplexity of all tokens, not the mean of two perplexities."""
-    whole = make_counts([1, 2, 3, 4], [1, 2, 0, 0], [0.5, 0.5, 2.0, 3.0])
-    first, second = make_counts([1], [1], [0.5]), make_counts([2, 3, 4], [2, 0, 0], [0.5, 2.0, 3.0])
-    first.merge(second)
+    all_counts = make_counts([1, 2, 3, 4], [1, 2, 0, 0], [0.5, 0.5, 2.0, 3.0])
+    first_counts, second_counts = make_counts([1], [1], [0.5]), make_counts([2, 3, 4], [2, 0, 0], [0.5, 2.0, 3.0])
+    first_counts.merge(second_counts)
     for name in ("tokens", "loss", "perplexity", "accuracy", "precision", "recall", "f1"):
-        assert getattr(first, name) == getattr(whole, name)
-    assert first.perplexity.value == pytest.approx(math.exp(6 / 4))
+        assert getattr(first_counts, name) == getattr(all_counts, name)
+    assert first_counts.perplexity.value == pytest.approx(math.exp(6 / 4))
 
 
 def test_counts_can_be_summed_over_ranks() -> None:
     counts = make_counts([1, 2], [1, 0], [1.0, 3.0])
-    seen = []
+    seen_dtypes = []
 
     def sum_of_two_equal_ranks(total: torch.Tensor) -> torch.Tensor:
-        seen.append(total.dtype)
+        seen_dtypes.append(total.dtype)
         return total * 2
 
     counts.reduce(sum_of_two_equal_ranks)
     assert (counts.tokens, counts.loss.value, counts.accuracy.value) == (4, 2.0, 0.5)
-    assert seen == [torch.int64] * 3 + [torch.float64]
+    assert seen_dtypes == [torch.int64] * 3 + [torch.float64]
 
 
 def test_metrics_have_no_value_if_all_labels_are_masked() -> None:

@@ -13,7 +13,7 @@ from tests.support.learning import make_run
 pytestmark = pytest.mark.pod
 
 
-def gpu_arguments(folder: Path, spec: dict[str, Any]) -> dict[str, Any]:
+def build_gpu_arguments(folder: Path, spec: dict[str, Any]) -> dict[str, Any]:
     """Return the TrainingArguments of a run on one GPU."""
     import torch
     from finetune_trainer.arguments import shared_arguments
@@ -27,7 +27,7 @@ def gpu_arguments(folder: Path, spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_backend_unsloth_changes_defaults(tmp_path: Path) -> None:
-    arguments = gpu_arguments(tmp_path, {"trainer": {"backend": "unsloth"}})
+    arguments = build_gpu_arguments(tmp_path, {"trainer": {"backend": "unsloth"}})
     assert (arguments["optim"], arguments["use_liger_kernel"]) == ("paged_adamw_8bit", True)
     assert arguments["activation_checkpointing_kwargs"] == {"use_reentrant": False, "offload": True}
     assert "trainer.backend unsloth selects options that save GPU memory" in arguments["notes"][0]
@@ -35,7 +35,7 @@ def test_backend_unsloth_changes_defaults(tmp_path: Path) -> None:
 
 def test_backend_unsloth_keeps_the_values_of_the_spec(tmp_path: Path) -> None:
     training = {"optimizer": "adamw_torch", "gradientCheckpointing": "disabled", "maxSteps": 4}
-    arguments = gpu_arguments(
+    arguments = build_gpu_arguments(
         tmp_path, {"trainer": {"backend": "unsloth"}, "training": training, "model": {"ligerKernels": False}}
     )
     assert (arguments["optim"], arguments["activation_checkpointing"], arguments["use_liger_kernel"]) == (
@@ -46,7 +46,7 @@ def test_backend_unsloth_keeps_the_values_of_the_spec(tmp_path: Path) -> None:
 
 
 def test_backend_transformers_changes_no_default(tmp_path: Path) -> None:
-    arguments = gpu_arguments(tmp_path, {})
+    arguments = build_gpu_arguments(tmp_path, {})
     assert (arguments["optim"], arguments["notes"]) == ("adamw_torch_fused", [])
     assert arguments["activation_checkpointing_kwargs"] == {"use_reentrant": False}
     assert (arguments["bf16"], arguments["use_cpu"], arguments["logging_nan_inf_filter"]) == (True, False, False)

@@ -54,29 +54,29 @@ class DocumentKernel:
         self.windows: list[tuple[int, int]] = []
 
     def __call__(self, *args: Any, **options: Any) -> torch.Tensor:
-        real_kernel = inspect.signature(torch.nn.attention.varlen.varlen_attn).bind(*args, **options).arguments
-        query, key, value, starts = (real_kernel[name] for name in ("query", "key", "value", "cu_seq_q"))
-        assert real_kernel["cu_seq_k"] is starts and starts.dtype == torch.int32
+        call_arguments = inspect.signature(torch.nn.attention.varlen.varlen_attn).bind(*args, **options).arguments
+        query, key, value, starts = (call_arguments[name] for name in ("query", "key", "value", "cu_seq_q"))
+        assert call_arguments["cu_seq_k"] is starts and starts.dtype == torch.int32
         assert all(
-            type(real_kernel[name]) is int and real_kernel[name] == int(starts.diff().max())
+            type(call_arguments[name]) is int and call_arguments[name] == int(starts.diff().max())
             for name in ("max_q", "max_k")
         )
-        before, after = real_kernel["window_size"]
+        before, after = call_arguments["window_size"]
         assert after == 0
         self.windows.append((before, after))
         boundaries = [0, len(query)] if self.mixes_documents else starts.tolist()
         groups = query.shape[1] // key.shape[1]
-        results = []
+        document_outputs = []
         for start, end in pairwise(boundaries):
             q, k, v = (tensor[start:end].transpose(0, 1) for tensor in (query, key, value))
             k, v = k.repeat_interleave(groups, 0), v.repeat_interleave(groups, 0)
             distances = torch.arange(end - start)[:, None] - torch.arange(end - start)[None, :]
-            visible = (distances >= 0) & ((distances <= before) | (before < 0))
+            is_visible = (distances >= 0) & ((distances <= before) | (before < 0))
             # The products are computed as sums, because oneDNN's matrix products in 16 bits need instructions that some CPUs lack.
-            scores = (q[:, :, None] * k[:, None]).sum(-1) * (real_kernel.get("scale") or q.shape[-1] ** -0.5)
-            weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
-            results.append((weights[..., None] * v[:, None]).sum(2).transpose(0, 1))
-        return torch.cat(results).to(query.dtype)
+            scores = (q[:, :, None] * k[:, None]).sum(-1) * (call_arguments.get("scale") or q.shape[-1] ** -0.5)
+            weights = scores.masked_fill(~is_visible, -torch.inf).softmax(-1)
+            document_outputs.append((weights[..., None] * v[:, None]).sum(2).transpose(0, 1))
+        return torch.cat(document_outputs).to(query.dtype)
 
 
 @pytest.fixture
@@ -117,20 +117,20 @@ def collate(documents: list[list[int]], *, packed: bool = True) -> dict[str, Any
     return batch
 
 
-def loss_and_gradients(model: Any, batch: dict[str, Any]) -> tuple[float, dict[str, torch.Tensor]]:
+def compute_loss_and_gradients(model: Any, batch: dict[str, Any]) -> tuple[float, dict[str, torch.Tensor]]:
     loss = model(**batch, use_cache=False).loss
     loss.backward()
     return loss.item(), {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
 
 
-def assert_same_training(found: Any, expected: Any, batch: dict[str, Any]) -> None:
+def assert_same_training(model: Any, expected_model: Any, batch: dict[str, Any]) -> None:
     """Check that two models have the same loss and the same gradients for a batch."""
-    found_loss, found_gradients = loss_and_gradients(found, batch)
-    expected_loss, expected_gradients = loss_and_gradients(expected, batch)
-    assert found_loss == pytest.approx(expected_loss, abs=1e-5)
-    assert found_gradients.keys() == expected_gradients.keys() and found_gradients
+    loss, gradients = compute_loss_and_gradients(model, batch)
+    expected_loss, expected_gradients = compute_loss_and_gradients(expected_model, batch)
+    assert loss == pytest.approx(expected_loss, abs=1e-5)
+    assert gradients.keys() == expected_gradients.keys() and gradients
     for name, gradient in expected_gradients.items():
-        torch.testing.assert_close(found_gradients[name], gradient, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(gradients[name], gradient, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["all activations kept", "gradient checkpointing"])
@@ -139,22 +139,22 @@ def assert_same_training(found: Any, expected: Any, batch: dict[str, Any]) -> No
 def test_the_kernel_trains_like_sdpa(name: str, lora: bool, checkpointing: bool, kernel: DocumentKernel) -> None:
     options: dict[str, Any] = {"lora": lora, "gradient_checkpointing": checkpointing}
     assert_same_training(build_model(name, VARLEN_ATTENTION, **options), build_model(name, "sdpa", **options), collate(DOCUMENTS))
-    per_pass = {
+    windows_by_model = {
         "mistral": [(WINDOW - 1, 0)] * 2,
         "qwen2": [(WINDOW - 1, 0), (-1, 0)],
         "gemma3_text": [(WINDOW - 1, 0), (-1, 0)],
     }
-    forward = per_pass.get(name, [(-1, 0), (-1, 0)])
-    recomputed = forward[::-1] if checkpointing else []  # the backward pass recomputes the last layer first
-    assert kernel.windows == forward + recomputed
+    forward_windows = windows_by_model.get(name, [(-1, 0), (-1, 0)])
+    recomputed_windows = forward_windows[::-1] if checkpointing else []  # the backward pass recomputes the last layer first
+    assert kernel.windows == forward_windows + recomputed_windows
 
 
 def test_a_document_is_computed_independently_of_the_other_documents(kernel: DocumentKernel) -> None:
     model = build_model("mistral", VARLEN_ATTENTION)
     with torch.no_grad():
-        packed = model(**collate(DOCUMENTS), use_cache=False).logits[0]
-        alone = torch.cat([model(input_ids=torch.tensor([ids]), use_cache=False).logits[0] for ids in DOCUMENTS])
-    torch.testing.assert_close(packed, alone, atol=1e-5, rtol=1e-5)
+        packed_logits = model(**collate(DOCUMENTS), use_cache=False).logits[0]
+        single_logits = torch.cat([model(input_ids=torch.tensor([ids]), use_cache=False).logits[0] for ids in DOCUMENTS])
+    torch.testing.assert_close(packed_logits, single_logits, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt_bigcode", "opt"])
@@ -168,10 +168,10 @@ def test_learned_positions_restart_in_each_row(name: str, kernel: DocumentKernel
     model = AutoModelForCausalLM.from_config(config, attn_implementation=VARLEN_ATTENTION).eval()
     assert sum(map(len, DOCUMENTS)) > 16 and attention.separates_rows_by_position(config)
     with torch.no_grad():
-        together = model(**collate(DOCUMENTS), use_cache=False).logits[0]
-        alone = torch.cat([model(input_ids=torch.tensor([ids]), use_cache=False).logits[0] for ids in DOCUMENTS])
+        packed_logits = model(**collate(DOCUMENTS), use_cache=False).logits[0]
+        single_logits = torch.cat([model(input_ids=torch.tensor([ids]), use_cache=False).logits[0] for ids in DOCUMENTS])
     assert len(kernel.windows) == 2
-    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(packed_logits, single_logits, atol=1e-5, rtol=1e-5)
 
 
 def test_without_the_kernel_the_model_computes_with_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,22 +190,22 @@ def test_without_the_kernel_the_model_computes_with_sdpa(monkeypatch: pytest.Mon
     ids=["dropout", "head size not a multiple of 8", "large heads"],
 )
 def test_unsupported_models_use_sdpa(options: dict[str, Any], kernel: DocumentKernel) -> None:
-    found, expected = (build_model("llama", name, **options) for name in (VARLEN_ATTENTION, "sdpa"))
-    found, expected = (model.eval() if "attention_dropout" in options else model for model in (found, expected))
-    assert_same_training(found, expected, collate(DOCUMENTS))
+    varlen_model, sdpa_model = (build_model("llama", name, **options) for name in (VARLEN_ATTENTION, "sdpa"))
+    varlen_model, sdpa_model = (model.eval() if "attention_dropout" in options else model for model in (varlen_model, sdpa_model))
+    assert_same_training(varlen_model, sdpa_model, collate(DOCUMENTS))
     assert kernel.windows == []
 
 
 def test_padded_batches_and_generation_use_sdpa(kernel: DocumentKernel) -> None:
-    found, expected = (build_model("mistral", name) for name in (VARLEN_ATTENTION, "sdpa"))
-    assert_same_training(found, expected, collate(DOCUMENTS, packed=False))
+    varlen_model, sdpa_model = (build_model("mistral", name) for name in (VARLEN_ATTENTION, "sdpa"))
+    assert_same_training(varlen_model, sdpa_model, collate(DOCUMENTS, packed=False))
     prompt = torch.tensor([DOCUMENTS[2]])
     for mask in (None, torch.ones_like(prompt)):
-        texts = [
+        generated_ids = [
             model.eval().generate(prompt, attention_mask=mask, max_new_tokens=8, do_sample=False)
-            for model in (found, expected)
+            for model in (varlen_model, sdpa_model)
         ]
-        assert texts[0].tolist() == texts[1].tolist()
+        assert generated_ids[0].tolist() == generated_ids[1].tolist()
     assert kernel.windows == []
 
 
@@ -248,24 +248,24 @@ def test_a_device_without_the_kernel_has_the_mask_of_sdpa(dtype: torch.dtype) ->
 def test_autocast_decides_the_data_type_of_the_kernel(monkeypatch: pytest.MonkeyPatch, kernel: DocumentKernel) -> None:
     """With 32-bit weights and autocast, rotary embeddings convert queries and keys to 32 bits. Under autocast, the kernel still computes in 16 bits."""
     monkeypatch.setattr(attention, "KERNEL_DTYPES", (torch.bfloat16,))
-    query, key, value = random_heads(torch.float32)
+    query, key, value = make_random_heads(torch.float32)
     inputs = (ATTENTION_LAYER, query, key, value.to(torch.bfloat16), None)
     boundaries = {name: collate(DOCUMENTS)[name] for name in ("cu_seq_lens_q", "max_length_q")}
     assert create_varlen_mask(**MASK_ARGUMENTS) is not None
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert create_varlen_mask(**MASK_ARGUMENTS) is None
-        found, _ = compute_varlen_attention(*inputs, **boundaries)
-    assert found.dtype == torch.bfloat16 and len(kernel.windows) == 1
-    expected, _ = compute_varlen_attention(ATTENTION_LAYER, query, key, value, None, **boundaries)
+        output, _ = compute_varlen_attention(*inputs, **boundaries)
+    assert output.dtype == torch.bfloat16 and len(kernel.windows) == 1
+    expected_output, _ = compute_varlen_attention(ATTENTION_LAYER, query, key, value, None, **boundaries)
     assert len(kernel.windows) == 1
-    torch.testing.assert_close(found.float(), expected, atol=0.05, rtol=0.05)
+    torch.testing.assert_close(output.float(), expected_output, atol=0.05, rtol=0.05)
 
 
 ATTENTION_LAYER: Any = SimpleNamespace(num_key_value_groups=2, is_causal=True, training=True)
 """An attention layer with only the attributes that sdpa reads."""
 
 
-def random_heads(dtype: torch.dtype) -> list[torch.Tensor]:
+def make_random_heads(dtype: torch.dtype) -> list[torch.Tensor]:
     """Return random queries, keys and values for all tokens of DOCUMENTS, with four query heads and two key heads."""
     torch.manual_seed(0)
     return [torch.randn(1, heads, sum(map(len, DOCUMENTS)), 8, dtype=dtype) for heads in (4, 2, 2)]
@@ -277,15 +277,15 @@ def test_the_attention_function_creates_a_missing_mask(
     described_by: str, window: int | None, kernel: DocumentKernel
 ) -> None:
     """The kernel does not support 64-bit inputs, so torch's attention runs instead. `compute_varlen_attention` creates the mask for torch's attention."""
-    query, key, value = random_heads(torch.float64)
+    query, key, value = make_random_heads(torch.float64)
     batch = collate(DOCUMENTS)
     options = {"boundaries": ("cu_seq_lens_q", "max_length_q"), "positions": ("position_ids",)}[described_by]
-    found, _ = compute_varlen_attention(
+    output, _ = compute_varlen_attention(
         ATTENTION_LAYER, query, key, value, None, sliding_window=window, **{name: batch[name] for name in options}
     )
     starts = batch["cu_seq_lens_q"]
     window_size = (-1 if window is None else window - 1, 0)
-    expected = DocumentKernel()(
+    expected_output = DocumentKernel()(
         *(tensor[0].transpose(0, 1) for tensor in (query, key, value)),
         starts,
         starts,
@@ -293,12 +293,12 @@ def test_the_attention_function_creates_a_missing_mask(
         window_size=window_size,
     )
     assert kernel.windows == []
-    torch.testing.assert_close(found[0], expected)
+    torch.testing.assert_close(output[0], expected_output)
 
 
 def test_a_window_longer_than_all_documents_is_not_passed_to_the_kernel(kernel: DocumentKernel) -> None:
     """A window that is longer than all documents has no effect. Without a window, the faster kernel of cuDNN can be used."""
-    query, key, value = random_heads(torch.float32)
+    query, key, value = make_random_heads(torch.float32)
     batch = {name: collate(DOCUMENTS)[name] for name in ("cu_seq_lens_q", "max_length_q")}
     longest = max(map(len, DOCUMENTS))
     for window in (longest - 1, longest, longest + 1):
@@ -335,7 +335,7 @@ def test_the_kernel_is_called_only_for_inputs_that_it_supports(
         return None, None
 
     monkeypatch.setattr(attention, "sdpa_attention_forward", sdpa)
-    query, key, value = random_heads(torch.float32)
+    query, key, value = make_random_heads(torch.float32)
     batch = {name: collate(DOCUMENTS)[name] for name in ("cu_seq_lens_q", "max_length_q")}
     arguments = {"query": query, "key": key, "value": value, "attention_mask": None, **batch}
     changes = UNSUPPORTED_LAYER_INPUTS[case] if case else {}
@@ -352,16 +352,16 @@ def test_grouped_key_heads_work_with_both_versions_of_the_kernel() -> None:
 
 
 @pytest.mark.parametrize(
-    ("capability", "hip", "expected"),
+    ("capability", "hip", "has_kernel"),
     [((9, 0), None, True), ((8, 0), None, True), ((7, 5), None, False), ((9, 0), "7.2", False)],
 )
 def test_the_kernel_runs_on_nvidia_gpus_since_ampere(
-    capability: tuple[int, int], hip: str | None, expected: bool, monkeypatch: pytest.MonkeyPatch
+    capability: tuple[int, int], hip: str | None, has_kernel: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.version, "hip", hip)
     attention.device_has_kernel.cache_clear()
-    assert attention.device_has_kernel(torch.device("cuda", 0)) is expected
+    assert attention.device_has_kernel(torch.device("cuda", 0)) is has_kernel
     assert attention.device_has_kernel(CPU) is False
     attention.device_has_kernel.cache_clear()
 
@@ -398,11 +398,11 @@ SPEC_CHOICES: dict[str, tuple[dict[str, Any], str, str, list[str]]] = {
 
 @pytest.mark.parametrize("case", SPEC_CHOICES)
 def test_the_spec_decides_whether_varlen_is_chosen(case: str, kernel: DocumentKernel, tmp_path: Path) -> None:
-    spec, of_hardware, expected, notes = SPEC_CHOICES[case]
-    hardware = Hardware(H100.device, H100.name, H100.dtype, True, False, of_hardware)
+    spec, hardware_attention, expected_attention, notes = SPEC_CHOICES[case]
+    hardware = Hardware(H100.device, H100.name, H100.dtype, True, False, hardware_attention)
     run, _ = make_run(tmp_path, tmp_path, spec)
-    assert attention.choose_attention(run, hardware, LLAMA) == (expected, notes)
-    assert attention.uses_padding_free_batches(run, expected) is (PADDING_FREE_NOTE in notes)
+    assert attention.choose_attention(run, hardware, LLAMA) == (expected_attention, notes)
+    assert attention.uses_padding_free_batches(run, expected_attention) is (PADDING_FREE_NOTE in notes)
 
 
 CPU_HARDWARE = Hardware(CPU, "cpu", torch.float32, False, False, "sdpa")
@@ -459,13 +459,13 @@ MODEL_CHOICES: dict[str, tuple[Hardware, Any, str, str | None]] = {
 
 @pytest.mark.parametrize("case", MODEL_CHOICES)
 def test_hardware_and_model_decide_whether_varlen_is_chosen(case: str, kernel: DocumentKernel, tmp_path: Path) -> None:
-    hardware, config, expected, reason = MODEL_CHOICES[case]
-    found, notes = attention.choose_attention(make_run(tmp_path, tmp_path, PACKED)[0], hardware, config)
-    assert found == expected and len(notes) == (reason is not None) + (expected == "eager")
-    if expected == "eager":
+    hardware, config, expected_attention, reason = MODEL_CHOICES[case]
+    chosen_attention, notes = attention.choose_attention(make_run(tmp_path, tmp_path, PACKED)[0], hardware, config)
+    assert chosen_attention == expected_attention and len(notes) == (reason is not None) + (expected_attention == "eager")
+    if expected_attention == "eager":
         assert notes[0].startswith("attention eager is used, because ")
     if reason is not None:
-        assert reason in notes[-1] and notes[-1].endswith(f": {expected} is used")
+        assert reason in notes[-1] and notes[-1].endswith(f": {expected_attention} is used")
 
 
 UNPACKED_CHOICES: dict[str, tuple[Hardware, Any, str]] = {
@@ -492,10 +492,11 @@ def test_hardware_and_model_decide_whether_batches_are_padding_free(
     case: str, kernel: DocumentKernel, tmp_path: Path
 ) -> None:
     """A run with padded batches has no note about padding, because padding is the normal case."""
-    hardware, config, expected = UNPACKED_CHOICES[case]
-    found, notes = attention.choose_attention(make_run(tmp_path, tmp_path)[0], hardware, config)
-    assert found == expected
-    assert notes == ([PADDING_FREE_NOTE] if expected == VARLEN_ATTENTION else []) or (expected == "eager" and "has no sdpa attention" in notes[0])
+    hardware, config, expected_attention = UNPACKED_CHOICES[case]
+    chosen_attention, notes = attention.choose_attention(make_run(tmp_path, tmp_path)[0], hardware, config)
+    assert chosen_attention == expected_attention
+    expected_notes = [PADDING_FREE_NOTE] if expected_attention == VARLEN_ATTENTION else []
+    assert notes == expected_notes or (expected_attention == "eager" and "has no sdpa attention" in notes[0])
 
 
 ADAPTERS: dict[str, tuple[str, bool]] = {
@@ -511,10 +512,10 @@ ADAPTERS: dict[str, tuple[str, bool]] = {
 def test_the_type_of_an_existing_adapter_decides_whether_batches_are_padding_free(
     case: str, kernel: DocumentKernel, tmp_path: Path
 ) -> None:
-    text, expected = ADAPTERS[case]
-    (tmp_path / "adapter_config.json").write_text(text)
+    config_text, is_padding_free = ADAPTERS[case]
+    (tmp_path / "adapter_config.json").write_text(config_text)
     run, _ = make_run(tmp_path, tmp_path, {"method": {"type": "adapter", "adapter": {"source": f"file://{tmp_path}"}}})
-    assert attention.choose_attention(run, H100, LLAMA, tmp_path)[0] == (VARLEN_ATTENTION if expected else "sdpa")
+    assert attention.choose_attention(run, H100, LLAMA, tmp_path)[0] == (VARLEN_ATTENTION if is_padding_free else "sdpa")
 
 
 def test_a_model_with_unknown_head_sizes_uses_sdpa(
@@ -561,17 +562,17 @@ def choose_varlen(monkeypatch: pytest.MonkeyPatch) -> Callable[[DocumentKernel],
 def test_a_packed_run_has_the_losses_of_sdpa(
     spec: dict[str, Any], model: Path, tmp_path: Path, choose_varlen: Callable[[DocumentKernel], DocumentKernel]
 ) -> None:
-    packed = merge_mappings(spec, PACKED | {"evaluation": {"strategy": "steps", "steps": 4}})
+    packed_spec = merge_mappings(spec, PACKED | {"evaluation": {"strategy": "steps", "steps": 4}})
     rows = [
         {"text": f"{word} " * length} for length, word in enumerate(("red", "green", "blue", "yes", "no", "one"), 1)
     ]
-    sdpa = run_training(tmp_path / "a", model, packed, rows, validation=rows[:3])
+    sdpa_outcome = run_training(tmp_path / "a", model, packed_spec, rows, validation=rows[:3])
     kernel = choose_varlen(DocumentKernel())
-    varlen = run_training(tmp_path / "b", model, packed, rows, validation=rows[:3])
-    assert (sdpa.resolved["attention"], varlen.resolved["attention"]) == ("sdpa", VARLEN_ATTENTION) and kernel.windows
-    assert varlen.losses == pytest.approx(sdpa.losses, abs=1e-5)
-    assert varlen.grad_norms == pytest.approx(sdpa.grad_norms, rel=1e-4)
-    assert varlen.eval_losses == pytest.approx(sdpa.eval_losses, abs=1e-5) and len(varlen.eval_losses) == 1
+    varlen_outcome = run_training(tmp_path / "b", model, packed_spec, rows, validation=rows[:3])
+    assert (sdpa_outcome.resolved["attention"], varlen_outcome.resolved["attention"]) == ("sdpa", VARLEN_ATTENTION) and kernel.windows
+    assert varlen_outcome.losses == pytest.approx(sdpa_outcome.losses, abs=1e-5)
+    assert varlen_outcome.grad_norms == pytest.approx(sdpa_outcome.grad_norms, rel=1e-4)
+    assert varlen_outcome.eval_losses == pytest.approx(sdpa_outcome.eval_losses, abs=1e-5) and len(varlen_outcome.eval_losses) == 1
 
 
 def test_a_kernel_that_mixes_documents_ends_the_run(
@@ -639,19 +640,19 @@ def test_a_padding_free_run_has_the_losses_of_a_padded_run(
     spec = merge_mappings(THREE_ROWS, spec)
     padded_outcome = run_training(tmp_path / "a", model, spec, rows, validation=rows)
     kernel = choose_varlen(DocumentKernel())
-    found_outcome = run_training(tmp_path / "b", model, spec, rows, validation=rows)
-    assert (padded_outcome.resolved["attention"], found_outcome.resolved["attention"]) == ("sdpa", VARLEN_ATTENTION) and kernel.windows
-    assert found_outcome.losses == pytest.approx(padded_outcome.losses, abs=1e-5) and len(found_outcome.losses) == 4
-    assert found_outcome.grad_norms == pytest.approx(padded_outcome.grad_norms, rel=1e-4)
-    assert found_outcome.eval_losses == pytest.approx(padded_outcome.eval_losses, abs=1e-5) and len(found_outcome.eval_losses) == 2
+    padding_free_outcome = run_training(tmp_path / "b", model, spec, rows, validation=rows)
+    assert (padded_outcome.resolved["attention"], padding_free_outcome.resolved["attention"]) == ("sdpa", VARLEN_ATTENTION) and kernel.windows
+    assert padding_free_outcome.losses == pytest.approx(padded_outcome.losses, abs=1e-5) and len(padding_free_outcome.losses) == 4
+    assert padding_free_outcome.grad_norms == pytest.approx(padded_outcome.grad_norms, rel=1e-4)
+    assert padding_free_outcome.eval_losses == pytest.approx(padded_outcome.eval_losses, abs=1e-5) and len(padding_free_outcome.eval_losses) == 2
     shares, padded_shares = (
-        [line["padding_share"] for line in outcome.logs if "loss" in line] for outcome in (found_outcome, padded_outcome)
+        [line["padding_share"] for line in outcome.logs if "loss" in line] for outcome in (padding_free_outcome, padded_outcome)
     )
     assert set(shares) == {0.0} and max(padded_shares) > 0.2
     for name in ("num_tokens", "eval_mean_token_accuracy", "eval_answer_accuracy"):
-        values, expected = ([line.get(name) for line in outcome.logs] for outcome in (found_outcome, padded_outcome))
-        assert values == pytest.approx(expected)
-    assert found_outcome.extra.get("evaluation", {}) == pytest.approx(padded_outcome.extra.get("evaluation", {}), abs=1e-5)
+        logged_values, padded_values = ([line.get(name) for line in outcome.logs] for outcome in (padding_free_outcome, padded_outcome))
+        assert logged_values == pytest.approx(padded_values)
+    assert padding_free_outcome.extra.get("evaluation", {}) == pytest.approx(padded_outcome.extra.get("evaluation", {}), abs=1e-5)
 
 
 def test_padding_free_batches_have_the_load_balance_loss_of_padded_batches(
@@ -679,19 +680,19 @@ def test_a_resumed_padding_free_run_continues_with_the_same_losses(
     choose_varlen(DocumentKernel())
     rows = make_conversations(*ANSWER_LENGTHS)
     spec = merge_mappings(merge_mappings(THREE_ROWS, LORA), {"checkpoint": {"strategy": "steps", "steps": 2}})
-    whole = run_training(tmp_path / "a", model, spec, rows, validation=rows)
+    whole_outcome = run_training(tmp_path / "a", model, spec, rows, validation=rows)
     checkpoint = RestoredCheckpoint(path=tmp_path / "a" / "out" / "checkpoint-2", step=2, uri="file:///x")
     resumed_outcome = run_training(tmp_path / "b", model, spec, rows, validation=rows, restore=checkpoint)
-    assert resumed_outcome.losses == whole.losses[2:] and len(resumed_outcome.losses) == 2
-    tokens, expected = ([line["num_tokens"] for line in one.logs if "loss" in line] for one in (resumed_outcome, whole))
-    assert tokens == expected[2:]
+    assert resumed_outcome.losses == whole_outcome.losses[2:] and len(resumed_outcome.losses) == 2
+    token_counts, whole_token_counts = ([line["num_tokens"] for line in outcome.logs if "loss" in line] for outcome in (resumed_outcome, whole_outcome))
+    assert token_counts == whole_token_counts[2:]
 
 
 def test_a_prefix_tuning_run_stays_padded(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The trainer chooses the attention as on a GPU that has the kernel."""
     kernel = install_kernel(monkeypatch, DocumentKernel())
-    choose = attention.choose_attention
-    monkeypatch.setattr(attention, "choose_attention", lambda run, hardware, *options: choose(run, H100, *options))
+    original_choose = attention.choose_attention
+    monkeypatch.setattr(attention, "choose_attention", lambda run, hardware, *options: original_choose(run, H100, *options))
     spec = merge_mappings(THREE_ROWS, {"method": {"type": "prefixTuning", "promptLength": 4}})
     outcome = run_training(tmp_path / "a", model, spec, make_conversations(*ANSWER_LENGTHS), validation=make_conversations(*ANSWER_LENGTHS))
     assert outcome.resolved["attention"] == "sdpa" and not kernel.windows and PADDING_FREE_NOTE not in outcome.notes

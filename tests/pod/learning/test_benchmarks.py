@@ -25,8 +25,8 @@ def load_benchmark(name: str) -> ModuleType:
 
 @pytest.mark.slow
 def test_the_overhead_benchmark_runs() -> None:
-    measure = load_benchmark("trainer_overhead").measure_pairs
-    figures = measure(1, 3, hidden_size=64, layer_count=2, sequence_length=64, batch_size=2, method="lora")
+    measure_pairs = load_benchmark("trainer_overhead").measure_pairs
+    figures = measure_pairs(1, 3, hidden_size=64, layer_count=2, sequence_length=64, batch_size=2, method="lora")
     assert figures["step"]["ratio"] > 0 and figures["run"]["ratio"] > 0 and figures["stepsEach"] == 3
 
 
@@ -48,8 +48,8 @@ def test_all_arms_of_the_throughput_benchmark_start_with_the_same_loss(data: str
     assert [arm["error"] for arm in results.values()] == [None, None, None]
     assert all(arm["tokensPerSecond"] > 0 and arm["mfu"] is None for arm in results.values())
     # In the benchmark with chat data, the tuned arms pack the rows, so their batches differ. All other arms train on the same batches.
-    alike = [results[name]["firstLoss"] for name in results if data == "packed" or "tuned" not in name]
-    assert alike == pytest.approx([alike[0]] * len(alike), abs=1e-6)
+    comparable_losses = [results[name]["firstLoss"] for name in results if data == "packed" or "tuned" not in name]
+    assert comparable_losses == pytest.approx([comparable_losses[0]] * len(comparable_losses), abs=1e-6)
 
 
 def test_the_throughput_benchmark_refuses_a_missing_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,9 +72,9 @@ def make_cell(command: list[str], seconds: float = 60) -> Any:
 
 
 def test_a_cell_that_exceeds_its_time_limit_keeps_the_results_that_it_has_written(tmp_path: Path) -> None:
-    cells = load_benchmark("gpu_cells")
+    benchmark = load_benchmark("gpu_cells")
     script = f"import time; open({str(tmp_path / 'cell.json')!r}, 'w').write('{{\"a\": 1}}'); time.sleep(600)"
-    result = cells.run_cell(make_cell([sys.executable, "-c", script]), tmp_path, 2, is_rehearsal=True)
+    result = benchmark.run_cell(make_cell([sys.executable, "-c", script]), tmp_path, 2, is_rehearsal=True)
     assert (result["status"], result["figures"]) == ("out of time", {"a": 1})
 
 
@@ -95,8 +95,8 @@ def test_a_cell_has_a_result_if_at_least_one_part_of_it_worked(figures: Any, has
 
 
 def test_a_later_run_replaces_only_the_results_of_the_cells_that_it_measured(tmp_path: Path) -> None:
-    first, second = tmp_path / "1.json", tmp_path / "2.json"
-    first.write_text(json.dumps({"cells": {"a": {"status": "passed", "figures": {"x": 1}}, "b": {"status": "failed", "figures": {"x": 1}}}}))
-    second.write_text(json.dumps({"cells": {"b": {"status": "passed", "figures": {"x": 2}}, "a": {"status": "failed", "figures": None}}}))
-    merged = load_benchmark("gpu_cells").merge_results([first, second])
-    assert {name: cell["figures"] for name, cell in merged.items()} == {"a": {"x": 1}, "b": {"x": 2}}
+    first_file, second_file = tmp_path / "1.json", tmp_path / "2.json"
+    first_file.write_text(json.dumps({"cells": {"a": {"status": "passed", "figures": {"x": 1}}, "b": {"status": "failed", "figures": {"x": 1}}}}))
+    second_file.write_text(json.dumps({"cells": {"b": {"status": "passed", "figures": {"x": 2}}, "a": {"status": "failed", "figures": None}}}))
+    merged_cells = load_benchmark("gpu_cells").merge_results([first_file, second_file])
+    assert {name: cell["figures"] for name, cell in merged_cells.items()} == {"a": {"x": 1}, "b": {"x": 2}}

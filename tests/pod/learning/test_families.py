@@ -27,7 +27,7 @@ def train(folder: Path, name: str, method: dict[str, Any], spec: dict[str, Any] 
     return run_training(folder, make_family(folder / "model", name), merge_mappings({"method": method}, spec or {}), ROWS)
 
 
-def logit_differences(folder: Path, outcome: Any) -> tuple[float, float]:
+def compute_logit_differences(folder: Path, outcome: Any) -> tuple[float, float]:
     """Return the largest difference of the trained model's logits from the logits of two other models.
 
     The first model is the adapter as plain PEFT loads it. The second model is the base model.
@@ -37,9 +37,9 @@ def logit_differences(folder: Path, outcome: Any) -> tuple[float, float]:
     base = AutoModelForCausalLM.from_pretrained(folder / "model", attn_implementation=outcome.resolved["attention"]).eval()
     ids = torch.randint(5, 400, (2, 20), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        before, trained = base(ids).logits.clone(), outcome.model.eval()(ids).logits
+        base_logits, trained_logits = base(ids).logits.clone(), outcome.model.eval()(ids).logits
         logits_of_loaded_model = PeftModel.from_pretrained(base, outcome.folder).eval()(ids).logits
-    return (logits_of_loaded_model - trained).abs().max().item(), (before - trained).abs().max().item()
+    return (logits_of_loaded_model - trained_logits).abs().max().item(), (base_logits - trained_logits).abs().max().item()
 
 
 @pytest.mark.parametrize("name", mark_slow(FAMILIES))
@@ -57,8 +57,8 @@ def test_an_adapter_learns_and_can_be_loaded(name: str, tmp_path: Path) -> None:
     )
     trained_names = {name.rsplit(".lora_", 1)[0] for name, value in outcome.model.named_parameters() if value.requires_grad}
     assert not any(path.rsplit(".", 1)[-1] in (*family.left_out, "experts", "gate", "router", "lm_head") for path in trained_names)
-    after_loading, change = logit_differences(tmp_path, outcome)
-    assert after_loading < 1e-5 < change
+    loading_difference, training_difference = compute_logit_differences(tmp_path, outcome)
+    assert loading_difference < 1e-5 < training_difference
 
 
 @pytest.mark.parametrize("name", mark_slow(FAMILIES))
@@ -71,10 +71,10 @@ def test_full_training_changes_all_weights(name: str, tmp_path: Path) -> None:
 def test_adapters_of_experts_can_be_loaded(name: str, tmp_path: Path) -> None:
     outcome = train(tmp_path, name, {"type": "lora", "lora": {"targetParameters": ["all-experts"]}})
     assert not [note for note in outcome.notes if "routed experts (" in note]
-    experts = [key for key, value in outcome.model.named_parameters() if value.requires_grad and ".experts." in key]
-    assert experts and not [key for key, value in outcome.model.named_parameters() if value.requires_grad and ".gate." in key]
-    after_loading, change = logit_differences(tmp_path, outcome)
-    assert after_loading < 1e-5 < change
+    trained_experts = [key for key, value in outcome.model.named_parameters() if value.requires_grad and ".experts." in key]
+    assert trained_experts and not [key for key, value in outcome.model.named_parameters() if value.requires_grad and ".gate." in key]
+    loading_difference, training_difference = compute_logit_differences(tmp_path, outcome)
+    assert loading_difference < 1e-5 < training_difference
     assert find_fault(outcome.folder, tmp_path / "model", None, is_adapter=True) is None
 
 

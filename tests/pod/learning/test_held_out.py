@@ -22,21 +22,21 @@ def test_a_test_set_that_is_split_off_the_training_data_is_measured_at_the_end(m
     split = {"dataset": {"split": {"validation": 0.2, "test": 0.3, "seed": 7}}}
     spec = {"method": LORA_METHOD, "evaluation": {"strategy": "steps", "steps": 2}, **split}
     run, inputs = make_run(tmp_path, model, spec, TEN_ROWS)
-    parts = load(run, inputs)
-    taken = [raw.number for part in (parts.train, parts.validation, parts.test) for raw, _ in part]
-    assert [len(parts.train), len(parts.validation), len(parts.test)] == [5, 2, 3]
-    assert sorted(taken) == list(range(1, 11))
+    data_sets = load(run, inputs)
+    row_numbers = [raw.number for data_set in (data_sets.train, data_sets.validation, data_sets.test) for raw, _ in data_set]
+    assert [len(data_sets.train), len(data_sets.validation), len(data_sets.test)] == [5, 2, 3]
+    assert sorted(row_numbers) == list(range(1, 11))
     outcome = train_here(run, inputs)
     evaluation = outcome.extra["evaluation"]
     assert (outcome.resolved["datasetRows"], evaluation["testRows"]) == (5, 3)
     assert evaluation["testLoss"] == pytest.approx(
-        compute_loss(outcome.folder, model, [TEN_ROWS[r.number - 1] for r, _ in parts.test]), abs=1e-4
+        compute_loss(outcome.folder, model, [TEN_ROWS[r.number - 1] for r, _ in data_sets.test]), abs=1e-4
     )
     assert evaluation["testLoss"] not in outcome.eval_losses
     assert sum("test_loss" in line for line in outcome.logs) == 1
     assert 0 <= evaluation["testTokenAccuracy"] <= 1
-    written = [json.loads(line) for line in (tmp_path / "out" / "test_split.jsonl").read_text().splitlines()]
-    assert written == [TEN_ROWS[row.number - 1] for row, _ in parts.test]
+    written_rows = [json.loads(line) for line in (tmp_path / "out" / "test_split.jsonl").read_text().splitlines()]
+    assert written_rows == [TEN_ROWS[row.number - 1] for row, _ in data_sets.test]
     assert any(
         note.startswith(f"test: 3 rows, loss {evaluation['testLoss']:.4f}, token accuracy") for note in outcome.notes
     )
@@ -52,9 +52,9 @@ def compute_loss(folder: Path | None, model: Path, rows: list[Any]) -> float:
     trained_model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), folder).eval()
     total, count = 0.0, 0
     for row in rows:
-        head = tokenizer.apply_chat_template(row["messages"][:1], add_generation_prompt=True, tokenize=False)
-        text = head + row["messages"][1]["content"] + "<|im_end|>"
-        start = len(tokenizer(head, add_special_tokens=False)["input_ids"])
+        prompt = tokenizer.apply_chat_template(row["messages"][:1], add_generation_prompt=True, tokenize=False)
+        text = prompt + row["messages"][1]["content"] + "<|im_end|>"
+        start = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
         ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
         with torch.no_grad():
             scores = trained_model(ids).logits[0].log_softmax(-1)
@@ -86,8 +86,8 @@ def test_every_objective_measures_a_test_file(
     outcome = train_here(run, inputs.model_copy(update={"test": [test_file]}))
     evaluation = outcome.extra["evaluation"]
     assert metric_names <= evaluation.keys()
-    written = (tmp_path / "out" / "test_split.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in written] == rows[:4]
+    written_lines = (tmp_path / "out" / "test_split.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in written_lines] == rows[:4]
     assert evaluation["testRows"] == 4
     assert outcome.resolved["datasetRows"] == len(rows)
     assert [message["stage"] for message in outcome.messages("stage")][-2:] == ["evaluating", "saving"]
@@ -119,25 +119,25 @@ def test_evaluations_measure_precision_recall_and_f1_of_the_tokens(method: str, 
         "training": {"batchSizePerDevice": 2},
     }  # fmt: skip
     outcome = run_training(tmp_path, model, spec, TEN_ROWS, validation=TEN_ROWS[:5])
-    measured = next(line for line in outcome.logs if "eval_f1" in line)
+    evaluation_line = next(line for line in outcome.logs if "eval_f1" in line)
     labels, predicted = compute_predictions(outcome, TEN_ROWS[:5])
     precision, recall, f1, _ = precision_recall_fscore_support(labels, predicted, average="weighted", zero_division=0)
-    assert (measured["eval_precision"], measured["eval_recall"], measured["eval_f1"]) == pytest.approx((precision, recall, f1), abs=1e-9)
-    assert measured["eval_recall"] == pytest.approx(measured["eval_mean_token_accuracy"], abs=1e-9)
+    assert (evaluation_line["eval_precision"], evaluation_line["eval_recall"], evaluation_line["eval_f1"]) == pytest.approx((precision, recall, f1), abs=1e-9)
+    assert evaluation_line["eval_recall"] == pytest.approx(evaluation_line["eval_mean_token_accuracy"], abs=1e-9)
 
 
 def compute_predictions(outcome: RunOutcome, rows: list[Any]) -> tuple[list[int], list[int]]:
     """Return the labels and the predicted ids of all answer tokens."""
     from transformers import AutoTokenizer
 
-    tokenizer, trained = AutoTokenizer.from_pretrained(outcome.folder), outcome.model.eval()
+    tokenizer, trained_model = AutoTokenizer.from_pretrained(outcome.folder), outcome.model.eval()
     labels, predicted = [], []
     for row in rows:
-        head = tokenizer.apply_chat_template(row["messages"][:1], add_generation_prompt=True, tokenize=False)
-        start = len(tokenizer(head, add_special_tokens=False)["input_ids"])
-        ids = torch.tensor([tokenizer(head + row["messages"][1]["content"] + "<|im_end|>", add_special_tokens=False)["input_ids"]])
+        prompt = tokenizer.apply_chat_template(row["messages"][:1], add_generation_prompt=True, tokenize=False)
+        start = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+        ids = torch.tensor([tokenizer(prompt + row["messages"][1]["content"] + "<|im_end|>", add_special_tokens=False)["input_ids"]])
         with torch.no_grad():
-            logits = trained(input_ids=ids).logits[0, -ids.shape[1] :]
+            logits = trained_model(input_ids=ids).logits[0, -ids.shape[1] :]
         labels += ids[0, start:].tolist()
         predicted += logits[start - 1 : -1].argmax(-1).tolist()
     return labels, predicted

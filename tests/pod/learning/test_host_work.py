@@ -47,10 +47,10 @@ def mark_slow(case: Any) -> Any:
 
 def merge_specs(*specs: dict[str, Any]) -> dict[str, Any]:
     """Merge specs. A later spec overrides the fields of an earlier one."""
-    merged: dict[str, Any] = {}
+    merged_spec: dict[str, Any] = {}
     for spec in specs:
-        merged = merge_mappings(merged, spec)
-    return merged
+        merged_spec = merge_mappings(merged_spec, spec)
+    return merged_spec
 
 
 def train_and_count_work(folder: Path, model: Path, spec: dict[str, Any], rows: list[Any], patch: pytest.MonkeyPatch) -> list[HostWork]:
@@ -58,17 +58,17 @@ def train_and_count_work(folder: Path, model: Path, spec: dict[str, Any], rows: 
     from transformers import TrainerCallback
 
     steps: list[HostWork] = []
-    with count_host_work() as total:
+    with count_host_work() as work_so_far:
 
         class StepRecorder(TrainerCallback):
             def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-                total.visited_modules.clear()
-                total.tensor_reads.clear()
+                work_so_far.visited_modules.clear()
+                work_so_far.tensor_reads.clear()
 
             def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
                 steps.append(HostWork())
-                steps[-1].visited_modules.update(total.visited_modules)
-                steps[-1].tensor_reads.update(total.tensor_reads)
+                steps[-1].visited_modules.update(work_so_far.visited_modules)
+                steps[-1].tensor_reads.update(work_so_far.tensor_reads)
 
         create_callbacks = learning.RecordingHooks.create_callbacks
         patch.setattr(learning.RecordingHooks, "create_callbacks", lambda *args: [*create_callbacks(*args), StepRecorder()])
@@ -127,15 +127,15 @@ def test_results_equal_those_of_the_libraries(
 ) -> None:
     """With dropout and an evaluation after every second step, results would differ if the model were in the wrong mode (training or evaluation)."""
     spec = merge_specs(FOUR_STEPS, *specs, {"training": {"maxSteps": 6}, "tracking": {"loggingSteps": 1}, "evaluation": {"strategy": "steps", "steps": 2}})
-    ours = run_training(tmp_path / "ours", model, spec, rows, validation=rows[:4])
+    our_outcome = run_training(tmp_path / "ours", model, spec, rows, validation=rows[:4])
     use_library_methods(monkeypatch)
-    theirs = run_training(tmp_path / "theirs", model, spec, rows, validation=rows[:4])
-    (our_lines, our_weights), (their_lines, their_weights) = collect_results(ours), collect_results(theirs)
-    assert our_lines == their_lines
+    library_outcome = run_training(tmp_path / "theirs", model, spec, rows, validation=rows[:4])
+    (our_lines, our_weights), (library_lines, library_weights) = collect_results(our_outcome), collect_results(library_outcome)
+    assert our_lines == library_lines
     assert any("total_flos" in line for line in our_lines)
-    assert len(ours.losses) == 6 and len(ours.eval_losses) == 3
-    assert list(our_weights) == list(their_weights)
-    assert all(torch.equal(our_weights[name], weight) for name, weight in their_weights.items())
+    assert len(our_outcome.losses) == 6 and len(our_outcome.eval_losses) == 3
+    assert list(our_weights) == list(library_weights)
+    assert all(torch.equal(our_weights[name], weight) for name, weight in library_weights.items())
 
 
 def test_a_reference_pass_keeps_the_choice_of_checkpointed_layers(model: Path, tmp_path: Path) -> None:
@@ -145,8 +145,8 @@ def test_a_reference_pass_keeps_the_choice_of_checkpointed_layers(model: Path, t
     layers = outcome.model.get_base_model().model.layers
     assert [layer.gradient_checkpointing for layer in layers] == [True, False]
     hooks_after_4_steps = len(outcome.model.get_input_embeddings()._forward_hooks)
-    longer = run_training(tmp_path / "longer", model, merge_specs(spec, {"training": {"maxSteps": 6}}), PREFERENCE_PAIRS * 4)
-    assert len(longer.model.get_input_embeddings()._forward_hooks) == hooks_after_4_steps
+    longer_outcome = run_training(tmp_path / "longer", model, merge_specs(spec, {"training": {"maxSteps": 6}}), PREFERENCE_PAIRS * 4)
+    assert len(longer_outcome.model.get_input_embeddings()._forward_hooks) == hooks_after_4_steps
 
 
 # ---- the context manager `module_walks`
@@ -178,8 +178,8 @@ def test_the_methods_of_the_class_are_restored_after_the_context() -> None:
 def test_gradients_are_removed_or_set_to_zero() -> None:
     net = make_small_model()
     net[0].bias.requires_grad_(False)
-    with module_walks.collected_model(net) as collected:
-        assert [id(one) for one in collected.trained_parameters] == [id(net[0].weight)]
+    with module_walks.collected_model(net) as collected_model:
+        assert [id(parameter) for parameter in collected_model.trained_parameters] == [id(net[0].weight)]
         net[0].weight.grad = torch.ones(2, 2)
         net.zero_grad(set_to_none=False)
         assert net[0].weight.grad.tolist() == [[0, 0], [0, 0]]

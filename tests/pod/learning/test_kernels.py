@@ -33,9 +33,9 @@ def working_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def choose_liger(
     folder: Path, spec: dict[str, Any], config: dict[str, Any] | None = None, *, device: str = "cuda", kind: str = "causal",
-    recorded: dict[str, Any] | None = None,
+    recorded_defaults: dict[str, Any] | None = None,
 ) -> tuple[bool, list[str]]:  # fmt: skip
-    """Return whether the run uses Liger's kernels, and the notes for the status. `recorded` contains the defaults of the job's first attempt."""
+    """Return whether the run uses Liger's kernels, and the notes for the status. `recorded_defaults` contains the defaults of the job's first attempt."""
     import torch
     from finetune_api.defaults import ResolvedSpec, keep_recorded_defaults
     from finetune_trainer.arguments import MemorySavers
@@ -43,8 +43,8 @@ def choose_liger(
     from finetune_trainer.kernels import choose_kernels
 
     run, _ = make_run(folder, Path("/models/tiny"), {"resources": {"gpusPerNode": 1}, **spec})
-    kept = keep_recorded_defaults(ResolvedSpec(run.spec, {path: run.spec.value(path) for path in run.defaults}), recorded or {})
-    run = run.model_copy(update={"spec": kept.spec, "defaults": sorted(kept.defaults)})
+    kept_spec = keep_recorded_defaults(ResolvedSpec(run.spec, {path: run.spec.value(path) for path in run.defaults}), recorded_defaults or {})
+    run = run.model_copy(update={"spec": kept_spec.spec, "defaults": sorted(kept_spec.defaults)})
     hardware = Hardware(torch.device(device), f"the {device} device", torch.bfloat16, True, False, "sdpa")
     args = SimpleNamespace(use_liger_kernel=MemorySavers.choose(run, hardware).uses_liger)
     notes = choose_kernels(args, run, hardware, SimpleNamespace(**{"model_type": "llama", "hidden_act": "silu", **(config or {})}), kind)
@@ -57,8 +57,8 @@ CHOICES: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[bool, list[str]]]
     "true": (REQUESTED, {}, CHOSEN),
     "backend unsloth": (UNSLOTH, {}, CHOSEN),
     "backend unsloth, false": ({**UNSLOTH, **TURNED_OFF}, {}, NOT_CHOSEN),
-    "recorded false": ({}, {"recorded": {"model.ligerKernels": False}}, NOT_CHOSEN),
-    "recorded false, backend unsloth": (UNSLOTH, {"recorded": {"model.ligerKernels": False}}, CHOSEN),
+    "recorded false": ({}, {"recorded_defaults": {"model.ligerKernels": False}}, NOT_CHOSEN),
+    "recorded false, backend unsloth": (UNSLOTH, {"recorded_defaults": {"model.ligerKernels": False}}, CHOSEN),
     "cpu": ({}, {"device": "cpu"}, NOT_CHOSEN),
     "mps": ({}, {"device": "mps"}, NOT_CHOSEN),
     "unknown type": ({}, {"config": {"model_type": "rwkv"}}, (False, [NO_KERNELS_NOTE])),
@@ -87,8 +87,8 @@ CHOICES: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[bool, list[str]]]
 @pytest.mark.parametrize("name", CHOICES)
 @pytest.mark.usefixtures("working_kernels")
 def test_spec_and_run_decide_whether_kernels_are_used(name: str, tmp_path: Path) -> None:
-    spec, options, expected = CHOICES[name]
-    assert choose_liger(tmp_path, spec, **options) == expected
+    spec, options, expected_choice = CHOICES[name]
+    assert choose_liger(tmp_path, spec, **options) == expected_choice
 
 
 REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
@@ -110,23 +110,23 @@ def test_requested_kernels_that_the_run_cannot_use_are_refused(name: str, tmp_pa
     assert caught.value.hint == "remove ligerKernels, or write `ligerKernels: false`"
 
 
-@pytest.mark.parametrize("missing", ["package", "compiler", "library"])
-def test_kernels_that_cannot_run_are_refused_or_turned_off(missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("missing_part", ["package", "compiler", "library"])
+def test_kernels_that_cannot_run_are_refused_or_turned_off(missing_part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The case `compiler` stands for a GPU machine without a C compiler, on which Triton fails. In this test, Triton fails because there is no GPU."""
     import torch
     from finetune_trainer import kernels
 
-    if missing == "package":
+    if missing_part == "package":
         monkeypatch.setattr(kernels, "find_spec", lambda name: None)
         reason = "liger-kernel is not installed in this image"
-    elif missing == "library":
+    elif missing_part == "library":
         monkeypatch.setitem(sys.modules, "liger_kernel.transformers.monkey_patch", None)
         reason = "liger-kernel cannot be imported: "
     else:
         if torch.cuda.is_available():
             pytest.skip("the kernels run on this machine")
         reason = "Liger's kernels do not run on the cuda device: "
-    if missing != "package":
+    if missing_part != "package":
         pytest.importorskip("liger_kernel", reason="liger-kernel is only published for x86-64")
     is_on, notes = choose_liger(tmp_path, {})
     assert not is_on and len(notes) == 1 and notes[0].startswith(f"model.ligerKernels is off: {reason}")
@@ -145,7 +145,7 @@ def test_liger_knows_every_type_of_model_for_which_kernels_are_chosen() -> None:
 
 
 @pytest.mark.parametrize(
-    ("spec", "active", "expected"),
+    ("spec", "is_active", "expected_notes_or_code"),
     [
         ({}, True, ["model.ligerKernels is on: the run uses a GPU, and Liger has kernels for models of type llama (model.ligerKernels: false turns them off)"]),
         ({}, False, ["model.ligerKernels is off: Liger replaced no layer of FakeModel"]),
@@ -155,7 +155,7 @@ def test_liger_knows_every_type_of_model_for_which_kernels_are_chosen() -> None:
     ],
 )
 def test_inactive_kernels_end_the_run_only_if_the_spec_requests_kernels(
-    spec: dict[str, Any], active: bool, expected: list[str] | str, tmp_path: Path
+    spec: dict[str, Any], is_active: bool, expected_notes_or_code: list[str] | str, tmp_path: Path
 ) -> None:
     import torch
     from finetune_trainer.active_features import verify_kernels
@@ -166,13 +166,13 @@ def test_inactive_kernels_end_the_run_only_if_the_spec_requests_kernels(
         def forward(self, input: torch.Tensor) -> torch.Tensor:
             return input
 
-    FakeModel.forward.__module__ = "liger_kernel.transformers.rms_norm" if active else __name__
+    FakeModel.forward.__module__ = "liger_kernel.transformers.rms_norm" if is_active else __name__
     run, _ = make_run(tmp_path, Path("/models/tiny"), spec)
-    if isinstance(expected, str):
-        with pytest.raises(InternalError, match=expected):
+    if isinstance(expected_notes_or_code, str):
+        with pytest.raises(InternalError, match=expected_notes_or_code):
             verify_kernels(FakeModel(1, 1), run)
     else:
-        assert verify_kernels(FakeModel(1, 1), run) == expected
+        assert verify_kernels(FakeModel(1, 1), run) == expected_notes_or_code
 
 
 MODEL_SCRIPT = """

@@ -42,7 +42,7 @@ SPECS_AND_LOSS_BOUNDS = {
 }
 
 
-def load_tuned(outcome: RunOutcome, model: Path, **options: Any) -> Any:
+def load_trained_model(outcome: RunOutcome, model: Path, **options: Any) -> Any:
     """Load the artefact as a user does, with plain transformers and PEFT."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -54,7 +54,7 @@ def load_tuned(outcome: RunOutcome, model: Path, **options: Any) -> Any:
     return PeftModel.from_pretrained(base, outcome.folder)
 
 
-def generate_answer(tuned: Any, folder: Path, question: str) -> str:
+def generate_answer(trained_model: Any, folder: Path, question: str) -> str:
     """Generate the tuned model's answer to a question by greedy decoding."""
     from transformers import AutoTokenizer
 
@@ -62,9 +62,9 @@ def generate_answer(tuned: Any, folder: Path, question: str) -> str:
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
     )
-    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
-    out = tuned.eval().generate(**ids, max_new_tokens=12, do_sample=False)
-    text = tokenizer.decode(out[0, ids["input_ids"].shape[1] :])
+    prompt_ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+    output_ids = trained_model.eval().generate(**prompt_ids, max_new_tokens=12, do_sample=False)
+    text = tokenizer.decode(output_ids[0, prompt_ids["input_ids"].shape[1] :])
     return str(text)
 
 
@@ -78,16 +78,16 @@ def test_method_learns_and_its_artefact_answers(name: str, model: Path, tmp_path
     assert outcome.losses[0] > 1.5 * bound
     assert outcome.losses[-1] < bound
     assert outcome.folder is not None
-    tuned = load_tuned(outcome, model)
+    trained_model = load_trained_model(outcome, model)
     if bound > 0.1:  # the method does not memorise the answers, so the test compares logits instead
         ids = torch.arange(5, 25).unsqueeze(0)
         with torch.no_grad():
-            assert torch.allclose(tuned.eval()(ids).logits, outcome.model.eval()(ids).logits, atol=1e-5)
-        assert generate_answer(tuned, outcome.folder, "Who?")
+            assert torch.allclose(trained_model.eval()(ids).logits, outcome.model.eval()(ids).logits, atol=1e-5)
+        assert generate_answer(trained_model, outcome.folder, "Who?")
     else:
         for row in TEN_ROWS[:3]:
             question, reply = (turn["content"] for turn in row["messages"])
-            assert generate_answer(tuned, outcome.folder, question) == f"{reply}<|im_end|>"
+            assert generate_answer(trained_model, outcome.folder, question) == f"{reply}<|im_end|>"
 
 
 @pytest.mark.parametrize("name", ["lora", "dora", "ia3", "promptTuning", "qlora", "lora8bit"])
@@ -95,17 +95,17 @@ def test_adapters_do_not_change_the_base_weights(name: str, model: Path, tmp_pat
     from safetensors.torch import load_file
 
     outcome = run_training(tmp_path, model, SPECS_AND_LOSS_BOUNDS[name][0])
-    base = outcome.model.get_base_model().state_dict()
-    original = load_file(model / "model.safetensors")
-    compared = 0
-    for key, value in original.items():
-        base_weight = base.get(key, base.get(key.replace(".weight", ".base_layer.weight")))
+    base_weights = outcome.model.get_base_model().state_dict()
+    original_weights = load_file(model / "model.safetensors")
+    compared_count = 0
+    for key, value in original_weights.items():
+        base_weight = base_weights.get(key, base_weights.get(key.replace(".weight", ".base_layer.weight")))
         if base_weight is not None and base_weight.dtype == value.dtype:
             assert torch.equal(base_weight, value), key
-            compared += 1
-    assert compared >= 7  # embeddings, head and norms are never quantised; without quantisation, all 21 tensors are compared
+            compared_count += 1
+    assert compared_count >= 7  # embeddings, head and norms are never quantised; without quantisation, all 21 tensors are compared
     if name in ("lora", "dora", "ia3", "promptTuning"):
-        assert compared == 21
+        assert compared_count == 21
     assert outcome.kind == "adapter"
     assert outcome.resolved["trainableParameters"] < outcome.resolved["totalParameters"]
 
@@ -114,19 +114,19 @@ def test_loftq_starts_as_the_best_low_rank_correction_of_the_quantisation_error(
     from bitsandbytes.functional import dequantize_4bit
     from safetensors.torch import load_file
 
-    still = {"training": {"maxSteps": 1, "learningRate": 1e-12}}
+    spec_without_learning = {"training": {"maxSteps": 1, "learningRate": 1e-12}}
     lora = {"rank": 4, "alpha": 16, "init": "loftq", "dropout": 0, "targetModules": ["q_proj", "down_proj", "up_proj"]}
-    outcome = run_training(tmp_path, model, merge_mappings(still, {"method": {"lora": lora}}))
-    original = load_file(model / "model.safetensors")
+    outcome = run_training(tmp_path, model, merge_mappings(spec_without_learning, {"method": {"lora": lora}}))
+    original_weights = load_file(model / "model.safetensors")
     layers = [m for m in outcome.model.get_base_model().named_modules() if hasattr(m[1], "lora_A")]
     assert len(layers) == 6
     for name, layer in layers:
-        packed = layer.get_base_layer().weight
-        error = original[f"{name}.weight"] - dequantize_4bit(packed.data, packed.quant_state)
-        remaining = error - 4 * (layer.lora_B["default"].weight @ layer.lora_A["default"].weight).detach()
-        singular = torch.linalg.svdvals(error)
+        quantised_weight = layer.get_base_layer().weight
+        quantisation_error = original_weights[f"{name}.weight"] - dequantize_4bit(quantised_weight.data, quantised_weight.quant_state)
+        remaining_error = quantisation_error - 4 * (layer.lora_B["default"].weight @ layer.lora_A["default"].weight).detach()
+        singular_values = torch.linalg.svdvals(quantisation_error)
         # The singular values after the fourth give the error of the best approximation of rank 4.
-        assert float(remaining.norm()) == pytest.approx(float(singular[4:].norm()), rel=1e-4)
+        assert float(remaining_error.norm()) == pytest.approx(float(singular_values[4:].norm()), rel=1e-4)
 
 
 def test_full_training_changes_every_weight(model: Path, tmp_path: Path) -> None:
@@ -134,9 +134,9 @@ def test_full_training_changes_every_weight(model: Path, tmp_path: Path) -> None
 
     outcome = run_training(tmp_path, model, {"method": {"type": "full"}})
     assert outcome.folder is not None
-    before, after = load_file(model / "model.safetensors"), load_file(outcome.folder / "model.safetensors")
-    assert before.keys() == after.keys()
-    assert [key for key in before if torch.equal(before[key], after[key])] == []
+    weights_before, weights_after = load_file(model / "model.safetensors"), load_file(outcome.folder / "model.safetensors")
+    assert weights_before.keys() == weights_after.keys()
+    assert [key for key in weights_before if torch.equal(weights_before[key], weights_after[key])] == []
     assert outcome.resolved["trainableParameters"] == outcome.resolved["totalParameters"] == 131392
 
 
@@ -144,10 +144,10 @@ def test_the_base_model_of_qlora_is_stored_in_4_bits(model: Path, tmp_path: Path
     outcome = run_training(
         tmp_path, model, {"method": {"type": "qlora"}, "model": {"quantization": {"type": "fp4", "doubleQuant": False}}}
     )
-    four = [p for p in outcome.model.parameters() if type(p).__name__ == "Params4bit"]
-    assert len(four) == 14  # two blocks with seven linear layers each
-    assert {p.quant_state.quant_type for p in four} == {"fp4"}
-    assert {p.quant_state.nested for p in four} == {False}
+    four_bit_weights = [p for p in outcome.model.parameters() if type(p).__name__ == "Params4bit"]
+    assert len(four_bit_weights) == 14  # two blocks with seven linear layers each
+    assert {p.quant_state.quant_type for p in four_bit_weights} == {"fp4"}
+    assert {p.quant_state.nested for p in four_bit_weights} == {False}
     assert all(p.dtype == torch.float32 for p in outcome.model.parameters() if p.requires_grad)
 
 
@@ -170,10 +170,10 @@ def test_lora_options_are_written_to_the_adapter_configuration(model: Path, tmp_
 
 
 def test_lora_plus_changes_the_run_from_the_second_step(model: Path, tmp_path: Path) -> None:
-    plain = run_training(tmp_path / "a", model, {"method": NO_DROPOUT})
-    plus = run_training(tmp_path / "b", model, {"method": {"lora": {"dropout": 0, "plusRatio": 8}}})
-    assert plain.losses[0] == plus.losses[0]
-    assert plain.losses[1:] != plus.losses[1:]
+    plain_outcome = run_training(tmp_path / "a", model, {"method": NO_DROPOUT})
+    plus_outcome = run_training(tmp_path / "b", model, {"method": {"lora": {"dropout": 0, "plusRatio": 8}}})
+    assert plain_outcome.losses[0] == plus_outcome.losses[0]
+    assert plain_outcome.losses[1:] != plus_outcome.losses[1:]
 
 
 def test_lora_on_the_head_is_refused(model: Path, tmp_path: Path) -> None:
@@ -223,20 +223,20 @@ def test_spectrum_trains_the_selected_modules_only(model: Path, tmp_path: Path) 
     assert outcome.folder is not None
     record = json.loads((outcome.folder / "spectrum_snr.json").read_text())
     assert len(record["modules"]) == 14 and len(record["trained"]) == 7
-    before, after = load_file(model / "model.safetensors"), load_file(outcome.folder / "model.safetensors")
-    changed = {key.removesuffix(".weight") for key in before if not torch.equal(before[key], after[key])}
-    assert changed == {*record["trained"], "lm_head", "model.embed_tokens"}
+    weights_before, weights_after = load_file(model / "model.safetensors"), load_file(outcome.folder / "model.safetensors")
+    changed_names = {key.removesuffix(".weight") for key in weights_before if not torch.equal(weights_before[key], weights_after[key])}
+    assert changed_names == {*record["trained"], "lm_head", "model.embed_tokens"}
     for kind in {module["type"] for module in record["modules"].values()}:
-        group = {name: module["snr"] for name, module in record["modules"].items() if module["type"] == kind}
-        trained = [name for name in group if name in record["trained"]]
-        assert trained == [max(group, key=lambda name: group[name])]
+        ratio_by_name = {name: module["snr"] for name, module in record["modules"].items() if module["type"] == kind}
+        trained_names = [name for name in ratio_by_name if name in record["trained"]]
+        assert trained_names == [max(ratio_by_name, key=lambda name: ratio_by_name[name])]
 
 
 def test_spectrum_trains_the_given_layers(model: Path, tmp_path: Path) -> None:
     outcome = run_training(tmp_path, model, {"method": {"type": "spectrum", "spectrum": {"layers": [1]}}})
     assert outcome.folder is not None
-    trained = json.loads((outcome.folder / "spectrum_snr.json").read_text())["trained"]
-    assert len(trained) == 7 and all(name.startswith("model.layers.1.") for name in trained)
+    trained_names = json.loads((outcome.folder / "spectrum_snr.json").read_text())["trained"]
+    assert len(trained_names) == 7 and all(name.startswith("model.layers.1.") for name in trained_names)
 
 
 def test_an_unknown_spectrum_layer_is_refused(model: Path, tmp_path: Path) -> None:

@@ -33,13 +33,13 @@ def test_metric_files_of_a_real_run(model: Path, tmp_path: Path) -> None:
     run = RunDescription(model="tiny", technique="lora", started_at=started_at, completed_at=datetime.now(UTC))
     files = build_metric_files(log, run)
     steps = json.loads(files[ResultFile.STEP_METRICS])
-    assert [one["step"] for one in steps] == list(range(1, 9)) and [one["loss"] for one in steps] == outcome.losses
-    first, second = json.loads(files[ResultFile.EPOCH_METRICS])
-    assert first["train_loss"] == pytest.approx(sum(outcome.losses[:4]) / 4)
-    assert second["train_loss"] == pytest.approx(sum(outcome.losses[4:]) / 4)
-    assert [first["eval_loss"], second["eval_loss"]] == [outcome.eval_losses[0], outcome.eval_losses[2]]
-    assert 0 <= first["eval_accuracy"] <= 1 and first["eval_f1"] is None
+    assert [entry["step"] for entry in steps] == list(range(1, 9)) and [entry["loss"] for entry in steps] == outcome.losses
+    first_epoch, second_epoch = json.loads(files[ResultFile.EPOCH_METRICS])
+    assert first_epoch["train_loss"] == pytest.approx(sum(outcome.losses[:4]) / 4)
+    assert second_epoch["train_loss"] == pytest.approx(sum(outcome.losses[4:]) / 4)
+    assert [first_epoch["eval_loss"], second_epoch["eval_loss"]] == [outcome.eval_losses[0], outcome.eval_losses[2]]
+    assert 0 <= first_epoch["eval_accuracy"] <= 1 and first_epoch["eval_f1"] is None
     summary = json.loads(files[ResultFile.FINAL_METRICS])["training_summary"]
-    assert summary["total_training_time"] == pytest.approx(first["epoch_time"] + second["epoch_time"], abs=1.0)
+    assert summary["total_training_time"] == pytest.approx(first_epoch["epoch_time"] + second_epoch["epoch_time"], abs=1.0)
     assert min(json.loads(files[ResultFile.TRAINING_METRICS])["step_times"]) > 0
     assert len(files[ResultFile.LOG].splitlines()) == len(outcome.logs)

@@ -27,6 +27,6 @@ def test_the_rules_know_the_settings_that_transformers_passes_to_the_optimizer(n
     args = SimpleNamespace(optim=name, adam_beta1=betas[0], adam_beta2=betas[1], adam_epsilon=eps, weight_decay=0.0)
     context = OptimizerContext(args, None, {"lr": 1.0}, {"betas": betas, "eps": eps}, {})
     _, optimizer_arguments = _OPTIMIZER_HANDLERS[name](context)
-    read = list_adam_fields(name)
-    assert ("adam_beta1" in read, "adam_beta2" in read) == ((optimizer_arguments.get("betas") or ())[:2] == betas,) * 2
-    assert ("adam_epsilon" in read) is (optimizer_arguments.get("eps") == eps)
+    read_fields = list_adam_fields(name)
+    assert ("adam_beta1" in read_fields, "adam_beta2" in read_fields) == ((optimizer_arguments.get("betas") or ())[:2] == betas,) * 2
+    assert ("adam_epsilon" in read_fields) is (optimizer_arguments.get("eps") == eps)

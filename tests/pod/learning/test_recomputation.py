@@ -72,15 +72,15 @@ def train(folder: Path, model: Path, spec: dict[str, Any], kept_layer_tokens: in
 @pytest.mark.parametrize("name", quick_slice(METHODS, ("full in 16 bits", "lora with dropout")))
 def test_results_do_not_depend_on_recomputation(name: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = merge_mappings(SPEC, METHODS[name])
-    disabled = merge_mappings(spec, {"training": {"gradientCheckpointing": "disabled"}})
-    expected, counts = train(tmp_path / "disabled", model, disabled, None, monkeypatch)
+    spec_without_recomputation = merge_mappings(spec, {"training": {"gradientCheckpointing": "disabled"}})
+    expected_outcome, counts = train(tmp_path / "disabled", model, spec_without_recomputation, None, monkeypatch)
     assert counts == [2] * 5
     counts_by_limit = {}
     for limit_name, limit in TOKEN_LIMITS.items():
         outcome, counts_by_limit[limit_name] = train(tmp_path / limit_name, model, spec, limit, monkeypatch)
-        assert outcome.losses == expected.losses and outcome.grad_norms == expected.grad_norms
-        assert outcome.eval_losses == expected.eval_losses and outcome.eval_losses
-        weights = expected.model.state_dict()
+        assert outcome.losses == expected_outcome.losses and outcome.grad_norms == expected_outcome.grad_norms
+        assert outcome.eval_losses == expected_outcome.eval_losses and outcome.eval_losses
+        weights = expected_outcome.model.state_dict()
         assert all(torch.equal(value, weights[key]) for key, value in outcome.model.state_dict().items())
     assert counts_by_limit["all recompute"] == [4] * 5
     assert counts_by_limit["none recompute"] == [2] * 5
@@ -97,10 +97,10 @@ class Layer(GradientCheckpointingLayer):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "kept"), [(1, 4), (10, 4), (11, 2), (13, 2), (14, 1), (20, 1), (21, 0), (40, 0), (41, 0)]
+    ("tokens", "kept_count"), [(1, 4), (10, 4), (11, 2), (13, 2), (14, 1), (20, 1), (21, 0), (40, 0), (41, 0)]
 )
-def test_larger_micro_batches_keep_the_activations_of_fewer_layers(tokens: int, kept: int) -> None:
-    assert count_kept_layers(4, tokens, 40) == kept
+def test_larger_micro_batches_keep_the_activations_of_fewer_layers(tokens: int, kept_count: int) -> None:
+    assert count_kept_layers(4, tokens, 40) == kept_count
 
 
 def test_the_last_layers_keep_their_activations_if_only_some_layers_fit() -> None:
@@ -128,17 +128,17 @@ def train_one_rank(rank: int, model: str, folder: str) -> None:
     for name, limits in RANK_LIMITS.items():
         net = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).train()
         net.activation_checkpointing_enable({"use_reentrant": False})
-        recomputation, wrapped = RecomputationPerBatch(net, limits[rank]), DistributedDataParallel(net)
+        recomputation, ddp_model = RecomputationPerBatch(net, limits[rank]), DistributedDataParallel(net)
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
         generator = torch.Generator().manual_seed(rank)
         for step in range(4):
             ids = torch.randint(0, 400, (2, 8 + step), generator=generator)
             recomputation.prepare({"input_ids": ids})
             if step % 2 == 0:
-                with wrapped.no_sync():
-                    wrapped(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+                with ddp_model.no_sync():
+                    ddp_model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
                 continue
-            wrapped(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+            ddp_model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
         weights[name] = net.state_dict()
@@ -149,7 +149,7 @@ def train_one_rank(rank: int, model: str, folder: str) -> None:
 @pytest.mark.slow
 def test_weights_are_equal_if_only_one_rank_recomputes(model: Path, tmp_path: Path) -> None:
     torch.multiprocessing.spawn(train_one_rank, (str(model), str(tmp_path)), nprocs=2)
-    ranks = [torch.load(tmp_path / f"weights-{rank}.pt") for rank in (0, 1)]
-    expected = ranks[0]["none recomputes"]
-    for weights in (ranks[rank][name] for rank in (0, 1) for name in RANK_LIMITS):
-        assert all(torch.equal(value, expected[key]) for key, value in weights.items())
+    weights_by_rank = [torch.load(tmp_path / f"weights-{rank}.pt") for rank in (0, 1)]
+    expected_weights = weights_by_rank[0]["none recomputes"]
+    for weights in (weights_by_rank[rank][name] for rank in (0, 1) for name in RANK_LIMITS):
+        assert all(torch.equal(value, expected_weights[key]) for key, value in weights.items())

@@ -26,7 +26,7 @@ def test_a_second_attempt_uses_the_cached_tokens(model: Path, tmp_path: Path) ->
         repeated_outcome = run_training(tmp_path, model, {"training": {"maxSteps": 2}, "dataset": {"numProc": 3}})
     assert repeated_outcome.losses == first_outcome.losses
     assert [note for note in repeated_outcome.notes if note.startswith("train:")] == [
-        n for n in first_outcome.notes if n.startswith("train:")
+        note for note in first_outcome.notes if note.startswith("train:")
     ]
 
 
@@ -35,16 +35,16 @@ def test_packed_documents_have_the_same_loss_as_unpacked_documents(model: Path, 
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-    tok = AutoTokenizer.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
     net = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    unpacked_rows = prepare_rows(tmp_path, tok).train
-    packed_rows = prepare_rows(tmp_path, tok, {"packing": True, "maxSequenceLength": 64}).train
+    unpacked_rows = prepare_rows(tmp_path, tokenizer).train
+    packed_rows = prepare_rows(tmp_path, tokenizer, {"packing": True, "maxSequenceLength": 64}).train
     assert 1 < len(packed_rows) < len(unpacked_rows) and max(len(row["input_ids"]) for row in packed_rows) <= 64
 
-    def losses(rows: list[dict[str, Any]], padding_free: bool) -> dict[tuple[int, ...], float]:
+    def compute_losses(rows: list[dict[str, Any]], padding_free: bool) -> dict[tuple[int, ...], float]:
         loss_of_document = {}
         for row in rows:
-            batch = DataCollatorForLanguageModeling(tok.pad_token_id, padding_free=padding_free)([row])
+            batch = DataCollatorForLanguageModeling(tokenizer.pad_token_id, padding_free=padding_free)([row])
             labels = batch.pop("labels")
             with torch.no_grad():
                 logits = net(**batch, use_cache=False).logits
@@ -59,7 +59,7 @@ def test_packed_documents_have_the_same_loss_as_unpacked_documents(model: Path, 
                 start += length
         return loss_of_document
 
-    unpacked_losses, packed_losses = losses(list(unpacked_rows), False), losses(list(packed_rows), True)
+    unpacked_losses, packed_losses = compute_losses(list(unpacked_rows), False), compute_losses(list(packed_rows), True)
     assert unpacked_losses.keys() == packed_losses.keys() and len(unpacked_losses) == 10
     for key, value in unpacked_losses.items():
         assert packed_losses[key] == pytest.approx(value, abs=1e-5)
@@ -83,19 +83,19 @@ def test_gradient_accumulation_equals_one_large_batch(model: Path, tmp_path: Pat
         for i, row in enumerate(TEN_ROWS[:8])
     ]
     lora = {"method": {"lora": {"dropout": 0}}}
-    big = run_training(tmp_path / "a", model, {**lora, "training": {"batchSizePerDevice": 8}}, rows)
-    small = run_training(
+    large_batch_outcome = run_training(tmp_path / "a", model, {**lora, "training": {"batchSizePerDevice": 8}}, rows)
+    accumulation_outcome = run_training(
         tmp_path / "b", model, {**lora, "training": {"batchSizePerDevice": 2, "gradientAccumulationSteps": 4}}, rows
     )
-    assert small.losses == pytest.approx(big.losses, abs=1e-6)
-    assert small.grad_norms == pytest.approx(big.grad_norms, abs=1e-5)
+    assert accumulation_outcome.losses == pytest.approx(large_batch_outcome.losses, abs=1e-6)
+    assert accumulation_outcome.grad_norms == pytest.approx(large_batch_outcome.grad_norms, abs=1e-5)
 
 
 def test_a_packed_run_reaches_the_loss_of_an_unpacked_run(model: Path, tmp_path: Path) -> None:
     spec = {"method": {"lora": {"dropout": 0}}, "training": {"batchSizePerDevice": 10, "maxSteps": 3}}
-    plain = run_training(tmp_path / "a", model, spec)
+    unpacked_outcome = run_training(tmp_path / "a", model, spec)
     packed_outcome = run_training(tmp_path / "b", model, {**spec, "dataset": {"packing": True}})
-    assert packed_outcome.losses == pytest.approx(plain.losses, abs=1e-5)
+    assert packed_outcome.losses == pytest.approx(unpacked_outcome.losses, abs=1e-5)
     assert packed_outcome.extra["data"]["tokens"]["train"]["sequences"] == 1
 
 
@@ -105,14 +105,14 @@ def test_evaluation_loss_is_the_mean_over_all_tokens(model: Path, tmp_path: Path
         for i, row in enumerate(TEN_ROWS)
     ]
     spec = {"training": {"maxSteps": 1}, "evaluation": {"steps": 1, "strategy": "steps"}}
-    row_by_row = run_training(
+    row_by_row_outcome = run_training(
         tmp_path / "a", model, {**spec, "evaluation": {"batchSizePerDevice": 1, "steps": 1}}, validation=rows
     )
-    all_at_once = run_training(
+    all_at_once_outcome = run_training(
         tmp_path / "b", model, {**spec, "evaluation": {"batchSizePerDevice": 10, "steps": 1}}, validation=rows
     )
-    assert row_by_row.eval_losses == pytest.approx(all_at_once.eval_losses, abs=1e-5)
-    assert len(row_by_row.eval_losses) == 1
+    assert row_by_row_outcome.eval_losses == pytest.approx(all_at_once_outcome.eval_losses, abs=1e-5)
+    assert len(row_by_row_outcome.eval_losses) == 1
 
 
 def test_load_balance_loss_is_trained_on_but_not_part_of_the_validation_loss(model: Path, tmp_path: Path) -> None:
@@ -144,10 +144,10 @@ def test_load_balance_loss_is_trained_on_but_not_part_of_the_validation_loss(mod
     )
     (line,) = [line for line in outcome.logs if "loss" in line]
     assert line["num_tokens"] > 0 and line["loss"] > outcome.eval_losses[0] + 0.4
-    one_batch = run_training(
+    one_batch_outcome = run_training(
         tmp_path / "one", folder, merge_mappings(spec, {"training": {"batchSizePerDevice": 3}}), rows, validation=rows
     )
-    assert outcome.eval_losses == pytest.approx(one_batch.eval_losses, abs=1e-5)
+    assert outcome.eval_losses == pytest.approx(one_batch_outcome.eval_losses, abs=1e-5)
 
 
 def test_the_accuracy_of_multiple_choice_answers_is_measured(model: Path, tmp_path: Path) -> None:

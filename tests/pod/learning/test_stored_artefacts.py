@@ -95,12 +95,12 @@ def test_a_job_without_the_training_settings_verifies_the_artefact_as_it_was_tra
     assert (reference.device, reference.trusts_code) == ("cpu", False)
     (tmp_path / "other").mkdir()
     other_run, other_inputs = make_run(tmp_path / "other", model, {"phases": {"train": False, "from": "s3://b/job/model"}, "output": {"verify": True}})
-    found = verify(other_run, tmp_path / "other", other_inputs, reference, outcome)
-    assert found == verify(run, tmp_path, inputs, reference, outcome) and found.result is VerificationOutcome.VERIFIED
-    untrusted = verify(other_run, tmp_path / "other", other_inputs, reference.model_copy(update={"trusts_code": True}), outcome)
-    assert (untrusted.result, untrusted.code) == (VerificationOutcome.NOT_VERIFIED, "CodeNotTrusted")
-    on_gpu = {"device": "cuda", "attention": "flash_attention_2"}
-    assert verify(other_run, tmp_path / "other", other_inputs, reference.model_copy(update=on_gpu), outcome).result is VerificationOutcome.VERIFIED
+    verification = verify(other_run, tmp_path / "other", other_inputs, reference, outcome)
+    assert verification == verify(run, tmp_path, inputs, reference, outcome) and verification.result is VerificationOutcome.VERIFIED
+    untrusted_verification = verify(other_run, tmp_path / "other", other_inputs, reference.model_copy(update={"trusts_code": True}), outcome)
+    assert (untrusted_verification.result, untrusted_verification.code) == (VerificationOutcome.NOT_VERIFIED, "CodeNotTrusted")
+    gpu_fields = {"device": "cuda", "attention": "flash_attention_2"}
+    assert verify(other_run, tmp_path / "other", other_inputs, reference.model_copy(update=gpu_fields), outcome).result is VerificationOutcome.VERIFIED
 
 
 @pytest.mark.parametrize("name", mark_slow(METHODS))

@@ -47,5 +47,5 @@ def test_the_stored_artefact_of_every_strategy_computes_what_was_trained(name: s
     reference = ReferenceValues.model_validate_json((folder / FILE_NAME).read_text())
     assert reference.reason is None and len(reference.rows) == 8
     run, inputs = make_run(tmp_path, model, make_spec(name))
-    (found,) = Verifier(run, Channel.create_recording(tmp_path / "work"), inputs, reference).verify([Artefact(kind.value, folder / "final", kind)])
-    assert found.result is VerificationOutcome.VERIFIED and (found.change_from_base or 0) > 1e-3, found
+    (verification,) = Verifier(run, Channel.create_recording(tmp_path / "work"), inputs, reference).verify([Artefact(kind.value, folder / "final", kind)])
+    assert verification.result is VerificationOutcome.VERIFIED and (verification.change_from_base or 0) > 1e-3, verification

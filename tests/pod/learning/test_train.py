@@ -32,7 +32,7 @@ def default_full(model: Path, tmp_path_factory: pytest.TempPathFactory) -> RunOu
     return run_training(tmp_path_factory.mktemp("default"), model, {"method": {"type": "full"}})
 
 
-def logged_learning_rates(outcome: RunOutcome) -> list[float]:
+def list_logged_learning_rates(outcome: RunOutcome) -> list[float]:
     """Return the logged learning rate of each step."""
     return [line["learning_rate"] for line in outcome.logs if "learning_rate" in line]
 
@@ -60,7 +60,7 @@ def test_the_learning_rate_follows_the_schedule(name: str, raw_model: Path, tmp_
     if "warmupSteps" in training:
         training = {**training, "warmupRatio": None}
     outcome = run_training(tmp_path, raw_model, {**LORA_SPEC, "training": training})
-    assert logged_learning_rates(outcome) == pytest.approx([5e-3 * factor for factor in factors], rel=1e-6, abs=1e-12)
+    assert list_logged_learning_rates(outcome) == pytest.approx([5e-3 * factor for factor in factors], rel=1e-6, abs=1e-12)
 
 
 def test_an_unknown_scheduler_parameter_is_refused(raw_model: Path, tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_an_unknown_scheduler_parameter_is_refused(raw_model: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("training", "expected"),
+    ("training", "expected_text"),
     [
         ({"scheduler": "warmupStableDecay"}, "num_decay_steps"),
         ({"scheduler": "cosineWithMinLr"}, "min_lr"),
@@ -80,11 +80,11 @@ def test_an_unknown_scheduler_parameter_is_refused(raw_model: Path, tmp_path: Pa
     ],
 )
 def test_invalid_scheduler_parameters_are_refused(
-    training: dict[str, Any], expected: str, raw_model: Path, tmp_path: Path
+    training: dict[str, Any], expected_text: str, raw_model: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError) as caught:
         run_training(tmp_path, raw_model, {"training": training})
-    assert caught.value.code == "SchedulerParameterInvalid" and expected in caught.value.message
+    assert caught.value.code == "SchedulerParameterInvalid" and expected_text in caught.value.message
 
 
 @pytest.mark.parametrize(
@@ -138,8 +138,8 @@ def test_each_of_these_options_changes_the_losses(name: str, model: Path, defaul
 
 
 def test_two_equal_runs_have_equal_losses(model: Path, tmp_path: Path) -> None:
-    first, second = (run_training(tmp_path / name, model, {"training": {"maxSteps": 6}}) for name in "ab")
-    assert first.losses == second.losses and first.grad_norms == second.grad_norms
+    first_outcome, second_outcome = (run_training(tmp_path / name, model, {"training": {"maxSteps": 6}}) for name in "ab")
+    assert first_outcome.losses == second_outcome.losses and first_outcome.grad_norms == second_outcome.grad_norms
 
 
 def test_gradients_are_clipped_unless_the_norm_is_0(model: Path, tmp_path: Path) -> None:
@@ -151,8 +151,8 @@ def test_gradients_are_clipped_unless_the_norm_is_0(model: Path, tmp_path: Path)
 
 
 def test_max_steps_take_precedence_over_epochs(model: Path, tmp_path: Path) -> None:
-    epochs = run_training(tmp_path / "a", model, {"training": {"maxSteps": None, "epochs": 1.5}})
-    assert len(epochs.losses) == 8  # 1.5 epochs of 5 steps are 7.5 steps, rounded up
+    outcome_of_epochs = run_training(tmp_path / "a", model, {"training": {"maxSteps": None, "epochs": 1.5}})
+    assert len(outcome_of_epochs.losses) == 8  # 1.5 epochs of 5 steps are 7.5 steps, rounded up
     assert len(run_training(tmp_path / "b", model, {"training": {"maxSteps": 3, "epochs": 9}}).losses) == 3
 
 
@@ -162,26 +162,26 @@ def test_mixed_precision_keeps_weights_in_32_bits_and_model_dtype_does_not(
     mixed_outcome = run_training(tmp_path / "b", model, {"method": {"type": "full"}, "training": {"mixedPrecision": "bf16"}})
     assert mixed_outcome.losses != default_full.losses and mixed_outcome.losses == pytest.approx(default_full.losses, rel=0.05)
     assert next(mixed_outcome.model.parameters()).dtype == torch.float32
-    half = run_training(tmp_path / "c", model, {"method": {"type": "full"}, "model": {"dtype": "bfloat16"}})
-    assert next(half.model.parameters()).dtype == torch.bfloat16
-    assert any("bfloat16" in note for note in half.notes)
+    outcome_in_16_bits = run_training(tmp_path / "c", model, {"method": {"type": "full"}, "model": {"dtype": "bfloat16"}})
+    assert next(outcome_in_16_bits.model.parameters()).dtype == torch.bfloat16
+    assert any("bfloat16" in note for note in outcome_in_16_bits.notes)
 
 
 @pytest.mark.parametrize("method", quick_slice(["full", "lora", "spectrum", "ia3", "promptTuning"], ["full", "promptTuning"]))
 def test_gradient_checkpointing_does_not_change_the_losses(method: str, model: Path, tmp_path: Path) -> None:
     spec: dict[str, Any] = {"method": {"type": method, **({"lora": {"dropout": 0}} if method == "lora" else {})}}
-    plain = run_training(tmp_path / "a", model, spec)
+    plain_outcome = run_training(tmp_path / "a", model, spec)
     repeated_outcome = run_training(tmp_path / "b", model, merge_mappings(spec, {"training": {"gradientCheckpointing": "enabled"}}))
-    assert repeated_outcome.losses == pytest.approx(plain.losses, abs=1e-6)
+    assert repeated_outcome.losses == pytest.approx(plain_outcome.losses, abs=1e-6)
 
 
-@pytest.mark.parametrize(("every_n_layers", "recomputed"), [(1, [True, True]), (2, [True, False])])
+@pytest.mark.parametrize(("every_n_layers", "expected_flags"), [(1, [True, True]), (2, [True, False])])
 def test_gradient_checkpointing_may_cover_only_every_nth_layer(
-    every_n_layers: int, recomputed: list[bool], model: Path, tmp_path: Path
+    every_n_layers: int, expected_flags: list[bool], model: Path, tmp_path: Path
 ) -> None:
     training = {"gradientCheckpointing": "enabled", "checkpointEveryNLayers": every_n_layers, "maxSteps": 1}
     outcome = run_training(tmp_path, model, {"method": {"type": "full"}, "training": training})
-    assert [layer.gradient_checkpointing for layer in outcome.model.model.layers] == recomputed
+    assert [layer.gradient_checkpointing for layer in outcome.model.model.layers] == expected_flags
 
 
 def test_grouping_by_length_reduces_padding(model: Path, tmp_path: Path) -> None:
@@ -205,9 +205,9 @@ def test_early_stopping_ends_the_run(model: Path, tmp_path: Path) -> None:
         "evaluation": {"strategy": "steps", "steps": 2},
     }
     outcome = run_training(tmp_path, model, merge_mappings(LORA_SPEC, spec), validation=unlearnable_rows)
-    best = min(outcome.eval_losses)
+    best_loss = min(outcome.eval_losses)
     assert len(outcome.losses) < 60
-    assert outcome.eval_losses.index(best) == len(outcome.eval_losses) - 3
+    assert outcome.eval_losses.index(best_loss) == len(outcome.eval_losses) - 3
 
 
 def test_the_best_weights_are_published_even_after_a_resume(model: Path, tmp_path: Path) -> None:
@@ -221,29 +221,29 @@ def test_the_best_weights_are_published_even_after_a_resume(model: Path, tmp_pat
         "checkpoint": {"strategy": "steps", "steps": 2, "loadBestAtEnd": True},
     }  # fmt: skip
     outcome = run_training(tmp_path, model, merge_mappings(LORA_SPEC, spec), validation=unlearnable_rows)
-    best = 2 * (1 + outcome.eval_losses.index(min(outcome.eval_losses)))
-    assert best < 8
+    best_step = 2 * (1 + outcome.eval_losses.index(min(outcome.eval_losses)))
+    assert best_step < 8
     assert outcome.folder is not None
-    final = load_file(outcome.folder / "adapter_model.safetensors")
-    best_weights = load_file(tmp_path / "out" / f"checkpoint-{best}" / "adapter_model.safetensors")
+    final_weights = load_file(outcome.folder / "adapter_model.safetensors")
+    best_weights = load_file(tmp_path / "out" / f"checkpoint-{best_step}" / "adapter_model.safetensors")
     assert not list((tmp_path / "out").rglob("checkpoint-*/README.md")), "checkpoints must have no model card, because writing it costs time"
-    assert all(torch.equal(final[key], best_weights[key]) for key in best_weights)
-    carried = tmp_path / "out" / "checkpoint-8" / "best--adapter_model.safetensors"
-    assert all(torch.equal(load_file(carried)[key], best_weights[key]) for key in best_weights)
+    assert all(torch.equal(final_weights[key], best_weights[key]) for key in best_weights)
+    carried_file = tmp_path / "out" / "checkpoint-8" / "best--adapter_model.safetensors"
+    assert all(torch.equal(load_file(carried_file)[key], best_weights[key]) for key in best_weights)
 
     # The disk of the second attempt contains only the newest checkpoint, which is not the best one.
     # The second attempt publishes the weights of the best checkpoint, as the first attempt does.
-    moved = tmp_path / "again" / "restored"
-    shutil.copytree(tmp_path / "out" / "checkpoint-8", moved)
+    moved_checkpoint = tmp_path / "again" / "restored"
+    shutil.copytree(tmp_path / "out" / "checkpoint-8", moved_checkpoint)
     shutil.rmtree(tmp_path / "out")
-    longer = merge_mappings(merge_mappings(LORA_SPEC, spec), {"training": {"maxSteps": 10}})
-    restore = RestoredCheckpoint(path=moved, step=8, uri="file:///x")
-    repeated_outcome = run_training(tmp_path / "again", model, longer, validation=unlearnable_rows, restore=restore)
+    longer_spec = merge_mappings(merge_mappings(LORA_SPEC, spec), {"training": {"maxSteps": 10}})
+    restore = RestoredCheckpoint(path=moved_checkpoint, step=8, uri="file:///x")
+    repeated_outcome = run_training(tmp_path / "again", model, longer_spec, validation=unlearnable_rows, restore=restore)
     assert len(repeated_outcome.losses) == 2
     assert repeated_outcome.folder is not None
-    final = load_file(repeated_outcome.folder / "adapter_model.safetensors")
+    final_weights = load_file(repeated_outcome.folder / "adapter_model.safetensors")
     assert all(
-        torch.equal(final[key], value) for key, value in load_file(moved / "best--adapter_model.safetensors").items()
+        torch.equal(final_weights[key], value) for key, value in load_file(moved_checkpoint / "best--adapter_model.safetensors").items()
     )
 
 
@@ -290,13 +290,13 @@ def test_a_checkpoint_with_model_and_adapter_weights_is_refused(model: Path, tmp
 def test_a_nan_loss_ends_the_run_as_diverged(model: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    poisoned = tmp_path / "poisoned"
-    shutil.copytree(model, poisoned)
-    weights = load_file(poisoned / "model.safetensors")
+    poisoned_model = tmp_path / "poisoned"
+    shutil.copytree(model, poisoned_model)
+    weights = load_file(poisoned_model / "model.safetensors")
     weights["model.norm.weight"][0] = float("nan")
-    save_file(weights, poisoned / "model.safetensors", metadata={"format": "pt"})
+    save_file(weights, poisoned_model / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(DivergedError) as caught:
-        run_training(tmp_path / "a", poisoned, {"method": {"type": "full"}})
+        run_training(tmp_path / "a", poisoned_model, {"method": {"type": "full"}})
     assert caught.value.code == "LossNotFinite" and int(caught.value.exit_code) == 72
     assert "step 1" in caught.value.message
 
@@ -328,28 +328,28 @@ def test_evaluation_without_data_is_refused(model: Path, tmp_path: Path) -> None
 def test_a_missing_or_incomplete_model_is_refused(model: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    empty = tmp_path / "empty"
-    empty.mkdir()
+    empty_folder = tmp_path / "empty"
+    empty_folder.mkdir()
     with pytest.raises(NotFoundError) as caught:
-        run_training(tmp_path / "a", empty)
+        run_training(tmp_path / "a", empty_folder)
     assert caught.value.code in ("TokenizerUnreadable", "ModelUnreadable") and caught.value.failure_class == "Model"
-    assert str(empty) not in caught.value.message.replace(f"file://{empty}", "")
-    part = tmp_path / "part"
-    shutil.copytree(model, part)
-    weights = load_file(part / "model.safetensors")
+    assert str(empty_folder) not in caught.value.message.replace(f"file://{empty_folder}", "")
+    incomplete_model = tmp_path / "part"
+    shutil.copytree(model, incomplete_model)
+    weights = load_file(incomplete_model / "model.safetensors")
     weights.pop("model.layers.1.mlp.up_proj.weight")
-    save_file(weights, part / "model.safetensors", metadata={"format": "pt"})
+    save_file(weights, incomplete_model / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(NotFoundError) as caught:
-        run_training(tmp_path / "b", part)
+        run_training(tmp_path / "b", incomplete_model)
     assert caught.value.code == "ModelIncomplete" and "model.layers.1.mlp.up_proj.weight" in caught.value.message
 
 
 def test_the_attention_of_the_spec_is_used_or_its_replacement_is_noted(model: Path, tmp_path: Path) -> None:
-    eager = run_training(tmp_path / "a", model, {**LORA_SPEC, "model": {"attention": "eager"}})
-    flash = run_training(tmp_path / "b", model, {**LORA_SPEC, "model": {"attention": "flashAttention2"}})
-    assert (eager.resolved["attention"], flash.resolved["attention"]) == ("eager", "sdpa")
-    assert any("flashAttention2 is not available" in note for note in flash.notes)
-    assert eager.losses == pytest.approx(flash.losses, abs=1e-5)
+    eager_outcome = run_training(tmp_path / "a", model, {**LORA_SPEC, "model": {"attention": "eager"}})
+    flash_outcome = run_training(tmp_path / "b", model, {**LORA_SPEC, "model": {"attention": "flashAttention2"}})
+    assert (eager_outcome.resolved["attention"], flash_outcome.resolved["attention"]) == ("eager", "sdpa")
+    assert any("flashAttention2 is not available" in note for note in flash_outcome.notes)
+    assert eager_outcome.losses == pytest.approx(flash_outcome.losses, abs=1e-5)
 
 
 def test_the_run_reports_its_resolved_settings(model: Path, tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ MODEL_CLASS_BODIES = {
 }
 
 
-def check_notes(folder: Path, model: Path, spec: dict[str, Any], rows: list[dict[str, Any]] | None = None) -> list[str]:
+def check_and_list_notes(folder: Path, model: Path, spec: dict[str, Any], rows: list[dict[str, Any]] | None = None) -> list[str]:
     """Check the job in this process, as a preparation pod does. Returns the notes that mention the small copy."""
     run, inputs = make_run(folder, model, spec, **({"rows": rows} if rows else {}))
     channel = Channel.create_recording(folder)
@@ -96,17 +96,17 @@ def write_model_with_code(folder: Path, body: str, **config: Any) -> Path:
     ids=["lora", "full", "qlora, packed", "dpo", "orpo", "reward", "kto", "prefix tuning"],
 )  # fmt: skip
 def test_a_good_job_trains_one_step(tmp_path: Path, model: Path, spec: dict[str, Any], rows: list[dict[str, Any]] | None) -> None:
-    assert check_notes(tmp_path, model, spec, rows) == []
+    assert check_and_list_notes(tmp_path, model, spec, rows) == []
     assert not (tmp_path / "trial-step").exists()
 
 
 def test_a_model_with_its_own_code_trains_one_step(tmp_path: Path) -> None:
     spec = {"model": {"trustRemoteCode": True}, "method": {"type": "lora"}}
-    assert check_notes(tmp_path, write_model_with_code(tmp_path, MODEL_CLASS_BODIES["good"]), spec) == []
+    assert check_and_list_notes(tmp_path, write_model_with_code(tmp_path, MODEL_CLASS_BODIES["good"]), spec) == []
 
 
 @pytest.mark.parametrize(
-    ("body_name", "code", "place"),
+    ("body_name", "code", "location"),
     [
         ("unknown name", "ModelCodeFails", "at modeling_own.py:12: NameError: name 'no_such_function' is not defined"),
         ("removed method", "ModelCodeFails", "AttributeError: 'OwnModel' object has no attribute 'no_such_method'"),
@@ -114,17 +114,17 @@ def test_a_model_with_its_own_code_trains_one_step(tmp_path: Path) -> None:
          "copy fails at modeling_own.py:13: ValueError: masks are not supported. The same step works with a Llama model"),
     ],
 )
-def test_faults_in_the_code_of_a_model_are_refused_with_location_and_hint(tmp_path: Path, body_name: str, code: str, place: str) -> None:
+def test_faults_in_the_code_of_a_model_are_refused_with_location_and_hint(tmp_path: Path, body_name: str, code: str, location: str) -> None:
     spec = {"model": {"trustRemoteCode": True}, "method": {"type": "lora"}}
-    with pytest.raises(ConfigError) as refused:
-        check_notes(tmp_path, write_model_with_code(tmp_path, MODEL_CLASS_BODIES[body_name]), spec)
-    assert (refused.value.code, refused.value.failure_class) == (code, FailureClass.MODEL)
-    assert place in refused.value.message and "prepare.strategy: never" in (refused.value.hint or "")
+    with pytest.raises(ConfigError) as caught:
+        check_and_list_notes(tmp_path, write_model_with_code(tmp_path, MODEL_CLASS_BODIES[body_name]), spec)
+    assert (caught.value.code, caught.value.failure_class) == (code, FailureClass.MODEL)
+    assert location in caught.value.message and "prepare.strategy: never" in (caught.value.hint or "")
 
 
 def test_a_model_that_cannot_compute_without_a_gpu_is_only_noted(tmp_path: Path) -> None:
     spec = {"model": {"trustRemoteCode": True}, "method": {"type": "lora"}}
-    assert check_notes(tmp_path, write_model_with_code(tmp_path, MODEL_CLASS_BODIES["needs a GPU"]), spec) == [
+    assert check_and_list_notes(tmp_path, write_model_with_code(tmp_path, MODEL_CLASS_BODIES["needs a GPU"]), spec) == [
         f"{NO_STEP_NOTE}the small copy cannot be trained (RuntimeError: no kernel for this device)"
     ]
 
@@ -134,7 +134,7 @@ def test_a_fault_that_also_occurs_with_a_llama_model_is_only_noted(tmp_path: Pat
         raise ValueError("this check is wrong")
 
     monkeypatch.setattr(trial_step, "_run_job_step", refuse)
-    assert check_notes(tmp_path, model, {"method": {"type": "lora"}}) == [f"{NO_STEP_NOTE}ValueError: this check is wrong"]
+    assert check_and_list_notes(tmp_path, model, {"method": {"type": "lora"}}) == [f"{NO_STEP_NOTE}ValueError: this check is wrong"]
 
 
 def exit_at_once() -> None:
@@ -169,16 +169,18 @@ def test_a_step_that_exits_or_runs_out_of_memory_does_not_end_the_preparation(ac
     ],
 )  # fmt: skip
 def test_jobs_that_need_real_weights_train_no_step(tmp_path: Path, spec: dict[str, Any], inputs: dict[str, Any], reason: str | None) -> None:
-    run, given = make_run(tmp_path, tmp_path, {"method": {"type": "lora"}, **spec})
-    context: Any = type("Context", (), {"run": run, "inputs": Inputs.model_validate(given.model_dump() | inputs), "vision": None})
+    run, default_inputs = make_run(tmp_path, tmp_path, {"method": {"type": "lora"}, **spec})
+    context: Any = type("Context", (), {"run": run, "inputs": Inputs.model_validate(default_inputs.model_dump() | inputs), "vision": None})
     assert reason_against_trial_step(context) == reason
     context.vision = object()
     assert reason_against_trial_step(context) == "it is a model for images and text"
 
 
 def test_the_trial_step_runs_without_gpu_options(tmp_path: Path) -> None:
-    written = {"training": {"gradientCheckpointing": "unsloth", "mixedPrecision": "bf16"}, "method": {"type": "qlora"}, "model": {"quantization": {"bits": 4}}}
-    run, _ = make_run(tmp_path, tmp_path, written)
+    written_spec = {
+        "training": {"gradientCheckpointing": "unsloth", "mixedPrecision": "bf16"}, "method": {"type": "qlora"}, "model": {"quantization": {"bits": 4}},
+    }  # fmt: skip
+    run, _ = make_run(tmp_path, tmp_path, written_spec)
     spec = make_small_run(run).spec
     assert (spec.training.gradient_checkpointing, spec.training.mixed_precision, spec.training.max_steps) == ("enabled", "no", 1)
     assert (spec.model.quantization, spec.model.liger_kernels, spec.checkpoint.strategy) == (None, False, "no")
@@ -187,11 +189,11 @@ def test_the_trial_step_runs_without_gpu_options(tmp_path: Path) -> None:
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "phi3", "qwen3_moe", "deepseek_v3", "gemma3_text", "gpt_oss", "falcon"])
 def test_small_copies_of_real_models_compute_a_forward_pass(model_type: str) -> None:
     config = AutoConfig.for_model(model_type, vocab_size=64, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    before, small = config.to_dict(), shrink_config(config)
-    assert config.to_dict() == before
-    built = AutoModelForCausalLM.from_config(small, attn_implementation="eager")
-    assert built(input_ids=torch.tensor([[5, 6, 7]])).logits.shape == (1, 3, 64)
-    assert (small.num_hidden_layers, small.model_type, sum(one.numel() for one in built.parameters()) < 3e6) == (2, model_type, True)
+    settings_before, small_config = config.to_dict(), shrink_config(config)
+    assert config.to_dict() == settings_before
+    model = AutoModelForCausalLM.from_config(small_config, attn_implementation="eager")
+    assert model(input_ids=torch.tensor([[5, 6, 7]])).logits.shape == (1, 3, 64)
+    assert (small_config.num_hidden_layers, small_config.model_type, sum(parameter.numel() for parameter in model.parameters()) < 3e6) == (2, model_type, True)
 
 
 def test_small_copies_keep_the_kind_of_attention_and_of_layers() -> None:
@@ -202,5 +204,5 @@ def test_small_copies_keep_the_kind_of_attention_and_of_layers() -> None:
     assert (small.num_attention_heads, small.num_key_value_heads, small.head_dim, small.hidden_size) == (8, 2, 16, 128)
     factors = {"rope_type": "longrope", "short_factor": [1.0] * 48, "long_factor": [1.0] * 48, "rope_theta": 1e4, "original_max_position_embeddings": 4096}
     sizes = {"hidden_size": 3072, "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 131072}
-    long = AutoConfig.for_model("phi3", **sizes, rope_parameters=factors)
-    assert (shrink_config(long).hidden_size, shrink_config(long).num_attention_heads) == (2 * 96, 2)
+    long_context_config = AutoConfig.for_model("phi3", **sizes, rope_parameters=factors)
+    assert (shrink_config(long_context_config).hidden_size, shrink_config(long_context_config).num_attention_heads) == (2 * 96, 2)

@@ -48,7 +48,7 @@ def results(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 
 @pytest.fixture(scope="module")
-def one_rank(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunOutcome]:
+def one_rank_outcomes(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunOutcome]:
     """The runs of METHODS_AND_STRATEGIES on one rank, with the effective batch of the runs on two ranks."""
     batch = {"training": {"batchSizePerDevice": 4}}
     return {
@@ -67,13 +67,13 @@ def parse_test_loss(notes: list[str]) -> float:
 
 @pytest.mark.parametrize("name", METHODS_AND_STRATEGIES)
 def test_two_ranks_have_the_losses_and_test_metrics_of_one_rank(
-    name: str, results: dict[str, Result], one_rank: dict[str, RunOutcome]
+    name: str, results: dict[str, Result], one_rank_outcomes: dict[str, RunOutcome]
 ) -> None:
-    two_ranks, single = results[name], one_rank[name.rsplit(" ", 1)[-1]]
-    assert two_ranks.error is None
-    assert two_ranks.resolved["worldSize"] == 2
-    assert two_ranks.losses == pytest.approx(single.losses, abs=1e-4)
-    assert parse_test_loss(two_ranks.notes) == pytest.approx(parse_test_loss(single.notes), abs=2e-4)
+    two_rank_result, one_rank_outcome = results[name], one_rank_outcomes[name.rsplit(" ", 1)[-1]]
+    assert two_rank_result.error is None
+    assert two_rank_result.resolved["worldSize"] == 2
+    assert two_rank_result.losses == pytest.approx(one_rank_outcome.losses, abs=1e-4)
+    assert parse_test_loss(two_rank_result.notes) == pytest.approx(parse_test_loss(one_rank_outcome.notes), abs=2e-4)
     if not name.startswith("fsdp"):  # with fsdp, no rank has the whole language-model head
-        single_rank = next(line for line in single.logs if "test_f1" in line)
-        assert two_ranks.eval["test_f1"] == pytest.approx(single_rank["test_f1"], abs=1e-6)
+        test_line = next(line for line in one_rank_outcome.logs if "test_f1" in line)
+        assert two_rank_result.eval["test_f1"] == pytest.approx(test_line["test_f1"], abs=1e-6)

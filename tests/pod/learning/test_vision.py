@@ -33,7 +33,7 @@ pytestmark = pytest.mark.pod
 BASE_SPEC: dict[str, Any] = {"model": {"modality": "visionLanguage"}, "output": {"verify": True}, "training": {"learningRate": 1e-2, "maxSteps": 4}}
 
 
-def family_cases() -> list[Any]:
+def list_family_cases() -> list[Any]:
     return [pytest.param(name, marks=[pytest.mark.faults] if name in SIMILAR_FAMILIES else []) for name in FAMILIES]
 
 
@@ -55,27 +55,27 @@ def verify(outcome: RunOutcome, run: Any, inputs: Any) -> Any:
     return result
 
 
-def trained_parameter_names(outcome: RunOutcome) -> set[str]:
+def list_trained_names(outcome: RunOutcome) -> set[str]:
     return {name for name, value in outcome.model.named_parameters() if value.requires_grad}
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-@pytest.mark.parametrize("name", family_cases())
+@pytest.mark.parametrize("name", list_family_cases())
 def test_every_family_learns_from_images_and_can_be_loaded_again(name: str, method: str, tmp_path: Path) -> None:
     family = FAMILIES[name]
     outcome, run, inputs = train(tmp_path, name, {"method": {"type": method}}, validation=make_image_rows(("red", "no")))
     assert len(outcome.losses) == 4 and 5.5 < outcome.losses[0] < 7 and outcome.losses[-1] < outcome.losses[0] - 0.3
     assert len(outcome.eval_losses) == 1 and 0 < outcome.logs[0]["mean_token_accuracy"] + 1 <= 2
-    frozen = [f"{family.parent}{part}" for part in dict.fromkeys((family.tower, family.projector)) if not part.startswith(f"{family.tower}.")]
-    assert f"the vision layers ({', '.join(frozen)}) are frozen; to train them, write `vision: {{visionLayers: true}}` in method" in outcome.notes
+    frozen_layers = [f"{family.parent}{part}" for part in dict.fromkeys((family.tower, family.projector)) if not part.startswith(f"{family.tower}.")]
+    assert f"the vision layers ({', '.join(frozen_layers)}) are frozen; to train them, write `vision: {{visionLayers: true}}` in method" in outcome.notes
     assert "batches are padded, because padding-free batches support only text" in outcome.notes
-    assert trained_parameter_names(outcome) and not [one for one in trained_parameter_names(outcome) if any(f"{part}." in one for part in frozen)]
+    assert list_trained_names(outcome) and not [name for name in list_trained_names(outcome) if any(f"{part}." in name for part in frozen_layers)]
     assert outcome.folder is not None and (outcome.folder / "preprocessor_config.json").read_text() == (inputs.model / "preprocessor_config.json").read_text()
     result = verify(outcome, run, inputs)
     assert (result.result, result.reason) == (VerificationOutcome.VERIFIED, None) and result.change_from_base > 1e-3
 
 
-def reference_loss(folder: Path, name: str, rows: list[dict[str, Any]]) -> float:
+def compute_reference_loss(folder: Path, name: str, rows: list[dict[str, Any]]) -> float:
     """Compute the mean loss of the answers row by row, with the processor and the loss of transformers but none of this project's data code."""
     import io
     import json
@@ -97,26 +97,26 @@ def reference_loss(folder: Path, name: str, rows: list[dict[str, Any]]) -> float
         text = tokenizer.apply_chat_template(turns, tokenize=False)
         inputs = processor(text=[text], images=[[image]], return_tensors="pt", add_special_tokens=False)
         inputs["pixel_values"] = inputs["pixel_values"].float()
-        wanted = tokenizer(f"{answer['content']}<|im_end|>", add_special_tokens=False)["input_ids"]
+        answer_ids = tokenizer(f"{answer['content']}<|im_end|>", add_special_tokens=False)["input_ids"]
         ids = inputs["input_ids"][0].tolist()
-        start = max(at for at in range(len(ids)) if ids[at : at + len(wanted)] == wanted)
+        start = max(position for position in range(len(ids)) if ids[position : position + len(answer_ids)] == answer_ids)
         labels = torch.full_like(inputs["input_ids"], -100)
-        labels[0, start : start + len(wanted)] = torch.tensor(wanted)
+        labels[0, start : start + len(answer_ids)] = torch.tensor(answer_ids)
         with torch.no_grad():
-            total += float(model(**inputs, labels=labels).loss) * len(wanted)
-        count += len(wanted)
+            total += float(model(**inputs, labels=labels).loss) * len(answer_ids)
+        count += len(answer_ids)
     return total / count
 
 
-@pytest.mark.parametrize("name", family_cases())
+@pytest.mark.parametrize("name", list_family_cases())
 def test_the_loss_is_that_of_the_answers_given_the_images(name: str, tmp_path: Path) -> None:
     # The images of a batch have different sizes, so the rows and the image tiles are padded.
     rows = make_image_rows(("red", "no"), sizes=((40, 32), (80, 30)))
     outcome, _, inputs = train(tmp_path, name, {"training": {"maxSteps": 1, "batchSizePerDevice": 2}, "output": {"verify": False}}, rows)
-    assert outcome.losses == [pytest.approx(reference_loss(inputs.model, name, rows), abs=2e-5)]
-    other = [{**row, "messages": [{"role": "user", "content": "question"}, row["messages"][1]]} for row in rows]
-    without_images, *_ = train(tmp_path / "text", name, {"training": {"maxSteps": 1, "batchSizePerDevice": 2}, "output": {"verify": False}}, other)
-    assert abs(without_images.losses[0] - outcome.losses[0]) > 1e-4, "the loss does not depend on the images"
+    assert outcome.losses == [pytest.approx(compute_reference_loss(inputs.model, name, rows), abs=2e-5)]
+    text_rows = [{**row, "messages": [{"role": "user", "content": "question"}, row["messages"][1]]} for row in rows]
+    text_outcome, *_ = train(tmp_path / "text", name, {"training": {"maxSteps": 1, "batchSizePerDevice": 2}, "output": {"verify": False}}, text_rows)
+    assert abs(text_outcome.losses[0] - outcome.losses[0]) > 1e-4, "the loss does not depend on the images"
 
 
 def test_image_tokens_are_never_trained_on(tmp_path: Path) -> None:
@@ -126,10 +126,10 @@ def test_image_tokens_are_never_trained_on(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(inputs.model)
     row = read_trained_rows(outcome)[0]
     assert len(row[IMAGE_SOURCES_COLUMN]) == 1
-    text = tokenizer.decode([token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label == -100])
-    assert text == "\n\n<start_of_image>" + 4 * "<image_soft_token>" + "<end_of_image>\n\n"
-    trained = tokenizer.decode([label for label in row["labels"] if label != -100])
-    assert trained == "<|im_start|>user\nquestion<|im_end|>\n<|im_start|>assistant\nred<|im_end|>\n"
+    untrained_text = tokenizer.decode([token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label == -100])
+    assert untrained_text == "\n\n<start_of_image>" + 4 * "<image_soft_token>" + "<end_of_image>\n\n"
+    trained_text = tokenizer.decode([label for label in row["labels"] if label != -100])
+    assert trained_text == "<|im_start|>user\nquestion<|im_end|>\n<|im_start|>assistant\nred<|im_end|>\n"
 
 
 def read_trained_rows(outcome: RunOutcome) -> list[dict[str, Any]]:
@@ -141,7 +141,7 @@ def read_trained_rows(outcome: RunOutcome) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("name", "method", "trained", "frozen"),
+    ("name", "method", "trained_parts", "frozen_parts"),
     [
         slow_case("gemma3", {"type": "lora", "vision": {"visionLayers": True}}, ("vision_tower.", "language_model."), ()),
         ("gemma3", {"type": "lora", "vision": {"visionLayers": True, "languageLayers": False}}, ("vision_tower.",), ("language_model.",)),
@@ -153,11 +153,13 @@ def read_trained_rows(outcome: RunOutcome) -> list[dict[str, Any]]:
         slow_case("idefics3", {"type": "lora", "lora": {"useDora": True}}, ("text_model.",), ("vision_model.", "connector.")),
     ],
 )  # fmt: skip
-def test_only_the_requested_parts_are_trained(name: str, method: dict[str, Any], trained: tuple[str, ...], frozen: tuple[str, ...], tmp_path: Path) -> None:
+def test_only_the_requested_parts_are_trained(
+    name: str, method: dict[str, Any], trained_parts: tuple[str, ...], frozen_parts: tuple[str, ...], tmp_path: Path
+) -> None:
     outcome, run, inputs = train(tmp_path, name, {"method": method, "training": {"maxSteps": 2}})
-    names = trained_parameter_names(outcome)
-    assert all(any(part in one for one in names) for part in trained), names
-    assert not [one for one in names if any(part in one for part in frozen)]
+    trained_names = list_trained_names(outcome)
+    assert all(any(part in trained_name for trained_name in trained_names) for part in trained_parts), trained_names
+    assert not [trained_name for trained_name in trained_names if any(part in trained_name for part in frozen_parts)]
     result = verify(outcome, run, inputs)
     assert (result.result, result.code) == (VerificationOutcome.VERIFIED, None), result
 
@@ -243,9 +245,9 @@ def test_transformers_loads_the_adapter_as_the_model_card_says(tmp_path: Path) -
     assert outcome.folder is not None
     config = json.loads((outcome.folder / "adapter_config.json").read_text())
     (outcome.folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(inputs.model)}))
-    loaded = dict(AutoModelForImageTextToText.from_pretrained(outcome.folder).named_parameters())
-    trained = {name: value for name, value in outcome.model.named_parameters() if value.requires_grad}
-    assert trained and all(torch.equal(loaded[name.removeprefix("base_model.model.")], value) for name, value in trained.items())
+    loaded_weights = dict(AutoModelForImageTextToText.from_pretrained(outcome.folder).named_parameters())
+    trained_weights = {name: value for name, value in outcome.model.named_parameters() if value.requires_grad}
+    assert trained_weights and all(torch.equal(loaded_weights[name.removeprefix("base_model.model.")], value) for name, value in trained_weights.items())
 
 
 @pytest.mark.faults

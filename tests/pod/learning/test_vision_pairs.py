@@ -59,14 +59,14 @@ def convert_pixels(module: Any, arguments: tuple[Any, ...], options: dict[str, A
     return arguments, options if pixels is None else {**options, "pixel_values": pixels.float()}
 
 
-def compute_trl_loss(base: Path, trained: Path, rows: list[dict[str, Any]], folder: Path) -> float:
+def compute_trl_loss(base: Path, artefact: Path, rows: list[dict[str, Any]], folder: Path) -> float:
     """Compute the mean DPO loss with TRL's own trainer, which renders, tokenises and masks the rows itself. The base model is the reference model."""
-    tokenizer = AutoTokenizer.from_pretrained(trained)
+    tokenizer = AutoTokenizer.from_pretrained(artefact)
     processor_class = image_text_processor_class(AutoConfig.from_pretrained(base))
     assert processor_class is not None
     processor = build_processor(processor_class, base, tokenizer)
     processor.chat_template = tokenizer.chat_template
-    model, reference = (AutoModelForImageTextToText.from_pretrained(path, dtype="float32") for path in (_set_base_model(trained, base), base))
+    model, reference = (AutoModelForImageTextToText.from_pretrained(path, dtype="float32") for path in (_set_base_model(artefact, base), base))
     for loaded_model in (model, reference):  # TRL cannot train Llama 4 without these two corrections.
         loaded_model.register_forward_pre_hook(convert_pixels, with_kwargs=True)
         connect_backbone(loaded_model)
@@ -85,14 +85,14 @@ def compute_trl_loss(base: Path, trained: Path, rows: list[dict[str, Any]], fold
     return float(trainer.evaluate()["eval_loss"])
 
 
-def _set_base_model(trained: Path, base: Path) -> Path:
+def _set_base_model(artefact: Path, base: Path) -> Path:
     """Write the path of the base model into the configuration of the adapter `trained`. Returns `trained`."""
     import json
 
-    config = trained / "adapter_config.json"
+    config = artefact / "adapter_config.json"
     if config.exists():
         config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": str(base)}))
-    return trained
+    return artefact
 
 
 @pytest.mark.parametrize(
@@ -122,13 +122,13 @@ def test_the_images_change_the_loss(tmp_path: Path) -> None:
 
     The two rows have the same question and different images, and the chosen answer of each row is the rejected answer of the other row.
     """
-    first, second = make_image_pairs(("red", "no"))
-    second = {**second, "chosen": first["rejected"], "rejected": first["chosen"]}
+    first_pair, second_pair = make_image_pairs(("red", "no"))
+    second_pair = {**second_pair, "chosen": first_pair["rejected"], "rejected": first_pair["chosen"]}
     spec = {
         "method": {"type": "full", "lora": None, "vision": {"visionLayers": True}}, "evaluation": {"strategy": "no"},
         "training": {"maxSteps": 40, "learningRate": 5e-3, "scheduler": "constant"},
     }  # fmt: skip
-    outcome, *_ = train(tmp_path, "qwen2_vl", spec, [first, second])
+    outcome, *_ = train(tmp_path, "qwen2_vl", spec, [first_pair, second_pair])
     assert outcome.losses[-1] < 0.3
 
 
@@ -141,9 +141,10 @@ def train_on_column_row(folder: Path, **columns: Any) -> RunOutcome:
 
 
 def test_images_may_be_a_separate_column_of_text_rows(tmp_path: Path) -> None:
-    in_message = train(tmp_path / "message", "gemma3", {"training": {"maxSteps": 2}, "evaluation": {"strategy": "no"}}, make_image_pairs(("red", "no"))[:1])[0]
-    as_column = train_on_column_row(tmp_path / "column", image="red.png")
-    assert as_column.losses == in_message.losses and as_column.losses[1] < as_column.losses[0]
+    spec = {"training": {"maxSteps": 2}, "evaluation": {"strategy": "no"}}
+    message_outcome = train(tmp_path / "message", "gemma3", spec, make_image_pairs(("red", "no"))[:1])[0]
+    column_outcome = train_on_column_row(tmp_path / "column", image="red.png")
+    assert column_outcome.losses == message_outcome.losses and column_outcome.losses[1] < column_outcome.losses[0]
 
 
 @pytest.mark.parametrize(

@@ -40,13 +40,13 @@ class SnapshotHooks(RecordingHooks):
 
         class Snapshot(TrainerCallback):
             def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-                copied = copy.deepcopy(model)
-                weights.append((copied.merge_and_unload() if hasattr(copied, "merge_and_unload") else copied).state_dict())
+                copied_model = copy.deepcopy(model)
+                weights.append((copied_model.merge_and_unload() if hasattr(copied_model, "merge_and_unload") else copied_model).state_dict())
 
         return [*super().create_callbacks(*args), Snapshot()]
 
 
-def grpo_spec(method: str) -> Spec:
+def make_grpo_spec(method: str) -> Spec:
     return {
         "method": {"type": method, **({"lora": {"dropout": 0, "rank": 4}} if method != "full" else {})},
         "training": {"maxSteps": STEPS, "batchSizePerDevice": 16, "scheduler": "constant", "learningRate": 0.05},
@@ -72,29 +72,29 @@ def train(folder: Path, model: Path, spec: Spec, server: Server) -> tuple[RunOut
     return hooks.outcome, models
 
 
-def sample_completions(weights: Any, request: dict[str, Any]) -> list[list[int]]:
-    """Sample the completions of a recorded server request again, with these weights of the trainer."""
-    return [complete(weights, prompt, request, number)["token_ids"] for prompt in request["prompt"] for number in range(request["n"])]
+def sample_completions(model: Any, request: dict[str, Any]) -> list[list[int]]:
+    """Sample the completions of a recorded server request again. `model` has weights of the trainer."""
+    return [complete(model, prompt, request, number)["token_ids"] for prompt in request["prompt"] for number in range(request["n"])]
 
 
-def assert_unchanged_base(trained: Any, base: Path) -> None:
+def assert_unchanged_base(trained_model: Any, base: Path) -> None:
     """Check that the base weights are unchanged bit for bit, although the adapter was merged and removed for each request to the server."""
     from transformers import AutoModelForCausalLM
 
-    expected = dict(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).named_parameters())
-    weights = {name.replace(".base_layer", ""): weight for name, weight in trained.get_base_model().named_parameters() if "lora_" not in name}
-    assert weights.keys() == expected.keys()
-    assert [name for name in expected if not torch.equal(weights[name], expected[name])] == []
+    base_weights = dict(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).named_parameters())
+    weights = {name.replace(".base_layer", ""): weight for name, weight in trained_model.get_base_model().named_parameters() if "lora_" not in name}
+    assert weights.keys() == base_weights.keys()
+    assert [name for name in base_weights if not torch.equal(weights[name], base_weights[name])] == []
 
 
 @pytest.mark.parametrize("method", quick_slice(["full", "lora", "dora"], ["lora"]))
 def test_each_step_generates_with_the_weights_of_the_trainer(method: str, model: Path, tmp_path: Path) -> None:
     with start_server(tmp_path / "work" / "generation", tmp_path / "record.jsonl") as server:
-        outcome, models = train(tmp_path, model, grpo_spec(method), server)
+        outcome, models = train(tmp_path, model, make_grpo_spec(method), server)
     requests = server.generations
     assert len(requests) == len(models) == len(outcome.losses) == STEPS
-    for request, weights in zip(requests, models, strict=True):
-        assert request["completions"] == sample_completions(weights, request)
+    for request, step_model in zip(requests, models, strict=True):
+        assert request["completions"] == sample_completions(step_model, request)
         options = {name: request[name] for name in ("n", "temperature", "top_p", "top_k", "max_tokens", "logprobs")}
         assert options == {"n": 8, "temperature": 1.0, "top_p": 0.9, "top_k": 0, "max_tokens": 6, "logprobs": 0}
     assert requests[-1]["completions"] != sample_completions(models[0], requests[-1]), "the weights have not changed the completions"
@@ -106,6 +106,6 @@ def test_each_step_generates_with_the_weights_of_the_trainer(method: str, model:
 def test_a_run_without_the_address_of_its_server_is_refused(model: Path, tmp_path: Path) -> None:
     from finetune_trainer import train as trainer
 
-    run, inputs = make_run(tmp_path, model, grpo_spec("full"), PROMPTS)
+    run, inputs = make_run(tmp_path, model, make_grpo_spec("full"), PROMPTS)
     with pytest.raises(FineTuneError, match="GenerationAddressMissing: trainer.grpo.generation.backend is vllm, but run.json contains no address"):
         trainer.main(run, Channel.create_recording(tmp_path / "work"), inputs, RecordingHooks())

@@ -66,8 +66,8 @@ def test_the_estimate_is_above_the_peak_that_was_measured_on_a_gpu(
     config: Any, spec: dict[str, Any], dtype: torch.dtype, measured_gb: float, tmp_path: Path
 ) -> None:
     """`measured_gb` is a peak in benchmarks/results/gpu_cells*.json: two packed sequences of 4096 tokens with Liger's kernels on an H200."""
-    merged = merge_mappings(merge_mappings(GPU_SPEC, {"training": {"gradientAccumulationSteps": 1}}), spec)
-    run, _ = make_run(tmp_path, Path("/models/tiny"), merged)
+    merged_spec = merge_mappings(merge_mappings(GPU_SPEC, {"training": {"gradientAccumulationSteps": 1}}), spec)
+    run, _ = make_run(tmp_path, Path("/models/tiny"), merged_spec)
     estimate = estimate_memory(run, make_gpu(dtype), "single", config, 2 * 4096, uses_liger=True)
     assert measured_gb < estimate.total_bytes / 1e9 < 1.51 * measured_gb
 
@@ -104,14 +104,16 @@ def test_as_many_activations_are_kept_as_fit(config: Any, gpu_bytes: int, strate
     run, _ = make_run(tmp_path, Path("/models/tiny"), merge_mappings(GPU_SPEC, UNPACKED))
     layers = config.num_hidden_layers
     limit = choice.kept_layer_tokens // layers
-    at_limit, above = (estimate_memory(run, make_gpu(), strategy, config, tokens, uses_liger=True).total_bytes for tokens in (limit, limit + 1))
-    assert at_limit <= USABLE_GPU_MEMORY_SHARE * gpu_bytes < above
-    recomputed = layers - count_kept_layers(layers, TOKENS_OF_LONGEST_ROWS, choice.kept_layer_tokens)
-    assert choice.note.startswith(f"{recomputed} of {layers} layers recompute their activations in the largest micro-batch (no layer does in ")
+    bytes_at_limit, bytes_above_limit = (
+        estimate_memory(run, make_gpu(), strategy, config, tokens, uses_liger=True).total_bytes for tokens in (limit, limit + 1)
+    )
+    assert bytes_at_limit <= USABLE_GPU_MEMORY_SHARE * gpu_bytes < bytes_above_limit
+    recomputed_count = layers - count_kept_layers(layers, TOKENS_OF_LONGEST_ROWS, choice.kept_layer_tokens)
+    assert choice.note.startswith(f"{recomputed_count} of {layers} layers recompute their activations in the largest micro-batch (no layer does in ")
     assert f" in micro-batches of up to {limit} tokens), because " in choice.note
     # The token limit does not depend on the lengths of the rows.
-    longer = choose_activations(tmp_path, UNPACKED, config, gpu_bytes=gpu_bytes, strategy=strategy, batch_tokens=2 * TOKENS_OF_LONGEST_ROWS)
-    assert longer is not None and longer.kept_layer_tokens == choice.kept_layer_tokens
+    choice_of_longer_rows = choose_activations(tmp_path, UNPACKED, config, gpu_bytes=gpu_bytes, strategy=strategy, batch_tokens=2 * TOKENS_OF_LONGEST_ROWS)
+    assert choice_of_longer_rows is not None and choice_of_longer_rows.kept_layer_tokens == choice.kept_layer_tokens
 
 
 def test_sixteen_conversations_of_500_tokens_keep_their_activations_on_an_h200(tmp_path: Path) -> None:
@@ -121,27 +123,27 @@ def test_sixteen_conversations_of_500_tokens_keep_their_activations_on_an_h200(t
     assert 16 * 500 < choice.kept_layer_tokens // 32 < TOKENS_OF_LONGEST_ROWS
 
 
-@pytest.mark.parametrize(("rows", "kept"), [(3, 22), (4, 16), (8, 7)])
-def test_some_layers_keep_the_activations_of_packed_micro_batches_that_do_not_fit(rows: int, kept: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("rows", "kept_count"), [(3, 22), (4, 16), (8, 7)])
+def test_some_layers_keep_the_activations_of_packed_micro_batches_that_do_not_fit(rows: int, kept_count: int, tmp_path: Path) -> None:
     """The run trains an 8B model with LoRA on one H100. Its data are packed."""
     choice = choose_activations(tmp_path, {"training": {"batchSizePerDevice": rows}}, gpu_bytes=H100_BYTES, batch_tokens=rows * 4096)
     assert choice is not None and choice.kept_layer_tokens is not None
-    assert count_kept_layers(32, rows * 4096, choice.kept_layer_tokens) == kept
-    assert choice.note.startswith(f"{32 - kept} of 32 layers recompute their activations, because ")
+    assert count_kept_layers(32, rows * 4096, choice.kept_layer_tokens) == kept_count
+    assert choice.note.startswith(f"{32 - kept_count} of 32 layers recompute their activations, because ")
 
 
 def test_packed_micro_batches_that_leave_no_memory_for_two_layers_are_recomputed(tmp_path: Path) -> None:
     assert choose_activations(tmp_path, {}, gpu_bytes=H100_BYTES, batch_tokens=60 * 4096) is None
 
 
-@pytest.mark.parametrize(("accumulation", "strategy", "kept"), [(1, "single", 9), (2, "single", None), (1, "ddp", None)])
+@pytest.mark.parametrize(("accumulation", "strategy", "kept_count"), [(1, "single", 9), (2, "single", None), (1, "ddp", None)])
 def test_full_training_without_accumulation_has_no_gradients_during_the_forward_pass(
-    accumulation: int, strategy: str, kept: int | None, tmp_path: Path
+    accumulation: int, strategy: str, kept_count: int | None, tmp_path: Path
 ) -> None:
     """The run trains an 8B model with 32-bit weights on an H200."""
     spec = {"method": {"type": "full"}, "training": {"gradientAccumulationSteps": accumulation}}
     choice = choose_activations(tmp_path, spec, gpu_bytes=150_100_000_000, hardware=make_gpu(torch.float32), strategy=strategy)
-    assert (None if choice is None else count_kept_layers(32, 2 * 4096, choice.kept_layer_tokens or 0)) == kept
+    assert (None if choice is None else count_kept_layers(32, 2 * 4096, choice.kept_layer_tokens or 0)) == kept_count
 
 
 def test_no_activations_are_kept_if_the_weights_do_not_fit(tmp_path: Path) -> None:
@@ -164,9 +166,9 @@ def test_the_layers_of_estimated_models_read_the_flag_in_each_forward_pass(model
 def test_ddp_needs_memory_for_a_second_copy_of_the_gradients(tmp_path: Path) -> None:
     spec = {"method": {"type": "full"}, "training": {"gradientAccumulationSteps": 2}}
     run, _ = make_run(tmp_path, Path("/models/tiny"), merge_mappings(GPU_SPEC, spec))
-    single, ddp = (estimate_memory(run, make_gpu(torch.float32), name, MODEL_1B, 4096, uses_liger=True) for name in ("single", "ddp"))
-    assert ddp.state_bytes - single.state_bytes == 4 * (single.state_bytes // 18)
-    assert ddp.activation_bytes == single.activation_bytes
+    single_estimate, ddp_estimate = (estimate_memory(run, make_gpu(torch.float32), name, MODEL_1B, 4096, uses_liger=True) for name in ("single", "ddp"))
+    assert ddp_estimate.state_bytes - single_estimate.state_bytes == 4 * (single_estimate.state_bytes // 18)
+    assert ddp_estimate.activation_bytes == single_estimate.activation_bytes
 
 
 @pytest.mark.parametrize(

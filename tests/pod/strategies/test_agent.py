@@ -24,11 +24,11 @@ def make_toy_pod(folder: Path, model: Path, rows: Path, script: dict[str, Any], 
         "checkpoint": {"steps": 5},
     }
     run = run_config(spec, StoreTarget(uri=f"file://{folder}/root/team/job/{UID}"), processes=ranks)
-    path = os.pathsep.join([PYTHONPATH, str(POD_TESTS_FOLDER)])
+    python_path = os.pathsep.join([PYTHONPATH, str(POD_TESTS_FOLDER)])
     return Pod(
         run,
         folder / "pod",
-        {"PYTHONPATH": path, "FINETUNE_TRAINER_MODULE": "toy_rank", "TOY_SCRIPT": json.dumps(script)},
+        {"PYTHONPATH": python_path, "FINETUNE_TRAINER_MODULE": "toy_rank", "TOY_SCRIPT": json.dumps(script)},
     )
 
 
@@ -38,9 +38,9 @@ def test_the_agent_loads_torch_only_for_several_ranks(
 ) -> None:
     with make_toy_pod(tmp_path, model, rows, {"steps": 100_000}, ranks) as pod:
         pod.wait_step(1)
-        (agent,) = pod.pids("agent")
+        (agent_pid,) = pod.pids("agent")
         assert len(pod.pids("train")) == ranks
-        assert ("libtorch" in Path(f"/proc/{agent}/maps").read_text()) is loads_torch
+        assert ("libtorch" in Path(f"/proc/{agent_pid}/maps").read_text()) is loads_torch
         pod.kill()
 
 

@@ -32,18 +32,18 @@ def detect_for_spec(folder: Path, spec: dict[str, Any]) -> Hardware:
 
 
 @pytest.mark.parametrize(
-    ("requested", "dtype", "bf16"),
+    ("requested", "dtype", "computes_in_bf16"),
     [("auto", torch.float32, False), ("no", torch.float32, False), ("bf16", torch.float32, True)],
 )
 def test_a_cpu_trains_in_32_bits_unless_the_spec_says_bf16(
-    requested: str, dtype: torch.dtype, bf16: bool, tmp_path: Path
+    requested: str, dtype: torch.dtype, computes_in_bf16: bool, tmp_path: Path
 ) -> None:
     hardware = detect_for_spec(tmp_path, {"training": {"mixedPrecision": requested}})
     assert (hardware.is_cpu, hardware.name, hardware.dtype, hardware.computes_in_bf16, hardware.computes_in_fp16) == (
         True,
         "cpu",
         dtype,
-        bf16,
+        computes_in_bf16,
         False,
     )
 
@@ -59,7 +59,7 @@ def test_an_old_gpu_computes_in_fp16(old_gpu: None, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spec", "code", "expected", "hint"),
+    ("spec", "code", "expected_text", "hint"),
     [
         (
             {"training": {"mixedPrecision": "fp16"}},
@@ -77,18 +77,18 @@ def test_an_old_gpu_computes_in_fp16(old_gpu: None, tmp_path: Path) -> None:
     ],
 )
 def test_a_missing_device_or_format_is_refused(
-    spec: dict[str, Any], code: str, expected: str, hint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    spec: dict[str, Any], code: str, expected_text: str, hint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     with pytest.raises(ConfigError) as caught:
         detect_for_spec(tmp_path, spec)
     assert (caught.value.code, caught.value.exit_code) == (code, 64)
-    assert expected in caught.value.message and hint in (caught.value.hint or "")
+    assert expected_text in caught.value.message and hint in (caught.value.hint or "")
 
 
 @pytest.mark.parametrize(
-    ("driver_error", "code", "exit_code", "expected"),
+    ("driver_error", "code", "exit_code", "expected_text"),
     [
         (
             RuntimeError(
@@ -112,7 +112,7 @@ def test_a_missing_device_or_format_is_refused(
     ids=["no driver", "no CUDA", "broken node", "no GPUs", "unknown", "no error"],
 )  # fmt: skip
 def test_a_requested_gpu_that_torch_does_not_find(
-    driver_error: Exception | None, code: str, exit_code: int, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    driver_error: Exception | None, code: str, exit_code: int, expected_text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two errors are not retried: the pod has no driver, or the image has no CUDA. All other errors can be caused by one node, so they are retried."""
 
@@ -125,7 +125,7 @@ def test_a_requested_gpu_that_torch_does_not_find(
     with pytest.raises(FineTuneError) as caught:
         detect_for_spec(tmp_path, ONE_GPU_SPEC)
     assert (caught.value.code, caught.value.exit_code) == (code, exit_code)
-    assert expected in caught.value.message
+    assert expected_text in caught.value.message
 
 
 def test_bf16_is_refused_on_a_gpu_without_bf16(old_gpu: None, tmp_path: Path) -> None:
@@ -134,9 +134,9 @@ def test_bf16_is_refused_on_a_gpu_without_bf16(old_gpu: None, tmp_path: Path) ->
     assert caught.value.message == "Tesla T4 cannot compute in bf16"
 
 
-@pytest.mark.parametrize(("requested", "active"), [("auto", "sdpa"), ("sdpa", "sdpa"), ("eager", "eager")])
-def test_the_attention_of_the_spec_is_chosen(requested: str, active: str, tmp_path: Path) -> None:
-    assert detect_for_spec(tmp_path, {"model": {"attention": requested}}).attention == active
+@pytest.mark.parametrize(("requested", "expected_attention"), [("auto", "sdpa"), ("sdpa", "sdpa"), ("eager", "eager")])
+def test_the_attention_of_the_spec_is_chosen(requested: str, expected_attention: str, tmp_path: Path) -> None:
+    assert detect_for_spec(tmp_path, {"model": {"attention": requested}}).attention == expected_attention
 
 
 @pytest.fixture
@@ -153,8 +153,8 @@ def new_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_flash_attention_needs_16_bits(new_gpus: None, tmp_path: Path) -> None:
-    flash: dict[str, Any] = {**ONE_GPU_SPEC, "model": {"attention": "flashAttention2"}, "method": {"type": "full"}}
-    assert detect_for_spec(tmp_path / "a", flash).attention == "flash_attention_2"
+    flash_spec: dict[str, Any] = {**ONE_GPU_SPEC, "model": {"attention": "flashAttention2"}, "method": {"type": "full"}}
+    assert detect_for_spec(tmp_path / "a", flash_spec).attention == "flash_attention_2"
     with pytest.raises(ConfigError) as caught:
-        detect_for_spec(tmp_path / "b", {**flash, "training": {"mixedPrecision": "no"}})
+        detect_for_spec(tmp_path / "b", {**flash_spec, "training": {"mixedPrecision": "no"}})
     assert caught.value.code == "AttentionPrecision" and "write mixedPrecision bf16" in (caught.value.hint or "")

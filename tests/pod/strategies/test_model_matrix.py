@@ -45,16 +45,16 @@ def test_the_record_has_the_known_families_and_methods() -> None:
 
 def test_the_record_was_made_with_the_locked_versions() -> None:
     """After an upgrade of a library, run `python -m tests.support.model_matrix --again` to record all runs again."""
-    locked = dict(re.findall(r"^([a-z0-9-]+)==([^ +]+)", (CHECKOUT_FOLDER / "requirements/trainer.lock").read_text(), re.MULTILINE))
-    recorded = model_matrix.read_recorded_versions()
-    assert recorded == {name: locked[name] for name in model_matrix.LIBRARIES}
+    locked_versions = dict(re.findall(r"^([a-z0-9-]+)==([^ +]+)", (CHECKOUT_FOLDER / "requirements/trainer.lock").read_text(), re.MULTILINE))
+    recorded_versions = model_matrix.read_recorded_versions()
+    assert recorded_versions == {name: locked_versions[name] for name in model_matrix.LIBRARIES}
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("strategy", model_matrix.METHODS_BY_STRATEGY)
 def test_new_runs_have_the_recorded_verdicts(strategy: str, tmp_path: Path) -> None:
-    recorded = {
+    recorded_verdicts = {
         (family, method): verdict for family, verdicts in model_matrix.read_record()[strategy].items() for method, verdict in verdicts.items()
     }
-    assert model_matrix.run_strategy(strategy, list(recorded), tmp_path) == recorded
+    assert model_matrix.run_strategy(strategy, list(recorded_verdicts), tmp_path) == recorded_verdicts

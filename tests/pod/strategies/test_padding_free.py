@@ -40,10 +40,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_two_ranks_have_the_losses_of_padded_batches(name: str, results: dict[str, Result]) -> None:
-    padded, found = results[f"{name} False"], results[f"{name} True"]
-    assert (padded.error, found.error) == (None, None)
-    assert (padded.resolved["attention"], found.resolved["attention"]) == ("sdpa", "varlen")
-    assert found.losses == pytest.approx(padded.losses, abs=1e-5) and len(found.losses) == 3
-    assert found.grad_norms == pytest.approx(padded.grad_norms, rel=1e-4)
+    padded_result, padding_free_result = results[f"{name} False"], results[f"{name} True"]
+    assert (padded_result.error, padding_free_result.error) == (None, None)
+    assert (padded_result.resolved["attention"], padding_free_result.resolved["attention"]) == ("sdpa", "varlen")
+    assert padding_free_result.losses == pytest.approx(padded_result.losses, abs=1e-5) and len(padding_free_result.losses) == 3
+    assert padding_free_result.grad_norms == pytest.approx(padded_result.grad_norms, rel=1e-4)
     for metric in ("eval_loss", "eval_mean_token_accuracy"):
-        assert found.eval[metric] == pytest.approx(padded.eval[metric], abs=1e-5)
+        assert padding_free_result.eval[metric] == pytest.approx(padded_result.eval[metric], abs=1e-5)

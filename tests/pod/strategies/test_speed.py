@@ -23,8 +23,8 @@ def count_matrix_weights(folder: Path) -> int:
     """Count the weights that take part in matrix products: all weights of the stored model except the embedding table."""
     from safetensors.torch import load_file
 
-    stored = load_file(folder / "model.safetensors")
-    return sum(weight.numel() for name, weight in stored.items() if "embed_tokens" not in name)
+    stored_weights = load_file(folder / "model.safetensors")
+    return sum(weight.numel() for name, weight in stored_weights.items() if "embed_tokens" not in name)
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "qlora", "dora"])
@@ -43,9 +43,9 @@ def test_the_weights_of_a_tied_head_count_once(tmp_path: Path) -> None:
     assert ModelShape.of(tied_model).matrix_parameters == sum(weight.numel() for weight in tied_model.parameters())
 
 
-@pytest.mark.parametrize(("method", "frozen"), [("lora", True), ("full", False)])
+@pytest.mark.parametrize(("method", "is_base_frozen"), [("lora", True), ("full", False)])
 def test_utilisation_is_tokens_per_second_times_flops_over_the_peak(
-    method: str, frozen: bool, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, is_base_frozen: bool, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from finetune_trainer.objective import sft
 
@@ -54,7 +54,7 @@ def test_utilisation_is_tokens_per_second_times_flops_over_the_peak(
     outcome = run_training(tmp_path, model, {"method": {"type": method}})
     report = outcome.extra["data"]["tokens"]["train"]
     shape = ModelShape(count_matrix_weights(model), LAYER_COUNT, HEAD_COUNT, HIDDEN_SIZE // HEAD_COUNT)
-    flops = flops_per_token(shape, report["tokens"] / report["rows"], frozen_base=frozen)
+    flops = flops_per_token(shape, report["tokens"] / report["rows"], frozen_base=is_base_frozen)
     lines = [line for line in outcome.logs if "mfu" in line]
     assert [line["step"] for line in lines] == [2, 3, 4]  # throughput is measured from one log line to the next, so step 1 has no value
     for line in lines:

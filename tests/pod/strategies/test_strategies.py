@@ -28,11 +28,11 @@ DDP_SPEC = {"distributed": {"strategy": "ddp"}}
 SAVE_STEPS = {"checkpoint": {"strategy": "steps", "steps": 2}}
 
 
-def fsdp_spec(**options: Any) -> dict[str, Any]:
+def make_fsdp_spec(**options: Any) -> dict[str, Any]:
     return {"distributed": {"strategy": "fsdp", **({"fsdp": options} if options else {})}}
 
 
-def zero_spec(stage: int | None = None, **options: Any) -> dict[str, Any]:
+def make_zero_spec(stage: int | None = None, **options: Any) -> dict[str, Any]:
     group = options | ({"zeroStage": stage} if stage is not None else {})
     return {"distributed": {"strategy": "deepspeed", **({"deepspeed": group} if group else {})}}
 
@@ -59,29 +59,29 @@ SPECS: dict[str, dict[str, Any]] = {
     "ddp full": merge_mappings(FULL_SPEC, DDP_SPEC),
     "ddp lora": merge_mappings(merge_mappings(LORA_SPEC, DDP_SPEC), SAVE_STEPS),
     "ddp qlora": merge_mappings(QLORA_SPEC, DDP_SPEC),
-    "fsdp full": merge_mappings(merge_mappings(FULL_SPEC, fsdp_spec()), SAVE_STEPS),
-    "fsdp full, full states": merge_mappings(merge_mappings(FULL_SPEC, fsdp_spec(stateDict="full")), SAVE_STEPS),
-    "fsdp lora": merge_mappings(merge_mappings(LORA_SPEC, fsdp_spec()), SAVE_STEPS),
-    "fsdp qlora": merge_mappings(QLORA_SPEC, fsdp_spec()),
-    "fsdp shardGradOp": merge_mappings(FULL_SPEC, fsdp_spec(sharding="shardGradOp")),
-    "fsdp noShard": merge_mappings(FULL_SPEC, fsdp_spec(sharding="noShard")),
-    "fsdp file": merge_mappings(FULL_SPEC, fsdp_spec(configRef={"name": "mine", "key": "fsdp.yaml"})),
-    "zero0 full": merge_mappings(FULL_SPEC, zero_spec(0)),
-    "zero1 full": merge_mappings(FULL_SPEC, zero_spec(1)),
-    "zero2 full": merge_mappings(merge_mappings(FULL_SPEC, zero_spec()), SAVE_STEPS),
-    "zero2 lora": merge_mappings(LORA_SPEC, zero_spec(2)),
-    "zero2 qlora": merge_mappings(QLORA_SPEC, zero_spec(2)),
-    "zero2 offload": merge_mappings(FULL_SPEC, zero_spec(2, offloadOptimizer=True)),
-    "zero3 full": merge_mappings(merge_mappings(FULL_SPEC, zero_spec(3)), SAVE_STEPS),
-    "zero3 lora": merge_mappings(merge_mappings(LORA_SPEC, zero_spec(3)), SAVE_STEPS),
-    "zero3 offload": merge_mappings(FULL_SPEC, zero_spec(3, offloadOptimizer=True, offloadParameters=True)),
-    "zero3 json": merge_mappings(FULL_SPEC, zero_spec(configRef={"name": "mine", "key": "zero.json"})),
+    "fsdp full": merge_mappings(merge_mappings(FULL_SPEC, make_fsdp_spec()), SAVE_STEPS),
+    "fsdp full, full states": merge_mappings(merge_mappings(FULL_SPEC, make_fsdp_spec(stateDict="full")), SAVE_STEPS),
+    "fsdp lora": merge_mappings(merge_mappings(LORA_SPEC, make_fsdp_spec()), SAVE_STEPS),
+    "fsdp qlora": merge_mappings(QLORA_SPEC, make_fsdp_spec()),
+    "fsdp shardGradOp": merge_mappings(FULL_SPEC, make_fsdp_spec(sharding="shardGradOp")),
+    "fsdp noShard": merge_mappings(FULL_SPEC, make_fsdp_spec(sharding="noShard")),
+    "fsdp file": merge_mappings(FULL_SPEC, make_fsdp_spec(configRef={"name": "mine", "key": "fsdp.yaml"})),
+    "zero0 full": merge_mappings(FULL_SPEC, make_zero_spec(0)),
+    "zero1 full": merge_mappings(FULL_SPEC, make_zero_spec(1)),
+    "zero2 full": merge_mappings(merge_mappings(FULL_SPEC, make_zero_spec()), SAVE_STEPS),
+    "zero2 lora": merge_mappings(LORA_SPEC, make_zero_spec(2)),
+    "zero2 qlora": merge_mappings(QLORA_SPEC, make_zero_spec(2)),
+    "zero2 offload": merge_mappings(FULL_SPEC, make_zero_spec(2, offloadOptimizer=True)),
+    "zero3 full": merge_mappings(merge_mappings(FULL_SPEC, make_zero_spec(3)), SAVE_STEPS),
+    "zero3 lora": merge_mappings(merge_mappings(LORA_SPEC, make_zero_spec(3)), SAVE_STEPS),
+    "zero3 offload": merge_mappings(FULL_SPEC, make_zero_spec(3, offloadOptimizer=True, offloadParameters=True)),
+    "zero3 json": merge_mappings(FULL_SPEC, make_zero_spec(configRef={"name": "mine", "key": "zero.json"})),
 }
 RESUMED_CELLS = ("ddp lora", "fsdp full", "fsdp full, full states", "fsdp lora", "zero2 full", "zero3 full", "zero3 lora")
 BEST_CHECKPOINT_SPECS = {
-    "fsdp best": merge_mappings(merge_mappings(LORA_SPEC, fsdp_spec()), {"training": {"learningRate": 0.03}}),
-    "zero2 best": merge_mappings(merge_mappings(FULL_SPEC, zero_spec(2)), {"training": {"learningRate": 0.01}}),
-    "zero3 best": merge_mappings(merge_mappings(LORA_SPEC, zero_spec(3)), {"training": {"learningRate": 0.03}}),
+    "fsdp best": merge_mappings(merge_mappings(LORA_SPEC, make_fsdp_spec()), {"training": {"learningRate": 0.03}}),
+    "zero2 best": merge_mappings(merge_mappings(FULL_SPEC, make_zero_spec(2)), {"training": {"learningRate": 0.01}}),
+    "zero3 best": merge_mappings(merge_mappings(LORA_SPEC, make_zero_spec(3)), {"training": {"learningRate": 0.03}}),
 }
 UNEVEN_ROWS = [
     {"messages": [row["messages"][0], {"role": "assistant", "content": "red " * (1 + index % 4)}]}
@@ -95,31 +95,31 @@ LORA_EXACT = {"method": {"type": "lora", "lora": {"dropout": 0}}}
 EQUAL_BATCH_SPECS: dict[str, dict[str, Any]] = {
     "ddp": DDP_SPEC,
     "ddp, accumulated": merge_mappings(DDP_SPEC, {"training": {"batchSizePerDevice": 1, "gradientAccumulationSteps": 2}}),
-    "fsdp": fsdp_spec(),
-    "zero2": zero_spec(2),
-    "zero2, accumulated": merge_mappings(zero_spec(2), {"training": {"batchSizePerDevice": 1, "gradientAccumulationSteps": 2}}),
+    "fsdp": make_fsdp_spec(),
+    "zero2": make_zero_spec(2),
+    "zero2, accumulated": merge_mappings(make_zero_spec(2), {"training": {"batchSizePerDevice": 1, "gradientAccumulationSteps": 2}}),
 }
 """Runs on two ranks that together train four rows per step."""
 REFUSED_SPECS: dict[str, tuple[dict[str, Any], str, str]] = {
-    "fsdp prompt": (merge_mappings({"method": {"type": "promptTuning"}}, fsdp_spec()), "StrategyAndMethod", "virtual tokens"),
-    "fsdp 8 bit": (merge_mappings({"model": {"quantization": {"bits": 8}}}, fsdp_spec()), "StrategyAndMethod", "8-bit"),
-    "fsdp local": (fsdp_spec(stateDict="local"), "StateDictUnavailable", "version 2"),
-    "zero3 qlora": (merge_mappings(QLORA_SPEC, zero_spec(3)), "StrategyAndMethod", "quantised"),
-    "zero3 pissa": (merge_mappings({"method": {"lora": {"init": "pissa"}}}, zero_spec(3)), "StrategyAndMethod", "pissa"),
-    "zero3 spectrum": (merge_mappings({"method": {"type": "spectrum"}}, zero_spec(3)), "StrategyAndMethod", "spectrum"),
+    "fsdp prompt": (merge_mappings({"method": {"type": "promptTuning"}}, make_fsdp_spec()), "StrategyAndMethod", "virtual tokens"),
+    "fsdp 8 bit": (merge_mappings({"model": {"quantization": {"bits": 8}}}, make_fsdp_spec()), "StrategyAndMethod", "8-bit"),
+    "fsdp local": (make_fsdp_spec(stateDict="local"), "StateDictUnavailable", "version 2"),
+    "zero3 qlora": (merge_mappings(QLORA_SPEC, make_zero_spec(3)), "StrategyAndMethod", "quantised"),
+    "zero3 pissa": (merge_mappings({"method": {"lora": {"init": "pissa"}}}, make_zero_spec(3)), "StrategyAndMethod", "pissa"),
+    "zero3 spectrum": (merge_mappings({"method": {"type": "spectrum"}}, make_zero_spec(3)), "StrategyAndMethod", "spectrum"),
     "fsdp 8-bit optimizer": (
-        merge_mappings({"training": {"optimizer": "adamw_8bit"}}, fsdp_spec()),
+        merge_mappings({"training": {"optimizer": "adamw_8bit"}}, make_fsdp_spec()),
         "StrategyAndMethod",
         "adamw_8bit cannot update weights that FSDP has sharded",
     ),
     "fsdp head": (
-        merge_mappings({"method": {"lora": {"modulesToSave": ["lm_head"]}}}, fsdp_spec()),
+        merge_mappings({"method": {"lora": {"modulesToSave": ["lm_head"]}}}, make_fsdp_spec()),
         "StrategyAndMethod",
         "contains the output head lm_head",
     ),
-    "zero1 adagrad": (merge_mappings({"training": {"optimizer": "adagrad"}}, zero_spec(1)), "StrategyAndMethod", "optimizer adagrad creates its state"),
+    "zero1 adagrad": (merge_mappings({"training": {"optimizer": "adagrad"}}, make_zero_spec(1)), "StrategyAndMethod", "optimizer adagrad creates its state"),
     "json against fields": (
-        merge_mappings({"training": {"maxGradNorm": 1.0}}, zero_spec(2, configRef={"name": "mine", "key": "zero.json"})),
+        merge_mappings({"training": {"maxGradNorm": 1.0}}, make_zero_spec(2, configRef={"name": "mine", "key": "zero.json"})),
         "ConfigsDisagree",
         "gradient_clipping is 0.25, training.maxGradNorm is 1.0; zero_optimization.stage is 3, distributed.deepspeed.zeroStage is 2",
     ),
@@ -134,31 +134,31 @@ PACKING_SPEC: dict[str, Any] = {"dataset": {"packing": True, "maxSequenceLength"
 HEAD_IN_FULL = {"method": {"lora": {"dropout": 0, "modulesToSave": ["lm_head"]}}}
 SIXTEEN_BIT_RUNS: dict[str, tuple[dict[str, Any], Sequence[Any]]] = {
     "16 bits, ddp": (merge_mappings(LORA_EXACT, DDP_SPEC), TEN_ROWS),
-    "16 bits, fsdp": (merge_mappings(LORA_EXACT, fsdp_spec()), TEN_ROWS),
-    "16 bits, zero2": (merge_mappings(LORA_EXACT, zero_spec(2)), TEN_ROWS),
-    "16 bits, zero3": (merge_mappings(LORA_EXACT, zero_spec(3)), TEN_ROWS),
+    "16 bits, fsdp": (merge_mappings(LORA_EXACT, make_fsdp_spec()), TEN_ROWS),
+    "16 bits, zero2": (merge_mappings(LORA_EXACT, make_zero_spec(2)), TEN_ROWS),
+    "16 bits, zero3": (merge_mappings(LORA_EXACT, make_zero_spec(3)), TEN_ROWS),
     "16 bits, ddp, trained head": (merge_mappings(HEAD_IN_FULL, DDP_SPEC), TEN_ROWS),
     "16 bits, ddp, ia3 and dpo": (merge_mappings({"method": {"type": "ia3"}, "trainer": {"type": "dpo"}}, DDP_SPEC), PREFERENCE_PAIRS),
-    "16 bits, fsdp, reward": (merge_mappings({"trainer": {"type": "reward"}}, fsdp_spec()), PREFERENCE_PAIRS),
-    "16 bits, zero3, reward": (merge_mappings({"trainer": {"type": "reward"}}, zero_spec(3)), PREFERENCE_PAIRS),
+    "16 bits, fsdp, reward": (merge_mappings({"trainer": {"type": "reward"}}, make_fsdp_spec()), PREFERENCE_PAIRS),
+    "16 bits, zero3, reward": (merge_mappings({"trainer": {"type": "reward"}}, make_zero_spec(3)), PREFERENCE_PAIRS),
     "16 bits, ddp, packed": (merge_mappings(merge_mappings(LORA_EXACT, PACKING_SPEC), DDP_SPEC), TEN_ROWS),
-    "16 bits, fsdp, packed": (merge_mappings(merge_mappings(LORA_EXACT, PACKING_SPEC), fsdp_spec()), TEN_ROWS),
+    "16 bits, fsdp, packed": (merge_mappings(merge_mappings(LORA_EXACT, PACKING_SPEC), make_fsdp_spec()), TEN_ROWS),
     "16 bits, ddp, packed, full": (merge_mappings(merge_mappings(FULL_SPEC, PACKING_SPEC), DDP_SPEC), TEN_ROWS),
-    "16 bits, zero3, packed, full": (merge_mappings(merge_mappings(FULL_SPEC, PACKING_SPEC), zero_spec(3)), TEN_ROWS),
-    "16 bits, zero3, packed": (merge_mappings(merge_mappings(LORA_EXACT, PACKING_SPEC), zero_spec(3)), TEN_ROWS),
+    "16 bits, zero3, packed, full": (merge_mappings(merge_mappings(FULL_SPEC, PACKING_SPEC), make_zero_spec(3)), TEN_ROWS),
+    "16 bits, zero3, packed": (merge_mappings(merge_mappings(LORA_EXACT, PACKING_SPEC), make_zero_spec(3)), TEN_ROWS),
 }
 
 
 
 
-def equal_cell(method: str, name: str) -> str:
+def make_equal_cell_name(method: str, name: str) -> str:
     return f"equal batches, {method}, {name}"
 
 
 QUICK_CELLS = {
     "ddp full", "ddp lora", "fsdp full", "fsdp full, full states", "fsdp lora", "fsdp noShard", "zero2 full",
     "zero3 full", "zero3 lora", "zero3 json", *REFUSED_SPECS, "16 bits, ddp", "16 bits, fsdp", "zero2 best",
-    equal_cell("full", "ddp, accumulated"), equal_cell("lora", "fsdp"), equal_cell("full", "zero2, accumulated"),
+    make_equal_cell_name("full", "ddp, accumulated"), make_equal_cell_name("lora", "fsdp"), make_equal_cell_name("full", "zero2, accumulated"),
     "ddp full, stored in 16 bits", "fsdp full, stored in 16 bits",
 }  # fmt: skip
 """The cells of the test matrix that `make test` runs. For each of them, `make test` also runs a cell that resumes from a checkpoint.
@@ -169,8 +169,8 @@ These cells cover every strategy, and ZeRO stages 2 and 3. `make test-faults` ru
 
 def mark_slow_cells(names: Iterable[str]) -> list[Any]:
     """Return the names of cells as test parameters. All but the quick cells are marked as slow."""
-    every = list(names)
-    return quick_slice(every, QUICK_CELLS & set(every))
+    all_names = list(names)
+    return quick_slice(all_names, QUICK_CELLS & set(all_names))
 
 
 @pytest.fixture(scope="module")
@@ -220,13 +220,13 @@ def make_cells(model: Path, folder_16_bits: Path) -> list[Cell]:
         Cell(name, str(model), merge_mappings(best_spec, spec), TEN_ROWS, validation=unlearnable_rows) for name, spec in BEST_CHECKPOINT_SPECS.items()
     ]
     cells += [
-        Cell(equal_cell(method, name), str(model), merge_mappings(merge_mappings(EXACT_SPEC, method_spec), spec), UNEVEN_ROWS)
+        Cell(make_equal_cell_name(method, name), str(model), merge_mappings(merge_mappings(EXACT_SPEC, method_spec), spec), UNEVEN_ROWS)
         for name, spec in EQUAL_BATCH_SPECS.items()
         for method, method_spec in (("full", FULL_SPEC), ("lora", LORA_EXACT))
     ]
-    stored_in_16_bits = store_in_16_bits(model, folder_16_bits)
+    model_in_16_bits = store_in_16_bits(model, folder_16_bits)
     return cells + [
-        Cell(f"{name}, stored in 16 bits", str(stored_in_16_bits), specs[name], TEN_ROWS) for name in ("ddp full", "fsdp full")
+        Cell(f"{name}, stored in 16 bits", str(model_in_16_bits), specs[name], TEN_ROWS) for name in ("ddp full", "fsdp full")
     ]
 
 
@@ -248,19 +248,19 @@ def store_in_16_bits(model: Path, folder: Path) -> Path:
 def load_final_tensors(result: Result) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
-    final = Path(result.folder) / "final"
+    final_folder = Path(result.folder) / "final"
     return dict(
         load_file(
-            next(final / name for name in ("adapter_model.safetensors", "model.safetensors") if (final / name).exists())
+            next(final_folder / name for name in ("adapter_model.safetensors", "model.safetensors") if (final_folder / name).exists())
         )
     )
 
 
 def test_ranks_that_share_converted_weights_train_the_same(results: dict[str, Result]) -> None:
     """With FSDP, one rank converts the 16-bit files to 32 bits for all ranks. With ddp, every rank converts the files for itself."""
-    shared, private = results["fsdp full, stored in 16 bits"], results["ddp full, stored in 16 bits"]
-    assert shared.error is None and shared.losses == private.losses != results["ddp full"].losses
-    assert not list((Path(shared.folder).parent / "work").glob("float32-weights*"))
+    shared_result, private_result = results["fsdp full, stored in 16 bits"], results["ddp full, stored in 16 bits"]
+    assert shared_result.error is None and shared_result.losses == private_result.losses != results["ddp full"].losses
+    assert not list((Path(shared_result.folder).parent / "work").glob("float32-weights*"))
 
 
 @pytest.mark.parametrize("name", mark_slow_cells(SPECS))
@@ -308,13 +308,13 @@ def one_rank_outcomes(model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return outcomes
 
 
-@pytest.mark.parametrize("name", mark_slow_cells(equal_cell(method, name) for method in ("full", "lora") for name in EQUAL_BATCH_SPECS))
+@pytest.mark.parametrize("name", mark_slow_cells(make_equal_cell_name(method, name) for method in ("full", "lora") for name in EQUAL_BATCH_SPECS))
 def test_two_ranks_have_the_losses_of_one_rank(name: str, one_rank_outcomes: dict[str, Any], results: dict[str, Result]) -> None:
-    one_rank, result = one_rank_outcomes[name.split(", ")[1]], results[name]
+    one_rank_outcome, result = one_rank_outcomes[name.split(", ")[1]], results[name]
     assert result.error is None and result.resolved["effectiveBatch"] == 4
-    assert len(one_rank.losses) == 4
-    assert result.losses == pytest.approx(one_rank.losses, abs=1e-6)
-    assert result.grad_norms == pytest.approx(one_rank.grad_norms, rel=1e-5)
+    assert len(one_rank_outcome.losses) == 4
+    assert result.losses == pytest.approx(one_rank_outcome.losses, abs=1e-6)
+    assert result.grad_norms == pytest.approx(one_rank_outcome.grad_norms, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", mark_slow_cells(SIXTEEN_BIT_RUNS))
@@ -335,24 +335,24 @@ def test_no_shard_uses_ddp_and_adds_a_note(results: dict[str, Result]) -> None:
 
 @pytest.mark.parametrize("name", mark_slow_cells(RESUMED_CELLS))
 def test_a_resumed_run_equals_an_uninterrupted_run(name: str, results: dict[str, Result]) -> None:
-    uninterrupted, resumed = results[name], results[f"{name}, resumed"]
-    assert resumed.error is None
-    assert len(resumed.losses) == 2  # the resumed run trains only steps 3 and 4
-    assert resumed.losses == uninterrupted.losses[2:]
-    assert resumed.grad_norms == uninterrupted.grad_norms[2:]
-    first, second = load_final_tensors(uninterrupted), load_final_tensors(resumed)
-    assert [key for key in first if not torch.equal(first[key], second[key])] == []
+    uninterrupted_result, resumed_result = results[name], results[f"{name}, resumed"]
+    assert resumed_result.error is None
+    assert len(resumed_result.losses) == 2  # the resumed run trains only steps 3 and 4
+    assert resumed_result.losses == uninterrupted_result.losses[2:]
+    assert resumed_result.grad_norms == uninterrupted_result.grad_norms[2:]
+    uninterrupted_tensors, resumed_tensors = load_final_tensors(uninterrupted_result), load_final_tensors(resumed_result)
+    assert [key for key in uninterrupted_tensors if not torch.equal(uninterrupted_tensors[key], resumed_tensors[key])] == []
 
 
 def test_fsdp_checkpoints_contain_weights_and_optimizer_state_once(results: dict[str, Result]) -> None:
-    def checkpoint_file_names(name: str) -> set[str]:
+    def list_checkpoint_file_names(name: str) -> set[str]:
         return {path.name for path in (Path(results[name].folder) / "checkpoint-2").iterdir()}
 
-    sharded, full, adapter = checkpoint_file_names("fsdp full"), checkpoint_file_names("fsdp full, full states"), checkpoint_file_names("fsdp lora")
-    assert {"model.safetensors", "optimizer_0", "scheduler.pt", "rng_state_0.pth", "rng_state_1.pth"} <= sharded
-    assert {"model.safetensors", "optimizer.bin"} <= full and "optimizer_0" not in full
-    assert {"adapter_model.safetensors", "optimizer_0"} <= adapter
-    assert not any("pytorch_model_fsdp" in name for name in sharded | full | adapter)
+    sharded_names, full_names, adapter_names = map(list_checkpoint_file_names, ("fsdp full", "fsdp full, full states", "fsdp lora"))
+    assert {"model.safetensors", "optimizer_0", "scheduler.pt", "rng_state_0.pth", "rng_state_1.pth"} <= sharded_names
+    assert {"model.safetensors", "optimizer.bin"} <= full_names and "optimizer_0" not in full_names
+    assert {"adapter_model.safetensors", "optimizer_0"} <= adapter_names
+    assert not any("pytorch_model_fsdp" in name for name in sharded_names | full_names | adapter_names)
 
 
 @pytest.mark.parametrize("name", mark_slow_cells(BEST_CHECKPOINT_SPECS))
@@ -364,11 +364,11 @@ def test_the_best_weights_are_published(name: str, results: dict[str, Result]) -
     folder = Path(result.folder)
     state = json.loads((folder / "checkpoint-12" / "trainer_state.json").read_text())
     file = "model.safetensors" if "zero2" in name else "adapter_model.safetensors"
-    best = load_file(folder / f"checkpoint-{state['best_global_step']}" / file)
-    last, final = load_file(folder / "checkpoint-12" / file), load_final_tensors(result)
+    best_weights = load_file(folder / f"checkpoint-{state['best_global_step']}" / file)
+    last_weights, final_weights = load_file(folder / "checkpoint-12" / file), load_final_tensors(result)
     assert state["best_global_step"] < 12
-    assert [key for key in best if not torch.equal(final[key], best[key])] == []
-    assert not all(torch.equal(final[key], last[key]) for key in last)
+    assert [key for key in best_weights if not torch.equal(final_weights[key], best_weights[key])] == []
+    assert not all(torch.equal(final_weights[key], last_weights[key]) for key in last_weights)
 
 
 def test_artefacts_load_in_plain_libraries(model: Path, results: dict[str, Result]) -> None:
@@ -379,10 +379,10 @@ def test_artefacts_load_in_plain_libraries(model: Path, results: dict[str, Resul
         loaded_model = AutoModelForCausalLM.from_pretrained(Path(results[name].folder) / "final", dtype=torch.float32)
         assert torch.isfinite(loaded_model(torch.tensor([[5, 6, 7]])).logits).all()
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    before = base(torch.tensor([[5, 6, 7]])).logits
+    base_logits = base(torch.tensor([[5, 6, 7]])).logits
     for name in ("fsdp lora", "zero3 lora"):
         tuned_model = PeftModel.from_pretrained(base, Path(results[name].folder) / "final")
-        assert not torch.equal(tuned_model(torch.tensor([[5, 6, 7]])).logits, before)
+        assert not torch.equal(tuned_model(torch.tensor([[5, 6, 7]])).logits, base_logits)
         base = tuned_model.unload()
 
 

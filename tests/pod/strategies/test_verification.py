@@ -46,7 +46,7 @@ def make_strategy(strategy: str, folder: Path, ranks: int) -> DistributedStrateg
 
 
 @pytest.mark.parametrize(
-    ("strategy", "expected"),
+    ("strategy", "expected_message"),
     [
         ("ddp", "ddp was requested over 2 ranks, but independent is active"),
         ("fsdp", "fsdp was requested over 2 ranks, but 2 of 2 parameters are not sharded; the first one is `weight`"),
@@ -54,13 +54,13 @@ def make_strategy(strategy: str, folder: Path, ranks: int) -> DistributedStrateg
     ],
 )
 def test_two_independent_ranks_are_refused(
-    strategy: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    strategy: str, expected_message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(FineTuneError) as caught:
         make_strategy(strategy, tmp_path, 2).verify_active(make_trainer())
     assert (caught.value.code, caught.value.exit_code) == ("StrategyNotActive", 70)
-    assert caught.value.message == expected
+    assert caught.value.message == expected_message
 
 
 def test_the_strategy_of_one_rank_is_single(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,9 +86,9 @@ def test_another_attention_is_refused(model: Path, tmp_path: Path, monkeypatch: 
     original = loading.load_model
 
     def load_with_eager_attention(*args: Any, **options: Any) -> Any:
-        loaded, notes = original(*args, **options)
-        loaded.set_attn_implementation("eager")
-        return loaded, notes
+        loaded_model, notes = original(*args, **options)
+        loaded_model.set_attn_implementation("eager")
+        return loaded_model, notes
 
     monkeypatch.setattr(loading, "load_model", load_with_eager_attention)
     with pytest.raises(FineTuneError) as caught:
@@ -126,9 +126,9 @@ def test_an_adapter_without_trainable_weights_is_refused(
     original = Lora.apply
 
     def apply_frozen(*args: Any, **options: Any) -> Any:
-        trainable = original(*args, **options)
-        trainable.model.requires_grad_(False)
-        return trainable
+        trainable_model = original(*args, **options)
+        trainable_model.model.requires_grad_(False)
+        return trainable_model
 
     monkeypatch.setattr(Lora, "apply", apply_frozen)
     with pytest.raises(FineTuneError) as caught:

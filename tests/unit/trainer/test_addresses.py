@@ -24,7 +24,7 @@ NAMES = {
 
 @pytest.fixture(autouse=True)
 def name_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replace the resolver: it knows only the names in `NAMES`. Numeric addresses are parsed as usual, so no request leaves the machine."""
+    """Replace the resolver by one that knows only the names in `NAMES`. Numeric addresses are parsed as usual, so no request leaves the machine."""
     resolve = socket.getaddrinfo
 
     def look_up(host: str, port: Any, *args: Any, **options: Any) -> list[Any]:
@@ -51,7 +51,7 @@ def test_metadata_and_link_local_addresses_are_recognised(address: str, is_forbi
 
 
 @pytest.mark.parametrize(
-    ("url", "found"),
+    ("url", "expected_text"),
     [
         ("http://169.254.169.254/latest", "169.254.169.254"), ("http://2852039166", "2852039166, which is 169.254.169.254"),
         ("http://0xA9FEA9FE:80/x", "0xa9fea9fe, which is 169.254.169.254"), ("http://0251.0376.0251.0376", "0251.0376.0251.0376, which is 169.254.169.254"),
@@ -61,11 +61,11 @@ def test_metadata_and_link_local_addresses_are_recognised(address: str, is_forbi
         ("http://v6.example.com", "v6.example.com, which is fd00:ec2::254"), ("http://METADATA.google.internal./x", "metadata.google.internal"),
     ],
 )  # fmt: skip
-def test_the_message_names_field_host_and_address(url: str, found: str) -> None:
+def test_the_message_names_field_host_and_address(url: str, expected_text: str) -> None:
     with pytest.raises(ConfigError) as error:
         refuse_metadata_address(url, "storage.endpoint")
     assert error.value.code == "AddressForbidden"
-    assert error.value.message == f"storage.endpoint leads to {found}: at such link-local addresses, clouds serve the credentials of the node"
+    assert error.value.message == f"storage.endpoint leads to {expected_text}: at such link-local addresses, clouds serve the credentials of the node"
     assert "word" not in error.value.message
 
 

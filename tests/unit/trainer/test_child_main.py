@@ -11,7 +11,7 @@ from finetune_trainer.channel import Channel
 from finetune_trainer.child_main import run_and_report_failure
 
 
-def failing(error: BaseException) -> Callable[[Channel], None]:
+def make_failing_action(error: BaseException) -> Callable[[Channel], None]:
     def action(_channel: Channel) -> None:
         raise error
 
@@ -20,7 +20,7 @@ def failing(error: BaseException) -> Callable[[Channel], None]:
 
 def test_a_process_without_a_failure_reports_nothing_and_exits_with_0(tmp_path: Path) -> None:
     channel = Channel.create_recording(tmp_path)
-    assert run_and_report_failure(channel, lambda one: one.send_message("checked")) == 0
+    assert run_and_report_failure(channel, lambda process_channel: process_channel.send_message("checked")) == 0
     assert [message["kind"] for message in channel.sent] == ["checked"]
 
 
@@ -38,7 +38,7 @@ def test_a_failure_is_reported_with_its_code_and_hint(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], error: BaseException, expected: tuple[int, str, str | None, bool]
 ) -> None:
     channel = Channel.create_recording(tmp_path)
-    code = run_and_report_failure(channel, failing(error), memory_hint="evaluate with less")
-    sent = channel.sent[-1]
-    assert (code, sent["code"], sent.get("hint"), sent["origin"]) == expected
-    assert sent["exitCode"] == code and type(error).__name__ in capsys.readouterr().err
+    code = run_and_report_failure(channel, make_failing_action(error), memory_hint="evaluate with less")
+    sent_message = channel.sent[-1]
+    assert (code, sent_message["code"], sent_message.get("hint"), sent_message["origin"]) == expected
+    assert sent_message["exitCode"] == code and type(error).__name__ in capsys.readouterr().err

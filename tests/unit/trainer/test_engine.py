@@ -155,10 +155,10 @@ def test_data_wait_share_contains_only_the_time_until_a_batch_arrives(
     trainer = ClockedTrainer(model=OneWeightModel(), args=args, train_dataset=SlowRows())
     trainer.meter = SpeedMeter(flops_of_token=1, peak_flops=None, rank_count=1)
     trainer.train()
-    lines = [line for line in trainer.state.log_history if "data_wait_share" in line]
+    log_lines = [line for line in trainer.state.log_history if "data_wait_share" in line]
     step_seconds = FETCH_SECONDS + COUNT_SECONDS + COMPUTE_SECONDS
-    assert [line["step"] for line in lines] == [2, 3, 4]  # throughput is measured from the first log line
-    for line in lines:
+    assert [line["step"] for line in log_lines] == [2, 3, 4]  # throughput is measured from the first log line
+    for line in log_lines:
         assert line["data_wait_share"] == FETCH_SECONDS / step_seconds
         assert line["tokens_per_second"] == TOKENS_PER_STEP / step_seconds
 
@@ -183,19 +183,19 @@ def test_seconds_of_training_add_up_over_attempts(tmp_path: Path, monkeypatch: p
     use_virtual_clock(monkeypatch)
     run_clocked_training(tmp_path / "first", 2)
     ClockedTrainer.now += 5000  # the pause between the attempts
-    lines = run_clocked_training(tmp_path / "second", 4, tmp_path / "first" / "checkpoint-2")
+    log_lines = run_clocked_training(tmp_path / "second", 4, tmp_path / "first" / "checkpoint-2")
     # The lines are: training and evaluation at steps 2 and 4, the summary, and the test after training.
-    kinds = [(line["step"], next(name for name in ("loss", "eval_runtime", "train_loss", "test_runtime") if name in line)) for line in lines]
+    kinds = [(line["step"], next(name for name in ("loss", "eval_runtime", "train_loss", "test_runtime") if name in line)) for line in log_lines]
     assert kinds == [(2, "loss"), (2, "eval_runtime"), (4, "loss"), (4, "eval_runtime"), (4, "train_loss"), (4, "test_runtime")]
-    two_steps, evaluation = 2 * (FETCH_SECONDS + COUNT_SECONDS + COMPUTE_SECONDS), 9 * FETCH_SECONDS
-    one_row_ahead = FETCH_SECONDS  # The data loader fetches the next row before the current step is computed.
-    seconds = [line["training_seconds"] for line in lines]
-    assert seconds[:2] == [two_steps + one_row_ahead, two_steps + one_row_ahead + evaluation]
-    assert seconds[2] == seconds[1] + two_steps + one_row_ahead
-    assert seconds[3:] == [seconds[2] + evaluation] * 3
-    times = [line["unix_time"] for line in lines]
-    test_and_loading = 1000 + evaluation + 5000 + 1000
-    assert times[0] > 1.7e9 and times[2] - times[1] == test_and_loading + two_steps + one_row_ahead
+    two_step_seconds, evaluation_seconds = 2 * (FETCH_SECONDS + COUNT_SECONDS + COMPUTE_SECONDS), 9 * FETCH_SECONDS
+    prefetch_seconds = FETCH_SECONDS  # The data loader fetches the next row before the current step is computed.
+    seconds = [line["training_seconds"] for line in log_lines]
+    assert seconds[:2] == [two_step_seconds + prefetch_seconds, two_step_seconds + prefetch_seconds + evaluation_seconds]
+    assert seconds[2] == seconds[1] + two_step_seconds + prefetch_seconds
+    assert seconds[3:] == [seconds[2] + evaluation_seconds] * 3
+    unix_times = [line["unix_time"] for line in log_lines]
+    test_and_loading_seconds = 1000 + evaluation_seconds + 5000 + 1000
+    assert unix_times[0] > 1.7e9 and unix_times[2] - unix_times[1] == test_and_loading_seconds + two_step_seconds + prefetch_seconds
 
 
 def test_seconds_of_training_start_at_0_after_a_checkpoint_without_them() -> None:

@@ -91,11 +91,11 @@ class OutOfMemoryError(RuntimeError):
     ],
 )
 def test_an_exception_gets_its_code_and_its_origin(error: Exception, code: str, exit_code: int, is_origin: bool) -> None:
-    failure, found_origin = classify_error(error)
-    assert (failure.code, failure.exit_code, found_origin) == (code, exit_code, is_origin)
+    failure, found_is_origin = classify_error(error)
+    assert (failure.code, failure.exit_code, found_is_origin) == (code, exit_code, is_origin)
 
 
-def with_cause(error: Exception, cause: Exception) -> Exception:
+def set_cause(error: Exception, cause: Exception) -> Exception:
     error.__cause__ = cause
     return error
 
@@ -117,7 +117,7 @@ Native code method attempted to call: lib.cquantize_blockwise_fp16_nf4()"""
 
 
 @pytest.mark.parametrize(
-    ("error", "expected"),
+    ("error", "expected_text"),
     [
         (RuntimeError(FAILED_EXTENSION_BUILD), "the trainer image lacks the program c++: RuntimeError: /bin/sh: 1: c++: not found"),
         (RuntimeError("bash: line 1: nvcc: command not found"), "lacks the program nvcc"),
@@ -155,7 +155,7 @@ Native code method attempted to call: lib.cquantize_blockwise_fp16_nf4()"""
         ),
         (ImportError("cannot import name 'x' from 'peft.utils' (/opt/peft/utils.py)", name="peft.utils"), "lacks a usable Python package peft"),
         (
-            with_cause(
+            set_cause(
                 ModuleNotFoundError("Could not import module 'LlamaForCausalLM'. Are this object's requirements defined correctly?"),
                 OSError("libcudnn.so.9: cannot open shared object file: No such file or directory"),
             ),
@@ -168,10 +168,10 @@ Native code method attempted to call: lib.cquantize_blockwise_fp16_nf4()"""
         "version of a package", "reason hidden by transformers",
     ],
 )  # fmt: skip
-def test_a_missing_part_of_the_image_is_a_final_failure_that_names_the_part(error: Exception, expected: str) -> None:
+def test_a_missing_part_of_the_image_is_a_final_failure_that_names_the_part(error: Exception, expected_text: str) -> None:
     failure, is_origin = classify_error(error)
     assert (failure.code, failure.exit_code, is_origin) == ("InstallationBroken", 78, True)
-    assert expected in failure.message
+    assert expected_text in failure.message
     assert "status.resolved.image" in str(failure.hint)
 
 
@@ -227,20 +227,20 @@ def test_the_failure_of_a_silent_rank_follows_from_its_exit_code(
     assert (failure.error.code, failure.error.exit_code, failure.is_origin, failure.rank) == (code, exit_code, is_origin, 3)
 
 
-def make_failure(code: int, *, origin: bool = True, time_ns: int = 0, is_reported: bool = True) -> RankFailure:
+def make_failure(code: int, *, is_origin: bool = True, time_ns: int = 0, is_reported: bool = True) -> RankFailure:
     parsed_failure = failure_from_message(
-        {"exitCode": code, "code": f"C{code}", "message": "m", "origin": origin, "timeNs": time_ns}
+        {"exitCode": code, "code": f"C{code}", "message": "m", "origin": is_origin, "timeNs": time_ns}
     )
-    return RankFailure(parsed_failure.error, 0, None, origin, time_ns, is_reported)
+    return RankFailure(parsed_failure.error, 0, None, is_origin, time_ns, is_reported)
 
 
 @pytest.mark.parametrize(
     ("failures", "expected_exit_code"),
     [
-        ([make_failure(74, origin=False), make_failure(72)], 72),
+        ([make_failure(74, is_origin=False), make_failure(72)], 72),
         ([make_failure(70), make_failure(65)], 65),
         ([make_failure(74), make_failure(71)], 71),
-        ([make_failure(74, origin=False, time_ns=1), make_failure(74, time_ns=2)], 74),
+        ([make_failure(74, is_origin=False, time_ns=1), make_failure(74, time_ns=2)], 74),
         ([make_failure(70, time_ns=2), make_failure(72, time_ns=3)], 72),
     ],
 )

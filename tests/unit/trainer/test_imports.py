@@ -36,10 +36,10 @@ def test_bitsandbytes_stays_visible_for_a_base_model_that_another_job_quantised(
         "run = RunConfig.model_validate_json(sys.stdin.read()); imports.hide_unneeded_libraries(run, keeps_bitsandbytes={}); "
         "print([name for name in ('bitsandbytes', 'wandb') if name in sys.modules])"
     )
-    for keeps_bitsandbytes, hidden in ((True, ["wandb"]), (False, ["bitsandbytes", "wandb"])):
+    for keeps_bitsandbytes, hidden_names in ((True, ["wandb"]), (False, ["bitsandbytes", "wandb"])):
         command = [sys.executable, "-c", program.format(keeps_bitsandbytes)]
         completed_process = subprocess.run(command, input=run.model_dump_json(by_alias=True), capture_output=True, text=True)
-        assert (completed_process.returncode, completed_process.stdout) == (0, f"{hidden}\n"), completed_process.stderr
+        assert (completed_process.returncode, completed_process.stdout) == (0, f"{hidden_names}\n"), completed_process.stderr
 
 
 def test_a_rank_imports_only_the_packages_that_its_job_needs(tmp_path: Path) -> None:
@@ -55,7 +55,7 @@ def test_a_rank_imports_only_the_packages_that_its_job_needs(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("stage", "steps"),
+    ("stage", "expected_steps"),
     [
         (Stage.EVALUATING, ["preload", "finetune_trainer.stages.evaluate"]),
         (Stage.COMPARING, ["preload", "finetune_trainer.stages.compare"]),
@@ -65,26 +65,26 @@ def test_a_rank_imports_only_the_packages_that_its_job_needs(tmp_path: Path) -> 
     ],
 )
 def test_a_stage_hides_unneeded_libraries_before_its_module_imports_them(
-    stage: Stage, steps: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stage: Stage, expected_steps: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The modules of most stages import all libraries, which takes 1.5 s longer if bitsandbytes and scipy are not hidden."""
     run, inputs = make_run(tmp_path, tmp_path / "model")
     inputs.write(tmp_path)
     task = StageTask(stage=stage, model=tmp_path, kind=OutputKind.ADAPTER, uri="s3://models/job")
     (tmp_path / TASK_FILE).write_text(task.model_dump_json(by_alias=True))
-    done: list[str] = []
+    done_steps: list[str] = []
 
     def import_module(name: str) -> SimpleNamespace:
-        done.append(name)
+        done_steps.append(name)
         return SimpleNamespace(run_stage=lambda *arguments: StageResult(merged_uri="s3://models/merged"))
 
     monkeypatch.setattr(process, "load_run", lambda settings: (run, ""))
     monkeypatch.setattr(process, "importlib", SimpleNamespace(import_module=import_module))
-    monkeypatch.setattr(process.train, "preload", lambda run: done.append("preload"))
-    monkeypatch.setattr(process.harness, "use_local_caches", lambda folder: done.append("caches"))
+    monkeypatch.setattr(process.train, "preload", lambda run: done_steps.append("preload"))
+    monkeypatch.setattr(process.harness, "use_local_caches", lambda folder: done_steps.append("caches"))
     channel = SimpleNamespace(work_folder=tmp_path, report_stage=lambda stage: None)
     process.run_stage(tmp_path, cast(Channel, channel))
-    assert done == steps
+    assert done_steps == expected_steps
     assert StageResult.model_validate_json((tmp_path / RESULT_FILE).read_text()).merged_uri == "s3://models/merged"
 
 

@@ -47,7 +47,7 @@ class RecordingTrainer(internals.OpenTrainer):
         super().__init__(*args, **options)
 
 
-def _counting_hook(name: str) -> Any:
+def _make_counting_hook(name: str) -> Any:
     def hook(self: RecordingTrainer, *args: Any, **options: Any) -> Any:
         self.calls[name] += 1
         return getattr(super(RecordingTrainer, self), name)(*args, **options)
@@ -56,10 +56,10 @@ def _counting_hook(name: str) -> Any:
 
 
 for _name in HOOK_NAMES:
-    setattr(RecordingTrainer, _name, _counting_hook(_name))
+    setattr(RecordingTrainer, _name, _make_counting_hook(_name))
 
 
-def recording_trainer(folder: Path, **options: Any) -> RecordingTrainer:
+def make_recording_trainer(folder: Path, **options: Any) -> RecordingTrainer:
     args = TrainingArguments(
         output_dir=str(folder), max_steps=2, save_steps=1, learning_rate=0.1, report_to=[], use_cpu=True, disable_tqdm=True,
         logging_steps=10, **options,
@@ -69,14 +69,14 @@ def recording_trainer(folder: Path, **options: Any) -> RecordingTrainer:
 
 
 def test_every_public_hook_belongs_to_one_private_method_of_the_trainer() -> None:
-    private = [name for name, value in vars(internals.OpenTrainer).items() if name.startswith("_") and callable(value)]
-    overridden = [name for name in private if not name.startswith("__")]
-    assert len(overridden) == len(HOOK_NAMES)
-    assert [name for name in overridden if not hasattr(Trainer, name)] == []
+    private_names = [name for name, value in vars(internals.OpenTrainer).items() if name.startswith("_") and callable(value)]
+    overridden_names = [name for name in private_names if not name.startswith("__")]
+    assert len(overridden_names) == len(HOOK_NAMES)
+    assert [name for name in overridden_names if not hasattr(Trainer, name)] == []
 
 
 def test_a_training_run_calls_the_hooks_that_belong_to_it(tmp_path: Path) -> None:
-    trainer = recording_trainer(
+    trainer = make_recording_trainer(
         tmp_path, load_best_model_at_end=True, eval_strategy="steps", eval_steps=1, label_names=["x"]
     )
     trainer.train()
@@ -88,22 +88,22 @@ def test_a_training_run_calls_the_hooks_that_belong_to_it(tmp_path: Path) -> Non
 
 
 def test_a_resumed_run_calls_the_loading_hooks(tmp_path: Path) -> None:
-    recording_trainer(tmp_path).train()
-    resumed = recording_trainer(tmp_path / "again")
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    make_recording_trainer(tmp_path).train()
+    resumed_trainer = make_recording_trainer(tmp_path / "again")
+    resumed_trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     for name in ("load_checkpoint_weights", "check_loaded_keys", "load_optimizer_and_scheduler"):
-        assert resumed.calls[name] == 1, name
-    assert resumed.state.global_step == 2
+        assert resumed_trainer.calls[name] == 1, name
+    assert resumed_trainer.state.global_step == 2
 
 
 def test_batches_are_moved_to_the_device_of_training(tmp_path: Path) -> None:
-    trainer = recording_trainer(tmp_path)
-    prepared = trainer.prepare_inputs({"x": torch.ones(2)})
-    assert prepared["x"].device == trainer.args.device
+    trainer = make_recording_trainer(tmp_path)
+    prepared_inputs = trainer.prepare_inputs({"x": torch.ones(2)})
+    assert prepared_inputs["x"].device == trainer.args.device
 
 
 def test_loss_sum_and_last_logged_step_belong_to_the_current_logging_window(tmp_path: Path) -> None:
-    trainer = recording_trainer(tmp_path)
+    trainer = make_recording_trainer(tmp_path)
     trainer.train()  # logs nothing: two steps are fewer than logging_steps
     assert internals.last_logged_step(trainer) == 0
     assert internals.loss_sum(trainer).item() > 0
@@ -154,26 +154,26 @@ def test_a_cheap_switch_activates_the_adapters_that_peft_would_activate(model: P
     from trl.trainer import dpo_trainer
     from trl.trainer.utils import use_adapter
 
-    def active_adapters() -> list[Any]:
-        return [net.active_adapter, net.base_model.active_adapter, *(getattr(one, "active_adapter", None) for one in net.modules())]
+    def list_active_adapters() -> list[Any]:
+        return [net.active_adapter, net.base_model.active_adapter, *(getattr(module, "active_adapter", None) for module in net.modules())]
 
     trainer, net = build_dpo_trainer(tmp_path, model)
     with torch.no_grad():
         with use_adapter(net, "ref"):
             pass  # The first switch changes the initial value ["default"] to "default".
-        before = active_adapters()
+        adapters_before = list_active_adapters()
         with use_adapter(net, "ref"):
-            expected = active_adapters()
-        assert expected != before == active_adapters()
+            expected_adapters = list_active_adapters()
+        assert expected_adapters != adapters_before == list_active_adapters()
         with internals.cheap_reference_passes(trainer):
             for _ in range(3):
                 with dpo_trainer.use_adapter(net, "ref"):
-                    assert active_adapters() == expected
-                assert active_adapters() == before
-            trained = [name for name, one in net.named_parameters() if one.requires_grad]
+                    assert list_active_adapters() == expected_adapters
+                assert list_active_adapters() == adapters_before
+            trained_names = [name for name, parameter in net.named_parameters() if parameter.requires_grad]
             with dpo_trainer.use_adapter(net, None):
-                assert all(one.disable_adapters for one in net.modules() if hasattr(one, "disable_adapters"))
-        assert [name for name, one in net.named_parameters() if one.requires_grad] == trained
+                assert all(module.disable_adapters for module in net.modules() if hasattr(module, "disable_adapters"))
+        assert [name for name, parameter in net.named_parameters() if parameter.requires_grad] == trained_names
 
 
 def test_functions_of_trl_are_only_replaced_within_the_context(model: Path, tmp_path: Path) -> None:
@@ -201,14 +201,14 @@ def test_the_reported_attention_follows_a_later_change(model: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model_type", "expected"),
+    ("model_type", "passes_boundaries"),
     [("llama", True), ("mistral", True), ("qwen3", True), ("gemma3_text", True), ("gemma2", False), ("bloom", False), ("llama4_text", False)],
 )
-def test_models_that_pass_document_boundaries_are_known_by_their_class(model_type: str, expected: bool) -> None:
+def test_models_that_pass_document_boundaries_are_known_by_their_class(model_type: str, passes_boundaries: bool) -> None:
     """Gemma 2 has no sdpa, Bloom does not use the attention interface, and layers of Llama 4 need a mask."""
     from transformers import AutoConfig
 
-    assert internals.passes_document_boundaries(AutoConfig.for_model(model_type)) is expected
+    assert internals.passes_document_boundaries(AutoConfig.for_model(model_type)) is passes_boundaries
 
 
 def test_a_model_with_code_of_its_own_passes_no_document_boundaries() -> None:
@@ -259,8 +259,8 @@ def import_class(module: str, name: str) -> type:
 )
 def test_trl_prepares_rows_with_the_arguments_that_the_override_expects(module: str, name: str) -> None:
     trainer = import_class(module, name)
-    expected = list(inspect.signature(internals.OwnDatasetPreparation._prepare_dataset).parameters)
-    assert list(inspect.signature(trainer._prepare_dataset).parameters) == expected  # type: ignore[attr-defined]
+    expected_parameters = list(inspect.signature(internals.OwnDatasetPreparation._prepare_dataset).parameters)
+    assert list(inspect.signature(trainer._prepare_dataset).parameters) == expected_parameters  # type: ignore[attr-defined]
     assert 'self._prepare_dataset(train_dataset, processing_class, args, "train")' in inspect.getsource(trainer)
 
 
@@ -290,71 +290,71 @@ def test_trl_still_has_the_methods_that_are_replaced_for_a_vllm_server() -> None
     assert "self._init_vllm()" in inspect.getsource(VLLMGeneration.__init__)
     assert list(inspect.signature(VLLMGeneration.sync_weights).parameters) == ["self"]
     assert list(inspect.signature(VLLMGeneration._iter_named_params).parameters) == ["self"]
-    sent = inspect.getsource(VLLMGeneration.generate)
-    assert "self.vllm_client.generate(" in sent and '"generation_kwargs": self.generation_kwargs' in sent
-    generate = inspect.getsource(VLLMClient.generate)
-    assert 'self._post(f"{self.base_url}/v1/completions", json=payload)' in generate and '"model": self.model' in generate
+    generate_source = inspect.getsource(VLLMGeneration.generate)
+    assert "self.vllm_client.generate(" in generate_source and '"generation_kwargs": self.generation_kwargs' in generate_source
+    client_source = inspect.getsource(VLLMClient.generate)
+    assert 'self._post(f"{self.base_url}/v1/completions", json=payload)' in client_source and '"model": self.model' in client_source
     assert 'self.vllm_generation.vllm_client.get_server_info()["model_config"]' in inspect.getsource(grpo_trainer.GRPOTrainer.__init__)
 
 
-@pytest.mark.parametrize(("listed", "expected"), [(None, [7]), (3, [7, 3]), (7, [7]), ([3, 7], [3, 7]), ([], [7])])
-def test_end_tokens_are_those_of_trl(listed: Any, expected: list[int]) -> None:
-    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=listed))
-    assert internals.end_token_ids(model, SimpleNamespace(eos_token_id=7)) == expected
+@pytest.mark.parametrize(("configured_ids", "expected_ids"), [(None, [7]), (3, [7, 3]), (7, [7]), ([3, 7], [3, 7]), ([], [7])])
+def test_end_tokens_are_those_of_trl(configured_ids: Any, expected_ids: list[int]) -> None:
+    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=configured_ids))
+    assert internals.end_token_ids(model, SimpleNamespace(eos_token_id=7)) == expected_ids
 
 
 def test_base_weights_survive_a_merge_bit_for_bit(model: Path) -> None:
-    wrapped_model = peft_model(model)
+    wrapped_model = make_peft_model(model)
     for name, weight in wrapped_model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, generator=torch.Generator().manual_seed(1))
     names = [name for name, _ in wrapped_model.named_parameters() if "q_proj.base_layer" in name]
-    before = {name: wrapped_model.get_parameter(name).detach().clone() for name in names}
+    weights_before = {name: wrapped_model.get_parameter(name).detach().clone() for name in names}
 
-    def changed_weights() -> list[str]:
-        return [name for name in names if not torch.equal(wrapped_model.get_parameter(name), before[name])]
+    def list_changed_weights() -> list[str]:
+        return [name for name in names if not torch.equal(wrapped_model.get_parameter(name), weights_before[name])]
 
     with internals.unchanged_base_weights(wrapped_model):
         wrapped_model.merge_adapter()
-        assert changed_weights() == names
+        assert list_changed_weights() == names
         wrapped_model.unmerge_adapter()
-        assert changed_weights() == names, "if merging did not round, this test would show nothing"
-    assert changed_weights() == [] and len(names) == 2
+        assert list_changed_weights() == names, "if merging did not round, this test would show nothing"
+    assert list_changed_weights() == [] and len(names) == 2
 
 
 @pytest.fixture
-def trained_sft(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def trained_trainer(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """An SFT trainer that has trained two steps without logging a line."""
     from trl.trainer.sft_trainer import SFTTrainer
 
-    built: list[Any] = []
+    built_trainers: list[Any] = []
     original = SFTTrainer.__init__
 
     def remember(self: Any, *args: Any, **options: Any) -> None:
         original(self, *args, **options)
-        built.append(self)
+        built_trainers.append(self)
 
     monkeypatch.setattr(SFTTrainer, "__init__", remember)
     run_training(tmp_path, model, {"training": {"maxSteps": 2}, "tracking": {"loggingSteps": 50}})
-    yield built[0]
+    yield built_trainers[0]
 
 
-def test_trl_keeps_metrics_and_a_token_count_under_the_expected_names(trained_sft: Any) -> None:
-    internals.metric_lists(trained_sft)["mine"] = [2.0, 4.0]
-    assert trained_sft._metrics["train"]["mine"] == [2.0, 4.0]
-    assert internals.trained_tokens(trained_sft) == 0  # TRL counts no tokens, because the trainer's own loss function counts them
-    internals.set_trained_tokens(trained_sft, 7)
-    assert internals.trained_tokens(trained_sft) == 7
+def test_trl_keeps_metrics_and_a_token_count_under_the_expected_names(trained_trainer: Any) -> None:
+    internals.metric_lists(trained_trainer)["mine"] = [2.0, 4.0]
+    assert trained_trainer._metrics["train"]["mine"] == [2.0, 4.0]
+    assert internals.trained_tokens(trained_trainer) == 0  # TRL counts no tokens, because the trainer's own loss function counts them
+    internals.set_trained_tokens(trained_trainer, 7)
+    assert internals.trained_tokens(trained_trainer) == 7
 
 
 def test_trainers_without_trl_have_no_metric_lists() -> None:
-    bare = SimpleNamespace()
-    assert (internals.metric_lists(bare), internals.trained_tokens(bare)) == ({}, 0)
-    internals.set_trained_tokens(bare, 7)
-    assert internals.trained_tokens(bare) == 0
+    trainer_without_trl = SimpleNamespace()
+    assert (internals.metric_lists(trainer_without_trl), internals.trained_tokens(trainer_without_trl)) == ({}, 0)
+    internals.set_trained_tokens(trainer_without_trl, 7)
+    assert internals.trained_tokens(trainer_without_trl) == 0
 
 
-def peft_model(model: Path, **options: Any) -> Any:
+def make_peft_model(model: Path, **options: Any) -> Any:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -363,15 +363,15 @@ def peft_model(model: Path, **options: Any) -> Any:
 
 
 def test_modules_that_peft_copies_are_found_with_their_original(model: Path) -> None:
-    wrapped_model = peft_model(model, modules_to_save=["lm_head"])
+    wrapped_model = make_peft_model(model, modules_to_save=["lm_head"])
     ((name, original),) = internals.find_copied_modules(wrapped_model).items()
     assert name.endswith("lm_head")
     assert isinstance(original, torch.nn.Linear) and not original.weight.requires_grad
-    assert internals.find_copied_modules(peft_model(model)) == {}
+    assert internals.find_copied_modules(make_peft_model(model)) == {}
 
 
 def test_a_head_with_trained_rows_lacks_its_bias_until_it_is_exposed(model: Path) -> None:
-    wrapped_model = peft_model(model, trainable_token_indices={"lm_head": [1]})
+    wrapped_model = make_peft_model(model, trainable_token_indices={"lm_head": [1]})
     head = wrapped_model.get_base_model().get_output_embeddings()
     with pytest.raises(AttributeError):
         _ = head.bias

@@ -18,8 +18,8 @@ from tests.support.tiny import make_tiny_model
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_base_stored_by_bitsandbytes_needs_the_bits_in_the_spec(bits: int, tmp_path: Path) -> None:
     """bitsandbytes is hidden from jobs without `bits`, so the error of transformers would ask the user to install bitsandbytes."""
-    stored = {"quant_method": "bitsandbytes", "load_in_4bit": bits == 4, "load_in_8bit": bits == 8}
-    LlamaConfig(quantization_config=stored).save_pretrained(tmp_path / "model")  # type: ignore[call-arg]  # passed on to PretrainedConfig
+    quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": bits == 4, "load_in_8bit": bits == 8}
+    LlamaConfig(quantization_config=quantization_config).save_pretrained(tmp_path / "model")  # type: ignore[call-arg]  # passed on to PretrainedConfig
     run, inputs = make_run(tmp_path, tmp_path / "model")
     with pytest.raises(ConfigError) as caught:
         load_model(run, inputs, Hardware(torch.device("cpu"), "cpu", torch.float32, False, False, "sdpa"))
@@ -28,15 +28,15 @@ def test_a_base_stored_by_bitsandbytes_needs_the_bits_in_the_spec(bits: int, tmp
 
 
 @pytest.mark.parametrize(
-    ("modality", "model_kind", "expected"),
+    ("modality", "model_kind", "expected_class"),
     [
         ("text", "causal", "AutoModelForCausalLM"), ("visionLanguage", "causal", "AutoModelForImageTextToText"),
         ("text", "reward", "AutoModelForSequenceClassification"),
     ],
 )  # fmt: skip
-def test_the_class_follows_from_the_modality_and_the_kind_of_model(tmp_path: Path, modality: str, model_kind: str, expected: str) -> None:
+def test_the_class_follows_from_the_modality_and_the_kind_of_model(tmp_path: Path, modality: str, model_kind: str, expected_class: str) -> None:
     run, _ = make_run(tmp_path, tmp_path / "model", spec={"model": {"modality": modality}})
-    assert model_class(run, model_kind).__name__ == expected
+    assert model_class(run, model_kind).__name__ == expected_class
 
 
 def test_gradients_of_a_4_bit_base_are_the_same_after_an_evaluation(tmp_path: Path) -> None:
@@ -51,7 +51,7 @@ def test_gradients_of_a_4_bit_base_are_the_same_after_an_evaluation(tmp_path: Pa
         assert inputs_embeds.grad is not None
         return inputs_embeds.grad
 
-    before = compute_gradient()
+    gradient_before = compute_gradient()
     with torch.no_grad():
         model.eval()(inputs_embeds=vectors)
-    assert before.abs().max() > 0 and torch.equal(compute_gradient(), before)
+    assert gradient_before.abs().max() > 0 and torch.equal(compute_gradient(), gradient_before)

@@ -27,20 +27,20 @@ def test_the_needed_memory_follows_from_the_number_of_weights(folder: Path, tmp_
 
 
 @pytest.mark.parametrize(
-    ("free_bytes", "expected"), [([2400], False), ([2399], False), ([2399, 1], True), ([2000, 2000], True), ([2400, 2400], False), ([1000, 1000], False)]
+    ("free_bytes", "is_spread"), [([2400], False), ([2399], False), ([2399, 1], True), ([2000, 2000], True), ([2400, 2400], False), ([1000, 1000], False)]
 )
-def test_a_model_is_spread_if_it_fits_only_on_all_gpus_together(folder: Path, free_bytes: list[int], expected: bool) -> None:
-    assert must_be_spread(folder, 2, free_bytes) is expected
+def test_a_model_is_spread_if_it_fits_only_on_all_gpus_together(folder: Path, free_bytes: list[int], is_spread: bool) -> None:
+    assert must_be_spread(folder, 2, free_bytes) is is_spread
 
 
 @pytest.mark.parametrize(
-    ("device", "method", "expected"), [("cuda", "lora", True), ("cpu", "lora", False), ("cuda", "qlora", False)]
+    ("device", "method", "is_spread"), [("cuda", "lora", True), ("cpu", "lora", False), ("cuda", "qlora", False)]
 )
-def test_only_unquantised_models_on_gpus_are_spread(folder: Path, device: str, method: str, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    given: dict[str, Any] = {}
+def test_only_unquantised_models_on_gpus_are_spread(folder: Path, device: str, method: str, is_spread: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    load_options: dict[str, Any] = {}
 
     def load_model(*_: Any, **options: Any) -> tuple[Any, list[str]]:
-        given.update(options)
+        load_options.update(options)
         return SimpleNamespace(hf_device_map={"": 0}, eval=lambda: None), []
 
     monkeypatch.setattr(final_model.models, "load_model", load_model)
@@ -50,4 +50,4 @@ def test_only_unquantised_models_on_gpus_are_spread(folder: Path, device: str, m
     run: Any = SimpleNamespace(spec=FineTuneJobSpec.model_validate({"model": {"source": "org/m"}, "dataset": {"train": "org/d"}, "method": {"type": method}}))
     hardware = final_model.Hardware(torch.device(device), device, torch.bfloat16, True, False, "sdpa")
     final_model.load_base_model(run, SimpleNamespace(model=folder), hardware)  # type: ignore[arg-type]
-    assert given["is_spread"] is expected
+    assert load_options["is_spread"] is is_spread

@@ -44,9 +44,9 @@ def make_reader() -> Any:
 
 
 def test_notes_do_not_contain_the_signature(run: Any) -> None:
-    read, row = make_reader(), SimpleNamespace()
-    _mix_sources(read.summary, run, [[(0, row)], [(1, row)]])  # type: ignore[arg-type, list-item] # rows are not read
-    assert "https://host/jobs/model 1 rows" in read.summary.notes[0] and "hidden" not in read.summary.notes[0]
+    reader, row = make_reader(), SimpleNamespace()
+    _mix_sources(reader.summary, run, [[(0, row)], [(1, row)]])  # type: ignore[arg-type, list-item] # rows are not read
+    assert "https://host/jobs/model 1 rows" in reader.summary.notes[0] and "hidden" not in reader.summary.notes[0]
 
 
 def test_the_adapter_configuration_does_not_contain_the_signature(run: Any, tmp_path: Path) -> None:

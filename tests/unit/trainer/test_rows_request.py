@@ -36,16 +36,16 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def wait_for_rows(work: Path, clock: Clock, on_tick: Callable[[float], None]) -> tuple[list[float], float]:
     """Wait for the rows. Returns the seconds at which requests were sent, and the second at which the wait ended."""
-    sent: list[float] = []
+    request_seconds: list[float] = []
 
     def send(message: dict[str, Any], _timeout: float) -> bool:
         assert (message["kind"], message["digest"]) == ("rowsNeeded", DIGEST)
-        sent.append(clock.now - 1000)
+        request_seconds.append(clock.now - 1000)
         return True
 
     clock.on_tick = on_tick
     SupervisorRowPreparation(Channel(send, work)).provide_rows(DIGEST)
-    return sent, clock.now - 1000
+    return request_seconds, clock.now - 1000
 
 
 def test_a_lost_request_is_repeated(tmp_path: Path, clock: Clock) -> None:

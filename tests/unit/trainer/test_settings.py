@@ -54,11 +54,11 @@ def test_an_unusable_run_file_is_refused_with_its_code(
 
 
 def test_an_unknown_field_with_its_default_is_ignored(tmp_path: Path) -> None:
-    later = RUN | {
+    run_of_later_release = RUN | {
         "spec": RUN["spec"] | {"training": {"ofALaterRelease": 1}}, "defaults": ["training.ofALaterRelease"],
         "origins": {"training.ofALaterRelease": "default"},
     }  # fmt: skip
-    assert load_run_file(tmp_path, later).attempt == 1
+    assert load_run_file(tmp_path, run_of_later_release).attempt == 1
 
 
 def test_the_error_of_a_missing_run_file_names_the_file(tmp_path: Path) -> None:

@@ -30,11 +30,11 @@ BODY_PARAMETERS = LAYER_COUNT * LAYER_PARAMETERS + HIDDEN_SIZE
 
 def test_published_throughputs_give_the_published_utilisation() -> None:
     # Published for a LoRA run of an 8B model with 4096 tokens and causal attention: 12,473 tokens/s, 402 TFLOP/s.
-    lora = 12_473 * flops_per_token(LLAMA_3_8B, 4096, frozen_base=True)
-    assert lora / 1e12 == pytest.approx(402, rel=0.05)
+    lora_flops_per_second = 12_473 * flops_per_token(LLAMA_3_8B, 4096, frozen_base=True)
+    assert lora_flops_per_second / 1e12 == pytest.approx(402, rel=0.05)
     # Published for full training with 8192 tokens: 5,762 tokens/s, 33.7 % of 989 TFLOP/s. This figure ignores that attention is causal.
-    full = 5_762 * flops_per_token(LLAMA_3_8B, 8192, frozen_base=False, is_causal=False)
-    assert full / 989e12 == pytest.approx(0.337, abs=0.003)
+    full_training_flops_per_second = 5_762 * flops_per_token(LLAMA_3_8B, 8192, frozen_base=False, is_causal=False)
+    assert full_training_flops_per_second / 989e12 == pytest.approx(0.337, abs=0.003)
 
 
 def test_a_frozen_base_needs_two_thirds_of_the_matrix_flops() -> None:
@@ -72,7 +72,7 @@ def test_meter_measures_throughput_between_log_lines() -> None:
     assert "mfu" not in (SpeedMeter(flops_of_token=1, peak_flops=None, rank_count=1).read(1, now=1.0) | {})
 
 
-def llama_model(*, is_tied: bool = False) -> Any:
+def make_llama_model(*, is_tied: bool = False) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     return LlamaForCausalLM(
@@ -97,7 +97,7 @@ def count_matrix_and_trained_parameters(model: Any) -> tuple[int, int]:
 
 @pytest.mark.parametrize("is_tied", [False, True])
 @pytest.mark.parametrize(
-    ("options", "trained"),
+    ("options", "trained_count"),
     [
         ({}, 0),
         ({"modules_to_save": ["lm_head"]}, EMBEDDING_PARAMETERS),
@@ -108,32 +108,33 @@ def count_matrix_and_trained_parameters(model: Any) -> tuple[int, int]:
         ),  # PEFT selects every module whose name ends with this text
     ],
 )
-def test_a_module_saved_in_full_is_counted_once(options: dict[str, Any], trained: int, is_tied: bool) -> None:
-    assert count_matrix_and_trained_parameters(add_lora(llama_model(is_tied=is_tied), **options)) == (BODY_PARAMETERS + EMBEDDING_PARAMETERS, trained)
+def test_a_module_saved_in_full_is_counted_once(options: dict[str, Any], trained_count: int, is_tied: bool) -> None:
+    model = add_lora(make_llama_model(is_tied=is_tied), **options)
+    assert count_matrix_and_trained_parameters(model) == (BODY_PARAMETERS + EMBEDDING_PARAMETERS, trained_count)
 
 
 def test_trained_embedding_rows_do_not_hide_the_head() -> None:
-    matrices, trained = count_matrix_and_trained_parameters(
-        add_lora(llama_model(), trainable_token_indices={"embed_tokens": [1], "lm_head": [1]})
+    matrix_count, trained_count = count_matrix_and_trained_parameters(
+        add_lora(make_llama_model(), trainable_token_indices={"embed_tokens": [1], "lm_head": [1]})
     )
-    assert (matrices - BODY_PARAMETERS - EMBEDDING_PARAMETERS, trained) == (HIDDEN_SIZE, HIDDEN_SIZE)
+    assert (matrix_count - BODY_PARAMETERS - EMBEDDING_PARAMETERS, trained_count) == (HIDDEN_SIZE, HIDDEN_SIZE)
 
 
 @pytest.mark.parametrize("is_tied", [False, True])
 def test_modules_that_are_trained_in_full_need_additional_gradient_flops(is_tied: bool) -> None:
-    model = llama_model(is_tied=is_tied)
+    model = make_llama_model(is_tied=is_tied)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("layers.1.mlp" in name or "embed_tokens" in name or "lm_head" in name)
-    trained = 3 * HIDDEN_SIZE * MLP_SIZE + EMBEDDING_PARAMETERS  # the embedding lookup is not a matrix product
-    assert count_matrix_and_trained_parameters(model) == (BODY_PARAMETERS + EMBEDDING_PARAMETERS, trained)
+    trained_count = 3 * HIDDEN_SIZE * MLP_SIZE + EMBEDDING_PARAMETERS  # the embedding lookup is not a matrix product
+    assert count_matrix_and_trained_parameters(model) == (BODY_PARAMETERS + EMBEDDING_PARAMETERS, trained_count)
     flops = flops_per_token(ModelShape.of(model), 0, frozen_base=True, trained_count=trained_parameters(model))
-    assert flops == 4 * (BODY_PARAMETERS + EMBEDDING_PARAMETERS) + 2 * trained
+    assert flops == 4 * (BODY_PARAMETERS + EMBEDDING_PARAMETERS) + 2 * trained_count
 
 
 def test_flops_with_every_parameter_trained_equal_those_of_full_training() -> None:
-    shape = ModelShape.of(llama_model())
-    every_parameter = flops_per_token(shape, 8, frozen_base=True, trained_count=trained_parameters(llama_model()))
-    assert every_parameter == flops_per_token(shape, 8, frozen_base=False)
+    shape = ModelShape.of(make_llama_model())
+    flops_with_all_trained = flops_per_token(shape, 8, frozen_base=True, trained_count=trained_parameters(make_llama_model()))
+    assert flops_with_all_trained == flops_per_token(shape, 8, frozen_base=False)
 
 
 def test_only_the_experts_to_which_a_token_is_routed_are_counted() -> None:
@@ -146,8 +147,8 @@ def test_only_the_experts_to_which_a_token_is_routed_are_counted() -> None:
         )
     )  # fmt: skip
     attention, router, expert, norms = 4 * HIDDEN_SIZE * HIDDEN_SIZE, 8 * HIDDEN_SIZE, 3 * HIDDEN_SIZE * MLP_SIZE, 2 * HIDDEN_SIZE
-    layers = LAYER_COUNT * (attention + router + 2 * expert + norms)
-    assert count_matrix_and_trained_parameters(model) == (layers + HIDDEN_SIZE + EMBEDDING_PARAMETERS,) * 2
+    layer_parameters = LAYER_COUNT * (attention + router + 2 * expert + norms)
+    assert count_matrix_and_trained_parameters(model) == (layer_parameters + HIDDEN_SIZE + EMBEDDING_PARAMETERS,) * 2
 
 
 def test_reported_utilisation_counts_the_trained_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,10 +160,10 @@ def test_reported_utilisation_counts_the_trained_modules(tmp_path: Path, monkeyp
         tmp_path, make_tiny_model(tmp_path / "tiny"), {"method": method, "training": {"maxSteps": 2}}
     )
     report = outcome.extra["data"]["tokens"]["train"]
-    matrices, trained = count_matrix_and_trained_parameters(outcome.model)
-    assert 0 < trained < matrices
+    matrix_count, trained_count = count_matrix_and_trained_parameters(outcome.model)
+    assert 0 < trained_count < matrix_count
     flops = flops_per_token(
-        ModelShape.of(outcome.model), report["tokens"] / report["rows"], frozen_base=True, trained_count=trained
+        ModelShape.of(outcome.model), report["tokens"] / report["rows"], frozen_base=True, trained_count=trained_count
     )
     (line,) = [line for line in outcome.logs if "mfu" in line]
     assert line["mfu"] == pytest.approx(line["tokens_per_second"] * flops / 1e12, rel=1e-9)

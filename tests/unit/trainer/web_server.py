@@ -29,7 +29,7 @@ class WebServer:
     """A running server."""
 
     folder: Path
-    """The folder whose files it serves."""
+    """The folder whose files the server serves."""
     url: str
     ca: str
     """Path of the file with the server's certificate, which clients must trust."""
@@ -49,15 +49,15 @@ class _Server(ThreadingHTTPServer):
 
 
 @contextlib.contextmanager
-def serve_folder(folder: Path, keys: Path) -> Iterator[WebServer]:
-    """Serve a folder over https. The certificate and its key are written to `keys`."""
-    chain = write_certificate(keys)
+def serve_folder(folder: Path, key_folder: Path) -> Iterator[WebServer]:
+    """Serve a folder over https. The certificate and its key are written to `key_folder`."""
+    chain = write_certificate(key_folder)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(*chain)
     server = _Server(("127.0.0.1", 0), BaseHTTPRequestHandler)
     server.socket = context.wrap_socket(server.socket, server_side=True)
     web = WebServer(folder, f"https://127.0.0.1:{server.server_address[1]}", str(chain[0]))
-    server.RequestHandlerClass = _handler(web)
+    server.RequestHandlerClass = _make_handler(web)
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     try:
         yield web
@@ -66,7 +66,7 @@ def serve_folder(folder: Path, keys: Path) -> Iterator[WebServer]:
         server.server_close()
 
 
-def _handler(web: WebServer) -> type[BaseHTTPRequestHandler]:
+def _make_handler(web: WebServer) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
@@ -85,14 +85,14 @@ def _handler(web: WebServer) -> type[BaseHTTPRequestHandler]:
                 headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
             self._send(status, data[start:], headers, fault.cut_bytes)
 
-        def _send(self, status: int, body: bytes, headers: dict[str, str], cut: int | None = None) -> None:
+        def _send(self, status: int, body: bytes, headers: dict[str, str], cut_bytes: int | None = None) -> None:
             self.send_response(status)
             for name, value in ({"Content-Length": str(len(body))} | headers).items():
                 self.send_header(name, value)
             self.end_headers()
             if self.command != "HEAD":
-                self.wfile.write(body[:cut])
-            self.close_connection = cut is not None
+                self.wfile.write(body[:cut_bytes])
+            self.close_connection = cut_bytes is not None
 
         do_GET = do_HEAD = _answer
 

@@ -164,10 +164,10 @@ def test_system_prompts_may_differ_if_the_spec_replaces_them(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("name", MISMATCH_CASES)
 def test_an_answer_that_does_not_continue_the_prompt_is_a_bad_row(name: str, tmp_path: Path) -> None:
-    trainer, row, code, message = MISMATCH_CASES[name]
+    trainer, row, code, make_oasst_message = MISMATCH_CASES[name]
     error = catch_check_error(tmp_path, rows=[row], spec={"trainer": {"type": trainer}})
     assert (error.code, error.exit_code) == (code, 65)
-    assert message in error.message and "train.jsonl, row 1" in error.message
+    assert make_oasst_message in error.message and "train.jsonl, row 1" in error.message
 
 
 def test_the_best_ranked_path_of_an_oasst_tree_becomes_the_conversation(tmp_path: Path) -> None:
@@ -188,29 +188,29 @@ def test_an_oasst_message_without_its_parent_is_a_bad_row(tmp_path: Path) -> Non
     assert "train.jsonl, row 1" in error.message and "'9'" in error.message
 
 
-def message(name: str, parent: str | None, role: str = "prompter", text: str = "hi") -> dict[str, Any]:
+def make_oasst_message(name: str, parent: str | None, role: str = "prompter", text: str = "hi") -> dict[str, Any]:
     return {"message_id": name, "parent_id": parent, "role": role, "text": text}
 
 
 def test_oasst_messages_without_a_root_are_bad_rows(tmp_path: Path) -> None:
-    tree = [message("1", None), message("2", "1", "assistant", "ho")]
-    cycle = [message("a", "b"), message("b", "a", "assistant"), message("c", "b")]
+    tree = [make_oasst_message("1", None), make_oasst_message("2", "1", "assistant", "ho")]
+    cycle = [make_oasst_message("a", "b"), make_oasst_message("b", "a", "assistant"), make_oasst_message("c", "b")]
     error = catch_check_error(tmp_path / "a", rows=[*tree, *cycle])
     assert (error.code, error.exit_code) == ("ParentsInCircle", 65)
     assert "train.jsonl, row 3" in error.message and "'b'" in error.message
-    below = [message("d", "gone"), message("e", "d", "assistant")]
+    below = [make_oasst_message("d", "gone"), make_oasst_message("e", "d", "assistant")]
     skip = {"badRows": "skip", "maxBadRowRatio": 0.9}
     run, inputs = make_data_run(tmp_path / "b", {"dataset": skip}, [*cycle, *tree, *below])
     loaded_data = load(run, inputs)
     assert [example for _, example in loaded_data.train] == [Conversation((HI, HO))]
     assert loaded_data.summary.bad_rows == 5
-    cycle_of_one = catch_check_error(tmp_path / "c", rows=[*tree, message("x", "x")])
+    cycle_of_one = catch_check_error(tmp_path / "c", rows=[*tree, make_oasst_message("x", "x")])
     assert cycle_of_one.code == "ParentsInCircle" and "row 3" in cycle_of_one.message
 
 
 @pytest.mark.timeout(30)
 def test_a_second_oasst_message_with_the_same_id_is_a_bad_row(tmp_path: Path) -> None:
-    rows = [message("1", None), message("2", "1", "assistant", "ho"), message("1", "2")]
+    rows = [make_oasst_message("1", None), make_oasst_message("2", "1", "assistant", "ho"), make_oasst_message("1", "2")]
     error = catch_check_error(tmp_path, rows=rows)
     assert (error.code, error.exit_code) == ("MessageIdTwice", 65)
     assert "row 3" in error.message and "train.jsonl, row 1" in error.message
@@ -231,10 +231,10 @@ def test_columns_are_read_under_the_names_in_dataset_columns(tmp_path: Path) -> 
 
 def test_the_messages_format_reads_question_and_answer_columns_named_in_dataset_columns(tmp_path: Path) -> None:
     dataset = {"format": "messages", "columns": {"question": "Question", "answer": "Response"}, "systemPrompt": "Help."}
-    expected = Conversation((Turn("system", "Help."), HI, HO))
-    assert load_examples(tmp_path / "a", dataset, [{"Question": "hi", "Response": "ho"}]) == [expected]
+    expected_conversation = Conversation((Turn("system", "Help."), HI, HO))
+    assert load_examples(tmp_path / "a", dataset, [{"Question": "hi", "Response": "ho"}]) == [expected_conversation]
     assert load_examples(tmp_path / "b", dataset, [{"messages": CHAT}]) == [
-        expected
+        expected_conversation
     ]  # an existing messages column takes precedence
     error = catch_check_error(tmp_path / "c", dataset, [{"Question": "hi", "Answer": "ho"}])
     assert error.code == "ColumnMissing"
@@ -305,10 +305,10 @@ def test_tool_call_arguments_become_objects(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", BAD_CONVERSATIONS)
 def test_a_bad_conversation_is_refused(name: str, tmp_path: Path) -> None:
-    code, turns, message = BAD_CONVERSATIONS[name]
+    code, turns, make_oasst_message = BAD_CONVERSATIONS[name]
     error = catch_check_error(tmp_path, rows=[{"messages": CHAT}, {"messages": turns}])
     assert (error.code, int(error.exit_code)) == (code, 65)
-    assert error.message.startswith("train.jsonl, row 2: ") and message in error.message
+    assert error.message.startswith("train.jsonl, row 2: ") and make_oasst_message in error.message
 
 
 def test_rows_without_an_answer_are_usable_when_all_tokens_are_trained_on(tmp_path: Path) -> None:

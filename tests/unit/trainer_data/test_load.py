@@ -79,24 +79,24 @@ def load_mixture(folder: Path, dataset: dict[str, Any], *sources: Any) -> Any:
     return load(run, inputs.model_copy(update={"train": [], "mixture": files}))
 
 
-def text_rows(count: int, first: int = 0) -> list[dict[str, str]]:
+def make_text_rows(count: int, first: int = 0) -> list[dict[str, str]]:
     return [{"text": f"text {number}"} for number in range(first, first + count)]
 
 
 def test_all_copies_of_a_row_in_a_mixture_are_in_the_same_split(tmp_path: Path) -> None:
     """A mixture repeats the rows of a small source."""
-    loaded_data = load_mixture(tmp_path, {"split": {"validation": 0.2, "test": 0.2}}, text_rows(4), text_rows(16, 100))
-    train, validation, test = ({row.text for _, row in part} for part in (loaded_data.train, loaded_data.validation, loaded_data.test))
+    loaded_data = load_mixture(tmp_path, {"split": {"validation": 0.2, "test": 0.2}}, make_text_rows(4), make_text_rows(16, 100))
+    train, validation, test = ({row.text for _, row in split_rows} for split_rows in (loaded_data.train, loaded_data.validation, loaded_data.test))
     assert (len(loaded_data.train), len(validation), len(test)) == (12, 4, 4)
     assert not train & validation and not train & test and not validation & test
     assert (
-        sum(row.text in {repeated["text"] for repeated in text_rows(4)} for _, row in loaded_data.train) == 11
+        sum(row.text in {repeated["text"] for repeated in make_text_rows(4)} for _, row in loaded_data.train) == 11
     )  # this source has 9/10 of the total weight
 
 
 def test_deduplication_does_not_change_the_shares_of_a_mixture(tmp_path: Path) -> None:
     loaded_data = load_mixture(
-        tmp_path, {"checks": {"deduplicate": True}}, text_rows(2) * 2, [*text_rows(1), *text_rows(8, 100)]
+        tmp_path, {"checks": {"deduplicate": True}}, make_text_rows(2) * 2, [*make_text_rows(1), *make_text_rows(8, 100)]
     )
     assert loaded_data.summary.findings.duplicate_count == 3
     assert [row.text.startswith("text 10") for _, row in loaded_data.train].count(False) == 9
@@ -105,7 +105,7 @@ def test_deduplication_does_not_change_the_shares_of_a_mixture(tmp_path: Path) -
 
 def test_a_source_with_only_duplicates_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
-        load_mixture(tmp_path, {"checks": {"deduplicate": True}}, text_rows(2), text_rows(2))
+        load_mixture(tmp_path, {"checks": {"deduplicate": True}}, make_text_rows(2), make_text_rows(2))
     assert caught.value.code == "DatasetEmpty" and "s3://data/1.jsonl: no row is left" in caught.value.message
 
 
@@ -143,13 +143,13 @@ def test_a_mixture_repeats_rows_according_to_the_weights(tmp_path: Path) -> None
 
     from tests.support.learning import write_rows
 
-    other = write_rows(tmp_path / "other.jsonl", [{"q": "one", "a": "red"}] * 5)
+    other_file = write_rows(tmp_path / "other.jsonl", [{"q": "one", "a": "red"}] * 5)
     mixture = [
         {"source": "s3://data/a.jsonl", "weight": 1},
         {"source": "s3://data/b.jsonl", "weight": 2, "format": "qa", "columns": {"question": "q", "answer": "a"}},
     ]
     run, inputs = make_run(tmp_path, Path("/models/tiny"), {"dataset": {"train": None, "mixture": mixture}})
-    loaded_data = load(run, inputs.model_copy(update={"train": [], "mixture": [inputs.train, [other]]}))
+    loaded_data = load(run, inputs.model_copy(update={"train": [], "mixture": [inputs.train, [other_file]]}))
     assert len(loaded_data.train) == 15
     assert sum(example.role_names == ("Question", "Answer") for _, example in loaded_data.train) == 10  # type: ignore[union-attr]
     assert "s3://data/b.jsonl 5 rows, weight 2" in loaded_data.summary.notes[0]
@@ -161,9 +161,9 @@ def test_a_limit_on_training_rows_keeps_all_other_rows(dataset: dict[str, object
 
     mixture = [{"source": "s3://data/0.jsonl", "weight": 1}, {"source": "s3://data/1.jsonl", "weight": 2}]
     run, inputs = make_data_run(tmp_path, {"dataset": {"train": None, "mixture": mixture, **dataset}})
-    files = [[write_rows(tmp_path / f"{i}.jsonl", text_rows(10, 100 * i))] for i in range(2)]
+    files = [[write_rows(tmp_path / f"{i}.jsonl", make_text_rows(10, 100 * i))] for i in range(2)]
     inputs = inputs.model_copy(update={"train": [], "mixture": files})
-    whole, limited = load(run, inputs), load(run, inputs, training_rows=3)
-    assert limited.train == whole.train[:3] and len(whole.train) > 3
-    assert (limited.validation, limited.test) == (whole.validation, whole.test)
-    assert limited.summary == whole.summary
+    whole_data, limited_data = load(run, inputs), load(run, inputs, training_rows=3)
+    assert limited_data.train == whole_data.train[:3] and len(whole_data.train) > 3
+    assert (limited_data.validation, limited_data.test) == (whole_data.validation, whole_data.test)
+    assert limited_data.summary == whole_data.summary

@@ -45,10 +45,10 @@ def test_memory_does_not_depend_on_the_number_of_tokens(tmp_path: Path) -> None:
     def measure(rows: int) -> tuple[int, int]:
         (tmp_path / str(rows)).mkdir()
         command = [sys.executable, "-c", PROGRAM, str(tmp_path / str(rows)), str(rows)]
-        result = subprocess.run(command, check=True, capture_output=True, text=True)
-        tokens, peak = json.loads(result.stdout)
-        return tokens, peak
+        completed_process = subprocess.run(command, check=True, capture_output=True, text=True)
+        tokens, peak_bytes = json.loads(completed_process.stdout)
+        return tokens, peak_bytes
 
-    (tokens, peak), (more_tokens, higher_peak) = measure(200), measure(600)
+    (tokens, peak_bytes), (more_tokens, higher_peak_bytes) = measure(200), measure(600)
     assert more_tokens - tokens > 200_000
-    assert (higher_peak - peak) / (more_tokens - tokens) < 1
+    assert (higher_peak_bytes - peak_bytes) / (more_tokens - tokens) < 1

@@ -30,7 +30,7 @@ from tests.support.learning import TEN_ROWS, make_run, write_rows
 from tests.support.tiny import CHATML_MARKED, make_tiny_model
 
 
-def sequence_limit(folder: Path, spec: dict[str, Any], model_limit: int | None, tokenizer_limit: int = UNLIMITED_TOKENIZER_LENGTH) -> int:
+def compute_sequence_limit(folder: Path, spec: dict[str, Any], model_limit: int | None, tokenizer_limit: int = UNLIMITED_TOKENIZER_LENGTH) -> int:
     run, _ = make_run(folder, Path("/models/tiny"), spec)
     return max_sequence_length(run, SimpleNamespace(model_max_length=tokenizer_limit), model_limit)
 
@@ -41,30 +41,30 @@ def sequence_limit(folder: Path, spec: dict[str, Any], model_limit: int | None, 
     ids=["lora", "prefix", "prompt"],
 )
 def test_virtual_tokens_reduce_the_sequence_length(method: dict[str, Any], virtual_token_count: int, tmp_path: Path) -> None:
-    assert sequence_limit(tmp_path, {"method": method}, 512) == 512 - virtual_token_count
-    assert sequence_limit(tmp_path, {"method": method}, None, tokenizer_limit=256) == 256 - virtual_token_count
-    assert sequence_limit(tmp_path, {"method": method}, 4096) == 2048, "the default is the largest length that fits, but at most 2048"
-    assert sequence_limit(tmp_path, {"method": method, "dataset": {"maxSequenceLength": 512 - virtual_token_count}}, 512) == 512 - virtual_token_count
+    assert compute_sequence_limit(tmp_path, {"method": method}, 512) == 512 - virtual_token_count
+    assert compute_sequence_limit(tmp_path, {"method": method}, None, tokenizer_limit=256) == 256 - virtual_token_count
+    assert compute_sequence_limit(tmp_path, {"method": method}, 4096) == 2048, "the default is the largest length that fits, but at most 2048"
+    assert compute_sequence_limit(tmp_path, {"method": method, "dataset": {"maxSequenceLength": 512 - virtual_token_count}}, 512) == 512 - virtual_token_count
     with pytest.raises(ConfigError, match=f"write {512 - virtual_token_count} or less") as caught:
-        sequence_limit(tmp_path, {"method": method, "dataset": {"maxSequenceLength": 513 - virtual_token_count}}, 512)
+        compute_sequence_limit(tmp_path, {"method": method, "dataset": {"maxSequenceLength": 513 - virtual_token_count}}, 512)
     assert caught.value.code == "SequenceTooLong"
     assert ("method.promptLength takes" in caught.value.message) is bool(virtual_token_count)
 
 
 def test_defaults_that_depend_on_the_model_are_reported_unless_the_user_set_the_field(tmp_path: Path) -> None:
-    def reported(dataset: dict[str, Any], template: str | None) -> dict[str, Any]:
+    def read_late_defaults(dataset: dict[str, Any], template: str | None) -> dict[str, Any]:
         run, _ = make_run(tmp_path, Path("/models/tiny"), {"dataset": dataset})
         return late_defaults(run, SimpleNamespace(model_max_length=UNLIMITED_TOKENIZER_LENGTH, chat_template=template), 512)
 
-    assert reported({"numProc": 2}, "t") == {"dataset.maxSequenceLength": 512, "dataset.useChatTemplate": True}
-    assert reported({"numProc": 2, "useChatTemplate": False, "maxSequenceLength": 64}, None) == {}
-    assert list(reported({}, None)) == list(LATE_DEFAULT_PATHS)
+    assert read_late_defaults({"numProc": 2}, "t") == {"dataset.maxSequenceLength": 512, "dataset.useChatTemplate": True}
+    assert read_late_defaults({"numProc": 2, "useChatTemplate": False, "maxSequenceLength": 64}, None) == {}
+    assert list(read_late_defaults({}, None)) == list(LATE_DEFAULT_PATHS)
 
 
 def test_virtual_tokens_that_leave_no_position_are_refused(tmp_path: Path) -> None:
     spec = {"method": {"type": "promptTuning", "promptLength": 64}}
     with pytest.raises(ConfigError, match="64 positions and method.promptLength takes 64 of them, so no row fits") as caught:
-        sequence_limit(tmp_path, spec, 64)
+        compute_sequence_limit(tmp_path, spec, 64)
     assert (caught.value.code, caught.value.exit_code) == ("SequenceTooLong", 64)
     assert "promptLength 32" in (caught.value.hint or "")
 
@@ -74,17 +74,17 @@ def test_prompt_and_completion_are_joined_without_a_template(tmp_path: Path) -> 
     data = prepare_rows(tmp_path, tok, {"format": "promptCompletion"}, [{"prompt": "one:", "completion": "red"}] * 3)
     assert decode_rows(tok, data) == [("one:red<|im_end|>", "red<|im_end|>")] * 3
     assert any("useChatTemplate" in note for note in data.notes)
-    turns = prepare_rows(tmp_path / "b", tok, {"useChatTemplate": True}, [{"prompt": "one", "completion": "red"}])
-    assert decode_rows(tok, turns)[0][0].startswith("<|im_start|>user\none")
+    templated_data = prepare_rows(tmp_path / "b", tok, {"useChatTemplate": True}, [{"prompt": "one", "completion": "red"}])
+    assert decode_rows(tok, templated_data)[0][0].startswith("<|im_start|>user\none")
     assert trained_texts(Completion("one ", "red"), render_options(tok, template=False)) == ["red"]
 
 
-@pytest.mark.parametrize("first", ["text", "messages"])
-def test_trained_tokens_do_not_depend_on_the_order_of_a_mixture(first: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("first_source", ["text", "messages"])
+def test_trained_tokens_do_not_depend_on_the_order_of_a_mixture(first_source: str, tmp_path: Path) -> None:
     """All tokens of plain text are trained on, but not the questions of a conversation, whichever source comes first."""
     tok = tokenizer(tmp_path)
-    plain, joined = [{"text": "two plus"}], [{"prompt": "one ", "completion": "two"}]
-    sources = [plain, joined, TEN_ROWS[:1]] if first == "text" else [TEN_ROWS[:1], joined, plain]
+    text_rows, completion_rows = [{"text": "two plus"}], [{"prompt": "one ", "completion": "two"}]
+    sources = [text_rows, completion_rows, TEN_ROWS[:1]] if first_source == "text" else [TEN_ROWS[:1], completion_rows, text_rows]
     files = [[write_rows(tmp_path / f"{i}.jsonl", rows)] for i, rows in enumerate(sources)]
     mixture = [{"source": f"s3://data/{i}.jsonl"} for i in range(3)]
     run, inputs = make_run(tmp_path, Path("/models/tiny"), {"dataset": {"train": None, "mixture": mixture}})
@@ -132,40 +132,41 @@ def test_the_digest_depends_on_contents_and_not_on_addresses(tmp_path: Path) -> 
     folders = [tmp_path / name for name in "abcd"]
     for folder in folders:
         folder.mkdir()
-    first = compute_digest(folders[0], {"train": "s3://one/train.jsonl"})
+    expected_digest = compute_digest(folders[0], {"train": "s3://one/train.jsonl"})
     same_digests = [
         compute_digest(folders[1], {"train": "s3://two/other/train.jsonl", "storage": {"endpoint": "https://s3.example.com"}}),
         compute_digest(folders[2], {"train": "pvc://claim/train.jsonl", "numProc": 3}),
         compute_digest(folders[3]),
     ]
-    assert set(same_digests) == {first}
+    assert set(same_digests) == {expected_digest}
     file = write_rows(tmp_path / "train.jsonl", TEN_ROWS)
-    with_known_digest = compute_digest(folders[3], train=[file], file_digests={file: hashlib.sha256(file.read_bytes()).hexdigest()})
-    assert with_known_digest == first, "the sha256 from the download has the same effect as hashing the file"
+    digest_from_known_hash = compute_digest(folders[3], train=[file], file_digests={file: hashlib.sha256(file.read_bytes()).hexdigest()})
+    assert digest_from_known_hash == expected_digest, "the sha256 from the download has the same effect as hashing the file"
     text = "{% for m in messages %}{{ m.content }}{% endfor %}"
     (tmp_path / "maps/t").mkdir(parents=True)
     (tmp_path / "maps/t/chat.jinja").write_text(text)
-    as_text = compute_digest(folders[3], {"chatTemplate": {"text": text}})
-    assert as_text == compute_digest(folders[3], {"chatTemplate": {"configMapRef": {"name": "t", "key": "chat.jinja"}}}, config_maps=tmp_path / "maps")
-    changed_row = [*TEN_ROWS[:-1], TEN_ROWS[0]]
-    renamed = write_rows(tmp_path / "train.txt", TEN_ROWS)
+    digest_with_template = compute_digest(folders[3], {"chatTemplate": {"text": text}})
+    reference = {"configMapRef": {"name": "t", "key": "chat.jinja"}}
+    assert digest_with_template == compute_digest(folders[3], {"chatTemplate": reference}, config_maps=tmp_path / "maps")
+    changed_rows = [*TEN_ROWS[:-1], TEN_ROWS[0]]
+    renamed_file = write_rows(tmp_path / "train.txt", TEN_ROWS)
     other_digests = [
-        compute_digest(folders[3], rows=changed_row), compute_digest(folders[3], rows=TEN_ROWS[::-1]), compute_digest(folders[3], train=[renamed]),
+        compute_digest(folders[3], rows=changed_rows), compute_digest(folders[3], rows=TEN_ROWS[::-1]), compute_digest(folders[3], train=[renamed_file]),
         compute_digest(folders[3], {"packing": True}), compute_digest(folders[3], {"overflow": "drop"}), compute_digest(folders[3], {"badRows": "skip"}),
         compute_digest(folders[3], train=[file], validation=[file]), compute_digest(folders[3], train=[file, file]),
-        compute_digest(folders[3], train=[file], test=[file]), as_text,
+        compute_digest(folders[3], train=[file], test=[file]), digest_with_template,
     ]  # fmt: skip
-    assert len({first, *other_digests}) == len(other_digests) + 1
+    assert len({expected_digest, *other_digests}) == len(other_digests) + 1
 
 
 def test_the_digest_depends_on_tokenizer_settings_outside_of_its_backend(tmp_path: Path) -> None:
     run, inputs = make_run(tmp_path, Path("/models/tiny"), {}, list(TEN_ROWS))
     tok = tokenizer(tmp_path)
-    first = inputs_digest(run, inputs, tok, 512)
+    first_digest = inputs_digest(run, inputs, tok, 512)
     tok.init_kwargs |= {"name_or_path": "/elsewhere", "tokenizer_file": "/elsewhere/tokenizer.json", "cache_dir": "/elsewhere", "_commit_hash": "f"}
-    assert inputs_digest(run, inputs, tok, 512) == first
+    assert inputs_digest(run, inputs, tok, 512) == first_digest
     tok.init_kwargs["split_special_tokens"] = True
-    assert inputs_digest(run, inputs, tok, 512) != first
+    assert inputs_digest(run, inputs, tok, 512) != first_digest
 
 
 def test_the_digest_depends_on_remote_code(tmp_path: Path) -> None:
@@ -184,32 +185,32 @@ def test_the_digest_depends_on_remote_code(tmp_path: Path) -> None:
 def test_rows_with_the_date_are_not_shared(tmp_path: Path, text: str, is_shared: bool) -> None:
     template = text + "{% for m in messages %}{{ m.role + '=' + m.content + '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}assistant={% endif %}"
     run, inputs = make_run(tmp_path, Path("/models/tiny"), {"dataset": {"chatTemplate": {"text": template}}}, list(TEN_ROWS))
-    requested: list[str] = []
-    callbacks = SimpleNamespace(provide_rows=requested.append, count_rows=lambda _: None)
+    requested_digests: list[str] = []
+    callbacks = SimpleNamespace(provide_rows=requested_digests.append, count_rows=lambda _: None)
     prepare(run, inputs, tokenizer(tmp_path), max_positions=512, cache_folder=tmp_path / "tokens", preparation=callbacks)
-    assert len(requested) == is_shared
+    assert len(requested_digests) == is_shared
 
 
-def render_with_variables(folder: Path, variables: dict[str, str], **given: Any) -> str:
+def render_with_variables(folder: Path, variables: dict[str, str], **given_variables: Any) -> str:
     template = "{% if thinking is defined and thinking %}<think>{% endif %}{{ level }}:{% for message in messages %}{{ message['content'] }}{% endfor %}"
     run, inputs = make_run(folder, make_tiny_model(folder / "model"), {"dataset": {"chatTemplate": {"text": template}, "templateVariables": variables}})
     tok = AutoTokenizer.from_pretrained(inputs.model)
     for _ in range(2):
         choose_chat_template(run, inputs, tok)
     assert tok.chat_template.count("is not defined") == len(variables)
-    return str(tok.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False, **given))
+    return str(tok.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False, **given_variables))
 
 
 @pytest.mark.parametrize(
-    ("variables", "given", "text"),
+    ("variables", "given_variables", "expected_text"),
     [
         ({"thinking": "false", "level": "3"}, {}, "3:x"), ({"thinking": "true", "level": "high"}, {}, "<think>high:x"),
         ({"thinking": "true"}, {"thinking": False, "level": 1}, "1:x"), ({"level": '"3"'}, {"thinking": "no"}, "<think>3:x"), ({"level": "null"}, {}, "None:x"),
         ({"level": "\U0001f600"}, {}, "\U0001f600:x"), ({"level": '{"a": [null, true]}'}, {}, "{'a': [None, True]}:x"), ({"level": "NaN"}, {}, "NaN:x"),
     ],
 )  # fmt: skip
-def test_template_variables_of_the_spec_are_defaults(variables: dict[str, str], given: dict[str, Any], text: str, tmp_path: Path) -> None:
-    assert render_with_variables(tmp_path, variables, **given) == text
+def test_template_variables_of_the_spec_are_defaults(variables: dict[str, str], given_variables: dict[str, Any], expected_text: str, tmp_path: Path) -> None:
+    assert render_with_variables(tmp_path, variables, **given_variables) == expected_text
 
 
 def test_a_variable_that_the_template_does_not_use_is_refused(tmp_path: Path) -> None:
@@ -219,15 +220,15 @@ def test_a_variable_that_the_template_does_not_use_is_refused(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("json_text", "expected_repr"),
     [
         ("NaN", "'NaN'"), ("-Infinity", "'-Infinity'"), ("1e999", "'1e999'"), ("[null, 1.5]", "[None, 1.5]"),
         ('{"a": null, "b": [true, {}]}', "{'a': None, 'b': [True, {}]}"), ("null", "None"), ("{% x", "'{% x'"),
     ],
 )  # fmt: skip
-def test_a_template_variable_has_the_value_of_its_json(given: str, expected: str) -> None:
-    template = add_template_variables("{{ value.__repr__() }}", {"value": given})
-    assert jinja2.Environment().from_string(template).render() == expected
+def test_a_template_variable_has_the_value_of_its_json(json_text: str, expected_repr: str) -> None:
+    template = add_template_variables("{{ value.__repr__() }}", {"value": json_text})
+    assert jinja2.Environment().from_string(template).render() == expected_repr
 
 
 def test_the_chat_template_of_the_spec_is_used(tmp_path: Path) -> None:
@@ -240,8 +241,8 @@ def test_the_chat_template_of_the_spec_is_used(tmp_path: Path) -> None:
     assert caught.value.code == "ConfigMapMissing"
 
 
-@pytest.mark.parametrize("changed", ["validation", "test"])
-def test_changed_validation_or_test_rows_are_tokenised_again(changed: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("changed_split", ["validation", "test"])
+def test_changed_validation_or_test_rows_are_tokenised_again(changed_split: str, tmp_path: Path) -> None:
     """The file keeps its name; only its content changes."""
     tok = tokenizer(tmp_path)
     run, inputs = make_run(tmp_path, Path("/models/tiny"), rows=TEN_ROWS)
@@ -252,10 +253,10 @@ def test_changed_validation_or_test_rows_are_tokenised_again(changed: str, tmp_p
         return prepare(run, inputs, tok, max_positions=512, cache_folder=tmp_path / "tokens")
 
     assert (prepare_again().is_from_cache, prepare_again().is_from_cache) == (False, True)
-    write_rows(files[changed], TEN_ROWS[2:5])
+    write_rows(files[changed_split], TEN_ROWS[2:5])
     data = prepare_again()
     assert not data.is_from_cache
-    assert data.rows[changed] == 3
+    assert data.rows[changed_split] == 3
 
 
 def test_another_seed_changes_the_mixture(tmp_path: Path) -> None:
@@ -269,7 +270,7 @@ def test_another_seed_changes_the_mixture(tmp_path: Path) -> None:
         inputs = inputs.model_copy(update={"train": [], "mixture": sources})
         return prepare(run, inputs, tok, max_positions=512, cache_folder=tmp_path / "tokens")
 
-    first = [prepare_mixture(seed) for seed in range(4)]
-    assert [data.is_from_cache for data in first] == [False] * 4
-    assert len({tuple(map(tuple, data.train["input_ids"])) for data in first}) > 1
-    assert prepare_mixture(0).is_from_cache and prepare_mixture(0).train["input_ids"] == first[0].train["input_ids"]
+    prepared_mixtures = [prepare_mixture(seed) for seed in range(4)]
+    assert [data.is_from_cache for data in prepared_mixtures] == [False] * 4
+    assert len({tuple(map(tuple, data.train["input_ids"])) for data in prepared_mixtures}) > 1
+    assert prepare_mixture(0).is_from_cache and prepare_mixture(0).train["input_ids"] == prepared_mixtures[0].train["input_ids"]

@@ -86,12 +86,12 @@ def test_a_folder_with_an_unsuitable_manifest_is_not_opened(change: dict[str, An
 
 
 def test_an_incomplete_folder_is_not_opened_and_is_replaced(tmp_path: Path) -> None:
-    def interrupted() -> Any:
+    def yield_batch_and_interrupt() -> Any:
         yield make_token_batch(ROWS)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_splits(tmp_path / "p", {"train": interrupted()})
+        write_splits(tmp_path / "p", {"train": yield_batch_and_interrupt()})
     with pytest.raises(StorageError, match="PreparedDataMissing"):
         open_prepared(tmp_path / "p")
     write_splits(tmp_path / "p", {"train": [make_token_batch(ROWS[:1])]})
@@ -108,20 +108,20 @@ def write_and_open(folder: Path, batches: list[Any]) -> ShardReader:
 
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=30), st.integers(1, 7), st.integers(1, 40))
 @settings(max_examples=60, deadline=None)
-def test_rows_are_read_by_position_and_equal_rows_give_equal_bytes(positions: list[int], batch_rows: int, tokens: int) -> None:
+def test_rows_are_read_by_position_and_equal_rows_give_equal_bytes(positions: list[int], batch_rows: int, tokens_per_batch: int) -> None:
     """The bytes of copied rows do not depend on the batches in which the rows were first written."""
     import tempfile
 
     lengths = numpy.array([len(ROWS[position]) for position in positions])
-    with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shards, "TOKENS_PER_BATCH", tokens)
+    with tempfile.TemporaryDirectory() as folder_name, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "TOKENS_PER_BATCH", tokens_per_batch)
         digests = []
         for number, size in enumerate((batch_rows, 7)):
-            reader = write_and_open(Path(name, str(number)), [make_token_batch(ROWS[start : start + size]) for start in range(0, 7, size)])
+            reader = write_and_open(Path(folder_name, str(number)), [make_token_batch(ROWS[start : start + size]) for start in range(0, 7, size)])
             batches = list(reader.read(numpy.array(positions), lengths))
             assert [row for batch in batches for row in batch.column("input_ids").to_pylist()] == [ROWS[position] for position in positions]
-            assert all(batch.num_rows == 1 or sum(map(len, batch.column("input_ids").to_pylist())) <= tokens for batch in batches)
-            digests.append(write_splits(Path(name, f"p{number}"), {"train": batches}).manifest.files[0].sha256)
+            assert all(batch.num_rows == 1 or sum(map(len, batch.column("input_ids").to_pylist())) <= tokens_per_batch for batch in batches)
+            digests.append(write_splits(Path(folder_name, f"p{number}"), {"train": batches}).manifest.files[0].sha256)
         assert digests[0] == digests[1]
 
 
@@ -131,9 +131,9 @@ def test_rows_are_read_from_shards_and_packed_into_sequences(tmp_path: Path, mon
     positions = numpy.array([6, 5, 4, 3, 2, 1, 0])
     lengths = numpy.array([len(ROWS[position]) for position in positions])
     bins = pack(lengths.tolist(), 10)
-    packed = [row for batch in build_packed_batches(reader, positions, lengths, bins, -100) for row in batch.to_pylist()]
+    packed_rows = [row for batch in build_packed_batches(reader, positions, lengths, bins, -100) for row in batch.to_pylist()]
     documents = [[ROWS[positions[row]] for row in rows] for rows in bins]
-    assert packed == [
+    assert packed_rows == [
         {
             "input_ids": sum(rows, []),
             "labels": sum(([-100, *(token + 1 for token in row[1:])] for row in rows), []),

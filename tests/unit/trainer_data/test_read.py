@@ -35,7 +35,7 @@ def test_every_file_format_is_read(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("file_format", "text", "texts"),
+    ("file_format", "file_text", "expected_texts"),
     [
         ("csv", "text,other\nx,1\n", ["x"]),
         ("txt", '{"text": "x"}\n', ['{"text": "x"}']),
@@ -44,10 +44,10 @@ def test_every_file_format_is_read(name: str, tmp_path: Path) -> None:
     ],
 )
 def test_the_file_format_of_the_spec_takes_precedence_over_the_extension(
-    file_format: str, text: str, texts: list[str], tmp_path: Path
+    file_format: str, file_text: str, expected_texts: list[str], tmp_path: Path
 ) -> None:
-    examples = load_examples(tmp_path, {"fileFormat": file_format}, text=text, name="rows.parquet")
-    assert examples == [Text(text_of_row) for text_of_row in texts]
+    examples = load_examples(tmp_path, {"fileFormat": file_format}, text=file_text, name="rows.parquet")
+    assert examples == [Text(text_of_row) for text_of_row in expected_texts]
 
 
 def test_parquet_is_read(tmp_path: Path) -> None:

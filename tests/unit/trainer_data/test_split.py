@@ -9,7 +9,7 @@ from finetune_trainer.data.split import cut_into_splits, mix, split_sizes
 
 
 @pytest.mark.parametrize(
-    ("rows", "split", "sizes"),
+    ("rows", "split", "expected_sizes"),
     [
         (10, Split(validation=0.1, test=0.1), (8, 1, 1)),
         (100, Split(validation=0.29), (71, 29, 0)),  # 0.29 * 100 is 28.999999999999996 in floats
@@ -24,10 +24,10 @@ from finetune_trainer.data.split import cut_into_splits, mix, split_sizes
     ],
 )
 def test_sizes_are_rounded_down_and_one_split_gets_the_remaining_rows(
-    rows: int, split: Split, sizes: tuple[int, int, int]
+    rows: int, split: Split, expected_sizes: tuple[int, int, int]
 ) -> None:
-    assert split_sizes(rows, split) == sizes
-    assert tuple(map(len, cut_into_splits(range(rows), split))) == sizes
+    assert split_sizes(rows, split) == expected_sizes
+    assert tuple(map(len, cut_into_splits(range(rows), split))) == expected_sizes
 
 
 def test_a_split_without_rows_is_refused() -> None:
@@ -52,14 +52,14 @@ def test_the_seed_alone_decides_the_split_and_each_split_keeps_the_order_of_the_
 
 
 def test_a_mixture_follows_the_weights() -> None:
-    a, b = [f"a{i}" for i in range(30)], [f"b{i}" for i in range(10)]
-    mixed = mix([a, b], [1, 1], seed=3)
-    assert len(mixed) == 40
-    assert sum(row.startswith("a") for row in mixed) == 20
-    assert {row: mixed.count(row) for row in b} == dict.fromkeys(b, 2)
-    assert len({row for row in mixed if row.startswith("a")}) == 20
-    assert mix([a, b], [1, 1], seed=3) == mixed
-    assert mix([a, b], [3, 1], seed=3).count("b0") == 1
+    large_source, small_source = [f"a{i}" for i in range(30)], [f"b{i}" for i in range(10)]
+    mixture = mix([large_source, small_source], [1, 1], seed=3)
+    assert len(mixture) == 40
+    assert sum(row.startswith("a") for row in mixture) == 20
+    assert {row: mixture.count(row) for row in small_source} == dict.fromkeys(small_source, 2)
+    assert len({row for row in mixture if row.startswith("a")}) == 20
+    assert mix([large_source, small_source], [1, 1], seed=3) == mixture
+    assert mix([large_source, small_source], [3, 1], seed=3).count("b0") == 1
 
 
 def test_the_seed_decides_which_rows_of_a_large_source_are_drawn() -> None:

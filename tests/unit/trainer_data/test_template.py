@@ -48,12 +48,12 @@ def test_generation_markers_define_the_answers(tmp_path: Path) -> None:
     assert trained_texts(Conversation(TWO_ANSWERS), options) == ["red<|im_end|>", "green<|im_end|>"]
     turns = (*TWO_ANSWERS[:2], Turn("assistant", "red", 0), *TWO_ANSWERS[3:])
     assert trained_texts(Conversation(turns), options) == ["green<|im_end|>"]
-    whole = render(Conversation(turns), render_options(options.tokenizer, response_only=False))
-    assert [whole.text[end:start] for (_, end), (start, _) in zip(whole.spans, whole.spans[1:], strict=False)] == [
+    whole_rendering = render(Conversation(turns), render_options(options.tokenizer, response_only=False))
+    assert [whole_rendering.text[end:start] for (_, end), (start, _) in zip(whole_rendering.spans, whole_rendering.spans[1:], strict=False)] == [
         "red<|im_end|>"
     ]
-    unmarked = MARKED_TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")
-    assert "says" in trained_texts(Conversation(TWO_ANSWERS), render_options(tokenizer(tmp_path / "b", unmarked)))[0]
+    unmarked_template = MARKED_TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    assert "says" in trained_texts(Conversation(TWO_ANSWERS), render_options(tokenizer(tmp_path / "b", unmarked_template)))[0]
 
 
 def test_generation_markers_may_split_an_answer(tmp_path: Path) -> None:
@@ -213,13 +213,13 @@ ALL_ROLES = (Turn("system", "be"), HI, UNTRAINED_HO, Turn("tool", "42"), Turn("a
 def test_the_options_decide_what_is_trained_on(
     example: Example, options: dict[str, Any], expected: str, tmp_path: Path
 ) -> None:
-    given = RenderOptions(
+    render_settings = RenderOptions(
         **{"use_chat_template": True, "response_only": True, **options},
         tokenizer=tokenizer(tmp_path),
         special_tokens=("<|im_end|>",),
     )
-    assert mark_spans(example, given) == expected
-    assert render(example, given).is_templated == ("[" in expected)
+    assert mark_spans(example, render_settings) == expected
+    assert render(example, render_settings).is_templated == ("[" in expected)
 
 
 def test_untrained_answers_in_several_parts_are_left_out_of_the_whole_text(tmp_path: Path) -> None:
@@ -280,34 +280,34 @@ def test_the_error_for_a_row_that_cannot_be_rendered_gives_problem_and_correctio
 def test_a_template_that_does_not_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Jinja's sandbox limits the length of a single `range`, but not nested loops."""
     monkeypatch.setattr(template, "TEMPLATE_TIMEOUT_SECONDS", 0.05)
-    endless = tokenizer(tmp_path, "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}")
+    endless_tokenizer = tokenizer(tmp_path, "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}")
     handler = signal.getsignal(signal.SIGALRM)
     with pytest.raises(ConfigError, match="did not end within 0.05 s for a row with 5 turns") as caught:
-        render(Conversation(TWO_ANSWERS), render_options(endless))
+        render(Conversation(TWO_ANSWERS), render_options(endless_tokenizer))
     assert caught.value.code == "TemplateTooSlow"
     assert signal.getsignal(signal.SIGALRM) is handler
 
 
 def test_the_time_limit_restores_the_timer_of_the_program() -> None:
     """A thread other than the main thread has no time limit, because Python delivers signals only to the main thread."""
-    before = signal.setitimer(signal.ITIMER_REAL, 600)
+    previous_timer = signal.setitimer(signal.ITIMER_REAL, 600)
     try:
         with time_limit(60):
             assert signal.getitimer(signal.ITIMER_REAL)[0] <= 60
         assert 60 < signal.getitimer(signal.ITIMER_REAL)[0] <= 600
 
-        def timer_in_thread() -> float:
+        def read_timer_in_thread() -> float:
             with time_limit(60):
                 return signal.getitimer(signal.ITIMER_REAL)[0]
 
         with ThreadPoolExecutor(1) as pool:
-            assert pool.submit(timer_in_thread).result() > 60
+            assert pool.submit(read_timer_in_thread).result() > 60
     finally:
-        signal.setitimer(signal.ITIMER_REAL, *before)
+        signal.setitimer(signal.ITIMER_REAL, *previous_timer)
 
 
 CALL = {"tool_calls": [{"function": {"name": "weather", "arguments": {"city": "Paris"}}}]}
-WRITES_CALLS = (
+TEMPLATE_WITH_CALLS = (
     "{{ tools | tojson }}{% for message in messages %}[{{ message['role'] }}\n{{ message['content'] }}"
     "{% for call in message.get('tool_calls', []) %}{{ call.function.name }}({{ call.function.arguments | tojson }}){% endfor %}]\n{% endfor %}"
     "{% if add_generation_prompt %}[assistant\n{% endif %}"
@@ -320,13 +320,14 @@ def test_tool_calls_of_an_unknown_form_are_rendered_without_an_error(call: Any, 
 
     from tests.support.tiny import make_tokenizer
 
-    make_tokenizer(tmp_path, chat_template=WRITES_CALLS.replace("{{ call.function.name }}({{ call.function.arguments | tojson }})", "{{ call | tojson }}"))
+    chat_template = TEMPLATE_WITH_CALLS.replace("{{ call.function.name }}({{ call.function.arguments | tojson }})", "{{ call | tojson }}")
+    make_tokenizer(tmp_path, chat_template=chat_template)
     options = RenderOptions(AutoTokenizer.from_pretrained(tmp_path), use_chat_template=True, response_only=True)
     row = Conversation((Turn("user", "hi"), Turn("assistant", "text", extra={"tool_calls": [call]})))
     assert "text" in render(row, options).text
 
 
-@pytest.mark.parametrize(("template", "is_written"), [(WRITES_CALLS, True), (WRITES_CALLS.replace("call.function.name", "''"), False)])
+@pytest.mark.parametrize(("template", "is_written"), [(TEMPLATE_WITH_CALLS, True), (TEMPLATE_WITH_CALLS.replace("call.function.name", "''"), False)])
 def test_a_template_that_drops_tool_calls_is_an_error_of_the_row(template: str, is_written: bool, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 

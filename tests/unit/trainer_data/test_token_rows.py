@@ -16,15 +16,15 @@ IDS = [5, 6, 7, 8]
 
 
 @pytest.mark.parametrize(
-    ("columns", "labels"),
+    ("columns", "expected_labels"),
     [
         ({}, IDS), ({"labels": None}, IDS), ({"labels": [-100, -100, 7, 8]}, [-100, -100, 7, 8]), ({"completion_mask": [0, 1, 1, 0]}, [-100, 6, 7, -100]),
         ({"assistant_masks": [0, 0, 0, 1], "attention_mask": [1, 1, 1, 1]}, [-100, -100, -100, 8]),
     ],
 )  # fmt: skip
-def test_rows_of_token_ids_are_used_unchanged(columns: dict[str, Any], labels: list[int], tmp_path: Path) -> None:
+def test_rows_of_token_ids_are_used_unchanged(columns: dict[str, Any], expected_labels: list[int], tmp_path: Path) -> None:
     data = prepare_rows(tmp_path, tokenizer(tmp_path), TOKEN_ROWS, [{"input_ids": IDS, **columns}, {"input_ids": [9, 9]}])
-    assert data.train[:] == {"input_ids": [IDS, [9, 9]], "labels": [labels, [9, 9]]}
+    assert data.train[:] == {"input_ids": [IDS, [9, 9]], "labels": [expected_labels, [9, 9]]}
     assert (data.reports["train"].tokens, data.format) == (6, "preTokenized")
 
 

@@ -37,11 +37,11 @@ def test_a_token_is_trained_on_if_it_overlaps_a_span(widths: list[int], gaps: li
             spans.append((position + gap, position + gap + length))
         position += gap + length
     ids = list(range(100, 100 + len(widths)))
-    expected = [
+    expected_labels = [
         token if any(start < stop and end > begin for begin, stop in spans) else -100
         for token, (start, end) in zip(ids, offsets, strict=True)
     ]
-    assert make_labels(ids, offsets, spans) == expected
+    assert make_labels(ids, offsets, spans) == expected_labels
 
 
 def test_the_beginning_token_occurs_once_and_is_not_trained_on(tmp_path: Path) -> None:
@@ -77,27 +77,27 @@ def test_a_row_whose_first_token_alone_has_a_label_is_a_bad_row(tmp_path: Path) 
     with pytest.raises(DataError) as caught:
         prepare_rows(tmp_path, tok, {"addEosToken": False}, [{"text": "a"}])
     assert caught.value.code == "NoTrainableToken" and "train.jsonl, row 1" in caught.value.message
-    with_end = prepare_rows(tmp_path / "with end", tok, {}, [{"text": "a"}])
-    assert with_end.reports["train"].rows == 1
+    data_with_end_token = prepare_rows(tmp_path / "with end", tok, {}, [{"text": "a"}])
+    assert data_with_end_token.reports["train"].rows == 1
 
 
 def test_the_end_token_occurs_once_and_is_trained_on(tmp_path: Path) -> None:
     tok = tokenizer(tmp_path)
     for rows in (TEN_ROWS, [{"text": "one red"}], [{"text": "one red<|im_end|>"}]):
         for row in prepare_rows(tmp_path, tok, {}, rows).train:
-            answer = [token for token in row["labels"] if token != -100]
-            assert answer[-1] == tok.eos_token_id and answer.count(tok.eos_token_id) == 1
+            trained_tokens = [token for token in row["labels"] if token != -100]
+            assert trained_tokens[-1] == tok.eos_token_id and trained_tokens.count(tok.eos_token_id) == 1
     (row,) = prepare_rows(tmp_path, tok, {"addEosToken": False}, [{"text": "one red"}]).train
     assert tok.eos_token_id not in row["input_ids"]
 
 
 def test_an_end_token_after_an_untrained_turn_is_not_trained_on(tmp_path: Path) -> None:
     tok = tokenizer(tmp_path)
-    more = [{"role": "user", "content": "two"}]
-    silent = [{"role": "assistant", "content": "green", "weight": 0}]
-    rows = [{"messages": TEN_ROWS[0]["messages"] + last} for last in ([], more, more + silent)]
+    question = [{"role": "user", "content": "two"}]
+    untrained_answer = [{"role": "assistant", "content": "green", "weight": 0}]
+    rows = [{"messages": TEN_ROWS[0]["messages"] + last_turns} for last_turns in ([], question, question + untrained_answer)]
     trained_rows = decode_rows(tok, prepare_rows(tmp_path, tok, {"useChatTemplate": False}, rows))
-    assert [learned for _, learned in trained_rows] == [" red<|im_end|>", " red", " red"]
+    assert [trained_text for _, trained_text in trained_rows] == [" red<|im_end|>", " red", " red"]
     assert all(text.endswith("<|im_end|>") for text, _ in trained_rows)
 
 
@@ -113,26 +113,26 @@ def test_an_end_token_that_is_also_the_pad_token_is_trained_on(tmp_path: Path, m
 
     tokenizer(tmp_path, pad="<|im_end|>")
     run, inputs = make_run(tmp_path, model, {}, TEN_ROWS)
-    chosen, notes = load_tokenizer(run, inputs.model_copy(update={"tokenizer": tmp_path / "tokenizer"}))
-    assert chosen.pad_token != chosen.eos_token and chosen.pad_token in ("<|pad|>", "<|endoftext|>")
+    default_tokenizer, notes = load_tokenizer(run, inputs.model_copy(update={"tokenizer": tmp_path / "tokenizer"}))
+    assert default_tokenizer.pad_token != default_tokenizer.eos_token and default_tokenizer.pad_token in ("<|pad|>", "<|endoftext|>")
     assert "short rows are padded with" in notes[0]
     run, inputs = make_run(tmp_path, model, {"model": {"padToken": "<eos>"}}, TEN_ROWS)
-    forced, _ = load_tokenizer(run, inputs)
-    assert forced.pad_token == forced.eos_token
-    assert all(row["labels"][-2:].count(forced.eos_token_id) == 1 for row in prepare_rows(tmp_path, forced).train)
+    tokenizer_with_pad_token, _ = load_tokenizer(run, inputs)
+    assert tokenizer_with_pad_token.pad_token == tokenizer_with_pad_token.eos_token
+    assert all(row["labels"][-2:].count(tokenizer_with_pad_token.eos_token_id) == 1 for row in prepare_rows(tmp_path, tokenizer_with_pad_token).train)
     run, inputs = make_run(tmp_path, model, {"model": {"padToken": "<nope>"}}, TEN_ROWS)
     with pytest.raises(ConfigError, match="PadTokenUnknown"):
         load_tokenizer(run, inputs)
     assert AutoTokenizer.from_pretrained(model).pad_token == "<|pad|>"
 
 
-@pytest.mark.parametrize(("overflow", "rows", "counted"), [("truncate", 3, "truncated"), ("drop", 2, "dropped")])
-def test_truncated_and_dropped_rows_are_counted(overflow: str, rows: int, counted: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("overflow", "row_count", "counter"), [("truncate", 3, "truncated"), ("drop", 2, "dropped")])
+def test_truncated_and_dropped_rows_are_counted(overflow: str, row_count: int, counter: str, tmp_path: Path) -> None:
     tok = tokenizer(tmp_path)
     data = prepare_rows(tmp_path, tok, {"overflow": overflow, "maxSequenceLength": 48}, LONG_ROWS)
     report = data.reports["train"]
-    assert len(data.train) == rows and report.longest <= 48
-    assert (report.truncated, report.dropped) == ((1, 0) if counted == "truncated" else (0, 1))
+    assert len(data.train) == row_count and report.longest <= 48
+    assert (report.truncated, report.dropped) == ((1, 0) if counter == "truncated" else (0, 1))
     assert any("maxSequenceLength 48" in note for note in data.notes)
 
 

@@ -83,8 +83,8 @@ def write_files(tokenizer: Any, tmp_path: Path, base_settings: dict[str, Any], e
 def test_trained_tokens_come_before_those_of_the_base_model(tokenizer: Any, tmp_path: Path) -> None:
     end_id, base_end_id = encode_text(tokenizer, "<|im_end|><|endoftext|>")
     # Some published models set a temperature but turn sampling off, although these settings contradict each other.
-    settings, is_saved = write_files(tokenizer, tmp_path, {"eos_token_id": [base_end_id, 9], "temperature": 0.6, "do_sample": False}, [end_id])
-    assert (settings["eos_token_id"], settings["temperature"], is_saved) == ([end_id, base_end_id, 9], 0.6, True)
+    settings, is_tokenizer_saved = write_files(tokenizer, tmp_path, {"eos_token_id": [base_end_id, 9], "temperature": 0.6, "do_sample": False}, [end_id])
+    assert (settings["eos_token_id"], settings["temperature"], is_tokenizer_saved) == ([end_id, base_end_id, 9], 0.6, True)
     assert json.loads((tmp_path / "final" / "tokenizer_config.json").read_text())["eos_token"] == "<|im_end|>"
     assert tokenizer.eos_token == "<|endoftext|>"
 

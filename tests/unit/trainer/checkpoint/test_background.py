@@ -81,13 +81,13 @@ def test_tasks_run_in_order_after_the_files(writer: BackgroundWriter, tmp_path: 
 
 def test_without_a_checkpoint_a_task_runs_at_once(writer: BackgroundWriter, tmp_path: Path) -> None:
     """For example, the final model is saved after training, when no checkpoint is being written."""
-    run_tasks: list[str] = []
-    writer.run_after_files(lambda: run_tasks.append("before"))
+    finished_tasks: list[str] = []
+    writer.run_after_files(lambda: finished_tasks.append("before"))
     save_state(writer, tmp_path / "a.pt", torch.ones(1))
     writer.finish_checkpoint()
     writer.wait()
-    writer.run_after_files(lambda: run_tasks.append("after"))
-    assert run_tasks == ["before", "after"]
+    writer.run_after_files(lambda: finished_tasks.append("after"))
+    assert finished_tasks == ["before", "after"]
 
 
 def test_without_background_writing_files_are_written_at_once(writer: BackgroundWriter, tmp_path: Path) -> None:
@@ -123,16 +123,16 @@ def test_a_failure_in_the_background_is_raised_in_the_training_thread(writer: Ba
     def fail() -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    later_tasks: list[str] = []
+    tasks_after_failure: list[str] = []
     with writer.begin_checkpoint():
         writer.run_after_files(fail)
-        writer.run_after_files(lambda: later_tasks.append("reported"))
+        writer.run_after_files(lambda: tasks_after_failure.append("reported"))
     writer.finish_checkpoint()
     with pytest.raises(OSError, match="No space left") as raised:
         writer.wait()
     failure, is_origin = classify_error(raised.value)
     assert isinstance(failure, StorageError) and failure.code == "LocalDiskFull" and is_origin
-    assert later_tasks == [], "an incomplete checkpoint is not reported"
+    assert tasks_after_failure == [], "an incomplete checkpoint is not reported"
     with pytest.raises(OSError, match="No space left"):
         writer.raise_failure()
 

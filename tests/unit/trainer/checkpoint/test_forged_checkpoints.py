@@ -86,7 +86,8 @@ class JobStorage:
         staged_folder.mkdir()
         (staged_folder / "weights").write_text("genuine")
         files = self.tree.upload(checkpoint_folder_key(5), INCARNATION, staged_folder)
-        self.genuine = self.tree.commit(checkpoint_folder_key(5), Manifest(step=5, incarnation=INCARNATION, files=files, facts=self.facts)).manifest_sha256
+        manifest = Manifest(step=5, incarnation=INCARNATION, files=files, facts=self.facts)
+        self.genuine_sha256 = self.tree.commit(checkpoint_folder_key(5), manifest).manifest_sha256
 
     def forge(self, step: int, incarnation: str, write_files: ForgedFileWriter) -> tuple[Path, Path]:
         """Write a complete checkpoint with valid hashes, as the trainer does, but without the signing key.
@@ -118,7 +119,7 @@ FORMATS = [
 def test_a_forged_newer_checkpoint_is_refused_by_name(tmp_path: Path, strategy: str, write_files: ForgedFileWriter, load: Callable[[Path], None]) -> None:
     job = JobStorage(tmp_path, strategy, KEY)
     pickle_file, proof_file = job.forge(10, FORGED_INCARNATION, write_files)
-    result = job.restore({f"{STEP_5}/{INCARNATION}": job.genuine})
+    result = job.restore({f"{STEP_5}/{INCARNATION}": job.genuine_sha256})
     assert result.step == 5
     forged_uri = job.tree.uri(f"{Storage.CHECKPOINTS}/{STEP_10}/{FORGED_INCARNATION}")
     assert result.damage_messages == [
@@ -141,10 +142,10 @@ def test_a_replaced_checkpoint_that_the_status_knows_is_refused(
     job = JobStorage(tmp_path, strategy, KEY if has_key else None)
     _, proof_file = job.forge(5, INCARNATION, write_files)
     with pytest.raises(NoCheckpointError) as error:
-        job.restore({f"{STEP_5}/{INCARNATION}": job.genuine})
+        job.restore({f"{STEP_5}/{INCARNATION}": job.genuine_sha256})
     assert error.value.code == "NoLoadableCheckpoint"
     assert f"/{STEP_5}/{INCARNATION} is not the checkpoint that this job committed: its manifest has sha256" in error.value.message
-    assert f"but the job's status has {job.genuine}" in error.value.message
+    assert f"but the job's status has {job.genuine_sha256}" in error.value.message
     assert not proof_file.exists() and not (tmp_path / "restored").exists()
 
 
@@ -152,7 +153,7 @@ def test_a_replaced_checkpoint_without_code_is_refused_too(tmp_path: Path) -> No
     job = JobStorage(tmp_path, "ddp", KEY)
     job.forge(5, INCARNATION, write_dcp_files)
     with pytest.raises(NoCheckpointError):
-        job.restore({f"{STEP_5}/{INCARNATION}": job.genuine})
+        job.restore({f"{STEP_5}/{INCARNATION}": job.genuine_sha256})
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "deepspeed", "ddp"])
@@ -174,7 +175,7 @@ def test_a_checkpoint_of_an_attempt_without_key_is_used_if_the_status_knows_it(t
     job.tree = CheckpointTree(job.store, KEY)
     with pytest.raises(NoCheckpointError, match="neither in the job's status nor signed by this job"):
         job.restore()
-    assert job.restore({f"{STEP_5}/{INCARNATION}": job.genuine}).step == 5
+    assert job.restore({f"{STEP_5}/{INCARNATION}": job.genuine_sha256}).step == 5
 
 
 def test_without_a_key_an_unknown_checkpoint_is_used(tmp_path: Path) -> None:

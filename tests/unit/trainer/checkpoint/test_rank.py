@@ -41,9 +41,9 @@ class FakeTrainingLoop:
         self.state.train_batch_size = 1
         self.steps_per_epoch = steps_per_epoch
         self.model = torch.nn.Linear(2, 2)
-        self.logged: list[int] = []
-        self.saved: list[int] = []
-        self.wait_for_writer = True
+        self.logged_steps: list[int] = []
+        self.saved_steps: list[int] = []
+        self.waits_for_writer = True
         """Whether each step waits until the checkpoint in the background is complete."""
         self.agreement.start(0)
 
@@ -67,18 +67,18 @@ class FakeTrainingLoop:
 
     def _log_and_save(self) -> None:
         if self.control.should_log:
-            self.logged.append(self.state.global_step)
+            self.logged_steps.append(self.state.global_step)
         if self.control.should_save:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             with self.stager._writer.begin_checkpoint():
                 folder.mkdir()
                 (folder / "optimizer.pt").write_bytes(b"x" * 100)
-            self.saved.append(self.state.global_step)
+            self.saved_steps.append(self.state.global_step)
             self.stager.on_save(self.args, self.state, self.control)
-            if self.wait_for_writer:
+            if self.waits_for_writer:
                 self.stager._writer.wait()
 
-    def sent(self, kind: str) -> list[dict[str, Any]]:
+    def list_sent(self, kind: str) -> list[dict[str, Any]]:
         return [message for message in self.channel.sent if message["kind"] == kind]
 
 
@@ -100,11 +100,11 @@ def test_a_checkpoint_is_reported_and_adds_no_log_line(run: FakeTrainingLoop) ->
     run.step()
     run.step(save=True)
     run.step()
-    assert run.logged == [] and run.saved == [2]
-    (message,) = run.sent("staged")
+    assert run.logged_steps == [] and run.saved_steps == [2]
+    (message,) = run.list_sent("staged")
     assert (message["step"], message["graceful"], message["incarnation"]) == (2, False, "a1-00000000")
     assert message["folder"] == str(Path(run.args.output_dir) / "checkpoint-2")
-    assert [beat["step"] for beat in run.sent("heartbeat")] == [1, 2, 3]
+    assert [beat["step"] for beat in run.list_sent("heartbeat")] == [1, 2, 3]
 
 
 def test_a_stop_request_saves_and_ends_after_the_next_step(run: FakeTrainingLoop) -> None:
@@ -112,9 +112,9 @@ def test_a_stop_request_saves_and_ends_after_the_next_step(run: FakeTrainingLoop
     run.request_stop()
     with pytest.raises(TrainingStopped) as caught:
         run.step()
-    assert caught.value.step == 2 and run.saved == [2] and run.logged == []
-    assert run.sent("staged")[0]["graceful"] is True
-    assert run.sent("stopping")[0]["step"] == 2
+    assert caught.value.step == 2 and run.saved_steps == [2] and run.logged_steps == []
+    assert run.list_sent("staged")[0]["graceful"] is True
+    assert run.list_sent("stopping")[0]["step"] == 2
 
 
 def test_the_last_step_is_logged_even_if_its_window_is_short(run: FakeTrainingLoop) -> None:
@@ -122,7 +122,7 @@ def test_the_last_step_is_logged_even_if_its_window_is_short(run: FakeTrainingLo
     run.step()
     run.step()
     run.step()
-    assert run.logged == [2, 3]
+    assert run.logged_steps == [2, 3]
 
 
 def test_a_checkpoint_includes_the_current_logging_window(tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_a_checkpoint_includes_the_current_logging_window(tmp_path: Path) -> Non
     run.state.num_input_tokens_seen = 100
     run.step()
     run.step(save=True)
-    (message,) = run.sent("staged")
+    (message,) = run.list_sent("staged")
     assert message["tokens"] == 107
     later_trainer = make_fake_trainer(run, torch.tensor(0.0), {}, last_logged_step=2)
     later_stager = subject.CheckpointStager(run.channel, run.agreement, "a2-00000000", Path(message["folder"]))
@@ -154,20 +154,20 @@ def test_a_training_state_with_non_finite_values_is_never_saved(run: FakeTrainin
     run.model.weight.data[0, 0] = weight
     with pytest.raises(DivergedError) as caught:
         run.step(save=True)
-    assert (caught.value.code, run.saved) == (code, [])
+    assert (caught.value.code, run.saved_steps) == (code, [])
 
 
 def test_weights_are_checked_at_a_step_with_a_log_line_too(run: FakeTrainingLoop) -> None:
     """The last update may have made weights non-finite, although the logged loss, which was computed before this update, was finite."""
     run.stager.on_trainer_created(make_fake_trainer(run, torch.tensor(1.0), {"tokens": torch.tensor(7)}))
     run.step(save=True, log=True)
-    assert run.saved == [1] and "tokens" not in run.sent("staged")[0], (
+    assert run.saved_steps == [1] and "tokens" not in run.list_sent("staged")[0], (
         "the tokens of the log line are not counted twice"
     )
     run.model.weight.data[0, 0] = float("inf")
     with pytest.raises(DivergedError) as caught:
         run.step(save=True, log=True)
-    assert (caught.value.code, run.saved) == ("WeightsNotFinite", [1])
+    assert (caught.value.code, run.saved_steps) == ("WeightsNotFinite", [1])
 
 
 def test_a_checkpoint_at_the_end_of_an_epoch_is_saved_after_the_evaluation(tmp_path: Path) -> None:
@@ -178,12 +178,12 @@ def test_a_checkpoint_at_the_end_of_an_epoch_is_saved_after_the_evaluation(tmp_p
     run = FakeTrainingLoop(tmp_path, steps_per_epoch=2, eval_strategy="epoch")
     run.step(save=True)
     run.step(save=True)
-    assert run.saved == [1]
+    assert run.saved_steps == [1]
     run.end_epoch()
-    assert run.saved == [1, 2]
+    assert run.saved_steps == [1, 2]
     run.step()
     run.end_epoch()
-    assert run.saved == [1, 2]
+    assert run.saved_steps == [1, 2]
 
 
 def test_a_stop_is_not_caught_by_except_exception(run: FakeTrainingLoop) -> None:
@@ -199,10 +199,10 @@ def test_a_stop_at_the_end_of_an_epoch_waits_for_the_evaluation(tmp_path: Path) 
     run.step()
     run.request_stop()
     run.step()
-    assert run.saved == []
+    assert run.saved_steps == []
     with pytest.raises(TrainingStopped):
         run.end_epoch()
-    assert run.saved == [2]
+    assert run.saved_steps == [2]
 
 
 def test_a_stop_at_the_end_of_an_epoch_without_evaluation_is_immediate(tmp_path: Path) -> None:
@@ -221,12 +221,12 @@ def test_a_full_disk_skips_the_checkpoint_and_training_goes_on(run: FakeTraining
     set_free_bytes(monkeypatch, space.DISK_RESERVE_BYTES)
     run.step(save=True)
     run.step()
-    assert run.saved == []
-    (message,) = run.sent("skipped")
+    assert run.saved_steps == []
+    (message,) = run.list_sent("skipped")
     assert (message["step"], message["reason"]) == (1, "StagingDiskFull")
     set_free_bytes(monkeypatch, 10 * space.DISK_RESERVE_BYTES)
     run.step(save=True)
-    assert run.saved == [3]
+    assert run.saved_steps == [3]
 
 
 def test_a_full_disk_at_a_stop_ends_without_a_checkpoint(run: FakeTrainingLoop, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,7 +235,7 @@ def test_a_full_disk_at_a_stop_ends_without_a_checkpoint(run: FakeTrainingLoop, 
     run.request_stop()
     with pytest.raises(TrainingStopped):
         run.step()
-    assert run.saved == [] and run.sent("skipped")
+    assert run.saved_steps == [] and run.list_sent("skipped")
 
 
 def start_slow_checkpoint(run: FakeTrainingLoop, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
@@ -243,7 +243,7 @@ def start_slow_checkpoint(run: FakeTrainingLoop, monkeypatch: pytest.MonkeyPatch
     may_finish = threading.Event()
     run.stager.on_trainer_created(make_fake_trainer(run, torch.tensor(1.0), {}))
     monkeypatch.setattr(run.stager, "_report_files", lambda *_: may_finish.wait(60))
-    run.wait_for_writer = False
+    run.waits_for_writer = False
     run.step(save=True)
     assert run.stager._writer.is_busy
     return may_finish
@@ -252,13 +252,13 @@ def start_slow_checkpoint(run: FakeTrainingLoop, monkeypatch: pytest.MonkeyPatch
 def test_the_next_checkpoint_waits_for_the_last_one(run: FakeTrainingLoop, monkeypatch: pytest.MonkeyPatch) -> None:
     may_finish = start_slow_checkpoint(run, monkeypatch)
     run.step()
-    assert run.stager._writer.is_busy and run.sent("note") == [], "a step without a checkpoint does not wait"
+    assert run.stager._writer.is_busy and run.list_sent("note") == [], "a step without a checkpoint does not wait"
     writer, first_thread = run.stager._writer, run.stager._writer._thread
     original_wait = writer.wait
     monkeypatch.setattr(writer, "wait", lambda: (may_finish.set(), original_wait()))
     run.step(save=True)
-    assert first_thread is not None and not first_thread.is_alive() and run.saved == [1, 3]
-    assert [message["text"] for message in run.sent("note")] == [subject.SLOW_DISK_NOTE]
+    assert first_thread is not None and not first_thread.is_alive() and run.saved_steps == [1, 3]
+    assert [message["text"] for message in run.list_sent("note")] == [subject.SLOW_DISK_NOTE]
     original_wait()
 
 
@@ -269,13 +269,13 @@ def test_a_failure_in_the_background_ends_the_run_at_the_next_step(run: FakeTrai
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(run.channel, "report_staged_files", fail)
-    run.wait_for_writer = False
+    run.waits_for_writer = False
     run.step(save=True)
     with contextlib.suppress(OSError):
         run.stager._writer.wait()
     with pytest.raises(OSError, match="No space left on device"):
         run.step()
-    assert run.sent("staged") == []
+    assert run.list_sent("staged") == []
 
 
 def test_without_memory_for_a_copy_training_waits_for_each_checkpoint(run: FakeTrainingLoop, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,8 +283,8 @@ def test_without_memory_for_a_copy_training_waits_for_each_checkpoint(run: FakeT
     monkeypatch.setattr(space, "available_bytes", lambda: space.MEMORY_RESERVE_BYTES)
     run.step(save=True)
     run.step(save=True)
-    assert run.stager._writer.writes_in_background is False and [message["step"] for message in run.sent("staged")] == [1, 2]
-    (note,) = run.sent("note")
+    assert run.stager._writer.writes_in_background is False and [message["step"] for message in run.list_sent("staged")] == [1, 2]
+    (note,) = run.list_sent("note")
     assert note["text"] == (
         "training waits until each checkpoint is written to the disk: a copy of the training state needs 0.0 GB of the pod's memory, and 0.3 GB are "
         "available; raise resources.memory for checkpoints in the background"
@@ -304,7 +304,7 @@ def test_the_last_checkpoint_is_written_at_once(run: FakeTrainingLoop, is_stop: 
     else:
         run.state.max_steps = 2
         run.step(save=True)
-    assert run.stager._writer.writes_in_background is False and [message["step"] for message in run.sent("staged")] == [1, 2]
+    assert run.stager._writer.writes_in_background is False and [message["step"] for message in run.list_sent("staged")] == [1, 2]
 
 
 def test_only_finite_values_are_reported(run: FakeTrainingLoop) -> None:
@@ -312,9 +312,9 @@ def test_only_finite_values_are_reported(run: FakeTrainingLoop) -> None:
     run.reporter.on_log(
         run.args, run.state, run.control, logs={"loss": 1.23456789, "grad_norm": float("nan"), "text": "x"}
     )
-    assert run.sent("metrics")[0]["value"] == {"trainLoss": 1.234568}
-    assert run.sent("log")[0]["values"] == {"loss": 1.23456789, "grad_norm": "nan"}
-    assert run.sent("progress")[0]["value"] | {"updateTime": ""} == {
+    assert run.list_sent("metrics")[0]["value"] == {"trainLoss": 1.234568}
+    assert run.list_sent("log")[0]["values"] == {"loss": 1.23456789, "grad_norm": "nan"}
+    assert run.list_sent("progress")[0]["value"] | {"updateTime": ""} == {
         "step": 3, "totalSteps": 1000, "epoch": 0.0, "tokensSeen": 500, "updateTime": ""
     }  # fmt: skip
 
@@ -324,7 +324,7 @@ def test_the_best_validation_loss_is_known_after_a_resume(run: FakeTrainingLoop)
         {"step": 2, "eval_loss": 1.0}, {"step": 3, "loss": 9.0}, {"step": 4, "eval_loss": 0.5}, {"step": 6, "eval_loss": 0.7}
     ]  # fmt: skip
     run.reporter.on_evaluate(run.args, run.state, run.control)
-    assert run.sent("metrics")[0]["value"] == {"evalLoss": 0.7, "bestEvalLoss": 0.5, "bestStep": 4}
+    assert run.list_sent("metrics")[0]["value"] == {"evalLoss": 0.7, "bestEvalLoss": 0.5, "bestStep": 4}
     assert subject.find_eval_loss(run.state, 4) == 0.5 and subject.find_eval_loss(run.state, 5) is None
 
 
@@ -364,5 +364,5 @@ def test_a_row_that_several_ranks_share_is_counted_once(ranks_per_sequence: int,
     run.stager = subject.CheckpointStager(run.channel, run.agreement, "a1-00000000", ranks_per_sequence=ranks_per_sequence)
     run.channel.world_size = 1  # this test runs one of the four ranks
     run.step(save=True)
-    (staged_message,) = run.sent("staged")
+    (staged_message,) = run.list_sent("staged")
     assert staged_message["samples"] == sample_count

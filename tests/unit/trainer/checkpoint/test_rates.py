@@ -51,7 +51,7 @@ def resume_with_rate(tmp_path: Path, new_rate: float, **settings: Any) -> tuple[
 def test_a_new_rate_applies_from_the_first_resumed_step(tmp_path: Path, rate: float) -> None:
     uninterrupted_rates = train_steps(*make_optimizer(rate), 20)
     resumed_rates = train_steps(*resume_with_rate(tmp_path, rate), 10)
-    assert resumed_rates == [pytest.approx(one, rel=1e-12) for one in uninterrupted_rates[10:]]
+    assert resumed_rates == [pytest.approx(rate_pair, rel=1e-12) for rate_pair in uninterrupted_rates[10:]]
 
 
 def test_a_resume_with_the_same_rate_changes_no_bit(tmp_path: Path) -> None:
@@ -60,8 +60,8 @@ def test_a_resume_with_the_same_rate_changes_no_bit(tmp_path: Path) -> None:
 
 def test_new_settings_apply_to_the_loaded_state(tmp_path: Path) -> None:
     optimizer, _ = resume_with_rate(tmp_path, 1e-3, weight_decay=0.25, betas=(0.5, 0.75))
-    assert [(one["weight_decay"], one["betas"]) for one in optimizer.param_groups] == [(0.25, (0.5, 0.75))] * 2
-    assert [float(one["step"]) for one in optimizer.state.values()] == [10.0, 10.0]
+    assert [(group["weight_decay"], group["betas"]) for group in optimizer.param_groups] == [(0.25, (0.5, 0.75))] * 2
+    assert [float(state["step"]) for state in optimizer.state.values()] == [10.0, 10.0]
 
 
 def test_a_scheduler_without_base_rates_keeps_the_loaded_rates() -> None:

@@ -28,24 +28,24 @@ FACTS = RunFacts(
 
 
 @pytest.fixture
-def job(tmp_path: Path) -> CheckpointTree:
+def job_tree(tmp_path: Path) -> CheckpointTree:
     return CheckpointTree(open_store(StoreTarget(uri=f"file://{tmp_path}/root/team/job/uid")))
 
 
 @pytest.fixture
-def two_checkpoints(job: CheckpointTree, tmp_path: Path) -> CheckpointTree:
+def filled_tree(job_tree: CheckpointTree, tmp_path: Path) -> CheckpointTree:
     """A job's folder in storage with committed checkpoints of steps 5 and 10."""
     folder = tmp_path / "staged"
     folder.mkdir()
     (folder / "weights").write_text("w")
     for step in (5, 10):
-        files = job.upload(checkpoint_folder_key(step), "a1-00000000", folder)
-        job.commit(checkpoint_folder_key(step), Manifest(step=step, incarnation="a1-00000000", files=files, facts=FACTS))
-    return job
+        files = job_tree.upload(checkpoint_folder_key(step), "a1-00000000", folder)
+        job_tree.commit(checkpoint_folder_key(step), Manifest(step=step, incarnation="a1-00000000", files=files, facts=FACTS))
+    return job_tree
 
 
 @pytest.fixture
-def other_job(tmp_path: Path) -> CheckpointTree:
+def other_job_tree(tmp_path: Path) -> CheckpointTree:
     """The empty folder of another job in storage."""
     return CheckpointTree(open_store(StoreTarget(uri=f"file://{tmp_path}/root/team/other/uid")))
 
@@ -54,26 +54,26 @@ def restore_checkpoint(tree: CheckpointTree, folder: Path, options: ResumeConfig
     return restore(tree, options or ResumeConfig(mode="auto", expect_step=10), facts, folder / "restored")
 
 
-def test_a_job_with_progress_but_without_checkpoints_fails(job: CheckpointTree, tmp_path: Path) -> None:
+def test_a_job_with_progress_but_without_checkpoints_fails(job_tree: CheckpointTree, tmp_path: Path) -> None:
     with pytest.raises(NoCheckpointError):
-        restore_checkpoint(job, tmp_path, ResumeConfig(mode="auto", expect_step=7))
-    assert restore_checkpoint(job, tmp_path, ResumeConfig(mode="auto")).step == 0
+        restore_checkpoint(job_tree, tmp_path, ResumeConfig(mode="auto", expect_step=7))
+    assert restore_checkpoint(job_tree, tmp_path, ResumeConfig(mode="auto")).step == 0
 
 
 def test_mode_never_starts_from_zero_and_a_rollback_from_an_earlier_step(
-    two_checkpoints: CheckpointTree, other_job: CheckpointTree, tmp_path: Path
+    filled_tree: CheckpointTree, other_job_tree: CheckpointTree, tmp_path: Path
 ) -> None:
-    assert restore_checkpoint(other_job, tmp_path, ResumeConfig(mode="never", expect_step=0)).step == 0
-    assert restore_checkpoint(two_checkpoints, tmp_path, ResumeConfig(mode="auto", expect_step=10, max_step=9)).step == 5
+    assert restore_checkpoint(other_job_tree, tmp_path, ResumeConfig(mode="never", expect_step=0)).step == 0
+    assert restore_checkpoint(filled_tree, tmp_path, ResumeConfig(mode="auto", expect_step=10, max_step=9)).step == 5
 
 
 @pytest.mark.parametrize("uri", ["{root}/checkpoints/step-00000005", "{root}/checkpoints/step-00000005/a1-00000000/"])
-def test_a_checkpoint_is_restored_by_its_uri(two_checkpoints: CheckpointTree, other_job: CheckpointTree, tmp_path: Path, uri: str) -> None:
-    checkpoint_uri = uri.format(root=two_checkpoints.store.uri)
-    assert restore_checkpoint(other_job, tmp_path, ResumeConfig(mode=checkpoint_uri)).step == 5
+def test_a_checkpoint_is_restored_by_its_uri(filled_tree: CheckpointTree, other_job_tree: CheckpointTree, tmp_path: Path, uri: str) -> None:
+    checkpoint_uri = uri.format(root=filled_tree.store.uri)
+    assert restore_checkpoint(other_job_tree, tmp_path, ResumeConfig(mode=checkpoint_uri)).step == 5
 
 
-def test_a_checkpoint_is_restored_from_a_web_server(two_checkpoints: CheckpointTree, tmp_path: Path, server: WebServer) -> None:
+def test_a_checkpoint_is_restored_from_a_web_server(filled_tree: CheckpointTree, tmp_path: Path, server: WebServer) -> None:
     """The request to the web server uses the CA bundle of the job's own storage. Error messages do not contain the query of the URL."""
     (tmp_path / "root/team").rename(server.folder / "team")
     store = FolderStore(tmp_path / "own", "file:///own")
@@ -92,26 +92,26 @@ def test_a_checkpoint_is_restored_from_a_web_server(two_checkpoints: CheckpointT
 
 @pytest.mark.parametrize("mode", ["never", "{root}/checkpoints/step-00000005"])
 def test_the_jobs_own_checkpoints_take_precedence_over_checkpoint_resume(
-    two_checkpoints: CheckpointTree, other_job: CheckpointTree, tmp_path: Path, mode: str
+    filled_tree: CheckpointTree, other_job_tree: CheckpointTree, tmp_path: Path, mode: str
 ) -> None:
     """If a queue restarts the same attempt, or if the operator missed a commit, the job's storage contains newer checkpoints than `run.json` names."""
     folder = tmp_path / "staged"
-    files = other_job.upload(checkpoint_folder_key(150), "a1-00000000", folder)
-    other_job.commit(checkpoint_folder_key(150), Manifest(step=150, incarnation="a1-00000000", files=files, facts=FACTS))
-    resume_config = ResumeConfig(mode=mode.format(root=two_checkpoints.store.uri))
-    assert restore_checkpoint(other_job, tmp_path, resume_config).step == 150
-    result_after_rollback = restore_checkpoint(other_job, tmp_path, resume_config.model_copy(update={"max_step": 0}))
+    files = other_job_tree.upload(checkpoint_folder_key(150), "a1-00000000", folder)
+    other_job_tree.commit(checkpoint_folder_key(150), Manifest(step=150, incarnation="a1-00000000", files=files, facts=FACTS))
+    resume_config = ResumeConfig(mode=mode.format(root=filled_tree.store.uri))
+    assert restore_checkpoint(other_job_tree, tmp_path, resume_config).step == 150
+    result_after_rollback = restore_checkpoint(other_job_tree, tmp_path, resume_config.model_copy(update={"max_step": 0}))
     assert result_after_rollback.step == (0 if mode == "never" else 5)
-    assert [one.step for one in result_after_rollback.skipped_checkpoints] == [150]
+    assert [checkpoint.step for checkpoint in result_after_rollback.skipped_checkpoints] == [150]
 
 
 @pytest.mark.parametrize(
     ("uri", "code"),
     [("{root}/checkpoints/step-00000006", "CheckpointNotFound"), ("{root}/model", "ResumeInvalid")],
 )
-def test_a_uri_without_a_checkpoint_is_refused(two_checkpoints: CheckpointTree, other_job: CheckpointTree, tmp_path: Path, uri: str, code: str) -> None:
+def test_a_uri_without_a_checkpoint_is_refused(filled_tree: CheckpointTree, other_job_tree: CheckpointTree, tmp_path: Path, uri: str, code: str) -> None:
     with pytest.raises((NoCheckpointError, ConfigError)) as caught:
-        restore_checkpoint(other_job, tmp_path, ResumeConfig(mode=uri.format(root=two_checkpoints.store.uri)))
+        restore_checkpoint(other_job_tree, tmp_path, ResumeConfig(mode=uri.format(root=filled_tree.store.uri)))
     assert caught.value.code == code
 
 
@@ -131,10 +131,10 @@ def test_a_uri_without_a_checkpoint_is_refused(two_checkpoints: CheckpointTree, 
     ],
 )
 def test_a_checkpoint_of_a_different_run_is_refused(
-    two_checkpoints: CheckpointTree, tmp_path: Path, change: dict[str, object], message_part: str
+    filled_tree: CheckpointTree, tmp_path: Path, change: dict[str, object], message_part: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
-        restore_checkpoint(two_checkpoints, tmp_path, facts=FACTS.model_copy(update=change))
+        restore_checkpoint(filled_tree, tmp_path, facts=FACTS.model_copy(update=change))
     assert caught.value.code == "CheckpointIncompatible" and message_part in caught.value.message
 
 
@@ -152,31 +152,35 @@ def test_a_checkpoint_of_a_different_run_is_refused(
         ({"other_inputs": {"held-out image set": "b"}}, "made with other held-out image set"),
     ],
 )
-def test_an_inexact_resume_reports_the_reason(two_checkpoints: CheckpointTree, tmp_path: Path, change: dict[str, object], reason_part: str) -> None:
-    result = restore_checkpoint(two_checkpoints, tmp_path, facts=FACTS.model_copy(update=change))
+def test_an_inexact_resume_reports_the_reason(filled_tree: CheckpointTree, tmp_path: Path, change: dict[str, object], reason_part: str) -> None:
+    result = restore_checkpoint(filled_tree, tmp_path, facts=FACTS.model_copy(update=change))
     assert result.step == 10 and result.is_exact is False and reason_part in (result.inexact_reason or "")
 
 
-def test_skipped_checkpoints_are_not_ancestors(two_checkpoints: CheckpointTree, tmp_path: Path) -> None:
+def list_ancestor_and_skipped_steps(result: RestoreResult) -> tuple[list[int | None], list[int | None]]:
+    return [checkpoint.step for checkpoint in result.ancestor_checkpoints], [checkpoint.step for checkpoint in result.skipped_checkpoints]
+
+
+def test_skipped_checkpoints_are_not_ancestors(filled_tree: CheckpointTree, tmp_path: Path) -> None:
     """Damaged checkpoints are skipped, and so are checkpoints after the step to which a rollback has returned."""
-    result_after_rollback = restore_checkpoint(two_checkpoints, tmp_path, ResumeConfig(mode="auto", expect_step=10, max_step=9))
-    assert ([one.step for one in result_after_rollback.ancestor_checkpoints], [one.step for one in result_after_rollback.skipped_checkpoints]) == ([5], [10])
-    two_checkpoints.store.put("checkpoints/step-00000010/a1-00000000/weights", b"x")
-    result_after_damage = restore_checkpoint(two_checkpoints, tmp_path)
+    result_after_rollback = restore_checkpoint(filled_tree, tmp_path, ResumeConfig(mode="auto", expect_step=10, max_step=9))
+    assert list_ancestor_and_skipped_steps(result_after_rollback) == ([5], [10])
+    filled_tree.store.put("checkpoints/step-00000010/a1-00000000/weights", b"x")
+    result_after_damage = restore_checkpoint(filled_tree, tmp_path)
     assert not (tmp_path / "restored/checkpoint-10").exists(), "the Trainer would take this folder for a checkpoint"
-    assert ([one.step for one in result_after_damage.ancestor_checkpoints], [one.step for one in result_after_damage.skipped_checkpoints]) == ([5], [10])
-    result_of_step_5 = restore_checkpoint(two_checkpoints, tmp_path, ResumeConfig(mode="auto", expect_step=5, max_step=5))
-    assert [one.step for one in result_of_step_5.ancestor_checkpoints] == [5]
+    assert list_ancestor_and_skipped_steps(result_after_damage) == ([5], [10])
+    result_of_step_5 = restore_checkpoint(filled_tree, tmp_path, ResumeConfig(mode="auto", expect_step=5, max_step=5))
+    assert [checkpoint.step for checkpoint in result_of_step_5.ancestor_checkpoints] == [5]
 
 
 @pytest.mark.parametrize("path", ["../escaped", "/tmp/escaped", "sub/../../escaped", "sub//x", "."])
-def test_a_manifest_with_paths_outside_the_checkpoint_is_damaged(two_checkpoints: CheckpointTree, tmp_path: Path, path: str) -> None:
+def test_a_manifest_with_paths_outside_the_checkpoint_is_damaged(filled_tree: CheckpointTree, tmp_path: Path, path: str) -> None:
     files = [FileEntry(path=path, size=1, sha256="0" * 64)]
-    two_checkpoints.store.put("checkpoints/step-00000015/a1-00000000/x", b"x")
+    filled_tree.store.put("checkpoints/step-00000015/a1-00000000/x", b"x")
     manifest = Manifest(step=15, incarnation="a1-00000000", files=files, facts=FACTS)
-    two_checkpoints._check_objects = lambda folder, manifest: None  # type: ignore[method-assign] # only an attacker writes such a manifest
-    two_checkpoints.commit(checkpoint_folder_key(15), manifest)
-    result = restore_checkpoint(two_checkpoints, tmp_path)
+    filled_tree._check_objects = lambda folder, manifest: None  # type: ignore[method-assign] # only an attacker writes such a manifest
+    filled_tree.commit(checkpoint_folder_key(15), manifest)
+    result = restore_checkpoint(filled_tree, tmp_path)
     assert result.step == 10 and "not a path inside" in result.damage_messages[0]
 
 
@@ -200,57 +204,55 @@ class DelayedStore(FolderStore):
 
 
 @pytest.fixture
-def delayed_store(two_checkpoints: CheckpointTree) -> DelayedStore:
-    assert isinstance(two_checkpoints.store, FolderStore)
-    store = DelayedStore(two_checkpoints.store.root, two_checkpoints.store.uri)
-    two_checkpoints.store = store
+def delayed_store(filled_tree: CheckpointTree) -> DelayedStore:
+    assert isinstance(filled_tree.store, FolderStore)
+    store = DelayedStore(filled_tree.store.root, filled_tree.store.uri)
+    filled_tree.store = store
     return store
 
 
 @pytest.mark.parametrize(("unlisted_suffixes", "unread_suffixes"), [((Storage.COMMITTED,), ()), ((), (Storage.COMMITTED,))])
 def test_a_sweep_keeps_a_committed_checkpoint_that_the_store_does_not_show_yet(
-    two_checkpoints: CheckpointTree, delayed_store: DelayedStore, tmp_path: Path, unlisted_suffixes: tuple[str, ...], unread_suffixes: tuple[str, ...]
+    filled_tree: CheckpointTree, delayed_store: DelayedStore, tmp_path: Path, unlisted_suffixes: tuple[str, ...], unread_suffixes: tuple[str, ...]
 ) -> None:
     delayed_store.unlisted_suffixes, delayed_store.unread_suffixes = unlisted_suffixes, unread_suffixes
-    assert two_checkpoints.sweep().removed_count == 0
+    assert filled_tree.sweep().removed_count == 0
     delayed_store.unlisted_suffixes = delayed_store.unread_suffixes = ()
-    assert restore_checkpoint(two_checkpoints, tmp_path).step == 10
+    assert restore_checkpoint(filled_tree, tmp_path).step == 10
 
 
-def test_a_sweep_without_permission_to_delete_returns_the_error(two_checkpoints: CheckpointTree, delayed_store: DelayedStore) -> None:
-    two_checkpoints.store.put("checkpoints/step-00000015/a1-00000000/weights", b"never committed")
+def test_a_sweep_without_permission_to_delete_returns_the_error(filled_tree: CheckpointTree, delayed_store: DelayedStore) -> None:
+    filled_tree.store.put("checkpoints/step-00000015/a1-00000000/weights", b"never committed")
     delayed_store.refuse_deletes = True
-    sweep_result = two_checkpoints.sweep()
+    sweep_result = filled_tree.sweep()
     assert sweep_result.removed_count == 0 and sweep_result.first_error is not None and sweep_result.first_error.code == "PermissionDenied"
 
 
-def test_a_sweep_removes_an_incomplete_final_model_and_keeps_a_committed_one(two_checkpoints: CheckpointTree, tmp_path: Path) -> None:
-    two_checkpoints.store.put("model/a1-00000000/model.safetensors", b"half of it")
-    assert two_checkpoints.sweep().removed_count == 1
-    assert list(two_checkpoints.store.list("model/")) == []
-    files = two_checkpoints.upload("model", "a2-00000000", tmp_path / "staged")
-    two_checkpoints.commit("model", Manifest(step=10, incarnation="a2-00000000", files=files, facts=FACTS))
-    two_checkpoints.store.put("model/a1-00000000/model.safetensors", b"half of it")
-    assert two_checkpoints.sweep().removed_count == 1
-    assert {stat.key.split("/")[1] for stat in two_checkpoints.store.list("model/")} == {"_COMMITTED", "a2-00000000"}
+def test_a_sweep_removes_an_incomplete_final_model_and_keeps_a_committed_one(filled_tree: CheckpointTree, tmp_path: Path) -> None:
+    filled_tree.store.put("model/a1-00000000/model.safetensors", b"half of it")
+    assert filled_tree.sweep().removed_count == 1
+    assert list(filled_tree.store.list("model/")) == []
+    files = filled_tree.upload("model", "a2-00000000", tmp_path / "staged")
+    filled_tree.commit("model", Manifest(step=10, incarnation="a2-00000000", files=files, facts=FACTS))
+    filled_tree.store.put("model/a1-00000000/model.safetensors", b"half of it")
+    assert filled_tree.sweep().removed_count == 1
+    assert {stat.key.split("/")[1] for stat in filled_tree.store.list("model/")} == {"_COMMITTED", "a2-00000000"}
 
 
-def test_only_the_marker_of_a_skipped_checkpoint_is_replaced(two_checkpoints: CheckpointTree, tmp_path: Path) -> None:
+def test_only_the_marker_of_a_skipped_checkpoint_is_replaced(filled_tree: CheckpointTree, tmp_path: Path) -> None:
     """When the run repeats the step of a skipped checkpoint, the new checkpoint replaces it. The new checkpoint is not healthy yet."""
-    two_checkpoints.mark_healthy(10)
-    (skipped_checkpoint,) = restore_checkpoint(two_checkpoints, tmp_path, ResumeConfig(mode="auto", max_step=9)).skipped_checkpoints
-    files = two_checkpoints.upload(checkpoint_folder_key(10), "a1-22222222", tmp_path / "staged")
+    filled_tree.mark_healthy(10)
+    (skipped_checkpoint,) = restore_checkpoint(filled_tree, tmp_path, ResumeConfig(mode="auto", max_step=9)).skipped_checkpoints
+    files = filled_tree.upload(checkpoint_folder_key(10), "a1-22222222", tmp_path / "staged")
     new_manifest = Manifest(step=10, attempt=1, incarnation="a1-22222222", files=files, facts=FACTS)
     with pytest.raises(FencedOutError):
-        two_checkpoints.commit(checkpoint_folder_key(10), new_manifest)
-    two_checkpoints.commit(checkpoint_folder_key(10), new_manifest, replaceable_marker=skipped_checkpoint.marker)
-    committed_checkpoint = two_checkpoints.get_committed(10)
-    assert committed_checkpoint is not None and (committed_checkpoint.marker.path, [one.is_healthy for one in two_checkpoints.list_committed()]) == (
-        "a1-22222222",
-        [False, False],
-    )
+        filled_tree.commit(checkpoint_folder_key(10), new_manifest)
+    filled_tree.commit(checkpoint_folder_key(10), new_manifest, replaceable_marker=skipped_checkpoint.marker)
+    committed_checkpoint = filled_tree.get_committed(10)
+    assert committed_checkpoint is not None and committed_checkpoint.marker.path == "a1-22222222"
+    assert [checkpoint.is_healthy for checkpoint in filled_tree.list_committed()] == [False, False]
     with pytest.raises(FencedOutError):
-        two_checkpoints.commit(
+        filled_tree.commit(
             checkpoint_folder_key(10), new_manifest.model_copy(update={"incarnation": "a1-33333333", "files": []}), replaceable_marker=skipped_checkpoint.marker
         )
 
@@ -269,64 +271,64 @@ def begin_attempt(tree: CheckpointTree, attempt: int) -> None:
     assert tree.store.get(f"run/attempt-{attempt}/run.json") == b"{}"
 
 
-def test_an_earlier_attempt_commits_nothing_after_the_next_has_begun(two_checkpoints: CheckpointTree, tmp_path: Path) -> None:
+def test_an_earlier_attempt_commits_nothing_after_the_next_has_begun(filled_tree: CheckpointTree, tmp_path: Path) -> None:
     """The later attempt replaces the checkpoint that an earlier attempt committed at the same step."""
-    commit_checkpoint(two_checkpoints, tmp_path, 20)
-    begin_attempt(two_checkpoints, 2)
+    commit_checkpoint(filled_tree, tmp_path, 20)
+    begin_attempt(filled_tree, 2)
     with pytest.raises(FencedOutError, match="a later attempt has begun"):
-        commit_checkpoint(two_checkpoints, tmp_path, 30)
-    commit_checkpoint(two_checkpoints, tmp_path, 20, attempt=2)
-    committed_checkpoint = two_checkpoints.get_committed(20)
+        commit_checkpoint(filled_tree, tmp_path, 30)
+    commit_checkpoint(filled_tree, tmp_path, 20, attempt=2)
+    committed_checkpoint = filled_tree.get_committed(20)
     assert committed_checkpoint is not None and committed_checkpoint.marker.attempt == 2
     with pytest.raises(FencedOutError):
-        commit_checkpoint(two_checkpoints, tmp_path, 20)
-    assert [one.step for one in two_checkpoints.list_committed()] == [20, 10, 5]
+        commit_checkpoint(filled_tree, tmp_path, 20)
+    assert [checkpoint.step for checkpoint in filled_tree.list_committed()] == [20, 10, 5]
 
 
 def test_a_checkpoint_that_is_swept_during_its_commit_is_not_committed(
-    two_checkpoints: CheckpointTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    filled_tree: CheckpointTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The next attempt begins and sweeps between the last check of the commit and the creation of the marker."""
-    original_create = two_checkpoints.store.create
+    original_create = filled_tree.store.create
 
     def create_after_sweep(key: str, data: bytes) -> CreateResult:
-        begin_attempt(two_checkpoints, 2)
-        assert two_checkpoints.sweep().removed_count == 2
+        begin_attempt(filled_tree, 2)
+        assert filled_tree.sweep().removed_count == 2
         return original_create(key, data)
 
-    monkeypatch.setattr(two_checkpoints.store, "create", create_after_sweep)
+    monkeypatch.setattr(filled_tree.store, "create", create_after_sweep)
     with pytest.raises(FencedOutError, match="has removed"):
-        commit_checkpoint(two_checkpoints, tmp_path, 20)
-    assert [one.step for one in two_checkpoints.list_committed()] == [10, 5]
+        commit_checkpoint(filled_tree, tmp_path, 20)
+    assert [checkpoint.step for checkpoint in filled_tree.list_committed()] == [10, 5]
 
 
-def test_attempts_are_compared_as_numbers_and_not_as_text(two_checkpoints: CheckpointTree) -> None:
-    begin_attempt(two_checkpoints, 9)
-    begin_attempt(two_checkpoints, 10)
-    assert [attempt for attempt in (1, 9, 10, 11) if two_checkpoints.is_superseded(attempt)] == [1, 9]
+def test_attempts_are_compared_as_numbers_and_not_as_text(filled_tree: CheckpointTree) -> None:
+    begin_attempt(filled_tree, 9)
+    begin_attempt(filled_tree, 10)
+    assert [attempt for attempt in (1, 9, 10, 11) if filled_tree.is_superseded(attempt)] == [1, 9]
 
 
 @pytest.mark.parametrize(
     "marker_data", [b"{", b'{"attempt": 1, "path": "a1-00000001", "manifestSha256": "%s"}' % (b"0" * 64)]
 )
-def test_a_sweep_keeps_data_next_to_a_damaged_marker(two_checkpoints: CheckpointTree, tmp_path: Path, marker_data: bytes) -> None:
-    two_checkpoints.store.put("checkpoints/step-00000010/_COMMITTED", marker_data)
-    two_checkpoints.sweep()
-    assert two_checkpoints.store.get("checkpoints/step-00000010/a1-00000000/weights") is not None
-    result = restore_checkpoint(two_checkpoints, tmp_path)
+def test_a_sweep_keeps_data_next_to_a_damaged_marker(filled_tree: CheckpointTree, tmp_path: Path, marker_data: bytes) -> None:
+    filled_tree.store.put("checkpoints/step-00000010/_COMMITTED", marker_data)
+    filled_tree.sweep()
+    assert filled_tree.store.get("checkpoints/step-00000010/a1-00000000/weights") is not None
+    result = restore_checkpoint(filled_tree, tmp_path)
     assert result.step == 5 and "step-00000010" in result.damage_messages[0]
-    commit_checkpoint(two_checkpoints, tmp_path, 10, attempt=2)
-    assert [one.step for one in two_checkpoints.list_committed()] == [10, 5]
+    commit_checkpoint(filled_tree, tmp_path, 10, attempt=2)
+    assert [checkpoint.step for checkpoint in filled_tree.list_committed()] == [10, 5]
 
 
-def test_a_job_whose_markers_are_all_damaged_does_not_start_from_zero(job: CheckpointTree, tmp_path: Path) -> None:
-    job.store.put("checkpoints/step-00000007/_COMMITTED", b"{")
+def test_a_job_whose_markers_are_all_damaged_does_not_start_from_zero(job_tree: CheckpointTree, tmp_path: Path) -> None:
+    job_tree.store.put("checkpoints/step-00000007/_COMMITTED", b"{")
     with pytest.raises(NoCheckpointError, match="had reached step 7") as caught:
-        restore_checkpoint(job, tmp_path, ResumeConfig(mode="auto"))
+        restore_checkpoint(job_tree, tmp_path, ResumeConfig(mode="auto"))
     assert "_COMMITTED is damaged" in caught.value.message
 
 
-def test_a_marker_that_becomes_readable_later_is_recognised(two_checkpoints: CheckpointTree, delayed_store: DelayedStore, tmp_path: Path) -> None:
+def test_a_marker_that_becomes_readable_later_is_recognised(filled_tree: CheckpointTree, delayed_store: DelayedStore, tmp_path: Path) -> None:
     """The response to the request that creates the marker is lost, and the marker can be read only after a delay."""
     read_keys: list[str] = []
     original_create, original_get = delayed_store.create, delayed_store.get
@@ -339,16 +341,16 @@ def test_a_marker_that_becomes_readable_later_is_recognised(two_checkpoints: Che
         return original_get(key) if len(read_keys) > 2 else None
 
     delayed_store.create, delayed_store.get = create_with_lost_response, get_with_delay  # type: ignore[method-assign] # the fault to test
-    files = two_checkpoints.upload(checkpoint_folder_key(15), "a1-00000000", tmp_path / "staged")
-    two_checkpoints.commit(checkpoint_folder_key(15), Manifest(step=15, incarnation="a1-00000000", files=files))
-    assert len(read_keys) == 3 and [one.step for one in two_checkpoints.list_committed()] == [15, 10, 5]
+    files = filled_tree.upload(checkpoint_folder_key(15), "a1-00000000", tmp_path / "staged")
+    filled_tree.commit(checkpoint_folder_key(15), Manifest(step=15, incarnation="a1-00000000", files=files))
+    assert len(read_keys) == 3 and [checkpoint.step for checkpoint in filled_tree.list_committed()] == [15, 10, 5]
 
 
-def test_a_sweep_removes_only_data_without_a_marker(two_checkpoints: CheckpointTree, tmp_path: Path) -> None:
-    keys_before = {stat.key for stat in two_checkpoints.store.list("checkpoints/")}
-    two_checkpoints.store.put("checkpoints/step-00000010/a9-deadbeef/weights", b"of a stale incarnation")
-    two_checkpoints.store.put("checkpoints/step-00000015/a1-00000000/weights", b"never committed")
-    two_checkpoints.store.put("checkpoints/step-00000015/_HEALTHY", b"{}")
-    assert two_checkpoints.sweep() == SweepResult(3)
-    assert {stat.key for stat in two_checkpoints.store.list("checkpoints/")} == keys_before
-    assert restore_checkpoint(two_checkpoints, tmp_path).step == 10
+def test_a_sweep_removes_only_data_without_a_marker(filled_tree: CheckpointTree, tmp_path: Path) -> None:
+    keys_before = {stat.key for stat in filled_tree.store.list("checkpoints/")}
+    filled_tree.store.put("checkpoints/step-00000010/a9-deadbeef/weights", b"of a stale incarnation")
+    filled_tree.store.put("checkpoints/step-00000015/a1-00000000/weights", b"never committed")
+    filled_tree.store.put("checkpoints/step-00000015/_HEALTHY", b"{}")
+    assert filled_tree.sweep() == SweepResult(3)
+    assert {stat.key for stat in filled_tree.store.list("checkpoints/")} == keys_before
+    assert restore_checkpoint(filled_tree, tmp_path).step == 10

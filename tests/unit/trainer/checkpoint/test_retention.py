@@ -33,16 +33,16 @@ def test_the_expected_steps_of_each_example_are_removed(
 
 CHECKPOINT_LISTS = st.lists(
     st.tuples(st.integers(1, 1000), st.booleans(), st.none() | st.floats(0, 10)),
-    unique_by=lambda one: one[0],
+    unique_by=lambda fields: fields[0],
     max_size=12,
-).map(lambda found: [RetentionCandidate(*one) for one in found])
+).map(lambda field_tuples: [RetentionCandidate(*fields) for fields in field_tuples])
 
 
 @given(CHECKPOINT_LISTS, st.integers(1, 5), st.sets(st.integers(1, 1000)), st.booleans())
 def test_kept_steps_are_never_removed(checkpoints: list[RetentionCandidate], keep_count: int, pinned_steps: set[int], is_run_finished: bool) -> None:
     removed_steps = set(choose_steps_to_remove(checkpoints, keep_count, pinned_steps=pinned_steps, is_run_finished=is_run_finished))
-    newest_steps = sorted((one.step for one in checkpoints), reverse=True)
-    healthy_steps = sorted((one.step for one in checkpoints if one.is_healthy), reverse=True)
+    newest_steps = sorted((checkpoint.step for checkpoint in checkpoints), reverse=True)
+    healthy_steps = sorted((checkpoint.step for checkpoint in checkpoints if checkpoint.is_healthy), reverse=True)
     assert not removed_steps & set(newest_steps[:keep_count])
     assert not removed_steps & pinned_steps
     assert find_best_step(checkpoints) not in removed_steps

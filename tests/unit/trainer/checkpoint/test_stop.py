@@ -19,7 +19,7 @@ class ThreadStore:
     def __init__(self) -> None:
         self._values: dict[str, str] = {}
         self._changed = threading.Condition()
-        self.broken = False
+        self.is_broken = False
 
     def set(self, key: str, value: str) -> None:
         with self._changed:
@@ -33,9 +33,9 @@ class ThreadStore:
         key_list = list(keys)
         with self._changed:
             is_complete = self._changed.wait_for(
-                lambda: self.broken or all(key in self._values for key in key_list), timeout_seconds
+                lambda: self.is_broken or all(key in self._values for key in key_list), timeout_seconds
             )
-            if self.broken or not is_complete:
+            if self.is_broken or not is_complete:
                 raise ConnectionError("the store is gone")
             return [self._values[key] for key in key_list]
 
@@ -43,11 +43,11 @@ class ThreadStore:
 @pytest.mark.parametrize("seed", range(60))
 def test_all_ranks_stop_at_the_same_step(tmp_path: Path, seed: int) -> None:
     """The seed selects the number and speed of the ranks, and whether they synchronise at every step."""
-    random_values = random.Random(seed)
-    rank_count, requested_rank, is_synchronised = random_values.choice([1, 2, 3, 5]), random_values.randrange(5), random_values.random() < 0.5
+    random_generator = random.Random(seed)
+    rank_count, signalled_rank, is_synchronised = random_generator.choice([1, 2, 3, 5]), random_generator.randrange(5), random_generator.random() < 0.5
     barrier = threading.Barrier(rank_count)
     shared_store, stop_steps = ThreadStore(), [0] * rank_count
-    pause_seconds = [random_values.uniform(0, 0.002) for _ in range(rank_count)]
+    pause_seconds = [random_generator.uniform(0, 0.002) for _ in range(rank_count)]
 
     def train(rank: int) -> None:
         work_folder = tmp_path / str(rank)
@@ -62,7 +62,7 @@ def test_all_ranks_stop_at_the_same_step(tmp_path: Path, seed: int) -> None:
             step += 1
             if agreement.must_stop(step):
                 break
-            if rank == requested_rank % rank_count and step == 1 + seed % 7:
+            if rank == signalled_rank % rank_count and step == 1 + seed % 7:
                 (work_folder / STOP_FILE).write_text("")
         stop_steps[rank] = step
 
@@ -83,7 +83,7 @@ def test_a_lost_store_ends_the_wait_for_the_agreed_step(tmp_path: Path) -> None:
     def break_store() -> None:
         with shared_store._changed:
             shared_store._changed.wait_for(lambda: shared_store.has("at-0"), 20)
-            shared_store.broken = True
+            shared_store.is_broken = True
             shared_store._changed.notify_all()
 
     breaking_thread = threading.Thread(target=break_store)

@@ -134,7 +134,7 @@ def test_a_store_that_fails_after_the_marker_does_not_undo_the_commit(
     monkeypatch.setattr(store, method, fail_after_marker)
     commit_checkpoint(tree, tmp_path / "staged", 10, 1)
     monkeypatch.undo()
-    assert [one.step for one in tree.list_committed()] == [10]
+    assert [checkpoint.step for checkpoint in tree.list_committed()] == [10]
 
 
 def test_another_incarnation_resumes_from_the_attempts_own_steps_after_a_rollback(
@@ -144,7 +144,7 @@ def test_another_incarnation_resumes_from_the_attempts_own_steps_after_a_rollbac
     for step, attempt in ((10, 1), (30, 2), (20, 3)):
         commit_checkpoint(tree, tmp_path / "staged", step, attempt)
     result = restore(tree, rollback_config, FACTS, tmp_path / "third", attempt=3)
-    assert (result.step, [one.step for one in result.skipped_checkpoints]) == (20, [30])
+    assert (result.step, [checkpoint.step for checkpoint in result.skipped_checkpoints]) == (20, [30])
     assert restore(tree, rollback_config, FACTS, tmp_path / "fourth", attempt=4).step == 10
     config_with_known_attempt = rollback_config.model_copy(update={"rolled_back_attempt": 3})
     assert restore(tree, config_with_known_attempt, FACTS, tmp_path / "fifth", attempt=4).step == 20, "step 20 is used although the operator did not see it"

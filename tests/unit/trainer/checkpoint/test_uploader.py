@@ -26,12 +26,12 @@ class GatedStore(FolderStore):
     def __init__(self, root: Path) -> None:
         super().__init__(root, f"file://{root}")
         self.gate = threading.Event()
-        self.entered = threading.Event()
+        self.upload_began = threading.Event()
         self.gate.set()
         self.refuse: Callable[[str], None] = lambda key: None
 
     def put_file(self, source: Path, key: str, *, byte_counter: ByteCounter | None = None) -> None:
-        self.entered.set()
+        self.upload_began.set()
         assert self.gate.wait(20)
         self.refuse(key)
         super().put_file(source, key, byte_counter=byte_counter)
@@ -45,7 +45,7 @@ class GatedStore(FolderStore):
 class UploaderBench:
     """An uploader with a GatedStore, and functions that queue checkpoints and wait for uploads."""
 
-    def __init__(self, folder: Path, *, node: int = 0, nodes: int = 1, **policy: object) -> None:
+    def __init__(self, folder: Path, *, node_rank: int = 0, node_count: int = 1, **policy: object) -> None:
         self.folder = folder
         folder.mkdir(exist_ok=True)
         self.store = GatedStore(folder / "root")
@@ -53,10 +53,10 @@ class UploaderBench:
         self.steps_after_commit: list[list[int]] = []
         self.tree, self.run_state = CheckpointTree(self.store), RunState()
         self.uploader = Uploader(
-            self.tree, self.run_state, RunFacts(), KeepPolicy(**policy), job_id="n/j/u", attempt=1,  # type: ignore[arg-type] # a table's
-            node_rank=node, node_count=nodes, final_upload_timeout_seconds=60,
-            before_commit=lambda: self.steps_before_commit.append(self.steps()),
-            after_commit=lambda: self.steps_after_commit.append(self.steps()),
+            self.tree, self.run_state, RunFacts(), KeepPolicy(**policy), job_id="n/j/u", attempt=1,  # type: ignore[arg-type] # fields of KeepPolicy
+            node_rank=node_rank, node_count=node_count, final_upload_timeout_seconds=60,
+            before_commit=lambda: self.steps_before_commit.append(self.list_committed_steps()),
+            after_commit=lambda: self.steps_after_commit.append(self.list_committed_steps()),
         )  # fmt: skip
 
     def enqueue(self, step: int | None, *, graceful: bool = False, **facts: object) -> None:
@@ -67,8 +67,8 @@ class UploaderBench:
             facts |= {"outputKind": "adapter", "step": 9}
         self.uploader.enqueue(StagedCheckpoint(step, staged_folder, "a1-00000000", graceful, facts))
 
-    def steps(self) -> list[int]:
-        return [one.step or 0 for one in self.tree.list_committed()]
+    def list_committed_steps(self) -> list[int]:
+        return [checkpoint.step or 0 for checkpoint in self.tree.list_committed()]
 
     def list_part_keys(self) -> list[str]:
         return [stat.key for stat in self.store.list("checkpoints/") if "/.parts/" in stat.key]
@@ -89,11 +89,11 @@ def bench(tmp_path: Path) -> Iterator[UploaderBench]:
 def test_a_newer_checkpoint_replaces_the_queued_one(bench: UploaderBench) -> None:
     bench.store.gate.clear()
     bench.enqueue(1)
-    assert bench.store.entered.wait(10)
+    assert bench.store.upload_began.wait(10)
     for step in (2, 3, 4):
         bench.enqueue(step)
     bench.wait_until_idle()
-    assert bench.steps() == [4, 1]
+    assert bench.list_committed_steps() == [4, 1]
     assert bench.run_state.counters["checkpoints_skipped"] == 2
     assert any("skipped" in note for note in bench.run_state.report().resolved.notes or [])
     assert not (bench.folder / "staged-2").exists()
@@ -102,12 +102,12 @@ def test_a_newer_checkpoint_replaces_the_queued_one(bench: UploaderBench) -> Non
 def test_the_checkpoint_of_a_stop_is_never_dropped(bench: UploaderBench) -> None:
     bench.store.gate.clear()
     bench.enqueue(1)
-    assert bench.store.entered.wait(10)
+    assert bench.store.upload_began.wait(10)
     bench.enqueue(2)
     bench.enqueue(3, graceful=True)
     bench.enqueue(4)
     bench.wait_until_idle()
-    assert bench.steps() == [3, 1]
+    assert bench.list_committed_steps() == [3, 1]
     assert bench.run_state.counters["checkpoints_skipped"] == 2
     assert not (bench.folder / "staged-4").exists()
     assert bench.list_part_keys() == [], "a run with one pod does not report parts"
@@ -120,10 +120,10 @@ def test_a_fenced_commit_ends_the_attempt(bench: UploaderBench) -> None:
     bench.enqueue(1)
     bench.wait_until_idle()
     assert isinstance(bench.uploader.failure, FencedOutError) and bench.uploader.failure.exit_code == 74
-    assert bench.steps() == [] and "checkpoint_failures" not in bench.run_state.counters
+    assert bench.list_committed_steps() == [] and "checkpoint_failures" not in bench.run_state.counters
     bench.enqueue(2)
     bench.wait_until_idle()
-    assert bench.steps() == [], "nothing is uploaded after the first fenced commit"
+    assert bench.list_committed_steps() == [], "nothing is uploaded after the first fenced commit"
 
 
 class FakeClock:
@@ -179,23 +179,23 @@ def test_the_final_model_is_uploaded_after_the_last_checkpoint(bench: UploaderBe
     bench.enqueue(8)
     bench.enqueue(None)
     bench.wait_until_idle()
-    assert bench.steps() == [8]
+    assert bench.list_committed_steps() == [8]
     assert bench.uploader.output is not None and bench.uploader.output.uri == f"{bench.store.uri}/model/a1-00000000"
     committed_checkpoint = bench.tree.get_committed(None)
     assert committed_checkpoint is not None and committed_checkpoint.marker.manifest_sha256 == bench.uploader.output.sha256
-    assert [one.healthy for one in to_status_checkpoints(bench.tree, bench.tree.list_committed())] == [True]
+    assert [checkpoint.healthy for checkpoint in to_status_checkpoints(bench.tree, bench.tree.list_committed())] == [True]
 
 
 def test_a_checkpoint_is_healthy_once_the_next_one_is_committed(bench: UploaderBench) -> None:
     bench.enqueue(1)
     bench.wait_until_idle()
-    assert [one.is_healthy for one in bench.tree.list_committed()] == [False]
+    assert [checkpoint.is_healthy for checkpoint in bench.tree.list_committed()] == [False]
     bench.enqueue(2)
     bench.wait_until_idle()
-    assert [(one.step, one.is_healthy) for one in bench.tree.list_committed()] == [(2, False), (1, True)]
+    assert [(checkpoint.step, checkpoint.is_healthy) for checkpoint in bench.tree.list_committed()] == [(2, False), (1, True)]
     bench.enqueue(3, graceful=True)
     bench.wait_until_idle()
-    assert all(one.is_healthy for one in bench.tree.list_committed())
+    assert all(checkpoint.is_healthy for checkpoint in bench.tree.list_committed())
 
 
 def test_old_checkpoints_are_removed_after_a_commit(tmp_path: Path) -> None:
@@ -203,10 +203,10 @@ def test_old_checkpoints_are_removed_after_a_commit(tmp_path: Path) -> None:
     for step in range(1, 7):
         bench.enqueue(step, evalLoss=0.5 if step == 3 else 1.0)
         bench.wait_until_idle()
-    assert bench.steps() == [6, 5, 4, 3, 2]
+    assert bench.list_committed_steps() == [6, 5, 4, 3, 2]
     bench.uploader.apply_retention(is_run_finished=True)
-    assert bench.steps() == [6, 3, 2]
-    assert [one.step for one in bench.run_state.checkpoints] == [6, 3, 2]
+    assert bench.list_committed_steps() == [6, 3, 2]
+    assert [checkpoint.step for checkpoint in bench.run_state.checkpoints] == [6, 3, 2]
     bench.uploader.close()
 
 
@@ -221,7 +221,7 @@ def test_a_missing_permission_to_delete_adds_a_note(tmp_path: Path) -> None:
     for step in range(1, 6):
         bench.enqueue(step)
         bench.wait_until_idle()
-    assert bench.steps() == [5, 4, 3, 2, 1]
+    assert bench.list_committed_steps() == [5, 4, 3, 2, 1]
     assert bench.uploader.failure is None
     assert any("PermissionDenied" in note for note in bench.run_state.report().resolved.notes or [])
     bench.uploader.close()
@@ -242,7 +242,7 @@ def test_a_checkpoint_that_cannot_be_stored_is_reported_and_training_goes_on(ben
     bench.store.refuse = lambda key: None
     bench.enqueue(2)
     bench.wait_until_idle()
-    assert bench.steps() == [2]
+    assert bench.list_committed_steps() == [2]
     assert bench.run_state.report().health.healthy
 
 
@@ -259,7 +259,7 @@ def test_the_checkpoint_of_a_stop_is_retried(bench: UploaderBench, monkeypatch: 
     bench.store.refuse = refuse_four_times
     bench.enqueue(1, graceful=True)
     bench.wait_until_idle()
-    assert len(tried_keys) == 5 and bench.steps() == [1]
+    assert len(tried_keys) == 5 and bench.list_committed_steps() == [1]
 
 
 def test_closing_the_uploader_ends_the_retries_of_the_checkpoint_of_a_stop(tmp_path: Path) -> None:
@@ -270,10 +270,10 @@ def test_closing_the_uploader_ends_the_retries_of_the_checkpoint_of_a_stop(tmp_p
 
     bench.store.refuse = refuse
     bench.enqueue(1, graceful=True)
-    assert bench.store.entered.wait(10)
+    assert bench.store.upload_began.wait(10)
     assert not bench.uploader.wait_until_idle(0)
     bench.uploader.close()
-    assert bench.uploader.wait_until_idle(20) and bench.steps() == []
+    assert bench.uploader.wait_until_idle(20) and bench.list_committed_steps() == []
 
 
 def test_skipped_checkpoints_are_replaced_or_removed_and_do_not_count_as_progress(tmp_path: Path) -> None:
@@ -286,19 +286,19 @@ def test_skipped_checkpoints_are_replaced_or_removed_and_do_not_count_as_progres
         files = bench.tree.upload(checkpoint_folder_key(step), "a0-00000000", staged_folder)
         bench.tree.commit(checkpoint_folder_key(step), Manifest(step=step, incarnation="a0-00000000", files=files))
     old_checkpoints = bench.tree.list_committed()
-    bench.uploader.adopt_committed(to_status_checkpoints(bench.tree, [one for one in old_checkpoints if one.step == 10]))
-    bench.uploader.add_skipped([one for one in old_checkpoints if one.step != 10])
+    bench.uploader.adopt_committed(to_status_checkpoints(bench.tree, [checkpoint for checkpoint in old_checkpoints if checkpoint.step == 10]))
+    bench.uploader.add_skipped([checkpoint for checkpoint in old_checkpoints if checkpoint.step != 10])
     assert bench.uploader.committed_step == 10
-    assert [one.step for one in bench.run_state.checkpoints] == [10]
+    assert [checkpoint.step for checkpoint in bench.run_state.checkpoints] == [10]
     bench.folder.mkdir(exist_ok=True)
     bench.enqueue(20)
     bench.wait_until_idle()
-    path_and_health_by_step = {one.step: (one.marker.path, one.is_healthy) for one in bench.tree.list_committed()}
+    path_and_health_by_step = {checkpoint.step: (checkpoint.marker.path, checkpoint.is_healthy) for checkpoint in bench.tree.list_committed()}
     assert path_and_health_by_step[20] == ("a1-00000000", False) and path_and_health_by_step[10][1] is True
     assert path_and_health_by_step[30] == ("a0-00000000", False), "finite losses of this attempt do not make a skipped checkpoint healthy"
     bench.enqueue(30)
     bench.wait_until_idle()
-    assert {one.step: one.marker.path for one in bench.tree.list_committed()} == {
+    assert {checkpoint.step: checkpoint.marker.path for checkpoint in bench.tree.list_committed()} == {
         10: "a0-00000000", 20: "a1-00000000", 25: "a0-00000000", 30: "a1-00000000"
     }  # fmt: skip
     assert bench.uploader.failure is None
@@ -312,9 +312,9 @@ def test_the_data_of_a_committed_checkpoint_is_never_written_again(bench: Upload
     (bench.folder / "staged-5" / "weights").write_text("other bytes")
     bench.uploader.enqueue(StagedCheckpoint(5, bench.folder / "staged-5", "a1-00000000", True, {}))
     bench.wait_until_idle()
-    (committed,) = bench.tree.list_committed()
-    assert bench.tree.read_manifest(committed) is not None and bench.uploader.failure is None
-    assert bench.store.get(f"{committed.folder}/weights") == b"5"
+    (committed_checkpoint,) = bench.tree.list_committed()
+    assert bench.tree.read_manifest(committed_checkpoint) is not None and bench.uploader.failure is None
+    assert bench.store.get(f"{committed_checkpoint.folder}/weights") == b"5"
 
 
 def test_the_evaluation_is_part_of_output_and_manifest(bench: UploaderBench) -> None:
@@ -358,10 +358,10 @@ def test_the_files_of_two_pods_form_one_checkpoint(tmp_path: Path) -> None:
     for uploader in uploaders:
         assert uploader.wait_until_idle(20)
         uploader.close()
-    (committed,) = CheckpointTree(store).list_committed()
-    manifest = CheckpointTree(store).read_manifest(committed)
+    (committed_checkpoint,) = CheckpointTree(store).list_committed()
+    manifest = CheckpointTree(store).read_manifest(committed_checkpoint)
     assert manifest is not None
-    assert [one.path for one in manifest.files] == ["rng_state_0.pth", "rng_state_1.pth"]
+    assert [entry.path for entry in manifest.files] == ["rng_state_0.pth", "rng_state_1.pth"]
     assert not list(store.list(f"{checkpoint_folder_key(5)}/a1-00000000/.parts"))
 
 
@@ -449,7 +449,7 @@ def test_a_slow_store_does_not_block_enqueue(tmp_path: Path) -> None:
         (folder / "x").write_text("x")
         uploader.enqueue(StagedCheckpoint(step, folder, "a1-00000000"))
         if step == 1:
-            assert store.entered.wait(10)
+            assert store.upload_began.wait(10)
     assert report_started.wait(10), "the report must be sent although the store is slow"
     store.gate.set()
     assert uploader.wait_until_idle(20)
@@ -476,7 +476,7 @@ def test_before_commit_is_called_except_for_the_checkpoint_of_a_stop(tmp_path: P
     tree, steps_before_commit = CheckpointTree(store), []
     uploader = Uploader(
         tree, RunState(), RunFacts(), KeepPolicy(), job_id="n/j/u", attempt=1,
-        before_commit=lambda: steps_before_commit.append([one.step for one in tree.list_committed()]),
+        before_commit=lambda: steps_before_commit.append([checkpoint.step for checkpoint in tree.list_committed()]),
     )  # fmt: skip
     for step, graceful in ((5, False), (8, True), (None, False)):
         folder = tmp_path / f"staged-{step}"
@@ -500,15 +500,15 @@ def test_manifest_and_status_hold_the_facts_of_a_checkpoint(bench: UploaderBench
     bench.store.refuse = advance_clock
     bench.enqueue(12, epoch=0.5, samples=96, tokens=4096, evalLoss=1.5, extra={"notes": ["x"]})
     bench.wait_until_idle()
-    (committed,) = bench.tree.list_committed()
-    manifest = bench.tree.read_manifest(committed)
+    (committed_checkpoint,) = bench.tree.list_committed()
+    manifest = bench.tree.read_manifest(committed_checkpoint)
     assert manifest is not None and manifest.model_dump(exclude={"files", "facts", "version"}) == {
         "job": "n/j/u", "attempt": 1, "incarnation": "a1-00000000", "step": 12, "epoch": 0.5, "samples": 96, "tokens": 4096,
         "eval_loss": 1.5, "graceful": False, "kind": None, "extra": {"notes": ["x"]},
     }  # fmt: skip
     (shown_checkpoint,) = bench.run_state.checkpoints
     assert shown_checkpoint.time is not None and shown_checkpoint.model_dump(exclude={"time"}) == {
-        "step": 12, "uri": f"{bench.store.uri}/{committed.folder}", "sha256": committed.marker.manifest_sha256, "bytes": 2,
+        "step": 12, "uri": f"{bench.store.uri}/{committed_checkpoint.folder}", "sha256": committed_checkpoint.marker.manifest_sha256, "bytes": 2,
         "healthy": False, "eval_loss": 1.5, "save_seconds": 1.235,
     }  # fmt: skip
     assert bench.run_state.last_save_seconds == 1.235
@@ -517,13 +517,14 @@ def test_manifest_and_status_hold_the_facts_of_a_checkpoint(bench: UploaderBench
     assert not (bench.folder / "staged-12").exists()
     bench.enqueue(13, graceful=True)
     bench.wait_until_idle()
-    committed, older_commit = bench.tree.list_committed()
-    manifest = bench.tree.read_manifest(committed)
+    committed_checkpoint, older_checkpoint = bench.tree.list_committed()
+    manifest = bench.tree.read_manifest(committed_checkpoint)
     assert manifest is not None and manifest.graceful
-    assert [(one.step, one.healthy) for one in bench.run_state.checkpoints] == [(13, True), (12, True)]
+    assert [(checkpoint.step, checkpoint.healthy) for checkpoint in bench.run_state.checkpoints] == [(13, True), (12, True)]
     assert bench.run_state.counters["storage_retries"] == 6
-    bench.store.delete([f"{older_commit.folder}/manifest.json"])
-    assert [(one.step, one.bytes, one.eval_loss) for one in to_status_checkpoints(bench.tree, [committed, older_commit])] == [(13, 2, None), (12, None, None)]
+    bench.store.delete([f"{older_checkpoint.folder}/manifest.json"])
+    status_checkpoints = to_status_checkpoints(bench.tree, [committed_checkpoint, older_checkpoint])
+    assert [(checkpoint.step, checkpoint.bytes, checkpoint.eval_loss) for checkpoint in status_checkpoints] == [(13, 2, None), (12, None, None)]
 
 
 @pytest.mark.parametrize(
@@ -565,7 +566,7 @@ def test_a_queued_checkpoint_counts_as_unsaved_from_the_time_it_was_queued(bench
     bench.store.refuse = block_second_upload
     bench.store.gate.clear()
     bench.enqueue(1)
-    assert bench.store.entered.wait(10) and not bench.uploader.wait_until_idle(0)
+    assert bench.store.upload_began.wait(10) and not bench.uploader.wait_until_idle(0)
     clock.now += 10
     bench.enqueue(2)
     bench.store.gate.set()
@@ -621,7 +622,7 @@ def test_a_step_before_the_last_committed_step_is_not_uploaded(bench: UploaderBe
     for step in (5, 4):
         bench.enqueue(step)
         bench.wait_until_idle()
-    assert bench.steps() == [5] and bench.uploader.committed_step == 5
+    assert bench.list_committed_steps() == [5] and bench.uploader.committed_step == 5
     assert not (bench.folder / "staged-4").exists()
 
 
@@ -630,7 +631,7 @@ def test_three_checkpoints_are_kept_by_default(tmp_path: Path) -> None:
     for step in range(1, 6):
         bench.enqueue(step)
         bench.wait_until_idle()
-    assert bench.steps() == [5, 4, 3] and bench.uploader.output is None
+    assert bench.list_committed_steps() == [5, 4, 3] and bench.uploader.output is None
     bench.uploader.close()
 
 
@@ -641,27 +642,27 @@ def test_after_the_limit_for_parts_a_commit_does_not_wait(wait_seconds: float, b
     clock.now += wait_seconds
     bench.enqueue(1)
     bench.wait_until_idle()
-    assert bench.steps() == [1] and bench.steps_before_commit == ([[]] if wait_seconds == 30 else [])
+    assert bench.list_committed_steps() == [1] and bench.steps_before_commit == ([[]] if wait_seconds == 30 else [])
 
 
 @pytest.mark.parametrize("graceful", [False, True], ids=["checkpoint", "checkpoint of a stop"])
 def test_a_commit_does_not_wait_if_the_checkpoint_of_a_stop_is_queued(graceful: bool, bench: UploaderBench) -> None:
     bench.store.gate.clear()
     bench.enqueue(1)
-    assert bench.store.entered.wait(10)
+    assert bench.store.upload_began.wait(10)
     bench.enqueue(2, graceful=graceful)
     bench.wait_until_idle()
     assert bench.steps_before_commit == ([] if graceful else [[], [1]])
 
 
 def test_a_silent_pod_delays_neither_the_checkpoint_of_a_stop_nor_the_final_model(tmp_path: Path) -> None:
-    bench = UploaderBench(tmp_path, nodes=2)
+    bench = UploaderBench(tmp_path, node_count=2)
     bench.tree.report_part(checkpoint_folder_key(6), "a1-00000000", 1, [])
     bench.enqueue(5)
-    assert bench.store.entered.wait(10)
+    assert bench.store.upload_began.wait(10)
     bench.enqueue(6, graceful=True)
     bench.wait_until_idle()
-    assert bench.steps() == [6]
+    assert bench.list_committed_steps() == [6]
     bench.enqueue(7)
     bench.uploader.limit_part_wait(-1)
     bench.wait_until_idle()
@@ -676,7 +677,7 @@ def test_a_silent_pod_delays_neither_the_checkpoint_of_a_stop_nor_the_final_mode
 
 def test_another_pod_uploads_its_files_and_commits_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = FakeClock(monkeypatch)
-    bench = UploaderBench(tmp_path, node=1, nodes=2)
+    bench = UploaderBench(tmp_path, node_rank=1, node_count=2)
 
     def refuse_put(key: str, data: bytes) -> None:
         raise StorageError("StorageFailed", "gone")
@@ -691,7 +692,7 @@ def test_another_pod_uploads_its_files_and_commits_nothing(tmp_path: Path, monke
     clock.now += 1000
     assert bench.uploader.uploaded_step == 5 and bench.uploader.unsaved_error(60, None) is None
     assert bench.list_part_keys() == [f"{checkpoint_folder_key(5)}/a1-00000000/.parts/node-1.json"]
-    assert (bench.steps(), bench.uploader.committed_step, bench.run_state.checkpoints) == ([], 0, [])
+    assert (bench.list_committed_steps(), bench.uploader.committed_step, bench.run_state.checkpoints) == ([], 0, [])
     bench.uploader.close()
 
 
@@ -706,7 +707,7 @@ def test_the_manifest_of_the_final_model_holds_the_last_step(rank0_report: dict[
     bench.wait_until_idle()
     committed_checkpoint = bench.tree.get_committed(None)
     manifest = bench.tree.read_manifest(committed_checkpoint) if committed_checkpoint else None
-    assert manifest is not None and (manifest.step, [one.path for one in manifest.files]) == (expected_step, ["a", "b"])
+    assert manifest is not None and (manifest.step, [entry.path for entry in manifest.files]) == (expected_step, ["a", "b"])
     assert bench.steps_after_commit == [] and not folder.exists()
 
 
@@ -728,7 +729,7 @@ def test_a_checkpoint_of_the_restored_step_is_not_healthy_yet(tmp_path: Path) ->
         bench.enqueue(step)
         bench.wait_until_idle()
         assert marked_steps == expected_steps
-    assert [(one.step, one.healthy) for one in bench.run_state.checkpoints] == [(12, False), (11, True), (10, True), (8, True), (5, True)]
+    assert [(checkpoint.step, checkpoint.healthy) for checkpoint in bench.run_state.checkpoints] == [(12, False), (11, True), (10, True), (8, True), (5, True)]
     bench.uploader.close()
 
 
@@ -741,11 +742,11 @@ def test_closing_ends_the_thread_after_the_queued_upload(tmp_path: Path) -> None
     bench.wait_until_idle()
     assert thread.is_alive()
     bench.store.gate.clear()
-    bench.store.entered.clear()
+    bench.store.upload_began.clear()
     bench.enqueue(2)
-    assert bench.store.entered.wait(10)
+    assert bench.store.upload_began.wait(10)
     bench.enqueue(3)
     bench.uploader.close()
     bench.store.gate.set()
     thread.join(10)
-    assert not thread.is_alive() and bench.steps() == [3, 2, 1]
+    assert not thread.is_alive() and bench.list_committed_steps() == [3, 2, 1]

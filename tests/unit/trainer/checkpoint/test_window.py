@@ -19,18 +19,18 @@ def make_trainer(loss: float = 0.0, *, last_logged_step: int = 0, **fields: Any)
 
 def test_the_sums_are_restored_bit_by_bit(tmp_path: Path) -> None:
     """One third has no exact binary or decimal form. Writing and reading a sum must not round the sum again."""
-    third = torch.tensor(1.0) / 3
+    one_third = torch.tensor(1.0) / 3
     saved_trainer = make_trainer(
-        last_logged_step=20, _sums={"train": {"nll": third, "trained": torch.tensor(11)}}, _metrics={"train": {"a": [third, 2]}}
+        last_logged_step=20, _sums={"train": {"nll": one_third, "trained": torch.tensor(11)}}, _metrics={"train": {"a": [one_third, 2]}}
     )
-    saved_trainer._tr_loss = third + third
+    saved_trainer._tr_loss = one_third + one_third
     LoggingWindow(saved_trainer, 0, 1).write(tmp_path)
     restored_trainer = make_trainer(last_logged_step=23, _sums={"train": {}}, _metrics={"train": {}})
     LoggingWindow(restored_trainer, 0, 1).read(tmp_path)
-    assert torch.equal(restored_trainer._tr_loss + third, third + third + third)
+    assert torch.equal(restored_trainer._tr_loss + one_third, one_third + one_third + one_third)
     assert restored_trainer._globalstep_last_logged == 20
-    assert restored_trainer._sums["train"]["nll"] + third == third + third and restored_trainer._sums["train"]["trained"] == 11
-    assert restored_trainer._metrics["train"] == {"a": [third.item(), 2]}
+    assert restored_trainer._sums["train"]["nll"] + one_third == one_third + one_third and restored_trainer._sums["train"]["trained"] == 11
+    assert restored_trainer._metrics["train"] == {"a": [one_third.item(), 2]}
 
 
 def test_windows_are_exchanged_with_version_0_1_0_in_both_directions(tmp_path: Path) -> None:

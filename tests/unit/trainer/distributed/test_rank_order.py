@@ -20,17 +20,17 @@ RANKS_ON_TWO_NODES = [RankPosition(rank, rank % 2, 4, 2) for rank in range(4)]
 
 
 class ManualClock:
-    """A clock that moves only in `pause`. `pauses` counts the calls of `pause`."""
+    """A clock that moves only in `pause`. `pause_count` counts the calls of `pause`."""
 
     def __init__(self) -> None:
-        self.time, self.pauses = 0.0, 0
+        self.time, self.pause_count = 0.0, 0
 
     def now(self) -> float:
         return self.time
 
     def pause(self, seconds: float) -> None:
         self.time += seconds
-        self.pauses += 1
+        self.pause_count += 1
 
 
 class HeartbeatStore(SingleRankStore):
@@ -102,7 +102,7 @@ def test_a_failure_of_a_working_rank_ends_the_wait_of_all_other_ranks() -> None:
     for other_position in (RankPosition(1, 1, 4, 2), RankPosition(2, 0, 4, 2)):
         with pytest.raises(PeerError, match="rank 0 failed") as caught, order_ranks(store, other_position, clock.pause, clock.now):
             assert other_position.local_rank == 0, "rank 2 works itself before it waits"
-        assert (caught.value.code, clock.pauses) == ("PeerLost", 0)
+        assert (caught.value.code, clock.pause_count) == ("PeerLost", 0)
 
 
 def test_a_single_rank_uses_no_store(monkeypatch: pytest.MonkeyPatch) -> None:

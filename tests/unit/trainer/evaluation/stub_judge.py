@@ -12,7 +12,7 @@ Reply = tuple[int, Any, dict[str, str]]
 """Status, body and headers of a response. A body that is not a text is sent as JSON."""
 
 
-def chat_reply(content: str | None, *, input_tokens: int = 100, output_tokens: int = 10, reports_usage: bool = True) -> Reply:
+def make_chat_reply(content: str | None, *, input_tokens: int = 100, output_tokens: int = 10, reports_usage: bool = True) -> Reply:
     """Return a chat completion with this content."""
     body: dict[str, Any] = {
         "id": "1", "object": "chat.completion", "created": 0, "model": "judge",
@@ -23,13 +23,13 @@ def chat_reply(content: str | None, *, input_tokens: int = 100, output_tokens: i
     return 200, body, {}
 
 
-def embedding_reply(vectors: list[list[float]], *, input_tokens: int = 7) -> Reply:
+def make_embedding_reply(vectors: list[list[float]], *, input_tokens: int = 7) -> Reply:
     """Return an embeddings response. The vectors are in reverse order, which the protocol allows."""
     data = [{"object": "embedding", "index": index, "embedding": vector} for index, vector in enumerate(vectors)]
     return 200, {"object": "list", "model": "e", "data": data[::-1], "usage": {"prompt_tokens": input_tokens, "total_tokens": input_tokens}}, {}
 
 
-def error_reply(status: int, message: str, *, code: str | None = None, param: str | None = None) -> Reply:
+def make_error_reply(status: int, message: str, *, code: str | None = None, param: str | None = None) -> Reply:
     """Return an error response after which clients may repeat the request in a millisecond."""
     return status, {"error": {"message": message, "code": code, "param": param, "type": "error"}}, {"retry-after-ms": "1"}
 
@@ -40,7 +40,7 @@ class StubJudge(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self) -> None:
-        self.answer: Callable[[str, dict[str, Any]], Reply] = lambda path, body: error_reply(500, "no answer is set")
+        self.answer: Callable[[str, dict[str, Any]], Reply] = lambda path, body: make_error_reply(500, "no answer is set")
         self.requests: list[tuple[str, dict[str, Any], str | None]] = []
         super().__init__(("127.0.0.1", 0), _Handler)
         self._thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01})

@@ -75,7 +75,7 @@ def test_measurements_that_cannot_be_read_are_a_named_failure(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("evaluation", "planned"),
+    ("evaluation", "planned_stages"),
     [
         ({"metrics": ["bleu"]}, [Stage.EVALUATING]),
         ({"metrics": ["bleu"], "comparison": {}}, [Stage.EVALUATING, Stage.COMPARING]),
@@ -83,15 +83,15 @@ def test_measurements_that_cannot_be_read_are_a_named_failure(tmp_path: Path) ->
         ({"comparison": {"generation": {"maxNewTokens": 5}}}, []),
     ],
 )
-def test_a_comparison_adds_the_stages_that_it_needs(evaluation: dict[str, Any], planned: list[Stage], tmp_path: Path) -> None:
-    assert list_planned_stages(make_run_config(tmp_path, evaluation)) == planned
+def test_a_comparison_adds_the_stages_that_it_needs(evaluation: dict[str, Any], planned_stages: list[Stage], tmp_path: Path) -> None:
+    assert list_planned_stages(make_run_config(tmp_path, evaluation)) == planned_stages
 
 
 EVALUATION_ONLY_PHASES = {"train": False, "from": "s3://bucket/job/model"}
 
 
 @pytest.mark.parametrize(
-    ("spec", "planned"),
+    ("spec", "planned_stages"),
     [
         ({}, [Stage.VERIFYING]),
         ({"output": {"verify": False}}, []),
@@ -103,8 +103,10 @@ EVALUATION_ONLY_PHASES = {"train": False, "from": "s3://bucket/job/model"}
         ({"phases": EVALUATION_ONLY_PHASES, "output": {"serving": ["vllm"], "verify": False}}, [Stage.VERIFYING]),
     ],
 )
-def test_a_job_without_training_verifies_if_the_spec_requests_it_or_an_artefact_is_written(spec: dict[str, Any], planned: list[Stage], tmp_path: Path) -> None:
+def test_a_job_without_training_verifies_if_the_spec_requests_it_or_an_artefact_is_written(
+    spec: dict[str, Any], planned_stages: list[Stage], tmp_path: Path
+) -> None:
     run, _ = make_run(tmp_path, tmp_path / "model")
     changed_spec = FineTuneJobSpec.model_validate(spec)
     run = run.model_copy(update={"spec": run.spec.model_copy(update={"phases": changed_spec.phases, "output": changed_spec.output})})
-    assert list_planned_stages(run) == planned
+    assert list_planned_stages(run) == planned_stages

@@ -49,10 +49,10 @@ class Rows:
 def measure(rows: Rows) -> Measurements:
     """Measure the rows as the stages do."""
     counts, row_counts = TokenCounts(64), RowCounts()
-    make_predictions = TokenPredictions(torch.tensor(rows.predicted), torch.tensor(rows.labels), torch.tensor(rows.losses))
-    counts.add(make_predictions)
+    predictions = TokenPredictions(torch.tensor(rows.predicted), torch.tensor(rows.labels), torch.tensor(rows.losses))
+    counts.add(predictions)
     ends = np.cumsum([0, *rows.sizes])
-    row_counts.add(make_predictions, [[IGNORED_LABEL, IGNORED_LABEL, *rows.labels[ends[i] : ends[i + 1]]] for i in range(len(rows.sizes))])
+    row_counts.add(predictions, [[IGNORED_LABEL, IGNORED_LABEL, *rows.labels[ends[i] : ends[i + 1]]] for i in range(len(rows.sizes))])
     values = {name: getattr(counts, name) for name in TOKEN_METRICS}
     return Measurements(row_count=len(rows.sizes), token_sums=row_counts.sums()).with_values(values)
 

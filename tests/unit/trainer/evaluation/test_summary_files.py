@@ -75,8 +75,8 @@ def test_long_texts_are_cut_to_the_length_that_excel_accepts() -> None:
 def test_characters_that_a_workbook_cannot_contain_are_replaced(tmp_path: Path) -> None:
     path = tmp_path / "evaluation_detailed.xlsx"
     write_workbook(path, [Prediction(None, "bell \x07", "half a pair \ud83d", "\uffff")], {})
-    values = [cell.value for cell in list(load_workbook(path)["samples"].rows)[1]]
-    assert values == [None, "bell \ufffd", "half a pair \ufffd", "\ufffd"]
+    cell_values = [cell.value for cell in list(load_workbook(path)["samples"].rows)[1]]
+    assert cell_values == [None, "bell \ufffd", "half a pair \ufffd", "\ufffd"]
 
 
 def test_rows_beyond_the_limit_of_excel_continue_in_another_sheet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,7 +39,7 @@ class Answers:
     def of(predictions: list[Prediction]) -> Answers:
         return Answers(predictions, np.array(bleu_sums(predictions)), np.array(rouge(predictions)["rougeL"].rows))
 
-    def measurements(self, row_indices: FloatArray) -> Measurements:
+    def measure_rows(self, row_indices: FloatArray) -> Measurements:
         """Return the measurements of these rows, as the stage would store them. `row_indices`: row indices, which may occur several times."""
         sums = self.bleu_sums[row_indices]
         values = {"bleu": MetricValue(float(bleu_of_sums(sums.sum(axis=0)))), "rougeL": mean_of_rows(self.rouge_scores[row_indices].tolist(), {})}
@@ -64,7 +64,7 @@ def draw_answers(generator: np.random.Generator, correct_answers: list[FloatArra
 
 
 @pytest.fixture(scope="module")
-def models() -> dict[str, Answers]:
+def answers_by_model() -> dict[str, Answers]:
     """The answers of a base model, of a worse model, and of a model with the base model's skill."""
     generator = np.random.default_rng(11)
     lengths = np.ceil(generator.lognormal(2.7, 0.5, POPULATION_ROW_COUNT)).astype(int)
@@ -79,16 +79,16 @@ def count_promoted(base: Answers, trained: Answers, margins: dict[str, float], r
     generator, promoted_counts = np.random.default_rng(20_260_301 + row_count), Counter[str]()
     for _ in range(COMPARISON_COUNT):
         row_indices = generator.integers(0, POPULATION_ROW_COUNT, row_count)
-        trained_measurements, base_measurements = trained.measurements(row_indices), base.measurements(row_indices)
+        trained_measurements, base_measurements = trained.measure_rows(row_indices), base.measure_rows(row_indices)
         results = evaluate_gates(gates, trained_measurements.gate_values, base_measurements.gate_values, paired_sums(base_measurements, trained_measurements))
         promoted_counts.update(result.metric for result in results if result.passed)
     return {metric: promoted_counts[metric] for metric in margins}
 
 
-def test_the_measurements_of_drawn_rows_are_those_of_their_texts(models: dict[str, Answers]) -> None:
+def test_the_measurements_of_drawn_rows_are_those_of_their_texts(answers_by_model: dict[str, Answers]) -> None:
     row_indices = np.random.default_rng(3).integers(0, POPULATION_ROW_COUNT, 40)
-    predictions = [models["worse"].predictions[row_index] for row_index in row_indices]
-    measurements = models["worse"].measurements(row_indices)
+    predictions = [answers_by_model["worse"].predictions[row_index] for row_index in row_indices]
+    measurements = answers_by_model["worse"].measure_rows(row_indices)
     assert measurements.values["bleu"].value == pytest.approx(bleu(predictions).value, rel=1e-9)
     assert measurements.values["rougeL"] == rouge(predictions)["rougeL"]
     assert measurements.bleu_sums == bleu_sums(predictions)
@@ -96,8 +96,8 @@ def test_the_measurements_of_drawn_rows_are_those_of_their_texts(models: dict[st
 
 @pytest.mark.slow
 @pytest.mark.parametrize("row_count", [30, 100, 300])
-def test_a_model_exactly_at_the_margin_is_promoted_in_about_5_percent(row_count: int, models: dict[str, Answers]) -> None:
-    base, worse = models["base"], models["worse"]
+def test_a_model_exactly_at_the_margin_is_promoted_in_about_5_percent(row_count: int, answers_by_model: dict[str, Answers]) -> None:
+    base, worse = answers_by_model["base"], answers_by_model["worse"]
     margins = {name: value - worse.true_values[name] for name, value in base.true_values.items()}
     assert min(margins.values()) > 0
     promoted_counts = count_promoted(base, worse, margins, row_count)
@@ -109,9 +109,9 @@ DETECTED_EFFECTS = {"bleu": 12.8, "rouge": 0.089}
 
 
 @pytest.mark.slow
-def test_an_effect_with_99_percent_power_is_promoted(models: dict[str, Answers]) -> None:
-    """Both models have the same skill, and the margin lies below their true difference by the distance in EFFECTS."""
-    base, equal = models["base"], models["equal"]
+def test_an_effect_with_99_percent_power_is_promoted(answers_by_model: dict[str, Answers]) -> None:
+    """Both models have the same skill, and the margin lies below their true difference by the distance in DETECTED_EFFECTS."""
+    base, equal = answers_by_model["base"], answers_by_model["equal"]
     margins = {name: DETECTED_EFFECTS[name] - (equal.true_values[name] - value) for name, value in base.true_values.items()}
     promoted_counts = count_promoted(base, equal, margins, 100)
     assert min(promoted_counts.values()) >= 190, promoted_counts

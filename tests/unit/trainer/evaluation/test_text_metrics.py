@@ -19,11 +19,11 @@ ANSWER_PAIRS = [
 """Pairs of a model's answer and the correct answer. Stemming changes none of the words, and each pair shares a sequence of four words."""
 
 
-def as_predictions(pairs: Sequence[tuple[str, str | None]]) -> list[Prediction]:
+def to_predictions(pairs: Sequence[tuple[str, str | None]]) -> list[Prediction]:
     return [Prediction(None, "question", answer, reference) for answer, reference in pairs]
 
 
-PREDICTIONS_WITHOUT_REFERENCE = as_predictions([("anything", None)])
+PREDICTIONS_WITHOUT_REFERENCE = to_predictions([("anything", None)])
 
 
 def count_ngrams(text: str, size: int) -> Counter[tuple[str, ...]]:
@@ -58,7 +58,7 @@ def measure_common_subsequence(first: tuple[str, ...], second: tuple[str, ...]) 
 
 
 def test_bleu_is_computed_over_the_corpus_on_a_scale_to_100() -> None:
-    metric = bleu(as_predictions(ANSWER_PAIRS))
+    metric = bleu(to_predictions(ANSWER_PAIRS))
     assert metric.value == pytest.approx(compute_bleu_by_hand(ANSWER_PAIRS), rel=1e-9)
     assert metric.rows == pytest.approx([compute_bleu_by_hand([pair]) for pair in ANSWER_PAIRS], rel=1e-9)
     assert metric.rows is not None and metric.rows[0] == 100.0 and metric.reason is None
@@ -67,11 +67,11 @@ def test_bleu_is_computed_over_the_corpus_on_a_scale_to_100() -> None:
 
 def test_bleu_of_a_short_row_uses_only_n_grams_up_to_its_length() -> None:
     """A row of two words has no n-grams of three or four words."""
-    assert bleu(as_predictions([("red mat", "red mat")])).rows == [100.0]
+    assert bleu(to_predictions([("red mat", "red mat")])).rows == [100.0]
 
 
 def test_rouge_is_the_mean_f_measure_of_the_rows() -> None:
-    metrics = rouge(as_predictions(ANSWER_PAIRS))
+    metrics = rouge(to_predictions(ANSWER_PAIRS))
     for size, name in ((1, "rouge1"), (2, "rouge2")):
         ngram_counts = [(count_ngrams(answer, size), count_ngrams(reference, size)) for answer, reference in ANSWER_PAIRS]
         expected_scores = [compute_f_measure((answer & reference).total(), answer.total(), reference.total()) for answer, reference in ngram_counts]
@@ -92,7 +92,7 @@ def test_rouge_is_the_mean_f_measure_of_the_rows() -> None:
     ],
 )  # fmt: skip
 def test_rouge_compares_stemmed_words_in_every_script(answer: str, reference: str, score: float) -> None:
-    assert rouge(as_predictions([(answer, reference)]))["rouge1"].value == pytest.approx(score)
+    assert rouge(to_predictions([(answer, reference)]))["rouge1"].value == pytest.approx(score)
 
 
 def test_rouge_of_ascii_text_equals_that_of_the_rouge_library() -> None:
@@ -100,12 +100,12 @@ def test_rouge_of_ascii_text_equals_that_of_the_rouge_library() -> None:
 
     answer, reference = "Don't stop: the 3 runners' e-mails (generously) said nothing.", "The runner generously e-mailed 3 times, don't stop!"
     library_scores = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True).score(reference, answer)
-    metrics = rouge(as_predictions([(answer, reference)]))
+    metrics = rouge(to_predictions([(answer, reference)]))
     assert {name: metric.value for name, metric in metrics.items()} == pytest.approx({name: score.fmeasure for name, score in library_scores.items()})
 
 
 def test_exact_match_ignores_only_white_space_at_the_start_and_the_end() -> None:
-    metric = exact_match(as_predictions([(" Paris\n", "Paris"), ("paris", "Paris"), ("Paris.", "Paris"), ("x", None)]))
+    metric = exact_match(to_predictions([(" Paris\n", "Paris"), ("paris", "Paris"), ("Paris.", "Paris"), ("x", None)]))
     assert metric.value == pytest.approx(1 / 3) and metric.rows == [1.0, 0.0, 0.0, None]
     assert metric.reason == "1 of 4 rows are not scored (first: the row has no ground_truth)"
     assert metric.row_reasons == {3: "the row has no ground_truth"}
@@ -121,17 +121,17 @@ def test_semantic_similarity_is_the_mean_cosine() -> None:
         embedded_texts.append(texts)
         return [VECTORS[text] for text in texts]
 
-    predictions = as_predictions([("one", "diagonal"), ("one", "opposite"), ("one", None), ("one", "zero"), (" ", "one")])
+    predictions = to_predictions([("one", "diagonal"), ("one", "opposite"), ("one", None), ("one", "zero"), (" ", "one")])
     metric = semantic_similarity(predictions, embed, field="x")
     assert metric.rows == [pytest.approx(math.sqrt(0.5)), -1.0, None, None, 0.0]
     assert metric.value == pytest.approx((math.sqrt(0.5) - 1) / 3)
     assert metric.row_reasons == {2: "the row has no ground_truth", 3: "an embedding is zero or not finite"}
     assert embedded_texts == [["one", "one", "one", "diagonal", "opposite", "zero"]]
-    assert semantic_similarity(as_predictions([("one", "zero")]), embed, field="x").value is None
+    assert semantic_similarity(to_predictions([("one", "zero")]), embed, field="x").value is None
 
 
 def test_metrics_without_a_model_name_the_field_to_set() -> None:
-    predictions = as_predictions(ANSWER_PAIRS)
+    predictions = to_predictions(ANSWER_PAIRS)
     assert semantic_similarity(predictions, None, field="evaluation.a").reason == "semantic similarity needs an embedding model: set evaluation.a"
     metrics = bertscore(predictions, None, field="evaluation.b")
     assert set(metrics) == {"precision", "recall", "f1"}
@@ -147,10 +147,10 @@ def test_metrics_without_a_correct_answer_have_no_value(predictions: list[Predic
 
 
 def test_rows_without_a_correct_answer_keep_their_position() -> None:
-    predictions = [*PREDICTIONS_WITHOUT_REFERENCE, *as_predictions(ANSWER_PAIRS)]
+    predictions = [*PREDICTIONS_WITHOUT_REFERENCE, *to_predictions(ANSWER_PAIRS)]
     for metric in (bleu(predictions), *rouge(predictions).values()):
         assert metric.rows is not None and metric.rows[0] is None and len(metric.scores) == 3
-    assert bleu(predictions).value == bleu(as_predictions(ANSWER_PAIRS)).value
+    assert bleu(predictions).value == bleu(to_predictions(ANSWER_PAIRS)).value
 
 
 def test_vectors_that_are_zero_or_not_finite_have_no_cosine() -> None:

@@ -66,11 +66,11 @@ def rewrite_config(folder: Path, **options: Any) -> None:
 )
 def test_a_fitting_adapter_keeps_its_weights(options: dict[str, Any], tmp_path: Path) -> None:
     folder = save_adapter(tmp_path / "adapter", **options)
-    trainable = continue_adapter(tmp_path, folder)
-    trainable.model.save_pretrained(tmp_path / "again")
+    trainable_model = continue_adapter(tmp_path, folder)
+    trainable_model.model.save_pretrained(tmp_path / "again")
     weights_before, weights_after = load_file(folder / WEIGHTS_FILE), load_file(tmp_path / "again" / WEIGHTS_FILE)
     assert weights_before.keys() == weights_after.keys() and all(torch.equal(weights_before[name], weights_after[name]) for name in weights_before)
-    assert trainable.notes == ["continues the LORA adapter of s3://models/mine"]
+    assert trainable_model.notes == ["continues the LORA adapter of s3://models/mine"]
 
 
 def save_vb_lora(folder: Path) -> Path:

@@ -29,8 +29,8 @@ def make_llama_model(*, is_tied: bool = False) -> Any:
 def make_lora_with_saved_module(folder: Path, *, is_tied: bool, uses_fsdp: bool, saved_module: str = "embed_tokens") -> TrainableModel:
     """Return a small model with LoRA adapters and one module that is trained in full."""
     run, inputs = make_run(folder, folder / "model", {"method": {"lora": {"rank": 2, "modulesToSave": [saved_module]}}})
-    trainable: TrainableModel = create_method_for_run(run, inputs, fsdp=uses_fsdp).make_trainable(make_llama_model(is_tied=is_tied))
-    return trainable
+    trainable_model: TrainableModel = create_method_for_run(run, inputs, fsdp=uses_fsdp).make_trainable(make_llama_model(is_tied=is_tied))
+    return trainable_model
 
 
 def test_every_method_of_the_api_has_one_class() -> None:

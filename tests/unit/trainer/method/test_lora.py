@@ -69,9 +69,9 @@ def test_an_initialisation_that_changes_base_weights_is_refused_for_a_quantised_
 
 @pytest.mark.parametrize(("make_model", "init"), [(make_llama_model, "pissa"), (make_llama_model, "olora"), (make_gpt2_model, "pissa")])
 def test_the_initial_adapter_is_saved(make_model: Any, init: str, tmp_path: Path) -> None:
-    trainable = apply_lora(tmp_path, make_model(), init=init, rank=16)
-    assert trainable.initial_adapter is not None
-    assert (trainable.initial_adapter / "adapter_model.safetensors").exists()
+    trainable_model = apply_lora(tmp_path, make_model(), init=init, rank=16)
+    assert trainable_model.initial_adapter is not None
+    assert (trainable_model.initial_adapter / "adapter_model.safetensors").exists()
 
 
 @pytest.mark.parametrize(("make_model", "init"), [(make_llama_model, "pissa"), (make_llama_model, "olora"), (make_gpt2_model, "pissa")])

@@ -24,7 +24,7 @@ LIMITS = CacheLimits(poll_seconds=0.01, recent_seconds=0.0)
 LONG_AGO = 1000.0
 
 
-def model_files(text: str) -> tuple[SourceFile, ...]:
+def list_model_files(text: str) -> tuple[SourceFile, ...]:
     data = text.encode()
     return (SourceFile("model.safetensors", len(data), "sha256:" + hashlib.sha256(data).hexdigest()),)
 
@@ -39,10 +39,10 @@ def make_writer(text: str, written_texts: list[str] | None = None) -> Callable[[
 
 
 def store_model(cache: CacheFolder, text: str, key: str | None = None) -> tuple[CacheEntry, bool]:
-    return cache.provide(key or text[0], "org/model", model_files(text), make_writer(text))
+    return cache.provide(key or text[0], "org/model", list_model_files(text), make_writer(text))
 
 
-def list_stored(cache_root: Path, tenant: str = "team") -> list[str]:
+def list_stored_names(cache_root: Path, tenant: str = "team") -> list[str]:
     """Return the keys of the complete models, and the names of the files that unfinished downloads have left."""
     names = [path.name for path in (cache_root / tenant).iterdir() if not path.name.startswith(".")]
     return sorted(names + [f".partial/{path.name}" for path in (cache_root / tenant / ".partial").iterdir()])
@@ -65,18 +65,18 @@ def release_model(entry: CacheEntry, used_at: float = LONG_AGO) -> None:
 
 def test_the_second_use_downloads_nothing(tmp_path: Path) -> None:
     cache, downloaded_texts = CacheFolder(tmp_path, "team", LIMITS), list[str]()
-    results = [cache.provide("k", "org/model", model_files("weights"), make_writer("weights", downloaded_texts)) for _ in range(3)]
+    results = [cache.provide("k", "org/model", list_model_files("weights"), make_writer("weights", downloaded_texts)) for _ in range(3)]
     assert [from_cache for _, from_cache in results] == [False, True, True] and downloaded_texts == ["weights"]
     assert (results[2][0].files / "model.safetensors").read_text() == "weights"
     assert results[2][0].record.files["model.safetensors"].sha256 == hashlib.sha256(b"weights").hexdigest()
-    assert list_stored(tmp_path) == ["k"]
+    assert list_stored_names(tmp_path) == ["k"]
 
 
 def test_a_download_with_another_hash_is_not_stored(tmp_path: Path) -> None:
     cache = CacheFolder(tmp_path, "team", LIMITS)
     with pytest.raises(CacheProblem, match=r"^the downloaded file model.safetensors has another hash than at the source$"):
-        cache.provide("k", "org/model", model_files("weights"), make_writer("waights"))
-    assert list_stored(tmp_path) == []
+        cache.provide("k", "org/model", list_model_files("weights"), make_writer("waights"))
+    assert list_stored_names(tmp_path) == []
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
@@ -87,8 +87,8 @@ def test_a_failed_download_leaves_nothing(tmp_path: Path, error: BaseException) 
 
     cache = CacheFolder(tmp_path, "team", LIMITS)
     with pytest.raises(type(error)):
-        cache.provide("k", "org/model", model_files("weights"), fail_after_three_letters)
-    assert list_stored(tmp_path) == [] and store_model(cache, "weights", "k")[1] is False
+        cache.provide("k", "org/model", list_model_files("weights"), fail_after_three_letters)
+    assert list_stored_names(tmp_path) == [] and store_model(cache, "weights", "k")[1] is False
 
 
 # ---- several processes ----
@@ -97,7 +97,7 @@ CHILD_PROGRAM = """
 import hashlib, sys, time
 from pathlib import Path
 sys.path[:0] = [{path!r}]
-from test_folder import LIMITS, model_files
+from test_folder import LIMITS, list_model_files
 from finetune_trainer.model_cache.folder import CacheFolder
 
 def download(folder):
@@ -108,7 +108,7 @@ def download(folder):
     sys.stdin.readline()
     (folder / "model.safetensors").write_text("weights")
 
-entry, from_cache = CacheFolder(Path({top!r}), "team", LIMITS).provide("k", "org/model", model_files("weights"), download)
+entry, from_cache = CacheFolder(Path({top!r}), "team", LIMITS).provide("k", "org/model", list_model_files("weights"), download)
 print("done", from_cache, flush=True)
 """
 
@@ -155,7 +155,7 @@ def test_a_killed_download_is_taken_over(tmp_path: Path) -> None:
     end_download(second_process)
     assert read_line(second_process) == "done False" and count_downloads(tmp_path) == 2
     assert second_process.wait() == 0 and first_process.wait() == -9
-    assert list_stored(tmp_path / "cache") == ["k"]
+    assert list_stored_names(tmp_path / "cache") == ["k"]
 
 
 def test_a_pod_stops_waiting_for_a_download_without_progress(tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_a_pod_stops_waiting_for_a_download_without_progress(tmp_path: Path) -> 
     assert read_line(first_process) == "started"
     cache = CacheFolder(tmp_path / "cache", "team", CacheLimits(poll_seconds=0.01, stalled_seconds=0.2))
     with pytest.raises(CacheProblem, match=r"^another pod downloads the model, but has made no progress for 0 s$"):
-        cache.provide("k", "org/model", model_files("weights"), make_writer("weights"))
+        cache.provide("k", "org/model", list_model_files("weights"), make_writer("weights"))
     end_download(first_process)
     assert read_line(first_process) == "done False" and first_process.wait() == 0
 
@@ -187,7 +187,7 @@ def test_a_download_with_progress_is_waited_for(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(subject.time, "sleep", sleep)
     monkeypatch.setattr(subject.time, "monotonic", lambda: poll_times[-1] if poll_times else 0.0)
     cache = CacheFolder(tmp_path / "cache", "team", LIMITS)
-    assert cache.provide("k", "org/model", model_files("weights"), make_writer("weights"), log_progress=progress_bytes.append)[1] is True
+    assert cache.provide("k", "org/model", list_model_files("weights"), make_writer("weights"), log_progress=progress_bytes.append)[1] is True
     assert len(poll_times) == 10 and progress_bytes[:2] == [6, 7] and first_process.wait() == 0
 
 
@@ -207,7 +207,7 @@ def test_an_unchanged_model_is_not_hashed_again(tmp_path: Path, monkeypatch: pyt
     cache = CacheFolder(tmp_path, "team", LIMITS)
     store_model(cache, "weights", "k")
     monkeypatch.setattr(subject, "check_files", lambda *_, **__: pytest.fail("the files were read"))
-    assert cache.find("k", model_files("weights")) is not None
+    assert cache.find("k", list_model_files("weights")) is not None
 
 
 def test_a_changed_model_is_found_and_removed(tmp_path: Path) -> None:
@@ -215,8 +215,8 @@ def test_a_changed_model_is_found_and_removed(tmp_path: Path) -> None:
     entry, _ = store_model(cache, "weights", "k")
     (entry.files / "model.safetensors").write_text("waights")
     with pytest.raises(DamagedModel, match="^model.safetensors has another hash than at the source$"):
-        cache.find("k", model_files("weights"))
-    assert list_stored(tmp_path) == [] and store_model(cache, "weights", "k")[1] is False
+        cache.find("k", list_model_files("weights"))
+    assert list_stored_names(tmp_path) == [] and store_model(cache, "weights", "k")[1] is False
 
 
 def test_a_damaged_model_that_another_pod_has_replaced_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,14 +230,14 @@ def test_a_damaged_model_that_another_pod_has_replaced_is_kept(tmp_path: Path, m
         checked_files = original_check(*arguments, **options)
         monkeypatch.setattr(subject, "check_files", original_check)
         with pytest.raises(DamagedModel):
-            fast_cache.find("k", model_files("weights"))
+            fast_cache.find("k", list_model_files("weights"))
         assert store_model(fast_cache, "weights", "k")[1] is False
         return checked_files
 
     monkeypatch.setattr(subject, "check_files", check_slowly)
     with pytest.raises(DamagedModel):
-        slow_cache.find("k", model_files("weights"))
-    assert list_stored(tmp_path) == ["k"] and store_model(slow_cache, "weights", "k")[1] is True
+        slow_cache.find("k", list_model_files("weights"))
+    assert list_stored_names(tmp_path) == ["k"] and store_model(slow_cache, "weights", "k")[1] is True
 
 
 def test_a_damaged_model_is_removed_although_hidden_folders_are_missing(tmp_path: Path) -> None:
@@ -247,15 +247,15 @@ def test_a_damaged_model_is_removed_although_hidden_folders_are_missing(tmp_path
     (entry.files / "model.safetensors").write_text("waights")
     shutil.rmtree(tmp_path / "team/.partial")
     with pytest.raises(DamagedModel):
-        cache.find("k", model_files("weights"))
-    assert list_stored(tmp_path) == []
+        cache.find("k", list_model_files("weights"))
+    assert list_stored_names(tmp_path) == []
 
 
 def test_a_model_with_another_time_but_the_same_bytes_is_used(tmp_path: Path) -> None:
     cache = CacheFolder(tmp_path, "team", LIMITS)
     entry, _ = store_model(cache, "weights", "k")
     os.utime(entry.files / "model.safetensors", (1.0, 1.0))
-    assert cache.find("k", model_files("weights")) is not None
+    assert cache.find("k", list_model_files("weights")) is not None
 
 
 @pytest.mark.parametrize("record_text", ["", "{}", "no json", '{"source": "x", "size": -1, "files": 3}', "x" * (5 * 1024 * 1024)])
@@ -263,7 +263,7 @@ def test_a_model_without_a_valid_record_is_replaced(tmp_path: Path, record_text:
     cache = CacheFolder(tmp_path, "team", LIMITS)
     entry, _ = store_model(cache, "weights", "k")
     (entry.folder / "entry.json").write_text(record_text)
-    assert store_model(cache, "weights", "k")[1] is False and list_stored(tmp_path) == ["k"]
+    assert store_model(cache, "weights", "k")[1] is False and list_stored_names(tmp_path) == ["k"]
 
 
 # ---- space ----
@@ -278,9 +278,9 @@ def test_the_models_that_were_used_least_recently_are_removed(tmp_path: Path) ->
     for used_at, text in ((3000.0, "a" * 6), (1000.0, "b" * 6), (2000.0, "c" * 6)):
         release_model(store_model(cache, text)[0], used_at)
     store_model(cache, "d" * 8)  # 18 + 8 bytes exceed the limit of 20 bytes, so a model of 6 bytes is removed
-    assert list_stored(tmp_path) == ["a", "c", "d"]
+    assert list_stored_names(tmp_path) == ["a", "c", "d"]
     store_model(cache, "e" * 6)
-    assert list_stored(tmp_path) == ["a", "d", "e"]
+    assert list_stored_names(tmp_path) == ["a", "d", "e"]
 
 
 def test_a_model_in_use_is_never_removed(tmp_path: Path) -> None:
@@ -289,9 +289,9 @@ def test_a_model_in_use_is_never_removed(tmp_path: Path) -> None:
     os.utime(entry.in_use_file, (LONG_AGO, LONG_AGO))
     with pytest.raises(CacheProblem, match=r"^the cache has no space for 0.00 GB: 0.00 GB are missing, and the models that are not in use have 0.00 GB$"):
         store_model(cache, "b" * 12)
-    assert list_stored(tmp_path) == ["a"]
+    assert list_stored_names(tmp_path) == ["a"]
     release_model(entry)
-    assert store_model(cache, "b" * 12)[1] is False and list_stored(tmp_path) == ["b"]
+    assert store_model(cache, "b" * 12)[1] is False and list_stored_names(tmp_path) == ["b"]
 
 
 def test_a_trainer_container_keeps_its_model(tmp_path: Path) -> None:
@@ -319,7 +319,7 @@ def test_a_model_between_init_container_and_trainer_container_is_kept(tmp_path: 
     release_model(entry, time.time())
     with pytest.raises(CacheProblem):
         store_model(cache, "b" * 12)
-    assert list_stored(tmp_path) == ["a"]
+    assert list_stored_names(tmp_path) == ["a"]
 
 
 def test_nothing_is_removed_if_it_would_not_be_enough(tmp_path: Path) -> None:
@@ -327,14 +327,14 @@ def test_nothing_is_removed_if_it_would_not_be_enough(tmp_path: Path) -> None:
     release_model(store_model(cache, "a" * 6)[0])
     with pytest.raises(CacheProblem):
         store_model(cache, "b" * 21)
-    assert list_stored(tmp_path) == ["a"]
+    assert list_stored_names(tmp_path) == ["a"]
 
 
 def test_all_namespaces_of_a_node_share_the_limit(tmp_path: Path) -> None:
     limits = CacheLimits(size_bytes=20, poll_seconds=0.01)
     release_model(store_model(CacheFolder(tmp_path, "first", limits), "a" * 12)[0])
     assert store_model(CacheFolder(tmp_path, "second", limits), "b" * 12)[1] is False
-    assert (list_stored(tmp_path, "first"), list_stored(tmp_path, "second")) == ([], ["b"])
+    assert (list_stored_names(tmp_path, "first"), list_stored_names(tmp_path, "second")) == ([], ["b"])
 
 
 def test_running_downloads_count_as_complete_and_those_of_killed_processes_are_removed(tmp_path: Path) -> None:
@@ -347,12 +347,12 @@ def test_running_downloads_count_as_complete_and_those_of_killed_processes_are_r
             problems.append(str(problem))
         make_writer("a" * 12)(folder)
 
-    cache.provide("a", "org/model", model_files("a" * 12), download_other)
-    assert len(problems) == 1 and list_stored(tmp_path) == ["a"]
+    cache.provide("a", "org/model", list_model_files("a" * 12), download_other)
+    assert len(problems) == 1 and list_stored_names(tmp_path) == ["a"]
     shutil.copytree(tmp_path / "team/a", tmp_path / "team/.partial/killed")
     (tmp_path / "team/.partial/killed/size").write_text("1000")
     store_model(cache, "c" * 6)
-    assert list_stored(tmp_path) == ["a", "c"]
+    assert list_stored_names(tmp_path) == ["a", "c"]
 
 
 def test_the_wait_for_the_space_lock_ends_if_another_process_keeps_it(tmp_path: Path) -> None:
@@ -410,7 +410,7 @@ def test_threads_of_one_process_exclude_each_other(tmp_path: Path) -> None:
     cache, downloaded_texts, from_cache_flags = CacheFolder(tmp_path, "team", LIMITS), list[str](), list[bool]()
 
     def provide_model() -> None:
-        from_cache_flags.append(cache.provide("k", "org/model", model_files("weights"), make_writer("weights", downloaded_texts))[1])
+        from_cache_flags.append(cache.provide("k", "org/model", list_model_files("weights"), make_writer("weights", downloaded_texts))[1])
 
     threads = [threading.Thread(target=provide_model) for _ in range(8)]
     for thread in threads:

@@ -29,7 +29,7 @@ from finetune_trainer.results.model_comparison import (
 START = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
 
 
-def attempt_record(number: int, **fields: Any) -> AttemptRecord:
+def make_attempt_record(number: int, **fields: Any) -> AttemptRecord:
     """Return the record of an attempt that took ten minutes on two GPUs."""
     started_at = START + timedelta(hours=number - 1)
     defaults = {
@@ -39,7 +39,7 @@ def attempt_record(number: int, **fields: Any) -> AttemptRecord:
     return AttemptRecord(**{**defaults, **fields})
 
 
-def training_line(step: int, **values: Any) -> LogEntry:
+def make_training_line(step: int, **values: Any) -> LogEntry:
     """Return the log entry of a training line."""
     defaults = {"step": step, "epoch": step / 4, "loss": 2.0 / step, "learning_rate": 2e-4, "grad_norm": 0.5, "training_seconds": step * 10.0}
     return LogEntry(**{**defaults, "unix_time": START.timestamp() + step, **values})
@@ -55,7 +55,7 @@ def make_comparison() -> ModelComparison:
     return ModelComparison(metadata=metadata, comparisons=[answers])
 
 
-def sample_report(spec: dict[str, Any] | None = None, **fields: Any) -> RunReport:
+def make_sample_report(spec: dict[str, Any] | None = None, **fields: Any) -> RunReport:
     """Return the report of a completed run with two attempts and all kinds of results."""
     spec_fields = {"model": {"source": "org/base@main"}, "dataset": {"train": "s3://data/rows.jsonl"}, "training": {"epochs": 1}, **(spec or {})}
     resolution = resolve_defaults(FineTuneJobSpec.model_validate(spec_fields))
@@ -71,12 +71,12 @@ def sample_report(spec: dict[str, Any] | None = None, **fields: Any) -> RunRepor
     defaults: dict[str, Any] = {
         "run": run, "config_sha256": "c0ffee", "written_at": START + timedelta(hours=2), "started_at": START,
         "attempts": (
-            attempt_record(1, last_step=2, exit_code=71, code="GpuOutOfMemory", message="no memory left"),
-            attempt_record(2, start_step=2, notes=["1 duplicate rows were left out"], timings={"training": 90.0}, resolved=ResolvedConfig(device="H100")),
+            make_attempt_record(1, last_step=2, exit_code=71, code="GpuOutOfMemory", message="no memory left"),
+            make_attempt_record(2, start_step=2, notes=["1 duplicate rows were left out"], timings={"training": 90.0}, resolved=ResolvedConfig(device="H100")),
         ),
         "log": (
-            training_line(1, tokens_per_second=100.0), training_line(2), LogEntry(step=2, eval_loss=1.5),
-            training_line(3, loss=float("nan")), training_line(4),
+            make_training_line(1, tokens_per_second=100.0), make_training_line(2), LogEntry(step=2, eval_loss=1.5),
+            make_training_line(3, loss=float("nan")), make_training_line(4),
         ),
         "output": Output(uri="s3://models/team-a/bot/uid/model/a2", sha256="abc", kind="adapter", evaluation={"testLoss": 1.25}),
         "evaluation": EvaluationResult(rows=8, metrics=metrics, gates=[GateResult(metric="accuracy", passed=True, text="accuracy is 0.83")]),

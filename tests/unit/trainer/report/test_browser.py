@@ -10,7 +10,7 @@ import pytest
 from finetune_api.status import Output
 from finetune_trainer.evaluation.predictions import Prediction
 from finetune_trainer.report import page
-from report_samples import attempt_record, sample_report
+from report_samples import make_attempt_record, make_sample_report
 
 from tests.support.browser import PACKAGE, Browser, find_browser
 
@@ -32,8 +32,8 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A page with long texts, and texts that try to inject code."""
-    report = sample_report(
-        attempts=(attempt_record(1, exit_code=65, code="X", message=LONG_WORD, hint=ATTACK, notes=[ATTACK, LONG_WORD]),),
+    report = make_sample_report(
+        attempts=(make_attempt_record(1, exit_code=65, code="X", message=LONG_WORD, hint=ATTACK, notes=[ATTACK, LONG_WORD]),),
         output=Output(uri=f"s3://{LONG_WORD}", sha256="f" * 64), further_results={"benchmarks": {LONG_WORD: LONG_WORD}},
         predictions=(Prediction(None, LONG_WORD, ATTACK, LONG_WORD),), prediction_count=1,
     )  # fmt: skip
@@ -52,13 +52,13 @@ def test_the_page_loads_nothing_and_fits_the_window(browser: Browser, address: s
     assert browser.evaluate("typeof window.attacked") == "undefined"
     background = browser.evaluate("getComputedStyle(document.body).backgroundColor")
     assert background == ("rgb(15, 21, 27)" if is_dark else "rgb(244, 246, 248)")
-    browser.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
+    browser.evaluate("document.querySelectorAll('details').forEach(details => details.open = true)")
     assert browser.evaluate("document.documentElement.scrollWidth") == width
 
 
 @pytest.mark.slow
 def test_the_browser_reports_requests_and_errors(browser: Browser, tmp_path: Path) -> None:
-    """Shows that the tests of the page can fail: `Browser` reports requests, errors and a page that is too wide."""
+    """This test shows that the tests of the page can fail: `Browser` reports requests, errors and a page that is too wide."""
     path = tmp_path / "page.html"
     path.write_text("<img src='missing.png'><script>throw Error('broken')</script><div style='width: 999px'>x</div>", encoding="utf-8")
     visit = browser.show(path.as_uri(), width=360)
@@ -67,14 +67,14 @@ def test_the_browser_reports_requests_and_errors(browser: Browser, tmp_path: Pat
 
 
 def compute_luminance(colour: str) -> float:
-    """Relative luminance of `#rrggbb`, from 0 to 1. WCAG 2.2, definition of relative luminance."""
+    """Return the relative luminance of `#rrggbb`, from 0 to 1. WCAG 2.2, definition of relative luminance."""
     channels = [int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5)]
     red, green, blue = (channel / 12.92 if channel <= 0.04045 else ((channel + 0.055) / 1.055) ** 2.4 for channel in channels)
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
 def compute_contrast(first_colour: str, second_colour: str) -> float:
-    """Contrast ratio of two colours, from 1 to 21."""
+    """Return the contrast ratio of two colours, from 1 to 21."""
     lower_luminance, higher_luminance = sorted((compute_luminance(first_colour), compute_luminance(second_colour)))
     return (higher_luminance + 0.05) / (lower_luminance + 0.05)
 

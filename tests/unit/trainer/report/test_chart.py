@@ -42,9 +42,9 @@ def test_a_gap_is_not_bridged_and_a_single_value_is_a_point() -> None:
 
 
 def test_long_series_are_reduced_and_keep_their_peak() -> None:
-    values = [(float(step), 1.0) for step in range(10_000)]
-    values[7777] = (7777.0, 9.0)
-    drawing = make_drawing(Series("norm", values), starts_at_zero=True)
+    step_values = [(float(step), 1.0) for step in range(10_000)]
+    step_values[7777] = (7777.0, 9.0)
+    drawing = make_drawing(Series("norm", step_values), starts_at_zero=True)
     points = drawing.lines[0].path.removeprefix("M").split("L")
     assert len(points) <= MAX_POINTS
     assert min(float(point.split()[1]) for point in points) == round(HEIGHT - BOTTOM - 9 / 9.45 * (HEIGHT - BOTTOM - TOP), 1)

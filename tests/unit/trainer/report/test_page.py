@@ -12,7 +12,7 @@ from finetune_api.status import EvaluationResult, GateResult, Output, TimeUse
 from finetune_trainer.evaluation.predictions import Prediction
 from finetune_trainer.report.page import render
 from finetune_trainer.report.run_report import RunReport
-from report_samples import attempt_record, sample_report, training_line
+from report_samples import make_attempt_record, make_sample_report, make_training_line
 
 from tests.support.html_page import Element, parse_page, read_table
 
@@ -20,7 +20,7 @@ ATTACK = "<script>alert('x')</script>\"&"
 
 
 def parse_sample_page(**fields: Any) -> Element:
-    return parse_page(render(sample_report(**fields)))
+    return parse_page(render(make_sample_report(**fields)))
 
 
 def read_tiles(page: Element) -> dict[str, tuple[str, str]]:
@@ -28,8 +28,8 @@ def read_tiles(page: Element) -> dict[str, tuple[str, str]]:
     numbers_by_title = {}
     for tile in page.find_all("div"):
         if tile.attributes.get("class", "").split()[:1] == ["tile"]:
-            values = [span.full_text for span in tile.find_all("span")]
-            numbers_by_title[tile.find_all("dt")[0].full_text] = (values[0], values[1] if len(values) > 1 else "")
+            span_texts = [span.full_text for span in tile.find_all("span")]
+            numbers_by_title[tile.find_all("dt")[0].full_text] = (span_texts[0], span_texts[1] if len(span_texts) > 1 else "")
     return numbers_by_title
 
 
@@ -115,10 +115,10 @@ def test_attempts_data_costs_and_origin_are_shown() -> None:
 def test_the_time_of_the_pods_is_shown_by_part() -> None:
     first_time_use = TimeUse(loading=20, first_step=5, steps=40, saving=0.01)
     second_time_use = TimeUse(loading=20, first_step=5, steps=80, upload=10)
-    killed_attempt = attempt_record(3, ended_at=None, exit_code=None, last_step=None, start_step=10)
-    second_attempt = attempt_record(2, start_step=6, last_step=10, time_use=second_time_use)
-    attempts = (attempt_record(1, last_step=8, time_use=first_time_use), second_attempt, killed_attempt)
-    page = parse_sample_page(attempts=attempts, last_lines={"a3-00000000": training_line(20)})
+    killed_attempt = make_attempt_record(3, ended_at=None, exit_code=None, last_step=None, start_step=10)
+    second_attempt = make_attempt_record(2, start_step=6, last_step=10, time_use=second_time_use)
+    attempts = (make_attempt_record(1, last_step=8, time_use=first_time_use), second_attempt, killed_attempt)
+    page = parse_sample_page(attempts=attempts, last_lines={"a3-00000000": make_training_line(20)})
     # Attempt 2 repeated two of the eight steps of attempt 1, so a quarter of the 40 seconds of these steps is lost.
     # Attempt 3 logged its last line after 20 s.
     assert read_table(page, "What the time was used for")[1:] == [
@@ -136,8 +136,8 @@ def test_without_records_of_time_use_the_table_of_time_use_is_missing() -> None:
 
 
 def test_the_time_of_a_killed_attempt_counts_until_its_last_log_line() -> None:
-    killed_attempt = attempt_record(1, ended_at=None, exit_code=None, last_step=None)
-    page = parse_sample_page(attempts=(killed_attempt, attempt_record(2, start_step=2)), last_lines={"a1-00000000": training_line(3)})
+    killed_attempt = make_attempt_record(1, ended_at=None, exit_code=None, last_step=None)
+    page = parse_sample_page(attempts=(killed_attempt, make_attempt_record(2, start_step=2)), last_lines={"a1-00000000": make_training_line(3)})
     assert read_table(page, "Attempts of the run")[1] == [
         "1", "2026-03-01 12:00:00", "2026-03-01 12:00:03 or later", "0", "3 or later", "not measured: the pod was killed",
         "The pod was killed before it could write a reason.",
@@ -156,60 +156,60 @@ def test_the_time_of_a_killed_attempt_counts_until_its_last_log_line() -> None:
     ],
 )  # fmt: skip
 def test_the_page_of_an_incomplete_run_says_why(attempt_fields: dict[str, Any], has_model: bool, badge: str, sentence: str) -> None:
-    report = sample_report(attempts=(attempt_record(1, **attempt_fields),))
+    report = make_sample_report(attempts=(make_attempt_record(1, **attempt_fields),))
     page = parse_page(render(report if has_model else replace(report, output=None)))
     assert [element.full_text for element in page.find_all("span") if "badge" in element.attributes.get("class", "")] == [badge]
     assert sentence in page.find_all("section", **{"aria-label": "Outcome"})[0].full_text
 
 
 def test_the_page_of_a_run_without_records_gives_reasons() -> None:
-    report = sample_report()
-    text = render(RunReport(run=report.run, config_sha256="c0ffee", written_at=report.written_at))
-    page = parse_page(text)
+    report = make_sample_report()
+    html = render(RunReport(run=report.run, config_sha256="c0ffee", written_at=report.written_at))
+    page = parse_page(html)
     assert len(page.find_all("figure")) == 6 and not page.find_all("svg")
     assert "not measured: no line of the training log is stored" in page.full_text
     assert "Not measured: no attempt has checked the data." in page.full_text
     assert "Not measured: the run has no final model." in page.full_text
-    assert "None" not in page.full_text and "nan" not in text
+    assert "None" not in page.full_text and "nan" not in html
 
 
 def test_every_text_of_a_user_is_escaped() -> None:
-    report = sample_report(
+    report = make_sample_report(
         {"dataset": {"train": "s3://data/rows.jsonl", "systemPrompt": ATTACK}},
-        attempts=(attempt_record(1, exit_code=65, code="X", message=ATTACK, hint=ATTACK, notes=[ATTACK]),),
+        attempts=(make_attempt_record(1, exit_code=65, code="X", message=ATTACK, hint=ATTACK, notes=[ATTACK]),),
         predictions=(Prediction(None, ATTACK, ATTACK, ATTACK),), prediction_count=1, output=Output(uri=f"s3://{ATTACK}", evaluation={ATTACK: 1.0}),
         evaluation=EvaluationResult(gates=[GateResult(metric=ATTACK, passed=False, text=ATTACK)]), further_results={ATTACK: {ATTACK: ATTACK}},
     )  # fmt: skip
-    text = render(report)
-    page = parse_page(text)
-    assert not page.find_all("script") and "<script" not in text.lower()
+    html = render(report)
+    page = parse_page(html)
+    assert not page.find_all("script") and "<script" not in html.lower()
     assert page.full_text.count(ATTACK) >= 11
 
 
 def test_the_page_loads_nothing_from_outside() -> None:
-    text = render(sample_report())
-    links = re.findall(r"""(?:href|src|srcset|action)\s*=\s*["']([^"']*)""", text) + re.findall(r"url\(([^)]*)\)|@import", text)
+    html = render(make_sample_report())
+    links = re.findall(r"""(?:href|src|srcset|action)\s*=\s*["']([^"']*)""", html) + re.findall(r"url\(([^)]*)\)|@import", html)
     assert links and all(link.startswith("#") or link == "data:," for link in links)
-    policy = parse_page(text).find_all("meta", **{"http-equiv": "Content-Security-Policy"})[0].attributes["content"]
+    policy = parse_page(html).find_all("meta", **{"http-equiv": "Content-Security-Policy"})[0].attributes["content"]
     assert policy == "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
 def test_no_secret_is_on_the_page() -> None:
     source = "https://user:pass123456@host.example/rows.jsonl?X-Amz-Signature=5ecre7"
     notes = ["the key is s3cr3t-<&>-value", "its table is a secret"]
-    report = sample_report(
+    report = make_sample_report(
         {"placement": {"env": [{"name": "MODE", "value": "plain-text-value"}]}},
-        attempts=(attempt_record(1, exit_code=70, code="X", message=f"cannot read {source} with hf_abcdefghijklmnopqrst", notes=notes),),
+        attempts=(make_attempt_record(1, exit_code=70, code="X", message=f"cannot read {source} with hf_abcdefghijklmnopqrst", notes=notes),),
     )  # fmt: skip
-    report = replace(report, run=_with_train_source(report.run, source))
-    text = render(report, ["s3cr3t-<&>-value", "table"])
+    report = replace(report, run=_replace_train_source(report.run, source))
+    html = render(report, ["s3cr3t-<&>-value", "table"])
     for secret in ("pass123456", "plain-text-value", "hf_abcdefghijklmnopqrst", "s3cr3t-"):
-        assert secret not in text, secret
-    assert "the key is (hidden)" in parse_page(text).full_text and "its (hidden) is a secret" in parse_page(text).full_text
-    assert ["placement.env[].value", "(hidden)"] in read_table(parse_page(text), "Set by the user")
-    assert ["dataset.train", "https://host.example/rows.jsonl"] in read_table(parse_page(text), "Set by the user")
+        assert secret not in html, secret
+    assert "the key is (hidden)" in parse_page(html).full_text and "its (hidden) is a secret" in parse_page(html).full_text
+    assert ["placement.env[].value", "(hidden)"] in read_table(parse_page(html), "Set by the user")
+    assert ["dataset.train", "https://host.example/rows.jsonl"] in read_table(parse_page(html), "Set by the user")
 
 
-def _with_train_source(run: RunConfig, source: str) -> RunConfig:
+def _replace_train_source(run: RunConfig, source: str) -> RunConfig:
     dataset = run.spec.dataset.model_copy(update={"train": source})
     return run.model_copy(update={"spec": run.spec.model_copy(update={"dataset": dataset})})

@@ -28,11 +28,11 @@ RUN = RunDescription(
 )  # fmt: skip
 
 
-def entries(*lines: dict[str, Any]) -> list[LogEntry]:
+def make_entries(*lines: dict[str, Any]) -> list[LogEntry]:
     return [LogEntry.model_validate(line) for line in lines]
 
 
-def train(step: int, epoch: float, loss: float | None, seconds: float, **values: Any) -> dict[str, Any]:
+def make_training_line(step: int, epoch: float, loss: float | None, seconds: float, **values: Any) -> dict[str, Any]:
     """Return a training line that was logged after `seconds` of training."""
     return {
         "step": step, "epoch": epoch, "loss": loss, "grad_norm": 1.0, "learning_rate": 0.001, "unix_time": START + seconds,
@@ -40,7 +40,7 @@ def train(step: int, epoch: float, loss: float | None, seconds: float, **values:
     }  # fmt: skip
 
 
-def evaluate(step: int, epoch: float, loss: float, seconds: float, **values: Any) -> dict[str, Any]:
+def make_evaluation_line(step: int, epoch: float, loss: float, seconds: float, **values: Any) -> dict[str, Any]:
     """Return the line of an evaluation that took two seconds and ended after `seconds` of training."""
     return {
         "step": step, "epoch": epoch, "eval_loss": loss, "eval_runtime": 2.0, "unix_time": START + seconds, "training_seconds": seconds,
@@ -48,13 +48,13 @@ def evaluate(step: int, epoch: float, loss: float, seconds: float, **values: Any
     }  # fmt: skip
 
 
-TWO_EPOCHS = entries(
-    train(2, 0.5, 4.0, 10.0, peak_memory_gb=1.5, tokens_per_second=99.0),
-    train(4, 1.0, 2.0, 20.0, peak_memory_gb=1.75),
-    evaluate(4, 1.0, 3.0, 22.0),
-    train(6, 1.5, float("nan"), 32.0, grad_norm=float("inf")),
-    train(8, 2.0, 1.0, 42.0),
-    evaluate(8, 2.0, 3.5, 44.0, eval_mean_token_accuracy=0.75, eval_precision="nan"),
+TWO_EPOCHS = make_entries(
+    make_training_line(2, 0.5, 4.0, 10.0, peak_memory_gb=1.5, tokens_per_second=99.0),
+    make_training_line(4, 1.0, 2.0, 20.0, peak_memory_gb=1.75),
+    make_evaluation_line(4, 1.0, 3.0, 22.0),
+    make_training_line(6, 1.5, float("nan"), 32.0, grad_norm=float("inf")),
+    make_training_line(8, 2.0, 1.0, 42.0),
+    make_evaluation_line(8, 2.0, 3.5, 44.0, eval_mean_token_accuracy=0.75, eval_precision="nan"),
     {"step": 8, "epoch": 2.0, "train_runtime": 44.0, "train_loss": 2.0, "unix_time": START + 44, "training_seconds": 44.0},
     {"step": 8, "epoch": 2.0, "test_loss": 9.0, "eval_entropy": 1.0, "unix_time": START + 50, "training_seconds": 44.0},
 )
@@ -155,20 +155,24 @@ def test_the_keys_and_their_order_are_those_of_the_sample_run() -> None:
 
 def test_an_evaluation_between_two_lines_does_not_shift_the_values_of_steps() -> None:
     """In the files of ATMECS-IT/finetuning, the entry of step N has the values of step N - 10, or nulls after an evaluation."""
-    log = entries(train(10, 0.5, 2.0, 10.0), evaluate(15, 0.75, 9.0, 17.0), train(20, 1.0, 1.0, 22.0), evaluate(20, 1.0, 8.0, 24.0))
-    assert [(one.step, one.loss) for one in compute_step_metrics(log)] == [(10, 2.0), (20, 1.0)]
+    log = make_entries(
+        make_training_line(10, 0.5, 2.0, 10.0), make_evaluation_line(15, 0.75, 9.0, 17.0),
+        make_training_line(20, 1.0, 1.0, 22.0), make_evaluation_line(20, 1.0, 8.0, 24.0),
+    )  # fmt: skip
+    assert [(row.step, row.loss) for row in compute_step_metrics(log)] == [(10, 2.0), (20, 1.0)]
     assert compute_training_metrics(log).step_times == [1.0, 1.0]
     (epoch,) = compute_epoch_metrics(log)
     assert (epoch.eval_loss, epoch.train_loss, epoch.epoch_time) == (8.0, 1.5, 24.0)
 
 
 def test_an_epoch_without_evaluation_has_no_values_of_another_epoch() -> None:
-    log = entries(
-        train(4, 1.0, 4.0, 4.0), evaluate(4, 1.0, 3.0, 5.0), train(8, 2.0, 3.0, 9.0), train(10, 2.5, 2.0, 11.0), evaluate(10, 2.5, 5.0, 13.0),
+    log = make_entries(
+        make_training_line(4, 1.0, 4.0, 4.0), make_evaluation_line(4, 1.0, 3.0, 5.0), make_training_line(8, 2.0, 3.0, 9.0),
+        make_training_line(10, 2.5, 2.0, 11.0), make_evaluation_line(10, 2.5, 5.0, 13.0),
     )  # fmt: skip
     epochs = compute_epoch_metrics(log)
-    assert [(one.epoch, one.eval_loss, one.eval_accuracy) for one in epochs] == [(1, 3.0, 0.5), (2, None, None), (3, 5.0, 0.5)]
-    assert [one.epoch_time for one in epochs] == [5.0, 4.0, 4.0]
+    assert [(row.epoch, row.eval_loss, row.eval_accuracy) for row in epochs] == [(1, 3.0, 0.5), (2, None, None), (3, 5.0, 0.5)]
+    assert [row.epoch_time for row in epochs] == [5.0, 4.0, 4.0]
     summary = compute_final_metrics(log, epochs, RUN).training_summary
     assert (summary.best_eval_loss, summary.final_eval_loss, summary.total_epochs) == (3.0, 5.0, 3)
     assert (summary.best_train_loss, summary.final_train_loss) == (2.0, 2.0)
@@ -176,36 +180,39 @@ def test_an_epoch_without_evaluation_has_no_values_of_another_epoch() -> None:
 
 def test_lines_that_cross_an_epoch_count_for_both_epochs() -> None:
     """An epoch has four steps, but every third step is logged."""
-    log = entries(train(3, 0.75, 4.0, 3.0), train(6, 1.5, 1.0, 6.0), train(9, 2.25, 7.0, 9.0))
+    log = make_entries(make_training_line(3, 0.75, 4.0, 3.0), make_training_line(6, 1.5, 1.0, 6.0), make_training_line(9, 2.25, 7.0, 9.0))
     epochs = compute_epoch_metrics(log)
-    assert [one.train_loss for one in epochs] == [(3 * 4.0 + 1 * 1.0) / 4, (2 * 1.0 + 2 * 7.0) / 4, 7.0]
-    assert [one.epoch_time for one in epochs] == [4.0, 4.0, 1.0]
-    assert [one.timestamp for one in epochs] == [
+    assert [row.train_loss for row in epochs] == [(3 * 4.0 + 1 * 1.0) / 4, (2 * 1.0 + 2 * 7.0) / 4, 7.0]
+    assert [row.epoch_time for row in epochs] == [4.0, 4.0, 1.0]
+    assert [row.timestamp for row in epochs] == [
         "2025-10-09T17:21:59.000+00:00", "2025-10-09T17:22:02.000+00:00", "2025-10-09T17:22:05.000+00:00",
     ]  # fmt: skip
 
 
 def test_epochs_without_a_line_of_their_own_have_an_entry() -> None:
-    (first, second, third) = compute_epoch_metrics(entries(train(1, 0.5, 3.0, 1.0), train(6, 3.0, 1.0, 6.0)))
-    assert (first.train_loss, first.epoch_time) == (2.0, 2.0)
-    assert (second.train_loss, second.epoch_time, second.timestamp) == (1.0, 2.0, None)
-    assert (third.train_loss, third.epoch_time) == (1.0, 2.0)
+    (first_epoch, second_epoch, third_epoch) = compute_epoch_metrics(make_entries(make_training_line(1, 0.5, 3.0, 1.0), make_training_line(6, 3.0, 1.0, 6.0)))
+    assert (first_epoch.train_loss, first_epoch.epoch_time) == (2.0, 2.0)
+    assert (second_epoch.train_loss, second_epoch.epoch_time, second_epoch.timestamp) == (1.0, 2.0, None)
+    assert (third_epoch.train_loss, third_epoch.epoch_time) == (1.0, 2.0)
 
 
 def test_rounded_epochs_belong_to_the_epoch_that_they_end() -> None:
-    log = entries(train(3, 0.9999999, 4.0, 3.0), train(6, 2.0000001, 1.0, 6.0))
-    assert [(one.epoch, one.train_loss) for one in compute_epoch_metrics(log)] == [
+    log = make_entries(make_training_line(3, 0.9999999, 4.0, 3.0), make_training_line(6, 2.0000001, 1.0, 6.0))
+    assert [(row.epoch, row.train_loss) for row in compute_epoch_metrics(log)] == [
         (1, pytest.approx(4.0, abs=1e-5)), (2, pytest.approx(1.0)),
     ]  # fmt: skip
 
 
 def test_a_resumed_run_has_each_step_once() -> None:
-    first_attempt = entries(train(2, 0.5, 4.0, 10.0), train(4, 1.0, 3.0, 20.0), evaluate(4, 1.0, 2.5, 22.0), train(6, 1.5, 2.0, 30.0))
+    first_attempt = make_entries(
+        make_training_line(2, 0.5, 4.0, 10.0), make_training_line(4, 1.0, 3.0, 20.0), make_evaluation_line(4, 1.0, 2.5, 22.0),
+        make_training_line(6, 1.5, 2.0, 30.0),
+    )  # fmt: skip
     # The second attempt resumes from the checkpoint of step 4. It continues to count its training seconds from the checkpoint's last log line.
-    second_attempt = entries(train(6, 1.5, 2.0, 40.0), train(8, 2.0, 1.0, 50.0), evaluate(8, 2.0, 2.0, 52.0))
+    second_attempt = make_entries(make_training_line(6, 1.5, 2.0, 40.0), make_training_line(8, 2.0, 1.0, 50.0), make_evaluation_line(8, 2.0, 2.0, 52.0))
     log = join_attempts([first_attempt, second_attempt])
-    assert [(one.step, one.loss) for one in compute_step_metrics(log)] == [(2, 4.0), (4, 3.0), (6, 2.0), (8, 1.0)]
-    assert [(one.train_loss, one.eval_loss, one.epoch_time) for one in compute_epoch_metrics(log)] == [(3.5, 2.5, 22.0), (1.5, 2.0, 30.0)]
+    assert [(row.step, row.loss) for row in compute_step_metrics(log)] == [(2, 4.0), (4, 3.0), (6, 2.0), (8, 1.0)]
+    assert [(row.train_loss, row.eval_loss, row.epoch_time) for row in compute_epoch_metrics(log)] == [(3.5, 2.5, 22.0), (1.5, 2.0, 30.0)]
     assert compute_training_metrics(log).step_times == [5.0, 5.0, 9.0, 5.0]
     assert compute_final_metrics(log, compute_epoch_metrics(log), RUN).training_summary.total_training_time == 52.0
 
@@ -227,14 +234,14 @@ def test_a_run_without_lines_or_facts_has_files_with_nulls() -> None:
 
 
 def test_lines_of_an_older_release_have_no_times() -> None:
-    log = entries({"step": 2, "epoch": 0.5, "loss": 2.0}, {"step": 4, "epoch": 1.0, "loss": 1.0}, {"step": 5, "loss": 1.0})
-    assert [one.timestamp for one in compute_step_metrics(log)] == [None] * 3
+    log = make_entries({"step": 2, "epoch": 0.5, "loss": 2.0}, {"step": 4, "epoch": 1.0, "loss": 1.0}, {"step": 5, "loss": 1.0})
+    assert [row.timestamp for row in compute_step_metrics(log)] == [None] * 3
     (epoch,) = compute_epoch_metrics(log)
     assert (epoch.epoch_time, epoch.timestamp, epoch.train_loss) == (None, None, 1.5)
     assert compute_training_metrics(log).step_times == [None] * 3
 
 
-def test_given_seconds_of_training_take_precedence() -> None:
+def test_the_training_seconds_of_the_description_take_precedence() -> None:
     run = RUN.model_copy(update={"training_seconds": 120.0})
     assert json.loads(build_metric_files(TWO_EPOCHS, run)[ResultFile.PERFORMANCE_SUMMARY])["training_time_minutes"] == 2.0
 

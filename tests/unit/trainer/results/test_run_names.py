@@ -38,9 +38,9 @@ def test_the_api_refuses_six_characters_in_each_part(part: str, character: str) 
 
 
 def test_times_are_utc() -> None:
-    in_berlin = STARTED_AT.astimezone(timezone(timedelta(hours=2)))
-    assert build_run_name(RunName(), job_name="job", started_at=in_berlin) == "20250629-143022"
-    assert time_folder_name(in_berlin) == "20250629_143022"
+    start_in_berlin = STARTED_AT.astimezone(timezone(timedelta(hours=2)))
+    assert build_run_name(RunName(), job_name="job", started_at=start_in_berlin) == "20250629-143022"
+    assert time_folder_name(start_in_berlin) == "20250629_143022"
     with pytest.raises(ValueError, match="has no time zone"):
         time_folder_name(STARTED_AT.replace(tzinfo=None))
 

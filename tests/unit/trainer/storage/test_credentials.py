@@ -32,7 +32,7 @@ class CredentialIssuer:
             def do_GET(self) -> None:
                 if self.path == "/agent":
                     issuer.presented_tokens.append(self.headers["Authorization"])
-                    self._answer(issuer.as_json())
+                    self._answer(issuer.issue_json())
                 else:
                     issuer.record_signature(dict(self.headers))
                     self._answer(b"body")
@@ -40,7 +40,7 @@ class CredentialIssuer:
             def do_POST(self) -> None:
                 request_body = self.rfile.read(int(self.headers["Content-Length"])).decode()
                 issuer.presented_tokens.append(request_body)
-                self._answer(issuer.as_xml())
+                self._answer(issuer.issue_xml())
 
             def _answer(self, body: bytes) -> None:
                 self.send_response(200)
@@ -51,19 +51,19 @@ class CredentialIssuer:
             def log_message(self, format: str, *args: object) -> None:
                 pass
 
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
-        threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        self.http_server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http_server.server_address[1]}"
+        threading.Thread(target=self.http_server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
 
     def _issue_key(self) -> tuple[str, str]:
         self.issued_count += 1
         return f"KEY{self.issued_count}", (datetime.now(UTC) + timedelta(minutes=1)).strftime("%Y-%m-%dT%H:%M:%SZ")
 
-    def as_json(self) -> bytes:
+    def issue_json(self) -> bytes:
         key, expires_at = self._issue_key()
         return json.dumps({"AccessKeyId": key, "SecretAccessKey": "s", "Token": f"T{key}", "Expiration": expires_at}).encode()
 
-    def as_xml(self) -> bytes:
+    def issue_xml(self) -> bytes:
         key, expires_at = self._issue_key()
         return (
             '<AssumeRoleWithWebIdentityResponse xmlns="https://sts.amazonaws.com/doc/2011-06-15/">'
@@ -82,8 +82,8 @@ class CredentialIssuer:
 def issuer() -> Iterator[CredentialIssuer]:
     issuer = CredentialIssuer()
     yield issuer
-    issuer.http.shutdown()
-    issuer.http.server_close()
+    issuer.http_server.shutdown()
+    issuer.http_server.server_close()
 
 
 def sign_requests(issuer: CredentialIssuer, count: int, **target: str) -> list[tuple[str, str]]:

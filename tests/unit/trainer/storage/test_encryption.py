@@ -64,8 +64,8 @@ class StubbedStore:
         assert operation != "UploadPart" or parse_qs(urlsplit(request.url).query)["uploadId"] == ["7"]
         if operation == "PutObject":
             self.object = request.body if isinstance(request.body, bytes) else request.body.read()
-        status, headers = self.head_response if operation == "HeadObject" else (200, {})
-        return AWSResponse(request.url, status, {"content-length": str(len(self.object)), "etag": '"t"', **headers}, Body(data))
+        status, added_headers = self.head_response if operation == "HeadObject" else (200, {})
+        return AWSResponse(request.url, status, {"content-length": str(len(self.object)), "etag": '"t"', **added_headers}, Body(data))
 
     def send_all_operations(self, folder: Path) -> None:
         """Send one request of each type that transfers an object."""

@@ -46,7 +46,7 @@ def test_only_one_writer_creates_an_object_without_hard_links(
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(one.value for one in results) == ["exists"] * 7 + ["new"]
+    assert sorted(result.value for result in results) == ["exists"] * 7 + ["new"]
     assert [stat.key for stat in store.list("")] == ["a/_COMMITTED"]
     assert preflight(StoreTarget(uri=store.uri)).has_conditional_writes
 

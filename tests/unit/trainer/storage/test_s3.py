@@ -139,8 +139,8 @@ def test_a_download_is_hashed_in_order(tmp_path: Path) -> None:
         if operation == "HeadObject":
             return 200, {"content-length": str(len(data)), "etag": '"t"'}, b""
         range_header = request.headers["Range"]
-        first, last = (range_header.decode() if isinstance(range_header, bytes) else range_header).removeprefix("bytes=").split("-")
-        return 206, {"etag": '"t"'}, data[int(first) : int(last) + 1]
+        first_byte, last_byte = (range_header.decode() if isinstance(range_header, bytes) else range_header).removeprefix("bytes=").split("-")
+        return 206, {"etag": '"t"'}, data[int(first_byte) : int(last_byte) + 1]
 
     sha256 = make_store(respond).download("weights", tmp_path / "weights")
     assert sha256 == hashlib.sha256(data).hexdigest() and (tmp_path / "weights").read_bytes() == data

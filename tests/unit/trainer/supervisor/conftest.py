@@ -1,4 +1,4 @@
-"""A clock for the tests of the supervisor whose time the tests set."""
+"""A clock for the tests of the supervisor. The tests set its time."""
 
 from __future__ import annotations
 

@@ -60,9 +60,9 @@ def test_a_record_is_stored_again_only_if_it_has_changed(recorder: AttemptRecord
 def test_records_are_read_in_the_order_of_their_start(recorder: AttemptRecorder, tree: CheckpointTree, tmp_path: Path) -> None:
     run, _ = make_run(tmp_path, tmp_path / "model")
     for attempt, incarnation, hour in ((10, "a10-00000001", 15), (2, "a2-00000009", 13), (2, "a2-00000001", 14)):
-        one = AttemptRecorder(
+        other_recorder = AttemptRecorder(
             run.model_copy(update={"attempt": attempt}), tree, incarnation=incarnation, config_sha256="", started_at=STARTED_AT.replace(hour=hour)
         )
-        one.record_start(0, ResolvedConfig())
+        other_recorder.record_start(0, ResolvedConfig())
     tree.store.put("run/records/a3-00000001.json", b"{")
-    assert [one.incarnation for one in read_attempt_records(tree)] == ["a2-00000009", "a2-00000001", "a10-00000001"]
+    assert [record.incarnation for record in read_attempt_records(tree)] == ["a2-00000009", "a2-00000001", "a10-00000001"]

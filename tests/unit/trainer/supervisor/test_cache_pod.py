@@ -86,12 +86,12 @@ def test_the_model_is_downloaded_once(provide: Provide, hub: Hub, tmp_path: Path
 
 
 def test_each_revision_has_a_folder_of_its_own(provide: Provide, hub: Hub, model: Path) -> None:
-    first = provide().models["model.source"]
+    first_model = provide().models["model.source"]
     (model / "config.json").write_text('{"model_type": "qwen2"}')
     hub.serve_model("org/model", model)
-    second = provide().models["model.source"]
-    assert second.from_cache is False and second.path != first.path
-    assert (first.path / "config.json").read_bytes() == FILES["config.json"] and read_files(second.path) == read_files(second.path) | {
+    second_model = provide().models["model.source"]
+    assert second_model.from_cache is False and second_model.path != first_model.path
+    assert (first_model.path / "config.json").read_bytes() == FILES["config.json"] and read_files(second_model.path) == read_files(second_model.path) | {
         "config.json": b'{"model_type": "qwen2"}'
     }
 
@@ -106,14 +106,14 @@ def test_namespaces_share_no_models(provide: Provide, hub: Hub) -> None:
 def poison(tmp_path: Path, *, repairs_record: bool) -> Path:
     """Change a file of the model, as another pod that mounts the claim could. `repairs_record`: also change the hash in the cache's own record."""
     (file,) = (tmp_path / "cache").glob("*/*/files/model.safetensors")
-    status = file.stat()
+    stat_before = file.stat()
     file.write_bytes(b"poison!" * 100)
     if repairs_record:
-        os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
-        entry = file.parents[1] / "entry.json"
-        record = json.loads(entry.read_text())
+        os.utime(file, ns=(stat_before.st_atime_ns, stat_before.st_mtime_ns))
+        entry_file = file.parents[1] / "entry.json"
+        record = json.loads(entry_file.read_text())
         record["files"]["model.safetensors"] |= {"modifiedNs": file.stat().st_mtime_ns, "sha256": hashlib.sha256(b"poison!" * 100).hexdigest()}
-        entry.write_text(json.dumps(record))
+        entry_file.write_text(json.dumps(record))
     return file
 
 
@@ -156,8 +156,8 @@ def test_a_model_without_access_causes_no_stack_trace(provide: Provide, hub: Hub
     """The init container needs no error report, because the trainer container reports the missing access together with the spec field."""
     hub.serve_model("org/model", model, is_private=True)
     assert provide().models == {}
-    (line,) = [record for record in caplog.records if record.name == cache_pod.__name__]
-    assert (line.getMessage(), line.exc_info) == ("model.source is downloaded without the cache: RepositoryNotFoundError", None)
+    (log_record,) = [record for record in caplog.records if record.name == cache_pod.__name__]
+    assert (log_record.getMessage(), log_record.exc_info) == ("model.source is downloaded without the cache: RepositoryNotFoundError", None)
 
 
 def stop_hub(hub: Hub, outage: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,15 +175,15 @@ def test_without_the_hub_a_public_model_on_the_node_is_used(provide: Provide, hu
     stop_hub(hub, outage, monkeypatch)
     record, revision = provide(), hub.repositories["org/model"].commits[0].oid
     assert record.notes == [f"the model hub does not answer: revision {revision} of org/model from model.cache is used"]
-    cached = record.models["model.source"]
-    assert (cached.from_cache, cached.hub_revision, read_files(cached.path)) == (True, revision, FILES)
+    cached_model = record.models["model.source"]
+    assert (cached_model.from_cache, cached_model.hub_revision, read_files(cached_model.path)) == (True, revision, FILES)
 
 
 HUB_DOWN_NOTE = "model.source is downloaded without model.cache: the model hub does not answer, and "
 
 
 @pytest.mark.parametrize(
-    ("gated", "use", "source", "note"),
+    ("is_gated", "use", "source", "note"),
     [
         (True, ModelUse.IN_PLACE, "org/model", HUB_DOWN_NOTE + "the cache has no public model of this name"),
         (False, ModelUse.IN_PLACE, "org/model@v2", HUB_DOWN_NOTE + "the cache has no public model of this name"),
@@ -191,10 +191,10 @@ HUB_DOWN_NOTE = "model.source is downloaded without model.cache: the model hub d
     ],
 )
 def test_without_the_hub_other_models_are_not_used(
-    provide: Provide, hub: Hub, model: Path, monkeypatch: pytest.MonkeyPatch, gated: bool, use: ModelUse, source: str, note: str
+    provide: Provide, hub: Hub, model: Path, monkeypatch: pytest.MonkeyPatch, is_gated: bool, use: ModelUse, source: str, note: str
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    hub.serve_model("org/model", model, is_gated=gated)
+    hub.serve_model("org/model", model, is_gated=is_gated)
     assert provide(use=use).models != {}
     stop_hub(hub, "unavailable", monkeypatch)
     record = provide(use=use, source=source)
@@ -266,21 +266,21 @@ def test_a_pod_without_run_json_ends_without_a_record(tmp_path: Path) -> None:
 
 
 def test_only_models_from_the_hub_and_s3_are_provided(tmp_path: Path) -> None:
-    def sources(model: str, reference: str) -> list[tuple[str, str]]:
+    def list_sources(model: str, reference: str) -> list[tuple[str, str]]:
         spec = {"model": {"source": model}, "trainer": {"type": "dpo", "dpo": {"referenceModel": reference}}}
         run: RunConfig = make_run(tmp_path / "run", tmp_path, spec)[0]
         return list(list_cacheable_sources(run))
 
-    assert sources("org/a", "s3://bucket/c") == [("model.source", "org/a"), ("trainer.dpo.referenceModel", "s3://bucket/c")]
-    assert sources("pvc://claim/a", "file:///a") == []
+    assert list_sources("org/a", "s3://bucket/c") == [("model.source", "org/a"), ("trainer.dpo.referenceModel", "s3://bucket/c")]
+    assert list_sources("pvc://claim/a", "file:///a") == []
 
 
 def test_the_arguments_of_fill_cache_become_options(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    given: list[CacheOptions] = []
+    passed_options: list[CacheOptions] = []
 
     class Recorder:
         def __init__(self, _settings: Settings, options: CacheOptions) -> None:
-            given.append(options)
+            passed_options.append(options)
 
         def run(self) -> int:
             return 0
@@ -288,7 +288,7 @@ def test_the_arguments_of_fill_cache_become_options(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(cache_pod, "CachePod", Recorder)
     cache_pod.main(["--folder", "/mnt/model-cache", "--tenant", "team", "--size-limit", "123", "--free-share", "0.15"])
     cache_pod.main(["--folder", "/mnt/model-cache/hub", "--tenant", "models", "--copy"])
-    assert given == [
+    assert passed_options == [
         CacheOptions(Path("/mnt/model-cache"), "team", ModelUse.IN_PLACE, CacheLimits(size_bytes=123, free_share=0.15)),
         CacheOptions(Path("/mnt/model-cache/hub"), "models", ModelUse.COPY, CacheLimits()),
     ]

@@ -52,19 +52,19 @@ def find_model(tmp_path: Path, key: str) -> Any:
 
 @pytest.mark.parametrize("key", ["other/model", "other/model/", "other/model/a1-00000001"])
 def test_a_final_model_is_found_and_downloaded_whole(key: str, other_job: Path, tmp_path: Path) -> None:
-    existing = find_model(tmp_path, key)
-    assert existing.output.uri == f"file://{other_job}/model/a1-00000001" and existing.output.kind is OutputKind.ADAPTER
-    download_existing_model(existing, tmp_path / "target")
+    existing_model = find_model(tmp_path, key)
+    assert existing_model.output.uri == f"file://{other_job}/model/a1-00000001" and existing_model.output.kind is OutputKind.ADAPTER
+    download_existing_model(existing_model, tmp_path / "target")
     assert {path.relative_to(tmp_path / "target").as_posix() for path in (tmp_path / "target").rglob("*") if path.is_file()} == set(FILES)
-    record_existing_model(existing, open_tree(tmp_path / "own"), attempt=3)
+    record_existing_model(existing_model, open_tree(tmp_path / "own"), attempt=3)
     record = json.loads((tmp_path / "own" / "run" / "given_model.json").read_text())
-    assert (record["uri"], record["sha256"], record["kind"], record["attempt"]) == (existing.output.uri, existing.output.sha256, "adapter", 3)
+    assert (record["uri"], record["sha256"], record["kind"], record["attempt"]) == (existing_model.output.uri, existing_model.output.sha256, "adapter", 3)
 
 
 def test_a_checkpoint_is_downloaded_without_its_training_state(other_job: Path, tmp_path: Path) -> None:
-    existing, sizes = find_model(tmp_path, "other/checkpoints/step-00000002"), list[int]()
-    assert existing.output_kind is OutputKind.ADAPTER and existing.output.uri == f"file://{other_job}/checkpoints/step-00000002/a1-00000001"
-    download_existing_model(existing, tmp_path / "target", check_space=sizes.append)
+    existing_model, sizes = find_model(tmp_path, "other/checkpoints/step-00000002"), list[int]()
+    assert existing_model.output_kind is OutputKind.ADAPTER and existing_model.output.uri == f"file://{other_job}/checkpoints/step-00000002/a1-00000001"
+    download_existing_model(existing_model, tmp_path / "target", check_space=sizes.append)
     assert sorted(path.name for path in (tmp_path / "target").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     assert sizes == [len(b"{}") + len(b"weights")]
 
@@ -81,18 +81,18 @@ def test_a_checkpoint_is_downloaded_without_its_training_state(other_job: Path, 
     ],
 )
 def test_a_wrong_address_is_refused(key: str, error: type[FineTuneError], code: str, expected_text: str, other_job: Path, tmp_path: Path) -> None:
-    with pytest.raises(error) as found:
+    with pytest.raises(error) as caught:
         find_model(tmp_path, key)
-    assert found.value.code == code and expected_text in found.value.message and found.value.message.startswith("phases.from is file://")
-    assert found.value.hint
+    assert caught.value.code == code and expected_text in caught.value.message and caught.value.message.startswith("phases.from is file://")
+    assert caught.value.hint
 
 
 def test_a_damaged_manifest_and_a_damaged_file_are_refused(other_job: Path, tmp_path: Path) -> None:
-    existing = find_model(tmp_path, "other/model")
+    existing_model = find_model(tmp_path, "other/model")
     (other_job / "model" / "a1-00000001" / "adapter_model.safetensors").write_bytes(b"WEIGHTS")
-    with pytest.raises(NotFoundError, match="damaged: .*adapter_model.safetensors is damaged: its sha256 differs") as found:
-        download_existing_model(existing, tmp_path / "target")
-    assert found.value.code == "ExistingModelDamaged" and found.value.exit_code == 66 and not (tmp_path / "target").exists()
+    with pytest.raises(NotFoundError, match="damaged: .*adapter_model.safetensors is damaged: its sha256 differs") as caught:
+        download_existing_model(existing_model, tmp_path / "target")
+    assert caught.value.code == "ExistingModelDamaged" and caught.value.exit_code == 66 and not (tmp_path / "target").exists()
     (other_job / "model" / "a1-00000001" / "manifest.json").write_bytes(b"{}")
     with pytest.raises(NotFoundError, match="manifest.json is missing or is not the manifest that was committed"):
         find_model(tmp_path, "other/model")
@@ -103,11 +103,11 @@ def make_inputs(tmp_path: Path, revision: str) -> Inputs:
 
 
 def test_a_model_that_was_trained_from_another_base_model_is_refused(other_job: Path, tmp_path: Path) -> None:
-    existing = find_model(tmp_path, "other/model")
-    assert require_same_base(existing, make_inputs(tmp_path, BASE)) is None
-    with pytest.raises(ConfigError, match="which was trained from the base model ") as found:
-        require_same_base(existing, make_inputs(tmp_path, "sha256:" + "b" * 64))
-    assert found.value.code == "ExistingModelOfOtherBase" and found.value.hint == "write the base model of the other FineTuneJob in model.source"
+    existing_model = find_model(tmp_path, "other/model")
+    assert require_same_base(existing_model, make_inputs(tmp_path, BASE)) is None
+    with pytest.raises(ConfigError, match="which was trained from the base model ") as caught:
+        require_same_base(existing_model, make_inputs(tmp_path, "sha256:" + "b" * 64))
+    assert caught.value.code == "ExistingModelOfOtherBase" and caught.value.hint == "write the base model of the other FineTuneJob in model.source"
 
 
 def test_a_complete_model_cannot_be_merged(other_job: Path, tmp_path: Path) -> None:
@@ -117,9 +117,9 @@ def test_a_complete_model_cannot_be_merged(other_job: Path, tmp_path: Path) -> N
     address = f"file://{other_job}/checkpoints/step-00000006"
     run_config: Any = SimpleNamespace(spec=FineTuneJobSpec.model_validate({"phases": {"from": address}, "output": {"mergeAdapter": True}}))
     settings: Any = SimpleNamespace(work_folder=tmp_path / "work", node_rank=0, config_maps=tmp_path)
-    with pytest.raises(ConfigError, match="a complete model, but output.mergeAdapter needs an adapter") as found:
+    with pytest.raises(ConfigError, match="a complete model, but output.mergeAdapter needs an adapter") as caught:
         Preparation(run_config, "0" * 64, settings, RunState(), FileDigests()).fetch_existing_model(open_tree(tmp_path / "own"), tmp_path / "target")
-    assert found.value.code == "ExistingModelNotAdapter" and found.value.hint and not (tmp_path / "target").exists()
+    assert caught.value.code == "ExistingModelNotAdapter" and caught.value.hint and not (tmp_path / "target").exists()
 
 
 def test_a_base_model_from_another_type_of_source_adds_a_note(other_job: Path, tmp_path: Path) -> None:

@@ -31,8 +31,8 @@ def build_run(tmp_path: Path) -> Callable[..., RunConfig]:
     """Return a function that builds run configurations of jobs with the same name and different uids."""
 
     def build(uid: str, mode: str | None = None, attempt: int = 1, **changes: Any) -> RunConfig:
-        value = SPEC | changes | ({"policy": {"onExistingResult": mode}} if mode else {})
-        resolved_spec = resolve_defaults(FineTuneJobSpec.model_validate(value))
+        spec_values = SPEC | changes | ({"policy": {"onExistingResult": mode}} if mode else {})
+        resolved_spec = resolve_defaults(FineTuneJobSpec.model_validate(spec_values))
         run = RunConfig(
             name="job", namespace="team", uid=uid, attempt=attempt, spec=resolved_spec.spec, defaults=sorted(resolved_spec.defaults),
             world=World(nodes=1, processes_per_node=1, gpus_per_node=1, master_address="127.0.0.1", master_port=0, rendezvous_id="r"),
@@ -88,10 +88,10 @@ def test_the_newest_equal_result_of_another_job_is_adopted(build_run: Callable[.
     for uid in ("z-first", "a-second"):
         commit_result(build_run(uid), tmp_path)
     commit_result(build_run("other", training={"maxSteps": 5}), tmp_path)
-    result = find_result_to_adopt(build_run("new"), FACTS, RunState())
-    assert result is not None and result.output.adopted_uid == "a-second"
-    again = find_result_to_adopt(build_run("a-second"), FACTS, RunState())
-    assert again is not None and again.output.adopted_uid == "z-first"
+    first_result = find_result_to_adopt(build_run("new"), FACTS, RunState())
+    assert first_result is not None and first_result.output.adopted_uid == "a-second"
+    second_result = find_result_to_adopt(build_run("a-second"), FACTS, RunState())
+    assert second_result is not None and second_result.output.adopted_uid == "z-first"
 
 
 def test_a_first_job_trains_without_a_note(build_run: Callable[..., RunConfig]) -> None:
@@ -140,13 +140,13 @@ def test_a_result_that_belongs_to_another_model_is_not_adopted(build_run: Callab
 
 
 def test_a_superseded_attempt_stores_no_result(build_run: Callable[..., RunConfig], tmp_path: Path) -> None:
-    old = build_run("old")
-    open_tree(old).begin_attempt(2, b"{}")
-    complete_output = commit_model_of_second_attempt(old, tmp_path)
-    store_result(old, open_tree(old), complete_output, RunState().report())
-    assert open_tree(old).store.get(RESULT_KEY) is None
-    store_result(old.model_copy(update={"attempt": 2}), open_tree(old), complete_output, RunState().report())
-    assert open_tree(old).store.get(RESULT_KEY) is not None
+    old_run = build_run("old")
+    open_tree(old_run).begin_attempt(2, b"{}")
+    complete_output = commit_model_of_second_attempt(old_run, tmp_path)
+    store_result(old_run, open_tree(old_run), complete_output, RunState().report())
+    assert open_tree(old_run).store.get(RESULT_KEY) is None
+    store_result(old_run.model_copy(update={"attempt": 2}), open_tree(old_run), complete_output, RunState().report())
+    assert open_tree(old_run).store.get(RESULT_KEY) is not None
 
 
 def commit_model_of_second_attempt(run: RunConfig, folder: Path) -> Output:

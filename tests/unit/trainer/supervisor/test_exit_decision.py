@@ -55,22 +55,22 @@ def test_the_facts_of_the_attempt_decide_the_exit_code(facts: AttemptFacts, is_s
 
 
 def test_an_exit_code_counts_only_for_ranks_that_reported_no_failure() -> None:
-    killed = failure_from_exit_code(1, -9)
-    silent = decide_exit(AttemptFacts(rank_failures=[PEER_LOST_FAILURE]), [killed], is_saved=False, node_rank=0)
-    assert silent.failure is not None and silent.failure.error.code == "RankKilled"
-    reported_decision = decide_exit(AttemptFacts(rank_failures=[DIVERGED_FAILURE]), [killed], is_saved=False, node_rank=0)
+    killed_failure = failure_from_exit_code(1, -9)
+    silent_decision = decide_exit(AttemptFacts(rank_failures=[PEER_LOST_FAILURE]), [killed_failure], is_saved=False, node_rank=0)
+    assert silent_decision.failure is not None and silent_decision.failure.error.code == "RankKilled"
+    reported_decision = decide_exit(AttemptFacts(rank_failures=[DIVERGED_FAILURE]), [killed_failure], is_saved=False, node_rank=0)
     assert reported_decision.failure is DIVERGED_FAILURE
 
 
 def test_only_rank_0s_pod_needs_an_artefact_for_success() -> None:
     facts = AttemptFacts(agent_exit_code=0)
     assert decide_exit(facts, [], is_saved=False, node_rank=1).exit_code == 0
-    failed: FineTuneError = InternalError("x", "m")
-    assert decide_exit(AttemptFacts(agent_exit_code=0, supervisor_error=failed), [], is_saved=False, node_rank=1).exit_code == 70
+    supervisor_error: FineTuneError = InternalError("x", "m")
+    assert decide_exit(AttemptFacts(agent_exit_code=0, supervisor_error=supervisor_error), [], is_saved=False, node_rank=1).exit_code == 70
 
 
 @pytest.mark.parametrize(
-    ("step", "committed_step", "uploaded_step", "node_rank", "stopped_ranks", "deadline_passed", "is_saved"),
+    ("step", "committed_step", "uploaded_step", "node_rank", "stopped_ranks", "is_deadline_passed", "is_saved"),
     [
         (5, 0, 0, 0, set(), False, True),
         (9, 9, 0, 0, set(), False, True),
@@ -83,9 +83,9 @@ def test_only_rank_0s_pod_needs_an_artefact_for_success() -> None:
     ids=["no-new-step", "committed", "not-committed", "uploaded", "not-uploaded", "rank-did-not-stop", "too-late"],
 )
 def test_a_stop_is_saved_only_if_every_step_is_stored(
-    step: int, committed_step: int, uploaded_step: int, node_rank: int, stopped_ranks: set[int], deadline_passed: bool, is_saved: bool
+    step: int, committed_step: int, uploaded_step: int, node_rank: int, stopped_ranks: set[int], is_deadline_passed: bool, is_saved: bool
 ) -> None:
-    facts = AttemptFacts(start_step=5, stopped_ranks=stopped_ranks, is_deadline_passed=deadline_passed)
+    facts = AttemptFacts(start_step=5, stopped_ranks=stopped_ranks, is_deadline_passed=is_deadline_passed)
     result = is_state_saved(facts, step=step, committed_step=committed_step, uploaded_step=uploaded_step, node_rank=node_rank)
     assert result == is_saved
 

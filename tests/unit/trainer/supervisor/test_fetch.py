@@ -50,7 +50,7 @@ def fetcher(tmp_path: Path, server: WebServer) -> Fetcher:
     return Fetcher(run, tmp_path / "work")
 
 
-def fetch_error(fetcher: Fetcher, url: str) -> FineTuneError:
+def catch_fetch_error(fetcher: Fetcher, url: str) -> FineTuneError:
     with pytest.raises(FineTuneError) as caught:
         fetcher.fetch_data_files(url + SECRET_QUERY, "dataset.train", "train")
     assert "hidden-word" not in str(caught.value) and "dataset.train" in caught.value.message
@@ -71,7 +71,7 @@ def test_an_error_response_is_converted_to_an_error_with_a_code(
     fetcher: Fetcher, server: WebServer, faults: list[Fault], exit_code: int, code: str, text: str
 ) -> None:
     server.serves_ranges, server.faults = False, faults
-    error = fetch_error(fetcher, f"{server.url}/sets/rows.jsonl")
+    error = catch_fetch_error(fetcher, f"{server.url}/sets/rows.jsonl")
     failure_class = FailureClass.STORAGE if exit_code == 69 else FailureClass.DATA
     assert (error.exit_code, error.code, error.failure_class) == (exit_code, code, failure_class) and text in error.message
 
@@ -104,13 +104,13 @@ def test_an_interrupted_download_is_an_error_with_a_code(
 
     monkeypatch.setattr(HTTPResponse, "stream", stream)
     server.serves_ranges, server.faults = False, [Fault(headers={"Content-Length": "0"})] * MAX_TRIES
-    error = fetch_error(fetcher, f"{server.url}/sets/rows.jsonl")
+    error = catch_fetch_error(fetcher, f"{server.url}/sets/rows.jsonl")
     assert (error.exit_code, error.code) == (69, code) and text in error.message
 
 
 def test_an_untrusted_certificate_is_reported(fetcher: Fetcher, server: WebServer) -> None:
     fetcher.run.storage = StoreTarget(uri="s3://bucket/root")  # type: ignore[misc] # this fake run is not frozen
-    error = fetch_error(fetcher, f"{server.url}/sets/rows.jsonl")
+    error = catch_fetch_error(fetcher, f"{server.url}/sets/rows.jsonl")
     assert (error.exit_code, error.code) == (69, "EndpointUnreachable") and "SSLCertVerificationError" in error.message
 
 
@@ -118,7 +118,7 @@ def test_an_untrusted_certificate_is_reported(fetcher: Fetcher, server: WebServe
     "url", ["https://host:port/rows.jsonl", "https://host:99999/x", "https://[half/x", "https://bad..host/x"]
 )
 def test_an_invalid_url_is_refused(fetcher: Fetcher, url: str) -> None:
-    error = fetch_error(fetcher, url)
+    error = catch_fetch_error(fetcher, url)
     assert (error.exit_code, error.code) == (64, "SourceInvalid") and "host" in str(error)
 
 
@@ -136,7 +136,7 @@ def test_a_file_larger_than_the_disk_is_not_downloaded(
     fetcher: Fetcher, server: WebServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("finetune_trainer.supervisor.fetch.free_bytes", lambda path: 0)
-    error = fetch_error(fetcher, f"{server.url}/sets/rows.jsonl")
+    error = catch_fetch_error(fetcher, f"{server.url}/sets/rows.jsonl")
     assert (error.exit_code, error.code) == (64, "LocalDiskTooSmall")
 
 
@@ -145,11 +145,11 @@ def storage_url(fetcher: Fetcher, server: WebServer, tmp_path: Path) -> str:
     """Return the URL of a job's folder that contains a committed checkpoint and a committed model."""
     tree = CheckpointTree(open_store(StoreTarget(uri=f"file://{server.folder}/root")))
     for step in (100, None):
-        staged = tmp_path / f"staged-{step}"
-        (staged / "sub").mkdir(parents=True)
-        (staged / "config.json").write_text("{}")
-        (staged / "sub/weights").write_text(f"weights of {step}")
-        files = tree.upload(checkpoint_folder_key(step), "a1-00000000", staged)
+        staged_folder = tmp_path / f"staged-{step}"
+        (staged_folder / "sub").mkdir(parents=True)
+        (staged_folder / "config.json").write_text("{}")
+        (staged_folder / "sub/weights").write_text(f"weights of {step}")
+        files = tree.upload(checkpoint_folder_key(step), "a1-00000000", staged_folder)
         tree.commit(checkpoint_folder_key(step), Manifest(step=step or 100, incarnation="a1-00000000", files=files))
     return f"{server.url}/root"
 
@@ -215,10 +215,10 @@ def write_files(root: Path, *names: str) -> None:
 )
 def test_an_s3_source_is_one_object_or_all_objects_below_a_key(local_fetcher: Fetcher, tmp_path: Path, source: str, files: list[str]) -> None:
     write_files(tmp_path / "bucket", "data/a.jsonl", "data/inner/b.csv", "database/c.jsonl")
-    found = local_fetcher.fetch_data_files(source, "dataset.train", "train")
-    assert [file.relative_to(tmp_path / "work/fetched/train").as_posix() for file in found] == files
-    assert [file.read_text().rpartition("/")[2] for file in found] == [name.rpartition("/")[2] for name in files]
-    assert [local_fetcher.digests.get_known_sha256(file) for file in found] == [sha256_file(file) for file in found]
+    data_files = local_fetcher.fetch_data_files(source, "dataset.train", "train")
+    assert [file.relative_to(tmp_path / "work/fetched/train").as_posix() for file in data_files] == files
+    assert [file.read_text().rpartition("/")[2] for file in data_files] == [name.rpartition("/")[2] for name in files]
+    assert [local_fetcher.digests.get_known_sha256(file) for file in data_files] == [sha256_file(file) for file in data_files]
 
 
 @pytest.mark.parametrize("source", ["s3://bucket/missing", "file:///missing", "s3://bucket/dat"])
@@ -229,12 +229,12 @@ def test_a_missing_source_is_an_error_that_names_its_field(local_fetcher: Fetche
     assert (caught.value.code, caught.value.exit_code, caught.value.hint) == ("DatasetNotFound", 66, "correct dataset.train")
 
 
-@pytest.mark.parametrize(("free", "is_refused"), [(64 * 1024**2 + 16, True), (64 * 1024**2 + 17, False)])
+@pytest.mark.parametrize(("free_bytes", "is_refused"), [(64 * 1024**2 + 16, True), (64 * 1024**2 + 17, False)])
 def test_a_reserve_of_64_mebibytes_stays_free(
-    local_fetcher: Fetcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, is_refused: bool
+    local_fetcher: Fetcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free_bytes: int, is_refused: bool
 ) -> None:
     write_files(tmp_path / "bucket", "one.jsonl")
-    monkeypatch.setattr("finetune_trainer.supervisor.fetch.free_bytes", lambda path: free)
+    monkeypatch.setattr("finetune_trainer.supervisor.fetch.free_bytes", lambda path: free_bytes)
     if not is_refused:
         assert len(local_fetcher.fetch_data_files("s3://bucket/one.jsonl", "dataset.train", "train")) == 1
         return
@@ -293,8 +293,8 @@ def test_a_failure_of_the_hub_is_an_error_with_a_code(local_fetcher: Fetcher, mo
     import huggingface_hub
 
     def refuse(*_: object, **__: object) -> str:
-        kind = getattr(huggingface_hub.errors, error)
-        raise kind.__new__(kind, "no")
+        error_type = getattr(huggingface_hub.errors, error)
+        raise error_type.__new__(error_type, "no")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     with pytest.raises(FineTuneError) as caught:
@@ -305,18 +305,18 @@ def test_a_failure_of_the_hub_is_an_error_with_a_code(local_fetcher: Fetcher, mo
 def test_a_hub_model_has_the_revision_of_its_snapshot(local_fetcher: Fetcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
-    options: dict[str, Any] = {}
+    call_options: dict[str, Any] = {}
 
-    def download(repository: str, **given: Any) -> str:
-        options.update(given, repository=repository)
+    def download(repository: str, **download_options: Any) -> str:
+        call_options.update(download_options, repository=repository)
         write_files(tmp_path / "0123abc", "config.json")
         return str(tmp_path / "0123abc")
 
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert local_fetcher.fetch_model("a/b", "model.source", "model").hub_revision == "0123abc"
-    assert (options["repository"], options["revision"], options["repo_type"], options["token"]) == ("a/b", None, "model", False)
-    assert options["cache_dir"] == tmp_path / "work/hub"
+    assert (call_options["repository"], call_options["revision"], call_options["repo_type"], call_options["token"]) == ("a/b", None, "model", False)
+    assert call_options["cache_dir"] == tmp_path / "work/hub"
 
 
 MEBIBYTE = 1024**2
@@ -333,32 +333,32 @@ def test_a_fingerprint_covers_small_files_and_the_ends_of_large_files(tmp_path: 
     file = tmp_path / "weights"
     with file.open("wb") as stream:
         stream.truncate(size)
-    before = compute_fingerprint(tmp_path)
+    fingerprint_before = compute_fingerprint(tmp_path)
     with file.open("r+b") as stream:
         stream.seek(changed_byte)
         stream.write(b"x")
-    assert before.startswith("sha256:") and len(before) == len("sha256:") + 64
-    assert (compute_fingerprint(tmp_path) != before) is is_noticed
+    assert fingerprint_before.startswith("sha256:") and len(fingerprint_before) == len("sha256:") + 64
+    assert (compute_fingerprint(tmp_path) != fingerprint_before) is is_noticed
 
 
 # ---- models that the init container provides ----
 
 
-def cached_model(folder: Path, **fields: Any) -> CachedModel:
-    values: dict[str, Any] = {"source": "a/b", "path": folder, "from_cache": True, "size": 3, "hub_revision": "abc", "sha256": {"config.json": "0" * 64}}
-    return CachedModel(**(values | fields))
+def make_cached_model(folder: Path, **fields: Any) -> CachedModel:
+    defaults: dict[str, Any] = {"source": "a/b", "path": folder, "from_cache": True, "size": 3, "hub_revision": "abc", "sha256": {"config.json": "0" * 64}}
+    return CachedModel(**(defaults | fields))
 
 
-def fetch_with(local_fetcher: Fetcher, cached: CachedModel, source: str = "a/b") -> tuple[FetchedSource, Fetcher]:
-    fetcher = Fetcher(local_fetcher.run, local_fetcher.work_folder, cached_models={"model.source": cached})
+def fetch_with_cached_model(local_fetcher: Fetcher, cached_model: CachedModel, source: str = "a/b") -> tuple[FetchedSource, Fetcher]:
+    fetcher = Fetcher(local_fetcher.run, local_fetcher.work_folder, cached_models={"model.source": cached_model})
     return fetcher.fetch_model(source, "model.source", "model"), fetcher
 
 
 @pytest.mark.usefixtures("refuse_downloads")
 def test_a_cached_model_is_not_downloaded(local_fetcher: Fetcher, tmp_path: Path) -> None:
     write_files(tmp_path / "cached", "config.json", "model.safetensors")
-    fetched, fetcher = fetch_with(local_fetcher, cached_model(tmp_path / "cached"))
-    assert (fetched.path, fetched.hub_revision, fetched.source_version) == (tmp_path / "cached", "abc", "abc")
+    fetched_model, fetcher = fetch_with_cached_model(local_fetcher, make_cached_model(tmp_path / "cached"))
+    assert (fetched_model.path, fetched_model.hub_revision, fetched_model.source_version) == (tmp_path / "cached", "abc", "abc")
     assert fetcher.source_versions == {"model.source": "abc"} and list(fetcher.models_from_cache) == ["model.source"]
     assert fetcher.digests.get_known_sha256(tmp_path / "cached/config.json") == "0" * 64
 
@@ -378,13 +378,13 @@ def refuse_downloads(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_model_is_downloaded_if_the_cached_one_is_gone_or_has_another_source(local_fetcher: Fetcher, tmp_path: Path, change: dict[str, Any]) -> None:
     write_files(tmp_path / "cached", "config.json")
     with pytest.raises(FineTuneError, match="HubUnreachable"):
-        fetch_with(local_fetcher, cached_model(tmp_path / "cached", **change))
+        fetch_with_cached_model(local_fetcher, make_cached_model(tmp_path / "cached", **change))
 
 
 @pytest.mark.usefixtures("refuse_downloads")
 def test_a_preparation_without_weights_does_not_use_cached_models(local_fetcher: Fetcher, tmp_path: Path) -> None:
     write_files(tmp_path / "cached", "config.json")
-    cached_models = {"model.source": cached_model(tmp_path / "cached")}
+    cached_models = {"model.source": make_cached_model(tmp_path / "cached")}
     fetcher = Fetcher(local_fetcher.run, local_fetcher.work_folder, cached_models=cached_models, model_kind=MODEL_WITHOUT_WEIGHTS)
     with pytest.raises(FineTuneError, match="HubUnreachable"):
         fetcher.fetch_model("a/b", "model.source", "model")
@@ -394,7 +394,7 @@ def test_a_preparation_without_weights_does_not_use_cached_models(local_fetcher:
 
 
 @pytest.fixture
-def planner(local_fetcher: Fetcher) -> Fetcher:
+def fetcher_without_weights(local_fetcher: Fetcher) -> Fetcher:
     """A fetcher of a preparation, which needs no weights."""
     fetcher = Fetcher(local_fetcher.run, local_fetcher.work_folder, model_kind=MODEL_WITHOUT_WEIGHTS)
     fetcher._open_store = local_fetcher._open_store  # type: ignore[method-assign]
@@ -405,18 +405,18 @@ def write_index(folder: Path, *names: str) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {f"layer{number}": name for number, name in enumerate(names)}}))
 
 
-def test_only_the_weights_are_left_out(planner: Fetcher, tmp_path: Path) -> None:
+def test_only_the_weights_are_left_out(fetcher_without_weights: Fetcher, tmp_path: Path) -> None:
     write_files(tmp_path / "bucket", "m/config.json", "m/W.SAFETENSORS", "m/w-2.safetensors", "m/tokenizer.json")
-    fetched = planner.fetch_model("s3://bucket/m", "model.source", "model")
-    assert sorted(path.name for path in fetched.path.iterdir()) == ["config.json", "tokenizer.json"]
-    assert fetched.skipped_names == {"W.SAFETENSORS", "w-2.safetensors"}
-    assert fetched.source_version == fetched.listing_version != compute_fingerprint(fetched.path)
-    local = planner.fetch_model(f"file://{tmp_path}/bucket/m", "model.source", "model")
-    assert (local.skipped_names, local.source_version) == (frozenset(), compute_fingerprint(local.path))
+    fetched_model = fetcher_without_weights.fetch_model("s3://bucket/m", "model.source", "model")
+    assert sorted(path.name for path in fetched_model.path.iterdir()) == ["config.json", "tokenizer.json"]
+    assert fetched_model.skipped_names == {"W.SAFETENSORS", "w-2.safetensors"}
+    assert fetched_model.source_version == fetched_model.listing_version != compute_fingerprint(fetched_model.path)
+    local_model = fetcher_without_weights.fetch_model(f"file://{tmp_path}/bucket/m", "model.source", "model")
+    assert (local_model.skipped_names, local_model.source_version) == (frozenset(), compute_fingerprint(local_model.path))
 
 
 @pytest.mark.parametrize(
-    ("files", "listed", "problem"),
+    ("file_names", "listed_names", "problem"),
     [
         (["a.safetensors", "b.safetensors"], ["a.safetensors", "b.safetensors"], None),
         (["a.safetensors"], ["b.safetensors", "a.safetensors"], "lacks b.safetensors, which model.safetensors.index.json lists"),
@@ -427,16 +427,16 @@ def test_only_the_weights_are_left_out(planner: Fetcher, tmp_path: Path) -> None
     ids=["complete", "a listed file is missing", "a single file makes the index unused", "without an index", "no file that can be loaded"],
 )
 def test_a_model_without_all_its_weights_is_refused_although_they_are_not_downloaded(
-    planner: Fetcher, tmp_path: Path, files: list[str], listed: list[str], problem: str | None
+    fetcher_without_weights: Fetcher, tmp_path: Path, file_names: list[str], listed_names: list[str], problem: str | None
 ) -> None:
-    write_files(tmp_path / "bucket", "m/config.json", *(f"m/{name}" for name in files))
-    if listed:
-        write_index(tmp_path / "bucket/m", *listed)
+    write_files(tmp_path / "bucket", "m/config.json", *(f"m/{name}" for name in file_names))
+    if listed_names:
+        write_index(tmp_path / "bucket/m", *listed_names)
     if problem is None:
-        assert planner.fetch_model("s3://bucket/m", "model.source", "model").skipped_names == set(files)
+        assert fetcher_without_weights.fetch_model("s3://bucket/m", "model.source", "model").skipped_names == set(file_names)
         return
     with pytest.raises(FineTuneError) as caught:
-        planner.fetch_model("s3://bucket/m", "model.source", "model")
+        fetcher_without_weights.fetch_model("s3://bucket/m", "model.source", "model")
     assert (caught.value.code, caught.value.failure_class) == ("ModelIncomplete", FailureClass.MODEL)
     assert caught.value.message == f"model.source is s3://bucket/m, which {problem}"
 
@@ -476,7 +476,7 @@ def test_refused_credentials_count_as_a_problem_of_the_source(
 
 
 @pytest.mark.parametrize(
-    ("own_store", "storage", "endpoint"),
+    ("own_store", "storage_uri", "endpoint"),
     [
         (StoreTarget(uri="s3://x", endpoint="https://own"), "s3://bucket/root", "https://own"),
         (None, "s3://bucket/root", "https://storage"),
@@ -485,13 +485,13 @@ def test_refused_credentials_count_as_a_problem_of_the_source(
     ids=["connection of the data set", "connection of the storage", "storage is no S3"],
 )
 def test_a_bucket_is_read_with_the_connection_of_its_source(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_store: StoreTarget | None, storage: str, endpoint: str | None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_store: StoreTarget | None, storage_uri: str, endpoint: str | None
 ) -> None:
-    opened: list[StoreTarget] = []
-    monkeypatch.setattr("finetune_trainer.supervisor.fetch.S3Store", lambda target, **_: opened.append(target))
-    run: Any = SimpleNamespace(model_store=None, dataset_store=own_store, storage=StoreTarget(uri=storage, endpoint="https://storage"))
+    opened_targets: list[StoreTarget] = []
+    monkeypatch.setattr("finetune_trainer.supervisor.fetch.S3Store", lambda target, **_: opened_targets.append(target))
+    run: Any = SimpleNamespace(model_store=None, dataset_store=own_store, storage=StoreTarget(uri=storage_uri, endpoint="https://storage"))
     Fetcher(run, tmp_path)._open_store("data", DATA_SOURCE)
-    assert [(target.uri, target.endpoint) for target in opened] == [("s3://data", endpoint)]
+    assert [(target.uri, target.endpoint) for target in opened_targets] == [("s3://data", endpoint)]
 
 
 def test_only_benchmarks_have_the_version_of_their_folder(local_fetcher: Fetcher, tmp_path: Path) -> None:

@@ -23,19 +23,19 @@ KEY, OTHER_KEY = derive_gang_key(SECRET), derive_gang_key(OTHER_SECRET)
 
 
 class EchoStore:
-    """Replaces the TCPStore: it sends back in upper case what it receives, and counts its connections."""
+    """Replaces the TCPStore. It sends received bytes back in upper case, and counts its connections."""
 
     def __init__(self, listener: socket.socket | None = None) -> None:
         self._listener = listener or socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
-        self.connections = 0
+        self.connection_count = 0
         threading.Thread(target=self._accept, daemon=True).start()
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
             while True:
                 connection, _ = self._listener.accept()
-                self.connections += 1
+                self.connection_count += 1
                 threading.Thread(target=self._answer, args=(connection,), daemon=True).start()
 
     def _answer(self, connection: socket.socket) -> None:
@@ -51,25 +51,25 @@ class EchoStore:
 
 @pytest.fixture
 def store() -> Iterator[EchoStore]:
-    found = EchoStore()
-    yield found
-    found.close()
+    echo_store = EchoStore()
+    yield echo_store
+    echo_store.close()
 
 
 @pytest.fixture
 def gate(store: EchoStore) -> Iterator[Gate]:
-    found = Gate(KEY, 0, store.port)
-    yield found
-    found.close()
+    new_gate = Gate(KEY, 0, store.port)
+    yield new_gate
+    new_gate.close()
 
 
 @contextlib.contextmanager
-def forwarder(port: int, key: bytes = KEY) -> Iterator[Forwarder]:
-    found = Forwarder(key, "127.0.0.1", port)
+def run_forwarder(port: int, key: bytes = KEY) -> Iterator[Forwarder]:
+    new_forwarder = Forwarder(key, "127.0.0.1", port)
     try:
-        yield found
+        yield new_forwarder
     finally:
-        found.close()
+        new_forwarder.close()
 
 
 def connect(port: int) -> socket.socket:
@@ -92,18 +92,18 @@ def is_closed(connection: socket.socket) -> bool:
 
 
 def test_a_pod_of_the_gang_reaches_the_store(gate: Gate) -> None:
-    with forwarder(gate.port) as own, connect(own.port) as one, connect(own.port) as two:
-        for connection, text in ((one, b"hello"), (two, b"x" * 3_000_000), (one, b"again")):
+    with run_forwarder(gate.port) as own_forwarder, connect(own_forwarder.port) as first_connection, connect(own_forwarder.port) as second_connection:
+        for connection, text in ((first_connection, b"hello"), (second_connection, b"x" * 3_000_000), (first_connection, b"again")):
             threading.Thread(target=connection.sendall, args=(text,), daemon=True).start()
             assert receive(connection, len(text)) == text.upper()
 
 
 def test_a_pod_with_another_secret_does_not_reach_the_store(gate: Gate, store: EchoStore, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING), forwarder(gate.port, OTHER_KEY) as own, connect(own.port) as connection:
+    with caplog.at_level(logging.WARNING), run_forwarder(gate.port, OTHER_KEY) as own_forwarder, connect(own_forwarder.port) as connection:
         connection.sendall(b"hello")
-        own._loop.call_soon_threadsafe(own._stop.set)  # A forwarder with another secret tries again until it is stopped.
+        own_forwarder._loop.call_soon_threadsafe(own_forwarder._stop.set)  # A forwarder with another secret tries again until it is stopped.
         assert is_closed(connection)
-    assert store.connections == 0
+    assert store.connection_count == 0
 
 
 @pytest.mark.parametrize("answer", [b"", b"hello", bytes(64), b"GET /progress HTTP/1.1\r\n\r\n" + bytes(64)])
@@ -113,7 +113,7 @@ def test_a_connection_without_a_proof_gets_only_a_random_number(gate: Gate, stor
         connection.sendall(answer)
         connection.shutdown(socket.SHUT_WR)
         assert is_closed(connection)
-    assert store.connections == 0
+    assert store.connection_count == 0
 
 
 def test_an_old_proof_is_refused(gate: Gate, store: EchoStore) -> None:
@@ -129,12 +129,12 @@ def test_an_old_proof_is_refused(gate: Gate, store: EchoStore) -> None:
         assert receive(connection, 32) != challenge
         connection.sendall(recorded_proof)
         assert is_closed(connection)
-    assert store.connections == 1
+    assert store.connection_count == 1
 
 
 def test_a_false_pod_of_rank_0_gets_no_bytes_of_the_ranks(caplog: pytest.LogCaptureFixture) -> None:
     """An attacker that takes the address of rank 0's pod receives only the proof of the forwarder."""
-    with socket.create_server(("127.0.0.1", 0)) as false_gate, forwarder(false_gate.getsockname()[1]) as own, connect(own.port) as rank:
+    with socket.create_server(("127.0.0.1", 0)) as false_gate, run_forwarder(false_gate.getsockname()[1]) as own_forwarder, connect(own_forwarder.port) as rank:
         rank.sendall(b"keys of the ranks")
         connection, _ = false_gate.accept()
         with connection:
@@ -148,7 +148,7 @@ def test_a_false_pod_of_rank_0_gets_no_bytes_of_the_ranks(caplog: pytest.LogCapt
 
 def test_idle_connections_do_not_keep_the_pods_of_the_gang_out(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
     strangers = [connect(gate.port) for _ in range(3 * subject.MAX_UNPROVEN_CONNECTIONS)]
-    with forwarder(gate.port) as own, connect(own.port) as connection:
+    with run_forwarder(gate.port) as own_forwarder, connect(own_forwarder.port) as connection:
         connection.sendall(b"hello")
         assert receive(connection, 5) == b"HELLO"
         assert all(len(receive(stranger, 33)) == 32 for stranger in strangers[: 2 * subject.MAX_UNPROVEN_CONNECTIONS])  # each stranger receives a challenge
@@ -168,7 +168,7 @@ def test_an_idle_connection_is_closed_after_the_timeout(store: EchoStore, monkey
 def test_a_rank_waits_for_a_pod_of_rank_0_that_starts_later(store: EchoStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subject, "CONNECT_PAUSE_SECONDS", 0.01)
     (port,) = find_free_ports(1)
-    with forwarder(port) as own, connect(own.port) as connection:
+    with run_forwarder(port) as own_forwarder, connect(own_forwarder.port) as connection:
         connection.sendall(b"early")
         gate = Gate(KEY, port, store.port)
         assert receive(connection, 5) == b"EARLY"
@@ -177,7 +177,7 @@ def test_a_rank_waits_for_a_pod_of_rank_0_that_starts_later(store: EchoStore, mo
 
 @pytest.mark.parametrize("end", ["store", "gate"])
 def test_the_end_of_the_store_or_the_gate_ends_the_connection_of_the_rank(gate: Gate, end: str) -> None:
-    with forwarder(gate.port) as own, connect(own.port) as connection:
+    with run_forwarder(gate.port) as own_forwarder, connect(own_forwarder.port) as connection:
         connection.sendall(b"hello")
         assert receive(connection, 5) == b"HELLO"
         if end == "store":
@@ -208,6 +208,6 @@ def test_the_pods_of_a_gang_connect_with_their_secret() -> None:
 
 
 def test_a_port_in_use_is_an_error_with_a_code() -> None:
-    with socket.create_server(("", 0)) as taken, pytest.raises(InternalError) as error:
-        connect_gang(make_world(taken.getsockname()[1]), 0, SECRET)
+    with socket.create_server(("", 0)) as bound_socket, pytest.raises(InternalError) as error:
+        connect_gang(make_world(bound_socket.getsockname()[1]), 0, SECRET)
     assert error.value.code == "PortInUse"

@@ -15,5 +15,5 @@ print(",".join(name for name in {heavy!r} if name in sys.modules))
 
 def test_the_supervisor_imports_no_heavy_package() -> None:
     program = PROGRAM.format(heavy=HEAVY_MODULES)
-    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == ""
+    finished_process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert finished_process.stdout.strip() == ""

@@ -48,16 +48,16 @@ def test_a_stage_stores_its_files_and_its_record(tmp_path: Path, output: Output)
 
 def test_a_later_attempt_skips_a_stage_that_is_done(tmp_path: Path, output: Output) -> None:
     Attempt(tmp_path, 1).end(output)
-    later = Attempt(tmp_path, 2, has_trained=False)
-    assert later.end(output) == StageReport(output=output)
-    assert later.stages.calls == [] and later.fetched == 0 and later.state.report().evaluation == EVALUATION
+    later_attempt = Attempt(tmp_path, 2, has_trained=False)
+    assert later_attempt.end(output) == StageReport(output=output)
+    assert later_attempt.stages.calls == [] and later_attempt.fetched == 0 and later_attempt.state.report().evaluation == EVALUATION
 
 
-@pytest.mark.parametrize("damaged", ["no record", "another model", "not JSON"])
-def test_a_later_attempt_downloads_the_model_and_repeats_an_open_stage(damaged: str, tmp_path: Path, output: Output) -> None:
+@pytest.mark.parametrize("damage", ["no record", "another model", "not JSON"])
+def test_a_later_attempt_downloads_the_model_and_repeats_an_open_stage(damage: str, tmp_path: Path, output: Output) -> None:
     first_attempt = Attempt(tmp_path, 1)
     first_attempt.end(output)
-    match damaged:
+    match damage:
         case "no record":
             first_attempt.tree.store.delete([RECORD])
         case "another model":
@@ -65,11 +65,11 @@ def test_a_later_attempt_downloads_the_model_and_repeats_an_open_stage(damaged: 
             first_attempt.tree.store.put(RECORD, json.dumps(record).encode())
         case "not JSON":
             first_attempt.tree.store.put(RECORD, b"{")
-    later = Attempt(tmp_path, 2, has_trained=False)
-    assert later.end(output) == StageReport(output=output)
-    assert later.fetched == 1
-    assert (later.stages.calls[0].model / "model.safetensors").read_bytes() == b"weights"
-    assert json.loads(later.tree.store.get(RECORD) or b"")["attempt"] == 2
+    later_attempt = Attempt(tmp_path, 2, has_trained=False)
+    assert later_attempt.end(output) == StageReport(output=output)
+    assert later_attempt.fetched == 1
+    assert (later_attempt.stages.calls[0].model / "model.safetensors").read_bytes() == b"weights"
+    assert json.loads(later_attempt.tree.store.get(RECORD) or b"")["attempt"] == 2
 
 
 def test_a_damaged_model_is_found_before_the_stage_runs(tmp_path: Path, output: Output) -> None:
@@ -99,9 +99,9 @@ def test_a_stop_leaves_the_stage_open_without_a_failure(tmp_path: Path, output: 
 
     monkeypatch.setattr(FakeStages, "behaviour", staticmethod(stop))
     assert Attempt(tmp_path, 1).end(output) == StageReport([Stage.EVALUATING], output=output)
-    stopped_before = Attempt(tmp_path, 2)
-    stopped_before.is_stopped = True
-    assert stopped_before.end(output) == StageReport([Stage.EVALUATING], output=output) and stopped_before.stages.calls == []
+    stopped_attempt = Attempt(tmp_path, 2)
+    stopped_attempt.is_stopped = True
+    assert stopped_attempt.end(output) == StageReport([Stage.EVALUATING], output=output) and stopped_attempt.stages.calls == []
 
 
 def test_a_superseded_attempt_runs_no_stage(tmp_path: Path, output: Output) -> None:
@@ -150,42 +150,42 @@ def stop_after_a_part(attempt: Attempt) -> list[dict[str, str]]:
 
     Returns a list. At its start, each run of the stage adds the finished parts that it has found to this list.
     """
-    found: list[dict[str, str]] = []
+    part_texts_per_run: list[dict[str, str]] = []
 
     def run(folder: Path) -> None:
-        found.append({path.name: path.read_text() for path in (folder / PARTS_FOLDER).iterdir()})
+        part_texts_per_run.append({path.name: path.read_text() for path in (folder / PARTS_FOLDER).iterdir()})
         (folder / PARTS_FOLDER / f"task-{attempt.run.attempt}.json").write_text("{}")
         (folder / PARTS_FOLDER / "task-9.part").write_text("{")  # not complete yet
         attempt.stages._store_parts()
         raise StoppedError
 
     attempt.stages.behaviour = run  # type: ignore[method-assign]
-    return found
+    return part_texts_per_run
 
 
 def test_the_next_attempt_gets_the_finished_parts_of_a_stopped_stage(tmp_path: Path, output: Output) -> None:
-    first, second, other = (Attempt(tmp_path, number) for number in (1, 2, 3))
-    found = stop_after_a_part(first)
-    assert first.end(output).open_stages == [Stage.EVALUATING] and found == [{}]
-    found = stop_after_a_part(second)
-    second.end(output)
-    assert found == [{"task-1.json": "{}"}]
-    stored = {stat.key.rpartition("/")[2] for stat in first.tree.store.list("run/stages/evaluating-parts/")}
-    assert stored == {"task-1.json", "task-2.json"}
-    found = stop_after_a_part(other)
-    other.end(output.model_copy(update={"sha256": "0" * 64}))
-    assert found == [{}]  # Finished parts of another model are not used.
+    first_attempt, second_attempt, attempt_with_another_model = (Attempt(tmp_path, number) for number in (1, 2, 3))
+    part_texts_per_run = stop_after_a_part(first_attempt)
+    assert first_attempt.end(output).open_stages == [Stage.EVALUATING] and part_texts_per_run == [{}]
+    part_texts_per_run = stop_after_a_part(second_attempt)
+    second_attempt.end(output)
+    assert part_texts_per_run == [{"task-1.json": "{}"}]
+    stored_names = {stat.key.rpartition("/")[2] for stat in first_attempt.tree.store.list("run/stages/evaluating-parts/")}
+    assert stored_names == {"task-1.json", "task-2.json"}
+    part_texts_per_run = stop_after_a_part(attempt_with_another_model)
+    attempt_with_another_model.end(output.model_copy(update={"sha256": "0" * 64}))
+    assert part_texts_per_run == [{}]  # Finished parts of another model are not used.
 
 
 def test_a_part_that_cannot_be_stored_adds_a_note(tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
     attempt = Attempt(tmp_path, 1)
-    found = stop_after_a_part(attempt)
+    part_texts_per_run = stop_after_a_part(attempt)
 
     def fail(*_: object) -> None:
         raise StorageError("StorageFailed", "the store answers 503")
 
     monkeypatch.setattr(attempt.tree.store, "put_file", fail)
-    assert attempt.end(output).failure is None and found == [{}]
+    assert attempt.end(output).failure is None and part_texts_per_run == [{}]
     assert attempt.state.report().resolved.notes == ["some results of finished tasks were not stored: StorageFailed"]
 
 
@@ -193,12 +193,13 @@ def test_an_unexpected_failure_keeps_the_results_of_earlier_stages(
     tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     uri = "file:///merged"
-    later, _ = gate_attempt(tmp_path, 1, {Stage.EVALUATING: StageResult(merged_uri=uri), Stage.VERIFYING: RuntimeError("broken")}, monkeypatch)
-    report = later.run(output)
+    stages, _ = make_gated_attempt(tmp_path, 1, {Stage.EVALUATING: StageResult(merged_uri=uri), Stage.VERIFYING: RuntimeError("broken")}, monkeypatch)
+    report = stages.run(output)
     assert report.failure is not None and (report.failure.stage, report.failure.error.code) == (Stage.VERIFYING, "TrainerCrashed")
     assert report.output is not None and report.output.merged_uri == uri
-    later, _ = gate_attempt(tmp_path, 2, {Stage.COMPARING: make_gate_result([FAILED]), Stage.VERIFYING: OSError(28, "No space left on device")}, monkeypatch)
-    report = later.run(output.model_copy(update={"sha256": "1" * 64}))
+    disk_error = OSError(28, "No space left on device")
+    stages, _ = make_gated_attempt(tmp_path, 2, {Stage.COMPARING: make_gate_result([FAILED]), Stage.VERIFYING: disk_error}, monkeypatch)
+    report = stages.run(output.model_copy(update={"sha256": "1" * 64}))
     assert report.failure is not None and report.failure.error.code == "GateFailed"
 
 
@@ -223,16 +224,18 @@ class GatedStages(LaterStages):
         return self._write_record(stage, output, result, [])
 
 
-def gate_attempt(folder: Path, number: int, results: dict[Stage, StageResult | Exception], monkeypatch: pytest.MonkeyPatch) -> tuple[GatedStages, Attempt]:
+def make_gated_attempt(
+    folder: Path, number: int, results: dict[Stage, StageResult | Exception], monkeypatch: pytest.MonkeyPatch
+) -> tuple[GatedStages, Attempt]:
     """Return an attempt of a job with an evaluation, a comparison, a further stage that does not publish, and a copy in `output.dir`."""
-    stages = [Stage.EVALUATING, Stage.COMPARING, Stage.VERIFYING, Stage.UPLOADING]
-    monkeypatch.setattr("finetune_trainer.supervisor.later_stages.list_planned_stages", lambda _run: stages)
+    planned_stages = [Stage.EVALUATING, Stage.COMPARING, Stage.VERIFYING, Stage.UPLOADING]
+    monkeypatch.setattr("finetune_trainer.supervisor.later_stages.list_planned_stages", lambda _run: planned_stages)
     attempt = Attempt(folder, number)
     attempt.stages.__class__ = GatedStages
-    later = attempt.stages
-    assert isinstance(later, GatedStages)
-    later.calls, later.results = [], results
-    return later, attempt
+    stages = attempt.stages
+    assert isinstance(stages, GatedStages)
+    stages.calls, stages.results = [], results
+    return stages, attempt
 
 
 def make_gate_result(gates: list[GateResult]) -> StageResult:
@@ -240,12 +243,12 @@ def make_gate_result(gates: list[GateResult]) -> StageResult:
 
 
 def test_a_model_is_promoted_after_all_stages_that_do_not_publish(tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
-    later, attempt = gate_attempt(tmp_path, 1, {Stage.COMPARING: make_gate_result([PASSED]), Stage.VERIFYING: DataError("Bad", "m")}, monkeypatch)
-    report = later.run(output)
+    stages, attempt = make_gated_attempt(tmp_path, 1, {Stage.COMPARING: make_gate_result([PASSED]), Stage.VERIFYING: DataError("Bad", "m")}, monkeypatch)
+    report = stages.run(output)
     assert report.failure is not None and report.failure.stage is Stage.VERIFYING and attempt.tree.store.get(MARKER) is None
-    later, attempt = gate_attempt(tmp_path, 2, {Stage.UPLOADING: StageResult(published_uri="file:///copy")}, monkeypatch)
-    report = later.run(output)
-    assert later.calls == [Stage.VERIFYING, Stage.UPLOADING] and (report.failure, report.open_stages) == (None, [])
+    stages, attempt = make_gated_attempt(tmp_path, 2, {Stage.UPLOADING: StageResult(published_uri="file:///copy")}, monkeypatch)
+    report = stages.run(output)
+    assert stages.calls == [Stage.VERIFYING, Stage.UPLOADING] and (report.failure, report.open_stages) == (None, [])
     assert report.output is not None and (report.output.promoted, report.output.published_uri) == (True, "file:///copy")
     assert attempt.state.report().output == report.output
     marker = json.loads(attempt.tree.store.get(MARKER) or b"")
@@ -256,57 +259,57 @@ def test_a_failed_gate_ends_the_job_after_all_results_exist_and_without_a_copy(
     tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for number, calls in ((1, [Stage.EVALUATING, Stage.COMPARING, Stage.VERIFYING]), (2, [])):
-        later, attempt = gate_attempt(tmp_path, number, {Stage.COMPARING: make_gate_result([PASSED, FAILED])}, monkeypatch)
-        report = later.run(output)
-        assert later.calls == calls and report.failure is not None and report.open_stages == []
+        stages, attempt = make_gated_attempt(tmp_path, number, {Stage.COMPARING: make_gate_result([PASSED, FAILED])}, monkeypatch)
+        report = stages.run(output)
+        assert stages.calls == calls and report.failure is not None and report.open_stages == []
         assert (report.failure.stage, report.failure.error.code) == (Stage.COMPARING, "GateFailed")
         assert (report.failure.error.message, int(report.failure.error.exit_code)) == (FAILED.text, 80)
         assert report.output == output.model_copy(update={"promoted": False}) and attempt.tree.store.get(MARKER) is None
 
 
 def test_a_failed_gate_is_the_failure_even_if_a_later_stage_fails(tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
-    later, attempt = gate_attempt(tmp_path, 1, {Stage.EVALUATING: make_gate_result([FAILED]), Stage.VERIFYING: DataError("Bad", "broken")}, monkeypatch)
-    report = later.run(output)
+    stages, attempt = make_gated_attempt(tmp_path, 1, {Stage.EVALUATING: make_gate_result([FAILED]), Stage.VERIFYING: DataError("Bad", "broken")}, monkeypatch)
+    report = stages.run(output)
     assert report.failure is not None and (report.failure.stage, report.failure.error.code) == (Stage.EVALUATING, "GateFailed")
     assert "the stage verifying failed: Bad: broken" in (attempt.state.report().resolved.notes or [])
 
 
 def test_a_superseded_attempt_ends_at_once_also_after_a_failed_gate(tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
     """If a superseded attempt continued, it would run its remaining stages at the same time as the later attempt, and end with GateFailed."""
-    fenced = FencedOutError("FencedOut", "a later attempt has begun")
-    later, attempt = gate_attempt(tmp_path, 1, {Stage.EVALUATING: make_gate_result([FAILED]), Stage.COMPARING: fenced}, monkeypatch)
-    report = later.run(output)
-    assert later.calls == [Stage.EVALUATING, Stage.COMPARING] and report.failure is not None
-    assert (report.failure.stage, report.failure.error) == (Stage.COMPARING, fenced)
+    fenced_error = FencedOutError("FencedOut", "a later attempt has begun")
+    stages, attempt = make_gated_attempt(tmp_path, 1, {Stage.EVALUATING: make_gate_result([FAILED]), Stage.COMPARING: fenced_error}, monkeypatch)
+    report = stages.run(output)
+    assert stages.calls == [Stage.EVALUATING, Stage.COMPARING] and report.failure is not None
+    assert (report.failure.stage, report.failure.error) == (Stage.COMPARING, fenced_error)
     assert not attempt.state.report().resolved.notes
 
 
 def test_a_stop_after_a_failed_gate_leaves_the_other_stages_to_the_next_attempt(
     tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    later, _ = gate_attempt(tmp_path, 1, {Stage.COMPARING: make_gate_result([FAILED]), Stage.VERIFYING: StoppedError()}, monkeypatch)
-    report = later.run(output)
+    stages, _ = make_gated_attempt(tmp_path, 1, {Stage.COMPARING: make_gate_result([FAILED]), Stage.VERIFYING: StoppedError()}, monkeypatch)
+    report = stages.run(output)
     assert (report.failure, report.open_stages) == (None, [Stage.VERIFYING, Stage.UPLOADING])
 
 
 def test_without_gates_nothing_is_promoted(tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
-    later, attempt = gate_attempt(tmp_path, 1, {Stage.COMPARING: StageResult(evaluation=EVALUATION)}, monkeypatch)
-    report = later.run(output)
+    stages, attempt = make_gated_attempt(tmp_path, 1, {Stage.COMPARING: StageResult(evaluation=EVALUATION)}, monkeypatch)
+    report = stages.run(output)
     assert report.output == output and report.failure is None and attempt.tree.store.get(MARKER) is None
 
 
 def test_a_superseded_attempt_promotes_nothing(tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
-    later, attempt = gate_attempt(tmp_path, 1, {Stage.COMPARING: make_gate_result([PASSED])}, monkeypatch)
-    promote = later._promote
+    stages, attempt = make_gated_attempt(tmp_path, 1, {Stage.COMPARING: make_gate_result([PASSED])}, monkeypatch)
+    promote = stages._promote
 
     def promote_beside_a_later_attempt(*arguments: Any) -> None:
         attempt.tree.begin_attempt(2, b"{}")
         promote(*arguments)
 
-    monkeypatch.setattr(later, "_promote", promote_beside_a_later_attempt)
-    report = later.run(output)
+    monkeypatch.setattr(stages, "_promote", promote_beside_a_later_attempt)
+    report = stages.run(output)
     assert report.failure is not None and isinstance(report.failure.error, FencedOutError)
-    assert attempt.tree.store.get(MARKER) is None and Stage.UPLOADING not in later.calls
+    assert attempt.tree.store.get(MARKER) is None and Stage.UPLOADING not in stages.calls
 
 
 def test_the_sweep_of_a_later_attempt_keeps_the_marker(tmp_path: Path, output: Output) -> None:
@@ -323,9 +326,9 @@ def test_a_later_attempt_compares_with_the_stored_measurements(tmp_path: Path, o
     first_attempt = Attempt(tmp_path, 1, spec=COMPARED)
     assert first_attempt.end(output).open_stages == []
     first_attempt.tree.store.delete(["run/stages/comparing.json"])
-    later = Attempt(tmp_path, 2, spec=COMPARED)
-    assert later.end(output).failure is None
-    [task] = later.stages.calls
+    later_attempt = Attempt(tmp_path, 2, spec=COMPARED)
+    assert later_attempt.end(output).failure is None
+    [task] = later_attempt.stages.calls
     assert task.stage is Stage.COMPARING and task.evaluated is not None
     assert (task.evaluated / "measurements.json").read_text() == '{"rowCount": 2}'
 
@@ -343,8 +346,8 @@ def test_damaged_measurements_are_measured_again_by_the_next_attempt(
     report = Attempt(tmp_path, 2, spec=COMPARED).end(output)
     assert report.failure is not None and (report.failure.stage, report.failure.error.code) == (Stage.COMPARING, "EvaluationDamaged")
     assert report.failure.error.exit_code == 69  # The job is retried after this exit code.
-    third = Attempt(tmp_path, 3, spec=COMPARED)
-    assert third.end(output).failure is None and [task.stage for task in third.stages.calls] == [Stage.EVALUATING, Stage.COMPARING]
+    third_attempt = Attempt(tmp_path, 3, spec=COMPARED)
+    assert third_attempt.end(output).failure is None and [task.stage for task in third_attempt.stages.calls] == [Stage.EVALUATING, Stage.COMPARING]
 
 
 def test_the_merged_model_is_committed_and_named_in_the_output(tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -353,9 +356,9 @@ def test_the_merged_model_is_committed_and_named_in_the_output(tmp_path: Path, o
     report = attempt.end(output)
     uri = f"file://{tmp_path}/store/merged/a1-00000001"
     assert report.output == output.model_copy(update={"merged_uri": uri}) and report.open_stages == []
-    committed = attempt.tree.get_merged()
-    assert committed is not None
-    manifest = attempt.tree.read_manifest(committed)
+    committed_model = attempt.tree.get_merged()
+    assert committed_model is not None
+    manifest = attempt.tree.read_manifest(committed_model)
     assert manifest is not None and manifest.extra == {"adapter": output.uri, "adapterSha256": output.sha256} and manifest.step == 4
     assert [file.path for file in manifest.files] == ["config.json", "model-1.safetensors", "model-2.safetensors"]
     # The sweep removes the files of other incarnations, but neither the committed merged model nor its marker.
@@ -372,12 +375,12 @@ def test_a_committed_merged_model_of_the_same_adapter_is_not_made_again(adapter:
     first_attempt = Attempt(tmp_path, 1, spec=MERGED)
     first_attempt.end(output)
     first_attempt.tree.store.delete(["run/stages/merging.json"])  # This simulates an attempt that ended before it stored the record.
-    later = Attempt(tmp_path, 2, spec=MERGED)
-    merged = output if adapter == "same" else output.model_copy(update={"sha256": "0" * 64})
-    report = later.end(merged)
+    later_attempt = Attempt(tmp_path, 2, spec=MERGED)
+    adapter_output = output if adapter == "same" else output.model_copy(update={"sha256": "0" * 64})
+    report = later_attempt.end(adapter_output)
     incarnation = "a1-00000001" if adapter == "same" else "a2-00000002"
     assert report.output is not None and report.output.merged_uri == f"file://{tmp_path}/store/merged/{incarnation}"
-    assert len(later.stages.calls) == (0 if adapter == "same" else 1)
+    assert len(later_attempt.stages.calls) == (0 if adapter == "same" else 1)
 
 
 def test_a_stop_ends_the_upload_of_the_merged_model_after_the_current_file(tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:

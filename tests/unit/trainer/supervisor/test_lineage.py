@@ -35,31 +35,31 @@ def root(tmp_path: Path) -> Path:
     return write_finished_run(tmp_path / "run")
 
 
-def stored_run(root: Path) -> tuple[RunConfig, CheckpointTree]:
+def load_stored_run(root: Path) -> tuple[RunConfig, CheckpointTree]:
     run = RunConfig.model_validate_json((root / "run/attempt-1/run.json").read_bytes())
     return run, CheckpointTree(open_store(StoreTarget(uri=f"file://{root}")))
 
 
 def test_a_later_pod_keeps_the_statement_because_it_may_be_signed(root: Path) -> None:
-    run, tree = stored_run(root)
-    before = (root / "lineage/statement.json").read_bytes()
+    run, tree = load_stored_run(root)
+    statement_before = (root / "lineage/statement.json").read_bytes()
     assert Lineage(run, tree, RunState(), FileDigests()).write_statement(None) == f"file://{root}/lineage/statement.json"
-    assert (root / "lineage/statement.json").read_bytes() == before
+    assert (root / "lineage/statement.json").read_bytes() == statement_before
 
 
 def test_a_later_pod_writes_the_missing_statement_but_no_digests_of_files(root: Path) -> None:
-    run, tree = stored_run(root)
+    run, tree = load_stored_run(root)
     (root / "lineage/statement.json").unlink()
     Lineage(run, tree, RunState(), FileDigests()).write_statement(None)
     statement = Statement.model_validate_json((root / "lineage/statement.json").read_bytes())
-    assert [one.name for one in statement.predicate.build_definition.resolved_dependencies] == [
+    assert [dependency.name for dependency in statement.predicate.build_definition.resolved_dependencies] == [
         "model.source", "dataset.train", "dataset.test", "training image set",
     ]  # fmt: skip
-    assert [one.incarnation for one in statement.run.attempts] == ["a1-1f3c9a2b"]
+    assert [attempt.incarnation for attempt in statement.run.attempts] == ["a1-1f3c9a2b"]
 
 
 def test_a_superseded_attempt_and_a_run_without_a_model_write_no_statement(root: Path) -> None:
-    run, tree = stored_run(root)
+    run, tree = load_stored_run(root)
     (root / "lineage/statement.json").unlink()
     tree.begin_attempt(2, b"{}")
     assert Lineage(run, tree, RunState(), FileDigests()).write_statement(None) is None
@@ -69,42 +69,42 @@ def test_a_superseded_attempt_and_a_run_without_a_model_write_no_statement(root:
 
 
 def test_files_that_have_changed_since_the_training_have_no_digest(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, tree = stored_run(root)
+    run, tree = load_stored_run(root)
     manifest = tree.read_manifest(tree.get_committed(None))  # type: ignore[arg-type]
     assert manifest is not None
     inputs = make_inputs(tmp_path / "run")
-    names = [one.name for one in list_dependencies(run, manifest.facts, inputs, FileDigests())]
+    names = [dependency.name for dependency in list_dependencies(run, manifest.facts, inputs, FileDigests())]
     assert names == [
         "model.source", "model.source/config.json", "dataset.train", "dataset.train/train.jsonl", "dataset.test", "dataset.test/test.jsonl",
         "training image set",
     ]  # fmt: skip
     (tmp_path / "run/train.jsonl").write_text("changed")
     (tmp_path / "run/base/config.json").write_text("changed")
-    without = [one.name for one in list_dependencies(run, manifest.facts, inputs, FileDigests())]
-    assert without == ["model.source", "dataset.train", "dataset.test", "dataset.test/test.jsonl", "training image set"]
+    names_after_change = [dependency.name for dependency in list_dependencies(run, manifest.facts, inputs, FileDigests())]
+    assert names_after_change == ["model.source", "dataset.train", "dataset.test", "dataset.test/test.jsonl", "training image set"]
     monkeypatch.setattr(subject, "MAX_HASHED_MODEL_BYTES", 1)
-    commit = manifest.facts.model_copy(update={"model_revision": "c" * 40})
-    (base, *_) = list_dependencies(run, commit, inputs, FileDigests())
-    assert base.digest == {"gitCommit": "c" * 40}
+    facts_with_commit = manifest.facts.model_copy(update={"model_revision": "c" * 40})
+    (base_model, *_) = list_dependencies(run, facts_with_commit, inputs, FileDigests())
+    assert base_model.digest == {"gitCommit": "c" * 40}
 
 
 def test_downloaded_files_are_not_read_again(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, tree = stored_run(root)
+    run, tree = load_stored_run(root)
     manifest, inputs, digests = tree.read_manifest(tree.get_committed(None)), make_inputs(tmp_path / "run"), FileDigests()  # type: ignore[arg-type]
     assert manifest is not None
-    expected = list_dependencies(run, manifest.facts, inputs, digests)
+    expected_dependencies = list_dependencies(run, manifest.facts, inputs, digests)
     downloads = [inputs.model / "config.json", *inputs.train, *inputs.test]
     for path in downloads:
         digests.add_download(path, sha256_file(path))
-    read: list[Path] = []
-    monkeypatch.setattr(file_digests, "sha256_file", lambda path: read.append(path) or "changed")
+    read_paths: list[Path] = []
+    monkeypatch.setattr(file_digests, "sha256_file", lambda path: read_paths.append(path) or "changed")
     monkeypatch.setattr(subject, "MAX_HASHED_MODEL_BYTES", 0)  # No byte of the model may be read.
-    assert list_dependencies(run, manifest.facts, inputs, digests) == expected and read == []
-    content, times = inputs.train[0].read_bytes(), inputs.train[0].stat()
+    assert list_dependencies(run, manifest.facts, inputs, digests) == expected_dependencies and read_paths == []
+    content, stat_before = inputs.train[0].read_bytes(), inputs.train[0].stat()
     inputs.train[0].write_bytes(content[::-1])
-    os.utime(inputs.train[0], ns=(times.st_atime_ns, times.st_mtime_ns))  # Set back the modification time, as if the file had not changed.
-    names = [one.name for one in list_dependencies(run, manifest.facts, inputs, digests)]
-    assert read == inputs.train and "dataset.train/train.jsonl" not in names and "dataset.test/test.jsonl" in names
+    os.utime(inputs.train[0], ns=(stat_before.st_atime_ns, stat_before.st_mtime_ns))  # Set back the modification time, as if the file had not changed.
+    names = [dependency.name for dependency in list_dependencies(run, manifest.facts, inputs, digests)]
+    assert read_paths == inputs.train and "dataset.train/train.jsonl" not in names and "dataset.test/test.jsonl" in names
 
 
 class FailingLineage:
@@ -125,7 +125,7 @@ def test_a_failure_to_write_the_statement_adds_a_note(error: Exception, code: st
 
 
 def test_the_statement_contains_the_attempts_without_messages_and_notes(root: Path) -> None:
-    run, tree = stored_run(root)
+    run, tree = load_stored_run(root)
     (root / "lineage/statement.json").unlink()
     recorder = AttemptRecorder(
         run.model_copy(update={"attempt": 2}), tree, incarnation="a2-00000002", config_sha256="c", started_at=datetime(2026, 3, 2, tzinfo=UTC)
@@ -135,20 +135,21 @@ def test_the_statement_contains_the_attempts_without_messages_and_notes(root: Pa
     resolved = ResolvedConfig(device="NVIDIA H100", notes=["a note"])
     recorder.record_end(message, ProgressReport(attempt=2, uid="u", progress=Progress(step=15), resolved=resolved))
     Lineage(run, tree, RunState(), FileDigests()).write_statement(None)
-    data = (root / "lineage/statement.json").read_bytes()
-    first, second = Statement.model_validate_json(data).run.attempts
-    assert (first.attempt, first.start_step, first.ended_at, second.start_step, second.last_step, second.code) == (1, 0, None, 10, 15, "GpuOutOfMemory")
-    assert second.resolved.device == "NVIDIA H100" and (second.message, second.hint, second.notes) == (None, None, [])
-    assert b"no memory" not in data and b"a note" not in data and b"lower it" not in data
+    statement_bytes = (root / "lineage/statement.json").read_bytes()
+    first_attempt, second_attempt = Statement.model_validate_json(statement_bytes).run.attempts
+    assert (first_attempt.attempt, first_attempt.start_step, first_attempt.ended_at) == (1, 0, None)
+    assert (second_attempt.start_step, second_attempt.last_step, second_attempt.code) == (10, 15, "GpuOutOfMemory")
+    assert second_attempt.resolved.device == "NVIDIA H100" and (second_attempt.message, second_attempt.hint, second_attempt.notes) == (None, None, [])
+    assert b"no memory" not in statement_bytes and b"a note" not in statement_bytes and b"lower it" not in statement_bytes
 
 
 def test_expected_inputs_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     facts = RunFacts(model_revision="m", dataset_digest="d", other_inputs={"test data": "t"})
     require_expected_inputs(facts)
-    expected = {"modelRevision": "m", "datasetDigest": "d", "beside": {"test data": "t"}}
-    monkeypatch.setenv("FINETUNE_EXPECTED_INPUTS", json.dumps(expected))
+    expected_inputs = {"modelRevision": "m", "datasetDigest": "d", "beside": {"test data": "t"}}
+    monkeypatch.setenv("FINETUNE_EXPECTED_INPUTS", json.dumps(expected_inputs))
     require_expected_inputs(facts)
-    monkeypatch.setenv("FINETUNE_EXPECTED_INPUTS", json.dumps({**expected, "datasetDigest": "x", "beside": {"tokenizer": "k"}}))
+    monkeypatch.setenv("FINETUNE_EXPECTED_INPUTS", json.dumps({**expected_inputs, "datasetDigest": "x", "beside": {"tokenizer": "k"}}))
     with pytest.raises(ConfigError) as caught:
         require_expected_inputs(facts)
     assert caught.value.message.endswith(": training data is d instead of x; tokenizer is absent instead of k")
@@ -159,10 +160,10 @@ def test_secrets_are_removed_at_every_depth() -> None:
         "dataset": {"mixture": [{"source": "https://u:p@h/f?sig=1"}, {"source": "s3://b/k"}]},
         "placement": {"env": [{"name": "A", "value": "v"}, {"name": "B", "secretKeyRef": {"name": "s", "key": "k"}}]},
     }  # fmt: skip
-    value, changed = remove_secrets(spec)
-    assert value["dataset"]["mixture"] == [{"source": "https://h/f"}, {"source": "s3://b/k"}]
-    assert value["placement"]["env"] == [{"name": "A"}, {"name": "B", "secretKeyRef": {"name": "s", "key": "k"}}]
-    assert changed == ["dataset.mixture[0].source", "placement.env[0].value"]
+    spec_without_secrets, changed_paths = remove_secrets(spec)
+    assert spec_without_secrets["dataset"]["mixture"] == [{"source": "https://h/f"}, {"source": "s3://b/k"}]
+    assert spec_without_secrets["placement"]["env"] == [{"name": "A"}, {"name": "B", "secretKeyRef": {"name": "s", "key": "k"}}]
+    assert changed_paths == ["dataset.mixture[0].source", "placement.env[0].value"]
     assert spec["placement"]["env"][0] == {"name": "A", "value": "v"}
 
 

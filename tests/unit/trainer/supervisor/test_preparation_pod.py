@@ -22,22 +22,22 @@ from tests.support.learning import make_run
 
 DIGEST = "d" * 64
 SUMMARY = SimpleNamespace(rows={"train": 3}, bad_rows=0, findings=SimpleNamespace(duplicate_count=0, personal_data_counts={}))
-STORED = {"prepared_uri": f"s3://rows/{DIGEST}", "prepared_sha256": "e" * 64}
+STORED_ROWS = {"prepared_uri": f"s3://rows/{DIGEST}", "prepared_sha256": "e" * 64}
 
 
 class FakeStore:
     """A row store that records the calls of its methods."""
 
     def __init__(self) -> None:
-        self.fetched: list[str] = []
-        self.committed: list[str] = []
+        self.fetched_digests: list[str] = []
+        self.committed_digests: list[str] = []
         self.on_cleanup: Callable[[], None] = lambda: None
 
     def fetch_for_preparation(self, digest: str, work: Path) -> None:
-        self.fetched.append(digest)
+        self.fetched_digests.append(digest)
 
     def commit(self, digest: str, folder: Path, **_: Any) -> str:
-        self.committed.append(digest)
+        self.committed_digests.append(digest)
         return "e" * 64
 
     def uri(self, digest: str) -> str:
@@ -48,13 +48,13 @@ class FakeStore:
         return []
 
 
-class Scene:
-    """A preparation pod whose process `check` requests rows with the digest `requested` and reports the digest `checked`."""
+class PreparationBench:
+    """A preparation pod whose process `check` requests rows with the digest `requested_digest` and reports the digest `checked_digest`."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.folder, self.store = folder, FakeStore()
-        self.requested: Any = DIGEST
-        self.checked = DIGEST
+        self.requested_digest: Any = DIGEST
+        self.checked_digest = DIGEST
         self.pod = PreparationPod(Settings(folder / "run.json", None, folder / "work", folder / "log", 0, 0, "", "uid"))
         self.run: RunConfig = self.build_run({})
         monkeypatch.setattr(preparation_pod, "load_run", lambda _: (self.run, "sha"))
@@ -74,19 +74,19 @@ class Scene:
         yield self.store
 
     def _run_child(self, *_: Any, handle_message: Callable[[dict[str, Any]], None], **__: Any) -> SimpleNamespace:
-        if self.requested is not None:
-            handle_message({"kind": rows_request.ROWS_NEEDED, "digest": self.requested})
+        if self.requested_digest is not None:
+            handle_message({"kind": rows_request.ROWS_NEEDED, "digest": self.requested_digest})
         for thread in threading.enumerate():
             if thread.name == "stored-rows":
                 thread.join()
-        checked = CheckResult(data=DataReport(rows={"train": 3}, digest=self.checked), resolved=ResolvedConfig())
-        handle_message({"kind": "checked", "value": checked.to_wire()})
+        check_result = CheckResult(data=DataReport(rows={"train": 3}, digest=self.checked_digest), resolved=ResolvedConfig())
+        handle_message({"kind": "checked", "value": check_result.to_wire()})
         return SimpleNamespace(failure=None)
 
     def check(self) -> DataReport:
         return self.pod._check()
 
-    def notes(self) -> list[str]:
+    def list_notes(self) -> list[str]:
         resolved = self.pod._state.report().resolved
         return list((resolved.notes if resolved is not None else None) or [])
 
@@ -96,14 +96,14 @@ class Scene:
 
 
 @pytest.fixture
-def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Scene:
-    return Scene(tmp_path, monkeypatch)
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PreparationBench:
+    return PreparationBench(tmp_path, monkeypatch)
 
 
-def test_a_preparation_searches_for_stored_rows_and_stores_its_own(scene: Scene) -> None:
-    report = scene.check()
-    assert (report.prepared_uri, report.prepared_sha256) == tuple(STORED.values())
-    assert (scene.store.fetched, scene.store.committed, scene.is_answered, scene.notes()) == ([DIGEST], [DIGEST], True, [])
+def test_a_preparation_searches_for_stored_rows_and_stores_its_own(bench: PreparationBench) -> None:
+    report = bench.check()
+    assert (report.prepared_uri, report.prepared_sha256) == tuple(STORED_ROWS.values())
+    assert (bench.store.fetched_digests, bench.store.committed_digests, bench.is_answered, bench.list_notes()) == ([DIGEST], [DIGEST], True, [])
 
 
 @pytest.mark.parametrize(
@@ -118,56 +118,58 @@ def test_a_preparation_searches_for_stored_rows_and_stores_its_own(scene: Scene)
         ),
     ],
 )
-def test_a_preparation_that_runs_other_code_neither_stores_nor_uses_rows(scene: Scene, spec: dict[str, Any], field: str) -> None:
-    scene.run = scene.build_run(spec)
-    report = scene.check()
+def test_a_preparation_that_runs_other_code_neither_stores_nor_uses_rows(bench: PreparationBench, spec: dict[str, Any], field: str) -> None:
+    bench.run = bench.build_run(spec)
+    report = bench.check()
     assert (report.rows, report.prepared_uri, report.prepared_sha256) == ({"train": 3}, None, None)
-    assert (scene.store.fetched, scene.store.committed, scene.is_answered) == ([], [], True)
-    assert scene.notes() == [
+    assert (bench.store.fetched_digests, bench.store.committed_digests, bench.is_answered) == ([], [], True)
+    assert bench.list_notes() == [
         f"prepared rows are neither stored nor used, because {field} can run other code in the preparation; the training pods tokenise the data"
     ]
 
 
-def test_a_repeated_request_touches_a_file_during_the_search_and_the_answer_file_after_it(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    (scene.folder / "work").mkdir()
+def test_a_repeated_request_touches_a_file_during_the_search_and_the_answer_file_after_it(bench: PreparationBench, monkeypatch: pytest.MonkeyPatch) -> None:
+    (bench.folder / "work").mkdir()
     request = {"kind": rows_request.ROWS_NEEDED, "digest": DIGEST}
-    may_end, scene.pod._row_store = threading.Event(), scene.store  # type: ignore[assignment]
-    monkeypatch.setattr(scene.store, "fetch_for_preparation", lambda *_: may_end.wait())
-    scene.pod._handle_message(request)
-    scene.pod._handle_message(request)
-    assert rows_request.working_file(scene.folder / "work", DIGEST).exists() and not scene.is_answered
+    may_end, bench.pod._row_store = threading.Event(), bench.store  # type: ignore[assignment]
+    monkeypatch.setattr(bench.store, "fetch_for_preparation", lambda *_: may_end.wait())
+    bench.pod._handle_message(request)
+    bench.pod._handle_message(request)
+    assert rows_request.working_file(bench.folder / "work", DIGEST).exists() and not bench.is_answered
     may_end.set()
-    assert scene.pod._rows_search is not None
-    scene.pod._rows_search.join()
-    assert scene.is_answered
-    rows_request.answer_file(scene.folder / "work", DIGEST).unlink()
-    scene.pod._handle_message(request)
-    assert scene.is_answered, "the first answer was lost"
+    assert bench.pod._rows_search is not None
+    bench.pod._rows_search.join()
+    assert bench.is_answered
+    rows_request.answer_file(bench.folder / "work", DIGEST).unlink()
+    bench.pod._handle_message(request)
+    assert bench.is_answered, "the first answer was lost"
 
 
 @pytest.mark.parametrize(
-    ("requested", "checked", "fetched"),
+    ("requested_digest", "checked_digest", "fetched_digests"),
     [
         (DIGEST, "f" * 64, [DIGEST]), (DIGEST, "../" + "d" * 61, [DIGEST]), ("../../other", "../../other", []), ("D" * 64, "D" * 64, []),
         (None, DIGEST, []), (["d"], DIGEST, []),
     ],
     ids=["another digest", "path at the end", "path", "capitals", "no request", "list"],
 )  # fmt: skip
-def test_rows_with_an_invalid_or_another_digest_are_not_stored(scene: Scene, requested: Any, checked: str, fetched: list[str]) -> None:
-    scene.requested, scene.checked = requested, checked
-    report = scene.check()
-    assert (report.prepared_uri, report.prepared_sha256, scene.store.fetched, scene.store.committed) == (None, None, fetched, [])
-    assert scene.notes() == ["the prepared rows were not stored: their digest differs from the requested digest; the training pods tokenise the data"]
+def test_rows_with_an_invalid_or_another_digest_are_not_stored(
+    bench: PreparationBench, requested_digest: Any, checked_digest: str, fetched_digests: list[str]
+) -> None:
+    bench.requested_digest, bench.checked_digest = requested_digest, checked_digest
+    report = bench.check()
+    assert (report.prepared_uri, report.prepared_sha256, bench.store.fetched_digests, bench.store.committed_digests) == (None, None, fetched_digests, [])
+    assert bench.list_notes() == ["the prepared rows were not stored: their digest differs from the requested digest; the training pods tokenise the data"]
 
 
-def test_a_stop_during_the_cleanup_keeps_the_result(scene: Scene) -> None:
+def test_a_stop_during_the_cleanup_keeps_the_result(bench: PreparationBench) -> None:
     may_end = threading.Event()
 
     def stop() -> None:
-        scene.pod._stop_requested.set()
+        bench.pod._stop_requested.set()
         may_end.wait()
 
-    scene.store.on_cleanup = stop
-    report = scene.check()
+    bench.store.on_cleanup = stop
+    report = bench.check()
     may_end.set()
-    assert (report.rows, report.prepared_sha256, scene.store.committed) == ({"train": 3}, "e" * 64, [DIGEST])
+    assert (report.rows, report.prepared_sha256, bench.store.committed_digests) == ({"train": 3}, "e" * 64, [DIGEST])

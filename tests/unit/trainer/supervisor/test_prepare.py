@@ -60,18 +60,18 @@ def inputs(tmp_path: Path) -> Inputs:
     ],
 )  # fmt: skip
 def test_the_hash_of_an_input_changes_with_its_contents(inputs: Inputs, tmp_path: Path, file: str, input_name: str) -> None:
-    before = hash_other_inputs(inputs, sha256_file)
+    hashes_before = hash_other_inputs(inputs, sha256_file)
     (tmp_path / file).write_text('{"other": 1}')
-    after = hash_other_inputs(inputs, sha256_file)
-    assert {name for name in before if before[name] != after[name]} == {input_name}
+    hashes_after = hash_other_inputs(inputs, sha256_file)
+    assert {name for name in hashes_before if hashes_before[name] != hashes_after[name]} == {input_name}
 
 
 def test_a_configmap_that_is_mounted_again_with_the_same_contents_has_the_same_hash(inputs: Inputs, tmp_path: Path) -> None:
-    before = hash_other_inputs(inputs, sha256_file)
+    hashes_before = hash_other_inputs(inputs, sha256_file)
     (tmp_path / "maps/mine/..2026").rename(tmp_path / "maps/mine/..2027")
     (tmp_path / "maps/mine/..data").unlink()
     (tmp_path / "maps/mine/..data").symlink_to("..2027")
-    assert hash_other_inputs(inputs, sha256_file) == before
+    assert hash_other_inputs(inputs, sha256_file) == hashes_before
 
 
 def test_inputs_that_the_job_does_not_have_are_not_hashed(tmp_path: Path) -> None:
@@ -153,9 +153,9 @@ def test_a_request_to_a_busy_store_is_retried(
     assert (preparation._retry_while_busy(send_request), pauses) == ("ready", expected_pauses)
 
 
-@pytest.mark.parametrize(("code", "pauses_count"), [("StorageFailed", 4), ("EndpointUnreachable", 0)])
+@pytest.mark.parametrize(("code", "pause_count"), [("StorageFailed", 4), ("EndpointUnreachable", 0)])
 def test_a_store_that_stays_busy_or_cannot_be_reached_is_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, pauses_count: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, pause_count: int
 ) -> None:
     pauses: list[float] = []
     monkeypatch.setattr(subject.time, "sleep", pauses.append)
@@ -165,7 +165,7 @@ def test_a_store_that_stays_busy_or_cannot_be_reached_is_an_error(
 
     with pytest.raises(StorageError, match=code):
         make_preparation(tmp_path, 1)._retry_while_busy(refuse)
-    assert len(pauses) == pauses_count
+    assert len(pauses) == pause_count
 
 
 @pytest.mark.parametrize(
@@ -175,17 +175,17 @@ def test_a_store_that_stays_busy_or_cannot_be_reached_is_an_error(
 def test_only_rank_0s_pod_reports_the_abilities_of_the_store(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, node_rank: int, can_delete: bool, notes: list[str] | None
 ) -> None:
-    needs: list[bool] = []
+    needs_write_flags: list[bool] = []
 
     def try_store(target: object, *, needs_write: bool) -> StoreAbilities:
-        needs.append(needs_write)
+        needs_write_flags.append(needs_write)
         return StoreAbilities("s3", True, can_delete)
 
     monkeypatch.setattr(subject, "preflight", try_store)
     preparation = make_preparation(tmp_path, 1, node_rank)
     preparation.preflight()
     resolved = preparation._state.report().resolved
-    assert (needs, resolved.notes, resolved.storage is not None) == ([node_rank == 0], notes, node_rank == 0)
+    assert (needs_write_flags, resolved.notes, resolved.storage is not None) == ([node_rank == 0], notes, node_rank == 0)
 
 
 def test_a_resumed_run_reports_its_step_and_why_it_is_not_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,9 +198,9 @@ def test_a_resumed_run_reports_its_step_and_why_it_is_not_exact(tmp_path: Path, 
     preparation = make_preparation(tmp_path, 1)
     tree: Any = None
     inputs = Inputs(model=tmp_path, model_revision="m", dataset_digest="d", output_dir=tmp_path, config_maps=tmp_path)
-    restored = add_restored_checkpoint(inputs, preparation.restore(tree, RunFacts())).restore
+    restored_checkpoint = add_restored_checkpoint(inputs, preparation.restore(tree, RunFacts())).restore
     report = preparation._state.report()
-    assert restored is not None and (restored.step, restored.uri, restored.path) == (7, "u", tmp_path)
+    assert restored_checkpoint is not None and (restored_checkpoint.step, restored_checkpoint.uri, restored_checkpoint.path) == (7, "u", tmp_path)
     assert (report.resumed_from_step, report.resolved.resume_exact, report.resolved.resume_note) == (7, False, "other seed")
     assert report.resolved.notes == ["skipped: step 9 is damaged", "resumed from step 7 with changed tokenizer, adapter"]
     assert report.health.checkpoint_problem == "CheckpointDamaged: step 9 is damaged"
@@ -228,13 +228,13 @@ def test_the_effective_batch_counts_all_ranks(tmp_path: Path, training: dict[str
     ],
 )  # fmt: skip
 def test_settings_that_change_the_computed_numbers_are_hashed(change: dict[str, Any], groups: set[str]) -> None:
-    def hashes(spec: dict[str, Any]) -> dict[str, str]:
+    def compute_hashes(spec: dict[str, Any]) -> dict[str, str]:
         run: Any = SimpleNamespace(spec=FineTuneJobSpec.model_validate(spec))
         return hash_settings(run)
 
-    before, after = hashes({}), hashes(change)
-    assert {group for group in before if before[group] != after[group]} == groups
-    assert {len(text) for text in before.values()} == {12}
+    hashes_before, hashes_after = compute_hashes({}), compute_hashes(change)
+    assert {group for group in hashes_before if hashes_before[group] != hashes_after[group]} == groups
+    assert {len(text) for text in hashes_before.values()} == {12}
 
 
 def test_a_sweep_that_fails_adds_a_note() -> None:
@@ -265,20 +265,20 @@ def test_every_source_of_the_spec_is_fetched(tmp_path: Path) -> None:
         preparation._run.spec = FineTuneJobSpec.model_validate(spec)  # type: ignore[misc] # this fake run is not frozen
         return preparation._fetch()
 
-    def names(inputs: Inputs, *fields: str) -> list[Any]:
-        values = [getattr(inputs, field) for field in fields]
-        return [[file.name for file in value] if isinstance(value, list) else value and value.name for value in values]
+    def list_names(inputs: Inputs, *fields: str) -> list[Any]:
+        field_values = [getattr(inputs, field) for field in fields]
+        return [[file.name for file in value] if isinstance(value, list) else value and value.name for value in field_values]
 
-    model = {"source": f"file://{sources}/model", "tokenizer": f"file://{sources}/tokenizer"}
-    full = fetch(
-        model=model, method={"adapter": {"source": f"file://{sources}/adapter"}}, trainer={"dpo": {"referenceModel": f"file://{sources}/reference"}},
+    model_spec = {"source": f"file://{sources}/model", "tokenizer": f"file://{sources}/tokenizer"}
+    all_inputs = fetch(
+        model=model_spec, method={"adapter": {"source": f"file://{sources}/adapter"}}, trainer={"dpo": {"referenceModel": f"file://{sources}/reference"}},
         dataset={"mixture": [{"source": f"file://{sources}/{name}.jsonl"} for name in "ab"]}
         | {name: f"file://{sources}/{file}.jsonl" for name, file in (("validation", "valid"), ("test", "test"))},
     )  # fmt: skip
-    assert names(full, "model", "tokenizer", "adapter", "reference") == ["model", "tokenizer", "adapter", "reference"]
-    assert names(full, "train", "validation", "test") == [[], ["valid.jsonl"], ["test.jsonl"]]
-    assert [[file.name for file in part] for part in full.mixture] == [["a.jsonl"], ["b.jsonl"]]
-    small = fetch(model=model | {"tokenizer": model["source"]})
-    assert names(small, "tokenizer", "adapter", "reference", "train", "mixture", "test") == [None, None, None, ["train.jsonl"], [], []]
-    assert small.output_dir == tmp_path / "work/output" and small.model_revision.startswith("sha256:")
-    assert small.dataset_digest == hashlib.sha256(hashlib.sha256(b"train.jsonl").hexdigest().encode()).hexdigest()
+    assert list_names(all_inputs, "model", "tokenizer", "adapter", "reference") == ["model", "tokenizer", "adapter", "reference"]
+    assert list_names(all_inputs, "train", "validation", "test") == [[], ["valid.jsonl"], ["test.jsonl"]]
+    assert [[file.name for file in part] for part in all_inputs.mixture] == [["a.jsonl"], ["b.jsonl"]]
+    few_inputs = fetch(model=model_spec | {"tokenizer": model_spec["source"]})
+    assert list_names(few_inputs, "tokenizer", "adapter", "reference", "train", "mixture", "test") == [None, None, None, ["train.jsonl"], [], []]
+    assert few_inputs.output_dir == tmp_path / "work/output" and few_inputs.model_revision.startswith("sha256:")
+    assert few_inputs.dataset_digest == hashlib.sha256(hashlib.sha256(b"train.jsonl").hexdigest().encode()).hexdigest()

@@ -21,12 +21,12 @@ class ChannelRecorder:
     """The supervisor's end of a channel, which records all messages."""
 
     def __init__(self) -> None:
-        self.received: list[dict[str, Any]] = []
+        self.received_messages: list[dict[str, Any]] = []
         self.has_received = threading.Event()
         self.channel = RankChannel(self._record)
 
     def _record(self, message: dict[str, Any]) -> None:
-        self.received.append(message)
+        self.received_messages.append(message)
         self.has_received.set()
         if message.get("kind") == "unusable":
             raise ValueError(message)
@@ -39,16 +39,16 @@ def recorder() -> Iterator[ChannelRecorder]:
     recorder.channel.close()
 
 
-def rank_channel(recorder: ChannelRecorder, work: Path) -> Channel:
+def open_rank_channel(recorder: ChannelRecorder, work: Path) -> Channel:
     return Channel(create_socket_sender(recorder.channel.address), work)
 
 
 def test_a_message_larger_than_a_datagram_arrives(recorder: ChannelRecorder, tmp_path: Path) -> None:
     """The message about the final model can be larger than a datagram."""
     report = {"notes": [f"row {number}: too long" for number in range(10_000)]}
-    rank_channel(recorder, tmp_path).report_output(tmp_path / "final", OutputKind.ADAPTER, report)
+    open_rank_channel(recorder, tmp_path).report_output(tmp_path / "final", OutputKind.ADAPTER, report)
     recorder.channel.close()
-    assert [one["extra"] for one in recorder.received] == [report]
+    assert [message["extra"] for message in recorder.received_messages] == [report]
     assert not Path(recorder.channel.address).parent.exists()
 
 
@@ -56,10 +56,10 @@ def test_a_failure_with_many_wide_characters_arrives(recorder: ChannelRecorder, 
     """Each character of the message has twelve bytes in JSON."""
     text = "\N{FIRE}" * 8000
     assert len(json.dumps(text)) > MAX_MESSAGE_BYTES
-    rank_channel(recorder, tmp_path).report_failure(DataError("RowBroken", text))
+    open_rank_channel(recorder, tmp_path).report_failure(DataError("RowBroken", text))
     recorder.channel.close()
-    (found,) = recorder.received
-    assert failure_from_message(found).error.message.startswith("\N{FIRE}" * 100)
+    (message,) = recorder.received_messages
+    assert failure_from_message(message).error.message.startswith("\N{FIRE}" * 100)
 
 
 @pytest.mark.parametrize(
@@ -71,14 +71,14 @@ def test_a_failure_with_many_wide_characters_arrives(recorder: ChannelRecorder, 
 def test_an_invalid_message_does_not_stop_the_channel(recorder: ChannelRecorder, tmp_path: Path, data: bytes) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
         sender.sendto(data, recorder.channel.address)
-    rank_channel(recorder, tmp_path).report_note("still listening")
+    open_rank_channel(recorder, tmp_path).report_note("still listening")
     recorder.channel.close()
-    assert recorder.received[-1]["text"] == "still listening"
+    assert recorder.received_messages[-1]["text"] == "still listening"
 
 
 def test_sending_to_a_supervisor_that_has_ended_raises_no_error(recorder: ChannelRecorder, tmp_path: Path) -> None:
-    sender = rank_channel(recorder, tmp_path)
+    sender = open_rank_channel(recorder, tmp_path)
     recorder.channel.close()
     sender.report_note("not received")
     sender.report_output(tmp_path, OutputKind.MODEL, {"long": "x" * MAX_MESSAGE_BYTES})
-    assert recorder.received == []
+    assert recorder.received_messages == []

@@ -110,10 +110,10 @@ def test_a_failure_with_unreadable_fields_still_names_the_cause() -> None:
         70,
         None,
     )
-    known = failure_from_message(
+    failure_with_exit_code = failure_from_message(
         {"exitCode": 65, "code": "DatasetEmpty", "message": "no row", "failureClass": "Weather"}
     )
-    assert (known.error.exit_code, known.error.failure_class) == (65, "Data")
+    assert (failure_with_exit_code.error.exit_code, failure_with_exit_code.error.failure_class) == (65, "Data")
 
 
 def test_a_stop_request_of_another_pod_also_stops_this_pod(pod: Pod) -> None:
@@ -141,7 +141,7 @@ def test_an_output_on_the_pods_disk_is_uploaded(pod: Pod) -> None:
 
 def test_the_times_of_a_log_line_are_stored_but_are_not_metrics(pod: Pod) -> None:
     pod.receive("log", step=3, values={"loss": 1.5, "unix_time": 1.7e9, "training_seconds": 4.5})
-    stored = pod.messages._metric_log._lines
-    assert stored == ['{"step": 3, "loss": 1.5, "unix_time": 1700000000.0, "training_seconds": 4.5}']
+    stored_lines = pod.messages._metric_log._lines
+    assert stored_lines == ['{"step": 3, "loss": 1.5, "unix_time": 1700000000.0, "training_seconds": 4.5}']
     metrics = format_metrics(pod.state)
     assert "unix_time" not in metrics and "training_seconds" not in metrics

@@ -20,7 +20,7 @@ VALUES = b'{"version": 1}'
 DIGEST = hashlib.sha256(VALUES).hexdigest()
 
 
-def commit(folder: Path, *, digest: object = DIGEST, prefix: str = "model") -> CheckpointTree:
+def commit_model(folder: Path, *, digest: object = DIGEST, prefix: str = "model") -> CheckpointTree:
     tree = CheckpointTree(FolderStore(folder / "store", f"file://{folder}/store"))
     (folder / "files").mkdir()
     (folder / "files" / "adapter_config.json").write_text("{}")
@@ -30,7 +30,7 @@ def commit(folder: Path, *, digest: object = DIGEST, prefix: str = "model") -> C
 
 
 def test_values_of_the_committed_model_are_copied(tmp_path: Path) -> None:
-    tree = commit(tmp_path)
+    tree = commit_model(tmp_path)
     tree.store.put(reference_values_key(DIGEST), VALUES)
     assert copy_reference_values(tree, tree.get_committed(None), tmp_path) is None
     assert (tmp_path / FILE_NAME).read_bytes() == VALUES
@@ -47,7 +47,7 @@ def test_values_of_the_committed_model_are_copied(tmp_path: Path) -> None:
     ],
 )
 def test_missing_and_changed_values_have_a_reason(digest: object, content: bytes | None, expected_text: str, tmp_path: Path) -> None:
-    tree = commit(tmp_path, digest=digest)
+    tree = commit_model(tmp_path, digest=digest)
     if content is not None:
         tree.store.put(reference_values_key(DIGEST), content)
     problem = copy_reference_values(tree, tree.get_committed(None), tmp_path)
@@ -57,14 +57,14 @@ def test_missing_and_changed_values_have_a_reason(digest: object, content: bytes
 @pytest.mark.parametrize("content", [b'{"version": 1, "rows": 7}', b"[]", b"\xff"])
 def test_values_that_this_trainer_cannot_read_have_a_reason(content: bytes, tmp_path: Path) -> None:
     digest = hashlib.sha256(content).hexdigest()
-    tree = commit(tmp_path, digest=digest)
+    tree = commit_model(tmp_path, digest=digest)
     tree.store.put(reference_values_key(digest), content)
     problem = copy_reference_values(tree, tree.get_committed(None), tmp_path)
     assert problem is not None and "cannot be read by this trainer" in problem and not (tmp_path / FILE_NAME).exists()
 
 
 def test_a_checkpoint_and_a_model_without_manifest_have_a_reason(tmp_path: Path) -> None:
-    tree = commit(tmp_path, prefix="checkpoints/step-00000002")
+    tree = commit_model(tmp_path, prefix="checkpoints/step-00000002")
     tree.store.put(reference_values_key(DIGEST), VALUES)
     assert "the model is a checkpoint" in (copy_reference_values(tree, tree.get_committed(2), tmp_path) or "")
     assert copy_reference_values(tree, tree.get_committed(None), tmp_path) == "the manifest of the model cannot be read"

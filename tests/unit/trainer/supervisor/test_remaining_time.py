@@ -18,18 +18,18 @@ from tests.unit.trainer.supervisor.conftest import FakeClock
 
 PUBLISHED_RUNS = json.loads((Path(__file__).parent / "data" / "published_step_seconds.json").read_text())["runs"]
 """For each of 63 published runs of 5,000 steps: the seconds of every 250 steps, and of the evaluation that follows these steps."""
-WINDOW, TOTAL = 250, 5000
+WINDOW_STEPS, TOTAL_STEPS = 250, 5000
 
 
 def estimate_after_first_window(step_seconds: float, evaluation_seconds: float | None) -> float:
     """Replay the first 250 of 5,000 steps, and return the estimate of the remaining seconds."""
-    remaining, now = RemainingTime(), 0.0
-    for step in range(1, WINDOW + 1):
-        now += step_seconds / WINDOW
-        remaining.record_step(step, now)
+    remaining_time, now = RemainingTime(), 0.0
+    for step in range(1, WINDOW_STEPS + 1):
+        now += step_seconds / WINDOW_STEPS
+        remaining_time.record_step(step, now)
     if evaluation_seconds is not None:
-        remaining.record_pause("evaluation", WINDOW, evaluation_seconds)
-    estimate = remaining.estimate(WINDOW, TOTAL)
+        remaining_time.record_pause("evaluation", WINDOW_STEPS, evaluation_seconds)
+    estimate = remaining_time.estimate(WINDOW_STEPS, TOTAL_STEPS)
     assert estimate is not None
     return estimate
 
@@ -49,38 +49,38 @@ def test_the_training_time_with_evaluations_of_published_runs_is_estimated() -> 
     """
     errors = []
     for run in PUBLISHED_RUNS.values():
-        actual = sum(run["steps"][1:]) + sum(run["evaluations"][1:])
-        errors.append(abs(estimate_after_first_window(run["steps"][0], run["evaluations"][0]) / actual - 1))
+        actual_seconds = sum(run["steps"][1:]) + sum(run["evaluations"][1:])
+        errors.append(abs(estimate_after_first_window(run["steps"][0], run["evaluations"][0]) / actual_seconds - 1))
     assert (round(statistics.median(errors), 3), round(max(errors), 3)) == (0.046, 0.09)
 
 
 def test_rows_of_different_lengths_and_a_few_slow_steps_change_the_estimate_little() -> None:
     """The step durations are random numbers, because the published logs contain only means of 250 steps."""
     generator = random.Random(16)
-    durations = [generator.lognormvariate(0, 0.6) for _ in range(TOTAL)]
-    remaining, now = RemainingTime(), 0.0
-    for step, seconds in enumerate(durations[: TOTAL // 10], 1):
+    durations = [generator.lognormvariate(0, 0.6) for _ in range(TOTAL_STEPS)]
+    remaining_time, now = RemainingTime(), 0.0
+    for step, seconds in enumerate(durations[: TOTAL_STEPS // 10], 1):
         now += seconds + (300 if step == 77 else 0)
-        remaining.record_step(step, now)
-    estimate = remaining.estimate(TOTAL // 10, TOTAL)
-    assert estimate == pytest.approx(sum(durations[TOTAL // 10 :]), rel=0.05)
+        remaining_time.record_step(step, now)
+    estimate = remaining_time.estimate(TOTAL_STEPS // 10, TOTAL_STEPS)
+    assert estimate == pytest.approx(sum(durations[TOTAL_STEPS // 10 :]), rel=0.05)
     assert statistics.median(durations) < 0.9 * statistics.fmean(durations), "the median would be wrong"
 
 
 @pytest.mark.parametrize(
-    ("pauses", "step", "expected"),
+    ("pauses", "step", "expected_seconds"),
     [
         ([], 40, 60.0), ([(20, 4.0)], 20, 80 + 4 * 4.0), ([(20, 4.0), (40, 6.0)], 40, 60 + 3 * 5.0), ([(20, 4.0)], 39, 61 + 4 * 4.0),
         ([(60, 4.0), (80, 4.0)], 100, 0 + 4.0), ([(100, 4.0)], 100, 0.0), ([(0, 4.0)], 10, 90.0), ([(30, 1.0), (60, 1.0)], 60, 40 + 1.0),
     ],
 )  # fmt: skip
-def test_further_pauses_are_expected_at_the_mean_interval(pauses: list[tuple[int, float]], step: int, expected: float) -> None:
-    remaining = RemainingTime()
+def test_further_pauses_are_expected_at_the_mean_interval(pauses: list[tuple[int, float]], step: int, expected_seconds: float) -> None:
+    remaining_time = RemainingTime()
     for number in range(1, 12):
-        remaining.record_step(number, float(number))
-    for at, seconds in pauses:
-        remaining.record_pause("evaluation", at, seconds)
-    assert remaining.estimate(step, 100) == expected
+        remaining_time.record_step(number, float(number))
+    for pause_step, seconds in pauses:
+        remaining_time.record_pause("evaluation", pause_step, seconds)
+    assert remaining_time.estimate(step, 100) == expected_seconds
 
 
 def test_a_pause_does_not_count_as_a_step(clock: FakeClock) -> None:
@@ -115,21 +115,24 @@ def test_a_pause_after_a_stop_request_counts_as_time_of_stopping(clock: FakeCloc
     assert time_use is not None and time_use.seconds() == {"starting": 2.0, "saving": 7.0, "stopping": 5.0}, "a pause is at most as long as training"
 
 
-def log_lines(*lines: tuple[int, float | None]) -> list[LogEntry]:
+def make_log_entries(*lines: tuple[int, float | None]) -> list[LogEntry]:
     return [LogEntry(step=step, training_seconds=seconds) for step, seconds in lines]
 
 
 @pytest.mark.parametrize(
-    ("entries", "world_size", "batch", "expected"),
+    ("entries", "world_size", "effective_batch", "expected_seconds"),
     [
-        (log_lines((10, 30.0), (20, 50.0), (30, 70.0)), 2, 16, 2.0), (log_lines((10, 30.0), (30, 70.0)), 4, 16, 1.0),
-        (log_lines((10, 30.0), (30, 70.0)), 4, 32, 2.0),
-        (log_lines((10, 30.0), (30, 70.0)), 1, 16, 4.0), (log_lines((10, 30.0)), 2, 16, 3.0), (log_lines((10, None)), 2, 16, None), ([], 2, 16, None),
+        (make_log_entries((10, 30.0), (20, 50.0), (30, 70.0)), 2, 16, 2.0), (make_log_entries((10, 30.0), (30, 70.0)), 4, 16, 1.0),
+        (make_log_entries((10, 30.0), (30, 70.0)), 4, 32, 2.0),
+        (make_log_entries((10, 30.0), (30, 70.0)), 1, 16, 4.0),
+        (make_log_entries((10, 30.0)), 2, 16, 3.0), (make_log_entries((10, None)), 2, 16, None), ([], 2, 16, None),
     ],
 )  # fmt: skip
-def test_a_resumed_run_uses_the_steps_of_earlier_attempts(entries: list[LogEntry], world_size: int, batch: int, expected: float | None) -> None:
-    saved, current = RunFacts(world_size=2, effective_batch=16), RunFacts(world_size=world_size, effective_batch=batch)
-    assert estimate_step_seconds(entries, saved, current) == expected
+def test_a_resumed_run_uses_the_steps_of_earlier_attempts(
+    entries: list[LogEntry], world_size: int, effective_batch: int, expected_seconds: float | None
+) -> None:
+    saved_facts, current_facts = RunFacts(world_size=2, effective_batch=16), RunFacts(world_size=world_size, effective_batch=effective_batch)
+    assert estimate_step_seconds(entries, saved_facts, current_facts) == expected_seconds
 
 
 def test_the_estimate_after_a_resume_changes_to_the_measured_steps(clock: FakeClock) -> None:
@@ -140,5 +143,5 @@ def test_the_estimate_after_a_resume_changes_to_the_measured_steps(clock: FakeCl
     for step in range(41, 48):
         clock.now += 2
         state.record_step(step)
-        left = 100 - step
-        assert state.report().progress.seconds_remaining == (2 if step > 45 else 3) * left
+        steps_left = 100 - step
+        assert state.report().progress.seconds_remaining == (2 if step > 45 else 3) * steps_left

@@ -52,17 +52,17 @@ def put_log(tree: CheckpointTree, incarnation: str, steps: range) -> None:
 
 
 def test_a_later_attempt_replaces_the_report_and_keeps_the_earlier_attempt(tmp_path: Path, tree: CheckpointTree) -> None:
-    first, _ = make_writer(tmp_path, tree)
-    first._recorder.record_start(0, ResolvedConfig())
-    first.record_data(SUMMARY)
+    first_writer, _ = make_writer(tmp_path, tree)
+    first_writer._recorder.record_start(0, ResolvedConfig())
+    first_writer.record_data(SUMMARY)
     put_log(tree, "a1-00000001", range(1, 6))
-    uri = first.write(TerminationMessage(exit_code=71, code="GpuOutOfMemory", message="no memory"), make_progress(5))
+    uri = first_writer.write(TerminationMessage(exit_code=71, code="GpuOutOfMemory", message="no memory"), make_progress(5))
     assert uri == f"{tree.store.uri}/{REPORT_KEY}"
-    second, _ = make_writer(tmp_path, tree, 2)
-    second._recorder.record_start(4, ResolvedConfig())
-    second.record_data(SUMMARY)
+    second_writer, _ = make_writer(tmp_path, tree, 2)
+    second_writer._recorder.record_start(4, ResolvedConfig())
+    second_writer.record_data(SUMMARY)
     put_log(tree, "a2-00000002", range(5, 9))
-    second.write(TerminationMessage(exit_code=0, output=Output(uri="file:///model")), make_progress(8))
+    second_writer.write(TerminationMessage(exit_code=0, output=Output(uri="file:///model")), make_progress(8))
     page = parse_page((tree.store.get(REPORT_KEY) or b"").decode())
     assert [row[3:] for row in read_table(page, "Attempts of the run")[1:]] == [
         ["0", "5", "1", "exit code 71, GpuOutOfMemory: no memory"], ["4", "8", "–", "completed"],

@@ -69,7 +69,7 @@ def test_the_time_in_each_stage_is_measured(clock: FakeClock) -> None:
 
 def test_the_newest_five_checkpoints_and_the_best_are_reported() -> None:
     checkpoints = [Checkpoint(step=step, uri="u", eval_loss=abs(step - 2)) for step in range(9, 0, -1)]
-    assert [one.step for one in choose_newest_and_best(checkpoints)] == [9, 8, 7, 6, 5, 2]
+    assert [checkpoint.step for checkpoint in choose_newest_and_best(checkpoints)] == [9, 8, 7, 6, 5, 2]
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0s"), (59, "59s"), (200, "3m20s"), (4320, "1h12m"), (-3, "0s")])
@@ -146,7 +146,7 @@ def test_checkpoints_are_listed_from_the_newest_to_the_oldest() -> None:
     state.mark_checkpoint_healthy(11)
     state.remove_checkpoint(5)
     state.remove_checkpoint(6)
-    assert [(one.step, bool(one.healthy)) for one in state.checkpoints] == [(15, False), (10, True)]
+    assert [(checkpoint.step, bool(checkpoint.healthy)) for checkpoint in state.checkpoints] == [(15, False), (10, True)]
     assert (state.last_save_seconds, state.report().latest_checkpoint) == (1.235, "u15")
     state.add_checkpoint(Checkpoint(step=20, uri="u20"))
     assert state.last_save_seconds == 1.235
@@ -164,7 +164,7 @@ def test_a_checkpoint_problem_makes_the_run_unhealthy_until_it_is_cleared() -> N
 def test_the_earlier_of_two_checkpoints_with_equal_loss_is_the_best() -> None:
     losses = {9: None, 8: 0.5, 7: 0.5, 6: 0.5, 5: 0.5, 4: 0.25, 3: 0.0, 2: 0.0, 1: None}
     checkpoints = [Checkpoint(step=step, uri="u", eval_loss=loss) for step, loss in losses.items()]
-    assert [one.step for one in choose_newest_and_best(checkpoints)] == [9, 8, 7, 6, 5, 2]
+    assert [checkpoint.step for checkpoint in choose_newest_and_best(checkpoints)] == [9, 8, 7, 6, 5, 2]
     assert choose_newest_and_best(checkpoints[:3]) == checkpoints[:3] and choose_newest_and_best([]) == []
 
 

@@ -108,8 +108,8 @@ def send_request(server: Server, path: str, body: bytes | None = None, length: i
     ],
 )  # fmt: skip
 def test_every_request_has_a_response(server: Server, path: str, body: bytes | None, length: int | None, status: int, text: bytes) -> None:
-    found_status, found = send_request(server, path, body, length)
-    assert found_status == status and text in found
+    response_status, response_body = send_request(server, path, body, length)
+    assert response_status == status and text in response_body
 
 
 def test_a_status_from_another_host_is_refused(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,8 +140,8 @@ def get_with_token(server: Server, path: str, token: str | None) -> tuple[int, b
 @pytest.mark.parametrize("token", [None, "", "x", SECRET, TOKEN.upper(), TOKEN[:-1], TOKEN + "0", "\xff" * 64])
 @pytest.mark.parametrize("path", ["/progress", "/progress?x=1"])
 def test_progress_is_refused_without_the_token(protected_server: Server, path: str, token: str | None) -> None:
-    expected = f"send the token of this attempt in the header {PROGRESS_TOKEN_HEADER}\n".encode()
-    assert get_with_token(protected_server, path, token) == (401, expected)
+    expected_body = f"send the token of this attempt in the header {PROGRESS_TOKEN_HEADER}\n".encode()
+    assert get_with_token(protected_server, path, token) == (401, expected_body)
 
 
 def test_progress_is_reported_with_the_token(protected_server: Server) -> None:
@@ -167,7 +167,7 @@ def test_probes_and_metrics_need_no_token_and_name_no_job(protected_server: Serv
 
 def test_the_number_of_threads_for_idle_connections_is_limited(server: Server) -> None:
     """If there are too many idle connections, the oldest ones are closed, so that the operator and the kubelet still get answers."""
-    before = threading.active_count()
+    thread_count_before = threading.active_count()
     connections = []
     for _ in range(3 * subject.MAX_CONNECTIONS):
         connections.append(socket.create_connection(("127.0.0.1", server.port), timeout=20))
@@ -176,10 +176,10 @@ def test_the_number_of_threads_for_idle_connections_is_limited(server: Server) -
     assert [connection.recv(1) for connection in connections[: 2 * subject.MAX_CONNECTIONS]] == [b""] * (2 * subject.MAX_CONNECTIONS)
     status, body = send_request(server, "/metrics")
     assert status == 200
-    closed = next(line for line in body.decode().splitlines() if line.startswith("finetune_trainer_closed_connections_total "))
-    assert int(closed.rpartition(" ")[2]) >= 2 * subject.MAX_CONNECTIONS
+    closed_count_line = next(line for line in body.decode().splitlines() if line.startswith("finetune_trainer_closed_connections_total "))
+    assert int(closed_count_line.rpartition(" ")[2]) >= 2 * subject.MAX_CONNECTIONS
     assert len(server._http._connections) <= subject.MAX_CONNECTIONS
-    assert threading.active_count() - before < 3 * subject.MAX_CONNECTIONS
+    assert threading.active_count() - thread_count_before < 3 * subject.MAX_CONNECTIONS
     for connection in connections:
         connection.close()
 

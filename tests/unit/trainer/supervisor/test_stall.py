@@ -34,8 +34,8 @@ def test_the_default_timeout_follows_the_median_step(clock: FakeClock) -> None:
     clock.now += 1199
     assert watch.stall_error() is None
     clock.now += 2
-    stalled = watch.stall_error()
-    assert stalled is not None and stalled.code == "Stalled" and "after step 2" in stalled.message
+    error = watch.stall_error()
+    assert error is not None and error.code == "Stalled" and "after step 2" in error.message
     state.record_heartbeat()
     assert watch.stall_error() is None
 
@@ -134,13 +134,13 @@ def test_ranks_that_only_poll_while_they_load_stall_after_the_timeout(clock: Fak
     assert watch.stall_error() is None, "the time before the stage was entered does not count"
 
 
-@pytest.mark.parametrize(("blocked", "is_stalled"), [((True, True, True), True), ((True, False, True), False), ((False, False, False), False)])
-def test_a_pod_that_waits_for_other_pods_stalls_only_if_a_thread_is_blocked(clock: FakeClock, blocked: tuple[bool, ...], is_stalled: bool) -> None:
+@pytest.mark.parametrize(("blocked_flags", "is_stalled"), [((True, True, True), True), ((True, False, True), False), ((False, False, False), False)])
+def test_a_pod_that_waits_for_other_pods_stalls_only_if_a_thread_is_blocked(clock: FakeClock, blocked_flags: tuple[bool, ...], is_stalled: bool) -> None:
     state, ranks = RunState(), MeasuredRanks()
     watch = StallWatch(state, 40, pod_count=2, work_watch=WorkWatch(ranks.measure))
     state.enter_stage(Stage.LOADING)
     assert watch.stall_error() is None
-    for is_blocked in blocked:
+    for is_blocked in blocked_flags:
         clock.now += 15
         ranks.work = Work(is_blocked=is_blocked)
         error = watch.stall_error()
@@ -156,13 +156,13 @@ def test_the_work_of_a_process_is_measured_from_outside() -> None:
     )
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None and process.stdout is not None
-        before = measure_work(process.pid)
+        work_before = measure_work(process.pid)
         process.stdin.write("a")
         process.stdin.flush()
         assert process.stdout.read(1) == "1"
-        after = measure_work(process.pid)
-        assert after.cpu_seconds > before.cpu_seconds and after.bytes_moved >= before.bytes_moved + 3_000_000
-        assert after.shows_work_since(before, 1) and not before.shows_work_since(before, 1)
+        work_after = measure_work(process.pid)
+        assert work_after.cpu_seconds > work_before.cpu_seconds and work_after.bytes_moved >= work_before.bytes_moved + 3_000_000
+        assert work_after.shows_work_since(work_before, 1) and not work_before.shows_work_since(work_before, 1)
         process.stdin.write("a")
     assert measure_work(process.pid) == Work(), "the process has ended"
 
@@ -192,9 +192,9 @@ def test_ranks_may_wait_for_the_start_of_a_server(clock: FakeClock) -> None:
 
 
 def test_only_ranks_are_signalled(monkeypatch: pytest.MonkeyPatch) -> None:
-    signalled: list[tuple[int, int]] = []
+    sent_signals: list[tuple[int, int]] = []
     pauses: list[float] = []
-    monkeypatch.setattr(subject.os, "kill", lambda pid, number: signalled.append((pid, number)))
+    monkeypatch.setattr(subject.os, "kill", lambda pid, number: sent_signals.append((pid, number)))
     monkeypatch.setattr(subject.time, "sleep", pauses.append)
     commands = {11: b"python\0agent", 13: b"python\0-m\0train\0x", 14: b"python\0trainer", 15: b"train"}
 
@@ -206,4 +206,4 @@ def test_only_ranks_are_signalled(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Path, "read_bytes", read_bytes)
     subject.dump_rank_stacks([11, 12, 13, 14, 15])
-    assert signalled == [(13, signal.SIGUSR1), (15, signal.SIGUSR1)] and pauses == [1.0]
+    assert sent_signals == [(13, signal.SIGUSR1), (15, signal.SIGUSR1)] and pauses == [1.0]

@@ -53,17 +53,17 @@ def hang(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[str]]]:
     may_end = threading.Event()
 
     def replace(target: Any, method: str, key_part: str, before: Callable[[], None]) -> list[str]:
-        original, hung = getattr(target, method), list[str]()
+        original, hung_arguments = getattr(target, method), list[str]()
 
         def call(*arguments: Any, **options: Any) -> Any:
-            if not hung and (matching := [str(one) for one in arguments if key_part in str(one)]):
-                hung.append(matching[0])
+            if not hung_arguments and (matching := [str(argument) for argument in arguments if key_part in str(argument)]):
+                hung_arguments.append(matching[0])
                 before()
                 may_end.wait()
             return original(*arguments, **options)
 
         monkeypatch.setattr(target, method, call)
-        return hung
+        return hung_arguments
 
     yield replace
     may_end.set()
@@ -75,7 +75,7 @@ def write_passed_gates(folder: Path) -> None:
     (folder / RESULT_FILE).write_text(result.model_dump_json(by_alias=True))
 
 
-def exit_code(report: StageReport) -> int:
+def decide_exit_code(report: StageReport) -> int:
     return decide_exit(AttemptFacts(output=report.output, stage_report=report, stop_requested_at=1.0), [], is_saved=True, node_rank=0).exit_code
 
 
@@ -104,34 +104,34 @@ def test_a_stop_ends_storage_work_that_hangs(
     def stop() -> None:
         stopped_attempt.is_stopped = stopped_attempt.is_save_deadline_passed = True
 
-    hung = hang(FolderStore, method, key, stop)
+    hung_arguments = hang(FolderStore, method, key, stop)
     report = stopped_attempt.end(output)
-    assert len(hung) == 1 and report.failure is None and exit_code(report) == ExitCode.PREEMPTED_SAVED
-    finished_attempt = Attempt(tmp_path, 2, has_trained=False, spec=spec).end(output)
-    assert (finished_attempt.failure, finished_attempt.open_stages, exit_code(finished_attempt)) == (None, [], ExitCode.OK)
+    assert len(hung_arguments) == 1 and report.failure is None and decide_exit_code(report) == ExitCode.PREEMPTED_SAVED
+    finished_report = Attempt(tmp_path, 2, has_trained=False, spec=spec).end(output)
+    assert (finished_report.failure, finished_report.open_stages, decide_exit_code(finished_report)) == (None, [], ExitCode.OK)
 
 
 def test_a_stop_ends_the_download_of_the_inputs(tmp_path: Path, output: Output, hang: Callable[..., list[str]]) -> None:
     attempt = Attempt(tmp_path, 1, has_trained=False)
     attempt.stages._fetch_inputs = lambda: attempt._fetch()
-    hung = hang(Attempt, "_fetch", "Attempt", lambda: setattr(attempt, "is_stopped", True))
+    hung_arguments = hang(Attempt, "_fetch", "Attempt", lambda: setattr(attempt, "is_stopped", True))
     report = attempt.end(output)
-    assert len(hung) == 1 and (report.failure, report.open_stages) == (None, [Stage.EVALUATING])
+    assert len(hung_arguments) == 1 and (report.failure, report.open_stages) == (None, [Stage.EVALUATING])
     assert attempt.stages.calls == []
 
 
 def test_a_stop_ends_a_push_to_the_hub(tmp_path: Path, output: Output, hang: Callable[..., list[str]]) -> None:
     hub = {"push": True, "repository": "org/bot", "tokenSecretRef": {"name": "hub", "key": "token"}}
     attempt = Attempt(tmp_path, 1, spec={"output": {"hub": hub}})
-    hung = hang(later_stages, "push_to_hub", "org/bot", lambda: setattr(attempt, "is_stopped", True))
+    hung_arguments = hang(later_stages, "push_to_hub", "org/bot", lambda: setattr(attempt, "is_stopped", True))
     report = attempt.end(output)
-    assert len(hung) == 1 and (report.failure, report.open_stages, report.output) == (None, [Stage.UPLOADING], output)
+    assert len(hung_arguments) == 1 and (report.failure, report.open_stages, report.output) == (None, [Stage.UPLOADING], output)
 
 
 def test_a_stop_ends_the_upload_of_finished_parts(tmp_path: Path, output: Output, hang: Callable[..., list[str]]) -> None:
     """A benchmark stores the results of each finished task while its process runs."""
     attempt = Attempt(tmp_path, 1)
-    hung = hang(FolderStore, "put_file", "-parts/", lambda: setattr(attempt, "is_stopped", True))
+    hung_arguments = hang(FolderStore, "put_file", "-parts/", lambda: setattr(attempt, "is_stopped", True))
 
     def run(folder: Path) -> None:
         (folder / "parts" / "task-1.json").write_text("{}")
@@ -140,7 +140,7 @@ def test_a_stop_ends_the_upload_of_finished_parts(tmp_path: Path, output: Output
             attempt.stages._watch_process(0, stall_watch)
 
     attempt.stages.behaviour = run  # type: ignore[method-assign]
-    assert attempt.end(output).open_stages == [Stage.EVALUATING] and len(hung) == 1
+    assert attempt.end(output).open_stages == [Stage.EVALUATING] and len(hung_arguments) == 1
 
 
 def test_the_result_of_a_finished_stage_is_stored_even_after_a_stop(tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,64 +156,64 @@ def test_the_result_of_a_finished_stage_is_stored_even_after_a_stop(tmp_path: Pa
 
 
 def test_a_stop_ends_a_transfer_that_makes_progress(tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
-    attempt, received = Attempt(tmp_path, 1, has_trained=False), []
+    attempt, ended_keys = Attempt(tmp_path, 1, has_trained=False), []
 
     def download(_store: FolderStore, key: str, _target: Path, *, byte_counter: Callable[[int], None]) -> str:
         attempt.is_stopped = True
         try:
             byte_counter(1)
         except StoppedError:
-            received.append(key)
+            ended_keys.append(key)
             raise StorageError("StorageFailed", "the transfer was ended") from None  # The client of a store may raise its own error instead of StoppedError.
         return "sha256"
 
     monkeypatch.setattr(FolderStore, "download", download)
     report = attempt.end(output)
-    assert received == ["model/a1-00000001/model.safetensors"] and (report.failure, report.open_stages) == (None, [Stage.EVALUATING])
+    assert ended_keys == ["model/a1-00000001/model.safetensors"] and (report.failure, report.open_stages) == (None, [Stage.EVALUATING])
 
 
 # ---- the copy to output.dir
 
 
-def copy_until(number: int, folder: Path, output: Output, monkeypatch: pytest.MonkeyPatch, *, files: int) -> list[str]:
-    """Run an attempt that is stopped after it has copied `files` model files. Returns the keys of all files that it has copied."""
-    attempt, copied, put_file = Attempt(folder, number, spec=COPIED), list[str](), FolderStore.put_file
+def copy_until(number: int, folder: Path, output: Output, monkeypatch: pytest.MonkeyPatch, *, file_count: int) -> list[str]:
+    """Run an attempt that is stopped after it has copied `file_count` model files. Returns the names of all files that the attempt has copied."""
+    attempt, copied_names, put_file = Attempt(folder, number, spec=COPIED), list[str](), FolderStore.put_file
     for name in ("a.safetensors", "b.safetensors", "c.safetensors"):
         (folder / f"work-{number}" / "output" / "final" / name).write_text(name)
 
-    def count(store: FolderStore, source: Path, key: str, **options: Any) -> None:
+    def put_and_count(store: FolderStore, source: Path, key: str, **options: Any) -> None:
         put_file(store, source, key, **options)
-        copied.append(key.rpartition("/")[2])
-        attempt.is_stopped = len(copied) == files
+        copied_names.append(key.rpartition("/")[2])
+        attempt.is_stopped = len(copied_names) == file_count
 
     with monkeypatch.context() as patch:
-        patch.setattr(FolderStore, "put_file", count)
+        patch.setattr(FolderStore, "put_file", put_and_count)
         report = attempt.end(output)
         for thread in threading.enumerate():  # an abandoned thread may still record the last file
             if thread.name == THREAD_NAME:
                 thread.join()
-    assert report.failure is None and (report.open_stages == []) is (len(copied) != files)
-    return copied
+    assert report.failure is None and (report.open_stages == []) is (len(copied_names) != file_count)
+    return copied_names
 
 
 def test_an_interrupted_copy_is_continued(tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert copy_until(1, tmp_path, output, monkeypatch, files=2) == ["a.safetensors", "b.safetensors"]
-    assert copy_until(2, tmp_path, output, monkeypatch, files=9) == ["c.safetensors"]
+    assert copy_until(1, tmp_path, output, monkeypatch, file_count=2) == ["a.safetensors", "b.safetensors"]
+    assert copy_until(2, tmp_path, output, monkeypatch, file_count=9) == ["c.safetensors"]
 
 
 def test_a_file_of_the_copy_that_has_changed_is_copied_again(tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
-    copy_until(1, tmp_path, output, monkeypatch, files=2)
+    copy_until(1, tmp_path, output, monkeypatch, file_count=2)
     (tmp_path / "copies" / "results" / "a.safetensors").write_text("A.safetensors")  # simulates another job that has replaced this file
-    assert copy_until(2, tmp_path, output, monkeypatch, files=9) == ["a.safetensors", "c.safetensors"]
+    assert copy_until(2, tmp_path, output, monkeypatch, file_count=9) == ["a.safetensors", "c.safetensors"]
 
 
-@pytest.mark.parametrize("listed", ["another model", "not JSON"])
-def test_an_unusable_list_of_copied_files_is_ignored(listed: str, tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
-    copy_until(1, tmp_path, output, monkeypatch, files=2)
-    if listed == "not JSON":
+@pytest.mark.parametrize("damage", ["another model", "not JSON"])
+def test_an_unusable_list_of_copied_files_is_ignored(damage: str, tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy_until(1, tmp_path, output, monkeypatch, file_count=2)
+    if damage == "not JSON":
         (tmp_path / "store" / "run" / "copied.json").write_text("{")
-    model = output.model_copy(update={"sha256": "1" * 64}) if listed == "another model" else output
-    assert copy_until(2, tmp_path, model, monkeypatch, files=9) == ["a.safetensors", "b.safetensors", "c.safetensors"]
+    model_output = output.model_copy(update={"sha256": "1" * 64}) if damage == "another model" else output
+    assert copy_until(2, tmp_path, model_output, monkeypatch, file_count=9) == ["a.safetensors", "b.safetensors", "c.safetensors"]
 
 
 def test_stored_files_of_stages_are_copied_once(tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,8 +223,8 @@ def test_stored_files_of_stages_are_copied_once(tmp_path: Path, output: Output, 
     copy = tmp_path / "copies" / "results" / "predictions.jsonl"
     assert copy.read_text() == '{"a": 1}\n'
     first_attempt.tree.store.delete(["run/stages/uploading.json"])
-    before = copy.stat().st_mtime_ns
-    assert Attempt(tmp_path, 2, spec=spec).end(output).open_stages == [] and copy.stat().st_mtime_ns == before
+    copied_at_ns = copy.stat().st_mtime_ns
+    assert Attempt(tmp_path, 2, spec=spec).end(output).open_stages == [] and copy.stat().st_mtime_ns == copied_at_ns
     first_attempt.tree.store.put("evaluation/predictions.jsonl", b'{"a": 2}\n')
     first_attempt.tree.store.delete(["run/stages/uploading.json"])
     assert Attempt(tmp_path, 3, spec=spec).end(output).open_stages == [] and copy.read_text() == '{"a": 2}\n'
@@ -236,9 +236,9 @@ def test_stored_files_of_stages_are_copied_once(tmp_path: Path, output: Output, 
 @pytest.fixture
 def supervisor(tmp_path: Path) -> Supervisor:
     """A supervisor of a pod with a grace period of 100 seconds, of which 5 are reserved for the termination message."""
-    one = Supervisor(Settings(tmp_path / "run.json", None, tmp_path, tmp_path / "log", 0, 0, "", "uid"))
-    one._run = make_run(tmp_path, tmp_path / "model")[0].model_copy(update={"grace_seconds": 100})
-    return one
+    supervisor = Supervisor(Settings(tmp_path / "run.json", None, tmp_path, tmp_path / "log", 0, 0, "", "uid"))
+    supervisor._run = make_run(tmp_path, tmp_path / "model")[0].model_copy(update={"grace_seconds": 100})
+    return supervisor
 
 
 def test_time_limits_are_shares_of_the_grace_period(supervisor: Supervisor) -> None:
@@ -248,12 +248,12 @@ def test_time_limits_are_shares_of_the_grace_period(supervisor: Supervisor) -> N
 
 
 @pytest.mark.parametrize(
-    ("stopped_at", "started", "end"),
+    ("stopped_at", "started_at", "ends_at"),
     [(None, 1000.0, 1060.0), (1000.0, 990.0, 1010.0), (1000.0, 1030.0, 1040.0), (1000.0, 1090.0, 1095.0)],
 )
-def test_a_stop_shortens_the_wait_for_optional_work(stopped_at: float | None, started: float, end: float, supervisor: Supervisor) -> None:
+def test_a_stop_shortens_the_wait_for_optional_work(stopped_at: float | None, started_at: float, ends_at: float, supervisor: Supervisor) -> None:
     supervisor._facts.stop_requested_at = stopped_at
-    assert supervisor._compute_optional_task_deadline(started) == end
+    assert supervisor._compute_optional_task_deadline(started_at) == ends_at
 
 
 def test_a_stop_during_optional_work_ends_the_wait(supervisor: Supervisor) -> None:

@@ -31,30 +31,30 @@ def pass_to_operator(exit_decision: ExitDecision, *, step: int = 7, output: Outp
 @pytest.mark.parametrize("error_type", ERROR_TYPES, ids=[error_type.__name__ for error_type in ERROR_TYPES])
 def test_every_error_of_a_rank_is_reported(tmp_path: Path, error_type: type[FineTuneError]) -> None:
     channel = Channel.create_recording(tmp_path, rank=3)
-    error, origin = classify_error(error_type("Expected", "what was wrong", hint="what to write"))
-    channel.report_failure(error, is_origin=origin)
+    error, is_origin = classify_error(error_type("Expected", "what was wrong", hint="what to write"))
+    channel.report_failure(error, is_origin=is_origin)
     facts = AttemptFacts(rank_failures=[failure_from_message(channel.sent[0])])
-    found = pass_to_operator(decide_exit(facts, [], is_saved=False, node_rank=0))
-    assert (found.exit_code, found.code, found.message, found.hint) == (
+    message = pass_to_operator(decide_exit(facts, [], is_saved=False, node_rank=0))
+    assert (message.exit_code, message.code, message.message, message.hint) == (
         error_type.exit_code, "Expected", "what was wrong", "what to write"
     )  # fmt: skip
-    assert found.class_ is EXIT_POLICIES[error_type.exit_code].failure_class
-    assert (found.rank, found.node, found.step, found.committed_step, found.checkpoint) == (3, "node-1", 7, 5, "s3://b/step-5")
+    assert message.class_ is EXIT_POLICIES[error_type.exit_code].failure_class
+    assert (message.rank, message.node, message.step, message.committed_step, message.checkpoint) == (3, "node-1", 7, 5, "s3://b/step-5")
 
 
 @pytest.mark.parametrize(
     ("code", "error_code"), [(ExitCode.PREEMPTED_SAVED, "StoppedSaved"), (ExitCode.PREEMPTED_UNSAVED, "StoppedUnsaved")]
 )
 def test_a_stop_is_reported_as_preemption(code: ExitCode, error_code: str) -> None:
-    found = pass_to_operator(ExitDecision(code))
-    assert (found.exit_code, found.code, found.class_, found.origin) == (code, error_code, FailureClass.PREEMPTED, True)
-    assert "at step 7" in (found.message or "")
+    message = pass_to_operator(ExitDecision(code))
+    assert (message.exit_code, message.code, message.class_, message.origin) == (code, error_code, FailureClass.PREEMPTED, True)
+    assert "at step 7" in (message.message or "")
 
 
 def test_success_has_the_output_and_no_failure() -> None:
-    found = pass_to_operator(ExitDecision(ExitCode.OK), output=Output(uri="s3://b/model"))
-    assert (found.exit_code, found.class_, found.code) == (0, None, None)
-    assert found.output is not None and found.output.uri == "s3://b/model"
+    message = pass_to_operator(ExitDecision(ExitCode.OK), output=Output(uri="s3://b/model"))
+    assert (message.exit_code, message.class_, message.code) == (0, None, None)
+    assert message.output is not None and message.output.uri == "s3://b/model"
 
 
 def test_a_message_is_cut_to_the_maximum_size_of_the_kubelet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -82,9 +82,9 @@ def test_a_stop_names_the_newest_step(step: int | None, start_step: int, code: E
     assert message.time_ns and message.time_ns > 10**18
 
 
-@pytest.mark.parametrize(("failed_at", "step"), [(None, 7), (0, 0), (3, 3)])
-def test_a_failure_names_the_step_and_time_of_the_rank(failed_at: int | None, step: int) -> None:
-    failure = RankFailure(InternalError("x", "m"), rank=0, step=failed_at, time_ns=5)
+@pytest.mark.parametrize(("failed_step", "step"), [(None, 7), (0, 0), (3, 3)])
+def test_a_failure_names_the_step_and_time_of_the_rank(failed_step: int | None, step: int) -> None:
+    failure = RankFailure(InternalError("x", "m"), rank=0, step=failed_step, time_ns=5)
     message = pass_to_operator(ExitDecision(70, failure))
     assert (message.step, message.rank, message.time_ns, message.origin, message.latest_checkpoint) == (step, 0, 5, True, "s3://b/step-5")
 

@@ -51,8 +51,8 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
 
 def test_only_the_tracker_process_gets_credentials_of_trackers(settings: Settings, tmp_path: Path) -> None:
     run = make_run_config(tmp_path)
-    ranks = build_rank_environment(run, settings, "socket")
-    assert not {"WANDB_API_KEY", "MONGODB_URI", "MLFLOW_TRACKING_PASSWORD"} & set(ranks) and ranks["OPENAI_API_KEY"] == "k"
+    rank_environment = build_rank_environment(run, settings, "socket")
+    assert not {"WANDB_API_KEY", "MONGODB_URI", "MLFLOW_TRACKING_PASSWORD"} & set(rank_environment) and rank_environment["OPENAI_API_KEY"] == "k"
     environment = RunTracking(run, settings, RunState())._build_environment()
     assert {environment[name] for name in ("WANDB_API_KEY", "MONGODB_URI", "MLFLOW_TRACKING_PASSWORD")} == {"k"}
     assert "OPENAI_API_KEY" not in environment
@@ -65,16 +65,16 @@ def test_parameters_are_values_by_path_without_secrets(tmp_path: Path) -> None:
         "tracking": {"reportTo": ["wandb"], "wandb": {"apiKeySecretRef": {"name": "k3y", "key": "k3y"}}},
         "placement": {"env": [{"name": "TOKEN", "value": "k3y"}]}, "method": {"lora": {"targetModules": ["q_proj"]}},
     }  # fmt: skip
-    values = flatten_parameters(make_run_config(tmp_path, spec))
-    assert values["training.learningRate"] == "0.005" and values["method.lora.targetModules"] == '["q_proj"]'
-    assert values["dataset.train"] == "https://host/rows.jsonl"
-    assert "k3y" not in json.dumps(values)
+    parameters = flatten_parameters(make_run_config(tmp_path, spec))
+    assert parameters["training.learningRate"] == "0.005" and parameters["method.lora.targetModules"] == '["q_proj"]'
+    assert parameters["dataset.train"] == "https://host/rows.jsonl"
+    assert "k3y" not in json.dumps(parameters)
 
 
 def test_signatures_in_lists_of_sources_are_not_tracked(tmp_path: Path) -> None:
     mixture = [{"source": f"https://host/{name}.jsonl?X-Amz-Signature=k3y", "weight": 1} for name in ("a", "b")]
-    values = flatten_parameters(make_run_config(tmp_path, {"dataset": {"train": None, "mixture": mixture}}))
-    assert "https://host/a.jsonl" in values["dataset.mixture"] and "k3y" not in json.dumps(values)
+    parameters = flatten_parameters(make_run_config(tmp_path, {"dataset": {"train": None, "mixture": mixture}}))
+    assert "https://host/a.jsonl" in parameters["dataset.mixture"] and "k3y" not in json.dumps(parameters)
 
 
 def test_the_name_of_a_run_is_the_same_in_all_attempts(tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_the_name_of_a_run_is_the_same_in_all_attempts(tmp_path: Path) -> None:
 def test_data_sources_have_digests(tmp_path: Path) -> None:
     run = make_run_config(tmp_path, {"dataset": {"train": "s3://b/t.jsonl", "test": "s3://b/test.jsonl"}, "tracking": {"reportTo": ["tensorboard"]}})
     sources = list_data_sources(run, RunFacts(dataset_digest="d1", other_inputs={"test data": "d2"}))
-    assert [(one.context, one.source, one.digest) for one in sources] == [("training", "s3://b/t.jsonl", "d1"), ("testing", "s3://b/test.jsonl", "d2")]
+    assert [(entry.context, entry.source, entry.digest) for entry in sources] == [("training", "s3://b/t.jsonl", "d1"), ("testing", "s3://b/test.jsonl", "d2")]
 
 
 def test_the_log_lines_in_a_checkpoint_are_those_of_all_attempts(tmp_path: Path) -> None:
@@ -132,13 +132,13 @@ def test_a_tracker_process_that_does_not_end_is_killed_and_adds_a_note(
 ) -> None:
     use_program(monkeypatch, "import time; time.sleep(600)")
     state = RunState()
-    one = RunTracking(make_run_config(tmp_path), settings, state)
-    one.start(STARTED_AT, [], resumed_from_step=0)
+    run_tracking = RunTracking(make_run_config(tmp_path), settings, state)
+    run_tracking.start(STARTED_AT, [], resumed_from_step=0)
     kill_all_descendants()  # The end of a stage kills all processes except the tracker process.
-    assert one._process is not None and one._process.poll() is None
-    one.record_log_line(1, {"loss": 2.0})
-    one.finish(ExitDecision(ExitCode.OK), is_ended_by_user=False, get_latest_end=lambda: 0)
-    one._process._process.wait()
+    assert run_tracking._process is not None and run_tracking._process.poll() is None
+    run_tracking.record_log_line(1, {"loss": 2.0})
+    run_tracking.finish(ExitDecision(ExitCode.OK), is_ended_by_user=False, get_latest_end=lambda: 0)
+    run_tracking._process._process.wait()
     [note] = state.report().resolved.notes or []
     assert note.startswith("tensorboard did not accept all values in time; values are missing there, but ")
     kinds = [json.loads(line)["kind"] for line in (tmp_path / "work/tracking/events.jsonl").read_text().splitlines()]
@@ -147,11 +147,11 @@ def test_a_tracker_process_that_does_not_end_is_killed_and_adds_a_note(
 
 def test_a_stop_during_the_wait_for_trackers_ends_the_wait(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cleanup: None) -> None:
     use_program(monkeypatch, "import time; time.sleep(600)")
-    one = RunTracking(make_run_config(tmp_path), settings, RunState())
-    one.start(STARTED_AT, [], resumed_from_step=0)
+    run_tracking = RunTracking(make_run_config(tmp_path), settings, RunState())
+    run_tracking.start(STARTED_AT, [], resumed_from_step=0)
     ends = iter([float("inf"), float("inf"), 0.0])  # the third call returns an end in the past, as if a stop were requested during the wait
-    one.finish(ExitDecision(ExitCode.OK), is_ended_by_user=False, get_latest_end=lambda: next(ends))
-    assert one._process is not None and one._process._process.wait() == -9 and next(ends, None) is None
+    run_tracking.finish(ExitDecision(ExitCode.OK), is_ended_by_user=False, get_latest_end=lambda: next(ends))
+    assert run_tracking._process is not None and run_tracking._process._process.wait() == -9 and next(ends, None) is None
 
 
 @pytest.mark.parametrize(("end", "seconds"), [("finished", 120.0), ("failed", 120.0), ("interrupted", 5.0), ("killed", 5.0)])
@@ -166,17 +166,17 @@ def test_a_tracker_process_that_crashes_is_started_again_a_few_times(
     monkeypatch.setattr(tracking, "RESTART_PAUSE_SECONDS", 0.0)
     monkeypatch.setattr(tracking, "POLL_SECONDS", 0.01)
     state = RunState()
-    one = RunTracking(make_run_config(tmp_path), settings, state)
-    one.start(STARTED_AT, [], resumed_from_step=0)
-    assert one._monitor is not None
-    one._monitor.join()
+    run_tracking = RunTracking(make_run_config(tmp_path), settings, state)
+    run_tracking.start(STARTED_AT, [], resumed_from_step=0)
+    assert run_tracking._monitor is not None
+    run_tracking._monitor.join()
     assert (tmp_path / "work/tracking/starts").read_text() == "xxxx"
     assert state.report().health.tracker_problem == "TrackerFailed: the tracker process has ended 4 times; see the pod's log"
 
 
 def test_without_trackers_there_is_no_process_and_no_file(settings: Settings, tmp_path: Path) -> None:
-    one = RunTracking(make_run_config(tmp_path, {"training": {"epochs": 1}}), settings, RunState())
-    one.start(STARTED_AT, [], resumed_from_step=0)
-    one.record_log_line(1, {"loss": 2.0})
-    one.finish(FAILURE, is_ended_by_user=False, get_latest_end=lambda: 0)
+    run_tracking = RunTracking(make_run_config(tmp_path, {"training": {"epochs": 1}}), settings, RunState())
+    run_tracking.start(STARTED_AT, [], resumed_from_step=0)
+    run_tracking.record_log_line(1, {"loss": 2.0})
+    run_tracking.finish(FAILURE, is_ended_by_user=False, get_latest_end=lambda: 0)
     assert list((tmp_path / "work").iterdir()) == []

@@ -27,11 +27,11 @@ def test_a_killed_attempt_is_continued_in_the_same_runs_and_repeated_steps_are_s
     first_tracker.open()
     first_tracker.send([*start_events(), *log_events(1, 14, evaluated_steps=(10,))])
     # The pod is killed. The next attempt resumes from step 10, with a smaller batch.
-    changed = {"method.type": "lora", "training.batchSizePerDevice": "2", "training.learningRate": "0.0002"}
-    second = Mlflow(tracked_run(attempt=2, resumed_from_step=10, parameters=changed), store, None)
-    second.open()
-    second.send([*log_events(1, 10, evaluated_steps=(10,)), *start_events()])
-    second.send([*log_events(11, 20, evaluated_steps=(20,)), *end_events(20)])
+    changed_parameters = {"method.type": "lora", "training.batchSizePerDevice": "2", "training.learningRate": "0.0002"}
+    second_tracker = Mlflow(tracked_run(attempt=2, resumed_from_step=10, parameters=changed_parameters), store, None)
+    second_tracker.open()
+    second_tracker.send([*log_events(1, 10, evaluated_steps=(10,)), *start_events()])
+    second_tracker.send([*log_events(11, 20, evaluated_steps=(20,)), *end_events(20)])
     runs = MlflowRuns(store, "support")
     assert runs.names() == {"support-bot", "support-bot_finetuning", "support-bot_evaluation"}
     assert runs.history("support-bot_finetuning", "loss") == [(step, compute_loss(step)) for step in range(1, 21)]
@@ -49,7 +49,7 @@ def test_a_killed_attempt_is_continued_in_the_same_runs_and_repeated_steps_are_s
     assert parent.data.tags["finetune.attempt"] == "2" and parent.info.start_time == int(START * 1000)
     child = runs.run("support-bot_finetuning")
     assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
-    assert sorted((one.dataset.name, one.tags[0].value) for one in child.inputs.dataset_inputs) == [
+    assert sorted((dataset_input.dataset.name, dataset_input.tags[0].value) for dataset_input in child.inputs.dataset_inputs) == [
         ("s3://bucket/train.jsonl", "training"), ("s3://bucket/validation.jsonl", "validation"),
     ]  # fmt: skip
 
@@ -64,23 +64,23 @@ def test_a_run_has_the_status_of_its_last_attempt_until_the_next_attempt_starts(
     runs = MlflowRuns(store, "experiment")
     assert {run.info.run_name: run.info.status for run in runs.all()} == {"support-bot": status, "support-bot_finetuning": status}
     assert runs.run("support-bot").data.tags.get("finetune.failure") == ("DatasetEmpty" if end is RunEnd.FAILED else None)
-    second = Mlflow(tracked_run(attempt=2), store, "experiment")
-    second.open()
-    second.send(start_events())
+    second_tracker = Mlflow(tracked_run(attempt=2), store, "experiment")
+    second_tracker.open()
+    second_tracker.send(start_events())
     assert {run.info.status for run in runs.all()} == {"RUNNING"} and len(runs.all()) == 2
 
 
 def test_errors_name_the_cause_and_no_secret() -> None:
     tracker = Mlflow(tracked_run(), "http://user:secret@mlflow:5000/path", None)
-    rejected = RestException({"error_code": "UNAUTHENTICATED", "message": "secret"})
-    assert (tracker.explain(rejected).reason, "secret" in tracker.explain(rejected).message) == ("TrackerCredentialsRejected", False)
-    refused = MlflowException("API request to http://user:secret@mlflow:5000 failed: Connection refused")
-    explanation = tracker.explain(refused)
+    rejected_error = RestException({"error_code": "UNAUTHENTICATED", "message": "secret"})
+    assert (tracker.explain(rejected_error).reason, "secret" in tracker.explain(rejected_error).message) == ("TrackerCredentialsRejected", False)
+    refused_error = MlflowException("API request to http://user:secret@mlflow:5000 failed: Connection refused")
+    explanation = tracker.explain(refused_error)
     assert (explanation.reason, explanation.message) == (
         "TrackerUnavailable", "mlflow at http://mlflow:5000 could not be reached: the connection was refused",
     )  # fmt: skip
-    invalid = RestException({"error_code": "INVALID_PARAMETER_VALUE", "message": "secret"})
-    assert tracker.explain(invalid).message == "mlflow refused a request with the error INVALID_PARAMETER_VALUE"
+    invalid_error = RestException({"error_code": "INVALID_PARAMETER_VALUE", "message": "secret"})
+    assert tracker.explain(invalid_error).message == "mlflow refused a request with the error INVALID_PARAMETER_VALUE"
 
 
 class RejectingServer(BaseHTTPRequestHandler):

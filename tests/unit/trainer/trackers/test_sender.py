@@ -40,9 +40,9 @@ class FakeTracker:
     run_address = "fake://run"
 
     def __init__(self) -> None:
-        self.accepted: list[Event] = []
-        self.batches: list[int] = []
-        self.opened = self.flushed = 0
+        self.accepted_events: list[Event] = []
+        self.batch_sizes: list[int] = []
+        self.open_count = self.flush_count = 0
         self.failures = {"open": 0, "send": 0, "flush": 0}
 
     def _fail(self, method: str) -> None:
@@ -52,23 +52,23 @@ class FakeTracker:
 
     def open(self) -> None:
         self._fail("open")
-        self.opened += 1
+        self.open_count += 1
 
     def send(self, events: Sequence[Event]) -> None:
         self._fail("send")
-        self.batches.append(len(events))
-        self.accepted += events
+        self.batch_sizes.append(len(events))
+        self.accepted_events += events
 
     def flush(self) -> None:
         self._fail("flush")
-        self.flushed += 1
+        self.flush_count += 1
 
     def explain(self, error: Exception) -> TrackerError:
         return build_connection_error(self.name, "http://user:k3y@host:1/path", error)
 
     @property
-    def steps(self) -> list[int]:
-        return [event.entry.step for event in self.accepted if isinstance(event, LogEvent)]
+    def accepted_steps(self) -> list[int]:
+        return [event.entry.step for event in self.accepted_events if isinstance(event, LogEvent)]
 
 
 @pytest.fixture
@@ -86,20 +86,20 @@ def test_events_wait_while_the_tracker_is_down_and_pauses_grow(events: Path, clo
     tracker.failures["open"] = 8
     sender = Sender(tracker, [events], clock=clock)
     append_events(events, log_events(1, 3))
-    tries = []
+    try_times = []
     while tracker.failures["open"]:
-        left = tracker.failures["open"]
+        failures_left = tracker.failures["open"]
         sender.send_waiting_events()
-        if tracker.failures["open"] < left:
-            tries.append(clock.now)
+        if tracker.failures["open"] < failures_left:
+            try_times.append(clock.now)
         clock.now += 1
-    assert [second - first for first, second in zip(tries, tries[1:], strict=False)] == [1, 2, 4, 8, 16, 32, MAX_PAUSE_SECONDS]
+    assert [second - first for first, second in zip(try_times, try_times[1:], strict=False)] == [1, 2, 4, 8, 16, 32, MAX_PAUSE_SECONDS]
     assert sender.problem is not None and sender.problem.reason is Reason.TRACKER_UNAVAILABLE
     assert sender.problem.message == "fake at http://host:1 could not be reached: the connection was refused"
     append_events(events, log_events(4, 5))
     clock.now += MAX_PAUSE_SECONDS
     sender.send_waiting_events()
-    assert (tracker.steps, sender.problem, sender.sent) == ([1, 2, 3, 4, 5], None, 5)
+    assert (tracker.accepted_steps, sender.problem, sender.sent) == ([1, 2, 3, 4, 5], None, 5)
 
 
 def test_a_batch_that_failed_is_sent_again_after_a_new_connection(events: Path, clock: Clock) -> None:
@@ -110,10 +110,10 @@ def test_a_batch_that_failed_is_sent_again_after_a_new_connection(events: Path, 
     append_events(events, log_events(3, 4))
     tracker.failures["send"] = 1
     sender.send_waiting_events()
-    assert (tracker.steps, tracker.opened) == ([1, 2], 1)
+    assert (tracker.accepted_steps, tracker.open_count) == ([1, 2], 1)
     clock.now += 1
     sender.send_waiting_events()
-    assert (tracker.steps, tracker.opened) == ([1, 2, 3, 4], 2)
+    assert (tracker.accepted_steps, tracker.open_count) == ([1, 2, 3, 4], 2)
 
 
 def test_batches_are_bounded_and_flushed_at_intervals(events: Path, clock: Clock) -> None:
@@ -121,13 +121,13 @@ def test_batches_are_bounded_and_flushed_at_intervals(events: Path, clock: Clock
     sender = Sender(tracker, [events], clock=clock)
     append_events(events, log_events(1, 2 * MAX_EVENTS_PER_BATCH + 1))
     sender.send_waiting_events()
-    assert (tracker.batches, tracker.flushed) == ([MAX_EVENTS_PER_BATCH, MAX_EVENTS_PER_BATCH, 1], 1)
+    assert (tracker.batch_sizes, tracker.flush_count) == ([MAX_EVENTS_PER_BATCH, MAX_EVENTS_PER_BATCH, 1], 1)
     clock.now += FLUSH_SECONDS - 1
     sender.send_waiting_events()
-    assert tracker.flushed == 1
+    assert tracker.flush_count == 1
     clock.now += 1
     sender.send_waiting_events()
-    assert tracker.flushed == 2
+    assert tracker.flush_count == 2
 
 
 def test_the_end_event_is_sent_last_and_without_a_pause_and_is_flushed(events: Path, tmp_path: Path, clock: Clock) -> None:
@@ -142,22 +142,22 @@ def test_the_end_event_is_sent_last_and_without_a_pause_and_is_flushed(events: P
     append_events(events, [*log_events(1, 2), *end_events(2)[-1:]])
     append_events(samples, [SystemEvent(time=START, seconds=0, values={"system/cpu_utilization_percentage": 5.0})])
     sender.send_waiting_events()
-    assert tracker.accepted == []
+    assert tracker.accepted_events == []
     sender.send_waiting_events(is_ending=True)
-    assert isinstance(tracker.accepted[0], SystemEvent) and isinstance(tracker.accepted[-1], EndEvent)
+    assert isinstance(tracker.accepted_events[0], SystemEvent) and isinstance(tracker.accepted_events[-1], EndEvent)
     assert sender.has_ended is False  # the flush has failed
     clock.now += 1
     sender.send_waiting_events(is_ending=True)
-    assert sender.has_ended and tracker.steps == [1, 2] and tracker.flushed == 1
+    assert sender.has_ended and tracker.accepted_steps == [1, 2] and tracker.flush_count == 1
     sender.run(threading.Event())  # returns at once, because the end event has been sent
 
 
 def test_a_reader_waits_for_the_end_of_a_line(events: Path) -> None:
     append_events(events, log_events(1, 2))
-    data = events.read_bytes()
-    events.write_bytes(data[:-5])
+    file_content = events.read_bytes()
+    events.write_bytes(file_content[:-5])
     reader = EventReader(events)
     assert [event.entry.step for event in reader.read()] == [1]  # type: ignore[union-attr]
     reader.confirm()
-    events.write_bytes(data)
+    events.write_bytes(file_content)
     assert [event.entry.step for event in reader.read()] == [2] == [event.entry.step for event in reader.read()]  # type: ignore[union-attr]

@@ -15,10 +15,10 @@ from finetune_trainer.usage import Nvml, UsageReader, _Memory, _Utilization, rea
 
 
 def test_host_values_are_plausible() -> None:
-    values = SystemSampler().sample()
-    assert 0 <= values["system/cpu_utilization_percentage"] <= 100
-    assert 0 < values["system/system_memory_usage_percentage"] < 100
-    assert values["system/system_memory_usage_megabytes"] > 10
+    host_values = SystemSampler().sample()
+    assert 0 <= host_values["system/cpu_utilization_percentage"] <= 100
+    assert 0 < host_values["system/system_memory_usage_percentage"] < 100
+    assert host_values["system/system_memory_usage_megabytes"] > 10
 
 
 def test_memory_is_that_of_a_container_with_a_limit(tmp_path: Path) -> None:
@@ -64,13 +64,13 @@ def test_gpu_values_are_read_with_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_usage_contains_memory_and_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    opened: list[int] = []
-    monkeypatch.setattr(usage, "open_nvml", lambda: opened.append(1) or Nvml(FakeNvml()))  # type: ignore[arg-type, func-returns-value]
+    open_calls: list[int] = []
+    monkeypatch.setattr(usage, "open_nvml", lambda: open_calls.append(1) or Nvml(FakeNvml()))  # type: ignore[arg-type, func-returns-value]
     reader = UsageReader()
-    assert opened == []
+    assert open_calls == []
     assert reader.read().gpus == reader.read().gpus == [
         GpuUsage(index=0, utilization_percent=40.0, memory_used_bytes=20_000_000_000, memory_total_bytes=80_000_000_000),
         GpuUsage(index=1, memory_used_bytes=20_000_000_000, memory_total_bytes=80_000_000_000),
     ]
-    assert opened == [1]
+    assert open_calls == [1]
     assert 0 < (reader.read().memory_used_bytes or 0) < (reader.read().memory_total_bytes or 0)

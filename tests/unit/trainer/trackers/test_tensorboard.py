@@ -12,13 +12,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.support.tracking import FolderStorage, compute_loss, end_events, log_events, start_events, tracked_run
 
 
-def read(folder: Path) -> EventAccumulator:
+def read_events(folder: Path) -> EventAccumulator:
     events = EventAccumulator(str(folder / "tracking" / "tensorboard" / "support-bot"), size_guidance={"scalars": 0}, purge_orphaned_data=False)
     events.Reload()
     return events
 
 
-def scalars(events: EventAccumulator, tag: str) -> list[tuple[int, float]]:
+def list_scalars(events: EventAccumulator, tag: str) -> list[tuple[int, float]]:
     return [(event.step, event.value) for event in events.Scalars(tag)]
 
 
@@ -28,10 +28,10 @@ def test_values_have_their_tags_steps_and_times(tmp_path: Path) -> None:
     tracker.send([*start_events(), *log_events(1, 20, evaluated_steps=(10, 20)), *end_events(20)])
     tracker.send(log_events(20, 20, evaluated_steps=(20,)))  # repeated values are not written again
     tracker.flush()
-    events = read(tmp_path)
-    assert scalars(events, "train/loss") == [(step, compute_loss(step)) for step in range(1, 21)]
-    assert scalars(events, "eval/loss") == [(10, compute_loss(10) + 0.5), (20, compute_loss(20) + 0.5)]
-    assert scalars(events, "evaluate/perplexity") == [(20, 5.25)]
+    events = read_events(tmp_path)
+    assert list_scalars(events, "train/loss") == [(step, compute_loss(step)) for step in range(1, 21)]
+    assert list_scalars(events, "eval/loss") == [(10, compute_loss(10) + 0.5), (20, compute_loss(20) + 0.5)]
+    assert list_scalars(events, "evaluate/perplexity") == [(20, 5.25)]
     assert events.Scalars("train/loss")[4].wall_time == tracked_run().started_at.timestamp() + 5
     assert {"parameters", "data", "artifact/model"} <= set(events.Tags()["tensors"])
 
@@ -51,4 +51,4 @@ def test_full_files_are_stored_once_and_a_failed_upload_is_repeated(tmp_path: Pa
         tracker.flush()
     numbers = [int(key[-5:]) for key in storage.keys]
     assert numbers == sorted(numbers) and numbers[-1] >= 2
-    assert scalars(read(tmp_path), "train/loss") == [(step, compute_loss(step)) for step in range(1, 61)]
+    assert list_scalars(read_events(tmp_path), "train/loss") == [(step, compute_loss(step)) for step in range(1, 61)]

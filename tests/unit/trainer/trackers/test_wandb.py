@@ -43,8 +43,8 @@ def test_the_file_of_an_offline_run_has_each_step_once(tmp_path: Path) -> None:
     rows = read_history(file)
     assert [(row["_step"], row["loss"]) for row in rows if "loss" in row] == [(step, compute_loss(step)) for step in range(1, 21)]
     assert [(row["_step"], row["eval_loss"]) for row in rows if "eval_loss" in row] == [(10, compute_loss(10) + 0.5), (20, compute_loss(20) + 0.5)]
-    values = read_summary(file)
-    assert values["evaluate/perplexity"] == 5.25 and values["artifact/model"] == "s3://bucket/team/job/model/a1-1"
+    summary = read_summary(file)
+    assert summary["evaluate/perplexity"] == 5.25 and summary["artifact/model"] == "s3://bucket/team/job/model/a1-1"
     [run] = [record.run for record in read_records(file) if record.WhichOneof("record_type") == "run"]
     assert (run.run_id, run.display_name, run.project) == (UID, "support-bot", "support")
     exits = [record.exit.exit_code for record in read_records(file) if record.WhichOneof("record_type") == "exit"]
@@ -84,8 +84,8 @@ def test_an_online_run_continues_after_the_newest_step_of_the_server(
 
     remote, options = FakeRun(15), {}
 
-    def init(**given: Any) -> FakeRun:
-        options.update(given)
+    def init(**init_options: Any) -> FakeRun:
+        options.update(init_options)
         return remote
 
     monkeypatch.setattr(wandb, "init", init)

@@ -63,7 +63,7 @@ def adapter(good_adapter: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(good_adapter, tmp_path / "adapter"))
 
 
-def reference(**changes: Any) -> ReferenceValues:
+def make_reference(**changes: Any) -> ReferenceValues:
     modules = [f"model.layers.{layer}.{name}" for layer in range(2) for name in ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")]
     trained = TrainedAdapter(peft_type="LORA", scaling=dict.fromkeys(modules, ALPHA / RANK), changes_output=True)
     facts = {"tokenizer_length": 448, "chat_template_sha256": hash_text(CHATML_TEMPLATE), "adapter": trained}
@@ -115,7 +115,7 @@ def change_template(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text("{{ messages }}")
 
 
-def with_value(name: str, value: float) -> Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+def make_value_setter(name: str, value: float) -> Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
     def change(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         weights[name].view(-1)[3] = value
         return weights
@@ -143,8 +143,8 @@ ADAPTER_DAMAGES: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "alpha": (change_config(lora_alpha=2 * ALPHA), "AdapterScaleDiffers", "by 4, but it was trained with 2"),
     "rsLoRA": (change_config(use_rslora=True), "AdapterScaleDiffers", "by 4, but it was trained with 2"),
     "alpha of one module": (change_config(alpha_pattern={"down_proj": 1}), "AdapterScaleDiffers", "mlp.down_proj by 0.25"),
-    "NaN": (change_weights(with_value(FIRST_B, float("nan"))), "WeightsNotFinite", "lora_B"),
-    "infinite": (change_weights(with_value(FIRST_B, float("-inf"))), "WeightsNotFinite", "lora_B"),
+    "NaN": (change_weights(make_value_setter(FIRST_B, float("nan"))), "WeightsNotFinite", "lora_B"),
+    "infinite": (change_weights(make_value_setter(FIRST_B, float("-inf"))), "WeightsNotFinite", "lora_B"),
     "rank": (change_config(r=8, lora_alpha=2 * ALPHA), "RankDiffers", "says rank 8"),
     "vocabulary": (add_token, "TokenizerDiffers", "has 449 tokens, but the model was trained with 448"),
     "no template": (remove_template, "ChatTemplateMissing", "no chat template"),
@@ -160,29 +160,29 @@ ADAPTER_DAMAGES: dict[str, tuple[Callable[[Path], None], str, str]] = {
 def test_zero_b_matrices_are_no_fault_if_only_the_comparison_of_values_can_judge_them(adapter: Path, base: Path) -> None:
     """The first step of a warm-up has the learning rate 0, so the matrices are still zero after a run of one step."""
     ADAPTER_DAMAGES["zero B"][0](adapter)
-    trained = reference().adapter
+    trained = make_reference().adapter
     assert trained is not None
-    unmeasured = reference(adapter=trained.model_copy(update={"changes_output": None}))
-    with_values = unmeasured.model_copy(update={"rows": [ReferenceRow(ids=[1, 2], is_counted=[False, True], values=[-1.0])]})
-    assert find_fault(adapter, base, with_values, is_adapter=True) is None
-    without_values = find_fault(adapter, base, unmeasured, is_adapter=True)
-    assert without_values is not None and without_values.code == "AdapterHasNoEffect"
+    reference_without_effect = make_reference(adapter=trained.model_copy(update={"changes_output": None}))
+    reference_with_values = reference_without_effect.model_copy(update={"rows": [ReferenceRow(ids=[1, 2], is_counted=[False, True], values=[-1.0])]})
+    assert find_fault(adapter, base, reference_with_values, is_adapter=True) is None
+    fault = find_fault(adapter, base, reference_without_effect, is_adapter=True)
+    assert fault is not None and fault.code == "AdapterHasNoEffect"
 
 
 def test_a_good_adapter_passes(adapter: Path, base: Path) -> None:
-    assert find_fault(adapter, base, reference(), is_adapter=True) is None
+    assert find_fault(adapter, base, make_reference(), is_adapter=True) is None
     assert find_fault(adapter, base, None, is_adapter=True) is None
 
 
 def test_experts_that_transformers_joins_need_no_adapter(adapter: Path, base: Path, tmp_path: Path) -> None:
     """The files of the base model contain one weight for each expert. `down_proj` in the adapter's configuration is the name of a dense layer."""
-    with_experts = Path(shutil.copytree(base, tmp_path / "base"))
+    base_with_experts = Path(shutil.copytree(base, tmp_path / "base"))
     expert_weights = {f"model.layers.0.mlp.experts.{number}.down_proj.weight": torch.ones(64, 32) for number in range(2)}
-    change_weights(lambda weights: weights | expert_weights)(with_experts)
-    assert find_fault(adapter, with_experts, reference(), is_adapter=True) is None
+    change_weights(lambda weights: weights | expert_weights)(base_with_experts)
+    assert find_fault(adapter, base_with_experts, make_reference(), is_adapter=True) is None
     prefix = "base_model.model.model.layers.0.mlp.experts.1.down_proj"
     change_weights(lambda weights: weights | {f"{prefix}.lora_A.weight": torch.ones(RANK, 32), f"{prefix}.lora_B.weight": torch.ones(64, RANK)})(adapter)
-    fault = find_fault(adapter, with_experts, None, is_adapter=True)
+    fault = find_fault(adapter, base_with_experts, None, is_adapter=True)
     assert fault is not None and fault.code == "TargetWeightsMissing"
     assert "targets model.layers.0.mlp.experts.0.down_proj" in fault.message
 
@@ -191,30 +191,30 @@ def test_experts_that_transformers_joins_need_no_adapter(adapter: Path, base: Pa
 def test_each_damage_of_an_adapter_is_refused_with_its_code(name: str, adapter: Path, base: Path) -> None:
     damage, code, message_part = ADAPTER_DAMAGES[name]
     damage(adapter)
-    fault = find_fault(adapter, base, reference(), is_adapter=True)
+    fault = find_fault(adapter, base, make_reference(), is_adapter=True)
     assert fault is not None and fault.code == code
     assert message_part in fault.message
 
 
 def test_the_wrong_base_is_refused_by_its_shapes_and_by_its_architecture(adapter: Path, wider_base: Path, other_base: Path) -> None:
-    by_shape = find_fault(adapter, wider_base, reference(), is_adapter=True)
-    assert by_shape is not None and by_shape.code == "AdapterOfAnotherBase"
-    assert "96" in by_shape.message and "64" in by_shape.message
-    by_name = find_fault(adapter, other_base, reference(), is_adapter=True)
-    assert by_name is not None and by_name.code == "AdapterOfAnotherBase" and "has no module" in by_name.message
+    shape_fault = find_fault(adapter, wider_base, make_reference(), is_adapter=True)
+    assert shape_fault is not None and shape_fault.code == "AdapterOfAnotherBase"
+    assert "96" in shape_fault.message and "64" in shape_fault.message
+    name_fault = find_fault(adapter, other_base, make_reference(), is_adapter=True)
+    assert name_fault is not None and name_fault.code == "AdapterOfAnotherBase" and "has no module" in name_fault.message
 
 
 def test_an_adapter_that_training_did_not_change_is_not_refused(adapter: Path, base: Path) -> None:
     """The stored file equals the trained adapter. The comparison of values, not this check, reports that training had no effect."""
     ADAPTER_DAMAGES["zero B"][0](adapter)
-    unchanged = TrainedAdapter(peft_type="LORA", scaling={}, changes_output=False)
-    assert find_fault(adapter, base, reference(adapter=unchanged), is_adapter=True) is None
+    unchanged_adapter = TrainedAdapter(peft_type="LORA", scaling={}, changes_output=False)
+    assert find_fault(adapter, base, make_reference(adapter=unchanged_adapter), is_adapter=True) is None
 
 
 MODEL_DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "truncated": (cut_file, "ModelFileDamaged"),
     "compiler": (change_weights(lambda w: {f"_orig_mod.{k}": v for k, v in w.items()}), "ModelPrefixIgnored"),
-    "NaN": (change_weights(with_value("model.norm.weight", float("nan"))), "WeightsNotFinite"),
+    "NaN": (change_weights(make_value_setter("model.norm.weight", float("nan"))), "WeightsNotFinite"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "ModelFileEmpty"),
     "no configuration": (lambda folder: (folder / "config.json").unlink(), "ModelConfigMissing"),
     "no template": (remove_template, "ChatTemplateMissing"),
@@ -224,10 +224,10 @@ MODEL_DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
 @pytest.mark.parametrize("name", MODEL_DAMAGES)
 def test_each_damage_of_a_model_is_refused_with_its_code(name: str, base: Path, tmp_path: Path) -> None:
     model = Path(shutil.copytree(base, tmp_path / "model"))
-    assert find_fault(model, base, reference(adapter=None), is_adapter=False) is None
+    assert find_fault(model, base, make_reference(adapter=None), is_adapter=False) is None
     damage, code = MODEL_DAMAGES[name]
     damage(model)
-    fault = find_fault(model, base, reference(adapter=None), is_adapter=False)
+    fault = find_fault(model, base, make_reference(adapter=None), is_adapter=False)
     assert fault is not None and fault.code == code
 
 
