@@ -145,7 +145,7 @@ def test_an_unexpected_error_is_named_without_the_token(hub: Hub, folder: Path, 
 
     monkeypatch.setattr(pushing, "_push_once", fail)
     with pytest.raises(FineTuneError) as caught:
-        pushing.push_to_hub(run_with(tmp_path), folder, retry_seconds=60)
+        pushing.push_to_hub(make_run_with_hub(tmp_path), folder, retry_seconds=60)
     assert (caught.value.code, caught.value.message) == ("HubPushFailed", "pushing to org/bot failed: ValueError: bad value ***")
 
 
