@@ -14,7 +14,7 @@ from finetune_cli.importers.run_import import load_documents
 
 from tests.pod.cli.sources import SOURCES
 from tests.unit.cli.cases import (
-    BLOCKS_BY_PAGE,
+    BLOCK_COUNTS_BY_PAGE,
     CASE_BY_COMMAND_SAMPLE,
     CASES_WITH_COMMANDS,
     REQUIRED_SAMPLES,
@@ -37,12 +37,12 @@ def test_every_expected_result_has_a_case() -> None:
     assert {path.stem for path in (CASES_FOLDER / "expected").glob("*.json")} == set(list_import_cases())
 
 
-@pytest.mark.parametrize("source", BLOCKS_BY_PAGE)
+@pytest.mark.parametrize("source", BLOCK_COUNTS_BY_PAGE)
 def test_every_block_of_a_page_is_imported(source: str) -> None:
     blocks = [path for path in (CASES_FOLDER / "blocks").iterdir() if path.name.startswith(f"{source}-")]
     commands = [path for path in blocks if path.suffix == ".txt"]
     command_cases = [name for name in CASES_WITH_COMMANDS if name.startswith(f"{source}-page-")]
-    assert (len(blocks) - len(commands), len(commands) + len(command_cases)) == BLOCKS_BY_PAGE[source]
+    assert (len(blocks) - len(commands), len(commands) + len(command_cases)) == BLOCK_COUNTS_BY_PAGE[source]
 
 
 @pytest.mark.parametrize("source", REQUIRED_SAMPLES)

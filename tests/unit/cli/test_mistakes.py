@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from tests.unit.cli.mistakes import Row, messages_about, read_rows
+from tests.unit.cli.mistakes import Row, list_messages_about, read_rows
 
 ROWS = read_rows()
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.text)
 def test_mistake_gets_its_message(row: Row) -> None:
-    assert messages_about(row.text) == row.messages
+    assert list_messages_about(row.text) == row.messages
 
 
 def test_no_mistake_passes_without_a_word() -> None:

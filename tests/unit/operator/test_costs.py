@@ -87,9 +87,9 @@ def test_time_and_cost_are_planned_from_the_reported_work() -> None:
     plan = add_planned_cost(RunPlan(work=WORK), make_running_facts(30), None)
     assert plan is not None and plan.time is not None and plan.cost is not None
     assert (plan.time.expected_seconds, plan.cost) == (275, CostPlan(gpu_hours=0.306, expected=1.1, lower=0.58, upper=4.8, currency="EUR"))
-    config_without_type = make_config()
-    assert add_planned_cost(RunPlan(work=WORK), make_running_facts(30, config=config_without_type), None) == RunPlan(work=WORK), "the type of the GPUs is not known"
-    assert add_planned_cost(RunPlan(work=WORK), make_running_facts(30, config=config_without_type), "NVIDIA H100 80GB HBM3") == plan
+    typeless_config = make_config()
+    assert add_planned_cost(RunPlan(work=WORK), make_running_facts(30, config=typeless_config), None) == RunPlan(work=WORK), "the GPU type is not known"
+    assert add_planned_cost(RunPlan(work=WORK), make_running_facts(30, config=typeless_config), "NVIDIA H100 80GB HBM3") == plan
     assert add_planned_cost(None, make_running_facts(30), None) is None
 
 
