@@ -161,27 +161,27 @@ class Watch:
     async def transform_lines(self, chunks: Chunks) -> Chunks:
         """Yield the lines that the client receives: the server's lines, after the test's commands have removed, added or repeated events."""
         lines = _split_lines(chunks)
-        line: asyncio.Task[bytes] = asyncio.ensure_future(anext(lines))
-        command: asyncio.Task[WatchCommand] = asyncio.ensure_future(self.commands.get())
+        line_task: asyncio.Task[bytes] = asyncio.ensure_future(anext(lines))
+        command_task: asyncio.Task[WatchCommand] = asyncio.ensure_future(self.commands.get())
         try:
             while True:
-                finished_tasks, _ = await asyncio.wait((line, command), return_when=asyncio.FIRST_COMPLETED)
-                if line in finished_tasks:
+                finished_tasks, _ = await asyncio.wait((line_task, command_task), return_when=asyncio.FIRST_COMPLETED)
+                if line_task in finished_tasks:
                     try:
-                        text = line.result()
+                        text = line_task.result()
                     except StopAsyncIteration:
                         return
                     if not self._is_stalled:
                         self._recent_events = [*self._recent_events[-self.MAX_RECENT_EVENTS :], text]
                         yield text
-                    line = asyncio.ensure_future(anext(lines))
-                if command in finished_tasks:
-                    for text in self._execute(command.result()):
+                    line_task = asyncio.ensure_future(anext(lines))
+                if command_task in finished_tasks:
+                    for text in self._execute(command_task.result()):
                         yield text
-                    command = asyncio.ensure_future(self.commands.get())
+                    command_task = asyncio.ensure_future(self.commands.get())
         finally:
-            line.cancel()
-            command.cancel()
+            line_task.cancel()
+            command_task.cancel()
 
     def _execute(self, command: WatchCommand) -> list[bytes]:
         match command:
@@ -199,8 +199,8 @@ class Watch:
 async def _split_lines(chunks: Chunks) -> Chunks:
     incomplete_line = b""
     async for chunk in chunks:
-        *complete, incomplete_line = (incomplete_line + chunk).split(b"\n")
-        for line in complete:
+        *complete_lines, incomplete_line = (incomplete_line + chunk).split(b"\n")
+        for line in complete_lines:
             yield line + b"\n"
     if incomplete_line:
         yield incomplete_line
@@ -259,10 +259,12 @@ class ApiProxy(FaultProxy[ApiOperation]):
         return count
 
     def list_writes(self, namespace: str | None = None) -> tuple[str, ...]:
-        """Return the labels (such as `create jobs`) of all write requests so far, in order. With `namespace`, only the requests in it count."""
+        """Return the labels (such as `create jobs`) of all write requests so far, in order. With `namespace`, return only the labels of
+        requests in this namespace.
+        """
         return tuple(
-            e.operation for e in self.exchanges
-            if e.method not in ("GET", "HEAD") and (namespace is None or f"/namespaces/{namespace}/" in e.path)
+            exchange.operation for exchange in self.exchanges
+            if exchange.method not in ("GET", "HEAD") and (namespace is None or f"/namespaces/{namespace}/" in exchange.path)
         )  # fmt: skip
 
     def relay(self, call: Call[ApiOperation]) -> Awaitable[web.StreamResponse]:
@@ -277,16 +279,16 @@ class ApiProxy(FaultProxy[ApiOperation]):
             self._watches.discard(watch)
 
     def parse_operation(self, request: web.BaseRequest) -> ApiOperation:
-        found = PATH_PATTERN.match(request.path)
-        if found is None:
+        path_match = PATH_PATTERN.match(request.path)
+        if path_match is None:
             return ApiOperation(request.method.lower(), request.path, "", "")
-        resource, name, subresource = found["resource"] or "", found["name"] or "", found["subresource"]
+        resource, name, subresource = path_match["resource"] or "", path_match["name"] or "", path_match["subresource"]
         verb = VERB_BY_METHOD.get(request.method, "get" if name else "list")
         if request.method == "GET" and request.query.get("watch") in ("true", "1", "True"):
             verb = "watch"
         if verb == "delete" and not name:
             verb = "deletecollection"
-        return ApiOperation(verb, f"{resource}/{subresource}" if subresource else resource, found["namespace"] or "", name)
+        return ApiOperation(verb, f"{resource}/{subresource}" if subresource else resource, path_match["namespace"] or "", name)
 
     def error_response(self, code: int, reason: str) -> tuple[bytes, dict[str, str]]:
         return json.dumps(status(code, reason, "injected by a test")).encode(), {"Content-Type": "application/json"}

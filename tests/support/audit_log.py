@@ -47,8 +47,8 @@ def read_created_pods(endpoint: Endpoint, namespace: str) -> list[dict[str, Any]
 
 def _read_events(endpoint: Endpoint) -> Iterator[dict[str, Any]]:
     """Yield all events of the audit log, including the events in rotated files."""
-    log = endpoint.kubeconfig.parent / AUDIT_LOG_FILE
-    for file in sorted(log.parent.glob(f"{log.stem}*{log.suffix}")):
+    log_path = endpoint.kubeconfig.parent / AUDIT_LOG_FILE
+    for file in sorted(log_path.parent.glob(f"{log_path.stem}*{log_path.suffix}")):
         yield from map(json.loads, file.read_text("utf-8").splitlines())
 
 

@@ -56,15 +56,15 @@ class Browser:
 
     def __init__(self, program: str) -> None:
         self._folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)  # other processes of the browser may still use the folder
-        to_browser, self._write = os.pipe()
-        self._read, from_browser = os.pipe()
+        to_browser, self._write_descriptor = os.pipe()
+        self._read_descriptor, from_browser = os.pipe()
         self._process = subprocess.Popen(
             [sys.executable, "-c", CONNECT_PIPES, str(to_browser), str(from_browser), program, *ARGUMENTS, f"--user-data-dir={self._folder.name}"],
             pass_fds=(to_browser, from_browser), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         os.close(to_browser)
         os.close(from_browser)
-        self._buffer, self._number = b"", 0
+        self._buffer, self._last_command_id = b"", 0
         self._events: list[dict[str, Any]] = []
         target = self._send("Target.createTarget", url="about:blank")["targetId"]
         self._session: str | None = self._send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
@@ -79,8 +79,8 @@ class Browser:
     def __exit__(self, *exception_info: object) -> None:
         self._process.kill()
         self._process.wait()
-        os.close(self._write)
-        os.close(self._read)
+        os.close(self._write_descriptor)
+        os.close(self._read_descriptor)
         self._folder.cleanup()
 
     def show(self, url: str, *, width: int, height: int = 800, dark: bool = False) -> PageLoad:
@@ -114,20 +114,20 @@ class Browser:
         """Save a picture of the page from its top down to `height` CSS pixels. The default is the whole page."""
         size = self._send("Page.getLayoutMetrics")["cssContentSize"]
         clip = {"x": 0, "y": 0, "width": size["width"], "height": height or size["height"], "scale": 1}
-        data = self._send("Page.captureScreenshot", format="png", captureBeyondViewport=True, clip=clip)["data"]
-        path.write_bytes(base64.b64decode(data))
+        encoded_image = self._send("Page.captureScreenshot", format="png", captureBeyondViewport=True, clip=clip)["data"]
+        path.write_bytes(base64.b64decode(encoded_image))
 
     # ---- the protocol
 
     def _send(self, method: str, **parameters: Any) -> dict[str, Any]:
         """Send a command and return its result. Errors: RuntimeError with the browser's message."""
-        self._number += 1
-        number = self._number
-        message: dict[str, Any] = {"id": number, "method": method, "params": parameters}
+        self._last_command_id += 1
+        command_id = self._last_command_id
+        message: dict[str, Any] = {"id": command_id, "method": method, "params": parameters}
         if self._session is not None:
             message["sessionId"] = self._session
-        os.write(self._write, json.dumps(message).encode() + b"\0")
-        while (answer := self._receive()).get("id") != number:
+        os.write(self._write_descriptor, json.dumps(message).encode() + b"\0")
+        while (answer := self._receive()).get("id") != command_id:
             self._events.append(answer)
         if "error" in answer:
             raise RuntimeError(f"{method}: {answer['error']['message']}")
@@ -140,7 +140,7 @@ class Browser:
     def _receive(self) -> dict[str, Any]:
         """Return the browser's next message. Errors: RuntimeError if the browser has exited."""
         while b"\0" not in self._buffer:
-            data = os.read(self._read, 1 << 16)
+            data = os.read(self._read_descriptor, 1 << 16)
             if not data:
                 raise RuntimeError(f"the browser exited with code {self._process.wait()}")
             self._buffer += data

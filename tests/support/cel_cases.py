@@ -75,5 +75,5 @@ def iterate_group_rules() -> Iterator[tuple[CelRule, dict[str, Any]]]:
     """Yield each rule inside a group of fields, with a spec that breaks it. Errors: ValueError if GROUP_RULE_BREAKERS has no spec for a rule."""
     for group in dict.fromkeys(iterate_nested_groups(FineTuneJobSpec)):
         for rule in group.cel:
-            [case] = [spec for (name, start), spec in GROUP_RULE_BREAKERS.items() if name == group.__name__ and rule.message.startswith(start)]
-            yield rule, MINIMAL_SPEC | case
+            [breaking_spec] = [spec for (name, start), spec in GROUP_RULE_BREAKERS.items() if name == group.__name__ and rule.message.startswith(start)]
+            yield rule, MINIMAL_SPEC | breaking_spec

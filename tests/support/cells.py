@@ -89,11 +89,11 @@ def launch_cells(
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(rank_count)] if rank_count > 1 else []
     environment = {"OMP_NUM_THREADS": "1", "CI": "1", "TMPDIR": str(folder)}
     with (folder / "output.txt").open("wb") as output:
-        code = run_python([*launcher, "-m", "tests.support.cells", str(folder)], environment, output, timeout)
-    text = (folder / "output.txt").read_text(errors="replace")
-    assert code == 0, f"the cells exited with {code}:\n{text[-6000:]}"
-    results = json.loads((folder / "results.json").read_text())
-    return {value["name"]: Result(**value) for value in results}
+        exit_code = run_python([*launcher, "-m", "tests.support.cells", str(folder)], environment, output, timeout)
+    output_text = (folder / "output.txt").read_text(errors="replace")
+    assert exit_code == 0, f"the cells exited with {exit_code}:\n{output_text[-6000:]}"
+    result_fields = json.loads((folder / "results.json").read_text())
+    return {fields["name"]: Result(**fields) for fields in result_fields}
 
 
 def main(folder: Path) -> None:
@@ -105,7 +105,7 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     if rank_count > 1:
         torch.distributed.init_process_group("gloo")
-    cells = [Cell(**value) for value in json.loads((folder / "cells.json").read_text())]
+    cells = [Cell(**fields) for fields in json.loads((folder / "cells.json").read_text())]
     if any("deepspeed" in json.dumps(cell.spec) for cell in cells):
         import deepspeed  # noqa: F401  imported before the cells, because some cells hide this package
     results = []
@@ -139,9 +139,9 @@ def _run_cell(cell: Cell, folder: Path, rank: int, rank_count: int) -> Result:
     channel = Channel.create_recording(folder / "work", rank=rank, local_rank=rank, world_size=rank_count)
     train.preload(run)
     freeze_libraries()
-    choice = (attention.VARLEN_ATTENTION, []) if cell.padding_free else None
+    attention_choice = (attention.VARLEN_ATTENTION, []) if cell.padding_free else None
     try:
-        with patch.object(attention, "choose_attention", lambda *_: choice) if choice else nullcontext():
+        with patch.object(attention, "choose_attention", lambda *_: attention_choice) if attention_choice else nullcontext():
             train.main(run, channel, inputs, hooks)
     except FineTuneError as error:
         result.error = {

@@ -66,7 +66,7 @@ def render_options(
     tok: Any, *, response_only: bool = True, template: bool = True, markers: tuple[str, str] | None = None
 ) -> RenderOptions:
     """Create the options for rendering examples with the tokenizer."""
-    special_tokens = tuple(sorted((t.content for t in tok.added_tokens_decoder.values()), key=len, reverse=True))
+    special_tokens = tuple(sorted((token.content for token in tok.added_tokens_decoder.values()), key=len, reverse=True))
     return RenderOptions(tok, template, response_only, markers, special_tokens)
 
 

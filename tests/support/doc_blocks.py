@@ -44,10 +44,10 @@ class Block:
 
     def commands(self) -> list[str]:
         """Return the commands of a shell block without comments, each joined into one line."""
-        joined = self.text.replace("\\\n", " ")
+        joined_text = self.text.replace("\\\n", " ")
         if self.language == "console":  # a transcript: commands after a `$` prompt, and their output
-            joined = "\n".join(line.removeprefix("$ ") for line in joined.splitlines() if line.startswith("$ "))
-        return [" ".join(line.split()) for line in joined.splitlines() if line.strip() and not line.strip().startswith("#")]
+            joined_text = "\n".join(line.removeprefix("$ ") for line in joined_text.splitlines() if line.startswith("$ "))
+        return [" ".join(line.split()) for line in joined_text.splitlines() if line.strip() and not line.strip().startswith("#")]
 
     def words(self) -> list[list[str]]:
         """Return each command as a list of words, without a comment at its end."""

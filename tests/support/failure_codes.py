@@ -25,7 +25,7 @@ def find_failure_codes() -> tuple[set[str], set[tuple[str, str]]]:
     error_classes = _find_error_classes(trees.values())
     positions = _find_code_positions(trees.values()) | dict.fromkeys(error_classes, 0)
     codes: set[str] = set()
-    computed: set[tuple[str, str]] = set()
+    computed_codes: set[tuple[str, str]] = set()
     for tree in trees.values():
         for value in _find_named_codes(tree):
             codes |= _find_literal_codes(value)
@@ -35,8 +35,8 @@ def find_failure_codes() -> tuple[set[str], set[tuple[str, str]]]:
             for value in _find_code_arguments(call, positions.get(name)):
                 codes |= _find_literal_codes(value)
                 if name in error_classes and not _find_literal_codes(value):
-                    computed.add((path.name, ast.unparse(value)))
-    return codes, computed
+                    computed_codes.add((path.name, ast.unparse(value)))
+    return codes, computed_codes
 
 
 def _find_named_codes(tree: ast.Module) -> Iterator[ast.expr]:
@@ -50,13 +50,13 @@ def _find_named_codes(tree: ast.Module) -> Iterator[ast.expr]:
 
 def _find_error_classes(trees: Iterable[ast.Module]) -> set[str]:
     """Return the names of `FineTuneError` and of all its subclasses."""
-    classes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
-    names = {"FineTuneError"}
+    class_nodes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    class_names = {"FineTuneError"}
     while True:
-        derived = {node.name for node in classes if any(ast.unparse(base).rpartition(".")[2] in names for base in node.bases)}
-        if derived <= names:
-            return names
-        names |= derived
+        derived_names = {node.name for node in class_nodes if any(ast.unparse(base).rpartition(".")[2] in class_names for base in node.bases)}
+        if derived_names <= class_names:
+            return class_names
+        class_names |= derived_names
 
 
 def _find_code_positions(trees: Iterable[ast.Module]) -> dict[str, int]:
@@ -75,10 +75,10 @@ def _find_code_positions(trees: Iterable[ast.Module]) -> dict[str, int]:
 
 
 def _find_code_arguments(call: ast.Call, position: int | None) -> list[ast.expr]:
-    named = [keyword.value for keyword in call.keywords if keyword.arg == "code"]
+    keyword_values = [keyword.value for keyword in call.keywords if keyword.arg == "code"]
     if position is None or position >= len(call.args):
-        return named
-    return [*named, call.args[position]]
+        return keyword_values
+    return [*keyword_values, call.args[position]]
 
 
 def _find_literal_codes(value: ast.expr) -> set[str]:

@@ -103,14 +103,15 @@ class Call(Generic[Op]):
         self, *, request_transform: BodyTransform | None = None, response_transform: BodyTransform | None = None
     ) -> web.StreamResponse:
         """Forward the request to the server, and the response to the client. `request_transform` and `response_transform` may change the bodies."""
-        async with self._upstream(request_transform) as answer:
-            self.server_status = answer.status
-            response = web.StreamResponse(status=answer.status, reason=answer.reason, headers=_forwarded_headers(answer.headers))
-            if "Content-Length" not in answer.headers and answer.status not in STATUS_WITHOUT_BODY and answer.method != "HEAD":
+        async with self._forward_request(request_transform) as server_response:
+            self.server_status = server_response.status
+            headers = _select_forwarded_headers(server_response.headers)
+            response = web.StreamResponse(status=server_response.status, reason=server_response.reason, headers=headers)
+            if "Content-Length" not in server_response.headers and server_response.status not in STATUS_WITHOUT_BODY and server_response.method != "HEAD":
                 response.enable_chunked_encoding()
-            self.begin_response(answer.status)
+            self.begin_response(server_response.status)
             await response.prepare(self.request)
-            chunks: Chunks = answer.content.iter_any()
+            chunks: Chunks = server_response.content.iter_any()
             try:
                 async for chunk in response_transform(chunks) if response_transform else chunks:
                     self.response_bytes += len(chunk)
@@ -123,9 +124,9 @@ class Call(Generic[Op]):
 
     async def execute_on_server(self) -> tuple[bytes, CIMultiDict[str]]:
         """Forward the request to the server, but send no response to the client. Returns the body and headers of the server's response."""
-        async with self._upstream(None) as answer:
-            self.server_status = answer.status
-            return await answer.read(), _forwarded_headers(answer.headers)
+        async with self._forward_request(None) as server_response:
+            self.server_status = server_response.status
+            return await server_response.read(), _select_forwarded_headers(server_response.headers)
 
     async def send_answer(self, status: int, body: bytes, headers: Mapping[str, str]) -> web.StreamResponse:
         """Answer the client without the server."""
@@ -152,25 +153,25 @@ class Call(Generic[Op]):
             transport.close()
 
     @contextlib.asynccontextmanager
-    async def _upstream(self, request_transform: BodyTransform | None) -> AsyncIterator[aiohttp.ClientResponse]:
+    async def _forward_request(self, request_transform: BodyTransform | None) -> AsyncIterator[aiohttp.ClientResponse]:
         await self._send_continue()
         request = self.request
-        headers = _forwarded_headers(request.headers)
+        headers = _select_forwarded_headers(request.headers)
         body: Chunks | None = None
         if request.can_read_body:
             request_chunks: Chunks = request.content.iter_any()
             body = self._count_bytes(request_transform(request_chunks) if request_transform else request_chunks)
-        target = URL(self.proxy.upstream + request.raw_path, encoded=True)
+        url = URL(self.proxy.upstream + request.raw_path, encoded=True)
         try:
-            answer = await self.proxy.session.request(
-                request.method, target, headers=headers, data=body, allow_redirects=False,
+            server_response = await self.proxy.session.request(
+                request.method, url, headers=headers, data=body, allow_redirects=False,
                 skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
             )  # fmt: skip
         except aiohttp.ClientError as error:
             raise ConnectionBroken from error
-        async with answer:
+        async with server_response:
             try:
-                yield answer
+                yield server_response
             except aiohttp.ClientPayloadError as error:
                 raise ConnectionBroken from error
 
@@ -424,7 +425,7 @@ class FaultProxy(ABC, Generic[Op]):
     def remove(self, rule: Rule[Op]) -> None:
         """Remove a rule."""
         with self._changed:
-            self._rules = [kept for kept in self._rules if kept is not rule]
+            self._rules = [other_rule for other_rule in self._rules if other_rule is not rule]
 
     def clear_rules(self) -> None:
         """Remove all rules, but keep the log."""
@@ -494,10 +495,10 @@ class FaultProxy(ABC, Generic[Op]):
         """Run an action in the proxy's event loop and wait until it has finished."""
         assert self._running is not None, "the proxy is not started"
 
-        async def run() -> None:
+        async def run_action() -> None:
             action()
 
-        asyncio.run_coroutine_threadsafe(run(), self._running.loop).result(10)
+        asyncio.run_coroutine_threadsafe(run_action(), self._running.loop).result(10)
 
     @property
     def session(self) -> aiohttp.ClientSession:
@@ -569,7 +570,7 @@ class FaultProxy(ABC, Generic[Op]):
             self._changed.notify_all()
 
 
-def _forwarded_headers(headers: Mapping[str, str]) -> CIMultiDict[str]:
+def _select_forwarded_headers(headers: Mapping[str, str]) -> CIMultiDict[str]:
     return CIMultiDict((name, value) for name, value in headers.items() if name.lower() not in HOP_BY_HOP)
 
 

@@ -1,4 +1,4 @@
-"""A small stand-in for `vllm serve` on a CPU: it answers the trainer's requests with completions from transformers.
+"""A small replacement for `vllm serve` that runs on a CPU: it answers the trainer's requests with completions from transformers.
 
 `start_server` starts the real program of the generation container (`vllm-image/serve.py`), which starts this module in place of vLLM. STUB_*
 environment variables choose the reported version and the faults, and name the file that records each generation.
@@ -106,8 +106,8 @@ def complete(model: Any, prompt: list[int], body: dict[str, Any], number: int) -
         if token in body["stop_token_ids"]:
             break
     completion = ids[len(prompt) :]
-    names = [f"token_id:{token}" for token in completion]
-    logprobs = {"tokens": names, "token_logprobs": log_probabilities, "top_logprobs": [{} for _ in names]}
+    token_names = [f"token_id:{token}" for token in completion]
+    logprobs = {"tokens": token_names, "token_logprobs": log_probabilities, "top_logprobs": [{} for _ in token_names]}
     return {"prompt_token_ids": prompt, "token_ids": completion, "logprobs": logprobs}
 
 
@@ -115,9 +115,9 @@ def keep_top_p(probabilities: Any, top_p: float) -> Any:
     """Keep the smallest set of most likely tokens whose total probability reaches `top_p`, and set the probabilities of all other tokens to 0."""
     if top_p >= 1:
         return probabilities
-    ordered, token_ids = probabilities.sort(descending=True)
-    kept = ordered.cumsum(-1) - ordered < top_p
-    return probabilities.new_zeros(probabilities.shape).scatter(0, token_ids[kept], ordered[kept])
+    sorted_probabilities, token_ids = probabilities.sort(descending=True)
+    is_kept = sorted_probabilities.cumsum(-1) - sorted_probabilities < top_p
+    return probabilities.new_zeros(probabilities.shape).scatter(0, token_ids[is_kept], sorted_probabilities[is_kept])
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -133,11 +133,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:  # noqa: N802 -- the name of the overridden method
         """Answer a GET request."""
-        answers = {
+        bodies_by_path = {
             "/health": None, "/version": {"version": os.environ.get(VERSION, DEFAULT_VERSION)},
             "/server_info?config_format=json": {"model_config": {"logprobs_mode": os.environ.get(LOGPROBS_MODE, "processed_logprobs")}},
         }  # fmt: skip
-        self.send_json(200, answers[self.path]) if self.path in answers else self.send_json(404, {"error": "not found"})
+        self.send_json(200, bodies_by_path[self.path]) if self.path in bodies_by_path else self.send_json(404, {"error": "not found"})
 
     def do_POST(self) -> None:  # noqa: N802 -- the name of the overridden method
         """Answer a POST request, whose body is a JSON object."""
@@ -165,7 +165,7 @@ class Handler(BaseHTTPRequestHandler):
         if os.environ.get(FAILS_AT) == number or body["model"] != self.model.folder:
             self.send_json(500, {"error": {"message": "the engine is dead"}})
             return
-        choices = [complete(self.model.model, prompt, body, i) for prompt in body["prompt"] for i in range(body["n"])]
+        choices = [complete(self.model.model, prompt, body, completion_number) for prompt in body["prompt"] for completion_number in range(body["n"])]
         record = {**body, "completions": [choice["token_ids"] for choice in choices]}
         with Path(os.environ[RECORD]).open("a") as file:
             file.write(json.dumps(record) + "\n")

@@ -10,13 +10,13 @@ from __future__ import annotations
 import gc
 import sys
 
-_frozen_modules = 0
+_frozen_module_count = 0
 
 
 def freeze_libraries() -> None:
     """Exclude all existing objects from later garbage collections of this process. Does nothing if no module was loaded since the last call."""
-    global _frozen_modules  # a global variable, because `gc.freeze` applies to the whole process
-    if len(sys.modules) > _frozen_modules:
+    global _frozen_module_count  # a global variable, because `gc.freeze` applies to the whole process
+    if len(sys.modules) > _frozen_module_count:
         gc.collect()
         gc.freeze()
-        _frozen_modules = len(sys.modules)
+        _frozen_module_count = len(sys.modules)

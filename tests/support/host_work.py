@@ -47,22 +47,22 @@ def count_host_work() -> Iterator[HostWork]:
 
     def named_modules(self: Module, memo: Any = None, *args: Any, **options: Any) -> Iterator[Any]:
         is_outermost = memo is None
-        for found in original_modules(self, memo, *args, **options):
+        for name_and_module in original_modules(self, memo, *args, **options):
             if is_outermost:
                 work.visited_modules[_find_caller()] += 1
-            yield found
+            yield name_and_module
 
     def named_children(self: Module) -> Iterator[Any]:
-        for found in original_children(self):
+        for name_and_child in original_children(self):
             work.visited_modules[_find_caller()] += 1
-            yield found
+            yield name_and_child
 
     def count_reads(method: Callable[..., Any]) -> Callable[..., Any]:
-        def read(self: torch.Tensor, *args: Any, **options: Any) -> Any:
+        def count_and_read(self: torch.Tensor, *args: Any, **options: Any) -> Any:
             work.tensor_reads[_find_caller()] += 1
             return method(self, *args, **options)
 
-        return read
+        return count_and_read
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Module, "named_modules", named_modules)

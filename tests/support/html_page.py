@@ -19,8 +19,8 @@ class Element:
 
     def find_all(self, tag: str, **attributes: str) -> list[Element]:
         """Return all descendants with this tag and these attributes."""
-        found = [child for child in self.children if child.tag == tag and attributes.items() <= child.attributes.items()]
-        return found + [element for child in self.children for element in child.find_all(tag, **attributes)]
+        matching_children = [child for child in self.children if child.tag == tag and attributes.items() <= child.attributes.items()]
+        return matching_children + [element for child in self.children for element in child.find_all(tag, **attributes)]
 
     @property
     def full_text(self) -> str:
@@ -31,23 +31,23 @@ class Element:
 class _Reader(HTMLParser):
     def __init__(self) -> None:
         super().__init__()
-        self.open = [Element("document", {})]
+        self.open_elements = [Element("document", {})]
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         element = Element(tag, {name: value or "" for name, value in attrs})
-        self.open[-1].children.append(element)
+        self.open_elements[-1].children.append(element)
         if tag not in VOID_ELEMENTS:
-            self.open.append(element)
+            self.open_elements.append(element)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.open[-1].children.append(Element(tag, {name: value or "" for name, value in attrs}))
+        self.open_elements[-1].children.append(Element(tag, {name: value or "" for name, value in attrs}))
 
     def handle_endtag(self, tag: str) -> None:
-        assert self.open[-1].tag == tag, f"</{tag}> closes <{self.open[-1].tag}>"
-        self.open.pop()
+        assert self.open_elements[-1].tag == tag, f"</{tag}> closes <{self.open_elements[-1].tag}>"
+        self.open_elements.pop()
 
     def handle_data(self, data: str) -> None:
-        self.open[-1].text += data
+        self.open_elements[-1].text += data
 
 
 def parse_page(text: str) -> Element:
@@ -55,8 +55,8 @@ def parse_page(text: str) -> Element:
     reader = _Reader()
     reader.feed(text)
     reader.close()
-    assert len(reader.open) == 1, f"<{reader.open[-1].tag}> is not closed"
-    return reader.open[0]
+    assert len(reader.open_elements) == 1, f"<{reader.open_elements[-1].tag}> is not closed"
+    return reader.open_elements[0]
 
 
 def read_table(page: Element, caption: str) -> list[list[str]]:

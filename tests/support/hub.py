@@ -131,31 +131,31 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer_download(self, path: str) -> bool:
         """Answer a request for a downloadable repository. If the request is for something else, send no answer and return False."""
-        found_match = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree|auth-check)(?:/([^/]+))?)?", path)
-        file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([0-9a-f]{40})/(.+)", path)
-        match = found_match or file
+        model_match = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree|auth-check)(?:/([^/]+))?)?", path)
+        file_match = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([0-9a-f]{40})/(.+)", path)
+        match = model_match or file_match
         repository = self.hub.repositories.get(match[1]) if match else None
         if match is None or repository is None or not repository.is_served:
             return False
         has_token = self.headers.get("Authorization") == f"Bearer {self.hub.accepted_token}"
-        needs_access = file is not None or match[2] == "auth-check"
+        needs_access = file_match is not None or match[2] == "auth-check"
         if repository.is_private and not has_token:
             self._send(401, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
         elif repository.is_gated and not has_token and needs_access:
             self._send(403, {"error": "Access to model is restricted"}, {"X-Error-Code": "GatedRepo"})
-        elif file is not None:
-            self._send_file(repository, file[3])
+        elif file_match is not None:
+            self._send_file(repository, file_match[3])
         elif match[2] == "tree":
-            self._send(200, [self._tree_entry(repository, name) for name in sorted(repository.files)])
+            self._send(200, [self._make_tree_entry(repository, name) for name in sorted(repository.files)])
         else:
             gated = "auto" if repository.is_gated else False
             self._send(200, {"id": match[1], "private": repository.is_private, "gated": gated, "sha": repository.commits[-1].oid, "siblings": []})
         return True
 
-    def _tree_entry(self, repository: Repository, name: str) -> dict[str, Any]:
+    def _make_tree_entry(self, repository: Repository, name: str) -> dict[str, Any]:
         oid, size = repository.find_oid(name), len(repository.files[name])
-        large = {"lfs": {"oid": oid, "size": size, "pointerSize": 130}} if name in repository.large else {}
-        return {"type": "file", "path": name, "size": size, "oid": oid, **large}
+        lfs_fields = {"lfs": {"oid": oid, "size": size, "pointerSize": 130}} if name in repository.large else {}
+        return {"type": "file", "path": name, "size": size, "oid": oid, **lfs_fields}
 
     def _send_file(self, repository: Repository, name: str) -> None:
         data = repository.files.get(name)
@@ -175,27 +175,27 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "/api/whoami-v2":
             return 200, {"name": USER, "type": "user"}
         if path == "/api/repos/create":
-            return self._create(json.loads(body))
+            return self._create_repository(json.loads(body))
         if path == "/api/validate-yaml":
             return 200, {"errors": [], "warnings": []}
-        if found := re.fullmatch(r"/upload/(\w+)", path):
-            hub.uploads[found[1]] = body
+        if path_match := re.fullmatch(r"/upload/(\w+)", path):
+            hub.uploads[path_match[1]] = body
             return 200, {}
-        if found := re.fullmatch(r"/(.+)\.git/info/lfs/objects/batch", path):
-            return 200, {"transfer": "basic", "objects": [self._upload_action(item) for item in json.loads(body)["objects"]]}
-        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(preupload|commit|revision)/main)?", path):
-            repository = hub.repositories.get(found[1])
+        if path_match := re.fullmatch(r"/(.+)\.git/info/lfs/objects/batch", path):
+            return 200, {"transfer": "basic", "objects": [self._describe_upload_action(item) for item in json.loads(body)["objects"]]}
+        if path_match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(preupload|commit|revision)/main)?", path):
+            repository = hub.repositories.get(path_match[1])
             if repository is None:
                 return 404, {"error": "Repository not found"}
-            match found[2]:
+            match path_match[2]:
                 case "preupload":
-                    return 200, {"files": [self._upload_mode(repository, item["path"]) for item in json.loads(body)["files"]]}
+                    return 200, {"files": [self._describe_upload_mode(repository, item["path"]) for item in json.loads(body)["files"]]}
                 case "commit":
-                    return self._commit(found[1], repository, [json.loads(line) for line in body.splitlines()])
-            return 200, {"id": found[1], "private": repository.is_private, "sha": repository.commits[-1].oid if repository.commits else None}
+                    return self._add_commit(path_match[1], repository, [json.loads(line) for line in body.splitlines()])
+            return 200, {"id": path_match[1], "private": repository.is_private, "sha": repository.commits[-1].oid if repository.commits else None}
         return 404, {"error": f"the stub has no {self.command} {path}"}
 
-    def _create(self, request: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    def _create_repository(self, request: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         owner = request.get("organization") or USER
         name = f"{owner}/{request['name']}"
         if owner not in self.hub.owners:
@@ -205,31 +205,31 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.repositories[name] = Repository(is_private=request.get("visibility") == "private" or request.get("private") is True)
         return 200, {"url": f"{self.hub.url}/{name}", "name": name}
 
-    def _upload_mode(self, repository: Repository, path: str) -> dict[str, Any]:
+    def _describe_upload_mode(self, repository: Repository, path: str) -> dict[str, Any]:
         mode = "lfs" if path.endswith(LARGE_FILE_SUFFIXES) else "regular"
         return {"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": repository.find_oid(path)}
 
-    def _upload_action(self, item: dict[str, Any]) -> dict[str, Any]:
+    def _describe_upload_action(self, item: dict[str, Any]) -> dict[str, Any]:
         if item["oid"] in self.hub.uploads:
             return item
         return {**item, "actions": {"upload": {"href": f"{self.hub.url}/upload/{item['oid']}"}}}
 
-    def _commit(self, name: str, repository: Repository, lines: list[dict[str, Any]]) -> tuple[int, dict[str, Any]]:
+    def _add_commit(self, name: str, repository: Repository, lines: list[dict[str, Any]]) -> tuple[int, dict[str, Any]]:
         paths = []
         for line in lines:
-            value = line["value"]
+            fields = line["value"]
             match line["key"]:
                 case "header":
-                    header = value
+                    header = fields
                 case "file":
-                    repository.files[value["path"]] = base64.b64decode(value["content"])
-                    paths.append(value["path"])
+                    repository.files[fields["path"]] = base64.b64decode(fields["content"])
+                    paths.append(fields["path"])
                 case "lfsFile":
-                    if value["oid"] not in self.hub.uploads:
-                        return 400, {"error": f"{value['path']} was not uploaded"}
-                    repository.files[value["path"]] = self.hub.uploads[value["oid"]]
-                    repository.large.add(value["path"])
-                    paths.append(value["path"])
+                    if fields["oid"] not in self.hub.uploads:
+                        return 400, {"error": f"{fields['path']} was not uploaded"}
+                    repository.files[fields["path"]] = self.hub.uploads[fields["oid"]]
+                    repository.large.add(fields["path"])
+                    paths.append(fields["path"])
         oid = hashlib.sha1(f"{name} {len(repository.commits)}".encode()).hexdigest()  # noqa: S324  any id of 40 digits
         repository.commits.append(Commit(oid, header["summary"], header.get("description") or "", sorted(paths)))
         return 200, {"commitOid": oid, "commitUrl": f"{self.hub.url}/{name}/commit/{oid}", "success": True}

@@ -15,8 +15,8 @@ def make_model(model_type: str, kind: str) -> Any:
     """Return a model with random weights. `kind` is `causal` or `reward`. Returns None if transformers has no model of this kind for `model_type`."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    known = AutoConfig.for_model(model_type)
-    sizes = {name: size for name, size in SIZES.items() if hasattr(known, name)}
+    default_config = AutoConfig.for_model(model_type)
+    sizes = {name: size for name, size in SIZES.items() if hasattr(default_config, name)}
     config = AutoConfig.for_model(model_type, **sizes, **SPECIAL_TOKENS, num_labels=1)
     loader = AutoModelForCausalLM if kind == "causal" else AutoModelForSequenceClassification
     return loader.from_config(config).train() if type(config) in loader._model_mapping else None
@@ -52,10 +52,10 @@ def compare_kernels(model_type: str, kind: str, device: str) -> tuple[float, flo
         outputs.pow(2).mean().backward()
         return outputs.detach(), {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
 
-    expected, expected_gradients = compute_outputs_and_gradients()
+    expected_outputs, expected_gradients = compute_outputs_and_gradients()
     apply_liger_kernel(model, LIGER_OPTIONS)
     assert uses_kernels(model)
     outputs, gradients = compute_outputs_and_gradients()
     assert gradients.keys() == expected_gradients.keys()
     differences = [float((gradients[name] - gradient).norm() / (gradient.norm() + 1e-12)) for name, gradient in expected_gradients.items()]
-    return float((outputs - expected).abs().max() / expected.abs().max()), max(differences)
+    return float((outputs - expected_outputs).abs().max() / expected_outputs.abs().max()), max(differences)

@@ -83,11 +83,11 @@ class KubeApi:
             method, self._url(path, query), body=None if body is None else json.dumps(body).encode(), timeout=30,
             headers={"Authorization": f"Bearer {self.token or self.endpoint.token}", "Content-Type": content_type},
         )  # fmt: skip
-        value = json.loads(response.data) if response.data[:1] in (b"{", b"[") else response.data.decode(errors="replace")
+        response_body = json.loads(response.data) if response.data[:1] in (b"{", b"[") else response.data.decode(errors="replace")
         if response.status >= 400:
-            status = value if isinstance(value, dict) else {}
-            raise ApiError(response.status, status.get("reason", ""), status.get("message", str(value)[:300]))
-        return ApiResponse(response.status, value, tuple(response.headers.getlist("Warning")))
+            status = response_body if isinstance(response_body, dict) else {}
+            raise ApiError(response.status, status.get("reason", ""), status.get("message", str(response_body)[:300]))
+        return ApiResponse(response.status, response_body, tuple(response.headers.getlist("Warning")))
 
     def get(self, resource: str, namespace: str | None, name: str) -> Object:
         return dict(self.request("GET", resource_path(resource, namespace, name)).body)
@@ -125,7 +125,7 @@ class KubeApi:
     def list_events(self, namespace: str, name: str) -> Objects:
         """Return the events about an object, oldest first."""
         events = self.list("events", namespace, fields=f"regarding.name={name}")
-        return sorted(events, key=lambda e: (e.get("eventTime") or e.get("deprecatedFirstTimestamp") or ""))
+        return sorted(events, key=lambda event: (event.get("eventTime") or event.get("deprecatedFirstTimestamp") or ""))
 
     def wait(
         self, resource: str, namespace: str | None, name: str, until: Callable[[Object], bool], *,
@@ -155,18 +155,18 @@ class KubeApi:
         """Wait until `until(objects)` is true for the objects of a collection, and return them. Errors: AssertionError after `timeout` seconds."""
         deadline = time.monotonic() + timeout
         while True:
-            answer = self.request("GET", resource_path(resource, namespace), **({"labelSelector": labels} if labels else {}))
-            items = list(answer.body["items"])
+            response = self.request("GET", resource_path(resource, namespace), **({"labelSelector": labels} if labels else {}))
+            items = list(response.body["items"])
             if until(items):
                 return items
-            query = {"resourceVersion": answer.body["metadata"]["resourceVersion"], "timeoutSeconds": "5"}
+            query = {"resourceVersion": response.body["metadata"]["resourceVersion"], "timeoutSeconds": "5"}
             if labels:
                 query["labelSelector"] = labels
             for _ in self._watch(resource_path(resource, namespace), query, deadline):
                 break
             if time.monotonic() > deadline:
-                names = [item["metadata"]["name"] for item in items]
-                raise AssertionError(f"{resource} in {namespace} were not in the expected state within {timeout:.0f} s: {names}")
+                object_names = [item["metadata"]["name"] for item in items]
+                raise AssertionError(f"{resource} in {namespace} were not in the expected state within {timeout:.0f} s: {object_names}")
 
     def _follow_object(self, resource: str, namespace: str | None, name: str, deadline: float) -> Iterator[Object | None]:
         """Yield the object now and after each change, until the deadline. Yields None while the object does not exist."""

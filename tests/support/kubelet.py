@@ -107,13 +107,13 @@ def parse_pod(body: Object) -> FakePod:
     labels = metadata.get("labels") or {}
     return FakePod(
         namespace=metadata["namespace"], name=metadata["name"], uid=metadata["uid"], job=labels.get(Label.JOB_NAME, ""),
-        attempt=_number_or_zero(labels.get(Label.ATTEMPT)), index=_number_or_zero((metadata.get("annotations") or {}).get(COMPLETION_INDEX)),
+        attempt=_parse_number_or_zero(labels.get(Label.ATTEMPT)), index=_parse_number_or_zero((metadata.get("annotations") or {}).get(COMPLETION_INDEX)),
         node=(body.get("spec") or {}).get("nodeName", ""), phase=(body.get("status") or {}).get("phase", "Pending"),
         is_deleting=bool(metadata.get("deletionTimestamp")), body=body,
     )  # fmt: skip
 
 
-def _number_or_zero(text: str | None) -> int:
+def _parse_number_or_zero(text: str | None) -> int:
     """Parse a label value. Returns 0 if the value is not a number, because other clients can create pods that have the operator's labels with any value."""
     return int(text) if text and text.isdigit() else 0
 
@@ -144,10 +144,10 @@ class FakeKubelet:
         """Errors that occurred inside the fake kubelet."""
         self._changed = threading.Condition()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._ready = threading.Event()
+        self._startup_ended = threading.Event()
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._stop: asyncio.Event | None = None
+        self._stop_requested: asyncio.Event | None = None
         self._failure: BaseException | None = None
         self._port = 0
 
@@ -240,14 +240,14 @@ class FakeKubelet:
     def __enter__(self) -> Self:
         self._thread = threading.Thread(target=self._main, name="fake-kubelet", daemon=True)
         self._thread.start()
-        self._ready.wait()
+        self._startup_ended.wait()
         if self._failure is not None:
             raise self._failure
         return self
 
     def __exit__(self, *raised: object) -> None:
-        if self._loop is not None and self._stop is not None and self._thread is not None:
-            self._loop.call_soon_threadsafe(self._stop.set)
+        if self._loop is not None and self._stop_requested is not None and self._thread is not None:
+            self._loop.call_soon_threadsafe(self._stop_requested.set)
             self._thread.join(10)
 
     def _main(self) -> None:
@@ -257,10 +257,10 @@ class FakeKubelet:
             self._failure = error
             self.errors.append(repr(error))
         finally:
-            self._ready.set()
+            self._startup_ended.set()
 
     async def _run_until_stopped(self) -> None:
-        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+        self._loop, self._stop_requested = asyncio.get_running_loop(), asyncio.Event()
         context = ssl.create_default_context(cafile=str(self._endpoint.ca))
         headers = {"Authorization": f"Bearer {self._endpoint.token}"}
         connector = aiohttp.TCPConnector(ssl=context, limit=16)
@@ -273,8 +273,8 @@ class FakeKubelet:
             for node in self._nodes:
                 await self._create_node(node)
             tasks = [asyncio.create_task(self._watch_pods()), asyncio.create_task(self._renew_leases())]
-            self._ready.set()
-            await self._stop.wait()
+            self._startup_ended.set()
+            await self._stop_requested.wait()
             for task in [*tasks, *self._tasks]:
                 task.cancel()
             await runner.cleanup()
@@ -401,10 +401,10 @@ class FakeKubelet:
             return
         if plan.start is PodStart.CONTAINER_WAITING:
             state = {"waiting": {"reason": plan.reason or "ImagePullBackOff", "message": plan.message}}
-            await self._patch_status(pod, _make_pod_status(pod, state, ready=False) | {"phase": "Pending"})
+            await self._patch_status(pod, _make_pod_status(pod, state, is_ready=False) | {"phase": "Pending"})
             return
         is_ready = plan.start is PodStart.RUN
-        await self._patch_status(pod, _make_pod_status(pod, {"running": {"startedAt": current_time()}}, ready=is_ready))
+        await self._patch_status(pod, _make_pod_status(pod, {"running": {"startedAt": current_time()}}, is_ready=is_ready))
 
     async def _bind_to_node(self, pod: FakePod) -> str | None:
         live_nodes = [node for node in self._nodes if node not in self._silent_nodes]
@@ -427,7 +427,7 @@ class FakeKubelet:
         reason = container_exit.reason or ("Completed" if container_exit.exit_code == 0 else "Error")
         timestamps = {"startedAt": _read_start_time(pod), "finishedAt": current_time()}
         state = {"terminated": {"exitCode": container_exit.exit_code, "reason": reason, "message": message, **timestamps}}
-        status = _make_pod_status(pod, state, ready=False) | {"phase": "Succeeded" if container_exit.exit_code == 0 else "Failed"}
+        status = _make_pod_status(pod, state, is_ready=False) | {"phase": "Succeeded" if container_exit.exit_code == 0 else "Failed"}
         if container_exit.pod_reason:
             status |= {"reason": container_exit.pod_reason, "message": "The node was low on resource: memory."}
         if container_exit.disruption_reason:
@@ -449,7 +449,7 @@ class FakeKubelet:
     async def _answer_progress(self, request: web.BaseRequest) -> web.StreamResponse:
         namespace, name, *rest = request.path.strip("/").split("/")
         with self._changed:
-            pod = next((p for p in self._pods.values() if p.namespace == namespace and p.name == name), None)
+            pod = next((candidate for candidate in self._pods.values() if candidate.namespace == namespace and candidate.name == name), None)
             configured_report = self._reports.get((namespace, pod.job)) if pod else None
             if pod:
                 self.progress_requests[namespace, pod.job] = self.progress_requests.get((namespace, pod.job), 0) + 1
@@ -478,8 +478,8 @@ class FakeKubelet:
                 return None
             if response.status >= 400:
                 raise OSError(f"{method} {path}: {response.status} {(await response.text())[:300]}")
-            value: Object = await response.json()
-            return value
+            response_body: Object = await response.json()
+            return response_body
 
 
 async def _parse_events(stream: aiohttp.StreamReader) -> Any:
@@ -490,24 +490,31 @@ async def _parse_events(stream: aiohttp.StreamReader) -> Any:
             yield json.loads(line)
 
 
-def _make_pod_status(pod: FakePod, container_state: Object, *, ready: bool) -> Object:
+def _make_pod_status(pod: FakePod, container_state: Object, *, is_ready: bool) -> Object:
     """Return the status of a running pod. `container_state` is the `state` of its container status: waiting, running or terminated.
 
     A condition whose status does not change keeps its lastTransitionTime, as with a real kubelet.
     """
     container = (pod.body["spec"].get("containers") or [{}])[0]
-    is_ready = "True" if ready else "False"
-    conditions = {"PodScheduled": "True", "Initialized": "True", "ContainersReady": is_ready, "Ready": is_ready}
+    ready_status = "True" if is_ready else "False"
+    conditions = {"PodScheduled": "True", "Initialized": "True", "ContainersReady": ready_status, "Ready": ready_status}
     old_conditions = (pod.body.get("status") or {}).get("conditions") or []
-    old_times = {(old["type"], old["status"]): old["lastTransitionTime"] for old in old_conditions if old.get("lastTransitionTime")}
+    old_times = {
+        (condition["type"], condition["status"]): condition["lastTransitionTime"]
+        for condition in old_conditions
+        if condition.get("lastTransitionTime")
+    }
     status = {
         "name": container.get("name", names.TRAINER_CONTAINER), "image": container.get("image", ""), "restartCount": 0,
-        "imageID": "simulated@sha256:" + "0" * 64, "ready": ready, "started": "running" in container_state, "state": container_state,
+        "imageID": "simulated@sha256:" + "0" * 64, "ready": is_ready, "started": "running" in container_state, "state": container_state,
     }  # fmt: skip
     return {
         "phase": "Running", "startTime": pod.body["metadata"]["creationTimestamp"], "hostIP": "127.0.0.1",
         "podIP": "127.0.0.1", "podIPs": [{"ip": "127.0.0.1"}], "containerStatuses": [status],
-        "conditions": [{"type": k, "status": v, "lastTransitionTime": old_times.get((k, v)) or current_time()} for k, v in conditions.items()],
+        "conditions": [
+            {"type": condition_type, "status": condition_status, "lastTransitionTime": old_times.get((condition_type, condition_status)) or current_time()}
+            for condition_type, condition_status in conditions.items()
+        ],
     }  # fmt: skip
 
 

@@ -44,7 +44,7 @@ PATHS = {
 
 @dataclass(frozen=True)
 class NodeNetwork:
-    """The network of a node cluster, in which the API server also runs. `pid` is a process in this network. This machine reaches it at `address`."""
+    """The network of a node cluster, in which the API server also runs. `pid` is a process in this network. This machine reaches the network at `address`."""
 
     pid: int
     address: str
@@ -108,18 +108,18 @@ def running_kueue(endpoint: Endpoint, folder: Path, network: NodeNetwork | None 
     program = ensure_built(KUEUE_PROGRAM)
     webhook_port, health_port = find_free_ports(2)
     _install(endpoint, webhook_port)
-    config, log = folder / "config.yaml", folder / "log"
+    config_path, log_path = folder / "config.yaml", folder / "log"
     health_address = f"{network.address if network else '127.0.0.1'}:{health_port}"
-    config.write_text(json.dumps(_make_configuration(certificates, webhook_port, health_address)))
+    config_path.write_text(json.dumps(_make_configuration(certificates, webhook_port, health_address)))
     enter_network = ["nsenter", "--net", "--target", str(network.pid)] if network else []
     server = spawn(
-        "Kueue", [*enter_network, program, "--config", config, "--zap-log-level", "2"], owner=folder, log=log, lifetime=Lifetime.UNTIL_PARENT_ENDS,
+        "Kueue", [*enter_network, program, "--config", config_path, "--zap-log-level", "2"], owner=folder, log=log_path, lifetime=Lifetime.UNTIL_PARENT_ENDS,
         env={**os.environ, "KUBECONFIG": str(endpoint.kubeconfig)},
     )  # fmt: skip
     try:
-        wait_until("Kueue's certificate", lambda: _mount_secret(endpoint, certificates), servers=[server], timeout=START_SECONDS)
+        wait_until("Kueue's certificate", lambda: _write_certificates(endpoint, certificates), servers=[server], timeout=START_SECONDS)
         wait_until("Kueue", lambda: _is_ready(health_address), servers=[server], timeout=START_SECONDS)
-        yield log
+        yield log_path
     finally:
         _remove_webhooks(endpoint)
         server.process.kill()
@@ -133,7 +133,7 @@ def _remove_webhooks(endpoint: Endpoint) -> None:
             endpoint.request("DELETE", f"{PATHS[kind]}/{item['metadata']['name']}")
 
 
-def _mount_secret(endpoint: Endpoint, folder: Path) -> bool:
+def _write_certificates(endpoint: Endpoint, folder: Path) -> bool:
     """Write the certificates from the controller's Secret to `folder`, with the file names that a kubelet would use for a mounted Secret. Returns whether the
     Secret has certificates.
     """

@@ -52,15 +52,15 @@ class Attempt:
     def __init__(self, folder: Path, number: int, *, has_trained: bool = True, spec: dict[str, Any] = EVALUATED) -> None:
         self.run, self.inputs = _make_attempt_run(folder, number, spec)
         self.tree = CheckpointTree(FolderStore(folder / "store", f"file://{folder}/store"))
-        work = folder / f"work-{number}"
-        work.mkdir()
+        work_folder = folder / f"work-{number}"
+        work_folder.mkdir()
         if has_trained:
-            self.inputs.write(work)
-            (work / "output" / "final").mkdir(parents=True)
+            self.inputs.write(work_folder)
+            (work_folder / "output" / "final").mkdir(parents=True)
         self.fetched, self.is_stopped, self.is_save_deadline_passed = 0, False, False
-        settings = Settings(folder / "run.json", None, work, folder / "log", 0, 0, "node", f"{number:08d}")
+        settings = Settings(folder / "run.json", None, work_folder, folder / "log", 0, 0, "node", f"{number:08d}")
         self.state = RunState()
-        results = RunResults(self.run, self.tree, work / "output")
+        results = RunResults(self.run, self.tree, work_folder / "output")
         self.stages = FakeStages(
             self.run, settings, self.tree, self.state, results=results, fetch_inputs=self._fetch, is_stop_requested=lambda: self.is_stopped,
             is_save_deadline_passed=lambda: self.is_save_deadline_passed,

@@ -17,8 +17,8 @@ from finetune_trainer.inputs import Inputs, RestoredCheckpoint
 from tests.support.heap import freeze_libraries
 
 TEN_ROWS = [
-    {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}
-    for q, a in [
+    {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+    for question, answer in [
         ("one", "red"), ("two", "green"), ("three", "blue"), ("four", "yes"), ("five", "no"),
         ("question", "Paris"), ("answer", "Berlin"), ("input", "nine"), ("output", "three"), ("true", "false"),
     ]
@@ -28,11 +28,11 @@ TEN_ROWS = [
 
 def merge_mappings(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Return a copy of `base` with the values of `overrides`. Nested mappings are merged."""
-    result = dict(base)
+    merged = dict(base)
     for key, value in overrides.items():
-        are_mappings = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
-        result[key] = merge_mappings(result[key], value) if are_mappings else value
-    return result
+        are_mappings = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = merge_mappings(merged[key], value) if are_mappings else value
+    return merged
 
 
 def write_rows(path: Path, rows: Sequence[Any]) -> Path:

@@ -45,11 +45,11 @@ def write_finished_run(folder: Path, uid: str = UID) -> Path:
     facts = collect_run_facts(run, "0" * 64, inputs)
     tree.begin_attempt(1, run.to_bytes())
     for step in (10, 20, None):
-        files = folder / "files" / str(step)
+        files_folder = folder / "files" / str(step)
         for name, content in (FILES if step is None else {"state.bin": b"%d" % step}).items():
-            (files / name).parent.mkdir(parents=True, exist_ok=True)
-            (files / name).write_bytes(content)
-        entries = tree.upload(checkpoint_folder_key(step), INCARNATION, files)
+            (files_folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (files_folder / name).write_bytes(content)
+        entries = tree.upload(checkpoint_folder_key(step), INCARNATION, files_folder)
         kind = OutputKind.ADAPTER if step is None else None
         manifest = Manifest(job=f"team/bot/{uid}", incarnation=INCARNATION, step=step or 20, kind=kind, facts=facts, files=entries)
         tree.commit(checkpoint_folder_key(step), manifest)
@@ -73,10 +73,11 @@ def _make_run_config(folder: Path, root: Path, uid: str) -> RunConfig:
 
 
 def make_inputs(folder: Path) -> Inputs:
-    train, test = [folder / "train.jsonl"], [folder / "test.jsonl"]
+    train_files, test_files = [folder / "train.jsonl"], [folder / "test.jsonl"]
     return Inputs(
-        model=folder / "base", train=train, test=test, model_revision=compute_fingerprint(folder / "base"),
-        dataset_digest=compute_combined_digest(train, sha256_file), image_digests={TRAINING_IMAGES: "1" * 64}, output_dir=folder, config_maps=folder / "none",
+        model=folder / "base", train=train_files, test=test_files, model_revision=compute_fingerprint(folder / "base"),
+        dataset_digest=compute_combined_digest(train_files, sha256_file), image_digests={TRAINING_IMAGES: "1" * 64}, output_dir=folder,
+        config_maps=folder / "none",
     )  # fmt: skip
 
 
@@ -86,9 +87,9 @@ def model_folder(root: Path) -> Path:
 
 def edit_json(path: Path, edit: Callable[[Any], None]) -> None:
     """Apply `edit` to the value in a JSON file, and write the file."""
-    value = json.loads(path.read_bytes())
-    edit(value)
-    path.write_text(json.dumps(value))
+    content = json.loads(path.read_bytes())
+    edit(content)
+    path.write_text(json.dumps(content))
 
 
 def edit_manifest(root: Path, edit: Callable[[Any], None]) -> None:
@@ -97,9 +98,9 @@ def edit_manifest(root: Path, edit: Callable[[Any], None]) -> None:
     """
     path = model_folder(root) / "manifest.json"
     edit_json(path, edit)
-    data = path.read_bytes()
-    digest = hashlib.sha256(data).hexdigest()
+    manifest_bytes = path.read_bytes()
+    digest = hashlib.sha256(manifest_bytes).hexdigest()
     edit_json(root / "model" / "_COMMITTED", lambda marker: marker.update(manifestSha256=digest))
-    subjects = [{"name": file["path"], "digest": {"sha256": file["sha256"]}} for file in json.loads(data)["files"]]
+    subjects = [{"name": file["path"], "digest": {"sha256": file["sha256"]}} for file in json.loads(manifest_bytes)["files"]]
     manifest_subject = {"name": "manifest.json", "digest": {"sha256": digest}}
     edit_json(root / "lineage" / "statement.json", lambda statement: statement.update(subject=[manifest_subject, *subjects]))

@@ -149,9 +149,9 @@ def _group_by_table(tables: dict[str, VerdictTable]) -> Iterator[tuple[list[str]
     """Yield each table once, together with the names of all strategies whose verdicts are the same as in this table."""
     groups: list[tuple[list[str], VerdictTable]] = []
     for strategy, table in tables.items():
-        for names, group_table in groups:
+        for strategies, group_table in groups:
             if group_table == table:
-                names.append(strategy)
+                strategies.append(strategy)
                 break
         else:
             groups.append(([strategy], table))

@@ -7,8 +7,8 @@ from typing import Any
 
 def merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
     """Return a copy of `base` with the values of `change`. Nested dictionaries are merged."""
-    result = dict(base)
+    merged = dict(base)
     for key, value in change.items():
-        are_mappings = isinstance(value, dict) and isinstance(result.get(key), dict)
-        result[key] = merge(result[key], value) if are_mappings else value
-    return result
+        are_mappings = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if are_mappings else value
+    return merged

@@ -51,23 +51,23 @@ def list_families() -> list[str]:
 
 def list_combinations(strategy: str) -> list[tuple[str, str]]:
     """Return the (family, method) pairs to run with a strategy. Slow families run on one rank only."""
-    is_slow = {name: family.is_slow for name, family in families.FAMILIES.items()} | dict.fromkeys(vision.SIMILAR_FAMILIES, True)
-    names = [name for name in list_families() if strategy == ONE_RANK or not is_slow.get(name, False)]
+    is_slow_by_family = {name: family.is_slow for name, family in families.FAMILIES.items()} | dict.fromkeys(vision.SIMILAR_FAMILIES, True)
+    names = [name for name in list_families() if strategy == ONE_RANK or not is_slow_by_family.get(name, False)]
     return [(name, method) for name in names for method in METHODS_BY_STRATEGY[strategy]]
 
 
 def run_strategy(strategy: str, cells: Sequence[tuple[str, str]], folder: Path) -> dict[tuple[str, str], str]:
     """Run (family, method) pairs with a strategy. Returns the verdict of each pair."""
     verdicts = {cell: refusal for cell in cells if (refusal := find_rule_refusal(strategy, *cell)) is not None}
-    remaining = [cell for cell in cells if cell not in verdicts]
-    while remaining:
-        batch = remaining[:CELLS_PER_LAUNCH]
-        results = _launch(strategy, batch, folder / str(len(remaining)))
-        found = {cell: read_verdict(results[_make_cell_name(*cell)]) for cell in batch if _make_cell_name(*cell) in results}
-        if len(found) < len(batch):
-            found[next(cell for cell in batch if cell not in found)] = STUCK_VERDICT
-        verdicts |= found
-        remaining = [cell for cell in remaining if cell not in verdicts]
+    remaining_cells = [cell for cell in cells if cell not in verdicts]
+    while remaining_cells:
+        batch = remaining_cells[:CELLS_PER_LAUNCH]
+        results = _launch(strategy, batch, folder / str(len(remaining_cells)))
+        batch_verdicts = {cell: read_verdict(results[_make_cell_name(*cell)]) for cell in batch if _make_cell_name(*cell) in results}
+        if len(batch_verdicts) < len(batch):
+            batch_verdicts[next(cell for cell in batch if cell not in batch_verdicts)] = STUCK_VERDICT
+        verdicts |= batch_verdicts
+        remaining_cells = [cell for cell in remaining_cells if cell not in verdicts]
     return verdicts
 
 
@@ -103,7 +103,7 @@ def _launch(strategy: str, cells: Sequence[tuple[str, str]], folder: Path) -> di
     except (AssertionError, subprocess.TimeoutExpired) as error:
         print(f"a launch did not end: {error}"[-2000:], flush=True)
         file = folder / "cells" / "results.json"
-        return {value["name"]: Result(**value) for value in json.loads(file.read_text())} if file.exists() else {}
+        return {fields["name"]: Result(**fields) for fields in json.loads(file.read_text())} if file.exists() else {}
 
 
 def _make_spec(strategy: str, family: str, method: str) -> dict[str, Any]:
@@ -156,27 +156,27 @@ def read_library_versions() -> dict[str, str]:
 
 def write_record(verdicts: Verdicts) -> None:
     """Write the verdicts, in the order of METHODS_BY_STRATEGY and `list_families`, together with the library versions."""
-    ordered = {
+    ordered_verdicts = {
         strategy: {
             family: {method: verdicts[strategy][family][method] for method in methods if method in verdicts[strategy][family]}
             for family in list_families() if family in verdicts[strategy]
         }
         for strategy, methods in METHODS_BY_STRATEGY.items() if strategy in verdicts
     }  # fmt: skip
-    RECORD.write_text(json.dumps({"versions": read_library_versions(), "verdicts": ordered}, indent=1) + "\n")
+    RECORD.write_text(json.dumps({"versions": read_library_versions(), "verdicts": ordered_verdicts}, indent=1) + "\n")
 
 
 def main(options: Sequence[str]) -> None:
     """Run the combinations that are not recorded yet (with `--again` all), and write the record after each launch."""
     verdicts: Verdicts = {} if "--again" in options else read_record()
     for strategy in METHODS_BY_STRATEGY:
-        table = verdicts.setdefault(strategy, {})
-        missing = [(family, method) for family, method in list_combinations(strategy) if method not in table.get(family, {})]
-        for start in range(0, len(missing), CELLS_PER_LAUNCH):
+        family_verdicts = verdicts.setdefault(strategy, {})
+        missing_combinations = [(family, method) for family, method in list_combinations(strategy) if method not in family_verdicts.get(family, {})]
+        for start in range(0, len(missing_combinations), CELLS_PER_LAUNCH):
             with tempfile.TemporaryDirectory() as folder:
-                found = run_strategy(strategy, missing[start : start + CELLS_PER_LAUNCH], Path(folder))
-            for (family, method), verdict in found.items():
-                table.setdefault(family, {})[method] = verdict
+                new_verdicts = run_strategy(strategy, missing_combinations[start : start + CELLS_PER_LAUNCH], Path(folder))
+            for (family, method), verdict in new_verdicts.items():
+                family_verdicts.setdefault(family, {})[method] = verdict
                 print(f"{strategy} | {family} | {method}: {verdict}", flush=True)
             write_record(verdicts)
 

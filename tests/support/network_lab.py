@@ -61,9 +61,9 @@ class Lab:
 
 def find_missing_requirement() -> str | None:
     """Return a message that names what this machine lacks to run a lab, or None if a lab can run."""
-    missing = [program for program in ("ip", "nft", "unshare", "mount") if shutil.which(program, path="/usr/sbin:/sbin:/usr/bin:/bin") is None]
-    if missing:
-        return f"missing programs: {', '.join(missing)} (Debian packages nftables, iproute2)"
+    missing_programs = [program for program in ("ip", "nft", "unshare", "mount") if shutil.which(program, path="/usr/sbin:/sbin:/usr/bin:/bin") is None]
+    if missing_programs:
+        return f"missing programs: {', '.join(missing_programs)} (Debian packages nftables, iproute2)"
     completed_process = subprocess.run(["unshare", "--net", "--mount", "true"], capture_output=True, text=True)
     return completed_process.stderr.strip() or None
 
@@ -86,8 +86,8 @@ def make_nft_rules(pod: LabPod, lab: Lab) -> str:
     """Return the nftables rules for a pod's namespace. The pod is isolated in a direction if at least one policy of this direction selects it."""
     lines = ["table inet network_policy {"]
     for direction, chain, hook in (("Ingress", "incoming", "input"), ("Egress", "outgoing", "output")):
-        policies = [p for p in lab.policies if _selects(p["spec"]["podSelector"], pod.labels) and p["metadata"]["namespace"] == pod.namespace]
-        policies = [policy for policy in policies if direction in policy["spec"]["policyTypes"]]
+        policies = [policy for policy in lab.policies if _selects(policy["spec"]["podSelector"], pod.labels)]
+        policies = [policy for policy in policies if policy["metadata"]["namespace"] == pod.namespace and direction in policy["spec"]["policyTypes"]]
         if not policies:
             continue
         lines += [f"chain {chain} {{", f"type filter hook {hook} priority 0; policy accept;", "ct state established,related accept"]
@@ -115,11 +115,11 @@ def _make_peer_matches(peer: Object, side: str, policy: Object, lab: Lab) -> lis
         block = peer["ipBlock"]
         family = _find_address_family(block["cidr"])
         exceptions = block.get("except", [])
-        excluded = f"{family} {side} != {{ {', '.join(exceptions)} }} " if exceptions else ""
-        return [f"{family} {side} {block['cidr']} {excluded}"]
+        exception_match = f"{family} {side} != {{ {', '.join(exceptions)} }} " if exceptions else ""
+        return [f"{family} {side} {block['cidr']} {exception_match}"]
     assert set(peer) <= {"podSelector", "namespaceSelector"}
-    selected = [pod for pod in lab.pods if pod.namespace and _selects_peer(peer, pod, policy["metadata"]["namespace"])]
-    return [f"{_find_address_family(ip)} {side} {ip} " for pod in selected for ip in pod.ips]
+    selected_pods = [pod for pod in lab.pods if pod.namespace and _selects_peer(peer, pod, policy["metadata"]["namespace"])]
+    return [f"{_find_address_family(ip)} {side} {ip} " for pod in selected_pods for ip in pod.ips]
 
 
 def _selects_peer(peer: Object, pod: LabPod, own_namespace: str) -> bool:
@@ -155,13 +155,13 @@ def call_in_namespace(name: str, function: Callable[[], T]) -> T:
     libc = ctypes.CDLL(None, use_errno=True)
     results: list[T] = []
 
-    def enter() -> None:
+    def enter_and_call() -> None:
         with Path("/run/netns", name).open() as handle:
             if libc.setns(handle.fileno(), CLONE_NEWNET) != 0:
                 raise OSError(ctypes.get_errno(), f"setns {name}")
         results.append(function())
 
-    thread = threading.Thread(target=enter)
+    thread = threading.Thread(target=enter_and_call)
     thread.start()
     thread.join()
     return results[0]
@@ -188,7 +188,7 @@ def build_network(lab: Lab) -> list[socket.socket]:
 
 
 def can_connect(address: str, port: int) -> bool:
-    """Whether the target accepts a connection. Returns False if the connection is reset. Errors: OSError if it fails in any other way."""
+    """Whether the target accepts a connection. Returns False if the connection is reset. Errors: OSError if the connection fails in any other way."""
     try:
         socket.create_connection((address, port), timeout=CONNECT_SECONDS).close()
     except ConnectionRefusedError:
@@ -198,11 +198,12 @@ def can_connect(address: str, port: int) -> bool:
 
 def main() -> None:
     """Read a Lab as JSON from standard input, and print the result of each attempt as a JSON list of booleans."""
-    value = json.load(sys.stdin)
-    pods = tuple(LabPod(**{**pod, "addresses": tuple(pod["addresses"]), "ports": tuple(pod["ports"])}) for pod in value["pods"])
-    lab = Lab(pods, tuple(value["policies"]))
+    lab_fields = json.load(sys.stdin)
+    pods = tuple(LabPod(**{**pod, "addresses": tuple(pod["addresses"]), "ports": tuple(pod["ports"])}) for pod in lab_fields["pods"])
+    lab = Lab(pods, tuple(lab_fields["policies"]))
     listeners = build_network(lab)
-    print(json.dumps([call_in_namespace(source, lambda a=address, p=port: can_connect(a, p)) for source, address, port in value["attempts"]]))
+    results = [call_in_namespace(pod, lambda address=address, port=port: can_connect(address, port)) for pod, address, port in lab_fields["attempts"]]
+    print(json.dumps(results))
     for listener in listeners:
         listener.close()
 

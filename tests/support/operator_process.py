@@ -39,11 +39,11 @@ ERROR_LINE_PATTERN = re.compile(
 
 def merge_mappings(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Return a copy of `base` with the values of `overrides`. Nested mappings are merged."""
-    result = dict(base)
+    merged = dict(base)
     for key, value in overrides.items():
-        are_mappings = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
-        result[key] = merge_mappings(result[key], value) if are_mappings else value
-    return result
+        are_mappings = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = merge_mappings(merged[key], value) if are_mappings else value
+    return merged
 
 
 @dataclass
@@ -64,12 +64,12 @@ class OperatorProcess:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.port = find_free_ports(1)[0]
         config = merge_mappings(merge_mappings(FAST_CONFIG, self.config), {"http": {"host": "127.0.0.1", "port": self.port}})
-        path = self.folder / "config.yaml"
-        path.write_text(json.dumps(config))
+        config_path = self.folder / "config.yaml"
+        config_path.write_text(json.dumps(config))
         python_path = os.pathsep.join(str(CHECKOUT_FOLDER / name) for name in ("crds", "operator"))
         env = {**os.environ, "KUBECONFIG": str(self.kubeconfig), "PYTHONPATH": python_path, "OMP_NUM_THREADS": "1"}
         env |= dict(self.env) | {KILL_VARIABLE: str(self.folder / "kill-at")}
-        argv = [*self.command_prefix, sys.executable, "-m", "finetune_operator", "--config", str(path)]
+        argv = [*self.command_prefix, sys.executable, "-m", "finetune_operator", "--config", str(config_path)]
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(
                 argv, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=env, cwd=self.folder,
@@ -122,8 +122,8 @@ class OperatorProcess:
 
     def _get(self, path: str) -> tuple[int, str]:
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=5) as answer:
-                return answer.status, answer.read().decode()
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=5) as response:
+                return response.status, response.read().decode()
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode(errors="replace")
         except (OSError, http.client.HTTPException):

@@ -62,20 +62,20 @@ def write_model(name: str, folder: Path) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    tiny = MODELS[name]
-    tokenizer = make_tokenizer(folder, chat_template=tiny.chat_template)
+    tiny_model = MODELS[name]
+    tokenizer = make_tokenizer(folder, chat_template=tiny_model.chat_template)
     sizes = {
-        "vocab_size": 448, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": tiny.layers, "num_attention_heads": 4,
+        "vocab_size": 448, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": tiny_model.layers, "num_attention_heads": 4,
         "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 4096, "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None,
     }  # fmt: skip
-    if tiny.model_type == "gpt2":
+    if tiny_model.model_type == "gpt2":
         sizes = {name: sizes[name] for name in ("vocab_size", "eos_token_id", "pad_token_id", "bos_token_id")}
-        sizes |= {"n_embd": 64, "n_layer": tiny.layers, "n_head": 4, "n_positions": 1024}
-    state = torch.random.get_rng_state()
+        sizes |= {"n_embd": 64, "n_layer": tiny_model.layers, "n_head": 4, "n_positions": 1024}
+    random_state = torch.random.get_rng_state()
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(AutoConfig.for_model(tiny.model_type, **sizes)).save_pretrained(folder)
-    torch.random.set_rng_state(state)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(tiny_model.model_type, **sizes)).save_pretrained(folder)
+    torch.random.set_rng_state(random_state)
 
 
 # --- data -----------------------------------------------------------------------------------------------------------
@@ -124,8 +124,8 @@ class Rows:
 
     def render(self, split: str) -> str:
         """Return the content of the dataset's file for a split: `train`, `validation` or `test`."""
-        first, count = FIRST_NUMBERS[split], self.train_count if split == "train" else HELD_OUT_COUNT
-        rows = [self.make_row(number) for number in range(first, first + count)]
+        first_number, count = FIRST_NUMBERS[split], self.train_count if split == "train" else HELD_OUT_COUNT
+        rows = [self.make_row(number) for number in range(first_number, first_number + count)]
         if self.extension == "json":
             return json.dumps(rows)
         if self.extension == "csv":
@@ -192,7 +192,7 @@ class PageExample:
     """If the example uses the tokenizer of another model: the key of that model in MODELS."""
 
 
-def _toml_example(steps: int, *changes: str, model: str = "qwen2", rows: str = "questions", splits: tuple[str, ...] = ()) -> PageExample:
+def _make_toml_example(steps: int, *changes: str, model: str = "qwen2", rows: str = "questions", splits: tuple[str, ...] = ()) -> PageExample:
     return PageExample(model, rows, steps, changes, splits)
 
 
@@ -210,26 +210,26 @@ PAGE_EXAMPLES: dict[str, PageExample] = {
     "env-command-line-over-file": PageExample("gpt2", "instruction", 4),
     "env-page-run": PageExample("gpt2", "choices", 5, ON_CPU),
     "env-page-example-7": PageExample("llama", "instruction", 6, ON_CPU),
-    "samples-toml-A": _toml_example(4, *PLAIN_CHECKPOINTING, rows="tickets"),
-    "samples-toml-B": _toml_example(60, model="llama-chat"),
-    "samples-toml-C": _toml_example(60, model="gemma", splits=("test",)),
-    "blocks-toml-01": _toml_example(60),
-    "blocks-toml-02": _toml_example(60),
-    "blocks-toml-03": _toml_example(60, splits=("validation",)),
-    "blocks-toml-04": _toml_example(60),
-    "blocks-toml-07": _toml_example(60),
-    "blocks-toml-08": _toml_example(60, *PLAIN_CHECKPOINTING),
-    "blocks-toml-09": _toml_example(60, *MLFLOW_ADDRESS),
-    "blocks-toml-10": _toml_example(60, *HUB_STAND_IN),
-    "blocks-toml-11": _toml_example(60),
-    "blocks-toml-12": _toml_example(60, *PLAIN_CHECKPOINTING),
-    "blocks-toml-13": _toml_example(60, *PLAIN_CHECKPOINTING),
-    "blocks-toml-14": _toml_example(60, *PLAIN_CHECKPOINTING, model="llama-chat"),
-    "blocks-toml-15": _toml_example(30),
-    "blocks-toml-16": _toml_example(100, splits=("validation",)),
-    "blocks-toml-17": _toml_example(6),
-    "blocks-toml-18": _toml_example(30, *HUB_STAND_IN),
-    "blocks-toml-19": _toml_example(30, *PLAIN_CHECKPOINTING),
+    "samples-toml-A": _make_toml_example(4, *PLAIN_CHECKPOINTING, rows="tickets"),
+    "samples-toml-B": _make_toml_example(60, model="llama-chat"),
+    "samples-toml-C": _make_toml_example(60, model="gemma", splits=("test",)),
+    "blocks-toml-01": _make_toml_example(60),
+    "blocks-toml-02": _make_toml_example(60),
+    "blocks-toml-03": _make_toml_example(60, splits=("validation",)),
+    "blocks-toml-04": _make_toml_example(60),
+    "blocks-toml-07": _make_toml_example(60),
+    "blocks-toml-08": _make_toml_example(60, *PLAIN_CHECKPOINTING),
+    "blocks-toml-09": _make_toml_example(60, *MLFLOW_ADDRESS),
+    "blocks-toml-10": _make_toml_example(60, *HUB_STAND_IN),
+    "blocks-toml-11": _make_toml_example(60),
+    "blocks-toml-12": _make_toml_example(60, *PLAIN_CHECKPOINTING),
+    "blocks-toml-13": _make_toml_example(60, *PLAIN_CHECKPOINTING),
+    "blocks-toml-14": _make_toml_example(60, *PLAIN_CHECKPOINTING, model="llama-chat"),
+    "blocks-toml-15": _make_toml_example(30),
+    "blocks-toml-16": _make_toml_example(100, splits=("validation",)),
+    "blocks-toml-17": _make_toml_example(6),
+    "blocks-toml-18": _make_toml_example(30, *HUB_STAND_IN),
+    "blocks-toml-19": _make_toml_example(30, *PLAIN_CHECKPOINTING),
     "samples-yaml-A": PageExample("mistral-chat", "sharegpt", 4),
     "samples-yaml-B": PageExample("qwen2-12-layers", "alpaca", 2, (), ("validation",)),
     "blocks-yaml-01": PageExample("llama-chat", "alpaca", 6, (), ("validation",), has_benchmarks=True),
@@ -310,9 +310,9 @@ def write_stand_ins(folder: Path) -> None:
 
 def list_missing_config_maps(name: str, spec: dict[str, Any]) -> Iterator[tuple[str, dict[str, str]]]:
     """Yield the name and content of each ConfigMap that an example's job needs but its manifest does not contain."""
-    prompts = spec.get("evaluation", {}).get("comparison", {}).get("promptsRef")
-    if prompts:
-        yield prompts["name"], {prompts["key"]: PROMPTS}
-    settings = spec.get("distributed", {}).get("deepspeed", {}).get("configRef")
-    if settings and name != "yaml-deepspeed-beside":
-        yield settings["name"], {settings["key"]: json.dumps(DEEPSPEED_SETTINGS)}
+    prompts_ref = spec.get("evaluation", {}).get("comparison", {}).get("promptsRef")
+    if prompts_ref:
+        yield prompts_ref["name"], {prompts_ref["key"]: PROMPTS}
+    settings_ref = spec.get("distributed", {}).get("deepspeed", {}).get("configRef")
+    if settings_ref and name != "yaml-deepspeed-beside":
+        yield settings_ref["name"], {settings_ref["key"]: json.dumps(DEEPSPEED_SETTINGS)}

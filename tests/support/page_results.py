@@ -99,12 +99,12 @@ def _check_progress(run: FinishedRun, steps: int) -> None:
     assert progress is not None and metrics is not None
     assert (progress.step, progress.total_steps, run.status.restarts) == (steps, steps, 0)
     assert metrics.train_loss is not None and 0 < metrics.train_loss < 20
-    interval, limit = run.get_field("checkpoint.steps"), run.get_field("checkpoint.keep")
+    interval, kept_count = run.get_field("checkpoint.steps"), run.get_field("checkpoint.keep")
     saved_steps = {*range(interval, steps, interval), steps} if interval else None
     stored_steps = {int(path.partition("/")[0].removeprefix("step-")) for path in run.list_files(f"{run.folder}/checkpoints") if path.endswith("/_COMMITTED")}
     if saved_steps is not None:
         assert stored_steps <= saved_steps and steps in stored_steps
-        assert stored_steps == saved_steps if not limit else len(stored_steps) <= limit + 2  # + 2: the best and the newest checkpoint
+        assert stored_steps == saved_steps if not kept_count else len(stored_steps) <= kept_count + 2  # + 2: the best and the newest checkpoint
 
 
 def _check_model(run: FinishedRun) -> None:
@@ -123,37 +123,37 @@ def _check_model(run: FinishedRun) -> None:
     for entry in verification.artefacts or []:
         # An adapter of a quantised base is merged into the unquantised base. So the merged model differs from the trained model by the quantisation error.
         assert entry.result is VerificationOutcome.VERIFIED or (entry.artefact, entry.code, method) == ("merged", "BaseWasQuantised", "qlora"), entry
-    merges = bool(run.get_field("output.mergeAdapter"))
-    assert artefacts == (["model"] if method in FULL_METHODS else ["adapter", "merged"] if merges else ["adapter"])
-    if merges:
+    is_merged = bool(run.get_field("output.mergeAdapter"))
+    assert artefacts == (["model"] if method in FULL_METHODS else ["adapter", "merged"] if is_merged else ["adapter"])
+    if is_merged:
         assert {"model.safetensors", "config.json", "tokenizer.json"} <= set(run.list_files(str(run.output.merged_uri)))
 
 
-def _check_adapter(run: FinishedRun, adapter: dict[str, Any]) -> None:
+def _check_adapter(run: FinishedRun, adapter_config: dict[str, Any]) -> None:
     lora = run.get_field("method.lora")
-    assert (adapter["r"], adapter["lora_alpha"], adapter["lora_dropout"]) == (lora["rank"], lora["alpha"], lora["dropout"])
-    assert adapter["use_dora"] is (run.get_field("method.type") == "dora")
-    assert adapter["use_rslora"] is bool(lora.get("rankStabilized"))
-    targets = {name.rpartition(".")[2] for name in adapter["target_modules"]}
-    if requested := lora.get("targetModules"):
-        assert targets == set(requested)
+    assert (adapter_config["r"], adapter_config["lora_alpha"], adapter_config["lora_dropout"]) == (lora["rank"], lora["alpha"], lora["dropout"])
+    assert adapter_config["use_dora"] is (run.get_field("method.type") == "dora")
+    assert adapter_config["use_rslora"] is bool(lora.get("rankStabilized"))
+    target_modules = {name.rpartition(".")[2] for name in adapter_config["target_modules"]}
+    if requested_modules := lora.get("targetModules"):
+        assert target_modules == set(requested_modules)
     else:
-        assert targets in (GPT2_LAYERS, LLAMA_LAYERS)
+        assert target_modules in (GPT2_LAYERS, LLAMA_LAYERS)
 
 
 def _check_metric_files(run: FinishedRun, steps: int) -> None:
     assert set(run.list_files(f"{run.folder}/metrics")) >= METRIC_FILES
-    final = run.read_json("metrics/final_metrics.json")
-    summary, configuration = final["training_summary"], final["configuration"]
+    final_metrics = run.read_json("metrics/final_metrics.json")
+    summary, configuration = final_metrics["training_summary"], final_metrics["configuration"]
     assert (summary["total_steps"], configuration["technique"]) == (steps, run.get_field("method.type"))
     assert configuration["batch_size"] == str(run.get_field("training.batchSizePerDevice"))
     assert float(configuration["learning_rate"]) == run.get_field("training.learningRate")
     assert run.status.metrics is not None
     assert run.status.metrics.train_loss == pytest.approx(read_logged_losses(run)[-1][1], rel=1e-5)
     assert summary["best_train_loss"] <= summary["final_train_loss"] < 20
-    logged = run.get_field("tracking.loggingSteps")
-    expected = sorted({1, *range(logged, steps + 1, logged), steps})
-    assert [entry["step"] for entry in run.read_json("metrics/step_metrics.json")] == expected
+    logging_interval = run.get_field("tracking.loggingSteps")
+    expected_steps = sorted({1, *range(logging_interval, steps + 1, logging_interval), steps})
+    assert [entry["step"] for entry in run.read_json("metrics/step_metrics.json")] == expected_steps
     epochs = run.read_json("metrics/epoch_metrics.json")
     assert [entry["epoch"] for entry in epochs] == list(range(1, len(epochs) + 1))
     if not run.get_field("training.maxSteps"):
@@ -161,13 +161,13 @@ def _check_metric_files(run: FinishedRun, steps: int) -> None:
 
 
 def _check_published_copy(run: FinishedRun) -> None:
-    copy, has_folders = str(run.output.published_uri), run.get_field("output.layout") == "projectModelTime"
-    root, folder = run.get_field("storage.uri"), run.get_field("output.dir")
-    assert copy.startswith(f"{root}/{folder}/{run.get_field('output.project')}/" if has_folders else f"{root}/{folder}")
-    model = f"{copy}/model" if has_folders else copy
-    name = "model.safetensors" if run.output.kind is OutputKind.MODEL else "adapter_model.safetensors"
-    assert run.read(f"{model}/{name}") == run.read(f"{run.output.uri}/{name}")
-    files = set(run.list_files(copy))
+    copy_uri, has_folders = str(run.output.published_uri), run.get_field("output.layout") == "projectModelTime"
+    root, output_folder = run.get_field("storage.uri"), run.get_field("output.dir")
+    assert copy_uri.startswith(f"{root}/{output_folder}/{run.get_field('output.project')}/" if has_folders else f"{root}/{output_folder}")
+    model_uri = f"{copy_uri}/model" if has_folders else copy_uri
+    weights_name = "model.safetensors" if run.output.kind is OutputKind.MODEL else "adapter_model.safetensors"
+    assert run.read(f"{model_uri}/{weights_name}") == run.read(f"{run.output.uri}/{weights_name}")
+    files = set(run.list_files(copy_uri))
     assert METRIC_FILES | {"report.html"} <= files
     if run.get_field("output.mergeAdapter"):
         assert "merged/model.safetensors" in files
@@ -187,36 +187,36 @@ def _check_report_and_lineage(run: FinishedRun) -> None:
 
 def _check_validation(run: FinishedRun) -> None:
     assert run.status.metrics is not None and run.status.metrics.eval_loss is not None
-    last = run.read_json("metrics/epoch_metrics.json")[-1]
-    assert run.status.metrics.eval_loss == pytest.approx(last["eval_loss"], rel=1e-5)
-    assert 0 <= last["eval_accuracy"] <= 1
+    last_epoch = run.read_json("metrics/epoch_metrics.json")[-1]
+    assert run.status.metrics.eval_loss == pytest.approx(last_epoch["eval_loss"], rel=1e-5)
+    assert 0 <= last_epoch["eval_accuracy"] <= 1
     if "f1" in (run.get_field("evaluation.metrics") or []):
-        assert all(0 <= last[f"eval_{name}"] <= 1 for name in TOKEN_METRICS)
+        assert all(0 <= last_epoch[f"eval_{name}"] <= 1 for name in TOKEN_METRICS)
     if run.get_field("evaluation.steps"):
-        measured = {entry["step"] for entry in run.read_rows("metrics/log.jsonl") if "eval_loss" in entry}
-        assert run.status.progress is not None and run.status.progress.step in measured
+        evaluated_steps = {entry["step"] for entry in run.read_rows("metrics/log.jsonl") if "eval_loss" in entry}
+        assert run.status.progress is not None and run.status.progress.step in evaluated_steps
 
 
 def _check_test_rows(run: FinishedRun) -> None:
     split = run.get_field("dataset.split") or {}
-    expected = ROW_COUNT - sum(math.floor(ROW_COUNT * split.get(name, 0)) for name in ("train", "validation"))
-    assert len(run.read_rows("metrics/test_split.jsonl")) == (HELD_OUT_COUNT if run.get_field("dataset.test") else expected)
+    expected_count = ROW_COUNT - sum(math.floor(ROW_COUNT * split.get(name, 0)) for name in ("train", "validation"))
+    assert len(run.read_rows("metrics/test_split.jsonl")) == (HELD_OUT_COUNT if run.get_field("dataset.test") else expected_count)
     assert run.output.evaluation is not None and run.output.evaluation["testRows"] > 0
 
 
 def _check_metrics(run: FinishedRun, metrics: list[str]) -> None:
-    found = run.evaluation.metrics or {}
+    metric_results = run.evaluation.metrics or {}
     names = [name for metric in metrics for name in RESULT_NAMES_BY_METRIC.get(metric, (metric,))]
     if run.get_field("dataset.format") == "mcq":
         names += [f"letter{metric.capitalize()}" for metric in metrics]
     for name in names:
-        assert found[name].value is not None, (name, found[name].reason)
-    results = run.read_json("evaluation/evaluation_results.json")
-    stored = {name: results[_to_file_name(name)] for name in names}
+        assert metric_results[name].value is not None, (name, metric_results[name].reason)
+    stored_results = run.read_json("evaluation/evaluation_results.json")
+    stored_values = {name: stored_results[_to_file_name(name)] for name in names}
     assert run.read_json("evaluation/evaluation_summary.json")
     if {"bleu", "rouge"} & set(metrics):
         assert run.read(f"{run.folder}/evaluation/evaluation_detailed.xlsx").startswith(b"PK")
-    assert {name: found[name].value for name in names} == pytest.approx(stored, rel=1e-3)
+    assert {name: metric_results[name].value for name in names} == pytest.approx(stored_values, rel=1e-3)
 
 
 def _to_file_name(metric: str) -> str:
@@ -225,8 +225,8 @@ def _to_file_name(metric: str) -> str:
 
 
 def _check_predictions(run: FinishedRun) -> None:
-    rows, first = run.read_rows("evaluation/predictions.jsonl"), FIRST_NUMBERS["test"]
-    numbers = range(first, first + HELD_OUT_COUNT)
+    rows, first_number = run.read_rows("evaluation/predictions.jsonl"), FIRST_NUMBERS["test"]
+    numbers = range(first_number, first_number + HELD_OUT_COUNT)
     assert len(rows) == HELD_OUT_COUNT
     assert all(row.keys() == {"system_prompt", "user_prompt", "assistant_response", "ground_truth"} for row in rows)
     assert [row["user_prompt"] for row in rows] == [f"What is {number} + 2?" for number in numbers]
@@ -242,8 +242,8 @@ def _check_comparison(run: FinishedRun) -> None:
 
 def _check_benchmarks(run: FinishedRun, benchmarks: list[dict[str, Any]]) -> None:
     files = set(run.list_files(f"{run.folder}/evaluation"))
-    found = {(entry.name, entry.task, entry.metric): entry.value for entry in run.evaluation.benchmarks or []}
-    assert all(value is not None for value in found.values())
+    benchmark_values = {(entry.name, entry.task, entry.metric): entry.value for entry in run.evaluation.benchmarks or []}
+    assert all(value is not None for value in benchmark_values.values())
     for benchmark in benchmarks:
         name = benchmark["name"]
         if name == "human-eval":
@@ -251,11 +251,11 @@ def _check_benchmarks(run: FinishedRun, benchmarks: list[dict[str, Any]]) -> Non
             assert len(list(csv.DictReader(io.StringIO(sheet)))) == 6
             assert {"human_rating.json", "human_rating_key.json", "human_rating_instructions.txt"} <= files
         elif name == "domain-specific-eval":
-            assert (name, "sums", "bleu") in found and "domain_sums_results.json" in files
+            assert (name, "sums", "bleu") in benchmark_values and "domain_sums_results.json" in files
         else:
-            assert {task for found_name, task, _ in found if found_name == name} == set(benchmark["tasks"])
+            assert {task for result_name, task, _ in benchmark_values if result_name == name} == set(benchmark["tasks"])
             assert set(run.read_json("evaluation/lm_eval_results.json")) == set(benchmark["tasks"])
-    assert len(run.read_json("evaluation/benchmark_results.json")["benchmarks"]) == len(found)
+    assert len(run.read_json("evaluation/benchmark_results.json")["benchmarks"]) == len(benchmark_values)
 
 
 # --- trackers -------------------------------------------------------------------------------------------------------
@@ -286,17 +286,18 @@ def check_wandb_files(run: FinishedRun, folder: Path) -> None:
 
     uri = f"{run.folder}/tracking/wandb"
     [path] = [path for path in run.list_files(uri) if path.endswith(".wandb")]
-    copy = folder / "run.wandb"
-    copy.write_bytes(run.read(f"{uri}/{path}"))
-    _check_same_losses([(row["_step"], row["loss"]) for row in read_history(copy) if "loss" in row], run)
-    assert read_summary(copy)["artifact/model"] == run.output.uri
+    copied_file = folder / "run.wandb"
+    copied_file.write_bytes(run.read(f"{uri}/{path}"))
+    _check_same_losses([(row["_step"], row["loss"]) for row in read_history(copied_file) if "loss" in row], run)
+    assert read_summary(copied_file)["artifact/model"] == run.output.uri
 
 
 def check_mlflow(run: FinishedRun, runs: MlflowRuns) -> None:
     """Check the runs on an MLflow server: a parent run and a training run, both finished. Errors: AssertionError."""
     [run_name] = [name for name in runs.names() if f"{name}_finetuning" in runs.names()]
-    requested = run.get_field("output.runName")
-    assert run_name.startswith(requested.get("prefix", "")) and run_name.endswith(requested.get("suffix", "")) and requested.get("name", run_name) == run_name
+    run_name_spec = run.get_field("output.runName")
+    assert run_name.startswith(run_name_spec.get("prefix", "")) and run_name.endswith(run_name_spec.get("suffix", ""))
+    assert run_name_spec.get("name", run_name) == run_name
     parent, training = runs.run(run_name), runs.run(f"{run_name}_finetuning")
     assert (parent.info.status, training.info.status) == ("FINISHED", "FINISHED")
     assert training.data.tags["mlflow.parentRunId"] == parent.info.run_id
@@ -304,7 +305,7 @@ def check_mlflow(run: FinishedRun, runs: MlflowRuns) -> None:
     _check_same_losses(runs.history(f"{run_name}_finetuning", "loss"), run)
 
 
-def _check_same_losses(found: list[tuple[int, float]], run: FinishedRun) -> None:
-    expected = read_logged_losses(run)
-    assert expected and [step for step, _ in found] == [step for step, _ in expected]
-    assert [value for _, value in found] == pytest.approx([loss for _, loss in expected], rel=1e-6)
+def _check_same_losses(tracked_losses: list[tuple[int, float]], run: FinishedRun) -> None:
+    logged_losses = read_logged_losses(run)
+    assert logged_losses and [step for step, _ in tracked_losses] == [step for step, _ in logged_losses]
+    assert [value for _, value in tracked_losses] == pytest.approx([loss for _, loss in logged_losses], rel=1e-6)

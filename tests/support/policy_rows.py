@@ -54,8 +54,8 @@ class Row(NamedTuple):
     def spec(self) -> Values:
         """The complete spec. If a change sets a field to None, the spec does not contain the field."""
         base = BASE_SPECS[self.namespace]
-        changed = {name: {**base.get(name, {}), **group} for name, group in self.changed_groups.items()}
-        return {name: {key: value for key, value in group.items() if value is not None} for name, group in {**base, **changed}.items()}
+        merged_groups = {name: {**base.get(name, {}), **group} for name, group in self.changed_groups.items()}
+        return {name: {key: value for key, value in group.items() if value is not None} for name, group in {**base, **merged_groups}.items()}
 
 
 def _make_rows(path: str, rule: str, refused: list[tuple[str, Values]], allowed: list[tuple[str, Values]]) -> list[Row]:
@@ -94,20 +94,20 @@ CUSTOMER_KEY = {"type": "customerKey", "customerKeySecretRef": {"name": "theirs"
 
 def _make_secret_rows() -> list[Row]:
     """For each field that names a Secret, return a row in which a policy refuses the Secret, and a row in which the policy allows the same spec."""
-    key, name = {"name": "theirs", "key": "k"}, {"name": "theirs"}
+    secret_key_ref, secret_ref = {"name": "theirs", "key": "k"}, {"name": "theirs"}
     specs: dict[str, Values] = {
-        "model.tokenSecretRef.name": {"model": {"tokenSecretRef": key}},
-        "model.storage.credentialsSecretRef.name": {"model": {"storage": {"credentialsSecretRef": name}}},
+        "model.tokenSecretRef.name": {"model": {"tokenSecretRef": secret_key_ref}},
+        "model.storage.credentialsSecretRef.name": {"model": {"storage": {"credentialsSecretRef": secret_ref}}},
         "model.storage.encryption.customerKeySecretRef.name": {"model": {"storage": {"encryption": CUSTOMER_KEY}}},
-        "dataset.storage.credentialsSecretRef.name": {"dataset": {"storage": {"credentialsSecretRef": name}}},
+        "dataset.storage.credentialsSecretRef.name": {"dataset": {"storage": {"credentialsSecretRef": secret_ref}}},
         "dataset.storage.encryption.customerKeySecretRef.name": {"dataset": {"storage": {"encryption": CUSTOMER_KEY}}},
-        "output.hub.tokenSecretRef.name": {"output": {"hub": {"push": True, "repository": "org/strict-m", "tokenSecretRef": key}}},
-        "evaluation.judge.apiKeySecretRef.name": {"evaluation": {"judge": {"apiKeySecretRef": key}}},
-        "tracking.wandb.apiKeySecretRef.name": {"tracking": {"reportTo": ["wandb"], "wandb": {"apiKeySecretRef": key}}},
-        "tracking.mongodb.uriSecretRef.name": {"tracking": {"reportTo": ["mongodb"], "mongodb": {"uriSecretRef": key}}},
-        "storage.credentialsSecretRef.name": {"storage": {"credentialsSecretRef": name}},
+        "output.hub.tokenSecretRef.name": {"output": {"hub": {"push": True, "repository": "org/strict-m", "tokenSecretRef": secret_key_ref}}},
+        "evaluation.judge.apiKeySecretRef.name": {"evaluation": {"judge": {"apiKeySecretRef": secret_key_ref}}},
+        "tracking.wandb.apiKeySecretRef.name": {"tracking": {"reportTo": ["wandb"], "wandb": {"apiKeySecretRef": secret_key_ref}}},
+        "tracking.mongodb.uriSecretRef.name": {"tracking": {"reportTo": ["mongodb"], "mongodb": {"uriSecretRef": secret_key_ref}}},
+        "storage.credentialsSecretRef.name": {"storage": {"credentialsSecretRef": secret_ref}},
         "storage.encryption.customerKeySecretRef.name": {"storage": {"encryption": CUSTOMER_KEY}},
-        "placement.env[].secretKeyRef.name": _set_placement(env=[{"name": "NCCL_X", "secretKeyRef": key}]),
+        "placement.env[].secretKeyRef.name": _set_placement(env=[{"name": "NCCL_X", "secretKeyRef": secret_key_ref}]),
         "placement.imagePullSecrets[]": _set_placement(imagePullSecrets=["strict-a", "theirs"]),
         "placement.volumes[].secret": _set_placement(volumes=[{"name": "a", "secret": "strict-b"}, {"name": "b", "secret": "theirs"}]),
     }
@@ -117,17 +117,17 @@ def _make_secret_rows() -> list[Row]:
 
 def _make_source_rows() -> list[Row]:
     """Return rows for all spec fields that hold an address from which a job reads."""
-    others, own = "s3://finetune/jobs/other/x.jsonl", "s3://finetune/jobs/plain/x.jsonl"
-    model = {"type": "adapter", "adapter": {"source": "s3://finetune/jobs/other/a"}}
+    others_source, own_source = "s3://finetune/jobs/other/x.jsonl", "s3://finetune/jobs/plain/x.jsonl"
+    method = {"type": "adapter", "adapter": {"source": "s3://finetune/jobs/other/a"}}
     specs: dict[str, tuple[str, Values]] = {
         "model.source": ("plain", {"model": {"source": "s3://finetune/jobs/other/m"}}),
         "model.tokenizer": ("plain", {"model": {"tokenizer": "s3://finetune/jobs/other/m"}}),
         "model.cache": ("strict", {"model": {"cache": "pvc://theirs/hub"}}),
-        "method.adapter.source": ("plain", {"method": model}),
-        "trainer.dpo.referenceModel": ("plain", {"trainer": {"type": "dpo", "dpo": {"referenceModel": others}}}),
-        "dataset.train": ("plain", _train_on(others)),
-        "dataset.validation": ("plain", {"dataset": {"validation": others}}),
-        "dataset.test": ("plain", {"dataset": {"test": others}}),
+        "method.adapter.source": ("plain", {"method": method}),
+        "trainer.dpo.referenceModel": ("plain", {"trainer": {"type": "dpo", "dpo": {"referenceModel": others_source}}}),
+        "dataset.train": ("plain", _train_on(others_source)),
+        "dataset.validation": ("plain", {"dataset": {"validation": others_source}}),
+        "dataset.test": ("plain", {"dataset": {"test": others_source}}),
         "dataset.mixture[].source": ("strict", {"dataset": {"mixture": [{"source": "org/rows"}, {"source": "theirs/rows"}], "train": None}}),
         "evaluation.metricModels.bertscore": ("strict", {"evaluation": {"metricModels": {"bertscore": "theirs/m"}}}),
         "evaluation.metricModels.semanticSimilarity": ("strict", {"evaluation": {"metricModels": {"semanticSimilarity": "theirs/m"}}}),
@@ -138,10 +138,10 @@ def _make_source_rows() -> list[Row]:
     }
     rows = [Row(namespace, groups, (path, "sources")) for path, (namespace, groups) in specs.items()]
     rows += [Row("free", groups, None) for path, (namespace, groups) in specs.items() if namespace == "plain"]
-    for source in ("s3://finetune", "s3://finetune/", "s3://finetune//", "s3://finetune/jobs", "s3://finetune/jobs/plain/../other/x", "s3://finetune/jobs//other/x",
-                   "s3://finetune/./x", "s3://finetune/jobs/plainly/x"):  # fmt: skip
+    for source in ("s3://finetune", "s3://finetune/", "s3://finetune//", "s3://finetune/jobs", "s3://finetune/jobs/plain/../other/x",
+                   "s3://finetune/jobs//other/x", "s3://finetune/./x", "s3://finetune/jobs/plainly/x"):  # fmt: skip
         rows.append(Row("plain", _train_on(source), ("dataset.train", "sources")))
-    for source in (own, "s3://finetune/jobs/plain", "s3://finetune/jobs/plain/", "s3://finetune/jobsx", "s3://finetune2/jobs/other", "org/rows",
+    for source in (own_source, "s3://finetune/jobs/plain", "s3://finetune/jobs/plain/", "s3://finetune/jobsx", "s3://finetune2/jobs/other", "org/rows",
                    "hf://org/rows@main", "configmap://rows/r.jsonl", "pvc://claim/finetune/jobs", "https://x.example.com/a//b/../c.jsonl"):  # fmt: skip
         rows.append(Row("plain", _train_on(source), None))
     for cache in ("node", "none"):
@@ -157,23 +157,24 @@ def _make_source_rows() -> list[Row]:
 
 
 def _make_destination_rows() -> list[Row]:
-    def stored(uri: str, **output: str) -> Values:
+    def set_storage(uri: str, **output: str) -> Values:
         return {"storage": {"uri": uri}, **({"output": output} if output else {})}
 
     hub = {"push": True, "tokenSecretRef": {"name": "strict-hub", "key": "k"}}
     rows = _make_rows("storage.uri", "destinations", [
-        ("plain", stored("s3://finetune/jobs/other")), ("plain", stored("s3://finetune//jobs")),
-        ("strict", stored("s3://other")), ("strict", stored("pvc://claim")),
+        ("plain", set_storage("s3://finetune/jobs/other")), ("plain", set_storage("s3://finetune//jobs")),
+        ("strict", set_storage("s3://other")), ("strict", set_storage("pvc://claim")),
     ], [
-        ("plain", stored("s3://finetune/jobs")), ("plain", stored("s3://finetune/jobs/")), ("plain", stored("s3://finetune/elsewhere")), ("plain", stored("s3://finetune")),
-        ("plain", stored("s3://finetune/jobs/plain")), ("plain", stored("pvc://claim/x")), ("strict", stored("s3://results/")),
-        ("free", stored("s3://finetune/jobs/other")),
+        ("plain", set_storage("s3://finetune/jobs")), ("plain", set_storage("s3://finetune/jobs/")), ("plain", set_storage("s3://finetune/elsewhere")),
+        ("plain", set_storage("s3://finetune")), ("plain", set_storage("s3://finetune/jobs/plain")),
+        ("plain", set_storage("pvc://claim/x")), ("strict", set_storage("s3://results/")), ("free", set_storage("s3://finetune/jobs/other")),
     ])  # fmt: skip
     rows += _make_rows("output.dir", "destinations", [
         ("plain", {"output": {"dir": "other/bot"}}), ("plain", {"output": {"dir": "results"}}), ("plain", {"output": {"dir": "plain/../other"}}),
-        ("plain", stored("s3://finetune", dir="jobs/other")), ("plain", stored("s3://finetune/jobs", dir="other")), ("strict", {"output": {"dir": "x"}}),
+        ("plain", set_storage("s3://finetune", dir="jobs/other")), ("plain", set_storage("s3://finetune/jobs", dir="other")),
+        ("strict", {"output": {"dir": "x"}}),
     ], [
-        ("plain", {"output": {"dir": "plain/results"}}), ("plain", {"output": {"dir": "plain"}}), ("plain", stored("s3://own", dir="results")),
+        ("plain", {"output": {"dir": "plain/results"}}), ("plain", {"output": {"dir": "plain"}}), ("plain", set_storage("s3://own", dir="results")),
         ("strict", {"output": {"dir": "strict/x"}}), ("free", {"output": {"dir": "results"}}),
     ])  # fmt: skip
     rows += _make_rows("output.hub.repository", "destinations", [("strict", {"output": {"hub": {**hub, "repository": "org/m"}}})], [
@@ -183,34 +184,35 @@ def _make_destination_rows() -> list[Row]:
 
 
 def _make_pool_and_limit_rows() -> list[Row]:
-    def resources(**fields: Any) -> Values:
+    def set_resources(**fields: Any) -> Values:
         return {"resources": fields}
 
     mig = "nvidia.com/mig-1g.10gb"
     return [
         *_make_rows("resources.nodePool", "nodePools",
-               [("strict", resources(nodePool="mig")), ("strict", resources(gpusPerNode=0)), ("strict", resources(gpuResource=mig)),
-                ("strict", resources(gpuResource="amd.com/gpu"))],
-               [("strict", resources(gpusPerNode=1)), ("strict", resources(nodePool="h100", gpusPerNode=0)), ("plain", resources(gpuResource=mig)),
-                ("strict", resources(gpuResource="nvidia.com/gpu")), ("plain", resources(gpusPerNode=0))]),
-        *_make_rows("resources.nodes", "maxNodes", [("strict", resources(nodes=3))], [("strict", resources(nodes=2)), ("plain", resources(nodes=3))]),
+               [("strict", set_resources(nodePool="mig")), ("strict", set_resources(gpusPerNode=0)), ("strict", set_resources(gpuResource=mig)),
+                ("strict", set_resources(gpuResource="amd.com/gpu"))],
+               [("strict", set_resources(gpusPerNode=1)), ("strict", set_resources(nodePool="h100", gpusPerNode=0)), ("plain", set_resources(gpuResource=mig)),
+                ("strict", set_resources(gpuResource="nvidia.com/gpu")), ("plain", set_resources(gpusPerNode=0))]),
+        *_make_rows("resources.nodes", "maxNodes", [("strict", set_resources(nodes=3))],
+               [("strict", set_resources(nodes=2)), ("plain", set_resources(nodes=3))]),
         *_make_rows("resources.gpusPerNode", "maxGpus",
-               [("strict", resources(nodes=2, gpusPerNode=5)), ("strict", resources(gpusPerNode=8) | _make_generation()),
-                ("strict", resources(gpusPerNode=6) | _make_generation(gpus=3))],
-               [("strict", resources(gpusPerNode=6) | _make_generation(gpus=2)),
-                ("strict", resources(gpusPerNode=8) | _make_generation(backend="transformers")),
-                ("strict", resources(nodes=2, gpusPerNode=4)), ("strict", resources(gpusPerNode=8)), ("plain", resources(nodes=2, gpusPerNode=8))]),
+               [("strict", set_resources(nodes=2, gpusPerNode=5)), ("strict", set_resources(gpusPerNode=8) | _make_generation()),
+                ("strict", set_resources(gpusPerNode=6) | _make_generation(gpus=3))],
+               [("strict", set_resources(gpusPerNode=6) | _make_generation(gpus=2)),
+                ("strict", set_resources(gpusPerNode=8) | _make_generation(backend="transformers")),
+                ("strict", set_resources(nodes=2, gpusPerNode=4)), ("strict", set_resources(gpusPerNode=8)), ("plain", set_resources(nodes=2, gpusPerNode=8))]),
         *_make_rows("policy.activeDeadlineSeconds", "maxDurationSeconds", [("strict", {"policy": {"activeDeadlineSeconds": 3601}})],
                [("strict", {"policy": {"activeDeadlineSeconds": 3600}}), ("plain", {"policy": {"activeDeadlineSeconds": 3601}})]),
     ]  # fmt: skip
 
 
 def _make_placement_rows() -> list[Row]:
-    control_plane, every = {"key": "node-role.kubernetes.io/control-plane", "operator": "Exists"}, {"operator": "Exists"}
-    gpu = {"key": "nvidia.com/gpu", "operator": "Exists"}
+    control_plane_toleration, any_toleration = {"key": "node-role.kubernetes.io/control-plane", "operator": "Exists"}, {"operator": "Exists"}
+    gpu_toleration = {"key": "nvidia.com/gpu", "operator": "Exists"}
     control_plane_label = "node-role.kubernetes.io/control-plane"
 
-    def affinity(operator: str) -> Values:
+    def set_affinity(operator: str) -> Values:
         values = {"values": ["true"]} if operator in ("In", "NotIn") else {}
         term = {"key": control_plane_label, "operator": operator, **values}
         return _set_placement(nodeAffinity=[{"key": "topology.kubernetes.io/zone", "operator": "Exists"}, term])
@@ -230,14 +232,15 @@ def _make_placement_rows() -> list[Row]:
                [("plain", _set_placement(priorityClassName="system-cluster-critical")), ("strict", _set_placement(priorityClassName="high"))],
                [("plain", _set_placement(priorityClassName="high")), ("free", _set_placement(priorityClassName="system-node-critical"))]),
         *_make_rows("placement.tolerations[]", "tolerations",
-               [("plain", _set_placement(tolerations=[gpu, control_plane])), ("plain", _set_placement(tolerations=[every])),
-                ("strict", _set_placement(tolerations=[{"key": "other", "operator": "Exists"}])), ("strict", _set_placement(tolerations=[every]))],
-               [("plain", _set_placement(tolerations=[gpu])), ("strict", _set_placement(tolerations=[gpu])), ("free", _set_placement(tolerations=[every]))]),
+               [("plain", _set_placement(tolerations=[gpu_toleration, control_plane_toleration])), ("plain", _set_placement(tolerations=[any_toleration])),
+                ("strict", _set_placement(tolerations=[{"key": "other", "operator": "Exists"}])), ("strict", _set_placement(tolerations=[any_toleration]))],
+               [("plain", _set_placement(tolerations=[gpu_toleration])), ("strict", _set_placement(tolerations=[gpu_toleration])),
+                ("free", _set_placement(tolerations=[any_toleration]))]),
         *_make_rows("placement.nodeSelector", "nodeLabels",
                [("plain", _set_placement(nodeSelector={"zone": "a", control_plane_label: ""})), ("strict", _set_placement(nodeSelector={"gpu": "h100"}))],
                [("plain", _set_placement(nodeSelector={"gpu": "h100"})), ("strict", _set_placement(nodeSelector={"topology.kubernetes.io/zone": "a"}))]),
-        *_make_rows("placement.nodeAffinity[]", "nodeLabels", [("plain", affinity("Exists")), ("plain", affinity("In"))],
-               [("plain", affinity("DoesNotExist")), ("plain", affinity("NotIn")), ("free", affinity("Exists"))]),
+        *_make_rows("placement.nodeAffinity[]", "nodeLabels", [("plain", set_affinity("Exists")), ("plain", set_affinity("In"))],
+               [("plain", set_affinity("DoesNotExist")), ("plain", set_affinity("NotIn")), ("free", set_affinity("Exists"))]),
         *_make_rows("placement.env[].name", "environment",
                [("plain", _set_env("DEBUG", "LD_PRELOAD")), ("plain", _set_env("PYTHONPATH")), ("strict", _set_env("NCCL_DEBUG", "DEBUG"))],
                [("plain", _set_env("DEBUG", "PYTHONFAULTHANDLER", "XLD_A")), ("strict", _set_env("NCCL_DEBUG")), ("free", _set_env("LD_PRELOAD"))]),
@@ -255,42 +258,43 @@ def _make_placement_rows() -> list[Row]:
 
 
 def _make_endpoint_rows() -> list[Row]:
-    def connected(endpoint: str, *, tracking: bool = False) -> Values:
+    def set_endpoint(endpoint: str, *, tracking: bool = False) -> Values:
         if tracking:
             return {"tracking": {"reportTo": ["mlflow"], "mlflow": {"trackingUri": endpoint}}}
         return {"storage": {"endpoint": endpoint}}
 
-    metadata = "http://169.254.169.254"
+    metadata_url = "http://169.254.169.254"
     return [
         *_make_rows("storage.endpoint", "endpoints",
-               [("plain", connected(metadata)), ("plain", connected("https://METADATA.google.internal/")), ("strict", connected("https://s3.example.com:9000"))],
-               [("plain", connected("http://10.0.0.1:9000")), ("strict", connected("https://s3.example.com")), ("strict", connected("https://S3.example.com/")),
-                ("free", connected(metadata))]),
-        Row("plain", {"model": {"storage": {"endpoint": metadata}}}, ("model.storage.endpoint", "endpoints")),
-        Row("plain", {"dataset": {"storage": {"endpoint": metadata}}}, ("dataset.storage.endpoint", "endpoints")),
-        Row("plain", {"evaluation": {"judge": {"endpoint": f"{metadata}/v1"}}}, ("evaluation.judge.endpoint", "endpoints")),
-        Row("plain", connected(f"{metadata}/x", tracking=True), ("tracking.mlflow.trackingUri", "endpoints")),
-        Row("plain", connected("http://mlflow.mlops:5000", tracking=True), None),
-        *(Row("plain", connected(url), ("storage.endpoint", "endpoints")) for url in (
+               [("plain", set_endpoint(metadata_url)), ("plain", set_endpoint("https://METADATA.google.internal/")),
+                ("strict", set_endpoint("https://s3.example.com:9000"))],
+               [("plain", set_endpoint("http://10.0.0.1:9000")), ("strict", set_endpoint("https://s3.example.com")),
+                ("strict", set_endpoint("https://S3.example.com/")), ("free", set_endpoint(metadata_url))]),
+        Row("plain", {"model": {"storage": {"endpoint": metadata_url}}}, ("model.storage.endpoint", "endpoints")),
+        Row("plain", {"dataset": {"storage": {"endpoint": metadata_url}}}, ("dataset.storage.endpoint", "endpoints")),
+        Row("plain", {"evaluation": {"judge": {"endpoint": f"{metadata_url}/v1"}}}, ("evaluation.judge.endpoint", "endpoints")),
+        Row("plain", set_endpoint(f"{metadata_url}/x", tracking=True), ("tracking.mlflow.trackingUri", "endpoints")),
+        Row("plain", set_endpoint("http://mlflow.mlops:5000", tracking=True), None),
+        *(Row("plain", set_endpoint(url), ("storage.endpoint", "endpoints")) for url in (
             "http://127.0.0.1:9000", "http://localhost", "http://LOCALHOST:9000", "https://localhost/", "http://[::1]:9000", "http://0.0.0.0:9000",
             "http://100.100.100.200", "http://[fe80::1]:80",
         )),
-        *(Row("plain", connected(url), None) for url in ("http://localhost.example.com:9000", "http://[fd00::1]:9000")),
+        *(Row("plain", set_endpoint(url), None) for url in ("http://localhost.example.com:9000", "http://[fd00::1]:9000")),
     ]  # fmt: skip
 
 
 def _make_code_rows() -> list[Row]:
-    rewards = {"trainer": {"type": "grpo", "rewards": [{"builtin": "length"}, REWARD]}}
-    pickled = {"checkpoint": {"resume": "pvc://claim/checkpoints/step-00000100", "allowPickle": True}, "distributed": {"strategy": "fsdp"}}
+    reward_groups = {"trainer": {"type": "grpo", "rewards": [{"builtin": "length"}, REWARD]}}
+    pickle_groups = {"checkpoint": {"resume": "pvc://claim/checkpoints/step-00000100", "allowPickle": True}, "distributed": {"strategy": "fsdp"}}
     return [
         *_make_rows("model.trustRemoteCode", "allowTrustRemoteCode", [("strict", {"model": {"trustRemoteCode": True}})],
                [("strict", {"model": {"trustRemoteCode": False}}), ("plain", {"model": {"trustRemoteCode": True}})]),
-        *_make_rows("trainer.rewards[].configMapRef", "allowUserCode", [("strict", rewards)],
-               [("strict", {"trainer": {"type": "grpo", "rewards": [{"builtin": "length"}]}}), ("plain", rewards)]),
+        *_make_rows("trainer.rewards[].configMapRef", "allowUserCode", [("strict", reward_groups)],
+               [("strict", {"trainer": {"type": "grpo", "rewards": [{"builtin": "length"}]}}), ("plain", reward_groups)]),
         *_make_rows("evaluation.benchmarks[].allowCodeExecution", "allowUserCode", [("strict", {"evaluation": {"benchmarks": [HUMAN_EVAL]}})],
                [("strict", {"evaluation": {"benchmarks": [{**HUMAN_EVAL, "allowCodeExecution": False}]}}),
                 ("plain", {"evaluation": {"benchmarks": [HUMAN_EVAL]}})]),
-        *_make_rows("checkpoint.allowPickle", "allowUserCode", [("strict", pickled)], [("plain", pickled)]),
+        *_make_rows("checkpoint.allowPickle", "allowUserCode", [("strict", pickle_groups)], [("plain", pickle_groups)]),
     ]  # fmt: skip
 
 

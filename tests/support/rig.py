@@ -138,13 +138,13 @@ class Rig:
 
     def wait_phase(self, phase: Phase, name: str = "job", *, timeout: float = 30) -> Object:
         """Wait until the FineTuneJob is in the phase, and return the object."""
-        return self.wait(lambda b: (b.get("status") or {}).get("phase") == phase, name, timeout=timeout, description=phase)
+        return self.wait(lambda body: (body.get("status") or {}).get("phase") == phase, name, timeout=timeout, description=phase)
 
     def wait_attempt(self, number: int, name: str = "job", *, timeout: float = 30) -> Object:
         """Wait until the status shows a start time for attempt `number`, and return the object."""
         return self.wait(
-            lambda b: any(
-                a["number"] == number and a.get("startTime") for a in (b.get("status") or {}).get("attempts", [])
+            lambda body: any(
+                attempt["number"] == number and attempt.get("startTime") for attempt in (body.get("status") or {}).get("attempts", [])
             ),
             name, timeout=timeout, description=f"in attempt {number}",
         )  # fmt: skip
@@ -164,13 +164,13 @@ class Rig:
     def list_event_notes(self, name: str = "job") -> list[tuple[str, str]]:
         """Return (reason, note) for each event about a FineTuneJob. An event that was emitted n times is listed n times."""
         events = self.api.list_events(self.namespace, name)
-        return [(e["reason"], e["note"]) for e in events for _ in range((e.get("series") or {}).get("count", 1))]
+        return [(event["reason"], event["note"]) for event in events for _ in range((event.get("series") or {}).get("count", 1))]
 
     def wait_event(self, reason: str, name: str = "job", *, timeout: float = 20) -> Object:
         """Wait for an event about the FineTuneJob with this reason, and return the first one."""
 
         def select_events(items: list[Object]) -> list[Object]:
-            return [e for e in items if e["reason"] == reason and e["regarding"]["name"] == name]
+            return [event for event in items if event["reason"] == reason and event["regarding"]["name"] == name]
 
         return select_events(self.api.wait_list("events", self.namespace, lambda items: bool(select_events(items)), timeout=timeout))[0]
 
@@ -208,17 +208,17 @@ def rig(fault_cluster: Cluster, tmp_path: Path, request: pytest.FixtureRequest) 
 
 def count_status_writes(proxy: ApiProxy) -> int:
     """Count the accepted writes to the status of FineTuneJobs."""
-    return sum(e.operation.endswith(f"{FINETUNEJOBS}/status") and 200 <= e.server_status < 300 for e in proxy.exchanges)
+    return sum(exchange.operation.endswith(f"{FINETUNEJOBS}/status") and 200 <= exchange.server_status < 300 for exchange in proxy.exchanges)
 
 
 def count_created(proxy: ApiProxy, resource: str) -> int:
     """Count the objects of a resource that were created through the proxy."""
-    return sum(e.operation == f"create {resource}" and e.server_status == 201 for e in proxy.exchanges)
+    return sum(exchange.operation == f"create {resource}" and exchange.server_status == 201 for exchange in proxy.exchanges)
 
 
 def find_forbidden_writes(proxy: ApiProxy) -> list[str]:
     """Return the write requests that change anything but the status of FineTuneJobs. The operator must never send such requests."""
-    return [e.operation for e in proxy.exchanges if e.method not in ("GET", "HEAD") and e.operation.endswith(f" {FINETUNEJOBS}")]
+    return [exchange.operation for exchange in proxy.exchanges if exchange.method not in ("GET", "HEAD") and exchange.operation.endswith(f" {FINETUNEJOBS}")]
 
 
 def attempt_reasons(body: Object) -> list[tuple[int, str]]:

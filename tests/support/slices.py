@@ -15,7 +15,7 @@ def quick_slice(cases: Iterable[Any], quick: Collection[Any]) -> list[Any]:
     Errors: ValueError if a quick case does not exist.
     """
     all_cases = list(cases)
-    unknown = [case for case in quick if case not in all_cases]
-    if unknown:
-        raise ValueError(f"these cases do not exist: {unknown}")
+    unknown_cases = [case for case in quick if case not in all_cases]
+    if unknown_cases:
+        raise ValueError(f"these cases do not exist: {unknown_cases}")
     return [case if case in quick else pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.slow) for case in all_cases]

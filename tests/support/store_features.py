@@ -101,16 +101,16 @@ def _probe_creation_is_atomic(server: S3Endpoint) -> str:
 
 @feature("replace only one version (`If-Match` on PUT)")
 def _probe_replace_if_match(server: S3Endpoint) -> str:
-    tag = put(server, "replace")["ETag"]
-    answer = describe_answer(lambda: put(server, "replace", b"second", IfMatch=tag))
-    return answer if answer != YES else describe_refusal(lambda: put(server, "replace", b"third", IfMatch=tag))
+    etag = put(server, "replace")["ETag"]
+    answer = describe_answer(lambda: put(server, "replace", b"second", IfMatch=etag))
+    return answer if answer != YES else describe_refusal(lambda: put(server, "replace", b"third", IfMatch=etag))
 
 
 @feature("read only one version (`If-Match` on GET)")
 def _probe_read_if_match(server: S3Endpoint) -> str:
-    tag = put(server, "read")["ETag"]
+    etag = put(server, "read")["ETag"]
     put(server, "read", b"second")
-    return describe_refusal(lambda: read(server, "read", IfMatch=tag))
+    return describe_refusal(lambda: read(server, "read", IfMatch=etag))
 
 
 @feature(MD5)
@@ -137,20 +137,20 @@ def _probe_etag_is_md5(server: S3Endpoint) -> str:
 
 def _upload_parts(server: S3Endpoint, key: str, parts: list[bytes]) -> Any:
     client = server.client()
-    target = {"Bucket": BUCKET, "Key": key}
-    upload = client.create_multipart_upload(**target)["UploadId"]
-    tags = [client.upload_part(**target, UploadId=upload, PartNumber=n, Body=part)["ETag"] for n, part in enumerate(parts, 1)]
-    listed = [{"PartNumber": number, "ETag": tag} for number, tag in enumerate(tags, 1)]
-    return client.complete_multipart_upload(**target, UploadId=upload, MultipartUpload={"Parts": listed})
+    object_arguments = {"Bucket": BUCKET, "Key": key}
+    upload_id = client.create_multipart_upload(**object_arguments)["UploadId"]
+    etags = [client.upload_part(**object_arguments, UploadId=upload_id, PartNumber=number, Body=part)["ETag"] for number, part in enumerate(parts, 1)]
+    part_entries = [{"PartNumber": number, "ETag": etag} for number, etag in enumerate(etags, 1)]
+    return client.complete_multipart_upload(**object_arguments, UploadId=upload_id, MultipartUpload={"Parts": part_entries})
 
 
 @feature("multipart upload; its ETag is the MD5 of the parts' MD5")
 def _probe_multipart(server: S3Endpoint) -> str:
     parts = [b"a" * 5 * MIB, b"b" * 100]
-    tag = _upload_parts(server, "parts", parts)["ETag"].strip('"')
+    etag = _upload_parts(server, "parts", parts)["ETag"].strip('"')
     if read(server, "parts") != b"".join(parts):
         return NO
-    return YES if tag == hashlib.md5(b"".join(hashlib.md5(part).digest() for part in parts)).hexdigest() + "-2" else "other ETag"
+    return YES if etag == hashlib.md5(b"".join(hashlib.md5(part).digest() for part in parts)).hexdigest() + "-2" else "other ETag"
 
 
 @feature("a part below 5 MiB that is not the last is refused")
@@ -171,15 +171,15 @@ def _probe_part_size(server: S3Endpoint) -> str:
 @feature(UNFINISHED_UPLOADS)
 def _probe_unfinished_uploads(server: S3Endpoint) -> str:
     client = server.client()
-    target = {"Bucket": BUCKET, "Key": "unfinished/one"}
-    upload = client.create_multipart_upload(**target)["UploadId"]
-    client.upload_part(**target, UploadId=upload, PartNumber=1, Body=b"a" * 5 * MIB)
+    object_arguments = {"Bucket": BUCKET, "Key": "unfinished/one"}
+    upload_id = client.create_multipart_upload(**object_arguments)["UploadId"]
+    client.upload_part(**object_arguments, UploadId=upload_id, PartNumber=1, Body=b"a" * 5 * MIB)
     client.create_multipart_upload(Bucket=BUCKET, Key="elsewhere/one")
-    found = [listed_upload["UploadId"] for listed_upload in client.list_multipart_uploads(Bucket=BUCKET, Prefix="unfinished/").get("Uploads", [])]
-    sizes = [part["Size"] for part in client.list_parts(**target, UploadId=upload).get("Parts", [])]
-    client.abort_multipart_upload(**target, UploadId=upload)
+    listed_ids = [listed_upload["UploadId"] for listed_upload in client.list_multipart_uploads(Bucket=BUCKET, Prefix="unfinished/").get("Uploads", [])]
+    part_sizes = [part["Size"] for part in client.list_parts(**object_arguments, UploadId=upload_id).get("Parts", [])]
+    client.abort_multipart_upload(**object_arguments, UploadId=upload_id)
     is_gone = not client.list_multipart_uploads(Bucket=BUCKET, Prefix="unfinished/").get("Uploads")
-    return YES if (found, sizes, is_gone) == ([upload], [5 * MIB], True) else NO
+    return YES if (listed_ids, part_sizes, is_gone) == ([upload_id], [5 * MIB], True) else NO
 
 
 @feature("listing in pages, in the order of the keys' bytes")
@@ -188,9 +188,9 @@ def _probe_listing(server: S3Endpoint) -> str:
     for key in [key for key in keys if key != "list/a"]:
         put(server, key)
     pages = list(server.client().get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix="list/", PaginationConfig={"PageSize": 2}))
-    found = [entry["Key"] for page in pages for entry in page.get("Contents", [])]
-    expected = sorted((key for key in keys if key != "list/a"), key=str.encode)
-    return YES if found == expected and len(pages) >= 3 else "other order" if sorted(found) == sorted(expected) else NO
+    listed_keys = [entry["Key"] for page in pages for entry in page.get("Contents", [])]
+    expected_keys = sorted((key for key in keys if key != "list/a"), key=str.encode)
+    return YES if listed_keys == expected_keys and len(pages) >= 3 else "other order" if sorted(listed_keys) == sorted(expected_keys) else NO
 
 
 @feature("objects `a` and `a/b` at the same time")
@@ -204,8 +204,8 @@ def _probe_object_and_folder(server: S3Endpoint) -> str:
 def _probe_unusual_keys(server: S3Endpoint) -> str:
     for key in UNUSUAL_KEYS:
         put(server, f"names/{key}", key.encode())
-    found = {entry["Key"] for entry in server.client().list_objects_v2(Bucket=BUCKET, Prefix="names/").get("Contents", [])}
-    return YES if found == {f"names/{key}" for key in UNUSUAL_KEYS} and all(read(server, f"names/{key}") == key.encode() for key in UNUSUAL_KEYS) else NO
+    listed_keys = {entry["Key"] for entry in server.client().list_objects_v2(Bucket=BUCKET, Prefix="names/").get("Contents", [])}
+    return YES if listed_keys == {f"names/{key}" for key in UNUSUAL_KEYS} and all(read(server, f"names/{key}") == key.encode() for key in UNUSUAL_KEYS) else NO
 
 
 @feature("ranges of an object")
@@ -235,12 +235,12 @@ def _fetch(url: str) -> int:
 @feature("presigned URLs; one with another signature is refused")
 def _probe_presigned(server: S3Endpoint) -> str:
     put(server, "presigned")
-    target = {"Bucket": BUCKET, "Key": "presigned"}
-    url = server.client(signature_version="s3v4").generate_presigned_url("get_object", Params=target)
-    other = replace(server, secret_key="0" * 40).client(signature_version="s3v4").generate_presigned_url("get_object", Params=target)
+    object_arguments = {"Bucket": BUCKET, "Key": "presigned"}
+    url = server.client(signature_version="s3v4").generate_presigned_url("get_object", Params=object_arguments)
+    wrong_url = replace(server, secret_key="0" * 40).client(signature_version="s3v4").generate_presigned_url("get_object", Params=object_arguments)
     if _fetch(url) != 200:
         return NO
-    return YES if _fetch(other) == 403 else "yes, but every signature is accepted"
+    return YES if _fetch(wrong_url) == 403 else "yes, but every signature is accepted"
 
 
 @feature("a wrong secret key is refused")
@@ -262,8 +262,8 @@ def _probe_wrong_region(server: S3Endpoint) -> str:
 def _probe_wrong_clock(server: S3Endpoint) -> str:
     from botocore import auth
 
-    clock = auth.get_current_datetime
-    with mock.patch.object(auth, "get_current_datetime", lambda *args, **options: clock(*args, **options) + timedelta(minutes=20)):
+    get_true_time = auth.get_current_datetime
+    with mock.patch.object(auth, "get_current_datetime", lambda *args, **options: get_true_time(*args, **options) + timedelta(minutes=20)):
         return describe_refusal(lambda: put(server, "clock"))
 
 
@@ -271,8 +271,8 @@ def _probe_encryption(server: S3Endpoint, key: str, **arguments: Any) -> str:
     answer = describe_answer(lambda: put(server, key, **arguments))
     if answer != YES:
         return answer
-    reported = server.client().head_object(Bucket=BUCKET, Key=key).get("ServerSideEncryption")
-    return YES if reported == arguments["ServerSideEncryption"] else IGNORED
+    reported_encryption = server.client().head_object(Bucket=BUCKET, Key=key).get("ServerSideEncryption")
+    return YES if reported_encryption == arguments["ServerSideEncryption"] else IGNORED
 
 
 @feature(SSE_S3)
@@ -287,11 +287,11 @@ def _probe_encryption_kms(server: S3Endpoint) -> str:
 
 @feature(SSE_C)
 def _probe_encryption_customer(server: S3Endpoint) -> str:
-    key = {"SSECustomerAlgorithm": "AES256", "SSECustomerKey": bytes(range(32))}
-    answer = describe_answer(lambda: put(server, "sse-c", **key))
+    key_arguments = {"SSECustomerAlgorithm": "AES256", "SSECustomerKey": bytes(range(32))}
+    answer = describe_answer(lambda: put(server, "sse-c", **key_arguments))
     if answer != YES:
         return answer
-    return NO if read(server, "sse-c", **key) != b"body" else YES if describe_answer(lambda: read(server, "sse-c")) != YES else IGNORED
+    return NO if read(server, "sse-c", **key_arguments) != b"body" else YES if describe_answer(lambda: read(server, "sse-c")) != YES else IGNORED
 
 
 def probe_all_features(server: S3Endpoint) -> dict[str, str]:
@@ -313,15 +313,15 @@ def read_result_of_chosen_store(text: str) -> str:
 def render_table(results: dict[str, dict[str, str]]) -> str:
     """Return the table of docs/reference/stores.md, with a row for each feature and a column for each server."""
     lines = ["| feature | " + " | ".join(StoreName(name).title for name in results) + " |", "|---|" + "---|" * len(results)]
-    lines += [f"| {text} | " + " | ".join(values.get(text, "?") for values in results.values()) + " |" for text in PROBE_BY_FEATURE]
+    lines += [f"| {text} | " + " | ".join(server_results.get(text, "?") for server_results in results.values()) + " |" for text in PROBE_BY_FEATURE]
     return "\n".join(lines)
 
 
 def replace_table(page: str, results: dict[str, dict[str, str]]) -> str:
     """Return the text of the page after its table was replaced by a table of `results`."""
-    before, rest = page.split(TABLE_START)
-    after = rest.split(TABLE_END)[1]
-    return f"{before}{TABLE_START}\n{render_table(results)}\n{TABLE_END}{after}"
+    text_before, rest = page.split(TABLE_START)
+    text_after = rest.split(TABLE_END)[1]
+    return f"{text_before}{TABLE_START}\n{render_table(results)}\n{TABLE_END}{text_after}"
 
 
 def main(names: list[str]) -> None:

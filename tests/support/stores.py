@@ -68,15 +68,15 @@ class ServerCommand:
 
 def _make_command(name: StoreName, port: int, folder: Path, access_key: str, secret_key: str) -> ServerCommand:
     """Return the command of a server that listens on the loopback interface and stores its objects below `folder`."""
-    data = folder / "data"
+    data_folder = folder / "data"
     match name:
         case StoreName.VERSITY:
             build_go_tools(VERSITY_GATEWAY)
-            arguments = [VERSITY_GATEWAY.path, "--port", f"127.0.0.1:{port}", "posix", data]
+            arguments = [VERSITY_GATEWAY.path, "--port", f"127.0.0.1:{port}", "posix", data_folder]
             return ServerCommand(arguments, {"ROOT_ACCESS_KEY": access_key, "ROOT_SECRET_KEY": secret_key})
         case StoreName.MINIO:
             build_go_tools(MINIO)
-            arguments = [MINIO.path, "server", "--quiet", "--address", f"127.0.0.1:{port}", data]
+            arguments = [MINIO.path, "server", "--quiet", "--address", f"127.0.0.1:{port}", data_folder]
             return ServerCommand(
                 arguments, {"MINIO_ROOT_USER": access_key, "MINIO_ROOT_PASSWORD": secret_key, "MINIO_BROWSER": "off", "MINIO_UPDATE": "off"}
             )

@@ -82,7 +82,7 @@ def make_tiny_model(
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer(path, chat_template=chat_template, pad=pad, bos=bos)
-    state = torch.random.get_rng_state()
+    random_state = torch.random.get_rng_state()
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=448, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers, num_attention_heads=4,
@@ -90,7 +90,7 @@ def make_tiny_model(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(path)
-    torch.random.set_rng_state(state)
+    torch.random.set_rng_state(random_state)
     return path
 
 
@@ -101,12 +101,12 @@ def make_tiny_classifier(path: Path | str, *, seed: int = 1) -> Path:
 
     path = Path(path)
     make_tiny_model(path, seed=seed)
-    state = torch.random.get_rng_state()
+    random_state = torch.random.get_rng_state()
     torch.manual_seed(seed)
     model = LlamaForSequenceClassification.from_pretrained(path, num_labels=1)
     model.config.pad_token_id = AutoTokenizer.from_pretrained(path).pad_token_id
     model.save_pretrained(path)
-    torch.random.set_rng_state(state)
+    torch.random.set_rng_state(random_state)
     return path
 
 
@@ -122,7 +122,7 @@ def train_model(path: Path | str, conversations: list[list[dict[str, str]]], *, 
     texts = [tokenizer.apply_chat_template(turns, tokenize=False) for turns in conversations]
     batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-    state = torch.random.get_rng_state()
+    random_state = torch.random.get_rng_state()
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
@@ -131,5 +131,5 @@ def train_model(path: Path | str, conversations: list[list[dict[str, str]]], *, 
         model(**batch, labels=labels).loss.backward()
         optimizer.step()
     model.save_pretrained(path)
-    torch.random.set_rng_state(state)
+    torch.random.set_rng_state(random_state)
     return path

@@ -30,13 +30,13 @@ def ensure_environment(name: str) -> Path:
     lock_file = REQUIREMENTS_FOLDER / f"{name}.lock"
     digest = hashlib.sha256(lock_file.read_bytes()).hexdigest()[:12]
     folder = cache_folder() / f"{name}-{sys.version_info[0]}.{sys.version_info[1]}-{digest}"
-    python, ready = folder / "bin" / "python", folder / ".ready"
+    python, ready_marker = folder / "bin" / "python", folder / ".ready"
     with _lock(name):
-        if not ready.exists():
+        if not ready_marker.exists():
             uv = next(iter(cache_folder().glob("uv-*/bin/uv")))
             subprocess.run([uv, "venv", "-q", "--clear", "--python", sys.executable, folder], check=True)
             subprocess.run([uv, "pip", "install", "-q", "--python", python, "--require-hashes", "-r", lock_file], check=True)
-            ready.touch()
+            ready_marker.touch()
     return python
 
 
@@ -46,8 +46,8 @@ def ensure_promtool() -> Path | None:
     The package is unpacked but not installed, because its installation would start a server. The package is used because `go install` cannot build promtool
     from the Go module of Prometheus.
     """
-    if found := shutil.which("promtool"):
-        return Path(found)
+    if installed_path := shutil.which("promtool"):
+        return Path(installed_path)
     path = cache_folder() / "promtool" / "usr/bin/promtool"
     with _lock("promtool"):
         if not path.exists() and shutil.which("apt-get"):

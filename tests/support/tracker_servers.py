@@ -32,8 +32,8 @@ def ensure_mlflow_server() -> Path:
 class TrackerServer:
     """A server process that a test can stop and start again with the same port and data."""
 
-    def __init__(self, name: str, folder: Path, command: Callable[[int, Path], list[str | Path]], is_ready: Callable[[int], bool]) -> None:
-        self._name, self._folder, self._command, self._is_ready = name, folder, command, is_ready
+    def __init__(self, name: str, folder: Path, make_command: Callable[[int, Path], list[str | Path]], is_ready: Callable[[int], bool]) -> None:
+        self._name, self._folder, self._make_command, self._is_ready = name, folder, make_command, is_ready
         self.port = find_free_ports(1)[0]
         self._server: Server | None = None
         folder.mkdir(parents=True, exist_ok=True)
@@ -43,7 +43,7 @@ class TrackerServer:
         env = {**os.environ, "HOME": str(self._folder), "DO_NOT_TRACK": "true", **MLFLOW_ENVIRONMENT}
         env.pop("PYTHONPATH", None)
         self._server = spawn(
-            self._name, self._command(self.port, self._folder), owner=self._folder, log=self._folder / "log", lifetime=Lifetime.UNTIL_PARENT_ENDS,
+            self._name, self._make_command(self.port, self._folder), owner=self._folder, log=self._folder / "log", lifetime=Lifetime.UNTIL_PARENT_ENDS,
             env=env, working_folder=self._folder,
         )  # fmt: skip
         deadline = time.monotonic() + START_SECONDS
@@ -73,7 +73,7 @@ def make_mlflow_server(folder: Path, host: str = "127.0.0.1", run_in: Sequence[s
     """
     python = ensure_mlflow_server()
 
-    def command(port: int, folder: Path) -> list[str | Path]:
+    def make_command(port: int, folder: Path) -> list[str | Path]:
         return [
             *run_in, python, "-m", "mlflow", "server", "--host", host, "--port", str(port), "--workers", "1",
             "--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--default-artifact-root", str(folder / "artifacts"),
@@ -82,12 +82,12 @@ def make_mlflow_server(folder: Path, host: str = "127.0.0.1", run_in: Sequence[s
 
     def is_ready(port: int) -> bool:
         try:
-            with urllib.request.urlopen(f"http://{host}:{port}/health", timeout=5) as answer:
-                return bool(answer.status == 200)
+            with urllib.request.urlopen(f"http://{host}:{port}/health", timeout=5) as response:
+                return bool(response.status == 200)
         except OSError:
             return False
 
-    return TrackerServer("mlflow", folder, command, is_ready)
+    return TrackerServer("mlflow", folder, make_command, is_ready)
 
 
 def make_mongodb_server(folder: Path) -> TrackerServer:

@@ -29,12 +29,12 @@ START = STARTED_AT.timestamp()
 
 def tracked_run(**changes: Any) -> TrackedRun:
     """Return the tracked run of a job's first attempt, with `changes` to its fields."""
-    values: dict[str, Any] = {
+    run_fields: dict[str, Any] = {
         "name": "support-bot", "project": "support", "namespace": "team", "job": "job", "uid": UID, "attempt": 1, "model": "org/base",
         "storage_uri": "s3://bucket/team/job", "started_at": STARTED_AT, "resumed_from_step": 0,
         "parameters": {"method.type": "lora", "training.batchSizePerDevice": "4", "training.learningRate": "0.0002"},
     }  # fmt: skip
-    return TrackedRun(**values | changes)
+    return TrackedRun(**run_fields | changes)
 
 
 def log_events(first: int, last: int, *, evaluated_steps: tuple[int, ...] = ()) -> list[Event]:
@@ -70,13 +70,13 @@ def end_events(last: int, *, end: RunEnd = RunEnd.FINISHED, reason: str | None =
     end_event = EndEvent(end=end, time=START + 100, reason=reason)
     if end is not RunEnd.FINISHED:
         return [end_event]
-    times: dict[str, Any] = {"end": RunEnd.FINISHED, "step": last}
+    end_fields: dict[str, Any] = {"end": RunEnd.FINISHED, "step": last}
     summary = LogEntry(step=last, epoch=last / 10, unix_time=START + 60, **{"train_loss": 1.5, "train_runtime": 60.0})
     return [
         LogEvent(entry=summary),
         ArtifactEvent(name="model", uri="s3://bucket/team/job/model/a1-1", sha256="c" * 64),
-        PhaseEvent(phase=TrackedPhase.TRAIN, start_time=START + 1, end_time=START + 61, **times),
-        PhaseEvent(phase=TrackedPhase.EVALUATE, start_time=START + 62, end_time=START + 70, values={"perplexity": 5.25}, **times),
+        PhaseEvent(phase=TrackedPhase.TRAIN, start_time=START + 1, end_time=START + 61, **end_fields),
+        PhaseEvent(phase=TrackedPhase.EVALUATE, start_time=START + 62, end_time=START + 70, values={"perplexity": 5.25}, **end_fields),
         end_event,
     ]
 

@@ -68,18 +68,18 @@ class TrainerImage:
             hosts = Path(bundle) / "hosts"
             hosts.write_text("127.0.0.1 localhost trainer\n")
             mounts = [
-                _bind_mount(hosts, "/etc/hosts"), _bind_mount(CHECKOUT_FOLDER, CHECKOUT_IN_CONTAINER),
-                *(_bind_mount(self.root / "app" / Path(path).name, f"{CHECKOUT_IN_CONTAINER}/{path}") for path in PACKAGES_IN_IMAGE),
-                _bind_mount(shared_folder, str(shared_folder), is_writable=True),
+                _make_bind_mount(hosts, "/etc/hosts"), _make_bind_mount(CHECKOUT_FOLDER, CHECKOUT_IN_CONTAINER),
+                *(_make_bind_mount(self.root / "app" / Path(path).name, f"{CHECKOUT_IN_CONTAINER}/{path}") for path in PACKAGES_IN_IMAGE),
+                _make_bind_mount(shared_folder, str(shared_folder), is_writable=True),
             ]  # fmt: skip
             configuration = self._make_container_configuration(command, environment or {}, mounts)
             (Path(bundle) / "config.json").write_text(json.dumps(configuration))
             try:
                 return subprocess.run(
-                    _runc_command("run", "--bundle", bundle, name), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, timeout=timeout
+                    _make_runc_command("run", "--bundle", bundle, name), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, timeout=timeout
                 ).returncode
             finally:
-                subprocess.run(_runc_command("delete", "--force", name), capture_output=True)
+                subprocess.run(_make_runc_command("delete", "--force", name), capture_output=True)
 
     def run_pytest(self, arguments: Sequence[str], shared_folder: Path, output: IO[bytes], *, timeout: float) -> int:
         """Run tests of this checkout with the Python and libraries of the image. The packages in TEST_PACKAGES, such as pytest, are copied from the current
@@ -110,8 +110,8 @@ class TrainerImage:
     def _make_container_configuration(self, command: Sequence[str], environment: Mapping[str, str], mounts: list[dict[str, Any]]) -> dict[str, Any]:
         """Return the `config.json` of a container: https://github.com/opencontainers/runtime-spec/blob/v1.0.2/config.md"""
         user, group = (int(number) for number in self.user.split(":"))
-        passed = {name: os.environ[name] for name in PASSED_VARIABLES if name in os.environ}
-        variables = {**self.environment, **passed, **environment}
+        passed_variables = {name: os.environ[name] for name in PASSED_VARIABLES if name in os.environ}
+        variables = {**self.environment, **passed_variables, **environment}
         return {
             "ociVersion": "1.0.2",
             "hostname": "trainer",
@@ -121,24 +121,24 @@ class TrainerImage:
                 "user": {"uid": user, "gid": group}, "capabilities": {}, "noNewPrivileges": True,
             },
             "mounts": [
-                _special_mount("proc", "/proc", "nosuid,noexec,nodev"), _special_mount("sysfs", "/sys", "nosuid,noexec,nodev,ro"),
-                _special_mount("tmpfs", "/dev", "nosuid,mode=755,size=65536k"), _special_mount("devpts", "/dev/pts", "newinstance,ptmxmode=0666"),
-                _special_mount("tmpfs", "/dev/shm", "nosuid,nodev,mode=1777"), _special_mount("tmpfs", "/tmp", "nosuid,nodev,mode=1777"),
+                _make_special_mount("proc", "/proc", "nosuid,noexec,nodev"), _make_special_mount("sysfs", "/sys", "nosuid,noexec,nodev,ro"),
+                _make_special_mount("tmpfs", "/dev", "nosuid,mode=755,size=65536k"), _make_special_mount("devpts", "/dev/pts", "newinstance,ptmxmode=0666"),
+                _make_special_mount("tmpfs", "/dev/shm", "nosuid,nodev,mode=1777"), _make_special_mount("tmpfs", "/tmp", "nosuid,nodev,mode=1777"),
                 *mounts,
             ],
             "linux": {"namespaces": [{"type": name} for name in ("pid", "network", "ipc", "uts", "mount")]},
         }  # fmt: skip
 
 
-def _bind_mount(source: Path, destination: str, *, is_writable: bool = False) -> dict[str, Any]:
+def _make_bind_mount(source: Path, destination: str, *, is_writable: bool = False) -> dict[str, Any]:
     return {"type": "bind", "source": str(source), "destination": destination, "options": ["rbind", "rw" if is_writable else "ro"]}
 
 
-def _special_mount(kind: str, destination: str, options: str) -> dict[str, Any]:
+def _make_special_mount(kind: str, destination: str, options: str) -> dict[str, Any]:
     return {"type": kind, "source": kind, "destination": destination, "options": options.split(",")}
 
 
-def _runc_command(*arguments: str) -> list[str]:
+def _make_runc_command(*arguments: str) -> list[str]:
     return [find_executable("runc") or "runc", "--root", str(paths.cache_folder() / "test-containers"), *arguments]
 
 
@@ -174,10 +174,10 @@ def _mount_image() -> Iterator[TrainerImage]:
 
 def _remove_abandoned_containers() -> None:
     """Remove the containers that killed test processes have left behind."""
-    running = subprocess.run(_runc_command("list", "--quiet"), capture_output=True, text=True).stdout.split()
-    for name in running:
+    container_names = subprocess.run(_make_runc_command("list", "--quiet"), capture_output=True, text=True).stdout.split()
+    for name in container_names:
         if _is_abandoned(name):
-            subprocess.run(_runc_command("delete", "--force", name), capture_output=True)
+            subprocess.run(_make_runc_command("delete", "--force", name), capture_output=True)
     for container in json.loads(images.run_buildah("containers", "--json") or "[]") or []:
         if _is_abandoned(container["containername"]):
             images.run_buildah("rm", container["containername"])

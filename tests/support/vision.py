@@ -139,7 +139,7 @@ def make_vision_model(folder: Path, name: str, *, seed: int = 0) -> Path:
     (folder / "preprocessor_config.json").write_text(json.dumps(family.processor))
     if family.processor_options:
         (folder / "processor_config.json").write_text(json.dumps(family.processor_options))
-    tokens = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    token_ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
     image_id = tokenizer.convert_tokens_to_ids(family.image_token)
     own_ids: dict[str, Any] = {"image_token_id": image_id}
     if name.startswith("qwen"):
@@ -153,17 +153,19 @@ def make_vision_model(folder: Path, name: str, *, seed: int = 0) -> Path:
             "image_token_index": image_id,
         }  # fmt: skip
         del own_ids["image_token_id"]
-    text = TEXT_SIZES | {"vocab_size": len(tokenizer)} | tokens | family.text
+    text_config = TEXT_SIZES | {"vocab_size": len(tokenizer)} | token_ids | family.text
     if name in ("idefics3", "smolvlm"):
-        text["model_type"] = "llama"
-    config = AutoConfig.for_model(name, text_config=text, vision_config=family.vision, tie_word_embeddings=False, **family.config, **own_ids, **tokens)
-    state = torch.random.get_rng_state()
+        text_config["model_type"] = "llama"
+    config = AutoConfig.for_model(
+        name, text_config=text_config, vision_config=family.vision, tie_word_embeddings=False, **family.config, **own_ids, **token_ids
+    )
+    random_state = torch.random.get_rng_state()
     torch.manual_seed(seed)
     model = AutoModelForImageTextToText.from_config(config)
     if name == "gemma3":  # transformers initialises these weights with zeros, which would make all images equal
         torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=0.2)
     model.save_pretrained(folder)
-    torch.random.set_rng_state(state)
+    torch.random.set_rng_state(random_state)
     return folder
 
 

@@ -25,9 +25,9 @@ def read_records(path: Path) -> Iterator[Any]:
     assert data[:4] == MAGIC, "not a file of W&B"
     position, record = HEADER_BYTES, b""
     while position + HEADER_BYTES <= len(data):
-        left = BLOCK_BYTES - position % BLOCK_BYTES
-        if left < HEADER_BYTES:
-            position += left
+        bytes_left = BLOCK_BYTES - position % BLOCK_BYTES
+        if bytes_left < HEADER_BYTES:
+            position += bytes_left
             continue
         length, piece_type = struct.unpack("<HB", data[position + 4 : position + HEADER_BYTES])
         piece = data[position + HEADER_BYTES : position + HEADER_BYTES + length]
@@ -48,8 +48,8 @@ def read_history(path: Path) -> list[dict[str, Any]]:
 
 def read_summary(path: Path) -> dict[str, Any]:
     """Return the values of the run's summary."""
-    values = {}
+    summary = {}
     for record in read_records(path):
         if record.WhichOneof("record_type") == "summary":
-            values |= {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.summary.update}
-    return values
+            summary |= {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.summary.update}
+    return summary

@@ -41,13 +41,13 @@ def test_runs_on_one_gpu_and_runs_on_several_gpus_are_calibrated_separately() ->
 
 
 @pytest.mark.parametrize(
-    ("entry", "upper", "runs"),
+    ("calibration_entry", "upper_bytes", "run_count"),
     [((5, 1.0, 0.95, 1.05), 1070, 5), ((5, 0.9, 0.8, 0.92), 1000, 5), ((4, 1.1, 1.0, 1.2), 1250, 4), ((2, 1.1, 1.0, 1.2), 1150, None)],
     ids=["near", "never below the expected peak", "plan too low", "too few runs"],
 )  # fmt: skip
-def test_the_upper_bound_of_the_memory_covers_the_highest_measured_peak(entry: Any, upper: int, runs: int | None) -> None:
-    plan = calibrate_memory(MemoryPlan(expected_bytes=1000, upper_bytes=1150), H100, has_several_gpus=False, table={("h100-80gb", False): entry})
-    assert (plan.expected_bytes, plan.upper_bytes, plan.calibration_runs) == (1000, upper, runs)
+def test_the_upper_bound_of_the_memory_covers_the_highest_measured_peak(calibration_entry: Any, upper_bytes: int, run_count: int | None) -> None:
+    plan = calibrate_memory(MemoryPlan(expected_bytes=1000, upper_bytes=1150), H100, has_several_gpus=False, table={("h100-80gb", False): calibration_entry})
+    assert (plan.expected_bytes, plan.upper_bytes, plan.calibration_runs) == (1000, upper_bytes, run_count)
 
 
 def make_job(uid: str = "u1", **changes: Any) -> dict[str, Any]:
@@ -66,8 +66,9 @@ def test_measured_values_are_compared_with_the_uncalibrated_plan(monkeypatch: py
     monkeypatch.setitem(calibration_table.TIME, ("h100-80gb", False), (3, 2.0, 2.0, 2.0))
     run = recalibrate.read_run_of_job(make_job())
     assert run is not None and (run.gpu, run.gpus, run.time_ratio, run.memory_ratio) == ("h100-80gb", 1, 1.5, 0.9)
-    eight = recalibrate.read_run_of_job(make_job(resolved={"device": "NVIDIA H200", "worldSize": 8}, plan={"measured": {"memoryBytes": 1100}}))
-    assert eight is not None and (eight.gpu, eight.gpus, eight.time_ratio, eight.memory_ratio) == ("h200-141gb", 8, None, 1.1)
+    eight_gpu_run = recalibrate.read_run_of_job(make_job(resolved={"device": "NVIDIA H200", "worldSize": 8}, plan={"measured": {"memoryBytes": 1100}}))
+    assert eight_gpu_run is not None and (eight_gpu_run.gpu, eight_gpu_run.gpus) == ("h200-141gb", 8)
+    assert (eight_gpu_run.time_ratio, eight_gpu_run.memory_ratio) == (None, 1.1)
 
 
 @pytest.mark.parametrize(
@@ -92,17 +93,17 @@ def write_table(folder: Path, *jobs: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_the_program_collects_runs_and_writes_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    slow = make_job("u2", plan={"measured": {"seconds": 2000, "steps": 100}})
-    first = write_table(tmp_path, make_job(), slow, make_job("u3", phase="Failed"))
-    assert first["TIME"] == {("h100-80gb", False): (2, 1.75, 1.5, 2.0)}
-    assert first["MEMORY"] == {("h100-80gb", False): (1, 0.9, 0.9, 0.9)}
+    slow_job = make_job("u2", plan={"measured": {"seconds": 2000, "steps": 100}})
+    first_table = write_table(tmp_path, make_job(), slow_job, make_job("u3", phase="Failed"))
+    assert first_table["TIME"] == {("h100-80gb", False): (2, 1.75, 1.5, 2.0)}
+    assert first_table["MEMORY"] == {("h100-80gb", False): (1, 0.9, 0.9, 0.9)}
     # The second call adds its runs to the runs of the first call. A run that the first call has already recorded is not counted twice.
-    second = write_table(tmp_path, slow, make_job("u4", plan={"measured": {"seconds": 1000, "steps": 100}}))
-    assert second["TIME"] == {("h100-80gb", False): (3, 1.5, 1.0, 2.0)}
-    assert plan_time(WORK, H100, 1, second["TIME"]).calibration_runs == 3
+    second_table = write_table(tmp_path, slow_job, make_job("u4", plan={"measured": {"seconds": 1000, "steps": 100}}))
+    assert second_table["TIME"] == {("h100-80gb", False): (3, 1.5, 1.0, 2.0)}
+    assert plan_time(WORK, H100, 1, second_table["TIME"]).calibration_runs == 3
     assert capsys.readouterr().out.splitlines()[-1] == "2 of 2 jobs have measured values; the table follows from 3 runs"
-    recorded = (tmp_path / "runs.jsonl").read_text()
-    assert "secret-name" not in recorded and "u1" not in recorded
+    recorded_text = (tmp_path / "runs.jsonl").read_text()
+    assert "secret-name" not in recorded_text and "u1" not in recorded_text
 
 
 def test_the_committed_table_matches_the_recorded_runs() -> None:

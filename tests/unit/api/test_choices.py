@@ -17,7 +17,7 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_api.time_plan import DataSize
 
 GIB = 2**30
-SMALL = parse_model_shape({
+SMALL_MODEL = parse_model_shape({
     "model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 4, "num_attention_heads": 32, "num_key_value_heads": 8,
     "vocab_size": 32000, "tie_word_embeddings": True, "dtype": "bfloat16",
 })  # fmt: skip
@@ -33,21 +33,21 @@ def resolve(**groups: dict[str, Any]) -> ResolvedSpec:
     return resolve_defaults(parsed_spec)
 
 
-def pool(gibibytes: float | None, name: str = "a", **fields: Any) -> GpuPool:
+def make_pool(gibibytes: float | None, name: str = "a", **fields: Any) -> GpuPool:
     """Return a pool whose GPUs have this much memory. If the plan chooses no pool, the job uses pool `a`."""
     return GpuPool(name=name, memory_bytes=None if gibibytes is None else int(gibibytes * GIB), **{"is_current": name == "a", **fields})
 
 
-def decide(*pools: GpuPool, shape: ModelShape = SMALL, longest_row: int | None = None, **groups: dict[str, Any]) -> Decision:
+def decide(*pools: GpuPool, shape: ModelShape = SMALL_MODEL, longest_row: int | None = None, **groups: dict[str, Any]) -> Decision:
     """Return the plan's decision for a job that may use these pools. `longest_row` is the number of tokens in the longest row."""
     return choose_values(resolve(**groups), shape, pools, RunFacts(longest_tokens=longest_row))
 
 
-def chosen_values(decision: Decision) -> dict[str, Any]:
+def get_chosen_values(decision: Decision) -> dict[str, Any]:
     return {choice.field: choice.value for choice in decision.choices}
 
 
-FULL = {"method": {"type": "full"}}
+FULL_METHOD = {"method": {"type": "full"}}
 
 
 @pytest.mark.parametrize(
@@ -69,86 +69,86 @@ FULL = {"method": {"type": "full"}}
     ],
 )
 def test_batch_and_recomputation_are_chosen_without_changing_the_effective_batch(gibibytes: float, groups: dict[str, Any], expected: dict[str, Any]) -> None:
-    decision = decide(pool(gibibytes), resources={"gpusPerNode": 1, "nodePool": "a"}, **groups)
-    assert chosen_values(decision) == expected
+    decision = decide(make_pool(gibibytes), resources={"gpusPerNode": 1, "nodePool": "a"}, **groups)
+    assert get_chosen_values(decision) == expected
     assert effective_batch(decision.resolved.spec) == effective_batch(resolve(**groups).spec)
     assert decision.plan.fits(int(gibibytes * GIB)) and decision.refusal is None and decision.changes == ()
 
 
 def test_a_larger_micro_batch_is_chosen_for_short_rows() -> None:
-    micro_batches = [chosen_values(decide(pool(2.2), longest_row=tokens, resources={"gpusPerNode": 1}))[MICRO] for tokens in (2048, 200)]
+    micro_batches = [get_chosen_values(decide(make_pool(2.2), longest_row=tokens, resources={"gpusPerNode": 1}))[MICRO] for tokens in (2048, 200)]
     assert micro_batches == [1, 8]
 
 
 @pytest.mark.parametrize(
-    ("gibibytes", "limit", "groups", "expected"),
+    ("gibibytes", "gpus_per_node", "groups", "expected"),
     [
-        (30, 8, FULL, {GPUS: 1, STRATEGY: None}),
-        (6, 8, FULL, {GPUS: 2, STRATEGY: "fsdp"}),
-        (5, 8, FULL, {GPUS: 4, STRATEGY: "fsdp"}),
-        (5, 8, FULL | {"resources": {"gpusPerNode": 4}}, {GPUS: None, STRATEGY: "fsdp"}),
-        (30, 8, FULL | {"resources": {"gpusPerNode": 4}}, {GPUS: None, STRATEGY: "ddp"}),
-        (30, 8, FULL | {"resources": {"gpusPerNode": 4}, "distributed": {"strategy": "fsdp"}}, {GPUS: None, STRATEGY: None}),
+        (30, 8, FULL_METHOD, {GPUS: 1, STRATEGY: None}),
+        (6, 8, FULL_METHOD, {GPUS: 2, STRATEGY: "fsdp"}),
+        (5, 8, FULL_METHOD, {GPUS: 4, STRATEGY: "fsdp"}),
+        (5, 8, FULL_METHOD | {"resources": {"gpusPerNode": 4}}, {GPUS: None, STRATEGY: "fsdp"}),
+        (30, 8, FULL_METHOD | {"resources": {"gpusPerNode": 4}}, {GPUS: None, STRATEGY: "ddp"}),
+        (30, 8, FULL_METHOD | {"resources": {"gpusPerNode": 4}, "distributed": {"strategy": "fsdp"}}, {GPUS: None, STRATEGY: None}),
     ],
 )
-def test_the_smallest_sufficient_number_of_gpus_is_chosen(gibibytes: float, limit: int, groups: dict[str, Any], expected: dict[str, Any]) -> None:
-    decision = decide(pool(gibibytes, gpus_per_node=limit), **groups)
-    assert {path: chosen_values(decision).get(path) for path in expected} == expected
+def test_the_smallest_sufficient_number_of_gpus_is_chosen(gibibytes: float, gpus_per_node: int, groups: dict[str, Any], expected: dict[str, Any]) -> None:
+    decision = decide(make_pool(gibibytes, gpus_per_node=gpus_per_node), **groups)
+    assert {path: get_chosen_values(decision).get(path) for path in expected} == expected
     assert effective_batch(decision.resolved.spec) == effective_batch(resolve(**groups).spec)
 
 
 def test_the_number_of_gpus_is_limited_by_the_effective_batch() -> None:
-    groups = FULL | {"training": {"effectiveBatchSize": 9}}
-    decision = decide(pool(4.5, gpus_per_node=8), **groups)
-    assert (chosen_values(decision)[GPUS], chosen_values(decision)[MICRO] * chosen_values(decision)[ACCUMULATION]) == (3, 3)
-    refused = decide(pool(4.5, gpus_per_node=2), **groups)
-    assert refused.refusal is not None and refused.choices == ()
+    groups = FULL_METHOD | {"training": {"effectiveBatchSize": 9}}
+    decision = decide(make_pool(4.5, gpus_per_node=8), **groups)
+    assert (get_chosen_values(decision)[GPUS], get_chosen_values(decision)[MICRO] * get_chosen_values(decision)[ACCUMULATION]) == (3, 3)
+    refusing_decision = decide(make_pool(4.5, gpus_per_node=2), **groups)
+    assert refusing_decision.refusal is not None and refusing_decision.choices == ()
 
 
 L4, H100 = ({"gpu_type": name} for name in ("l4-24gb", "h100-80gb"))
 
 
 @pytest.mark.parametrize(
-    ("pools", "groups", "chosen", "reason"),
+    ("pools", "groups", "chosen_name", "reason"),
     [
-        ((pool(24, **L4, price_per_gpu_hour=1), pool(80, "b", **H100, price_per_gpu_hour=4)), {}, "b", "the lowest expected cost of 2 pools"),
-        ((pool(24, **L4, price_per_gpu_hour=1), pool(80, "b", **H100, price_per_gpu_hour=40)), {}, "a", "the lowest expected cost of 2 pools"),
-        ((pool(24, **L4), pool(80, "b", **H100)), {}, "a", "the default pool of the platform"),
-        ((pool(24, **L4, is_current=False), pool(80, "b", **H100)), {}, "b", "the least expected GPU time of 2 pools"),
-        ((pool(1, **L4), pool(80, "b", **H100)), {}, "b", "the only one of 2 pools on which the job fits"),
-        ((pool(24, **L4), pool(None, "b", **H100)), {}, "a", "the only pool with a known GPU memory"),
-        ((pool(24, **L4), pool(80, "b", **H100)), {"resources": {"nodePool": "a"}}, None, ""),
+        ((make_pool(24, **L4, price_per_gpu_hour=1), make_pool(80, "b", **H100, price_per_gpu_hour=4)), {}, "b", "the lowest expected cost of 2 pools"),
+        ((make_pool(24, **L4, price_per_gpu_hour=1), make_pool(80, "b", **H100, price_per_gpu_hour=40)), {}, "a", "the lowest expected cost of 2 pools"),
+        ((make_pool(24, **L4), make_pool(80, "b", **H100)), {}, "a", "the default pool of the platform"),
+        ((make_pool(24, **L4, is_current=False), make_pool(80, "b", **H100)), {}, "b", "the least expected GPU time of 2 pools"),
+        ((make_pool(1, **L4), make_pool(80, "b", **H100)), {}, "b", "the only one of 2 pools on which the job fits"),
+        ((make_pool(24, **L4), make_pool(None, "b", **H100)), {}, "a", "the only pool with a known GPU memory"),
+        ((make_pool(24, **L4), make_pool(80, "b", **H100)), {"resources": {"nodePool": "a"}}, None, ""),
     ],
 )
-def test_a_pool_is_chosen_with_a_reason(pools: tuple[GpuPool, ...], groups: dict[str, Any], chosen: str | None, reason: str) -> None:
-    found = next((choice for choice in decide(*pools, **groups).choices if choice.field == POOL), None)
-    assert (found.value if found else None, found.reason[: len(reason)] if found else "") == (chosen, reason)
+def test_a_pool_is_chosen_with_a_reason(pools: tuple[GpuPool, ...], groups: dict[str, Any], chosen_name: str | None, reason: str) -> None:
+    chosen_pool = next((choice for choice in decide(*pools, **groups).choices if choice.field == POOL), None)
+    assert (chosen_pool.value if chosen_pool else None, chosen_pool.reason[: len(reason)] if chosen_pool else "") == (chosen_name, reason)
 
 
 def test_a_job_with_a_reference_model_of_unknown_size_is_not_refused() -> None:
     """The plan assumes that the reference model is as large as the trained model, but the reference model may be smaller."""
     trainer = {"type": "dpo"}
-    assert decide(pool(1), **PAIRS, trainer=trainer).refusal is not None
-    assert decide(pool(1), **PAIRS, trainer=trainer | {"dpo": {"referenceModel": "org/small"}}).refusal is None
+    assert decide(make_pool(1), **PAIRS, trainer=trainer).refusal is not None
+    assert decide(make_pool(1), **PAIRS, trainer=trainer | {"dpo": {"referenceModel": "org/small"}}).refusal is None
 
 
 def test_a_job_that_fits_no_pool_is_refused_with_three_changes_that_fit() -> None:
     user_values = {"training": {"batchSizePerDevice": 8, "gradientAccumulationSteps": 2}, "resources": {"nodePool": "a", "gpusPerNode": 1}}
-    refused = decide(pool(2.2), pool(80, "b"), **user_values)
-    assert refused.refusal is not None
-    assert (refused.refusal.code, int(refused.refusal.exit_code), refused.choices) == ("DoesNotFit", 64, ())
-    assert refused.refusal.message == (
+    decision = decide(make_pool(2.2), make_pool(80, "b"), **user_values)
+    assert decision.refusal is not None
+    assert (decision.refusal.code, int(decision.refusal.exit_code), decision.choices) == ("DoesNotFit", 64, ())
+    assert decision.refusal.message == (
         "the job is expected to need at least 3.13 GB on each GPU, but no pool that it may use has so much GPU memory: a (2.36 GB)"
     )
-    assert refused.refusal.hint == (
+    assert decision.refusal.hint == (
         "write resources.nodePool: b (3.35 GB at most); or training.batchSizePerDevice: 2, training.gradientAccumulationSteps: 8 (1.87 GB at most); or "
         "method.type: qlora, training.batchSizePerDevice: 4, training.gradientAccumulationSteps: 4 (2.01 GB at most)"
     )
 
 
 def test_a_job_is_not_refused_if_only_the_upper_bound_of_its_peak_does_not_fit() -> None:
-    decision = decide(pool(1.5), resources={"gpusPerNode": 1, "nodePool": "a"})
-    assert decision.refusal is None and chosen_values(decision) == {MICRO: 1, ACCUMULATION: 16, CHECKPOINTING: "enabled"}
+    decision = decide(make_pool(1.5), resources={"gpusPerNode": 1, "nodePool": "a"})
+    assert decision.refusal is None and get_chosen_values(decision) == {MICRO: 1, ACCUMULATION: 16, CHECKPOINTING: "enabled"}
     assert decision.choices[0].reason == (
         "needs the least memory: the expected 1.52 GB fit into the 1.61 GB of each GPU, but the upper bound of 1.63 GB does not"
     )
@@ -159,16 +159,16 @@ def test_a_job_is_not_refused_if_only_the_upper_bound_of_its_peak_does_not_fit()
     ("pools", "groups", "code", "message"),
     [
         ((), {}, "GpuMemoryUnknown", "the memory of the GPUs is not known"),
-        ((pool(None), pool(80, "b")), {}, "GpuMemoryUnknown", "the memory of the GPUs of pool a is not known"),
-        ((pool(1), pool(None, "b")), {}, "GpuMemoryUnknown", "the memory of the GPUs of pool b is not known"),
-        ((pool(80),), {"resources": {"gpusPerNode": 0}}, "ChoicesNotPlanned", "the job uses no GPU"),
-        ((pool(80),), {"checkpoint": {"resume": "s3://models/checkpoints/step-00000100"}}, "ChoicesNotPlanned", "checkpoint.resume decides"),
+        ((make_pool(None), make_pool(80, "b")), {}, "GpuMemoryUnknown", "the memory of the GPUs of pool a is not known"),
+        ((make_pool(1), make_pool(None, "b")), {}, "GpuMemoryUnknown", "the memory of the GPUs of pool b is not known"),
+        ((make_pool(80),), {"resources": {"gpusPerNode": 0}}, "ChoicesNotPlanned", "the job uses no GPU"),
+        ((make_pool(80),), {"checkpoint": {"resume": "s3://models/checkpoints/step-00000100"}}, "ChoicesNotPlanned", "checkpoint.resume decides"),
         (
-            (pool(80),), {"distributed": {"strategy": "deepspeed", "deepspeed": {"configRef": {"name": "c", "key": "k"}}}}, "ChoicesNotPlanned",
+            (make_pool(80),), {"distributed": {"strategy": "deepspeed", "deepspeed": {"configRef": {"name": "c", "key": "k"}}}}, "ChoicesNotPlanned",
             "distributed.deepspeed.configRef decides",
         ),
         (
-            (pool(80),), {"trainer": {"type": "grpo", "rewards": [{"builtin": "regex", "parameters": {"pattern": "a"}}]}}, "ObjectiveNotPlanned",
+            (make_pool(80),), {"trainer": {"type": "grpo", "rewards": [{"builtin": "regex", "parameters": {"pattern": "a"}}]}}, "ObjectiveNotPlanned",
             "trainer.type is grpo",
         ),
     ],
@@ -193,11 +193,11 @@ KTO: dict[str, Any] = {"trainer": {"type": "kto"}, "dataset": {"train": "s3://da
 )  # fmt: skip
 def test_values_are_chosen_for_preference_objectives(gibibytes: float, groups: dict[str, Any], expected: dict[str, Any]) -> None:
     """The plan does not choose a larger micro-batch than the default, because it does not know how much padding a larger micro-batch would contain."""
-    assert chosen_values(decide(pool(gibibytes), **PAIRS | groups)) == {POOL: "a", GPUS: 1, **expected}
+    assert get_chosen_values(decide(make_pool(gibibytes), **PAIRS | groups)) == {POOL: "a", GPUS: 1, **expected}
 
 
 def test_a_kto_micro_batch_has_at_least_two_rows() -> None:
-    decision = decide(pool(2), **KTO)
+    decision = decide(make_pool(2), **KTO)
     assert decision.refusal is None and decision.resolved.spec.training.batch_size_per_device == 2
 
 
@@ -216,9 +216,10 @@ def test_choices_become_defaults_of_the_resolved_spec() -> None:
 @pytest.mark.parametrize("name", sorted(GPU_TYPES))
 def test_the_chosen_micro_batch_fits_on_every_type_of_gpu(name: str) -> None:
     decision = choose_values(
-        resolve(), SMALL, [GpuPool(name="a", memory_bytes=GPU_TYPES[name].memory_bytes, gpu_type=name)], RunFacts(longest_tokens=900), DataSize(5000, 900_000)
+        resolve(), SMALL_MODEL, [GpuPool(name="a", memory_bytes=GPU_TYPES[name].memory_bytes, gpu_type=name)], RunFacts(longest_tokens=900),
+        DataSize(5000, 900_000),
     )
-    assert decision.plan.fits(GPU_TYPES[name].memory_bytes) and chosen_values(decision)[MICRO] == (4 if name in GPU_TYPES_WITH_PADDING else 16)
+    assert decision.plan.fits(GPU_TYPES[name].memory_bytes) and get_chosen_values(decision)[MICRO] == (4 if name in GPU_TYPES_WITH_PADDING else 16)
 
 
 CONTEXT_PARALLEL: dict[str, Any] = {"distributed": {"strategy": "deepspeed", "contextParallelSize": 2}, "resources": {"gpusPerNode": 4}}
@@ -227,10 +228,10 @@ CONTEXT_PARALLEL: dict[str, Any] = {"distributed": {"strategy": "deepspeed", "co
 def test_ranks_that_share_each_sequence_count_as_one_in_the_effective_batch() -> None:
     spec = resolve(training={"effectiveBatchSize": 64}, **CONTEXT_PARALLEL).spec
     assert (spec.training.batch_size_per_device, spec.training.gradient_accumulation_steps, effective_batch(spec)) == (4, 8, 64)
-    wrong = FineTuneJobSpec.model_validate({
+    indivisible_spec = FineTuneJobSpec.model_validate({
         "model": {"source": "org/m"}, "dataset": {"train": "s3://data/t.jsonl"}, "training": {"effectiveBatchSize": 3}, **CONTEXT_PARALLEL
     })  # fmt: skip
-    assert ["3 is not divisible by 2 groups of 2 ranks" in str(problem) for problem in check_spec(wrong)] == [True]
+    assert ["3 is not divisible by 2 groups of 2 ranks" in str(problem) for problem in check_spec(indivisible_spec)] == [True]
 
 
 def test_a_job_whose_ranks_share_each_sequence_is_not_refused_by_the_plan() -> None:
@@ -238,10 +239,10 @@ def test_a_job_whose_ranks_share_each_sequence_is_not_refused_by_the_plan() -> N
     sequence.
     """
     with pytest.raises(ConfigError, match="contextParallelSize is 2") as error:
-        decide(pool(1), **CONTEXT_PARALLEL)
+        decide(make_pool(1), **CONTEXT_PARALLEL)
     assert error.value.code == "MethodNotPlanned"
 
 
 @pytest.mark.parametrize(("gpu_type", "micro_batch"), [("t4-16gb", 4), ("v100-32gb", 4), ("a10-24gb", 16)])
 def test_the_micro_batch_is_not_raised_on_gpus_that_need_padded_rows(gpu_type: str, micro_batch: int) -> None:
-    assert chosen_values(decide(pool(14.9, gpu_type=gpu_type), resources={"gpusPerNode": 1}))[MICRO] == micro_batch
+    assert get_chosen_values(decide(make_pool(14.9, gpu_type=gpu_type), resources={"gpusPerNode": 1}))[MICRO] == micro_batch

@@ -25,7 +25,7 @@ list of its values.
 """
 
 
-def run_config(**changes: Any) -> RunConfig:
+def make_run_config(**changes: Any) -> RunConfig:
     platform = PlatformDefaults(storage=StorageRoot(uri="s3://bucket/prefix"), cpu="4")
     resolution = resolve_defaults(FineTuneJobSpec.model_validate(MINIMAL_SPEC | changes), platform_defaults=platform)
     return RunConfig(
@@ -45,12 +45,12 @@ def set_at_path(nested_values: Any, path: str, new_value: Any) -> None:
     container[name] = new_value
 
 
-def run_json_of_newer_operator(path: str, value: Any, *added_defaults: str, **changes: Any) -> bytes:
+def make_run_json_of_newer_operator(path: str, value: Any, *added_defaults: str, **changes: Any) -> bytes:
     """Return the run.json that a newer operator would write: it has `value` at `path`, and the `added_defaults` in its list `defaults`."""
-    raw = json.loads(run_config(**changes).to_bytes())
-    set_at_path(raw, path, value)
-    raw["defaults"] += added_defaults
-    return json.dumps(raw).encode()
+    run_json = json.loads(make_run_config(**changes).to_bytes())
+    set_at_path(run_json, path, value)
+    run_json["defaults"] += added_defaults
+    return json.dumps(run_json).encode()
 
 
 IGNORED = None
@@ -83,10 +83,10 @@ NEWER_OPERATOR_CASES = [
 @pytest.mark.parametrize(("path", "value", "added_defaults", "refusal"), NEWER_OPERATOR_CASES, ids=[f"{case[0]}-{case[2]}" for case in NEWER_OPERATOR_CASES])
 def test_trainer_refuses_unknown_fields_that_are_not_defaults(path: str, value: Any, added_defaults: list[str], refusal: str | None) -> None:
     changes = GRPO_SPEC if "rewards" in path else {}
-    data = run_json_of_newer_operator(path, value, *added_defaults, **changes)
+    data = make_run_json_of_newer_operator(path, value, *added_defaults, **changes)
     if refusal is None:
-        known_spec = json.loads(run_config(**changes).to_bytes())["spec"]
-        assert read_run_config(data).spec == FineTuneJobSpec.model_validate(known_spec | known_part(path, value, known_spec))
+        known_spec = json.loads(make_run_config(**changes).to_bytes())["spec"]
+        assert read_run_config(data).spec == FineTuneJobSpec.model_validate(known_spec | find_known_change(path, value, known_spec))
         return
     with pytest.raises(TooOldError) as error:
         read_run_config(data)
@@ -94,19 +94,19 @@ def test_trainer_refuses_unknown_fields_that_are_not_defaults(path: str, value: 
     assert (error.value.exit_code, error.value.code) == (79, "TrainerTooOld")
 
 
-def known_part(path: str, value: Any, known_spec: dict[str, Any]) -> dict[str, Any]:
+def find_known_change(path: str, value: Any, known_spec: dict[str, Any]) -> dict[str, Any]:
     return {"training": known_spec["training"] | {"optimizer": value}} if path.endswith("optimizer") else {}
 
 
 def test_the_error_names_all_refused_fields() -> None:
-    raw = json.loads(run_config().to_bytes())
-    raw["spec"]["training"] |= {"first": 1, "second": 2}
+    run_json = json.loads(make_run_config().to_bytes())
+    run_json["spec"]["training"] |= {"first": 1, "second": 2}
     with pytest.raises(TooOldError, match=r"spec\.training\.second.*spec\.training\.first|first.*second"):
-        read_run_config(json.dumps(raw).encode())
+        read_run_config(json.dumps(run_json).encode())
 
 
 @pytest.mark.parametrize(
-    "data", [b"{", b"[]", b'{"version": 2}', run_json_of_newer_operator("attempt", 0), run_json_of_newer_operator("spec.training.maxSteps", -1)],
+    "data", [b"{", b"[]", b'{"version": 2}', make_run_json_of_newer_operator("attempt", 0), make_run_json_of_newer_operator("spec.training.maxSteps", -1)],
     ids=["torn", "list", "empty", "attempt 0", "maxSteps -1"],
 )  # fmt: skip
 def test_invalid_values_in_run_config_are_configuration_errors(data: bytes) -> None:
@@ -116,26 +116,28 @@ def test_invalid_values_in_run_config_are_configuration_errors(data: bytes) -> N
 
 
 def test_trainer_reads_run_config_of_operator_0_1_0() -> None:
-    raw = json.loads(run_config().to_bytes())
-    raw["version"] = 1
-    raw["defaults"] = [path for path in raw["defaults"] if not path.startswith("#")]
-    run = read_run_config(json.dumps(raw).encode())
-    assert run.spec == run_config().spec
+    run_json = json.loads(make_run_config().to_bytes())
+    run_json["version"] = 1
+    run_json["defaults"] = [path for path in run_json["defaults"] if not path.startswith("#")]
+    run = read_run_config(json.dumps(run_json).encode())
+    assert run.spec == make_run_config().spec
     assert (run.origin("training.epochs"), run.origin("model.source")) == (Origin.DEFAULT, Origin.USER)
 
 
-def refused_by_0_1_0(value: Any, known: Any, path: str = "") -> list[str]:
-    """Return the paths of the fields in a run.json that trainer 0.1.0 refuses. `known` holds the fields of `value` that trainer 0.1.0 knows, as in
+def list_paths_refused_by_0_1_0(value: Any, known_fields: Any, path: str = "") -> list[str]:
+    """Return the paths of the fields in a run.json that trainer 0.1.0 refuses. `known_fields` holds the fields of `value` that trainer 0.1.0 knows, as in
     RELEASE_0_1_0.
     """
     if isinstance(value, list):
-        return [refused for item in value for refused in refused_by_0_1_0(item, known, f"{path}[]")]
-    if isinstance(value, dict) and isinstance(known, dict):
-        new = [f"{path}.{name}" for name in value if name not in known]
-        return new + [
-            refused for name in value if name in known for refused in refused_by_0_1_0(value[name], known[name], f"{path}.{name}")
+        return [refused_path for item in value for refused_path in list_paths_refused_by_0_1_0(item, known_fields, f"{path}[]")]
+    if isinstance(value, dict) and isinstance(known_fields, dict):
+        unknown_paths = [f"{path}.{name}" for name in value if name not in known_fields]
+        return unknown_paths + [
+            refused_path
+            for name in value if name in known_fields
+            for refused_path in list_paths_refused_by_0_1_0(value[name], known_fields[name], f"{path}.{name}")
         ]  # fmt: skip
-    return [f"{path}: {value}"] if isinstance(known, list) and value not in known else []
+    return [f"{path}: {value}"] if isinstance(known_fields, list) and value not in known_fields else []
 
 
 @pytest.mark.parametrize(
@@ -150,22 +152,22 @@ def refused_by_0_1_0(value: Any, known: Any, path: str = "") -> list[str]:
     ids=["smallest", "grpo", "dpo", "qlora", "spectrum"],
 )
 def test_trainer_0_1_0_reads_run_config_without_new_fields(changes: dict[str, Any]) -> None:
-    assert refused_by_0_1_0(json.loads(run_config(**changes).to_bytes()), RELEASE_0_1_0) == []
+    assert list_paths_refused_by_0_1_0(json.loads(make_run_config(**changes).to_bytes()), RELEASE_0_1_0) == []
 
 
 def test_a_new_field_with_its_default_is_omitted_and_one_that_the_user_set_needs_a_newer_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("finetune_api.pod.map_fields_to_release", lambda model: {"training.seed": "0.2.0"})
-    with_default = json.loads(run_config().to_bytes())
-    assert "seed" not in with_default["spec"]["training"]
-    assert "#minTrainerVersion 0.1.0" in with_default["defaults"]
-    with_value = json.loads(run_config(training={"seed": 7}).to_bytes())
-    assert with_value["spec"]["training"]["seed"] == 7
-    assert "#minTrainerVersion 0.2.0" in with_value["defaults"]
+    run_json_with_default = json.loads(make_run_config().to_bytes())
+    assert "seed" not in run_json_with_default["spec"]["training"]
+    assert "#minTrainerVersion 0.1.0" in run_json_with_default["defaults"]
+    run_json_with_value = json.loads(make_run_config(training={"seed": 7}).to_bytes())
+    assert run_json_with_value["spec"]["training"]["seed"] == 7
+    assert "#minTrainerVersion 0.2.0" in run_json_with_value["defaults"]
 
 
 def test_run_config_keeps_the_origin_of_every_value() -> None:
-    run = read_run_config(run_config(training={"epochs": 2}).to_bytes())
-    assert run == run_config(training={"epochs": 2})
+    run = read_run_config(make_run_config(training={"epochs": 2}).to_bytes())
+    assert run == make_run_config(training={"epochs": 2})
     origins = {path: run.origin(path) for path in ("training.epochs", "training.seed", "resources.cpu", "storage.uri")}
     assert list(origins.values()) == [Origin.USER, Origin.DEFAULT, Origin.PLATFORM, Origin.PLATFORM]
 
@@ -174,7 +176,7 @@ def test_run_config_keeps_the_origin_of_every_value() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "unknown"),
+    ("change", "expected_paths"),
     [
         ({}, ()),
         ({"budget": {"strategy": "auto"}}, ("budget",)),
@@ -186,9 +188,9 @@ def test_run_config_keeps_the_origin_of_every_value() -> None:
     ],
     ids=str,
 )  # fmt: skip
-def test_operator_reads_a_newer_spec_and_lists_its_unknown_fields_and_values(change: dict[str, Any], unknown: tuple[str, ...]) -> None:
+def test_operator_reads_a_newer_spec_and_lists_its_unknown_fields_and_values(change: dict[str, Any], expected_paths: tuple[str, ...]) -> None:
     spec, unknown_paths = read_spec(MINIMAL_SPEC | change)
-    assert unknown_paths == unknown
+    assert unknown_paths == expected_paths
     assert spec.model.source == "org/name"
     if "evaluation" in change:
         assert spec.evaluation.metrics == ["accuracy", "f1"]
@@ -197,9 +199,9 @@ def test_operator_reads_a_newer_spec_and_lists_its_unknown_fields_and_values(cha
 
 
 def test_reading_a_spec_leaves_the_original_untouched() -> None:
-    raw = MINIMAL_SPEC | {"training": {"fieldOfALaterRelease": 64}}
-    read_spec(raw)
-    assert raw["training"] == {"fieldOfALaterRelease": 64}
+    raw_spec = MINIMAL_SPEC | {"training": {"fieldOfALaterRelease": 64}}
+    read_spec(raw_spec)
+    assert raw_spec["training"] == {"fieldOfALaterRelease": 64}
 
 
 def test_invalid_value_in_a_spec_is_a_validation_error() -> None:
@@ -250,8 +252,8 @@ def test_only_the_unknown_condition_is_dropped_from_a_status() -> None:
 def test_the_heartbeat_is_also_written_and_read_under_its_old_name() -> None:
     report = ProgressReport.model_validate(REPORT | {"health": {"secondsSinceHeartbeat": 4.0}}).to_wire()
     assert report["health"]["secondsSinceSign"] == 4.0
-    old = ProgressReport.model_validate(REPORT | {"health": {"secondsSinceSign": 3.0}})
-    assert old.health.seconds_since_heartbeat == 3.0
+    old_report = ProgressReport.model_validate(REPORT | {"health": {"secondsSinceSign": 3.0}})
+    assert old_report.health.seconds_since_heartbeat == 3.0
 
 
 def test_too_old_error_has_exit_code_79() -> None:

@@ -66,11 +66,11 @@ def test_the_learning_rate_depends_on_method_and_objective(change: dict[str, Any
 
 
 def test_resolving_a_resolved_spec_changes_nothing() -> None:
-    once = resolve_spec({"method": {"type": "qlora"}, "training": {"maxSteps": 40}})
-    twice = resolve_defaults(once.spec)
-    assert twice.spec == once.spec
-    assert twice.defaults == {}
-    assert check_spec(once.spec) == []
+    first_resolution = resolve_spec({"method": {"type": "qlora"}, "training": {"maxSteps": 40}})
+    second_resolution = resolve_defaults(first_resolution.spec)
+    assert second_resolution.spec == first_resolution.spec
+    assert second_resolution.defaults == {}
+    assert check_spec(first_resolution.spec) == []
 
 
 @pytest.mark.parametrize("method", MethodType)
@@ -99,11 +99,11 @@ def test_a_note_says_that_max_steps_takes_precedence_over_epochs() -> None:
 
 
 def test_configured_region_and_credentials_are_not_used_for_an_endpoint_of_the_job() -> None:
-    default = StorageRoot(
+    configured_storage = StorageRoot(
         uri="s3://models/x", endpoint="https://s3.internal", region="eu", credentials_secret_ref={"name": "s3"}
     )
-    platform = PlatformDefaults(storage=default)
-    assert resolve_spec(None, platform).spec.storage == default
+    platform = PlatformDefaults(storage=configured_storage)
+    assert resolve_spec(None, platform).spec.storage == configured_storage
     storage = resolve_spec({"storage": {"endpoint": "https://elsewhere.example.com"}}, platform).spec.storage
     assert storage.to_wire() == {"endpoint": "https://elsewhere.example.com", "uri": "s3://models/x"}
 
@@ -129,7 +129,7 @@ EARLIER_DEFAULTS = {"model.ligerKernels": False, "method.lora.dropout": 0.05}
 
 
 @pytest.mark.parametrize(
-    ("change", "recorded", "liger_kernels", "dropout"),
+    ("change", "recorded_defaults", "liger_kernels", "dropout"),
     [
         ({}, EARLIER_DEFAULTS, False, 0.05),
         ({}, {}, None, 0),
@@ -141,15 +141,15 @@ EARLIER_DEFAULTS = {"model.ligerKernels": False, "method.lora.dropout": 0.05}
     ids=["earlier release", "new job", "user sets the kernels", "user sets the dropout", "backend unsloth", "fields with current defaults"],
 )
 def test_job_keeps_the_defaults_of_its_first_attempt(
-    change: dict[str, Any], recorded: dict[str, Any], liger_kernels: bool | None, dropout: float
+    change: dict[str, Any], recorded_defaults: dict[str, Any], liger_kernels: bool | None, dropout: float
 ) -> None:
-    current: ResolvedSpec = resolve_spec(change)
-    result = keep_recorded_defaults(current, recorded)
-    assert (result.spec.model.liger_kernels, result.spec.method.lora and result.spec.method.lora.dropout) == (liger_kernels, dropout)
-    assert result.spec.resources == current.spec.resources
-    assert {path: value for path, value in result.defaults.items() if path in recorded} == {
-        path: value for path, value in recorded.items() if path in result.defaults and path.partition(".")[0] in ("model", "method")
-    } | {path: value for path, value in current.defaults.items() if path in recorded and path.startswith("resources.")}
+    current_resolution: ResolvedSpec = resolve_spec(change)
+    kept_resolution = keep_recorded_defaults(current_resolution, recorded_defaults)
+    assert (kept_resolution.spec.model.liger_kernels, kept_resolution.spec.method.lora and kept_resolution.spec.method.lora.dropout) == (liger_kernels, dropout)
+    assert kept_resolution.spec.resources == current_resolution.spec.resources
+    assert {path: value for path, value in kept_resolution.defaults.items() if path in recorded_defaults} == {
+        path: value for path, value in recorded_defaults.items() if path in kept_resolution.defaults and path.partition(".")[0] in ("model", "method")
+    } | {path: value for path, value in current_resolution.defaults.items() if path in recorded_defaults and path.startswith("resources.")}
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ SPEC: dict[str, Any] = {
 INPUTS = {"training data": "11", "model.source": "sha256:22"}
 
 
-def settings(*changes: dict[str, Any], platform_defaults: PlatformDefaults | None = None, user_values: dict[str, Any] | None = None) -> dict[str, Any]:
+def collect_settings(*changes: dict[str, Any], platform_defaults: PlatformDefaults | None = None, user_values: dict[str, Any] | None = None) -> dict[str, Any]:
     """Return the settings of a job with SPEC and these changes that are compared with an earlier result. If the operator changed fields after a failure,
     `user_values` holds the values that the user had set.
     """
@@ -37,7 +37,7 @@ def settings(*changes: dict[str, Any], platform_defaults: PlatformDefaults | Non
 
 
 def test_only_values_that_the_user_set_are_compared() -> None:
-    assert settings() == {
+    assert collect_settings() == {
         "model.source": "s3://models/base", "dataset.train": "https://host/rows.jsonl", "training.epochs": 2, "resources.gpusPerNode": 8,
     }  # fmt: skip
 
@@ -59,13 +59,13 @@ def test_only_values_that_the_user_set_are_compared() -> None:
     ids=lambda change: next(iter(change)),
 )
 def test_values_without_effect_on_the_result_are_not_compared(change: dict[str, Any]) -> None:
-    assert settings(change) == settings()
+    assert collect_settings(change) == collect_settings()
 
 
 def test_defaults_of_the_platform_are_not_compared() -> None:
-    other = settings(platform_defaults=PlatformDefaults(cpu="8", prepare_strategy="auto", node_pool="h200"))
-    assert other == settings()
-    assert "training.learningRate" not in other
+    platform_settings = collect_settings(platform_defaults=PlatformDefaults(cpu="8", prepare_strategy="auto", node_pool="h200"))
+    assert platform_settings == collect_settings()
+    assert "training.learningRate" not in platform_settings
 
 
 @pytest.mark.parametrize(
@@ -81,26 +81,28 @@ def test_defaults_of_the_platform_are_not_compared() -> None:
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_difference_that_can_change_the_result_is_reported_by_its_spec_path(change: dict[str, Any], path: str) -> None:
-    old, new = settings(), settings(change)
-    earlier = RunResult(digest=compute_result_digest(old, INPUTS), settings=old, inputs=INPUTS, finished_at=datetime.now(UTC), output=Output())
-    assert compute_result_digest(new, INPUTS) != earlier.digest
-    assert list_result_differences(earlier, new, INPUTS) == [path]
+    old_settings, new_settings = collect_settings(), collect_settings(change)
+    digest = compute_result_digest(old_settings, INPUTS)
+    earlier_result = RunResult(digest=digest, settings=old_settings, inputs=INPUTS, finished_at=datetime.now(UTC), output=Output())
+    assert compute_result_digest(new_settings, INPUTS) != earlier_result.digest
+    assert list_result_differences(earlier_result, new_settings, INPUTS) == [path]
 
 
 def test_changed_inputs_are_reported_after_changed_fields() -> None:
-    old = settings()
-    earlier = RunResult(digest=compute_result_digest(old, INPUTS), settings=old, inputs=INPUTS, finished_at=datetime.now(UTC), output=Output())
-    changed = {"training data": "12", "test data": "1"}
-    assert compute_result_digest(old, changed) != earlier.digest
-    assert list_result_differences(earlier, settings({"training": {"epochs": 3}}), changed) == [
+    old_settings = collect_settings()
+    digest = compute_result_digest(old_settings, INPUTS)
+    earlier_result = RunResult(digest=digest, settings=old_settings, inputs=INPUTS, finished_at=datetime.now(UTC), output=Output())
+    changed_inputs = {"training data": "12", "test data": "1"}
+    assert compute_result_digest(old_settings, changed_inputs) != earlier_result.digest
+    assert list_result_differences(earlier_result, collect_settings({"training": {"epochs": 3}}), changed_inputs) == [
         "training.epochs", "contents of model.source", "contents of test data", "contents of training data",
     ]  # fmt: skip
 
 
 def test_the_users_own_values_of_adapted_fields_are_compared() -> None:
     user_values = {"training.batchSizePerDevice": 8, "training.gradientAccumulationSteps": None}
-    adapted = settings({"training": {"batchSizePerDevice": 4, "gradientAccumulationSteps": 2}}, user_values=user_values)
-    assert adapted == settings({"training": {"batchSizePerDevice": 8}})
+    adapted_settings = collect_settings({"training": {"batchSizePerDevice": 4, "gradientAccumulationSteps": 2}}, user_values=user_values)
+    assert adapted_settings == collect_settings({"training": {"batchSizePerDevice": 8}})
 
 
 def test_every_path_without_effect_on_the_result_is_a_field_of_the_spec() -> None:

@@ -82,33 +82,33 @@ def test_a_second_gradient_is_added_in_place_and_a_sharded_gradient_counts_only_
 
 
 def test_the_peak_falls_with_the_number_of_recomputed_layers() -> None:
-    def peak(layer_count: int) -> int:
+    def compute_peak_bytes(layer_count: int) -> int:
         shape = parse_model_shape(TINY | {"num_hidden_layers": 8})
         step = Step(shape, TrainedWeights(4, 4, True), Batch(4, 256), SGD, Kernels(is_gpu=False), loss_head=LossHead.LOGITS, recomputed_layer_count=layer_count)
         return replay(step).total_bytes
 
-    assert peak(0) > peak(4) > peak(8)
+    assert compute_peak_bytes(0) > compute_peak_bytes(4) > compute_peak_bytes(8)
 
 
 def test_gradients_are_kept_from_one_micro_batch_to_the_next() -> None:
-    def peak(accumulation: int) -> int:
+    def compute_peak_bytes(accumulation: int) -> int:
         return replay(Step(LLAMA_1B, TrainedWeights(2, 2, True), Batch(1, 512), ADAMW_FUSED, autocast_bytes=2, accumulation=accumulation)).total_bytes
 
-    assert peak(2) > peak(1)
-    assert peak(2) == peak(64)
+    assert compute_peak_bytes(2) > compute_peak_bytes(1)
+    assert compute_peak_bytes(2) == compute_peak_bytes(64)
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "state", "temporary"),
+    ("optimizer", "state_bytes", "temporary_bytes"),
     [
         (ADAMW_FUSED, 2 * 4 * 8192, 0), (SGD, 0, 0), (ADAMW_8BIT, 2 * (8192 + 128), 0), (ADAFACTOR, 4 * (64 + 128), 2 * 4 * 8192),
         (Optimizer(is_on_host=True), 0, 0),
     ],
 )  # fmt: skip
-def test_optimizers_need_memory_for_their_state_and_temporary_tensors(optimizer: Optimizer, state: int, temporary: int) -> None:
+def test_optimizers_need_memory_for_their_state_and_temporary_tensors(optimizer: Optimizer, state_bytes: int, temporary_bytes: int) -> None:
     weight = Parameter((64, 128), 4, Tape(MemoryMeter()).allocate(0), is_trained=True)
-    assert sum(optimizer.state_bytes([weight], 1)) == state
-    assert optimizer.temporary_bytes([weight], 1) == temporary
+    assert sum(optimizer.state_bytes([weight], 1)) == state_bytes
+    assert optimizer.temporary_bytes([weight], 1) == temporary_bytes
 
 
 def test_estimates_agree_with_measured_peaks_on_a_cpu() -> None:
@@ -132,7 +132,7 @@ def test_estimates_agree_with_published_peaks() -> None:
 
 
 @pytest.mark.parametrize(
-    ("cell", "arm", "shape", "groups", "recomputed"),
+    ("cell", "arm", "shape", "groups", "recomputed_count"),
     [
         ("speed-1b-lora-packed", "ours", LLAMA_1B, {}, 0),
         ("speed-8b-lora-packed", "ours", LLAMA_8B, {}, 0),
@@ -142,11 +142,11 @@ def test_estimates_agree_with_published_peaks() -> None:
         ("speed-8b-full-packed", "ours, 16-bit weights", LLAMA_8B, {"method": {"type": "full"}, "model": {"dtype": "bfloat16"}}, 32),
     ],
 )
-def test_plans_agree_with_measured_peaks_on_a_gpu(cell: str, arm: str, shape: ModelShape, groups: dict[str, Any], recomputed: int) -> None:
+def test_plans_agree_with_measured_peaks_on_a_gpu(cell: str, arm: str, shape: ModelShape, groups: dict[str, Any], recomputed_count: int) -> None:
     cells = json.loads((RESULTS / "gpu_cells.json").read_text())["figures"]
-    measured = cells[cell]["figures"]["arms"][arm]["peakMemoryGb"] * 1e9
-    step = describe_step(resolve(**groups).spec, shape, RunFacts(recomputed_layer_count=recomputed)).step
-    assert (replay(step).total_bytes + WORKSPACE_BYTES) / measured == pytest.approx(1, abs=0.01)
+    measured_bytes = cells[cell]["figures"]["arms"][arm]["peakMemoryGb"] * 1e9
+    step = describe_step(resolve(**groups).spec, shape, RunFacts(recomputed_layer_count=recomputed_count)).step
+    assert (replay(step).total_bytes + WORKSPACE_BYTES) / measured_bytes == pytest.approx(1, abs=0.01)
 
 
 def test_the_sum_of_the_parts_is_the_expected_peak() -> None:
@@ -165,7 +165,7 @@ def test_qlora_of_a_70b_model_fits_on_one_h100_by_the_plan() -> None:
 
 
 @pytest.mark.parametrize(
-    ("groups", "weights", "optimizer"),
+    ("groups", "weight_shards", "optimizer_shards"),
     [
         ({"distributed": {"strategy": "fsdp"}}, 4, 4),
         ({"distributed": {"strategy": "fsdp", "fsdp": {"sharding": "noShard"}}}, 1, 1),
@@ -175,11 +175,11 @@ def test_qlora_of_a_70b_model_fits_on_one_h100_by_the_plan() -> None:
         ({"distributed": {"strategy": "ddp"}}, 1, 1),
     ],
 )
-def test_strategies_shard_weights_and_optimizer_state(groups: dict[str, Any], weights: int, optimizer: int) -> None:
+def test_strategies_shard_weights_and_optimizer_state(groups: dict[str, Any], weight_shards: int, optimizer_shards: int) -> None:
     unsharded = plan_memory(resolve(method={"type": "full"}).spec, LLAMA_1B).memory.parts
     sharded = plan_memory(resolve(method={"type": "full"}, resources={"gpusPerNode": 4}, **groups).spec, LLAMA_1B).memory.parts
-    assert sharded.weights == pytest.approx(unsharded.weights / weights, rel=1e-6)
-    assert sharded.optimizer == pytest.approx(unsharded.optimizer / optimizer, rel=1e-6)
+    assert sharded.weights == pytest.approx(unsharded.weights / weight_shards, rel=1e-6)
+    assert sharded.optimizer == pytest.approx(unsharded.optimizer / optimizer_shards, rel=1e-6)
 
 
 def test_a_plan_that_was_not_compared_with_measured_peaks_has_a_wider_margin() -> None:

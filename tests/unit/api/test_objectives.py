@@ -10,9 +10,9 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.enums import DatasetFormat, TrainerType
 
 
-def spec_of(trainer: TrainerType, dataset_format: DatasetFormat) -> FineTuneJobSpec:
-    value = {"model": {"source": "hf://a/b"}, "dataset": {"train": "s3://a/b.jsonl", "format": dataset_format}, "trainer": {"type": trainer}}
-    return FineTuneJobSpec.model_validate(value)  # fmt: skip
+def make_spec(trainer: TrainerType, dataset_format: DatasetFormat) -> FineTuneJobSpec:
+    raw_spec = {"model": {"source": "hf://a/b"}, "dataset": {"train": "s3://a/b.jsonl", "format": dataset_format}, "trainer": {"type": trainer}}
+    return FineTuneJobSpec.model_validate(raw_spec)  # fmt: skip
 
 
 @pytest.mark.parametrize("trainer", list(TrainerType))
@@ -23,15 +23,15 @@ def test_every_objective_has_a_data_format(trainer: TrainerType) -> None:
 @pytest.mark.parametrize("dataset_format", list(DatasetFormat))
 @pytest.mark.parametrize("trainer", list(TrainerType))
 def test_a_format_is_refused_unless_the_objective_lists_it(trainer: TrainerType, dataset_format: DatasetFormat) -> None:
-    refused = [problem for problem in check_spec(spec_of(trainer, dataset_format)) if problem.code == "FormatOfAnotherObjective"]
-    assert bool(refused) is (dataset_format not in OBJECTIVES[trainer].dataset_formats)
-    if refused:
-        assert f"trainer: {{type: {choose_objective_for_format(dataset_format)}}}" in str(refused[0])
+    problems = [problem for problem in check_spec(make_spec(trainer, dataset_format)) if problem.code == "FormatOfAnotherObjective"]
+    assert bool(problems) is (dataset_format not in OBJECTIVES[trainer].dataset_formats)
+    if problems:
+        assert f"trainer: {{type: {choose_objective_for_format(dataset_format)}}}" in str(problems[0])
 
 
 @pytest.mark.parametrize("trainer", list(TrainerType))
 def test_the_learning_rate_of_the_objective_takes_precedence_over_that_of_the_method(trainer: TrainerType) -> None:
-    rate = resolve_defaults(spec_of(trainer, OBJECTIVES[trainer].dataset_formats[0])).spec.training.learning_rate
+    rate = resolve_defaults(make_spec(trainer, OBJECTIVES[trainer].dataset_formats[0])).spec.training.learning_rate
     assert rate == (OBJECTIVES[trainer].learning_rate or 2e-4)
 
 

@@ -13,7 +13,7 @@ from finetune_api.status import Checkpoint, EvaluationResult, Metrics, ResolvedC
 MINIMAL_SPEC = {"model": {"source": "org/name"}, "dataset": {"train": "s3://bucket/train.jsonl"}}
 
 
-def run_config() -> RunConfig:
+def make_run_config() -> RunConfig:
     return RunConfig(
         name="job", namespace="team", uid="u-1", attempt=1, spec=resolve_defaults(FineTuneJobSpec.model_validate(MINIMAL_SPEC)).spec,
         world=World(nodes=2, processes_per_node=4, gpus_per_node=4, master_address="job-1-0.job-1", master_port=29400, rendezvous_id="u-1-1"),
@@ -22,7 +22,7 @@ def run_config() -> RunConfig:
 
 
 def test_a_run_config_does_not_change_when_it_is_written_and_read() -> None:
-    run = run_config()
+    run = make_run_config()
     data = run.to_bytes()
     assert RunConfig.model_validate_json(data) == run
     assert RunConfig.model_validate_json(data).to_bytes() == data
@@ -42,7 +42,7 @@ def test_a_termination_message_has_at_most_4096_bytes() -> None:
     assert parsed_message.message and parsed_message.message.endswith(" ...")
 
 
-def large_evaluation(gate_count: int) -> EvaluationResult:
+def make_large_evaluation(gate_count: int) -> EvaluationResult:
     numbers = {"value": 0.123456, "base": 0.123456, "difference": 0.123456, "low": 0.123456, "high": 0.123456}
     gates = [{"metric": "answerCorrectness", "passed": i % 2 == 0, "text": "t" * 150} for i in range(gate_count)]
     return EvaluationResult.model_validate({"rows": 200, "metrics": {metric.value: numbers for metric in EvaluationMetric}, "gates": gates})
@@ -56,7 +56,7 @@ def large_evaluation(gate_count: int) -> EvaluationResult:
 def test_a_long_termination_message_keeps_the_gates_and_drops_other_results_first(
     gate_count: int, text_length: int, has_metrics: bool, gates_with_text: int
 ) -> None:
-    message = TerminationMessage(message="m" * text_length, evaluation=large_evaluation(gate_count), resolved=ResolvedConfig(notes=["n" * 900]))
+    message = TerminationMessage(message="m" * text_length, evaluation=make_large_evaluation(gate_count), resolved=ResolvedConfig(notes=["n" * 900]))
     text = message.to_json()
     assert len(text.encode()) <= names.MAX_TERMINATION_BYTES
     evaluation = TerminationMessage.model_validate_json(text).evaluation or EvaluationResult()
@@ -76,7 +76,7 @@ def test_a_termination_message_with_long_addresses_keeps_the_address_of_the_mode
     message = TerminationMessage.model_validate({
         "class": "Data", "code": "DatasetEmpty", "message": "m" * 1500, "hint": "h" * 500, "stage": "evaluating", "step": 500, "committedStep": 500,
         "checkpoint": root + "checkpoint", "latestCheckpoint": root + "checkpoint", "checkpoints": [{"step": 500, "uri": root}], "output": output,
-        "evaluation": large_evaluation(16), "metrics": {"trainLoss": 1.0}, "resolved": {"notes": ["n" * 900]},
+        "evaluation": make_large_evaluation(16), "metrics": {"trainLoss": 1.0}, "resolved": {"notes": ["n" * 900]},
     })  # fmt: skip
     text = message.to_json()
     assert len(text.encode()) <= names.MAX_TERMINATION_BYTES
@@ -84,7 +84,8 @@ def test_a_termination_message_with_long_addresses_keeps_the_address_of_the_mode
     assert (parsed_message.class_, parsed_message.code, parsed_message.stage) == ("Data", "DatasetEmpty", "evaluating")
     assert parsed_message.output is not None and parsed_message.output.uri == root + "uri" and parsed_message.output.sha256 == "a" * 64
     assert parsed_message.output.lineage_uri is None and parsed_message.output.evaluation is None
-    assert parsed_message.output.verification is not None and [a.reason for a in parsed_message.output.verification.artefacts] == [None] * 3
+    assert parsed_message.output.verification is not None
+    assert [parsed_artefact.reason for parsed_artefact in parsed_message.output.verification.artefacts] == [None] * 3
 
 
 def test_a_termination_message_with_an_incomplete_character_is_valid_utf8() -> None:

@@ -16,41 +16,42 @@ HEX = st.text("0123456789abcdef", min_size=64, max_size=64)
 BASE64URL = st.text("ABCDEFabcdef0123456789_-", min_size=24, max_size=60)
 
 
-def pem(label: str, body: str) -> str:
+def make_pem(label: str, body: str) -> str:
     """Return a PEM block with this label."""
     return f"-----BEGIN {label}-----\n{body}\n{body}\n-----END {label}-----"
 
 
-def token(template: str, alphabet: str, length: int) -> st.SearchStrategy[tuple[str, str]]:
-    """Draw a pair (text, secret): the secret is random and has this length, and the text is the template with the secret in place of `{}`."""
+def make_token_strategy(template: str, alphabet: str, length: int) -> st.SearchStrategy[tuple[str, str]]:
+    """Return a strategy that draws a pair (text, secret). The secret is random and has this length. The text is the template with the secret in place of `{}`.
+    """
     return st.text(alphabet, min_size=length, max_size=length).map(lambda secret: (template.format(secret), secret))
 
 
 LETTERS_AND_DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
 CAPITALS_AND_DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 SECRETS: dict[str, st.SearchStrategy[tuple[str, str]]] = {
-    "AWS key": token("AKIA{}", CAPITALS_AND_DIGITS, 16),
-    "AWS temporary key": token("ASIA{}", CAPITALS_AND_DIGITS, 16),
-    "Hugging Face": token("hf_{}", LETTERS_AND_DIGITS, 34),
-    "OpenAI": token("sk-1{}", LETTERS_AND_DIGITS, 47),
-    "OpenAI project": token("sk-proj-0{}", LETTERS_AND_DIGITS + "_-", 120),
-    "Anthropic": token("sk-ant-api03-{}", LETTERS_AND_DIGITS + "_-", 95),
-    **{f"GitHub {kind}": token(f"{kind}_{{}}", LETTERS_AND_DIGITS, 36) for kind in ("ghp", "gho", "ghu", "ghs", "ghr")},
-    "GitHub fine-grained": token("github_pat_{}", LETTERS_AND_DIGITS + "_", 82),
-    "GitLab": token("glpat-{}", LETTERS_AND_DIGITS + "_-", 20),
-    "Slack": token("xoxb-{}", "0123456789-" + LETTERS_AND_DIGITS, 50),
-    "Slack webhook": token("https://hooks.slack.com/services/T0A/B0B/{}", LETTERS_AND_DIGITS, 24),
-    "Google": token("AIza{}", LETTERS_AND_DIGITS + "_-", 35),
-    "Stripe": token("sk_live_{}", LETTERS_AND_DIGITS, 24),
-    "npm": token("npm_{}", LETTERS_AND_DIGITS, 36),
-    "PyPI": token("pypi-AgEIcHlwaS5vcmc{}", LETTERS_AND_DIGITS + "_-", 60),
-    "Docker": token("dckr_pat_{}", LETTERS_AND_DIGITS + "_-", 27),
-    "NVIDIA": token("nvapi-{}", LETTERS_AND_DIGITS + "_-", 64),
-    "Databricks": token("dapi{}", "0123456789abcdef", 32),
-    "DigitalOcean": token("dop_v1_{}", "0123456789abcdef", 64),
-    "Vault": token("hvs.{}", LETTERS_AND_DIGITS + "_-", 90),
+    "AWS key": make_token_strategy("AKIA{}", CAPITALS_AND_DIGITS, 16),
+    "AWS temporary key": make_token_strategy("ASIA{}", CAPITALS_AND_DIGITS, 16),
+    "Hugging Face": make_token_strategy("hf_{}", LETTERS_AND_DIGITS, 34),
+    "OpenAI": make_token_strategy("sk-1{}", LETTERS_AND_DIGITS, 47),
+    "OpenAI project": make_token_strategy("sk-proj-0{}", LETTERS_AND_DIGITS + "_-", 120),
+    "Anthropic": make_token_strategy("sk-ant-api03-{}", LETTERS_AND_DIGITS + "_-", 95),
+    **{f"GitHub {kind}": make_token_strategy(f"{kind}_{{}}", LETTERS_AND_DIGITS, 36) for kind in ("ghp", "gho", "ghu", "ghs", "ghr")},
+    "GitHub fine-grained": make_token_strategy("github_pat_{}", LETTERS_AND_DIGITS + "_", 82),
+    "GitLab": make_token_strategy("glpat-{}", LETTERS_AND_DIGITS + "_-", 20),
+    "Slack": make_token_strategy("xoxb-{}", "0123456789-" + LETTERS_AND_DIGITS, 50),
+    "Slack webhook": make_token_strategy("https://hooks.slack.com/services/T0A/B0B/{}", LETTERS_AND_DIGITS, 24),
+    "Google": make_token_strategy("AIza{}", LETTERS_AND_DIGITS + "_-", 35),
+    "Stripe": make_token_strategy("sk_live_{}", LETTERS_AND_DIGITS, 24),
+    "npm": make_token_strategy("npm_{}", LETTERS_AND_DIGITS, 36),
+    "PyPI": make_token_strategy("pypi-AgEIcHlwaS5vcmc{}", LETTERS_AND_DIGITS + "_-", 60),
+    "Docker": make_token_strategy("dckr_pat_{}", LETTERS_AND_DIGITS + "_-", 27),
+    "NVIDIA": make_token_strategy("nvapi-{}", LETTERS_AND_DIGITS + "_-", 64),
+    "Databricks": make_token_strategy("dapi{}", "0123456789abcdef", 32),
+    "DigitalOcean": make_token_strategy("dop_v1_{}", "0123456789abcdef", 64),
+    "Vault": make_token_strategy("hvs.{}", LETTERS_AND_DIGITS + "_-", 90),
     "SendGrid": st.tuples(WORD, WORD).map(lambda parts: (f"SG.{parts[0]}.{parts[1]}", parts[1])),
-    "Groq": token("gsk_{}", LETTERS_AND_DIGITS, 52),
+    "Groq": make_token_strategy("gsk_{}", LETTERS_AND_DIGITS, 52),
     "JWT": st.tuples(BASE64URL, BASE64URL, BASE64URL).map(lambda p: (f"eyJ{p[0]}.eyJ{p[1]}.{p[2]}", p[2])),
     "Bearer": BASE64URL.map(lambda part: (f"Authorization: Bearer {part}", part)),
     "Basic": WORD.map(lambda part: (f"Authorization: Basic {part}==", part)),
@@ -66,10 +67,10 @@ SECRETS: dict[str, st.SearchStrategy[tuple[str, str]]] = {
     "presigned in a query": HEX.map(lambda part: (f"https://h/?next=https%3A%2F%2Fb%2Fk%3FX-Amz-Signature%3D{part}", part)),
     "presigned in HTML": HEX.map(lambda part: (f'<a href="https://b/k?a=1&amp;X-Amz-Signature={part}">', part)),
     **{
-        f"PEM {kind}": WORD.map(lambda part, kind=kind: (pem(kind, part), part))
+        f"PEM {kind}": WORD.map(lambda part, kind=kind: (make_pem(kind, part), part))
         for kind in ("PRIVATE KEY", "RSA PRIVATE KEY", "EC PRIVATE KEY", "OPENSSH PRIVATE KEY", "ENCRYPTED PRIVATE KEY", "PGP PRIVATE KEY BLOCK")
     },
-    "PEM in JSON": WORD.map(lambda part: ('{"private": "' + pem("PRIVATE KEY", part).replace("\n", "\\n") + '"}', part)),
+    "PEM in JSON": WORD.map(lambda part: ('{"private": "' + make_pem("PRIVATE KEY", part).replace("\n", "\\n") + '"}', part)),
     "PEM without end": WORD.map(lambda part: (f"-----BEGIN PRIVATE KEY-----\n{part}\n{part}", part)),
 }  # fmt: skip
 NAMES_OF_SECRETS = ("password", "AWS_SECRET_ACCESS_KEY", "client_secret", "api-key", "AccountKey", "Set-Cookie", "private_key", "TOKEN")
@@ -82,10 +83,10 @@ TEXT_AFTER = st.sampled_from(["", " ", "\n", '"', "'", ")", ",", ".", "; x", " a
 @given(data=st.data())
 def test_every_kind_of_secret_is_replaced_wherever_it_is(kind: str, data: st.DataObject) -> None:
     text, secret = data.draw(SECRETS[kind])
-    before, after = data.draw(TEXT_BEFORE), data.draw(TEXT_AFTER)
+    text_before, text_after = data.draw(TEXT_BEFORE), data.draw(TEXT_AFTER)
     for redact in (redact_tokens, redact_all):
-        redacted = redact(f"{before}{text}{after}", "***")
-        assert secret not in redacted and "***" in redacted
+        redacted_text = redact(f"{text_before}{text}{text_after}", "***")
+        assert secret not in redacted_text and "***" in redacted_text
 
 
 @pytest.mark.parametrize("name", NAMES_OF_SECRETS)
@@ -110,8 +111,8 @@ def test_ordinary_text_is_not_changed(text: str) -> None:
 
 @given(text=st.text(max_size=300))
 def test_redacting_a_redacted_text_changes_nothing(text: str) -> None:
-    once = redact_tokens(text, "***")
-    assert redact_tokens(once, "***") == once
+    redacted_text = redact_tokens(text, "***")
+    assert redact_tokens(redacted_text, "***") == redacted_text
 
 
 def test_no_pattern_repeats_a_group() -> None:
@@ -134,15 +135,15 @@ def test_the_time_of_redaction_grows_only_linearly(repeated_text: str) -> None:
     programs do not affect it.
     """
 
-    def seconds(length: int) -> float:
+    def measure_seconds(length: int) -> float:
         text, fastest_seconds = (repeated_text * length)[:length], float("inf")
         for _ in range(3):
-            started = time.process_time()
+            started_at = time.process_time()
             redact_all(text, "***")
-            fastest_seconds = min(fastest_seconds, time.process_time() - started)
+            fastest_seconds = min(fastest_seconds, time.process_time() - started_at)
         return fastest_seconds
 
-    assert seconds(64_000) < 32 * max(seconds(8_000), 0.001)
+    assert measure_seconds(64_000) < 32 * max(measure_seconds(8_000), 0.001)
 
 
 def test_log_lines_and_tracebacks_contain_no_secrets() -> None:

@@ -23,19 +23,19 @@ MINIMAL_SPEC: dict[str, Any] = {"model": {"source": "org/name"}, "dataset": {"tr
 
 def merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
     """Return a copy of `base` with the values of `change`. Nested dicts are merged instead of replaced."""
-    result = dict(base)
+    merged_dict = dict(base)
     for key, value in change.items():
-        old = result.get(key)
-        result[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-    return result
+        old_value = merged_dict.get(key)
+        merged_dict[key] = merge(old_value, value) if isinstance(old_value, dict) and isinstance(value, dict) else value
+    return merged_dict
 
 
-def spec(change: dict[str, Any]) -> FineTuneJobSpec:
+def make_spec(change: dict[str, Any]) -> FineTuneJobSpec:
     """Return the minimal spec with a change."""
     return FineTuneJobSpec.model_validate(merge(MINIMAL_SPEC, change))
 
 
-def vllm_spec(field: str = "gpus", value: Any = 1) -> dict[str, Any]:
+def make_vllm_spec(field: str = "gpus", value: Any = 1) -> dict[str, Any]:
     generation = {"backend": "vllm", field: value}
     return {"trainer": {"type": "grpo", "rewards": [{"builtin": "thinkFormat"}], "grpo": {"generation": generation}}}
 
@@ -52,34 +52,34 @@ ZERO3_SPEC: dict[str, Any] = {
 }
 
 
-def grpo_spec(reward: dict[str, Any], **groups: Any) -> dict[str, Any]:
+def make_grpo_spec(reward: dict[str, Any], **groups: Any) -> dict[str, Any]:
     return merge({"trainer": {"type": "grpo", "rewards": [reward]}}, groups)
 
 
 GENERATION_FIELDS = frozenset({"image", "gpus", "gpuMemoryUtilization", "cpu", "memory", "startTimeoutSeconds", "requestTimeoutSeconds"})
 
 
-def generation_spec(*, backend: str | None = "vllm", **values: Any) -> dict[str, Any]:
+def make_generation_spec(*, backend: str | None = "vllm", **values: Any) -> dict[str, Any]:
     """Return a grpo spec. `values` are options of `trainer.grpo.generation` and further groups of the spec."""
     options = {name: value for name, value in values.items() if name in GENERATION_FIELDS} | ({"backend": backend} if backend else {})
     groups = {name: value for name, value in values.items() if name not in GENERATION_FIELDS}
-    return grpo_spec({"builtin": "thinkFormat"}, trainer={"grpo": {"generation": options}}, **groups)
+    return make_grpo_spec({"builtin": "thinkFormat"}, trainer={"grpo": {"generation": options}}, **groups)
 
 
-KEY = {"name": "judge", "key": "apiKey"}
+KEY_REF = {"name": "judge", "key": "apiKey"}
 ACCURACY_GATE = {"metric": "accuracy", "op": "ge", "value": 0.8}
 
 
-def benchmarks(*entries: dict[str, Any]) -> dict[str, Any]:
+def make_benchmarks(*entries: dict[str, Any]) -> dict[str, Any]:
     return {"evaluation": {"benchmarks": list(entries)}}
 
 
-def gates_spec(*gates: dict[str, Any], metrics: list[str] | None = ["accuracy", "f1", "perplexity"]) -> dict[str, Any]:  # noqa: B006 -- never changed
+def make_gates_spec(*gates: dict[str, Any], metrics: list[str] | None = ["accuracy", "f1", "perplexity"]) -> dict[str, Any]:  # noqa: B006 -- never changed
     return {"evaluation": {"metrics": metrics, "gates": list(gates)}, "dataset": {"test": "s3://bucket/test.jsonl"}}
 
 
 WITH_TEST_DATA: dict[str, Any] = {"dataset": {"test": "s3://bucket/test.jsonl"}}
-VISION = {"model": {"modality": "visionLanguage"}}
+VISION_SPEC = {"model": {"modality": "visionLanguage"}}
 PROBLEM_CASES: list[tuple[str, dict[str, Any], str]] = [
     # code of the rule, change of the minimal spec that breaks it, path of the problem
     ("ModelMissing", {"model": {"source": None}}, "model.source"),
@@ -126,26 +126,26 @@ PROBLEM_CASES: list[tuple[str, dict[str, Any], str]] = [
     ("OptionOfAnotherMethod", {"method": {"promptLength": 8}}, "method.promptLength"),
     ("OptionOfAnotherMethod", {"method": {"vision": {"visionLayers": True}}}, "method.vision"),
     ("OptionOfAnotherMethod", {"method": {"type": "dora", "lora": {"useDora": False}}}, "method.lora.useDora"),
-    ("VisionPacking", VISION | {"dataset": {"packing": True}}, "dataset.packing"),
-    ("VisionUnsupported", VISION | {"method": {"type": "ia3"}}, "method.type"),
-    ("VisionUnsupported", VISION | {"trainer": {"type": "kto"}}, "trainer.type"),
-    ("VisionUnsupported", VISION | {"distributed": {"strategy": "fsdp"}, "resources": {"gpusPerNode": 2}}, "distributed.strategy"),
-    ("VisionUnsupported", VISION | {"method": {"lora": {"init": "pissa"}}}, "method.lora.init"),
-    ("VisionUnsupported", VISION | {"method": {"lora": {"loftq": {"bits": 4}}}}, "method.lora.init"),
-    ("VisionUnsupported", VISION | {"method": {"lora": {"bias": "all"}}}, "method.lora.bias"),
+    ("VisionPacking", VISION_SPEC | {"dataset": {"packing": True}}, "dataset.packing"),
+    ("VisionUnsupported", VISION_SPEC | {"method": {"type": "ia3"}}, "method.type"),
+    ("VisionUnsupported", VISION_SPEC | {"trainer": {"type": "kto"}}, "trainer.type"),
+    ("VisionUnsupported", VISION_SPEC | {"distributed": {"strategy": "fsdp"}, "resources": {"gpusPerNode": 2}}, "distributed.strategy"),
+    ("VisionUnsupported", VISION_SPEC | {"method": {"lora": {"init": "pissa"}}}, "method.lora.init"),
+    ("VisionUnsupported", VISION_SPEC | {"method": {"lora": {"loftq": {"bits": 4}}}}, "method.lora.init"),
+    ("VisionUnsupported", VISION_SPEC | {"method": {"lora": {"bias": "all"}}}, "method.lora.bias"),
     ("VisionUnsupported", {"model": {"modality": "visionLanguage", "newTokens": ["<a>"]}}, "model.newTokens"),
-    ("VisionUnsupported", VISION | {"dataset": {"useChatTemplate": False}}, "dataset.useChatTemplate"),
-    ("VisionUnsupported", VISION | {"dataset": {"test": "a/b"}, "evaluation": {"metrics": ["bleu"]}}, "evaluation.metrics"),
-    ("VisionUnsupported", VISION | {"dataset": {"test": "a/b"}, "phases": {"infer": True}}, "phases.infer"),
-    ("VisionUnsupported", VISION | {"evaluation": {"comparison": {"promptsRef": {"name": "p", "key": "k"}}}}, "evaluation.comparison"),
-    ("VisionUnsupported", VISION | {"evaluation": {"benchmarks": [{"name": "x", "folder": "a/b"}]}}, "evaluation.benchmarks"),
-    ("VisionUnsupported", VISION | {"output": {"serving": ["vllm"]}}, "output.serving"),
+    ("VisionUnsupported", VISION_SPEC | {"dataset": {"useChatTemplate": False}}, "dataset.useChatTemplate"),
+    ("VisionUnsupported", VISION_SPEC | {"dataset": {"test": "a/b"}, "evaluation": {"metrics": ["bleu"]}}, "evaluation.metrics"),
+    ("VisionUnsupported", VISION_SPEC | {"dataset": {"test": "a/b"}, "phases": {"infer": True}}, "phases.infer"),
+    ("VisionUnsupported", VISION_SPEC | {"evaluation": {"comparison": {"promptsRef": {"name": "p", "key": "k"}}}}, "evaluation.comparison"),
+    ("VisionUnsupported", VISION_SPEC | {"evaluation": {"benchmarks": [{"name": "x", "folder": "a/b"}]}}, "evaluation.benchmarks"),
+    ("VisionUnsupported", VISION_SPEC | {"output": {"serving": ["vllm"]}}, "output.serving"),
     ("VisionOptionWithoutEffect", {"dataset": {"images": {"maxPixels": 100}}}, "dataset.images"),
     ("VisionOptionWithoutEffect", {"dataset": {"columns": {"images": "picture"}}}, "dataset.columns.images"),
-    ("VisionOptionWithoutEffect", VISION | {"method": {"vision": {"languageLayers": False}}}, "method.vision.languageLayers"),
-    ("VisionOptionWithoutEffect", VISION | {"method": {"vision": {"attentionModules": False, "mlpModules": False}}}, "method.vision.mlpModules"),
-    ("SourceInvalid", VISION | {"dataset": {"images": {"root": "https://host/images"}}}, "dataset.images.root"),
-    ("SourceInvalid", VISION | {"dataset": {"images": {"root": "configmap://a/b"}}}, "dataset.images.root"),
+    ("VisionOptionWithoutEffect", VISION_SPEC | {"method": {"vision": {"languageLayers": False}}}, "method.vision.languageLayers"),
+    ("VisionOptionWithoutEffect", VISION_SPEC | {"method": {"vision": {"attentionModules": False, "mlpModules": False}}}, "method.vision.mlpModules"),
+    ("SourceInvalid", VISION_SPEC | {"dataset": {"images": {"root": "https://host/images"}}}, "dataset.images.root"),
+    ("SourceInvalid", VISION_SPEC | {"dataset": {"images": {"root": "configmap://a/b"}}}, "dataset.images.root"),
     ("LoraOnHead", {"method": {"lora": {"targetModules": ["q_proj", "lm_head"]}}}, "method.lora.targetModules"),
     ("LoraTargetParameters", {"method": {"lora": {"targetParameters": ["all-experts"], "dropout": 0.1}}}, "method.lora.dropout"),
     ("LoraInitialisation", {"method": {"lora": {"init": "pissa", "loftq": {"bits": 4}}}}, "method.lora.init"),
@@ -232,28 +232,28 @@ PROBLEM_CASES: list[tuple[str, dict[str, Any], str]] = [
     ("EffectiveBatchSize", {"training": {"effectiveBatchSize": 30, "batchSizePerDevice": 4}}, "training.effectiveBatchSize"),
     ("BatchTooSmall", {"trainer": {"type": "kto"}, "training": {"effectiveBatchSize": 1}}, "training.effectiveBatchSize"),
     ("ObjectiveAndMethod", {"trainer": {"type": "orpo"}, "method": {"type": "promptTuning"}}, "method.type"),
-    ("RewardIncomplete", grpo_spec({"builtin": "thinkFormat", "timeoutSeconds": 5}), "trainer.rewards[0].timeoutSeconds"),
-    ("RewardIncomplete", grpo_spec({"builtin": "regex"}), "trainer.rewards[0].parameters.pattern"),
+    ("RewardIncomplete", make_grpo_spec({"builtin": "thinkFormat", "timeoutSeconds": 5}), "trainer.rewards[0].timeoutSeconds"),
+    ("RewardIncomplete", make_grpo_spec({"builtin": "regex"}), "trainer.rewards[0].parameters.pattern"),
     (
         "RewardIncomplete",
-        grpo_spec({"builtin": "regex", "parameters": {"pattern": "("}}),
+        make_grpo_spec({"builtin": "regex", "parameters": {"pattern": "("}}),
         "trainer.rewards[0].parameters.pattern",
     ),
-    ("RewardIncomplete", grpo_spec({"builtin": "thinkFormat", "parameters": {"x": "1"}}), "trainer.rewards[0].parameters"),
-    ("RewardIncomplete", grpo_spec({"builtin": "length"}), "trainer.rewards[0].parameters"),
+    ("RewardIncomplete", make_grpo_spec({"builtin": "thinkFormat", "parameters": {"x": "1"}}), "trainer.rewards[0].parameters"),
+    ("RewardIncomplete", make_grpo_spec({"builtin": "length"}), "trainer.rewards[0].parameters"),
     (
         "RewardIncomplete",
-        grpo_spec({"builtin": "length", "parameters": {"minimum": "many"}}),
+        make_grpo_spec({"builtin": "length", "parameters": {"minimum": "many"}}),
         "trainer.rewards[0].parameters.minimum",
     ),
     (
         "RewardIncomplete",
-        grpo_spec({"builtin": "jsonSchema", "parameters": {"schema": "{"}}),
+        make_grpo_spec({"builtin": "jsonSchema", "parameters": {"schema": "{"}}),
         "trainer.rewards[0].parameters.schema",
     ),
     (
         "RewardIncomplete",
-        grpo_spec({"configMapRef": {"name": "r", "key": "r.py"}, "parameters": {"x": "1"}}),
+        make_grpo_spec({"configMapRef": {"name": "r", "key": "r.py"}, "parameters": {"x": "1"}}),
         "trainer.rewards[0].parameters",
     ),
     (
@@ -263,7 +263,7 @@ PROBLEM_CASES: list[tuple[str, dict[str, Any], str]] = [
     ),
     (
         "GenerationsDoNotDivide",
-        grpo_spec(
+        make_grpo_spec(
             {"builtin": "thinkFormat"},
             evaluation={"batchSizePerDevice": 1},
             dataset={"validation": "a/b"},
@@ -292,7 +292,7 @@ PROBLEM_CASES: list[tuple[str, dict[str, Any], str]] = [
     ("ContextParallel", merge(CONTEXT_PARALLEL_SPEC, {"distributed": {"contextParallelSize": 3}}), "distributed.contextParallelSize"),
     ("ContextParallel", {**CONTEXT_PARALLEL_SPEC, "trainer": {"type": "dpo"}}, "trainer.type"),
     ("ContextParallel", {**CONTEXT_PARALLEL_SPEC, "dataset": {"packing": True}}, "dataset.packing"),
-    ("ContextParallel", {**CONTEXT_PARALLEL_SPEC, **VISION}, "model.modality"),
+    ("ContextParallel", {**CONTEXT_PARALLEL_SPEC, **VISION_SPEC}, "model.modality"),
     ("ContextParallel", {**CONTEXT_PARALLEL_SPEC, "method": {"type": "promptTuning"}}, "method.type"),
     ("ContextParallel", {**CONTEXT_PARALLEL_SPEC, "model": {"attention": "eager"}}, "model.attention"),
     (
@@ -314,19 +314,19 @@ PROBLEM_CASES: list[tuple[str, dict[str, Any], str]] = [
         {"trainer": {"type": "grpo", "rewards": [{"builtin": "thinkFormat"}], "grpo": {"numGenerations": 7}}},
         "trainer.grpo.numGenerations",
     ),
-    ("GenerationOptionWithoutEffect", generation_spec(backend=None, gpus=2), "trainer.grpo.generation.gpus"),
-    ("GenerationOptionWithoutEffect", generation_spec(backend="transformers", image="x:1"), "trainer.grpo.generation.image"),
-    ("GenerationServerUnsupported", generation_spec(resources={"nodes": 2}), "resources.nodes"),
-    ("GenerationServerUnsupported", generation_spec(**FSDP_SPEC), "distributed.strategy"),
-    ("GenerationServerUnsupported", generation_spec(**ZERO3_SPEC), "distributed.strategy"),
-    ("GenerationServerUnsupported", generation_spec(method={"type": "promptTuning"}), "method.type"),
-    ("GenerationServerUnsupported", generation_spec(method={"type": "ia3"}), "method.type"),
-    ("GenerationServerUnsupported", generation_spec(method={"type": "qlora"}), "method.type"),
-    ("GenerationServerUnsupported", generation_spec(model={"quantization": {"bits": 8}}), "model.quantization.bits"),
-    ("GenerationServerUnsupported", generation_spec(model={"newTokens": ["<a>"]}), "model.newTokens"),
-    ("GenerationServerUnsupported", generation_spec(model={"trustRemoteCode": True}), "model.trustRemoteCode"),
-    ("GenerationGpus", generation_spec(gpus=0), "trainer.grpo.generation.gpus"),
-    ("GenerationGpus", generation_spec(resources={"gpusPerNode": 0}), "trainer.grpo.generation.gpus"),
+    ("GenerationOptionWithoutEffect", make_generation_spec(backend=None, gpus=2), "trainer.grpo.generation.gpus"),
+    ("GenerationOptionWithoutEffect", make_generation_spec(backend="transformers", image="x:1"), "trainer.grpo.generation.image"),
+    ("GenerationServerUnsupported", make_generation_spec(resources={"nodes": 2}), "resources.nodes"),
+    ("GenerationServerUnsupported", make_generation_spec(**FSDP_SPEC), "distributed.strategy"),
+    ("GenerationServerUnsupported", make_generation_spec(**ZERO3_SPEC), "distributed.strategy"),
+    ("GenerationServerUnsupported", make_generation_spec(method={"type": "promptTuning"}), "method.type"),
+    ("GenerationServerUnsupported", make_generation_spec(method={"type": "ia3"}), "method.type"),
+    ("GenerationServerUnsupported", make_generation_spec(method={"type": "qlora"}), "method.type"),
+    ("GenerationServerUnsupported", make_generation_spec(model={"quantization": {"bits": 8}}), "model.quantization.bits"),
+    ("GenerationServerUnsupported", make_generation_spec(model={"newTokens": ["<a>"]}), "model.newTokens"),
+    ("GenerationServerUnsupported", make_generation_spec(model={"trustRemoteCode": True}), "model.trustRemoteCode"),
+    ("GenerationGpus", make_generation_spec(gpus=0), "trainer.grpo.generation.gpus"),
+    ("GenerationGpus", make_generation_spec(resources={"gpusPerNode": 0}), "trainer.grpo.generation.gpus"),
     ("SplitRatios", {"dataset": {"split": {"train": 0.9, "validation": 0.2}}}, "dataset.split"),
     ("SplitRatios", {"dataset": {"split": {"validation": 0.6, "test": 0.4}}}, "dataset.split"),
     ("SplitRatios", {"dataset": {"split": {"validation": 0.1}, "validation": "a/b"}}, "dataset.split.validation"),
@@ -344,11 +344,15 @@ PROBLEM_CASES: list[tuple[str, dict[str, Any], str]] = [
     ("DataOptionWithoutEffect", {"dataset": {"templateVariables": {"range": "x"}}}, "dataset.templateVariables.range"),
     ("DataOptionWithoutEffect", {"dataset": {"templateVariables": {"none": "1"}}}, "dataset.templateVariables.none"),
     ("DataOptionWithoutEffect", {"dataset": {"templateVariables": {"if": "x"}}}, "dataset.templateVariables.if"),
-    ("QuantityInvalid", vllm_spec("memory", "64GB"), "trainer.grpo.generation.memory"),
-    ("QuantityInvalid", vllm_spec("memory", 16), "trainer.grpo.generation.memory"),
-    ("QuantityInvalid", vllm_spec("cpu", "-2"), "trainer.grpo.generation.cpu"),
-    ("GenerationServerUnsupported", vllm_spec() | {"phases": {"train": False, "from": "s3://bucket/run", "evaluate": True}}, "trainer.grpo.generation.backend"),
-    ("GenerationServerUnsupported", vllm_spec() | {"method": {"lora": {"init": "loftq"}}}, "method.lora"),
+    ("QuantityInvalid", make_vllm_spec("memory", "64GB"), "trainer.grpo.generation.memory"),
+    ("QuantityInvalid", make_vllm_spec("memory", 16), "trainer.grpo.generation.memory"),
+    ("QuantityInvalid", make_vllm_spec("cpu", "-2"), "trainer.grpo.generation.cpu"),
+    (
+        "GenerationServerUnsupported",
+        make_vllm_spec() | {"phases": {"train": False, "from": "s3://bucket/run", "evaluate": True}},
+        "trainer.grpo.generation.backend",
+    ),
+    ("GenerationServerUnsupported", make_vllm_spec() | {"method": {"lora": {"init": "loftq"}}}, "method.lora"),
     ("ContextParallel", {"distributed": {"strategy": "deepspeed", "contextParallelSize": 2}}, "distributed.contextParallelSize"),
     ("ModelCacheInvalid", {"model": {"cache": "pvc://claim/a\nb"}}, "model.cache"),
     ("ModelCacheInvalid", {"model": {"cache": "pvc://claim/a\x1b[31m"}}, "model.cache"),
@@ -585,16 +589,16 @@ PROBLEM_CASES: list[tuple[str, dict[str, Any], str]] = [
     ("NotServable", {"model": {"source": "s3://bucket/model"}, "output": {"serving": ["kserve"]}}, "model.source"),
     ("NotServable", {"output": {"serving": ["vllm", "vllm"]}}, "output.serving[1]"),
     ("JudgeMissing", {"evaluation": {"judge": {"inputPrice": 1}}}, "evaluation.judge.model"),
-    ("JudgeMissing", {"evaluation": {"metrics": ["answerAccuracy"], "judge": {"apiKeySecretRef": KEY}}}, "evaluation.judge.model"),
+    ("JudgeMissing", {"evaluation": {"metrics": ["answerAccuracy"], "judge": {"apiKeySecretRef": KEY_REF}}}, "evaluation.judge.model"),
     ("JudgeMissing", {"evaluation": {"metrics": ["factualCorrectness"], "judge": {"model": "m"}}}, "evaluation.judge.apiKeySecretRef"),
     (
         "JudgeMissing",
-        {"evaluation": {"metrics": ["answerRelevancy"], "judge": {"model": "m", "apiKeySecretRef": KEY}}},
+        {"evaluation": {"metrics": ["answerRelevancy"], "judge": {"model": "m", "apiKeySecretRef": KEY_REF}}},
         "evaluation.judge.embedding",
     ),
     (
         "JudgeMissing",
-        {"evaluation": {"metrics": ["answerCorrectness"], "judge": {"model": "m", "apiKeySecretRef": KEY}}},
+        {"evaluation": {"metrics": ["answerCorrectness"], "judge": {"model": "m", "apiKeySecretRef": KEY_REF}}},
         "evaluation.judge.embedding",
     ),
     ("MetricModelMissing", {"evaluation": {"metrics": ["bertscore"]}}, "evaluation.metricModels.bertscore"),
@@ -605,52 +609,52 @@ PROBLEM_CASES: list[tuple[str, dict[str, Any], str]] = [
         {"evaluation": {"metrics": ["accuracy"], "metricModels": {"semanticSimilarity": "a/b"}}},
         "evaluation.metricModels.semanticSimilarity",
     ),
-    ("GateInvalid", gates_spec({"metric": "accuracy"}), "evaluation.gates[0]"),
-    ("GateInvalid", gates_spec({"metric": "accuracy", "op": "ge", "value": 0.8, "notWorseThanBase": {}}), "evaluation.gates[0]"),
-    ("GateInvalid", gates_spec({"metric": "accuracy", "value": 0.8}), "evaluation.gates[0].op"),
-    ("GateInvalid", gates_spec({"metric": "accuracy", "op": "ge", "notWorseThanBase": {}}), "evaluation.gates[0].op"),
-    ("GateInvalid", gates_spec(ACCURACY_GATE, {"metric": "f1", "op": "ge", "value": 80}), "evaluation.gates[1].value"),
+    ("GateInvalid", make_gates_spec({"metric": "accuracy"}), "evaluation.gates[0]"),
+    ("GateInvalid", make_gates_spec({"metric": "accuracy", "op": "ge", "value": 0.8, "notWorseThanBase": {}}), "evaluation.gates[0]"),
+    ("GateInvalid", make_gates_spec({"metric": "accuracy", "value": 0.8}), "evaluation.gates[0].op"),
+    ("GateInvalid", make_gates_spec({"metric": "accuracy", "op": "ge", "notWorseThanBase": {}}), "evaluation.gates[0].op"),
+    ("GateInvalid", make_gates_spec(ACCURACY_GATE, {"metric": "f1", "op": "ge", "value": 80}), "evaluation.gates[1].value"),
     (
         "GateInvalid",
-        gates_spec({"metric": "accuracy", "notWorseThanBase": {"margin": 2}}),
+        make_gates_spec({"metric": "accuracy", "notWorseThanBase": {"margin": 2}}),
         "evaluation.gates[0].notWorseThanBase.margin",
     ),
-    ("GateMetricMissing", gates_spec(ACCURACY_GATE, metrics=["bleu"]), "evaluation.gates[0].metric"),
-    ("GateMetricMissing", gates_spec({"metric": "loss", "op": "le", "value": 2}, metrics=["bleu"]), "evaluation.gates[0].metric"),
-    ("GateMetricMissing", gates_spec(ACCURACY_GATE, metrics=None), "evaluation.gates[0].metric"),
-    ("GateMetricMissing", merge(gates_spec(ACCURACY_GATE), {"phases": {"evaluate": False}}), "evaluation.gates"),
-    ("EvaluationRowsMissing", merge(gates_spec(ACCURACY_GATE), {"dataset": {"test": None}}), "evaluation.gates"),
+    ("GateMetricMissing", make_gates_spec(ACCURACY_GATE, metrics=["bleu"]), "evaluation.gates[0].metric"),
+    ("GateMetricMissing", make_gates_spec({"metric": "loss", "op": "le", "value": 2}, metrics=["bleu"]), "evaluation.gates[0].metric"),
+    ("GateMetricMissing", make_gates_spec(ACCURACY_GATE, metrics=None), "evaluation.gates[0].metric"),
+    ("GateMetricMissing", merge(make_gates_spec(ACCURACY_GATE), {"phases": {"evaluate": False}}), "evaluation.gates"),
+    ("EvaluationRowsMissing", merge(make_gates_spec(ACCURACY_GATE), {"dataset": {"test": None}}), "evaluation.gates"),
     ("EvaluationRowsMissing", {"evaluation": {"metrics": ["bleu"]}}, "evaluation.metrics"),
     ("EvaluationRowsMissing", {"phases": {"infer": True}}, "phases.infer"),
     ("RewardModelWritesNoText", {"trainer": {"type": "reward"}, "evaluation": {"metrics": ["bleu"]}} | WITH_TEST_DATA, "evaluation.metrics"),
     ("RewardModelWritesNoText", {"trainer": {"type": "reward"}, "phases": {"infer": True}} | WITH_TEST_DATA, "phases.infer"),
-    ("RewardModelWritesNoText", {"trainer": {"type": "reward"}} | benchmarks({"name": "lm-eval", "folder": "a/b"}), "evaluation.benchmarks"),
-    ("BenchmarkUnknown", benchmarks({"name": "lm-evall", "folder": "a/b"}), "evaluation.benchmarks[0].name"),
-    ("BenchmarkUnknown", benchmarks({"name": "hellaswag", "folder": "a/b"}), "evaluation.benchmarks[0].name"),
-    ("BenchmarkFolderMissing", benchmarks({"name": "lm-evaluation-harness", "tasks": ["hellaswag"]}), "evaluation.benchmarks[0].folder"),
-    ("BenchmarkFolderMissing", benchmarks({"name": "domain-specific-eval"}), "evaluation.benchmarks[0].folder"),
-    ("BenchmarkFolderMissing", benchmarks({"name": "openai-humaneval", "allowCodeExecution": True}), "evaluation.benchmarks[0].folder"),
-    ("CodeExecutionNotAllowed", benchmarks({"name": "openai-humaneval", "folder": "a/b"}), "evaluation.benchmarks[0].allowCodeExecution"),
-    ("BenchmarkOptionWithoutEffect", WITH_TEST_DATA | benchmarks({"name": "human-eval", "folder": "a/b"}), "evaluation.benchmarks[0].folder"),
-    ("BenchmarkOptionWithoutEffect", WITH_TEST_DATA | benchmarks({"name": "human-eval", "fewShot": 0}), "evaluation.benchmarks[0].fewShot"),
+    ("RewardModelWritesNoText", {"trainer": {"type": "reward"}} | make_benchmarks({"name": "lm-eval", "folder": "a/b"}), "evaluation.benchmarks"),
+    ("BenchmarkUnknown", make_benchmarks({"name": "lm-evall", "folder": "a/b"}), "evaluation.benchmarks[0].name"),
+    ("BenchmarkUnknown", make_benchmarks({"name": "hellaswag", "folder": "a/b"}), "evaluation.benchmarks[0].name"),
+    ("BenchmarkFolderMissing", make_benchmarks({"name": "lm-evaluation-harness", "tasks": ["hellaswag"]}), "evaluation.benchmarks[0].folder"),
+    ("BenchmarkFolderMissing", make_benchmarks({"name": "domain-specific-eval"}), "evaluation.benchmarks[0].folder"),
+    ("BenchmarkFolderMissing", make_benchmarks({"name": "openai-humaneval", "allowCodeExecution": True}), "evaluation.benchmarks[0].folder"),
+    ("CodeExecutionNotAllowed", make_benchmarks({"name": "openai-humaneval", "folder": "a/b"}), "evaluation.benchmarks[0].allowCodeExecution"),
+    ("BenchmarkOptionWithoutEffect", WITH_TEST_DATA | make_benchmarks({"name": "human-eval", "folder": "a/b"}), "evaluation.benchmarks[0].folder"),
+    ("BenchmarkOptionWithoutEffect", WITH_TEST_DATA | make_benchmarks({"name": "human-eval", "fewShot": 0}), "evaluation.benchmarks[0].fewShot"),
     (
         "BenchmarkOptionWithoutEffect",
-        benchmarks({"name": "domain-specific-eval", "folder": "a/b", "applyChatTemplate": True}),
+        make_benchmarks({"name": "domain-specific-eval", "folder": "a/b", "applyChatTemplate": True}),
         "evaluation.benchmarks[0].applyChatTemplate",
     ),
-    ("BenchmarkOptionWithoutEffect", benchmarks({"name": "lm-eval", "folder": "a/b"}) | {"phases": {"evaluate": False}}, "evaluation.benchmarks"),
+    ("BenchmarkOptionWithoutEffect", make_benchmarks({"name": "lm-eval", "folder": "a/b"}) | {"phases": {"evaluate": False}}, "evaluation.benchmarks"),
     (
         "BenchmarkRepeated",
-        benchmarks(
+        make_benchmarks(
             {"name": "lm-eval", "folder": "a/b", "tasks": ["truthfulqa_mc"]},
             {"name": "lm-evaluation-harness", "folder": "a/c", "tasks": ["truthfulqa_mc2"]},
         ),
         "evaluation.benchmarks[1]",
     ),
-    ("BenchmarkRepeated", WITH_TEST_DATA | benchmarks({"name": "human-eval"}, {"name": "human-eval", "limit": 3}), "evaluation.benchmarks[1]"),
-    ("BenchmarkRowsMissing", benchmarks({"name": "human-eval"}), "evaluation.benchmarks[0]"),
-    ("SourceInvalid", benchmarks({"name": "lm-eval", "folder": "https://host/jobs/model"}), "evaluation.benchmarks[0].folder"),
-    ("SourceInvalid", benchmarks({"name": "lm-eval", "folder": "configmap://a/b"}), "evaluation.benchmarks[0].folder"),
+    ("BenchmarkRepeated", WITH_TEST_DATA | make_benchmarks({"name": "human-eval"}, {"name": "human-eval", "limit": 3}), "evaluation.benchmarks[1]"),
+    ("BenchmarkRowsMissing", make_benchmarks({"name": "human-eval"}), "evaluation.benchmarks[0]"),
+    ("SourceInvalid", make_benchmarks({"name": "lm-eval", "folder": "https://host/jobs/model"}), "evaluation.benchmarks[0].folder"),
+    ("SourceInvalid", make_benchmarks({"name": "lm-eval", "folder": "configmap://a/b"}), "evaluation.benchmarks[0].folder"),
     ("EvaluationOptionWithoutEffect", {"evaluation": {"maxRows": 100}}, "evaluation.maxRows"),
     ("EvaluationOptionWithoutEffect", {"evaluation": {"maxRows": 100, "metrics": ["bleu"]}, "phases": {"evaluate": False}}, "evaluation.maxRows"),
     ("PhasesContradiction", {"phases": {"from": "s3://bucket/model"}}, "phases.from"),
@@ -662,13 +666,13 @@ PROBLEM_CASES: list[tuple[str, dict[str, Any], str]] = [
     ("PhasesContradiction", {"phases": {"evaluate": True}}, "phases.evaluate"),
     (
         "PhasesContradiction",
-        {"phases": {"train": False, "evaluate": False, "from": "s3://bucket/model"}} | benchmarks({"name": "human-eval"}),
+        {"phases": {"train": False, "evaluate": False, "from": "s3://bucket/model"}} | make_benchmarks({"name": "human-eval"}),
         "phases",
     ),
     ("PhasesContradiction", {"phases": {"evaluate": True}, "evaluation": {"metrics": []}}, "phases.evaluate"),
     (
         "RewardModelWritesNoText",
-        {"trainer": {"type": "reward"}, "evaluation": {"comparison": {"promptsRef": KEY}}},
+        {"trainer": {"type": "reward"}, "evaluation": {"comparison": {"promptsRef": KEY_REF}}},
         "evaluation.comparison.promptsRef",
     ),
     (
@@ -682,7 +686,7 @@ PROBLEM_CASES: list[tuple[str, dict[str, Any], str]] = [
     (
         "DatasetMissing",
         {"dataset": {"train": None}, "phases": {"train": False, "from": "s3://bucket/model"}}
-        | benchmarks({"name": "lm-eval", "folder": "s3://bucket/tasks"}),
+        | make_benchmarks({"name": "lm-eval", "folder": "s3://bucket/tasks"}),
         "dataset.train",
     ),
     (
@@ -739,11 +743,11 @@ PROBLEM_CASES: list[tuple[str, dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("code", "change", "path"), PROBLEM_CASES, ids=[f"{code}-{path}" for code, _, path in PROBLEM_CASES])
 def test_a_problem_names_the_field_and_what_to_write(code: str, change: dict[str, Any], path: str) -> None:
-    found = [problem for problem in check_spec(spec(change)) if problem.code == code]
-    assert [problem.path for problem in found] == [path]
-    assert found[0].message
-    assert found[0].hint
-    assert str(found[0]).startswith(f"spec.{path}: ")
+    problems = [problem for problem in check_spec(make_spec(change)) if problem.code == code]
+    assert [problem.path for problem in problems] == [path]
+    assert problems[0].message
+    assert problems[0].hint
+    assert str(problems[0]).startswith(f"spec.{path}: ")
 
 
 @pytest.mark.parametrize(
@@ -752,7 +756,7 @@ def test_a_problem_names_the_field_and_what_to_write(code: str, change: dict[str
 def test_a_jobs_checkpoint_or_model_on_a_web_server_is_a_valid_source(folder: str) -> None:
     uri = f"https://host/jobs/{folder}?signature=a/b"
     change = {"model": {"source": uri}} | ({"checkpoint": {"resume": uri}} if "step" in folder else {})
-    assert [problem for problem in check_spec(spec(change)) if problem.code == "SourceInvalid"] == []
+    assert [problem for problem in check_spec(make_spec(change)) if problem.code == "SourceInvalid"] == []
 
 
 @pytest.mark.parametrize(
@@ -766,8 +770,8 @@ def test_a_jobs_checkpoint_or_model_on_a_web_server_is_a_valid_source(folder: st
     ],
 )
 def test_the_problem_of_a_source_contains_no_signature_and_no_password(text: str) -> None:
-    found = [problem for problem in check_spec(spec({"model": {"source": text}})) if problem.code == "SourceInvalid"]
-    assert len(found) == 1 and found[0].hint and "hidden" not in str(found[0])
+    problems = [problem for problem in check_spec(make_spec({"model": {"source": text}})) if problem.code == "SourceInvalid"]
+    assert len(problems) == 1 and problems[0].hint and "hidden" not in str(problems[0])
 
 
 def test_every_rule_has_a_spec_that_breaks_it() -> None:
@@ -791,16 +795,16 @@ def test_a_resolved_spec_without_its_defaults_equals_the_users_spec() -> None:
         ADAPTER_SPEC,
         ZERO3_SPEC,
     ):
-        user_spec = spec(change)
+        user_spec = make_spec(change)
         resolution = resolve_defaults(user_spec)
         stripped_spec = remove_defaults(resolution.spec, resolution.defaults)
         user_groups = {key: value for key, value in user_spec.to_wire().items() if value not in ({}, False)}
         assert {key: value for key, value in stripped_spec.to_wire().items() if value not in ({}, False)} == user_groups
         assert check_spec(stripped_spec) == check_spec(user_spec) == []
-    broken = resolve_defaults(spec({"trainer": {"type": "kto"}, "training": {"batchSizePerDevice": 1}}))
+    invalid_resolution = resolve_defaults(make_spec({"trainer": {"type": "kto"}, "training": {"batchSizePerDevice": 1}}))
     with pytest.raises(ConfigError, match="BatchTooSmall: training.batchSizePerDevice: 1, but kto"):
-        enforce_rules(remove_defaults(broken.spec, broken.defaults), "BatchTooSmall")
-    enforce_rules(broken.spec, "DpoLosses")
+        enforce_rules(remove_defaults(invalid_resolution.spec, invalid_resolution.defaults), "BatchTooSmall")
+    enforce_rules(invalid_resolution.spec, "DpoLosses")
 
 
 @pytest.mark.parametrize(
@@ -826,32 +830,32 @@ def test_a_resolved_spec_without_its_defaults_equals_the_users_spec() -> None:
         {"training": {"optimizer": "paged_ademamix_8bit", "adamBeta1": 0.8, "adamEpsilon": 1e-6}},
         {"training": {"optimizer": "lion_32bit", "adamBeta1": 0.8, "adamBeta2": 0.9}},
         {"training": {"groupByLength": False}, "dataset": {"packing": True}},
-        gates_spec(
+        make_gates_spec(
             ACCURACY_GATE, {"metric": "loss", "op": "lt", "value": 2}, {"metric": "perplexity", "op": "gt", "value": 1},
             {"metric": "f1", "op": "le", "value": 1}, {"metric": "f1", "notWorseThanBase": {}}, {"metric": "loss", "notWorseThanBase": {"margin": 3}},
         ),
-        merge(gates_spec(ACCURACY_GATE), {"dataset": {"test": None, "split": {"validation": 0.1}}}),
-        WITH_TEST_DATA | {"evaluation": {"metrics": [*JUDGE_METRICS], "judge": {"model": "m", "embedding": "e", "apiKeySecretRef": KEY}}},
+        merge(make_gates_spec(ACCURACY_GATE), {"dataset": {"test": None, "split": {"validation": 0.1}}}),
+        WITH_TEST_DATA | {"evaluation": {"metrics": [*JUDGE_METRICS], "judge": {"model": "m", "embedding": "e", "apiKeySecretRef": KEY_REF}}},
         WITH_TEST_DATA
-        | {"evaluation": {"metrics": ["answerAccuracy"], "judge": {"model": "m"}}, "placement": {"env": [{"name": "OPENAI_API_KEY", "secretKeyRef": KEY}]}},
+        | {"evaluation": {"metrics": ["answerAccuracy"], "judge": {"model": "m"}}, "placement": {"env": [{"name": "OPENAI_API_KEY", "secretKeyRef": KEY_REF}]}},
         {"evaluation": {"metrics": ["answerAccuracy", "bertscore"]}, "phases": {"evaluate": False}},
         WITH_TEST_DATA | {"evaluation": {"metrics": ["semanticSimilarity"], "judge": {"embedding": "e"}, "maxRows": 5}},
         WITH_TEST_DATA | {"evaluation": {"metrics": ["bertscore", "semanticSimilarity"], "metricModels": {"bertscore": "a/b", "semanticSimilarity": "pvc://c/d"}}},
         WITH_TEST_DATA | {"phases": {"infer": True}, "evaluation": {"maxRows": 5}},
-        WITH_TEST_DATA | benchmarks({"name": "human-eval", "limit": 5, "compareWithBase": True}),
-        benchmarks({"name": "openai-humaneval", "folder": "a/b", "allowCodeExecution": True}),
-        benchmarks({"name": "lm-eval", "folder": "a/b", "tasks": ["x"], "fewShot": 0, "applyChatTemplate": True}, {"name": "lm-eval", "folder": "pvc://c/d"}),
-        benchmarks({"name": "domain-specific-eval", "folder": "s3://bucket/domains", "tasks": ["medical"], "fewShot": None}),
+        WITH_TEST_DATA | make_benchmarks({"name": "human-eval", "limit": 5, "compareWithBase": True}),
+        make_benchmarks({"name": "openai-humaneval", "folder": "a/b", "allowCodeExecution": True}),
+        make_benchmarks({"name": "lm-eval", "folder": "a/b", "tasks": ["x"], "fewShot": 0, "applyChatTemplate": True}, {"name": "lm-eval", "folder": "pvc://c/d"}),
+        make_benchmarks({"name": "domain-specific-eval", "folder": "s3://bucket/domains", "tasks": ["medical"], "fewShot": None}),
         {"phases": {"train": False, "infer": True, "from": "s3://bucket/model"}, "dataset": {"train": None, "test": "s3://bucket/test.jsonl"}},
         WITH_TEST_DATA | {"phases": {"train": False, "from": "https://host/jobs/model"}, "evaluation": {"metrics": ["bleu"]}},
-        {"phases": {"evaluate": True}} | benchmarks({"name": "openai-humaneval", "folder": "a/b", "allowCodeExecution": True}),
+        {"phases": {"evaluate": True}} | make_benchmarks({"name": "openai-humaneval", "folder": "a/b", "allowCodeExecution": True}),
         {"phases": {"train": False, "from": "s3://bucket/model"}, "output": {"serving": ["vllm"]}},
         {"phases": {"train": False, "from": "s3://bucket/model"}, "output": {"verify": True}, "dataset": {"train": None}},
         {"phases": {"train": False, "from": "s3://bucket/model"}, "output": {"mergeAdapter": True}, "dataset": {"train": None}},
     ],
 )
 def test_a_valid_spec_has_no_problems(change: dict[str, Any]) -> None:
-    assert check_spec(spec(change)) == []
+    assert check_spec(make_spec(change)) == []
 
 
 DATASET_WITH_VALIDATION: dict[str, Any] = {"train": "a/b", "validation": "a/c"}
@@ -867,7 +871,7 @@ def test_save_steps_must_be_a_multiple_of_eval_steps(save_steps: int | None, eva
         "checkpoint": {"loadBestAtEnd": True, "steps": save_steps},
         "evaluation": {"steps": eval_steps},
     }
-    codes = {problem.code for problem in check_spec(spec(change))}
+    codes = {problem.code for problem in check_spec(make_spec(change))}
     assert ("BestNeedsMatchingSteps" in codes) == is_refused
 
 
@@ -883,28 +887,28 @@ def test_save_steps_must_be_a_multiple_of_eval_steps(save_steps: int | None, eva
     ids=str,
 )
 def test_completions_of_all_ranks_together_must_be_divisible_by_the_generations(resources: dict[str, int], is_refused: bool) -> None:
-    change = grpo_spec({"builtin": "thinkFormat"}, training={"batchSizePerDevice": 1, "gradientAccumulationSteps": 1}, resources=resources)
-    codes = {problem.code for problem in check_spec(spec(change))}
+    change = make_grpo_spec({"builtin": "thinkFormat"}, training={"batchSizePerDevice": 1, "gradientAccumulationSteps": 1}, resources=resources)
+    codes = {problem.code for problem in check_spec(make_spec(change))}
     assert ("GenerationsDoNotDivide" in codes) == is_refused
 
 
 @pytest.mark.parametrize(("gpus", "is_refused"), [(1, True), (2, False)])
 def test_an_evaluation_batch_of_all_ranks_must_contain_a_whole_group_of_completions(gpus: int, is_refused: bool) -> None:
-    change = grpo_spec(
+    change = make_grpo_spec(
         {"builtin": "thinkFormat"}, dataset=DATASET_WITH_VALIDATION, resources={"gpusPerNode": gpus},
         evaluation={"batchSizePerDevice": 1},
     )  # fmt: skip
-    paths = {problem.path for problem in check_spec(spec(change)) if problem.code == "GenerationsDoNotDivide"}
+    paths = {problem.path for problem in check_spec(make_spec(change)) if problem.code == "GenerationsDoNotDivide"}
     assert ("evaluation.batchSizePerDevice" in paths) == is_refused
 
 
 def test_a_local_run_needs_no_secret_for_the_judges_key() -> None:
-    judged_spec = spec(WITH_TEST_DATA | {"evaluation": {"metrics": ["answerAccuracy"], "judge": {"model": "m"}}})
+    judged_spec = make_spec(WITH_TEST_DATA | {"evaluation": {"metrics": ["answerAccuracy"], "judge": {"model": "m"}}})
     assert check_spec(judged_spec, target=ExecutionTarget.LOCAL) == []
 
 
 def test_the_hint_for_a_gate_contains_a_value_that_fits_the_metric() -> None:
-    problems = check_spec(spec(gates_spec({"metric": "f1", "op": "ge", "value": 80}, {"metric": "loss", "value": 2})))
+    problems = check_spec(make_spec(make_gates_spec({"metric": "f1", "op": "ge", "value": 80}, {"metric": "loss", "value": 2})))
     assert [problem.hint for problem in problems] == ["write for example 0.8", "write `op: le`, or another comparison: lt, le, gt or ge"]
 
 
@@ -913,30 +917,30 @@ def test_gates_can_use_every_metric_and_the_loss() -> None:
 
 
 def test_a_local_run_needs_no_secret_for_the_hub_token() -> None:
-    pushed_spec = spec({"output": {"hub": {"push": True, "repository": "org/bot"}}})
+    pushed_spec = make_spec({"output": {"hub": {"push": True, "repository": "org/bot"}}})
     assert check_spec(pushed_spec, target=ExecutionTarget.LOCAL) == []
 
 
 def test_a_local_run_may_use_an_apple_gpu() -> None:
-    assert check_spec(spec({"training": {"device": "mps"}}), target=ExecutionTarget.LOCAL) == []
+    assert check_spec(make_spec({"training": {"device": "mps"}}), target=ExecutionTarget.LOCAL) == []
 
 
 def test_all_problems_are_reported_at_once() -> None:
-    found = check_spec(
-        spec(
+    problems = check_spec(
+        make_spec(
             {"model": {"source": None}, "trainer": {"type": "grpo"}, "dataset": {"split": {"train": 0.9, "test": 0.2}}}
         )
     )
-    assert [problem.path for problem in found] == ["model.source", "trainer.rewards", "dataset.split"]
-    assert found[-1].message == "train 0.9 + test 0.2 = 1.1, but the sum of the ratios must be 1"
+    assert [problem.path for problem in problems] == ["model.source", "trainer.rewards", "dataset.split"]
+    assert problems[-1].message == "train 0.9 + test 0.2 = 1.1, but the sum of the ratios must be 1"
 
 
 def test_new_problems_are_only_those_that_a_change_causes() -> None:
-    spec_before = spec({"method": {"type": "full", "promptLength": 4}})
-    after = spec_before.with_values({"method.lora": {"rank": 4}})
+    spec_before = make_spec({"method": {"type": "full", "promptLength": 4}})
+    spec_after = spec_before.with_values({"method.lora": {"rank": 4}})
     assert [problem.path for problem in check_spec(spec_before)] == ["method.promptLength"]
-    assert [problem.path for problem in new_problems(spec_before, after)] == ["method.lora"]
-    assert new_problems(after, spec_before) == []
+    assert [problem.path for problem in new_problems(spec_before, spec_after)] == ["method.lora"]
+    assert new_problems(spec_after, spec_before) == []
 
 
 @pytest.mark.parametrize(
@@ -954,16 +958,16 @@ def test_new_problems_are_only_those_that_a_change_causes() -> None:
 def test_gates_and_comparison_decide_whether_the_base_model_is_compared(
     change: dict[str, Any], are_metrics_compared: bool, are_answers_compared: bool
 ) -> None:
-    assert (compares_metrics(spec(change)), compares_answers(spec(change))) == (are_metrics_compared, are_answers_compared)
+    assert (compares_metrics(make_spec(change)), compares_answers(make_spec(change))) == (are_metrics_compared, are_answers_compared)
 
 
 def test_a_job_without_training_may_do_nothing_but_compare_answers() -> None:
     comparison = {"promptsRef": {"name": "p", "key": "k"}}
-    assert check_spec(spec({"phases": {"train": False, "from": "s3://bucket/model"}, "evaluation": {"comparison": comparison}})) == []
+    assert check_spec(make_spec({"phases": {"train": False, "from": "s3://bucket/model"}, "evaluation": {"comparison": comparison}})) == []
 
 
 def test_ranks_that_share_each_sequence_count_as_one_in_the_effective_batch() -> None:
-    job = merge(CONTEXT_PARALLEL_SPEC, {"training": {"effectiveBatchSize": 6}})
-    assert check_spec(spec(job)) == [] and effective_batch(spec(job)) == 6
-    problems = check_spec(spec(merge(job, {"training": {"effectiveBatchSize": 7}})))
+    change = merge(CONTEXT_PARALLEL_SPEC, {"training": {"effectiveBatchSize": 6}})
+    assert check_spec(make_spec(change)) == [] and effective_batch(make_spec(change)) == 6
+    problems = check_spec(make_spec(merge(change, {"training": {"effectiveBatchSize": 7}})))
     assert [problem.message for problem in problems] == ["7 is not divisible by 2 groups of 2 ranks"]

@@ -14,7 +14,7 @@ GRPO_TRAINER: dict[str, Any] = {"type": "grpo", "rewards": [{"builtin": "thinkFo
 TWO_GPUS: dict[str, Any] = {"gpusPerNode": 2}
 
 
-def problems(lora: dict[str, Any], **groups: Any) -> list[Problem]:
+def find_problems(lora: dict[str, Any], **groups: Any) -> list[Problem]:
     """Return the problems of a spec in which `method.lora` has the options `lora`, and the other groups are `groups`."""
     groups["model"] = {"source": "org/name", **groups.get("model", {})}
     groups["method"] = {**groups.get("method", {}), "lora": lora}
@@ -41,9 +41,9 @@ def problems(lora: dict[str, Any], **groups: Any) -> list[Problem]:
 def test_an_initialisation_that_changes_the_base_model_is_refused_with_conflicting_options(
     init: str, lora: dict[str, Any], groups: dict[str, Any], expected_text: str
 ) -> None:
-    found_problems = problems({"init": init, **lora}, **groups)
-    assert [(problem.code, problem.path) for problem in found_problems] == [("LoraInitialisation", "method.lora.init")]
-    assert f"{init} moves a part of the base" in found_problems[0].message and expected_text in found_problems[0].message
+    problems = find_problems({"init": init, **lora}, **groups)
+    assert [(problem.code, problem.path) for problem in problems] == [("LoraInitialisation", "method.lora.init")]
+    assert f"{init} moves a part of the base" in problems[0].message and expected_text in problems[0].message
 
 
 @pytest.mark.parametrize(
@@ -58,31 +58,31 @@ def test_an_initialisation_that_changes_the_base_model_is_refused_with_conflicti
     ],
 )
 def test_an_initialisation_that_changes_the_base_model_is_accepted_without_conflicting_options(groups: dict[str, Any]) -> None:
-    assert problems({"init": "pissa"}, **groups) == []
+    assert find_problems({"init": "pissa"}, **groups) == []
 
 
 def test_one_problem_names_all_conflicting_options() -> None:
-    (found,) = problems({"init": "pissa", "modulesToSave": ["norm"], "rankStabilized": True})
-    assert "method.lora.rankStabilized and method.lora.modulesToSave" in found.message
+    (problem,) = find_problems({"init": "pissa", "modulesToSave": ["norm"], "rankStabilized": True})
+    assert "method.lora.rankStabilized and method.lora.modulesToSave" in problem.message
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_fsdp_is_refused_with_an_initialisation_that_changes_the_base_model(init: str) -> None:
-    (found,) = problems({"init": init}, distributed={"strategy": "fsdp"}, resources=TWO_GPUS)
-    assert (found.code, found.path) == ("StrategyAndMethod", "method.lora.init")
+    (problem,) = find_problems({"init": init}, distributed={"strategy": "fsdp"}, resources=TWO_GPUS)
+    assert (problem.code, problem.path) == ("StrategyAndMethod", "method.lora.init")
 
 
 def test_training_of_biases_is_refused_if_the_reference_model_shares_them() -> None:
-    (found,) = problems({"bias": "all"}, trainer={"type": "kto"})
-    assert (found.code, found.path) == ("BiasBesideReference", "method.lora.bias")
-    assert problems({"bias": "all"}, trainer={"type": "kto", "dpo": {"referenceModel": "a/b"}}) == []
+    (problem,) = find_problems({"bias": "all"}, trainer={"type": "kto"})
+    assert (problem.code, problem.path) == ("BiasBesideReference", "method.lora.bias")
+    assert find_problems({"bias": "all"}, trainer={"type": "kto", "dpo": {"referenceModel": "a/b"}}) == []
     assert (
-        problems({"bias": "all"}, trainer={"type": "orpo"}) == problems({"bias": "none"}, trainer={"type": "dpo"}) == []
+        find_problems({"bias": "all"}, trainer={"type": "orpo"}) == find_problems({"bias": "none"}, trainer={"type": "dpo"}) == []
     )
 
 
 def test_training_of_float16_weights_is_refused_with_fp16_loss_scaling() -> None:
-    def problem_codes(dtype: str, precision: str, **groups: Any) -> list[str]:
+    def find_problem_codes(dtype: str, precision: str, **groups: Any) -> list[str]:
         model = {"source": "org/name", "dtype": dtype, **groups.pop("model", {})}
         other_groups = {
             "dataset": {"train": "s3://bucket/train.jsonl"},
@@ -91,12 +91,12 @@ def test_training_of_float16_weights_is_refused_with_fp16_loss_scaling() -> None
         }
         return [problem.code for problem in check_spec(FineTuneJobSpec.model_validate({**other_groups, **groups}))]
 
-    full, spectrum, four_bits = {"type": "full"}, {"type": "spectrum"}, {"quantization": {"bits": 4}}
-    deepspeed = {"distributed": {"strategy": "deepspeed"}, "resources": TWO_GPUS}
-    assert problem_codes("float16", "fp16", method=full) == problem_codes("float16", "fp16", method=spectrum) == ["HalfWeights"]
-    assert problem_codes("float16", "bf16", method=full) == problem_codes("float32", "fp16", method=full) == []
-    assert problem_codes("float16", "fp16", method=full, **deepspeed) == []
-    assert problem_codes("float16", "fp16", method=spectrum, model=four_bits) == problem_codes("float16", "fp16") == []
+    full_method, spectrum_method, four_bit_model = {"type": "full"}, {"type": "spectrum"}, {"quantization": {"bits": 4}}
+    deepspeed_groups = {"distributed": {"strategy": "deepspeed"}, "resources": TWO_GPUS}
+    assert find_problem_codes("float16", "fp16", method=full_method) == find_problem_codes("float16", "fp16", method=spectrum_method) == ["HalfWeights"]
+    assert find_problem_codes("float16", "bf16", method=full_method) == find_problem_codes("float32", "fp16", method=full_method) == []
+    assert find_problem_codes("float16", "fp16", method=full_method, **deepspeed_groups) == []
+    assert find_problem_codes("float16", "fp16", method=spectrum_method, model=four_bit_model) == find_problem_codes("float16", "fp16") == []
 
 
 @pytest.mark.parametrize(

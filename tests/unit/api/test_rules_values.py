@@ -38,11 +38,11 @@ REQUIRED_FIELDS = {"model.source": "org/name", "dataset.train": "s3://bucket/tra
 FSDP = {"distributed.strategy": "fsdp", "resources.gpusPerNode": 2}
 CONTEXT_PARALLEL = {"distributed.strategy": "deepspeed", "distributed.contextParallelSize": 2, "resources.gpusPerNode": 2}
 ZERO3 = {"distributed.strategy": "deepspeed", "distributed.deepspeed.zeroStage": 3, "resources.gpusPerNode": 2}
-HALF = {"model.dtype": "float16", "training.mixedPrecision": "fp16"}
+HALF_WEIGHTS = {"model.dtype": "float16", "training.mixedPrecision": "fp16"}
 GRPO = {"trainer.type": "grpo", "trainer.rewards": [{"builtin": "thinkFormat"}]}
 ONE_ROW = {"training.batchSizePerDevice": 1, "training.gradientAccumulationSteps": 1}
-BEST = {"checkpoint.loadBestAtEnd": True, "dataset.validation": "a/b"}
-LABELS = {"trainer.type": "dpo", "trainer.dpo.labelSmoothing": 0.1}
+LOAD_BEST = {"checkpoint.loadBestAtEnd": True, "dataset.validation": "a/b"}
+LABEL_SMOOTHING = {"trainer.type": "dpo", "trainer.dpo.labelSmoothing": 0.1}
 CASES: list[tuple[str, str, dict[str, Any], str, str]] = [
     # rule code, path of the problem, fields of the spec, field for which all values are tried, the refused values (or `not` and the accepted values)
     ("QloraNeedsFourBits", "model.quantization.bits", {"model.quantization.bits": 8}, "method.type", "qlora"),
@@ -78,11 +78,11 @@ CASES: list[tuple[str, str, dict[str, Any], str, str]] = [
     ("NewTokensUntrained", "model.newTokens", {"model.newTokens": ["a"]}, "distributed.strategy", "fsdp"),
     ("NewTokensUntrained", "model.newTokens", {"model.newTokens": ["a"], **ZERO3}, "distributed.strategy", "fsdp deepspeed"),
     ("NewTokensUntrained", "model.newTokens", {"model.newTokens": ["a"], **ZERO3}, "distributed.deepspeed.zeroStage", "3"),
-    ("HalfWeights", "model.dtype", HALF, "method.type", "full spectrum"),
-    ("HalfWeights", "model.dtype", HALF | {"model.quantization.bits": 4}, "method.type", "full"),
-    ("HalfWeights", "model.dtype", HALF | {"method.type": "full"}, "distributed.strategy", "not deepspeed"),
-    ("HalfWeights", "model.dtype", HALF | {"method.type": "full"}, "model.dtype", "float16"),
-    ("HalfWeights", "model.dtype", HALF | {"method.type": "full"}, "training.mixedPrecision", "fp16"),
+    ("HalfWeights", "model.dtype", HALF_WEIGHTS, "method.type", "full spectrum"),
+    ("HalfWeights", "model.dtype", HALF_WEIGHTS | {"model.quantization.bits": 4}, "method.type", "full"),
+    ("HalfWeights", "model.dtype", HALF_WEIGHTS | {"method.type": "full"}, "distributed.strategy", "not deepspeed"),
+    ("HalfWeights", "model.dtype", HALF_WEIGHTS | {"method.type": "full"}, "model.dtype", "float16"),
+    ("HalfWeights", "model.dtype", HALF_WEIGHTS | {"method.type": "full"}, "training.mixedPrecision", "fp16"),
     ("PromptTuning", "training.gradientCheckpointing", {"training.gradientCheckpointing": "enabled"}, "method.type", "prefixTuning"),
     ("PromptTuning", "training.gradientCheckpointing", {"method.type": "prefixTuning"}, "training.gradientCheckpointing", "not disabled"),
     ("PromptTuning", "dataset.packing", {"dataset.packing": True}, "method.type", "prefixTuning promptTuning"),
@@ -96,8 +96,8 @@ CASES: list[tuple[str, str, dict[str, Any], str, str]] = [
     ("OptionOfAnotherObjective", "trainer.maxCompletionLength", {"trainer.maxCompletionLength": 9}, "trainer.type", "sft reward"),
     ("OptionOfAnotherObjective", "trainer.dpo.lossTypes", {"trainer.dpo.lossTypes": ["ipo"]}, "trainer.type", "kto orpo"),
     ("OptionOfAnotherObjective", "trainer.dpo.referenceModel", {"trainer.dpo.referenceModel": "a/b"}, "trainer.type", "orpo"),
-    ("DpoLosses", "trainer.dpo.labelSmoothing", LABELS, "trainer.type", "dpo"),
-    ("DpoLosses", "trainer.dpo.labelSmoothing", LABELS, "trainer.dpo.lossTypes", "not robust exoPair"),
+    ("DpoLosses", "trainer.dpo.labelSmoothing", LABEL_SMOOTHING, "trainer.type", "dpo"),
+    ("DpoLosses", "trainer.dpo.labelSmoothing", LABEL_SMOOTHING, "trainer.dpo.lossTypes", "not robust exoPair"),
     ("DpoLosses", "trainer.dpo.labelSmoothing", {"trainer.type": "dpo"}, "trainer.dpo.lossTypes", "exoPair"),
     ("BatchTooSmall", "training.batchSizePerDevice", ONE_ROW, "trainer.type", "kto"),
     ("BatchTooSmall", "training.batchSizePerDevice", {"trainer.type": "kto"}, "training.batchSizePerDevice", "1"),
@@ -130,11 +130,11 @@ CASES: list[tuple[str, str, dict[str, Any], str, str]] = [
     ("PrecisionOnCpu", "training.gradientCheckpointing", {"resources.gpusPerNode": 0}, "training.gradientCheckpointing", "unsloth"),
     ("DeviceOfAnotherMachine", "training.device", {}, "training.device", "mps cpu"),
     ("DeviceOfAnotherMachine", "training.device", {"resources.gpusPerNode": 0}, "training.device", "mps cuda"),
-    ("BestNeedsMatchingSteps", "checkpoint.strategy", BEST, "checkpoint.strategy", "not steps"),
-    ("BestNeedsMatchingSteps", "checkpoint.strategy", BEST | {"evaluation.strategy": "epoch"}, "checkpoint.strategy", "not epoch"),
-    ("BestNeedsMatchingSteps", "checkpoint.steps", BEST | {"checkpoint.steps": 3, "evaluation.steps": 2}, "checkpoint.strategy", "steps"),
-    ("BestNeedsMatchingSteps", "checkpoint.steps", BEST | {"checkpoint.steps": 3, "evaluation.steps": 2}, "evaluation.strategy", "steps"),
-    ("BestNeedsMatchingSteps", "checkpoint.loadBestAtEnd", BEST, "evaluation.strategy", "no"),
+    ("BestNeedsMatchingSteps", "checkpoint.strategy", LOAD_BEST, "checkpoint.strategy", "not steps"),
+    ("BestNeedsMatchingSteps", "checkpoint.strategy", LOAD_BEST | {"evaluation.strategy": "epoch"}, "checkpoint.strategy", "not epoch"),
+    ("BestNeedsMatchingSteps", "checkpoint.steps", LOAD_BEST | {"checkpoint.steps": 3, "evaluation.steps": 2}, "checkpoint.strategy", "steps"),
+    ("BestNeedsMatchingSteps", "checkpoint.steps", LOAD_BEST | {"checkpoint.steps": 3, "evaluation.steps": 2}, "evaluation.strategy", "steps"),
+    ("BestNeedsMatchingSteps", "checkpoint.loadBestAtEnd", LOAD_BEST, "evaluation.strategy", "no"),
     ("StepsWithoutEffect", "checkpoint.steps", {"checkpoint.steps": 5}, "checkpoint.strategy", "epoch no"),
     ("StepsWithoutEffect", "evaluation.steps", {"evaluation.steps": 5}, "evaluation.strategy", "epoch no"),
     ("StepsWithoutEffect", "training.checkpointEveryNLayers", {"training.checkpointEveryNLayers": 2}, "method.type", "prefixTuning"),
@@ -193,7 +193,7 @@ CASES: list[tuple[str, str, dict[str, Any], str, str]] = [
 ]  # fmt: skip
 
 
-def problems(fields: dict[str, Any], target: ExecutionTarget = ExecutionTarget.CLUSTER) -> list[Problem]:
+def find_problems(fields: dict[str, Any], target: ExecutionTarget = ExecutionTarget.CLUSTER) -> list[Problem]:
     """Return the problems of a minimal spec with these fields. `fields` has the value of each field by its path in the spec."""
     spec: dict[str, Any] = {}
     for path, value in (REQUIRED_FIELDS | fields).items():
@@ -202,22 +202,22 @@ def problems(fields: dict[str, Any], target: ExecutionTarget = ExecutionTarget.C
         for key in groups:
             group = group.setdefault(key, {})
         group[name] = dict(value) if isinstance(value, dict) else value
-    parsed = json.loads(json.dumps(spec))  # creates new string objects, so that rules that compare strings with `is` by mistake fail
-    return check_spec(FineTuneJobSpec.model_validate(parsed), target=target)
+    copied_spec = json.loads(json.dumps(spec))  # creates new string objects, so that rules that compare strings with `is` by mistake fail
+    return check_spec(FineTuneJobSpec.model_validate(copied_spec), target=target)
 
 
 @pytest.mark.parametrize(
-    ("code", "path", "fields", "changed", "expected"), CASES, ids=[f"{number}-{case[0]}-{case[3]}" for number, case in enumerate(CASES)]
+    ("code", "path", "fields", "tried_field", "expected_refusals"), CASES, ids=[f"{number}-{case[0]}-{case[3]}" for number, case in enumerate(CASES)]
 )
-def test_a_rule_refuses_exactly_the_expected_values(code: str, path: str, fields: dict[str, Any], changed: str, expected: str) -> None:
-    named_values = set(expected.removeprefix("not ").split())
-    values = {value[0] if isinstance(value, list) else str(value): value for value in VALUES_OF_FIELD[changed]}
-    refused = {
+def test_a_rule_refuses_exactly_the_expected_values(code: str, path: str, fields: dict[str, Any], tried_field: str, expected_refusals: str) -> None:
+    named_values = set(expected_refusals.removeprefix("not ").split())
+    values = {value[0] if isinstance(value, list) else str(value): value for value in VALUES_OF_FIELD[tried_field]}
+    refused_values = {
         text for text, value in values.items()
-        if (code, path) in {(problem.code, problem.path) for problem in problems(fields | {changed: value})}
+        if (code, path) in {(problem.code, problem.path) for problem in find_problems(fields | {tried_field: value})}
     }  # fmt: skip
     assert named_values <= set(values)
-    assert refused == (set(values) - named_values if expected.startswith("not ") else named_values)
+    assert refused_values == (set(values) - named_values if expected_refusals.startswith("not ") else named_values)
 
 
 REWARD_PATH = "trainer.rewards[0].parameters"
@@ -230,7 +230,7 @@ REWARD_PATH = "trainer.rewards[0].parameters"
         ({"training.optimizer": "adamw_hf"}, "'adamw_hf' is not a supported optimizer; write adamw_torch_fused"),
         ({"training.optimizer": "paged_lion"}, "'paged_lion' is not a supported optimizer; write paged_lion_32bit"),
         ({"training.optimizer": "zzz"}, "'zzz' is not a supported optimizer; write one of " + ", ".join(OPTIMIZERS)),
-        (BEST | {"checkpoint.steps": 50, "evaluation.steps": 20},
+        (LOAD_BEST | {"checkpoint.steps": 50, "evaluation.steps": 20},
          "50 is not a multiple of evaluation.steps 20, but loadBestAtEnd needs an evaluation of every checkpoint; write for example 60"),
         ({"placement.env": [{"name": "FINETUNE_X"}]},
          "the operator sets FINETUNE_X; remove FINETUNE_X; write credentials into storage.credentialsSecretRef and model.tokenSecretRef"),
@@ -256,11 +256,11 @@ REWARD_PATH = "trainer.rewards[0].parameters"
     ],
 )  # fmt: skip
 def test_a_problem_says_what_is_wrong_and_what_to_write(fields: dict[str, Any], expected: str) -> None:
-    assert [f"{problem.message}; {problem.hint}" for problem in problems(fields)] == [expected]
+    assert [f"{problem.message}; {problem.hint}" for problem in find_problems(fields)] == [expected]
 
 
 @pytest.mark.parametrize(
-    ("builtin", "name", "valid", "invalid", "hint"),
+    ("builtin", "name", "valid_values", "invalid_values", "hint"),
     [
         ("length", "minimum", ["0", "-1.5", "1e3"], ["many", ""], "write a number"),
         ("length", "maximum", ["9"], ["inf", "nan"], "write a finite number"),
@@ -271,15 +271,15 @@ def test_a_problem_says_what_is_wrong_and_what_to_write(fields: dict[str, Any], 
         ("exactMatch", "column", ["answer", "{("], [], ""),
     ],
 )
-def test_only_valid_values_of_reward_parameters_are_accepted(builtin: str, name: str, valid: list[str], invalid: list[str], hint: str) -> None:
-    def parameter_problems(value: str) -> list[Problem]:
+def test_only_valid_values_of_reward_parameters_are_accepted(builtin: str, name: str, valid_values: list[str], invalid_values: list[str], hint: str) -> None:
+    def find_parameter_problems(value: str) -> list[Problem]:
         parameters = ({"minimum": "1"} if name == "unit" else {}) | {name: value}
-        found_problems = problems(GRPO | {"trainer.rewards": [{"builtin": builtin, "parameters": parameters}]})
+        found_problems = find_problems(GRPO | {"trainer.rewards": [{"builtin": builtin, "parameters": parameters}]})
         return [problem for problem in found_problems if problem.code == "RewardIncomplete"]
 
-    assert {value: parameter_problems(value) for value in valid} == {value: [] for value in valid}
-    for value in invalid:
-        (problem,) = parameter_problems(value)
+    assert {value: find_parameter_problems(value) for value in valid_values} == {value: [] for value in valid_values}
+    for value in invalid_values:
+        (problem,) = find_parameter_problems(value)
         assert (problem.path, problem.message) == (f"{REWARD_PATH}.{name}", f"{value[:200]!r} is not a valid value")
         assert problem.hint.startswith(hint)
 
@@ -296,7 +296,7 @@ def test_only_valid_values_of_reward_parameters_are_accepted(builtin: str, name:
     ],
 )
 def test_a_local_run_may_use_all_devices_of_the_users_machine(fields: dict[str, Any], expected_paths: list[str]) -> None:
-    assert [problem.path for problem in problems(fields, ExecutionTarget.LOCAL)] == expected_paths
+    assert [problem.path for problem in find_problems(fields, ExecutionTarget.LOCAL)] == expected_paths
 
 
 MAP_REWARD = {"configMapRef": {"name": "r", "key": "r.py"}}
@@ -335,21 +335,21 @@ KEY = {"name": "s", "key": "k"}
     ],
 )  # fmt: skip
 def test_a_spec_has_problems_at_exactly_the_expected_paths(fields: dict[str, Any], expected_paths: list[str]) -> None:
-    assert [problem.path for problem in problems(fields)] == expected_paths
+    assert [problem.path for problem in find_problems(fields)] == expected_paths
 
 
 def test_a_folder_on_a_web_server_that_is_not_a_jobs_result_cannot_be_a_model() -> None:
-    (problem,) = problems({"model.source": "https://host/x"})
+    (problem,) = find_problems({"model.source": "https://host/x"})
     assert problem.message == "the trainer cannot list the files of 'https://host/x' on a web server"
 
 
 def test_bits_micro_batch_and_world_size_are_derived_from_the_spec() -> None:
-    def spec(**groups: Any) -> FineTuneJobSpec:
+    def make_spec(**groups: Any) -> FineTuneJobSpec:
         return FineTuneJobSpec.model_validate({"model": {"source": "a/b"}, **groups})
 
-    assert [base_bits(spec()), base_bits(spec(method={"type": "qlora"})), base_bits(spec(method={"lora": {"init": "loftq"}}))] == [None, 4, 4]
-    assert [min_batch_size_per_device(spec(trainer={"type": name})) for name in ("kto", "dpo")] == [2, 1]
-    assert [world_size(spec(resources=given)) for given in ({"gpusPerNode": 0}, {"nodes": 2, "gpusPerNode": 3})] == [1, 6]
+    assert [base_bits(make_spec()), base_bits(make_spec(method={"type": "qlora"})), base_bits(make_spec(method={"lora": {"init": "loftq"}}))] == [None, 4, 4]
+    assert [min_batch_size_per_device(make_spec(trainer={"type": name})) for name in ("kto", "dpo")] == [2, 1]
+    assert [world_size(make_spec(resources=resources)) for resources in ({"gpusPerNode": 0}, {"nodes": 2, "gpusPerNode": 3})] == [1, 6]
 
 
 def test_only_the_first_finding_is_raised_as_an_error() -> None:

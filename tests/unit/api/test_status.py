@@ -25,7 +25,7 @@ STATUS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def prompt_fields(**changes: Any) -> dict[str, Any]:
+def select_prompt_fields(**changes: Any) -> dict[str, Any]:
     """Apply these changes to STATUS, and return the fields of the result whose changes the operator writes at once."""
     return status_module.select_immediate_fields(FineTuneJobStatus.model_validate(STATUS | changes).to_wire())
 
@@ -57,7 +57,7 @@ def prompt_fields(**changes: Any) -> dict[str, Any]:
     ids=str,
 )
 def test_a_change_of_a_field_declared_with_prompt_is_written_at_once(change: dict[str, Any]) -> None:
-    assert prompt_fields(**change) != prompt_fields()
+    assert select_prompt_fields(**change) != select_prompt_fields()
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_a_change_of_a_field_declared_with_prompt_is_written_at_once(change: dic
     ids=str,
 )
 def test_a_change_of_any_other_field_may_be_written_later(change: dict[str, Any]) -> None:
-    assert prompt_fields(**change) == prompt_fields()
+    assert select_prompt_fields(**change) == select_prompt_fields()
 
 
 def test_numbers_of_the_evaluation_are_rounded_and_unreadable_numbers_are_dropped() -> None:
@@ -86,13 +86,13 @@ def test_numbers_of_the_evaluation_are_rounded_and_unreadable_numbers_are_droppe
 
 
 def test_a_newer_latest_checkpoint_may_be_written_later() -> None:
-    assert prompt_fields(latestCheckpoint="s3://b/1") == prompt_fields(latestCheckpoint="s3://b/2")
+    assert select_prompt_fields(latestCheckpoint="s3://b/1") == select_prompt_fields(latestCheckpoint="s3://b/2")
 
 
 def test_a_time_that_differs_by_less_than_a_second_may_be_written_later() -> None:
     status = FineTuneJobStatus.model_validate(STATUS)
-    later = status.model_copy(update={"start_time": datetime(2026, 3, 1, 12, 0, 0, 999999, UTC)})
-    assert status_module.select_immediate_fields(later.to_wire()) == prompt_fields()
+    later_status = status.model_copy(update={"start_time": datetime(2026, 3, 1, 12, 0, 0, 999999, UTC)})
+    assert status_module.select_immediate_fields(later_status.to_wire()) == select_prompt_fields()
 
 
 LONGEST_VALUES = {

@@ -14,14 +14,14 @@ from finetune_api.status import TimePlan, WorkPlan
 from finetune_api.time_plan import DataSize, count_matrix_parameters, flops_per_token, plan_cost, plan_time, plan_work
 
 
-def llama(hidden: int, feed_forward: int, layers: int, *, heads: int = 32, head_size: int = 128) -> ModelShape:
+def make_llama_shape(hidden: int, feed_forward: int, layers: int, *, heads: int = 32, head_size: int = 128) -> ModelShape:
     return parse_model_shape({
         "model_type": "llama", "hidden_size": hidden, "intermediate_size": feed_forward, "num_hidden_layers": layers, "num_attention_heads": heads,
         "num_key_value_heads": 8, "head_dim": head_size, "vocab_size": 128256,
     })  # fmt: skip
 
 
-LLAMA_1B, LLAMA_3B, LLAMA_8B = llama(2048, 8192, 16, head_size=64), llama(3072, 8192, 28, heads=24), llama(4096, 14336, 32)
+LLAMA_1B, LLAMA_3B, LLAMA_8B = make_llama_shape(2048, 8192, 16, head_size=64), make_llama_shape(3072, 8192, 28, heads=24), make_llama_shape(4096, 14336, 32)
 TINY = parse_model_shape({
     "model_type": "llama", "hidden_size": 10, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
     "vocab_size": 100,
@@ -60,10 +60,10 @@ def test_operations_and_memory_traffic_follow_the_documented_formulas() -> None:
     assert flops_per_token(TINY, 40, is_full_training=True) == 3 * (2 * TINY_PARAMETERS + attention)
     assert flops_per_token(TINY, 40, is_full_training=False) == 4 * TINY_PARAMETERS + 3 * attention
     assert flops_per_token(TINY, 40, is_full_training=False, recomputed_share=0.5) == 5 * TINY_PARAMETERS + 3.5 * attention
-    full = plan_work(resolve_spec(method={"type": "full"}), TINY, DataSize(100, 4000))
-    assert full is not None and full.traffic_terabytes == round_to_four_digits(30 * (5 * 3 * 2 + 30) * TINY_PARAMETERS / 1e12)
-    adapter = plan_work(resolve_spec(), TINY, DataSize(100, 4000), trained_parameters=10)
-    assert adapter is not None and adapter.traffic_terabytes == round_to_four_digits(30 * (5 * 3 * 2 * TINY_PARAMETERS + 300) / 1e12)
+    full_work = plan_work(resolve_spec(method={"type": "full"}), TINY, DataSize(100, 4000))
+    assert full_work is not None and full_work.traffic_terabytes == round_to_four_digits(30 * (5 * 3 * 2 + 30) * TINY_PARAMETERS / 1e12)
+    adapter_work = plan_work(resolve_spec(), TINY, DataSize(100, 4000), trained_parameters=10)
+    assert adapter_work is not None and adapter_work.traffic_terabytes == round_to_four_digits(30 * (5 * 3 * 2 * TINY_PARAMETERS + 300) / 1e12)
 
 
 def test_only_experts_to_which_a_token_is_routed_count() -> None:
@@ -128,10 +128,11 @@ MEASURED_RUNS: tuple[tuple[str, str, ModelShape, str, float, int, float], ...] =
 
 
 def plan_work_of_run(method: str, model: ModelShape, tokens: float, steps: int) -> WorkPlan:
-    rows = {"batchSizePerDevice": 4 if model is LLAMA_3B else 2, "gradientAccumulationSteps": 1, "maxSteps": steps}
+    training_options = {"batchSizePerDevice": 4 if model is LLAMA_3B else 2, "gradientAccumulationSteps": 1, "maxSteps": steps}
     method_type = {"prompt": "promptTuning", "prefix": "prefixTuning"}.get(method, method)
-    row_count = steps * rows["batchSizePerDevice"]
-    work = plan_work(resolve_spec(method={"type": method_type}, training=rows, dataset={"maxSequenceLength": 4096}), model, DataSize(row_count, int(tokens)))
+    row_count = steps * training_options["batchSizePerDevice"]
+    spec = resolve_spec(method={"type": method_type}, training=training_options, dataset={"maxSequenceLength": 4096})
+    work = plan_work(spec, model, DataSize(row_count, int(tokens)))
     assert work is not None and work.steps == steps and work.tokens == pytest.approx(tokens, rel=1e-3)
     return work
 

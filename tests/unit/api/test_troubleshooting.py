@@ -52,14 +52,14 @@ def find_all_failure_codes() -> set[str]:
 
 def test_every_failure_code_has_a_remedy_and_no_remedy_is_outdated() -> None:
     codes = find_all_failure_codes() - RULE_CODES
-    documented = {remedy.code for remedy in REMEDIES}
-    assert sorted(codes - documented) == [], "add an entry to FAILURE_REMEDIES in crds/finetune_api/troubleshooting.py"
-    assert sorted(documented - codes) == [], "these codes no longer exist: remove their entries"
+    documented_codes = {remedy.code for remedy in REMEDIES}
+    assert sorted(codes - documented_codes) == [], "add an entry to FAILURE_REMEDIES in crds/finetune_api/troubleshooting.py"
+    assert sorted(documented_codes - codes) == [], "these codes no longer exist: remove their entries"
 
 
 def test_every_call_with_a_computed_code_is_listed() -> None:
-    _, computed = find_failure_codes()
-    assert computed == set(COMPUTED_CODES)
+    _, computed_calls = find_failure_codes()
+    assert computed_calls == set(COMPUTED_CODES)
 
 
 def test_every_rule_has_a_remedy() -> None:

@@ -12,11 +12,11 @@ from finetune_api.rules.warnings import LEARNING_RATE_RANGES
 from finetune_api.spec import FineTuneJobSpec
 
 
-def spec(**groups: Any) -> FineTuneJobSpec:
+def make_spec(**groups: Any) -> FineTuneJobSpec:
     return FineTuneJobSpec.model_validate({"model": {"source": "org/m"}, "dataset": {"train": "org/d"}, **groups})
 
 
-def rate_warnings(job: FineTuneJobSpec) -> list[Problem]:
+def find_rate_warnings(job: FineTuneJobSpec) -> list[Problem]:
     return [warning for warning in find_warnings(job) if warning.code == "LearningRateUnusual"]
 
 
@@ -39,8 +39,8 @@ def rate_warnings(job: FineTuneJobSpec) -> list[Problem]:
 def test_a_learning_rate_outside_the_usual_range_gives_a_warning(
     method: str, trainer: str, rate: float, is_unusual: bool
 ) -> None:
-    job = spec(method={"type": method}, trainer={"type": trainer}, training={"learningRate": rate})
-    assert [warning.code for warning in rate_warnings(job)] == (["LearningRateUnusual"] if is_unusual else [])
+    job = make_spec(method={"type": method}, trainer={"type": trainer}, training={"learningRate": rate})
+    assert [warning.code for warning in find_rate_warnings(job)] == (["LearningRateUnusual"] if is_unusual else [])
 
 
 @pytest.mark.parametrize(
@@ -51,13 +51,13 @@ def test_a_learning_rate_outside_the_usual_range_gives_a_warning(
     ],
 )  # fmt: skip
 def test_the_lowest_and_the_highest_usual_learning_rate_give_no_warning(method: str, trainer: str, low: float, high: float) -> None:
-    def message_starts(rate: float) -> list[str]:
-        found = rate_warnings(spec(method={"type": method}, trainer={"type": trainer}, training={"learningRate": rate}))
-        return [warning.message.split(" for ")[0] for warning in found]
+    def list_message_starts(rate: float) -> list[str]:
+        warnings = find_rate_warnings(make_spec(method={"type": method}, trainer={"type": trainer}, training={"learningRate": rate}))
+        return [warning.message.split(" for ")[0] for warning in warnings]
 
-    assert message_starts(low) == message_starts(high) == []
-    assert message_starts(low * 0.9) == [f"{low * 0.9:g} is unusually small".replace("e-0", "e-")]
-    assert message_starts(high * 1.1) == [f"{high * 1.1:g} is unusually large"]
+    assert list_message_starts(low) == list_message_starts(high) == []
+    assert list_message_starts(low * 0.9) == [f"{low * 0.9:g} is unusually small".replace("e-0", "e-")]
+    assert list_message_starts(high * 1.1) == [f"{high * 1.1:g} is unusually large"]
 
 
 def test_default_learning_rates_give_no_warning() -> None:
@@ -65,20 +65,20 @@ def test_default_learning_rates_give_no_warning() -> None:
         low, high = LEARNING_RATE_RANGES[range_name]
         assert low <= rate <= high
     for objective, facts in OBJECTIVES.items():
-        job = spec(trainer={"type": objective}, training={"learningRate": facts.learning_rate or LEARNING_RATE_ADAPTER})
-        assert rate_warnings(job) == []
+        job = make_spec(trainer={"type": objective}, training={"learningRate": facts.learning_rate or LEARNING_RATE_ADAPTER})
+        assert find_rate_warnings(job) == []
 
 
 def test_epochs_next_to_max_steps_give_a_warning() -> None:
-    (warning,) = find_warnings(spec(training={"epochs": 2, "maxSteps": 40}))
+    (warning,) = find_warnings(make_spec(training={"epochs": 2, "maxSteps": 40}))
     assert str(warning) == (
         "spec.training.epochs: 2 has no effect, because training.maxSteps is 40; remove training.epochs or training.maxSteps"
     )
-    assert find_warnings(spec(training={"maxSteps": 40})) == []
+    assert find_warnings(make_spec(training={"maxSteps": 40})) == []
 
 
 def test_the_notes_of_a_resolved_spec_contain_the_warnings() -> None:
-    job = spec(training={"epochs": 2, "maxSteps": 40, "learningRate": 5})
+    job = make_spec(training={"epochs": 2, "maxSteps": 40, "learningRate": 5})
     notes = resolve_defaults(job).notes
     assert (
         notes[0]
@@ -88,16 +88,16 @@ def test_the_notes_of_a_resolved_spec_contain_the_warnings() -> None:
 
 
 def test_a_feature_that_a_server_cannot_load_is_refused_only_if_the_job_names_the_server() -> None:
-    dora = spec(method={"type": "dora"})
-    assert [(warning.path, warning.code, warning.message) for warning in find_warnings(dora)] == [
+    dora_spec = make_spec(method={"type": "dora"})
+    assert [(warning.path, warning.code, warning.message) for warning in find_warnings(dora_spec)] == [
         ("method.type", "NotServable", "vllm and kserve cannot load DoRA adapters")
     ]
-    assert check_spec(dora) == []
-    named_spec = spec(method={"type": "dora"}, output={"serving": ["kserve"]})
+    assert check_spec(dora_spec) == []
+    named_spec = make_spec(method={"type": "dora"}, output={"serving": ["kserve"]})
     assert [warning.message for warning in find_warnings(named_spec)] == ["vllm cannot load DoRA adapters"]
     (problem,) = check_spec(named_spec)
     assert (problem.path, problem.message) == ("method.type", "output.serving contains kserve, but kserve cannot load DoRA adapters")
-    merged_spec = spec(method={"type": "dora"}, output={"serving": ["vllm", "kserve"], "mergeAdapter": True})
+    merged_spec = make_spec(method={"type": "dora"}, output={"serving": ["vllm", "kserve"], "mergeAdapter": True})
     assert check_spec(merged_spec) == [] and find_warnings(merged_spec) == []
 
 
@@ -126,11 +126,11 @@ def test_vllms_rank_option_is_the_next_allowed_value(rank: int, option: int) -> 
     ids=str,
 )  # fmt: skip
 def test_a_valid_but_suspicious_value_gives_a_warning(groups: dict[str, Any], expected: list[str]) -> None:
-    assert [f"{warning.path} {warning.code} {warning.hint}" for warning in find_warnings(spec(**groups))] == expected
+    assert [f"{warning.path} {warning.code} {warning.hint}" for warning in find_warnings(make_spec(**groups))] == expected
 
 
 def test_ttl_days_without_a_preparation_give_a_warning() -> None:
-    never, auto = (spec(prepare={"strategy": strategy, "ttlDays": 7}) for strategy in ("never", "auto"))
-    (warning,) = find_warnings(never)
+    unprepared_spec, prepared_spec = (make_spec(prepare={"strategy": strategy, "ttlDays": 7}) for strategy in ("never", "auto"))
+    (warning,) = find_warnings(unprepared_spec)
     assert str(warning) == "spec.prepare.ttlDays: 7 has no effect, because prepare.strategy is never; remove prepare.ttlDays or prepare.strategy"
-    assert find_warnings(auto) == [] and find_warnings(spec(prepare={"strategy": "never"})) == []
+    assert find_warnings(prepared_spec) == [] and find_warnings(make_spec(prepare={"strategy": "never"})) == []

@@ -80,7 +80,7 @@ CASES_WITH_COMMANDS: dict[str, tuple[tuple[str, ...], str, str]] = {
 }
 
 
-BLOCKS_BY_PAGE: dict[str, tuple[int, int]] = {"env": (2, 8), "toml": (17, 0), "yaml": (4, 3), "hydra": (0, 1), "guide": (2, 0)}
+BLOCK_COUNTS_BY_PAGE: dict[str, tuple[int, int]] = {"env": (2, 8), "toml": (17, 0), "yaml": (4, 3), "hydra": (0, 1), "guide": (2, 0)}
 """For each tool: how many configuration files and how many command lines its documentation page contains. All other code blocks of the page are data or code.
 """
 REQUIRED_SAMPLES: dict[str, tuple[str, str]] = {
@@ -126,8 +126,8 @@ def run_import_case(name: str) -> dict[str, Any]:
 
     files, source, words = list_import_cases()[name]
     import_outcome = import_files(*files, source=source, words=words)
-    result: dict[str, Any] = {"refused": import_outcome.mistakes} if import_outcome.mistakes else {"spec": import_outcome.spec}
-    return result | {
+    outcome_fields: dict[str, Any] = {"refused": import_outcome.mistakes} if import_outcome.mistakes else {"spec": import_outcome.spec}
+    return outcome_fields | {
         key: value
         for key, value in (("warnings", import_outcome.warnings), ("notes", import_outcome.notes), ("secrets", import_outcome.secrets))
         if value

@@ -39,11 +39,11 @@ def read_rows() -> list[Row]:
     return rows
 
 
-def messages_about(text: str) -> list[str]:
+def list_messages_about(text: str) -> list[str]:
     """Return the errors and warnings about SPEC after the part `text` was merged into it."""
     spec = _merge(SPEC, read_trees(text)[0].value)
-    value = {"apiVersion": "finetune-operator.io/v1alpha1", "kind": "FineTuneJob", "metadata": {"name": "bot"}, "spec": spec}
-    findings = check_manifest(Manifest("", 0, value, {}))[1]
+    manifest = {"apiVersion": "finetune-operator.io/v1alpha1", "kind": "FineTuneJob", "metadata": {"name": "bot"}, "spec": spec}
+    findings = check_manifest(Manifest("", 0, manifest, {}))[1]
     return [
         f"{'' if finding.is_error else 'warning: '}{dataclasses.replace(finding.mistake, location='')} [{finding.code}]"
         for finding in findings
@@ -65,7 +65,7 @@ def write_rows() -> None:
             continue
         lines.append(line)
         if line and not line.startswith("#"):
-            lines += [f"    {message}" for message in messages_about(line)]
+            lines += [f"    {message}" for message in list_messages_about(line)]
     FILE.write_text("\n".join(lines) + "\n", "utf-8")
 
 

@@ -11,7 +11,7 @@ from tests.unit.cli.conftest import JOB, RunCommand, WriteFile
 TOKEN = "hf_" + "a1B2c3D4e5F6g7H8"
 
 
-def error_lines(stderr: str, folder: Path) -> list[str]:
+def list_error_lines(stderr: str, folder: Path) -> list[str]:
     """Return the error lines of a command, without the path of the test's folder."""
     return [
         line.removeprefix("error: ").replace(f"{folder}/", "")
@@ -32,7 +32,7 @@ def test_secret_in_a_manifest_is_a_warning_and_an_error_with_strict(run_command:
 
 
 @pytest.mark.parametrize(
-    ("more", "expected"),
+    ("more_lines", "expected"),
     [
         ("  method: ~\n  training:\n", []),
         ("  storage: {uri: 's3://models/x', credentialsSecretRef: {name: 3}}\n",
@@ -57,10 +57,10 @@ def test_secret_in_a_manifest_is_a_warning_and_an_error_with_strict(run_command:
         ("  training: &a {x: *a}\n", ["job.yaml:7: spec.training.x: the alias refers to a value that contains it; write the value itself"]),
     ],
 )  # fmt: skip
-def test_invalid_spec_is_refused_with_line_and_hint(run_command: RunCommand, write_file: WriteFile, more: str, expected: list[str]) -> None:
-    path = write_file("job.yaml", JOB + more)
+def test_invalid_spec_is_refused_with_line_and_hint(run_command: RunCommand, write_file: WriteFile, more_lines: str, expected: list[str]) -> None:
+    path = write_file("job.yaml", JOB + more_lines)
     code, _, stderr = run_command("validate", path)
-    assert (code, error_lines(stderr, path.parent)) == (1 if expected else 0, expected)
+    assert (code, list_error_lines(stderr, path.parent)) == (1 if expected else 0, expected)
 
 
 @pytest.mark.parametrize("split", ["{train: 0}", "{train: 0, validation: 0.5, test: 0.5}", "{train: 0, validation: 1}"])
@@ -68,7 +68,7 @@ def test_split_without_training_rows_is_refused(run_command: RunCommand, write_f
     path = write_file("job.yaml", JOB.replace('t.jsonl"', f't.jsonl", split: {split}'))
     code, _, stderr = run_command("validate", path)
     assert code == 1
-    assert error_lines(stderr, path.parent) == [
+    assert list_error_lines(stderr, path.parent) == [
         "job.yaml:6: spec.dataset.split.train: 0: should be greater than 0; for example train: 0.8 [ValueInvalid]"
     ]
 
@@ -91,11 +91,11 @@ def test_split_without_training_rows_is_refused(run_command: RunCommand, write_f
 def test_invalid_metadata_is_refused(run_command: RunCommand, write_file: WriteFile, old: str, new: str, expected: list[str]) -> None:
     path = write_file("job.yaml", JOB.replace(old, new))
     code, _, stderr = run_command("validate", path)
-    assert (code, error_lines(stderr, path.parent)) == (1, expected)
+    assert (code, list_error_lines(stderr, path.parent)) == (1, expected)
 
 
 @pytest.mark.parametrize(
-    ("more", "error"),
+    ("more_lines", "error"),
     [
         ("  training.learningRate: 0.5\n",
          "spec.training.learningRate: a key with dots does not select a nested field; write training: {learningRate: 0.5}"),
@@ -118,10 +118,10 @@ def test_invalid_metadata_is_refused(run_command: RunCommand, write_file: WriteF
         ("  resources: {memory: 32GB}\n", "spec.resources.memory: '32GB' is not an amount of memory or disk; write 32Gi"),
     ],
 )  # fmt: skip
-def test_hint_says_what_to_write(run_command: RunCommand, write_file: WriteFile, more: str, error: str) -> None:
-    path = write_file("job.yaml", JOB + more)
+def test_hint_says_what_to_write(run_command: RunCommand, write_file: WriteFile, more_lines: str, error: str) -> None:
+    path = write_file("job.yaml", JOB + more_lines)
     code, _, stderr = run_command("validate", path)
-    assert (code, [line.partition(": ")[2].rpartition(" [")[0] for line in error_lines(stderr, path.parent)]) == (
+    assert (code, [line.partition(": ")[2].rpartition(" [")[0] for line in list_error_lines(stderr, path.parent)]) == (
         1,
         [error],
     )
@@ -145,7 +145,7 @@ def test_data_file_is_refused_for_a_cluster_and_accepted_for_a_local_run(run_com
 def test_tracker_without_credentials_gives_one_error(run_command: RunCommand, write_file: WriteFile) -> None:
     path = write_file("job.yaml", JOB + "  tracking: {reportTo: [wandb]}\n")
     code, _, stderr = run_command("validate", path)
-    assert (code, [line.rpartition("[")[2] for line in error_lines(stderr, path.parent)]) == (1, ["TrackerAndOptions]"])
+    assert (code, [line.rpartition("[")[2] for line in list_error_lines(stderr, path.parent)]) == (1, ["TrackerAndOptions]"])
 
 
 def test_warnings_are_printed_and_refused_only_with_strict(run_command: RunCommand, write_file: WriteFile) -> None:
@@ -186,4 +186,4 @@ def test_too_long_name_says_its_length_and_the_limit(run_command: RunCommand, wr
 def test_mistake_outside_the_spec_gets_one_message(run_command: RunCommand, write_file: WriteFile, text: str, message: str) -> None:
     path = write_file("job.yaml", text)
     code, _, stderr = run_command("validate", path)
-    assert (code, error_lines(stderr, path.parent)) == (1, [message])
+    assert (code, list_error_lines(stderr, path.parent)) == (1, [message])

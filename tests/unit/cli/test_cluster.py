@@ -111,8 +111,8 @@ team        new    -         -           -                    -       -         
 def test_costs_are_listed_with_the_planned_costs_and_the_limit(
     run_command: RunCommand, kubeconfig_of_server: Callable[[int, bytes], str]
 ) -> None:
-    jobs = [COSTED_JOB, {"metadata": {"name": "new", "namespace": "team"}, "spec": {}}]
-    kubeconfig = kubeconfig_of_server(200, json.dumps({"kind": "FineTuneJobList", "items": jobs}).encode())
+    job_objects = [COSTED_JOB, {"metadata": {"name": "new", "namespace": "team"}, "spec": {}}]
+    kubeconfig = kubeconfig_of_server(200, json.dumps({"kind": "FineTuneJobList", "items": job_objects}).encode())
     code, out, err = run_command("get", "-A", "-o", "cost", "--kubeconfig", kubeconfig)
     assert (code, out) == (0, COST_TABLE)
     assert "has no pricePerGpuHour" in err

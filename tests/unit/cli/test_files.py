@@ -12,7 +12,7 @@ from finetune_cli.files import MAX_BYTES
 from tests.unit.cli.conftest import JOB, RunCommand, WriteFile
 
 
-def error_lines(stderr: str, folder: Path) -> list[str]:
+def list_error_lines(stderr: str, folder: Path) -> list[str]:
     """Return the error lines of a command, without the path of the test's folder."""
     return [
         line.removeprefix("error: ").replace(f"{folder}/", "")
@@ -31,7 +31,7 @@ def test_unreadable_paths_are_refused(run_command: RunCommand, tmp_path: Path) -
     (tmp_path / "a.env").write_bytes(bytes(range(256)))
     for command in ("import", "validate"):
         code, _, stderr = run_command(command, tmp_path / "a.env")
-        assert (code, error_lines(stderr, tmp_path)) == (1, ["a.env: the file is not UTF-8 text"])
+        assert (code, list_error_lines(stderr, tmp_path)) == (1, ["a.env: the file is not UTF-8 text"])
     assert run_command("validate", tmp_path)[2] == f"error: {tmp_path}: this is a folder, not a file\n"
     assert run_command("import", tmp_path / "b.env")[2] == f"error: {tmp_path}/b.env: there is no such file\n"
     assert "no importer recognises this configuration" in run_command("import", tmp_path)[2]
@@ -44,10 +44,10 @@ def test_byte_order_mark_and_carriage_returns_are_ignored(
     run_command: RunCommand, write_file: WriteFile, tmp_path: Path, name: str, text: str
 ) -> None:
     command = "validate" if text is JOB else "import"
-    plain = run_command(command, write_file(name, text))
+    plain_outcome = run_command(command, write_file(name, text))
     (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
-    assert plain[0] == 0
-    assert run_command(command, tmp_path / name) == plain
+    assert plain_outcome[0] == 0
+    assert run_command(command, tmp_path / name) == plain_outcome
 
 
 def test_dash_reads_standard_input(run_command: RunCommand, monkeypatch: pytest.MonkeyPatch) -> None:

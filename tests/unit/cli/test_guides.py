@@ -21,7 +21,7 @@ from tests.unit.cli.conftest import WriteFile
 GUIDES_FOLDER = Path(__file__).parents[3] / "docs" / "guides"
 
 
-def documented_command_lines() -> list[str]:
+def list_documented_command_lines() -> list[str]:
     """Return the command lines in the guides and in the help of every command."""
     command_lines: list[str] = []
     for name in ("cli.md", "import.md"):
@@ -32,14 +32,14 @@ def documented_command_lines() -> list[str]:
     return command_lines
 
 
-@pytest.mark.parametrize("line", documented_command_lines())
+@pytest.mark.parametrize("line", list_documented_command_lines())
 def test_documented_command_line_is_valid(line: str) -> None:
     words = shlex.split(line.partition(" | ")[0].partition(" -- ")[0])[1:]
-    root = typer.main.get_command(app)
+    root_command = typer.main.get_command(app)
     if words[0].startswith("--"):
-        assert words[0] in [option for parameter in root.params for option in parameter.opts]
+        assert words[0] in [option for parameter in root_command.params for option in parameter.opts]
         return
-    command = root.commands[words[0]]  # type: ignore[attr-defined]  # the root is a group
+    command = root_command.commands[words[0]]  # type: ignore[attr-defined]  # the root is a group
     command.make_context(words[0], words[1:], obj=[])
 
 
@@ -93,8 +93,8 @@ def test_table_of_secrets_lists_every_secret(write_file: WriteFile) -> None:
     fields_by_key: dict[str, str] = {}
     for name, text, words in (("a.env", env, ()), ("a.toml", toml, flags)):
         import_outcome = run_import(Request((write_file(name, text),), words), IMPORTERS)
-        assert set(import_outcome.secrets) == set(secret_references(import_outcome.spec))
-        fields_by_key |= secret_references(import_outcome.spec)
+        assert set(import_outcome.secrets) == set(find_secret_references(import_outcome.spec))
+        fields_by_key |= find_secret_references(import_outcome.spec)
     text = (GUIDES_FOLDER / "import.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| [^|]* \| ([^|]*) \| `([^|`]*)` \| ([^|]*) \|$", text, re.MULTILINE)
     documented_fields = {key: path for keys, path, _ in rows for key in re.findall("`([^`]*)`", keys)}
@@ -105,11 +105,11 @@ def test_table_of_secrets_lists_every_secret(write_file: WriteFile) -> None:
     }  # fmt: skip
 
 
-def secret_references(value: Any, path: str = "") -> dict[str, str]:
+def find_secret_references(value: Any, path: str = "") -> dict[str, str]:
     """Return the Secret keys to which a spec refers, each with the path of the field that refers to it."""
     if isinstance(value, list):
         return (
-            {key: path for variable in value for key in secret_references(variable["secretKeyRef"])}
+            {key: path for variable in value for key in find_secret_references(variable["secretKeyRef"])}
             if path == "placement.env"
             else {}
         )
@@ -119,5 +119,5 @@ def secret_references(value: Any, path: str = "") -> dict[str, str]:
         return {value["key"]: path}
     fields_by_key: dict[str, str] = {}
     for name, inner in value.items():
-        fields_by_key |= secret_references(inner, f"{path}.{name}" if path else name)
+        fields_by_key |= find_secret_references(inner, f"{path}.{name}" if path else name)
     return fields_by_key

@@ -40,10 +40,10 @@ def test_accelerate_options_without_effect_give_a_warning(write_file: WriteFile)
 
 
 def test_options_that_contradict_the_hydra_configuration_are_refused(write_file: WriteFile) -> None:
-    job = HYDRA_CONFIG.replace("distributed_training: FSDP", "gradient_acc_steps: 4")
-    text = "distributed_type: DEEPSPEED\nnum_processes: 2\nmixed_precision: fp8\n"
-    text += "deepspeed_config: {gradient_accumulation_steps: 8, deepspeed_config_file: ds.json}\n"
-    mistakes = "\n".join(import_files(write_file("job.yaml", job), write_file("acc.yaml", text), source="hydra").mistakes)
+    hydra_text = HYDRA_CONFIG.replace("distributed_training: FSDP", "gradient_acc_steps: 4")
+    accelerate_text = "distributed_type: DEEPSPEED\nnum_processes: 2\nmixed_precision: fp8\n"
+    accelerate_text += "deepspeed_config: {gradient_accumulation_steps: 8, deepspeed_config_file: ds.json}\n"
+    mistakes = "\n".join(import_files(write_file("job.yaml", hydra_text), write_file("acc.yaml", accelerate_text), source="hydra").mistakes)
     assert "fp8 is not supported" in mistakes
     assert "4 and 8 are given for the same option" in mistakes
     assert "the file ds.json is not read" in mistakes

@@ -126,8 +126,8 @@ def test_flags_override_the_file_and_may_be_abbreviated(import_env: Any) -> None
 
 
 def test_later_files_override_earlier_ones_per_key(write_file: WriteFile) -> None:
-    first, second = write_file("a.env", REQUIRED_KEYS + "EPOCHS=2\nBATCH_SIZE=8\n"), write_file("b.env", "EPOCHS=7\n")
-    import_outcome = import_files(first, second, source="env")
+    first_path, second_path = write_file("a.env", REQUIRED_KEYS + "EPOCHS=2\nBATCH_SIZE=8\n"), write_file("b.env", "EPOCHS=7\n")
+    import_outcome = import_files(first_path, second_path, source="env")
     assert (import_outcome.at("training.epochs"), import_outcome.at("training.batchSizePerDevice")) == (7, 8)
 
 

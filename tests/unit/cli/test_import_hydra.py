@@ -160,13 +160,13 @@ def test_interpolation_within_the_file_is_resolved(import_hydra: Any) -> None:
 
 
 def test_only_allowed_environment_variables_are_read(import_hydra: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = BASE_CONFIG.replace("model: org/m", "model: ${oc.env:BASE_MODEL}")
+    base_text = BASE_CONFIG.replace("model: org/m", "model: ${oc.env:BASE_MODEL}")
     monkeypatch.setenv("BASE_MODEL", "org/other")
-    assert import_hydra(base_text=base, environment={"BASE_MODEL": "org/other"}).mistakes == [
+    assert import_hydra(base_text=base_text, environment={"BASE_MODEL": "org/other"}).mistakes == [
         "job.yaml:3: training_config.model: the value reads the environment variable BASE_MODEL, which is not allowed; allow it with --allow-env BASE_MODEL",
         "job.yaml: training_config.model: this required option is missing; add it, or give --model URI",
     ]
-    import_outcome = import_hydra(base_text=base, environment={"BASE_MODEL": "org/other"}, allowed_variables=frozenset({"BASE_MODEL"}))
+    import_outcome = import_hydra(base_text=base_text, environment={"BASE_MODEL": "org/other"}, allowed_variables=frozenset({"BASE_MODEL"}))
     assert import_outcome.at("model.source") == "org/other"
 
 
@@ -264,15 +264,15 @@ def test_invalid_primary_file_is_refused(write_file: WriteFile, folder: Path, te
 
 
 def test_value_in_place_of_a_group_is_refused(write_file: WriteFile, folder: Path) -> None:
-    accelerate = write_file("acc.yaml", "distributed_type: FSDP\nnum_processes: x\nfsdp_config: hello\n")
-    mistakes = import_files(folder, accelerate, source="hydra", words="training.distributed_training=FSDP").mistakes
+    accelerate_path = write_file("acc.yaml", "distributed_type: FSDP\nnum_processes: x\nfsdp_config: hello\n")
+    mistakes = import_files(folder, accelerate_path, source="hydra", words="training.distributed_training=FSDP").mistakes
     assert mistakes == [
         "acc.yaml:2: num_processes: x is not an integer of at least 1",
         "acc.yaml:3: fsdp_config: the value is hello, but a group of options is needed; write names and values",
     ]
-    deepspeed = write_file("ds.json", '{"zero_optimization": 3, "gradient_clipping": "a"}')
+    deepspeed_path = write_file("ds.json", '{"zero_optimization": 3, "gradient_clipping": "a"}')
     text = "model: {base_model: a/b}\nfine_tuning: {method: lora}\ndistributed: {use_deepspeed: true}\n"
-    assert import_files(write_file("job.yaml", text), deepspeed, source="yaml").mistakes == [
+    assert import_files(write_file("job.yaml", text), deepspeed_path, source="yaml").mistakes == [
         "ds.json: zero_optimization: the value is 3, but a group of options is needed; write names and values",
         "ds.json: gradient_clipping: 'a': should be a valid number, unable to parse string as a number; "
         "for example maxGradNorm: 0.5 (spec.training.maxGradNorm)",
@@ -296,22 +296,22 @@ def test_folder_without_a_primary_file_names_lines(write_file: WriteFile, tmp_pa
     ],
 )
 def test_the_completion_leaves_tokens_for_the_prompt(import_hydra: Any, lengths: str, completion_length: int, has_warning: bool) -> None:
-    base = BASE_CONFIG.replace("max_seq_length: 512", lengths).replace("SFT", "DPO").replace("conversational", "preference")
-    import_outcome = import_hydra(base_text=base)
+    base_text = BASE_CONFIG.replace("max_seq_length: 512", lengths).replace("SFT", "DPO").replace("conversational", "preference")
+    import_outcome = import_hydra(base_text=base_text)
     assert (import_outcome.mistakes, import_outcome.at("trainer.maxCompletionLength")) == ([], completion_length)
     assert any("leaves no room" in warning for warning in import_outcome.warnings) is has_warning
 
 
 @pytest.mark.parametrize("word", ["None", "NONE", "null"])
 def test_the_word_none_means_no_value_in_files_overrides_and_flags(import_hydra: Any, word: str) -> None:
-    in_file = import_hydra(base_text=BASE_CONFIG.replace("report_to: none", f"report_to: '{word}'\n  optim: '{word}'\n  lr_scheduler_type: '{word}'"))
-    in_override = import_hydra(words=f"training_config.report_to={word} +training_config.optim={word} training_config.distributed_training={word}")
+    outcome_of_file = import_hydra(base_text=BASE_CONFIG.replace("report_to: none", f"report_to: '{word}'\n  optim: '{word}'\n  lr_scheduler_type: '{word}'"))
+    outcome_of_override = import_hydra(words=f"training_config.report_to={word} +training_config.optim={word} training_config.distributed_training={word}")
     flags = f"--model org/m --dataset org/d --format standard --trainer {word} --optim {word} --report-to {word} --gradient-checkpointing {word}"
-    in_flags = import_files(words=f"python train.py {flags}")
-    for imported in (in_file, in_override, in_flags):
-        assert imported.mistakes == []
-        assert (imported.at("tracking.reportTo"), imported.at("training.optimizer")) == ([], "adamw_torch_fused")
-    assert in_flags.at("trainer.type") == "sft"
+    outcome_of_flags = import_files(words=f"python train.py {flags}")
+    for import_outcome in (outcome_of_file, outcome_of_override, outcome_of_flags):
+        assert import_outcome.mistakes == []
+        assert (import_outcome.at("tracking.reportTo"), import_outcome.at("training.optimizer")) == ([], "adamw_torch_fused")
+    assert outcome_of_flags.at("trainer.type") == "sft"
 
 
 def test_a_warm_up_given_twice_names_both_overrides(import_hydra: Any) -> None:

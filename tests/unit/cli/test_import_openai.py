@@ -82,10 +82,10 @@ def test_a_wrong_job_is_refused_with_an_explanation(import_job: Any, change: dic
 
 
 def test_data_rows_are_checked(import_job: Any, write_file: WriteFile) -> None:
-    good = write_file("a.jsonl", '{"messages": [{"role": "user", "content": "x"}]}\n')
-    assert import_job(API_JOB, good).at("dataset.train") == f"file://{good}"
-    bad = write_file("b.jsonl", '{"messages": []}\n{"prompt": "x"}\n')
-    (mistake,) = import_job(API_JOB, bad).mistakes
+    good_path = write_file("a.jsonl", '{"messages": [{"role": "user", "content": "x"}]}\n')
+    assert import_job(API_JOB, good_path).at("dataset.train") == f"file://{good_path}"
+    bad_path = write_file("b.jsonl", '{"messages": []}\n{"prompt": "x"}\n')
+    (mistake,) = import_job(API_JOB, bad_path).mistakes
     assert mistake == "b.jsonl:2: messages: the key is missing: this row has prompt; rows of sft hold messages"
 
 
@@ -94,12 +94,12 @@ def test_metadata_becomes_annotations(import_job: Any) -> None:
 
 
 def test_a_number_takes_precedence_over_auto_for_the_same_hyperparameter(write_file: WriteFile) -> None:
-    inner = {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": "auto"}}}
-    import_outcome = import_files(write_file("a.json", json.dumps(LOCAL_JOB | {"hyperparameters": {"n_epochs": 5}, "method": inner})))
+    method = {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": "auto"}}}
+    import_outcome = import_files(write_file("a.json", json.dumps(LOCAL_JOB | {"hyperparameters": {"n_epochs": 5}, "method": method})))
     assert import_outcome.at("training.epochs") == 5
-    inner["supervised"] = {"hyperparameters": {"n_epochs": 7}}
+    method["supervised"] = {"hyperparameters": {"n_epochs": 7}}
     (mistake,) = import_files(
-        write_file("a.json", json.dumps(LOCAL_JOB | {"hyperparameters": {"n_epochs": 5}, "method": inner}))
+        write_file("a.json", json.dumps(LOCAL_JOB | {"hyperparameters": {"n_epochs": 5}, "method": method}))
     ).mistakes
     assert "5 and 7 are given for the same option" in mistake
 

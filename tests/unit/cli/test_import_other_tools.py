@@ -46,14 +46,14 @@ TRAINJOB: dict[str, Any] = {
         "trainer": {"numNodes": 1, "args": ["batch_size=4", "epochs=2", "optimizer.lr=1e-5"], "resourcesPerNode": {"limits": {"nvidia.com/gpu": 2}}},
     },
 }  # fmt: skip
-SETTINGS = {"trl": TRL, "unsloth": UNSLOTH, "together": TOGETHER, "torchtune": TORCHTUNE, "kubeflow": TRAINJOB}
+SETTINGS_BY_TOOL = {"trl": TRL, "unsloth": UNSLOTH, "together": TOGETHER, "torchtune": TORCHTUNE, "kubeflow": TRAINJOB}
 
 
-def with_changes(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+def apply_changes(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """Return the settings with changes at paths such as `group/key`. If the changed value of a key is None, the key is removed."""
-    result = json.loads(json.dumps(settings))
+    changed_settings = json.loads(json.dumps(settings))
     for path, value in changes.items():
-        group = result
+        group = changed_settings
         *groups, name = path.split("/")
         for key in groups:
             group = group.setdefault(key, {})
@@ -61,7 +61,7 @@ def with_changes(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str,
             group.pop(name)
         else:
             group[name] = value
-    return dict(result)
+    return dict(changed_settings)
 
 
 @pytest.fixture
@@ -70,13 +70,13 @@ def import_settings(write_file: WriteFile) -> Any:
 
     def run(tool: str, changes: dict[str, Any] | None = None, **options: Any) -> ImportOutcome:
         return import_files(
-            write_file("run.yaml", yaml.safe_dump(with_changes(SETTINGS[tool], changes or {}), sort_keys=False)), **options
+            write_file("run.yaml", yaml.safe_dump(apply_changes(SETTINGS_BY_TOOL[tool], changes or {}), sort_keys=False)), **options
         )
 
     return run
 
 
-@pytest.mark.parametrize("tool", SETTINGS)
+@pytest.mark.parametrize("tool", SETTINGS_BY_TOOL)
 def test_a_file_is_recognised_by_its_content(import_settings: Any, tool: str) -> None:
     assert import_settings(tool).mistakes == []
 
@@ -202,7 +202,7 @@ def test_an_api_key_is_stored_in_a_secret(import_settings: Any) -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("tool", SETTINGS)
+@pytest.mark.parametrize("tool", SETTINGS_BY_TOOL)
 def test_unknown_keys_are_refused(import_settings: Any, tool: str) -> None:
     (mistake,) = import_settings(tool, {"no_such_option_at_all": 1}).mistakes
     assert "no_such_option_at_all: unknown key" in mistake
@@ -234,8 +234,8 @@ def test_tools_without_importer_are_named(write_file: WriteFile, settings: dict[
 
 def test_spec_fields_for_tools_without_importer_exist() -> None:
     paths = {field for tool in OTHER_TOOLS for field in tool.field_by_key.values()}
-    known = set(list_field_paths(FineTuneJobSpec))
-    assert sorted(paths - known) == []
+    known_paths = set(list_field_paths(FineTuneJobSpec))
+    assert sorted(paths - known_paths) == []
 
 
 def list_field_paths(model: Any, prefix: str = "") -> Iterator[str]:
@@ -250,6 +250,6 @@ def list_field_paths(model: Any, prefix: str = "") -> Iterator[str]:
 
 @pytest.mark.parametrize("name", IMPORTERS)
 def test_rows_of_the_option_table_name_existing_fields(name: str) -> None:
-    known = set(list_field_paths(FineTuneJobSpec))
+    known_paths = set(list_field_paths(FineTuneJobSpec))
     option_rows = [option_row for option_row in IMPORTERS[name].option_table if option_row.path]
-    assert sorted(option_row.path for option_row in option_rows if option_row.path not in known) == []
+    assert sorted(option_row.path for option_row in option_rows if option_row.path not in known_paths) == []

@@ -14,7 +14,7 @@ from finetune_cli.importers.run_import import load_documents
 
 from tests.pod.cli.sources import SOURCES
 from tests.unit.cli.cases import (
-    BLOCKS_BY_PAGE,
+    BLOCK_COUNTS_BY_PAGE,
     CASE_BY_COMMAND_SAMPLE,
     CASES_WITH_COMMANDS,
     REQUIRED_SAMPLES,
@@ -37,32 +37,32 @@ def test_every_expected_result_has_a_case() -> None:
     assert {path.stem for path in (CASES_FOLDER / "expected").glob("*.json")} == set(list_import_cases())
 
 
-@pytest.mark.parametrize("source", BLOCKS_BY_PAGE)
+@pytest.mark.parametrize("source", BLOCK_COUNTS_BY_PAGE)
 def test_every_block_of_a_page_is_imported(source: str) -> None:
     blocks = [path for path in (CASES_FOLDER / "blocks").iterdir() if path.name.startswith(f"{source}-")]
     commands = [path for path in blocks if path.suffix == ".txt"]
     command_cases = [name for name in CASES_WITH_COMMANDS if name.startswith(f"{source}-page-")]
-    assert (len(blocks) - len(commands), len(commands) + len(command_cases)) == BLOCKS_BY_PAGE[source]
+    assert (len(blocks) - len(commands), len(commands) + len(command_cases)) == BLOCK_COUNTS_BY_PAGE[source]
 
 
 @pytest.mark.parametrize("source", REQUIRED_SAMPLES)
 def test_every_required_sample_is_imported(source: str) -> None:
-    for words, refused in zip(REQUIRED_SAMPLES[source], (False, True), strict=True):
+    for words, is_refused in zip(REQUIRED_SAMPLES[source], (False, True), strict=True):
         for word in words.split():
             name = CASE_BY_COMMAND_SAMPLE.get(f"{source}-{word}", f"samples-{source}-{word}")
-            assert ("refused" in run_import_case(name)) is refused, name
-    files = {path.stem for path in (CASES_FOLDER / "samples").iterdir() if path.stem.startswith(f"{source}-")} - {
+            assert ("refused" in run_import_case(name)) is is_refused, name
+    sample_names = {path.stem for path in (CASES_FOLDER / "samples").iterdir() if path.stem.startswith(f"{source}-")} - {
         "yaml-ds_config"
     }
     required_names = {f"{source}-{word}" for words in REQUIRED_SAMPLES[source] for word in words.split()}
-    assert files == required_names - set(CASE_BY_COMMAND_SAMPLE)
+    assert sample_names == required_names - set(CASE_BY_COMMAND_SAMPLE)
 
 
 @pytest.mark.parametrize("name", [name for name in list_import_cases() if "-A" in name or "-B" in name or "-C" in name])
 def test_samples_a_b_and_c_are_accepted(name: str) -> None:
-    result = run_import_case(name)
-    assert "refused" not in result
-    FineTuneJobSpec.model_validate(result["spec"])
+    outcome_fields = run_import_case(name)
+    assert "refused" not in outcome_fields
+    FineTuneJobSpec.model_validate(outcome_fields["spec"])
 
 
 @pytest.mark.parametrize("name", [name for name in list_import_cases() if "-R" in name])
@@ -92,10 +92,10 @@ def test_all_toml_blocks_combine_to_one_configuration() -> None:
 @pytest.mark.parametrize("name", list_import_cases())
 def test_case_is_recognised_as_its_tool_or_refused(name: str) -> None:
     files, source, words = list_import_cases()[name]
-    recognised = [
+    importer_names = [
         importer.name for importer in IMPORTERS.values() if importer.recognises_input(load_documents(files), tuple(words.split()))
     ]
-    assert recognised in ([source or name.removeprefix("blocks-").partition("-")[0]], [])
+    assert importer_names in ([source or name.removeprefix("blocks-").partition("-")[0]], [])
 
 
 def test_annotated_manifest_names_the_origin_of_values() -> None:
@@ -112,11 +112,11 @@ def test_cpu_job_gets_no_gpu_only_defaults(source: str, write_file: WriteFile) -
     import_outcome = import_files(file, source=source, overrides={**overrides, "resources.gpusPerNode": 0})
     assert import_outcome.mistakes == []
     assert "bf16" not in str(import_outcome.spec)
-    on_gpu = import_files(file, source=source, overrides=overrides)
+    outcome_with_gpus = import_files(file, source=source, overrides=overrides)
     replacement_notes = [
         note
         for note in import_outcome.notes
         if note.startswith("the job uses no GPU, so the defaults of FineTuneJob replace those of the tool: ")
     ]
     assert bool(replacement_notes) is (source in ("toml", "yaml", "hydra", "guide"))
-    assert not any(note.startswith("the job uses no GPU") for note in on_gpu.notes)
+    assert not any(note.startswith("the job uses no GPU") for note in outcome_with_gpus.notes)

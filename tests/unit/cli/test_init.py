@@ -37,8 +37,8 @@ def test_written_manifest_is_valid(run_command: RunCommand, write_file: WriteFil
     ],
 )  # fmt: skip
 def test_invalid_value_is_reported_as_the_option(run_command: RunCommand, option: str, value: str, problem: str) -> None:
-    result = run_command("init", "bot", "--model", "org/m", "--data", "s3://data/t.jsonl", option, value)
-    assert result == (1, "", f"error: {option}: {problem}\n")
+    outcome = run_command("init", "bot", "--model", "org/m", "--data", "s3://data/t.jsonl", option, value)
+    assert outcome == (1, "", f"error: {option}: {problem}\n")
 
 
 def test_missing_and_invalid_values_are_refused(run_command: RunCommand, write_file: WriteFile, tmp_path: Path) -> None:
@@ -48,24 +48,24 @@ def test_missing_and_invalid_values_are_refused(run_command: RunCommand, write_f
     )
     assert "metadata.name" in run_command("init", "Bad", "--model", "org/m", "--data", "x/y")[2]
     assert "--method: unknown value lra" in run_command("init", "bot", "--model", "o/m", "--data", "x/y", "--method", "lra")[2]
-    existing = write_file("job.yaml", "")
+    existing_path = write_file("job.yaml", "")
     assert (
         "already exists; choose another file"
-        in run_command("init", "bot", "--model", "o/m", "--data", "x/y", "-o", existing)[2]
+        in run_command("init", "bot", "--model", "o/m", "--data", "x/y", "-o", existing_path)[2]
     )
 
 
 def answer_on_terminal(folder: Path, words: list[str], answers: list[str]) -> tuple[int, str, str]:
     """Run `init` with a pseudo-terminal as stdin, and return exit code, stdout and stderr."""
-    ours, theirs = pty.openpty()
+    terminal, program_side = pty.openpty()
     try:
-        os.write(ours, "".join(f"{answer}\n" for answer in answers).encode())
+        os.write(terminal, "".join(f"{answer}\n" for answer in answers).encode())
         command = [sys.executable, "-m", "finetune_cli", "init", *words]
         env = {**os.environ, "NO_COLOR": "1"}
-        completed_process = subprocess.run(command, stdin=theirs, capture_output=True, text=True, cwd=folder, env=env, timeout=30, check=False)
+        completed_process = subprocess.run(command, stdin=program_side, capture_output=True, text=True, cwd=folder, env=env, timeout=30, check=False)
     finally:
-        os.close(ours)
-        os.close(theirs)
+        os.close(terminal)
+        os.close(program_side)
     return completed_process.returncode, completed_process.stdout, completed_process.stderr
 
 

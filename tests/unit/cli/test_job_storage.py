@@ -29,19 +29,19 @@ def commit_folder(
     files_folder.mkdir(parents=True)
     for name, data in data_by_name.items():
         (files_folder / name).write_bytes(data)
-    entries = [
+    file_entries = [
         {"path": name, "size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in data_by_name.items()
     ]
-    content = json.dumps({"files": entries, **(manifest or {})}).encode()
-    (files_folder / "manifest.json").write_bytes(content)
-    marker = {"attempt": 1, "path": incarnation, "manifestSha256": hashlib.sha256(content).hexdigest()}
+    manifest_data = json.dumps({"files": file_entries, **(manifest or {})}).encode()
+    (files_folder / "manifest.json").write_bytes(manifest_data)
+    marker = {"attempt": 1, "path": incarnation, "manifestSha256": hashlib.sha256(manifest_data).hexdigest()}
     (root / folder / "_COMMITTED").write_text(json.dumps(marker), encoding="utf-8")
     return files_folder
 
 
-def download_commit(storage: JobStorage, committed: CommittedFolder, folder: Path) -> int:
+def download_commit(storage: JobStorage, committed_folder: CommittedFolder, folder: Path) -> int:
     """Download a committed folder of the storage into a local folder, and return the total size of its files in bytes."""
-    return sum(file.size for file in download(make_committed_source(storage, committed), folder, SilentProgress()))
+    return sum(file.size for file in download(make_committed_source(storage, committed_folder), folder, SilentProgress()))
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def storage(tmp_path: Path) -> JobStorage:
 
 
 def test_only_committed_folders_are_listed(storage: JobStorage) -> None:
-    assert [(committed.folder, committed.is_healthy) for committed in list_committed_folders(storage)] == [
+    assert [(committed_folder.folder, committed_folder.is_healthy) for committed_folder in list_committed_folders(storage)] == [
         ("checkpoints/step-00000010", True), ("checkpoints/step-00000020", False), ("model", False),
     ]  # fmt: skip
 
@@ -73,11 +73,11 @@ def test_download_is_complete_and_verified(storage: JobStorage, tmp_path: Path) 
 
 def test_flipped_byte_is_detected(storage: JobStorage, tmp_path: Path) -> None:
     (tmp_path / "tree/checkpoints/step-00000020/a1-00000000/b.bin").write_bytes(b"y" + b"x" * 99)
-    committed = list_committed_folders(storage)[1]
+    committed_folder = list_committed_folders(storage)[1]
     with pytest.raises(StorageError, match=r"b\.bin is damaged: the file has 100 bytes"):
-        verify_files(storage, committed)
+        verify_files(storage, committed_folder)
     with pytest.raises(StorageError, match=r"b\.bin is damaged: the file has 100 bytes"):
-        download_commit(storage, committed, tmp_path / "out")
+        download_commit(storage, committed_folder, tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir() if path.name.startswith((".b", "b", "manifest"))] == []
 
 
@@ -116,8 +116,8 @@ def test_root_comes_from_spec_or_status() -> None:
     assert locate_job_folder(job_with_status)[0] == "s3://b/y/team/bot/u1"
     with pytest.raises(StorageError, match="with --storage URI"):
         locate_job_folder({"metadata": metadata, "spec": {}})
-    adopted = {"output": {"uri": "s3://b/y/team/bot/u0/model/a1-12345678", "adoptedUid": "u0"}}
-    assert locate_job_folder({"metadata": metadata, "spec": {}, "status": adopted})[0] == "s3://b/y/team/bot/u0"
-    assert locate_job_folder({"metadata": metadata, "spec": {"storage": {"uri": "s3://bucket/y"}}, "status": adopted})[0] == "s3://bucket/y/team/bot/u0"
-    forged = {"output": {"uri": "s3://b/y/team/bot/u1/model/a1-12345678", "adoptedUid": "../../other"}}
-    assert locate_job_folder({"metadata": metadata, "spec": {"storage": {"uri": "s3://bucket/y"}}, "status": forged})[0] == "s3://bucket/y/team/bot/u1"
+    adopting_status = {"output": {"uri": "s3://b/y/team/bot/u0/model/a1-12345678", "adoptedUid": "u0"}}
+    assert locate_job_folder({"metadata": metadata, "spec": {}, "status": adopting_status})[0] == "s3://b/y/team/bot/u0"
+    assert locate_job_folder({"metadata": metadata, "spec": {"storage": {"uri": "s3://bucket/y"}}, "status": adopting_status})[0] == "s3://bucket/y/team/bot/u0"
+    forged_status = {"output": {"uri": "s3://b/y/team/bot/u1/model/a1-12345678", "adoptedUid": "../../other"}}
+    assert locate_job_folder({"metadata": metadata, "spec": {"storage": {"uri": "s3://bucket/y"}}, "status": forged_status})[0] == "s3://bucket/y/team/bot/u1"

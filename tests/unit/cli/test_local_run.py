@@ -61,10 +61,10 @@ def test_continued_job_keeps_the_defaults_of_an_earlier_release(
     has_checkpoint: bool, method: dict[str, Any], expected: tuple[bool | None, float] | str, tmp_path: Path
 ) -> None:
     resolution = resolve_local({})
-    earlier = ResolvedSpec(resolution.spec.with_values(EARLIER_DEFAULTS), {**resolution.defaults, **EARLIER_DEFAULTS})
-    first = _write_run("job", earlier, tmp_path, [])
+    earlier_resolution = ResolvedSpec(resolution.spec.with_values(EARLIER_DEFAULTS), {**resolution.defaults, **EARLIER_DEFAULTS})
+    first_run = _write_run("job", earlier_resolution, tmp_path, [])
     if has_checkpoint:
-        folder = Path(first.config.storage.uri.removeprefix("file://")) / "checkpoints/step-00000100"
+        folder = Path(first_run.config.storage.uri.removeprefix("file://")) / "checkpoints/step-00000100"
         folder.mkdir(parents=True)
         (folder / names.Storage.COMMITTED.value).touch()
     if isinstance(expected, str):
@@ -85,17 +85,17 @@ def test_the_trainer_finds_the_files_of_config_maps(tmp_path: Path) -> None:
     assert (tmp_path / "maps" / "prompts" / "prompts.txt").read_text() == "Hello"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-def test_a_signal_to_the_command_stops_the_trainer(number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_to_the_command_stops_the_trainer(signal_number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = "import os, signal; signal.signal(signal.SIGTERM, lambda *_: os._exit(75)); print('ready', flush=True); signal.pause()"
     process = subprocess.Popen([sys.executable, "-c", trainer], stdout=subprocess.PIPE, start_new_session=True)
     assert process.stdout is not None and process.stdout.readline() == b"ready\n"
-    polls = iter([lambda: os.kill(os.getpid(), number), process.wait])
-    monkeypatch.setattr(local_run, "_poll_trainer", lambda *_: next(polls)())
-    before = signal.getsignal(signal.SIGTERM)
+    poll_functions = iter([lambda: os.kill(os.getpid(), signal_number), process.wait])
+    monkeypatch.setattr(local_run, "_poll_trainer", lambda *_: next(poll_functions)())
+    handler_before = signal.getsignal(signal.SIGTERM)
     with local_run._treat_termination_as_interrupt():
         assert local_run._wait_for_trainer(process, 0, tmp_path / "termination") == 75
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(signal.SIGTERM) is handler_before
 
 
 @pytest.mark.parametrize(

@@ -24,17 +24,17 @@ def test_sources_become_local_files(tmp_path: Path) -> None:
         "model": {"source": "file://m", "tokenizer": "pvc://models/x"},
         "dataset": {"train": "configmap://data/t.jsonl", "validation": "org/v"},
     }
-    adapted, _ = adapt(spec, tmp_path, maps=tmp_path / "maps", claims=tmp_path / "claims")
-    assert adapted["model"] == {"source": f"file://{tmp_path}/m", "tokenizer": f"file://{tmp_path}/claims/x"}
-    assert adapted["dataset"] == {"train": f"file://{tmp_path}/maps/t.jsonl", "validation": "org/v"}
-    assert adapted["storage"] == {"uri": f"file://{tmp_path}/out"}
+    adapted_spec, _ = adapt(spec, tmp_path, maps=tmp_path / "maps", claims=tmp_path / "claims")
+    assert adapted_spec["model"] == {"source": f"file://{tmp_path}/m", "tokenizer": f"file://{tmp_path}/claims/x"}
+    assert adapted_spec["dataset"] == {"train": f"file://{tmp_path}/maps/t.jsonl", "validation": "org/v"}
+    assert adapted_spec["storage"] == {"uri": f"file://{tmp_path}/out"}
 
 
 def test_folders_of_benchmarks_become_local(tmp_path: Path) -> None:
     (tmp_path / "tasks").mkdir()
     spec = {"evaluation": {"benchmarks": [{"name": "lm-eval", "folder": "file://tasks"}, {"name": "human-eval"}]}}
-    adapted, _ = adapt(spec, tmp_path)
-    assert adapted["evaluation"]["benchmarks"] == [{"name": "lm-eval", "folder": f"file://{tmp_path}/tasks"}, {"name": "human-eval"}]
+    adapted_spec, _ = adapt(spec, tmp_path)
+    assert adapted_spec["evaluation"]["benchmarks"] == [{"name": "lm-eval", "folder": f"file://{tmp_path}/tasks"}, {"name": "human-eval"}]
     with pytest.raises(LocalRunError, match=r"spec\.evaluation\.benchmarks\[0\]\.folder: none does not exist"):
         adapt({"evaluation": {"benchmarks": [{"name": "lm-eval", "folder": "file://none"}]}}, tmp_path)
 
@@ -60,16 +60,16 @@ def test_missing_local_source_is_named(tmp_path: Path) -> None:
 def test_resources_are_limited_to_this_machine(
     tmp_path: Path, resources: dict[str, Any], gpus: int, expected: dict[str, Any], note_count: int
 ) -> None:
-    adapted, notes = adapt({"resources": resources}, tmp_path, gpus)
-    assert (adapted["resources"], len(notes)) == (expected, note_count)
+    adapted_spec, notes = adapt({"resources": resources}, tmp_path, gpus)
+    assert (adapted_spec["resources"], len(notes)) == (expected, note_count)
 
 
 def test_chat_template_of_a_config_map_is_inlined(tmp_path: Path) -> None:
     (tmp_path / "t.jinja").write_text("{{ x }}")
-    adapted, _ = adapt(
+    adapted_spec, _ = adapt(
         {"dataset": {"chatTemplate": {"configMapRef": {"name": "data", "key": "t.jinja"}}}}, tmp_path, maps=tmp_path
     )
-    assert adapted["dataset"]["chatTemplate"] == {"text": "{{ x }}"}
+    assert adapted_spec["dataset"]["chatTemplate"] == {"text": "{{ x }}"}
 
 
 def test_prompts_of_a_config_map_must_exist_on_this_machine(tmp_path: Path) -> None:
@@ -105,11 +105,11 @@ def test_s3_source_without_credentials_names_the_variables(monkeypatch: pytest.M
 def test_relative_data_file_is_a_local_source(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data/chats.jsonl").write_text("{}")
-    adapted, _ = adapt({"dataset": {"train": "data/chats.jsonl"}}, tmp_path)
-    assert adapted["dataset"]["train"] == f"file://{tmp_path}/data/chats.jsonl"
+    adapted_spec, _ = adapt({"dataset": {"train": "data/chats.jsonl"}}, tmp_path)
+    assert adapted_spec["dataset"]["train"] == f"file://{tmp_path}/data/chats.jsonl"
 
 
 def test_a_local_run_does_not_adopt_results(tmp_path: Path) -> None:
-    adapted, notes = adapt({"policy": {"onExistingResult": "fail", "retries": 1}}, tmp_path)
-    assert adapted["policy"] == {"retries": 1}
+    adapted_spec, notes = adapt({"policy": {"onExistingResult": "fail", "retries": 1}}, tmp_path)
+    assert adapted_spec["policy"] == {"retries": 1}
     assert "policy.onExistingResult fail has no effect in a local run: a local run never adopts the stored result of another job" in notes

@@ -56,8 +56,8 @@ def test_every_command_has_an_example(run_command: RunCommand, command: str) -> 
 
 
 def test_help_imports_nothing_heavy() -> None:
-    heavy = ("pydantic", "kubernetes", "hydra", "omegaconf", "boto3", "ruamel.yaml", "finetune_api")
-    code = f"import sys; sys.argv = ['finetune']; import finetune_cli.main; print([m for m in {heavy!r} if m in sys.modules])"
+    slow_modules = ("pydantic", "kubernetes", "hydra", "omegaconf", "boto3", "ruamel.yaml", "finetune_api")
+    code = f"import sys; sys.argv = ['finetune']; import finetune_cli.main; print([m for m in {slow_modules!r} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
@@ -124,24 +124,24 @@ def test_unknown_output_format_is_refused(run_command: RunCommand) -> None:
 
 
 def test_colours_follow_no_color(tmp_path: Path) -> None:
-    def on_terminal(**more: str) -> str:
+    def run_on_terminal(**variables: str) -> str:
         """Run a failing command with a pseudo-terminal as stderr, and return the output."""
         environment = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "FORCE_COLOR")}
         command = [sys.executable, "-m", "finetune_cli", "validate", str(tmp_path / "none")]
         terminal, program_side = pty.openpty()
         with os.fdopen(program_side, "wb") as stderr:
-            subprocess.run(command, stderr=stderr, env={**environment, "TERM": "xterm", **more}, check=False)
+            subprocess.run(command, stderr=stderr, env={**environment, "TERM": "xterm", **variables}, check=False)
         with os.fdopen(terminal, "rb") as terminal_output:
             return terminal_output.read1(1 << 16).decode()
 
-    assert "\x1b[1;31merror: " in on_terminal()
-    assert "\x1b[1;31m" not in on_terminal(NO_COLOR="1")
+    assert "\x1b[1;31merror: " in run_on_terminal()
+    assert "\x1b[1;31m" not in run_on_terminal(NO_COLOR="1")
 
 
 def test_output_is_utf8_in_any_locale(write_file: WriteFile, tmp_path: Path) -> None:
-    other = write_file("b.yaml", JOB.replace('t.jsonl"', 't.jsonl", systemPrompt: ü'))
+    other_path = write_file("b.yaml", JOB.replace('t.jsonl"', 't.jsonl", systemPrompt: ü'))
     completed_process = subprocess.run(
-        [sys.executable, "-m", "finetune_cli", "diff", str(write_file("a.yaml", JOB)), str(other)],
+        [sys.executable, "-m", "finetune_cli", "diff", str(write_file("a.yaml", JOB)), str(other_path)],
         env={"PATH": "/usr/bin:/bin", "PYTHONIOENCODING": "ascii", "HOME": str(tmp_path)}, capture_output=True, check=False,
     )  # fmt: skip
     assert (completed_process.returncode, '"ü"' in completed_process.stdout.decode()) == (0, True)
@@ -149,10 +149,10 @@ def test_output_is_utf8_in_any_locale(write_file: WriteFile, tmp_path: Path) -> 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is Linux")
 def test_full_disk_is_reported() -> None:
-    with Path("/dev/full").open("w") as full:
+    with Path("/dev/full").open("w") as full_device:
         completed_process = subprocess.run(
             [sys.executable, "-m", "finetune_cli", "explain", "training"],
-            stdout=full,
+            stdout=full_device,
             stderr=subprocess.PIPE,
             text=True,
             check=False,

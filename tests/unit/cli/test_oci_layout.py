@@ -34,30 +34,30 @@ def export(storage: JobStorage, target: Path, form: LayoutForm = LayoutForm.MODE
     return write_layout(storage, target, form, "v1", lambda path, size: None).digest
 
 
-def blob(layout: Path, digest: str) -> bytes:
+def read_blob(layout: Path, digest: str) -> bytes:
     data = (layout / "blobs/sha256" / digest.removeprefix("sha256:")).read_bytes()
     assert f"sha256:{hashlib.sha256(data).hexdigest()}" == digest
     return data
 
 
-def manifest_of(layout: Path) -> dict[str, Any]:
-    entry = json.loads((layout / "index.json").read_bytes())["manifests"][0]
-    assert entry["annotations"] == {"org.opencontainers.image.ref.name": "v1"}
-    manifest: dict[str, Any] = json.loads(blob(layout, entry["digest"]))
+def read_manifest(layout: Path) -> dict[str, Any]:
+    descriptor = json.loads((layout / "index.json").read_bytes())["manifests"][0]
+    assert descriptor["annotations"] == {"org.opencontainers.image.ref.name": "v1"}
+    manifest: dict[str, Any] = json.loads(read_blob(layout, descriptor["digest"]))
     return manifest
 
 
 def test_a_modelpack_layer_is_a_file(storage: JobStorage, tmp_path: Path) -> None:
     digest = export(storage, tmp_path / "layout")
-    manifest = manifest_of(tmp_path / "layout")
+    manifest = read_manifest(tmp_path / "layout")
     layers = {layer["annotations"]["org.cncf.model.filepath"]: layer for layer in manifest["layers"]}
-    assert {path: blob(tmp_path / "layout", layer["digest"]) for path, layer in layers.items()} == FILES
+    assert {path: read_blob(tmp_path / "layout", layer["digest"]) for path, layer in layers.items()} == FILES
     contents = {path: layer["mediaType"].removeprefix("application/vnd.cncf.model.").removesuffix(".v1.raw") for path, layer in layers.items()}
     assert contents == {
         "adapter_model.safetensors": "weight", "adapter_config.json": "weight.config", "README.md": "doc", "tokenizer.json": "weight.config",
         "modeling.py": "code",
     }  # fmt: skip
-    config = json.loads(blob(tmp_path / "layout", manifest["config"]["digest"]))
+    config = json.loads(read_blob(tmp_path / "layout", manifest["config"]["digest"]))
     assert config["descriptor"]["name"] == "bot"
     assert config["modelfs"]["diffIds"] == [layer["digest"] for layer in manifest["layers"]]
     assert digest == json.loads((tmp_path / "layout/index.json").read_bytes())["manifests"][0]["digest"]
@@ -65,26 +65,26 @@ def test_a_modelpack_layer_is_a_file(storage: JobStorage, tmp_path: Path) -> Non
 
 def test_an_image_has_the_files_below_models_for_each_architecture(storage: JobStorage, tmp_path: Path) -> None:
     digest = export(storage, tmp_path / "image", LayoutForm.IMAGE)
-    images = manifest_of(tmp_path / "image")["manifests"]
+    images = read_manifest(tmp_path / "image")["manifests"]
     assert [image["platform"] for image in images] == [{"architecture": "amd64", "os": "linux"}, {"architecture": "arm64", "os": "linux"}]
-    manifest, other = (json.loads(blob(tmp_path / "image", image["digest"])) for image in images)
-    assert manifest["layers"] == other["layers"]
-    configs = [json.loads(blob(tmp_path / "image", one["config"]["digest"])) for one in (manifest, other)]
+    manifest, other_manifest = (json.loads(read_blob(tmp_path / "image", image["digest"])) for image in images)
+    assert manifest["layers"] == other_manifest["layers"]
+    configs = [json.loads(read_blob(tmp_path / "image", image_manifest["config"]["digest"])) for image_manifest in (manifest, other_manifest)]
     assert [config.pop("architecture") for config in configs] == ["amd64", "arm64"] and configs[0] == configs[1]
-    extracted = {}
+    extracted_files = {}
     for layer in manifest["layers"]:
-        blob(tmp_path / "image", layer["digest"])
+        read_blob(tmp_path / "image", layer["digest"])
         with tarfile.open(tmp_path / "image/blobs/sha256" / layer["digest"].removeprefix("sha256:")) as archive:
             member = archive.getmembers()[0]
             assert (member.mode, member.uid, member.mtime) == (0o644, 0, 0)
             content = archive.extractfile(member)
             assert content is not None
-            extracted[member.name] = content.read()
-    assert extracted == {f"models/{path}": data for path, data in FILES.items()}
-    config = json.loads(blob(tmp_path / "image", manifest["config"]["digest"]))
+            extracted_files[member.name] = content.read()
+    assert extracted_files == {f"models/{path}": data for path, data in FILES.items()}
+    config = json.loads(read_blob(tmp_path / "image", manifest["config"]["digest"]))
     assert config["rootfs"]["diff_ids"] == [layer["digest"] for layer in manifest["layers"]]
     blobs = list((tmp_path / "image/blobs/sha256").iterdir())
-    assert len(blobs) == len(FILES) + 5, "only layers, two configs, two manifests and their index: also the file that two layers contain is not left over"
+    assert len(blobs) == len(FILES) + 5, "the layers, two configs, two manifests and their index; no downloaded file is left, even if two files are equal"
     assert export(storage, tmp_path / "again", LayoutForm.IMAGE) == digest
 
 
@@ -93,14 +93,14 @@ def test_the_merged_model_is_exported_if_there_is_one(storage: JobStorage, tmp_p
     manifest = {"job": "team-a/bot/uid", "kind": "model", "extra": {"adapterSha256": model}}
     commit_folder(tmp_path / "job", "merged", {"model.safetensors": b"merged"}, manifest=manifest)
     export(storage, tmp_path / "layout")
-    assert [layer["annotations"]["org.cncf.model.filepath"] for layer in manifest_of(tmp_path / "layout")["layers"]] == ["model.safetensors"]
+    assert [layer["annotations"]["org.cncf.model.filepath"] for layer in read_manifest(tmp_path / "layout")["layers"]] == ["model.safetensors"]
 
 
 def test_a_merged_model_of_another_adapter_is_not_exported(storage: JobStorage, tmp_path: Path) -> None:
     manifest = {"job": "team-a/bot/uid", "kind": "model", "extra": {"adapterSha256": "0" * 64}}
     commit_folder(tmp_path / "job", "merged", {"model.safetensors": b"merged"}, manifest=manifest)
     export(storage, tmp_path / "layout")
-    assert len(manifest_of(tmp_path / "layout")["layers"]) == len(FILES)
+    assert len(read_manifest(tmp_path / "layout")["layers"]) == len(FILES)
 
 
 def test_a_damaged_file_leaves_no_layout(storage: JobStorage, tmp_path: Path) -> None:
@@ -142,9 +142,9 @@ def test_skopeo_finds_the_image_of_every_architecture_with_gpus(storage: JobStor
     layers = []
     for architecture in ("amd64", "arm64"):
         command = ["skopeo", "inspect", f"--override-arch={architecture}", "--override-os=linux", f"oci:{tmp_path / 'layout'}:v1"]
-        found = json.loads(subprocess.run(command, check=True, timeout=60, capture_output=True).stdout)
-        assert (found["Architecture"], found["Os"]) == (architecture, "linux")
-        layers.append(found["Layers"])
+        image_info = json.loads(subprocess.run(command, check=True, timeout=60, capture_output=True).stdout)
+        assert (image_info["Architecture"], image_info["Os"]) == (architecture, "linux")
+        layers.append(image_info["Layers"])
     assert layers[0] == layers[1] and len(layers[0]) == len(FILES)
 
 

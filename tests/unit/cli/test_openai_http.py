@@ -64,7 +64,7 @@ async def server(service: ServiceWithoutStorage, tmp_path: Path, caplog: pytest.
     await runner.cleanup()
 
 
-async def send(server: tuple[str, int], method: str, path: str, headers: dict[str, str], body: bytes | None = None) -> tuple[int, Any]:
+async def send_request(server: tuple[str, int], method: str, path: str, headers: dict[str, str], body: bytes | None = None) -> tuple[int, Any]:
     """Send a request, and return the response's status code and its body, parsed as JSON."""
     async with aiohttp.ClientSession() as session, session.request(method, f"http://{server[0]}:{server[1]}{path}", headers=headers, data=body) as response:
         return response.status, await response.json()
@@ -85,7 +85,7 @@ async def wait_for_log(caplog: pytest.LogCaptureFixture, text: str) -> None:
             await asyncio.sleep(0)
 
 
-def error_messages(caplog: pytest.LogCaptureFixture) -> list[str]:
+def list_error_messages(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
 
 
@@ -93,7 +93,8 @@ UPLOAD_HEAD = "Content-Type: multipart/form-data; boundary=a\r\nContent-Length: 
 
 
 async def test_upload_is_passed_to_the_service(server: tuple[str, int]) -> None:
-    assert await send(server, "POST", "/v1/files", MULTIPART_HEADERS, PURPOSE_PART + FILE_PART + b"--a--\r\n") == (200, {"filename": "a.jsonl", "bytes": 2})
+    response = await send_request(server, "POST", "/v1/files", MULTIPART_HEADERS, PURPOSE_PART + FILE_PART + b"--a--\r\n")
+    assert response == (200, {"filename": "a.jsonl", "bytes": 2})
 
 
 @pytest.mark.parametrize(
@@ -108,14 +109,14 @@ async def test_upload_is_passed_to_the_service(server: tuple[str, int]) -> None:
 async def test_a_damaged_body_is_answered_as_a_mistake_of_the_client(
     server: tuple[str, int], caplog: pytest.LogCaptureFixture, path: str, headers: dict[str, str], body: bytes, code: str
 ) -> None:
-    status, answer = await send(server, "POST", path, {**HEADERS, **headers}, body)
-    assert (status, answer["error"]["type"], answer["error"]["code"], error_messages(caplog)) == (400, "invalid_request_error", code, [])
+    status, response_body = await send_request(server, "POST", path, {**HEADERS, **headers}, body)
+    assert (status, response_body["error"]["type"], response_body["error"]["code"], list_error_messages(caplog)) == (400, "invalid_request_error", code, [])
 
 
 async def test_a_request_without_a_key_is_refused_with_an_explanation(server: tuple[str, int]) -> None:
-    status, answer = await send(server, "GET", "/v1/files", {})
+    status, response_body = await send_request(server, "GET", "/v1/files", {})
     message = "the API key is missing or not valid: send a key of this server as bearer token in the header Authorization"
-    assert (status, answer["error"]["message"]) == (401, message)
+    assert (status, response_body["error"]["message"]) == (401, message)
 
 
 async def test_fifth_upload_at_the_same_time_is_refused(server: tuple[str, int], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,14 +132,14 @@ async def test_fifth_upload_at_the_same_time_is_refused(server: tuple[str, int],
     async with asyncio.timeout(30):
         while len(folders) < 4:  # noqa: ASYNC110 -- a list has no event
             await asyncio.sleep(0)
-    status, answer = await send(server, "POST", "/v1/files", MULTIPART_HEADERS, PURPOSE_PART + FILE_PART + b"--a--\r\n")
-    assert (status, len(folders), answer["error"]) == (429, 4, {
+    status, response_body = await send_request(server, "POST", "/v1/files", MULTIPART_HEADERS, PURPOSE_PART + FILE_PART + b"--a--\r\n")
+    assert (status, len(folders), response_body["error"]) == (429, 4, {
         "message": "this server already receives 4 files, and cannot receive more at the same time: send the file again later",
         "type": "invalid_request_error", "param": None, "code": "rate_limit_exceeded",
     })  # fmt: skip
     writers[0].transport.abort()
     await wait_for_log(caplog, "POST /v1/files 499")
-    assert (await send(server, "POST", "/v1/files", MULTIPART_HEADERS, PURPOSE_PART + FILE_PART + b"--a--\r\n"))[0] == 200
+    assert (await send_request(server, "POST", "/v1/files", MULTIPART_HEADERS, PURPOSE_PART + FILE_PART + b"--a--\r\n"))[0] == 200
     for writer in writers[1:]:
         writer.transport.abort()
 
@@ -154,7 +155,7 @@ async def test_a_client_that_disconnects_during_an_upload_causes_no_error_in_the
     _, writer = await start_request(server, "POST /v1/files HTTP/1.1", UPLOAD_HEAD.encode() + FILE_PART)
     writer.transport.abort()
     await wait_for_log(caplog, "team-a/alice POST /v1/files 499")
-    assert (error_messages(caplog), "the client disconnected before the end of POST /v1/files" in caplog.text) == ([], True)
+    assert (list_error_messages(caplog), "the client disconnected before the end of POST /v1/files" in caplog.text) == ([], True)
 
 
 async def test_a_client_that_disconnects_during_a_download_causes_no_error_in_the_log(
@@ -162,37 +163,37 @@ async def test_a_client_that_disconnects_during_a_download_causes_no_error_in_th
 ) -> None:
     has_disconnected = threading.Event()
 
-    def content() -> Iterator[bytes]:
+    def generate_content() -> Iterator[bytes]:
         yield b"first"
         assert has_disconnected.wait(30)
         while "disconnected" not in caplog.text:
             yield b"x" * (1 << 16)
 
-    service.chunks = content()
+    service.chunks = generate_content()
     reader, writer = await start_request(server, "GET /v1/files/file-1/content HTTP/1.1", b"\r\n")
     await reader.readuntil(b"first")
     writer.transport.abort()
     has_disconnected.set()
     await wait_for_log(caplog, "team-a/alice GET /v1/files/file-1/content")
-    assert (error_messages(caplog), "the client disconnected before the end of GET /v1/files/file-1/content" in caplog.text) == ([], True)
+    assert (list_error_messages(caplog), "the client disconnected before the end of GET /v1/files/file-1/content" in caplog.text) == ([], True)
 
 
 @pytest.mark.parametrize("error", [StorageError("s3://models/a: SlowDown"), RuntimeError("generator")])
 async def test_an_exception_after_the_status_is_sent_ends_the_connection(
     server: tuple[str, int], service: ServiceWithoutStorage, caplog: pytest.LogCaptureFixture, error: Exception
 ) -> None:
-    def content() -> Iterator[bytes]:
+    def generate_content() -> Iterator[bytes]:
         yield b"first"
         raise error
 
-    service.chunks = content()
+    service.chunks = generate_content()
     reader, writer = await start_request(server, "GET /v1/files/file-1/content HTTP/1.1", b"\r\n")
     received = b""
     try:
-        while part := await reader.read(1 << 16):
-            received += part
+        while chunk := await reader.read(1 << 16):
+            received += chunk
     except ConnectionResetError:
         pass
     writer.close()
     assert (received.count(b"HTTP/1.1"), received.endswith(b"0\r\n\r\n")) == (1, False)
-    assert "the content of a file could not be read to its end" in error_messages(caplog)[-1]
+    assert "the content of a file could not be read to its end" in list_error_messages(caplog)[-1]

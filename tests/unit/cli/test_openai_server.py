@@ -112,8 +112,8 @@ def test_a_request_and_an_imported_file_become_the_same_job(write_file: WriteFil
 def test_values_of_the_client_replace_those_of_the_server() -> None:
     training = {"epochs": 1, "learningRate": 1e-5}
     assert build_finetunejob({**REQUEST, "seed": 1}, training=training)["spec"]["training"] == {"epochs": 1, "learningRate": 1e-5, "seed": 1}
-    changed = build_finetunejob({**build_supervised_request(n_epochs=5, learning_rate_multiplier=3), "seed": 1}, training=training)["spec"]["training"]
-    assert changed == {"epochs": 5, "learningRate": 3e-5, "seed": 1}
+    merged_training = build_finetunejob({**build_supervised_request(n_epochs=5, learning_rate_multiplier=3), "seed": 1}, training=training)["spec"]["training"]
+    assert merged_training == {"epochs": 5, "learningRate": 3e-5, "seed": 1}
 
 
 def test_an_absent_seed_becomes_a_random_number(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,10 +139,11 @@ def test_a_tracker_needs_a_wandb_key_in_the_configuration() -> None:
     assert spec["tracking"] == {"reportTo": ["wandb"], "wandb": {**tracking["wandb"], "project": "p", "entity": "e"}}
     assert spec["output"]["runName"] == {"name": "run"}
     assert "tracking" not in build_finetunejob(REQUEST, tracking=tracking)["spec"]
-    named = {**REQUEST, "integrations": [{"type": "wandb", "wandb": {"project": "p", "name": SECRET}}]}
-    assert (find_refusal(named, tracking=tracking).param, SECRET in find_refusal(named, tracking=tracking).message) == ("integrations", False)
-    tagged = {**REQUEST, "integrations": [{"type": "wandb", "wandb": {"project": "p", "tags": ["a"]}}]}
-    refusal = find_refusal(tagged, tracking=tracking)
+    request_with_name = {**REQUEST, "integrations": [{"type": "wandb", "wandb": {"project": "p", "name": SECRET}}]}
+    refusal = find_refusal(request_with_name, tracking=tracking)
+    assert (refusal.param, SECRET in refusal.message) == ("integrations", False)
+    request_with_tags = {**REQUEST, "integrations": [{"type": "wandb", "wandb": {"project": "p", "tags": ["a"]}}]}
+    refusal = find_refusal(request_with_tags, tracking=tracking)
     assert (refusal.param, refusal.message) == (
         "integrations", "integrations: tags of wandb has no effect: a FineTuneJob has no such field: remove it",
     )  # fmt: skip
@@ -277,12 +278,12 @@ def test_every_phase_has_a_status_of_the_api() -> None:
     assert {*STATUS_BY_PHASE} == {None, *(str(phase) for phase in Phase if phase is not Phase.CANCELLING)}
     assert {phase: job_objects.build_api_job(build_cluster_job(phase), [])["status"] for phase in STATUS_BY_PHASE} == STATUS_BY_PHASE
     phases = ("Running", "Cancelling", "Succeeded", "Failed")
-    cancelling = {phase: job_objects.build_api_job(build_cluster_job(phase, {"cancel": True}), [])["status"] for phase in phases}
-    assert cancelling == {"Running": "cancelled", "Cancelling": "cancelled", "Succeeded": "succeeded", "Failed": "failed"}
+    statuses_after_cancel = {phase: job_objects.build_api_job(build_cluster_job(phase, {"cancel": True}), [])["status"] for phase in phases}
+    assert statuses_after_cancel == {"Running": "cancelled", "Cancelling": "cancelled", "Succeeded": "succeeded", "Failed": "failed"}
 
 
 def test_results_appear_only_after_the_end_of_the_job() -> None:
-    values = {"output": {"uri": "s3://m"}, "progress": {"tokensSeen": 5, "secondsRemaining": 10, "updateTime": "2026-01-01T00:00:00Z"},
+    status_fields = {"output": {"uri": "s3://m"}, "progress": {"tokensSeen": 5, "secondsRemaining": 10, "updateTime": "2026-01-01T00:00:00Z"},
               "completionTime": "2026-01-01T00:01:00Z"}  # fmt: skip
     fields = ("fine_tuned_model", "trained_tokens", "finished_at", "result_files", "estimated_finish", "error")
     expected = {
@@ -291,8 +292,8 @@ def test_results_appear_only_after_the_end_of_the_job() -> None:
         "Cancelled": (None, 5, 1767225660, [], None, None),
         "Failed": (None, 5, 1767225660, [], None, {"code": "failed", "message": "the job ended without success", "param": None}),
     }
-    found = {phase: job_objects.build_api_job(build_cluster_job(phase, **values), ["file-r"]) for phase in expected}
-    assert {phase: tuple(body[field] for field in fields) for phase, body in found.items()} == expected
+    bodies_by_phase = {phase: job_objects.build_api_job(build_cluster_job(phase, **status_fields), ["file-r"]) for phase in expected}
+    assert {phase: tuple(body[field] for field in fields) for phase, body in bodies_by_phase.items()} == expected
 
 
 def test_the_hyperparameters_are_those_that_the_job_uses() -> None:
@@ -306,9 +307,9 @@ def test_the_hyperparameters_are_those_that_the_job_uses() -> None:
     ["{", "[]", '{"metadata": [1], "hyperparameters": 3, "method": 4}', '{"method": {"supervised": {"hyperparameters": []}}}', '{"method": {"type": {}}}'],
 )
 def test_changed_annotation_does_not_hide_the_job(text: str) -> None:
-    changed = build_cluster_job("Running")
-    changed["metadata"]["annotations"] = {"finetune-operator.io/openai-request": text}
-    body = job_objects.build_api_job(changed, [])
+    changed_job = build_cluster_job("Running")
+    changed_job["metadata"]["annotations"] = {"finetune-operator.io/openai-request": text}
+    body = job_objects.build_api_job(changed_job, [])
     assert (body["status"], body["model"], body["metadata"], body["hyperparameters"]["n_epochs"]) == ("running", "", {}, "auto")
 
 
@@ -333,9 +334,9 @@ class ClusterWithOneJob(Cluster):
     ],
 )
 def test_metrics_are_read_only_from_the_storage_of_the_server(storage: dict[str, str], namespace: str, is_readable: bool) -> None:
-    succeeded = build_cluster_job("Succeeded", {"storage": storage})
-    succeeded["metadata"]["labels"] = {"finetune-operator.io/created-by": "openai-server"}
-    service = FineTuningService(build_config(), ClusterWithOneJob(None, "default", job=succeeded))
+    succeeded_job = build_cluster_job("Succeeded", {"storage": storage})
+    succeeded_job["metadata"]["labels"] = {"finetune-operator.io/created-by": "openai-server"}
+    service = FineTuningService(build_config(), ClusterWithOneJob(None, "default", job=succeeded_job))
     expected = [ids.to_result_file_id(JOB_ID)] if is_readable else []
     assert service.get_job(Account(namespace, "alice"), JOB_ID)["result_files"] == expected
     if not is_readable:
@@ -352,8 +353,8 @@ def write_metrics(folder: Path, name: str, content: bytes) -> JobStorage:
 
 
 def test_damaged_lines_of_metrics_are_skipped(tmp_path: Path) -> None:
-    damaged = b'{"train_runtime": 3}\n[1]\n\n\xff\n{"step": "2"}\n{"step": null}\n{"step": true}\n{"step": NaN}\n' + b"[" * 100_000 + b'\n{"step": 2, "lo'
-    write_metrics(tmp_path, "a1-1.jsonl", b'{"step": 1, "loss": 3.0}\n' + damaged)
+    damaged_lines = b'{"train_runtime": 3}\n[1]\n\n\xff\n{"step": "2"}\n{"step": null}\n{"step": true}\n{"step": NaN}\n' + b"[" * 100_000 + b'\n{"step": 2, "lo'
+    write_metrics(tmp_path, "a1-1.jsonl", b'{"step": 1, "loss": 3.0}\n' + damaged_lines)
     storage = write_metrics(tmp_path, "a2-1.jsonl", b'{"step": 2, "note": "a\xe2\x80\xa8b"}\n')
     assert build_metrics_csv(storage, "team-a/run").decode() == "step,train_loss,valid_loss,note\n1,3.0,,\n2,,,a\u2028b\n"
 
@@ -384,8 +385,8 @@ def test_a_page_begins_after_an_id_and_has_at_most_limit_objects() -> None:
     items = [{"id": str(number)} for number in range(5)]
     page = build_page(items, read_page_request({"limit": "2", "after": "1"}, 20))
     assert ([item["id"] for item in page["data"]], page["has_more"], page["first_id"], page["last_id"]) == (["2", "3"], True, "2", "3")
-    last = build_page(items, read_page_request({"after": "3"}, 20))
-    assert ([item["id"] for item in last["data"]], last["has_more"]) == (["4"], False)
+    last_page = build_page(items, read_page_request({"after": "3"}, 20))
+    assert ([item["id"] for item in last_page["data"]], last_page["has_more"]) == (["4"], False)
     assert build_page([], read_page_request({}, 20)) == {"object": "list", "data": [], "has_more": False, "first_id": None, "last_id": None}
     for limit in ("0", "-1", "x", "10001", "²"):
         with pytest.raises(RequestFailure) as refused:
@@ -403,21 +404,21 @@ def test_ids_contain_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_first_rows_end_only_at_newlines(tmp_path: Path) -> None:
     row = json.dumps({"messages": [{"role": "user", "content": "one\u2028two\x85three"}]}, ensure_ascii=False)
-    rows = tmp_path / "rows"
-    rows.write_text(f"{row}\n{row}", encoding="utf-8")
+    rows_path = tmp_path / "rows"
+    rows_path.write_text(f"{row}\n{row}", encoding="utf-8")
     store = FileStore(JobStorage(f"file://{tmp_path}/store", StorageRoot()))
-    assert store.read_first_lines(store.add("team-a", "a", rows)) == [row, row]
+    assert store.read_first_lines(store.add("team-a", "a", rows_path)) == [row, row]
 
 
 def test_a_row_with_more_than_two_mebibytes_is_refused(tmp_path: Path) -> None:
-    rows = tmp_path / "rows"
+    rows_path = tmp_path / "rows"
     row = json.dumps({"a": "x" * ((2 << 20) - 10)}).encode() + b"\n"
-    rows.write_bytes(b"{}\n" + row)
+    rows_path.write_bytes(b"{}\n" + row)
     assert len(row) == 2 << 20
-    check_jsonl(rows)
-    rows.write_bytes(b"{}\n" + row[:-1] + b" \n")
+    check_jsonl(rows_path)
+    rows_path.write_bytes(b"{}\n" + row[:-1] + b" \n")
     with pytest.raises(RequestFailure) as refused:
-        check_jsonl(rows)
+        check_jsonl(rows_path)
     assert (refused.value.status, refused.value.param, refused.value.code, refused.value.message) == (
         HTTPStatus.BAD_REQUEST, "file", "invalid_file", "line 2 is longer than 2 MiB: write one JSON object in each line",
     )  # fmt: skip
@@ -426,21 +427,21 @@ def test_a_row_with_more_than_two_mebibytes_is_refused(tmp_path: Path) -> None:
 def test_only_one_file_is_checked_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[str] = []
 
-    class Lock:
+    class RecordingLock:
         def __enter__(self) -> None:
             steps.append("lock")
 
         def __exit__(self, *error: object) -> None:
             steps.append("unlock")
 
-    def check(path: Path) -> None:
+    def refuse_rows(path: Path) -> None:
         steps.append(path.name)
         raise RequestFailure(HTTPStatus.BAD_REQUEST, "wrong row", code="invalid_file")
 
     service = FineTuningService(build_config(), Cluster(None, "default"))
     assert isinstance(getattr(service, "_row_check_lock", None), type(threading.Lock()))
-    monkeypatch.setattr(service, "_row_check_lock", Lock())
-    monkeypatch.setattr("finetune_cli.openai_server.service.check_jsonl", check)
+    monkeypatch.setattr(service, "_row_check_lock", RecordingLock())
+    monkeypatch.setattr("finetune_cli.openai_server.service.check_jsonl", refuse_rows)
     with pytest.raises(RequestFailure):
         service.add_file(Account("team-a", "alice"), "a", tmp_path / "rows")
     assert steps == ["lock", "rows", "unlock"]
@@ -448,10 +449,10 @@ def test_only_one_file_is_checked_at_a_time(tmp_path: Path, monkeypatch: pytest.
 
 @pytest.mark.parametrize("name", ["train.jsonl", "a b/ü=%2F.jsonl", "..", "~x", "upload"])
 def test_a_stored_file_keeps_its_name(tmp_path: Path, name: str) -> None:
-    rows = tmp_path / "rows"
-    rows.write_text(MESSAGES_ROW)
+    rows_path = tmp_path / "rows"
+    rows_path.write_text(MESSAGES_ROW)
     store = FileStore(JobStorage(f"file://{tmp_path}/store", StorageRoot()))
-    file = store.add("team-a", name, rows)
+    file = store.add("team-a", name, rows_path)
     assert store.list_files("team-a") == [file]
     assert (file.name, file.size, file.key.count("/"), file.key.split("/")[:2]) == (name, len(MESSAGES_ROW), 4, ["team-a", "_files"])
     assert abs(file.created_at - datetime.now(UTC).timestamp()) < 60

@@ -11,7 +11,7 @@ from tests.unit.cli.conftest import RunCommand, WriteFile
 ENV_CONFIG = "MODEL_NAME=gpt2\nTRAIN_DATA_PATH=s3://data/t.jsonl\nDATASET_TYPE=mcq_jsonl\n"
 
 
-def error_lines(stderr: str, folder: Path) -> list[str]:
+def list_error_lines(stderr: str, folder: Path) -> list[str]:
     """Return the error lines of a command, without the path of the test's folder."""
     return [
         line.removeprefix("error: ").replace(f"{folder}/", "")
@@ -58,7 +58,7 @@ def error_lines(stderr: str, folder: Path) -> list[str]:
 def test_invalid_option_is_refused(run_command: RunCommand, write_file: WriteFile, option: list[str], expected: str) -> None:
     path = write_file("a.env", ENV_CONFIG)
     code, out, stderr = run_command("import", path, *option)
-    assert (code, out, error_lines(stderr, path.parent)) == (1, "", [expected])
+    assert (code, out, list_error_lines(stderr, path.parent)) == (1, "", [expected])
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_local_run_names_the_option_with_the_invalid_value(
 ) -> None:
     manifest = write_file("job.yaml", run_command("init", "bot", "--model", "org/m", "--data", "s3://data/t.jsonl")[1])
     code, out, stderr = run_command("run", manifest, "--local", "-o", tmp_path / "out", "--set", value)
-    assert (code, out, error_lines(stderr, tmp_path)) == (1, "", [expected])
+    assert (code, out, list_error_lines(stderr, tmp_path)) == (1, "", [expected])
 
 
 def test_set_reads_lists_maps_and_words(run_command: RunCommand, write_file: WriteFile) -> None:

@@ -10,7 +10,7 @@ from finetune_api.status import TimePlan
 
 from tests.unit.cli.conftest import JOB, RunCommand, WriteFile
 
-CONFIG = {
+MODEL_CONFIG = {
     "model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,
     "vocab_size": 128256, "tie_word_embeddings": True, "dtype": "bfloat16",
 }  # fmt: skip
@@ -24,7 +24,7 @@ def job(write_file: WriteFile) -> Path:
 
 @pytest.fixture
 def model(write_file: WriteFile) -> Path:
-    return write_file("model/config.json", json.dumps(CONFIG)).parent
+    return write_file("model/config.json", json.dumps(MODEL_CONFIG)).parent
 
 
 def test_the_table_shows_parts_and_bounds(run_command: RunCommand, job: Path, model: Path) -> None:
@@ -36,20 +36,20 @@ def test_the_table_shows_parts_and_bounds(run_command: RunCommand, job: Path, mo
         "weights", "gradients", "optimizer", "activations", "logits", "buffers", "context", "fragmentation", "expected peak", "upper bound",
         "memory of l4-24gb", "fits", "recomputed layers",
     ]  # fmt: skip
-    cells = {line[: line.index("  ")]: line.split("  ")[-1].strip() for line in lines[3:-4]}
-    assert cells["weights"] == "2.52 GB"
-    assert (cells["expected peak"], cells["fits"], cells["recomputed layers"]) == ("14.1 GB", "yes", "0 of 16")
+    last_cells = {line[: line.index("  ")]: line.split("  ")[-1].strip() for line in lines[3:-4]}
+    assert last_cells["weights"] == "2.52 GB"
+    assert (last_cells["expected peak"], last_cells["fits"], last_cells["recomputed layers"]) == ("14.1 GB", "yes", "0 of 16")
     assert stderr == "note: each row of the largest micro-batch has 2048 tokens (dataset.maxSequenceLength); shorter rows need less\n"
 
 
 def test_methods_are_compared(run_command: RunCommand, job: Path, model: Path) -> None:
     code, stdout, _ = run_command("plan", "-f", job, "--model-config", model, "--compare", "lora,qlora,full", "-o", "json", "--longest-row", 512)
     plans = json.loads(stdout)["plans"]
-    assert (code, [one["method"] for one in plans]) == (0, ["lora", "qlora", "full"])
-    expected = [one["memory"]["expectedBytes"] for one in plans]
-    assert expected[1] < expected[0] < expected[2]
-    assert all(one["assumptions"] == [] for one in plans)
-    assert all(sum(one["memory"]["parts"].values()) == one["memory"]["expectedBytes"] for one in plans)
+    assert (code, [plan["method"] for plan in plans]) == (0, ["lora", "qlora", "full"])
+    expected_bytes = [plan["memory"]["expectedBytes"] for plan in plans]
+    assert expected_bytes[1] < expected_bytes[0] < expected_bytes[2]
+    assert all(plan["assumptions"] == [] for plan in plans)
+    assert all(sum(plan["memory"]["parts"].values()) == plan["memory"]["expectedBytes"] for plan in plans)
 
 
 def test_a_job_that_does_not_fit_gets_proposals(run_command: RunCommand, write_file: WriteFile, model: Path) -> None:
@@ -104,16 +104,16 @@ def test_a_manifest_with_errors_is_refused(run_command: RunCommand, write_file: 
 def test_time_and_cost_are_planned(run_command: RunCommand, job: Path, model: Path) -> None:
     options = ("--gpu", "h100-80gb", "--rows", 50_000, "--mean-row", 300, "--price", 2.5)
     code, stdout, stderr = run_command("plan", "-f", job, "--model-config", model, *options)
-    cells = {line[: line.index("  ")]: line.split("   ")[-1].strip() for line in stdout.split("\n\n")[1].splitlines()[1:]}
+    last_cells = {line[: line.index("  ")]: line.split("   ")[-1].strip() for line in stdout.split("\n\n")[1].splitlines()[1:]}
     assert code == 0
-    assert (cells["expected time"], cells["time, bounds"]) == ("0h13m", "0h08m - 0h36m")
-    assert (cells["expected cost"], cells["cost, bounds"]) == ("0.52", "0.32 - 1.48")
+    assert (last_cells["expected time"], last_cells["time, bounds"]) == ("0h13m", "0h08m - 0h36m")
+    assert (last_cells["expected cost"], last_cells["cost, bounds"]) == ("0.52", "0.32 - 1.48")
     assert "its bounds are not calibrated for this GPU" in stderr
 
     code, stdout, _ = run_command("plan", "-f", job, "--model-config", model, *options, "--compare", "lora,full", "-o", "json")
-    lora, full = json.loads(stdout)["plans"]
-    assert (code, lora["time"]["calibrated"], lora["cost"]["expected"]) == (0, False, 0.52)
-    assert lora["time"]["expectedSeconds"] < full["time"]["expectedSeconds"]
+    lora_plan, full_plan = json.loads(stdout)["plans"]
+    assert (code, lora_plan["time"]["calibrated"], lora_plan["cost"]["expected"]) == (0, False, 0.52)
+    assert lora_plan["time"]["expectedSeconds"] < full_plan["time"]["expectedSeconds"]
 
 
 def test_calibrated_bounds_are_not_called_uncalibrated(run_command: RunCommand, job: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,11 +146,11 @@ def test_a_job_with_an_objective_without_a_plan_is_refused(run_command: RunComma
 
 def test_a_pair_has_the_memory_and_time_of_two_sequences(run_command: RunCommand, write_file: WriteFile, model: Path) -> None:
     options = ("--model-config", model, "--gpu", "h100-80gb", "--rows", 50_000, "--mean-row", 300)
-    sft, orpo = (write_file(f"{name}.yaml", GPU_JOB + f"  trainer: {{type: {name}}}\n") for name in ("sft", "orpo"))
-    code, stdout, stderr = run_command("plan", "-f", orpo, *options)
+    sft_job, orpo_job = (write_file(f"{name}.yaml", GPU_JOB + f"  trainer: {{type: {name}}}\n") for name in ("sft", "orpo"))
+    code, stdout, stderr = run_command("plan", "-f", orpo_job, *options)
     assert (code, stdout.splitlines()[0].split(", ")[-1]) == (0, "micro-batches of 4 pairs (8 sequences) x 2048 tokens"), stderr
     assert "in the largest micro-batch, a prompt and one of its answers together have 2048 tokens" in stderr
-    seconds = [json.loads(run_command("plan", "-f", job, *options, "-o", "json")[1])["plans"][0]["time"]["expectedSeconds"] for job in (sft, orpo)]
+    seconds = [json.loads(run_command("plan", "-f", job, *options, "-o", "json")[1])["plans"][0]["time"]["expectedSeconds"] for job in (sft_job, orpo_job)]
     assert 1.8 < seconds[1] / seconds[0] < 2
 
 
@@ -160,15 +160,15 @@ OPEN_JOB = JOB + "  resources: {gpusPerNode: 1}\n  training: {effectiveBatchSize
 def test_the_choices_of_the_plan_are_shown_with_their_reasons(run_command: RunCommand, write_file: WriteFile, model: Path) -> None:
     job = write_file("open.yaml", OPEN_JOB)
     code, stdout, _ = run_command("plan", "-f", job, "--model-config", model, "--gpu", "l4-24gb")
-    need = "at most 20.6 GB of 24.2 GB on each GPU"
+    needed_memory = "at most 20.6 GB of 24.2 GB on each GPU"
     assert (code, stdout.splitlines()[0].split(", ")[-1]) == (0, "micro-batches of 6 x 2048 tokens")
     assert stdout.split("values that the plan chooses:\n")[1].splitlines() == [
-        f"  training.batchSizePerDevice: 6  # the micro-batch that fits with the least expected time: {need}",
+        f"  training.batchSizePerDevice: 6  # the micro-batch that fits with the least expected time: {needed_memory}",
         "  training.gradientAccumulationSteps: 4  # keeps the effective batch of 24 rows",
-        f"  training.gradientCheckpointing: disabled  # the activations fit: {need}",
+        f"  training.gradientCheckpointing: disabled  # the activations fit: {needed_memory}",
     ]
-    entry = json.loads(run_command("plan", "-f", job, "--model-config", model, "--gpu", "l4-24gb", "-o", "json")[1])["plans"][0]
-    assert [choice["value"] for choice in entry["choices"]] == [6, 4, "disabled"]
+    plan = json.loads(run_command("plan", "-f", job, "--model-config", model, "--gpu", "l4-24gb", "-o", "json")[1])["plans"][0]
+    assert [choice["value"] for choice in plan["choices"]] == [6, 4, "disabled"]
 
 
 def test_the_number_of_gpus_is_chosen_if_the_node_has_several(run_command: RunCommand, write_file: WriteFile, model: Path) -> None:
@@ -191,6 +191,6 @@ def test_the_number_of_gpus_is_chosen_if_the_node_has_several(run_command: RunCo
         (("--gpus-per-node", 0), "--gpus-per-node 0: write a number of at least 1"),
     ],
 )
-def test_numbers_out_of_range(run_command: RunCommand, job: Path, model: Path, words: tuple[object, ...], message: str) -> None:
+def test_numbers_out_of_range_are_refused(run_command: RunCommand, job: Path, model: Path, words: tuple[object, ...], message: str) -> None:
     code, stdout, stderr = run_command("plan", "-f", job, "--model-config", model, "--gpu", "l4-24gb", *words)
     assert (code, stdout, stderr) == (1, "", f"error: {message}\n"), stderr

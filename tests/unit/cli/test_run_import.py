@@ -23,7 +23,7 @@ ALIAS_BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
 )
 
 
-def error_lines(stderr: str, folder: Path) -> list[str]:
+def list_error_lines(stderr: str, folder: Path) -> list[str]:
     """Return the error lines of a command, without the path of the test's folder."""
     return [
         line.removeprefix("error: ").replace(f"{folder}/", "")
@@ -96,7 +96,7 @@ def test_invalid_input_is_refused_with_its_location(
     path = write_file(name, text)
     code, out, stderr = run_command("import", path)
     assert (code, out) == (1, "")
-    assert error_lines(stderr, path.parent) == expected
+    assert list_error_lines(stderr, path.parent) == expected
 
 
 @pytest.mark.parametrize(

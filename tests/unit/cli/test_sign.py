@@ -31,12 +31,12 @@ def key(tmp_path: Path, run_command: RunCommand) -> Path:
     return path
 
 
-def envelope_of(root: Path) -> dict[str, Any]:
-    value: dict[str, Any] = json.loads((root / "lineage/statement.dsse.json").read_text())
-    return value
+def read_envelope(root: Path) -> dict[str, Any]:
+    envelope: dict[str, Any] = json.loads((root / "lineage/statement.dsse.json").read_text())
+    return envelope
 
 
-def other_key(path: Path) -> SSlibKey:
+def load_key_of_other_library(path: Path) -> SSlibKey:
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
     return SSlibKey.from_crypto(load_pem_public_key(Path(f"{path}.pub").read_bytes()))
@@ -45,12 +45,12 @@ def other_key(path: Path) -> SSlibKey:
 def test_another_implementation_accepts_the_signature(root: Path, key: Path, run_command: RunCommand) -> None:
     code, out, _ = run_command("sign", f"file://{root}", "--key", key)
     assert (code, out.startswith(f"file://{root}: signed by the key ")) == (0, True)
-    envelope = envelope_of(root)
-    signer = other_key(key)
-    signer.keyid = envelope["signatures"][0]["keyid"]
-    parsed = OtherEnvelope.from_dict(envelope)
-    assert list(parsed.verify([signer], 1)) == [signer.keyid]
-    assert parsed.payload == (root / "lineage/statement.json").read_bytes()
+    envelope = read_envelope(root)
+    other_library_key = load_key_of_other_library(key)
+    other_library_key.keyid = envelope["signatures"][0]["keyid"]
+    parsed_envelope = OtherEnvelope.from_dict(envelope)
+    assert list(parsed_envelope.verify([other_library_key], 1)) == [other_library_key.keyid]
+    assert parsed_envelope.payload == (root / "lineage/statement.json").read_bytes()
 
 
 def test_statement_that_does_not_match_the_files_is_not_signed(root: Path, key: Path, run_command: RunCommand) -> None:
@@ -61,20 +61,20 @@ def test_statement_that_does_not_match_the_files_is_not_signed(root: Path, key: 
 
 
 def test_signatures_of_two_people_are_kept(root: Path, key: Path, tmp_path: Path, run_command: RunCommand) -> None:
-    second = tmp_path / "second.pem"
-    run_command("sign", "--new-key", second)
-    for signer in (key, second, key):
-        assert run_command("sign", f"file://{root}", "--key", signer)[0] == 0
-    assert len(envelope_of(root)["signatures"]) == 2
-    for signer in (key, second):
-        assert run_command("verify", f"file://{root}", "--key", f"{signer}.pub")[0] == 0
+    second_key = tmp_path / "second.pem"
+    run_command("sign", "--new-key", second_key)
+    for signing_key in (key, second_key, key):
+        assert run_command("sign", f"file://{root}", "--key", signing_key)[0] == 0
+    assert len(read_envelope(root)["signatures"]) == 2
+    for signing_key in (key, second_key):
+        assert run_command("verify", f"file://{root}", "--key", f"{signing_key}.pub")[0] == 0
 
 
 def test_new_key_is_readable_only_by_its_user_and_replaces_nothing(key: Path, run_command: RunCommand) -> None:
     assert (key.stat().st_mode & 0o777, Path(f"{key}.pub").stat().st_mode & 0o077) == (0o600, 0o044)
-    before = key.read_bytes()
+    data_before = key.read_bytes()
     code, _, stderr = run_command("sign", "--new-key", key)
-    assert (code, "exists already" in stderr, key.read_bytes()) == (1, True, before)
+    assert (code, "exists already" in stderr, key.read_bytes()) == (1, True, data_before)
 
 
 def test_encrypted_key_needs_its_password(root: Path, tmp_path: Path, run_command: RunCommand, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,18 +100,18 @@ def test_key_of_openssl_works(root: Path, tmp_path: Path, run_command: RunComman
 
 
 def test_unusable_keys_are_refused(root: Path, key: Path, tmp_path: Path, run_command: RunCommand) -> None:
-    rsa = tmp_path / "rsa.pem"
-    subprocess.run(["openssl", "genpkey", "-algorithm", "RSA", "-out", rsa], check=True, capture_output=True)
-    rsa.chmod(0o600)
-    text = tmp_path / "text.pem"
-    text.write_text("no key")
-    text.chmod(0o600)
+    rsa_key = tmp_path / "rsa.pem"
+    subprocess.run(["openssl", "genpkey", "-algorithm", "RSA", "-out", rsa_key], check=True, capture_output=True)
+    rsa_key.chmod(0o600)
+    text_file = tmp_path / "text.pem"
+    text_file.write_text("no key")
+    text_file.chmod(0o600)
     key.chmod(0o644)
-    problems = {key: "run `chmod 600", rsa: "not an ed25519 key", text: "not a private key", tmp_path / "absent": "No such file"}
+    problems = {key: "run `chmod 600", rsa_key: "not an ed25519 key", text_file: "not a private key", tmp_path / "absent": "No such file"}
     for path, problem in problems.items():
         code, out, stderr = run_command("sign", f"file://{root}", "--key", path)
         assert (code, problem in stderr, stderr.count("\n"), out) == (1, True, 1, "")
-    for path, problem in {key: "this is a private key", text: "not a public key"}.items():
+    for path, problem in {key: "this is a private key", text_file: "not a public key"}.items():
         code, _, stderr = run_command("verify", f"file://{root}", "--key", path)
         assert (code, problem in stderr) == (1, True)
 
@@ -139,7 +139,7 @@ def test_job_by_name_adds_the_image_digest_that_the_operator_saw(
     statement = Statement.model_validate_json((root / "lineage/statement.json").read_bytes())
     image = statement.dependency("trainer image")
     assert image is not None and (image.uri, image.digest, image.annotations) == ("registry/trainer", {"sha256": "b" * 64}, {"observedBy": "operator"})
-    assert len([one for one in statement.predicate.build_definition.resolved_dependencies if one.name == "trainer image"]) == 1
+    assert len([dependency for dependency in statement.predicate.build_definition.resolved_dependencies if dependency.name == "trainer image"]) == 1
     assert run_command("verify", f"file://{root}", "--key", f"{key}.pub")[0] == 0
 
 

@@ -76,14 +76,14 @@ def test_bars_sparklines_stages_sizes_and_ages_are_formatted() -> None:
 )
 def test_status_shows_reason_checkpoint_step_and_model_name(status: dict[str, Any], lines: list[str]) -> None:
     job = {"metadata": {"name": "bot", "namespace": "team"}, "spec": {"model": {"source": "s3://models/tiny"}}}
-    text = describe_job({**job, "status": status}).splitlines()
-    assert [line for line in lines if line not in text] == []
+    output_lines = describe_job({**job, "status": status}).splitlines()
+    assert [line for line in lines if line not in output_lines] == []
 
 
 def test_adaptations_are_shown_with_their_explanation() -> None:
-    halved = {"time": "2026-03-01T12:00:00Z", "reason": "OutOfMemory", "change": "batchSizePerDevice 4 -> 2"}
-    advised = halved | {"change": "batchSizePerDevice 2 -> 1", "explanation": "the attempt needed 3 GB"}
-    lines = describe_job({"metadata": {"name": "bot"}, "status": {"adaptations": [halved, advised]}}).splitlines()
+    first_adaptation = {"time": "2026-03-01T12:00:00Z", "reason": "OutOfMemory", "change": "batchSizePerDevice 4 -> 2"}
+    second_adaptation = first_adaptation | {"change": "batchSizePerDevice 2 -> 1", "explanation": "the attempt needed 3 GB"}
+    lines = describe_job({"metadata": {"name": "bot"}, "status": {"adaptations": [first_adaptation, second_adaptation]}}).splitlines()
     assert [line for line in lines if "batchSize" in line or "needed" in line] == [
         "adapted   batchSizePerDevice 4 -> 2 (OutOfMemory)", "adapted   batchSizePerDevice 2 -> 1 (OutOfMemory)", "          the attempt needed 3 GB",
     ]  # fmt: skip
@@ -92,6 +92,6 @@ def test_adaptations_are_shown_with_their_explanation() -> None:
 def test_cost_and_largest_parts_of_the_time_are_shown() -> None:
     goodput = {"wallSeconds": 1000, "parts": {"steps": 800, "loading": 150, "podStart": 45, "other": 5}}
     cost = {"gpuHours": 2.5, "amount": 7.5, "display": "7.50 EUR"}
-    text = describe_job({"metadata": {"name": "bot"}, "status": {"goodput": goodput, "cost": cost}}).splitlines()
-    assert "time      1,000 s: steps 80%, loading 15%, podStart 4%" in text
-    assert "cost      7.50 EUR for 2.5 GPU-hours" in text
+    output_lines = describe_job({"metadata": {"name": "bot"}, "status": {"goodput": goodput, "cost": cost}}).splitlines()
+    assert "time      1,000 s: steps 80%, loading 15%, podStart 4%" in output_lines
+    assert "cost      7.50 EUR for 2.5 GPU-hours" in output_lines

@@ -10,7 +10,7 @@ from finetune_cli.suggestions import find_closest_name, suggest_field
 
 
 @pytest.mark.parametrize(
-    ("word", "known", "closest"),
+    ("word", "known_names", "closest"),
     [
         ("LEARN_RATE", ["LEARNING_RATE", "LORA_R"], "LEARNING_RATE"),
         ("mcq", ["plain_text", "mcq_jsonl"], "mcq_jsonl"),
@@ -20,8 +20,8 @@ from finetune_cli.suggestions import find_closest_name, suggest_field
         ("zebra", ["apple", "pear"], ""),
     ],
 )
-def test_closest_name_is_found(word: str, known: list[str], closest: str) -> None:
-    assert find_closest_name(word, known) == closest
+def test_closest_name_is_found(word: str, known_names: list[str], closest: str) -> None:
+    assert find_closest_name(word, known_names) == closest
 
 
 def test_aliases_name_existing_fields_and_optimizers() -> None:
@@ -31,12 +31,12 @@ def test_aliases_name_existing_fields_and_optimizers() -> None:
 
 
 def test_aliases_of_values_are_normalised_and_name_allowed_values() -> None:
-    words = {path: field.enum_values for path, field in fields_by_path().items() if path.startswith("spec.")}
+    values_by_path = {path: field.enum_values for path, field in fields_by_path().items() if path.startswith("spec.")}
     for path, aliases in VALUE_ALIASES.items():
-        fields_with_path = [path_of_field for path_of_field in words if path_of_field.endswith(f".{path}")]
+        fields_with_path = [path_of_field for path_of_field in values_by_path if path_of_field.endswith(f".{path}")]
         assert fields_with_path, path
         for path_of_field in fields_with_path:
-            assert set(aliases.values()) <= set(words[path_of_field]), path_of_field
+            assert set(aliases.values()) <= set(values_by_path[path_of_field]), path_of_field
         assert [alias for alias in aliases if alias != normalise(alias)] == []
 
 

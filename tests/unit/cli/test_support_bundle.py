@@ -9,7 +9,7 @@ from finetune_cli.commands.support_bundle import redact_for_others, redact_value
 
 
 @pytest.mark.parametrize(
-    ("value", "redacted"),
+    ("value", "redacted_value"),
     [
         ({"name": "HF_TOKEN", "value": "abc"}, {"name": "HF_TOKEN", "value": "REDACTED"}),
         ({"name": "X", "value": "abc"}, {"name": "X", "value": "abc"}),
@@ -24,13 +24,13 @@ from finetune_cli.commands.support_bundle import redact_for_others, redact_value
         ({"a": "{not json hf_abcdefgh"}, {"a": "{not json REDACTED"}),
     ],
 )
-def test_values_named_like_secrets_are_redacted(value: Any, redacted: Any) -> None:
-    assert redact_value(value) == redacted
+def test_values_named_like_secrets_are_redacted(value: Any, redacted_value: Any) -> None:
+    assert redact_value(value) == redacted_value
 
 
 @pytest.mark.parametrize(
     "secret", ["ghp_" + "a1" * 12, "glpat-" + "b2" * 10, "https://onlytoken@git.example", "https://x/y?token=abc123"]
 )
 def test_every_secret_that_messages_redact_is_redacted(secret: str) -> None:
-    hidden = redact_for_others(f"cloning {secret} now")
-    assert (secret in hidden, hidden.startswith("cloning ")) == (False, True)
+    redacted_text = redact_for_others(f"cloning {secret} now")
+    assert (secret in redacted_text, redacted_text.startswith("cloning ")) == (False, True)

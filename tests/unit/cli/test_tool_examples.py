@@ -15,12 +15,12 @@ def test_every_text_example_is_valid_or_is_refused_by_a_missing_feature(tool: st
     if not examples:
         pytest.skip("the examples are not next to the checkout")
     outcomes = [import_example(example, tmp_path) for example in examples]
-    unexplained = {
+    unexplained_problems = {
         outcome.example: [*outcome.problems, *map(str, outcome.mistakes)]
         for outcome in outcomes
         if not outcome.is_valid and not outcome.features
     }
-    assert unexplained == {}
+    assert unexplained_problems == {}
     assert {outcome.example: outcome.unmentioned_keys for outcome in outcomes if outcome.unmentioned_keys} == {}
     assert sum(outcome.is_valid for outcome in outcomes) >= len(outcomes) / 2
 

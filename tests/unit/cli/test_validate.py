@@ -45,8 +45,8 @@ def test_one_problem_is_reported_with_its_line(
 
 
 def test_all_problems_of_several_documents_are_reported(run_command: RunCommand, write_file: WriteFile) -> None:
-    two = JOB.replace("org/m", "./m") + "---\n" + JOB.replace("name: bot", "name: other").replace("train:", "trian:")
-    code, out, stderr = run_command("validate", write_file("jobs.yaml", two))
+    two_manifests = JOB.replace("org/m", "./m") + "---\n" + JOB.replace("name: bot", "name: other").replace("train:", "trian:")
+    code, out, stderr = run_command("validate", write_file("jobs.yaml", two_manifests))
     assert (code, out) == (1, "")
     assert "jobs.yaml:5: spec.model.source:" in stderr
     assert "jobs.yaml:13: spec.dataset.trian: unknown field; did you mean spec.dataset.train?" in stderr
@@ -86,7 +86,7 @@ def test_strict_refuses_other_kinds(run_command: RunCommand, write_file: WriteFi
     assert "kind: Service is not a FineTuneJob" in run_command("validate", "--strict", path)[2]
 
 
-CONFIG = {
+MODEL_CONFIG = {
     "model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 4, "num_attention_heads": 32, "num_key_value_heads": 8,
     "vocab_size": 32000, "tie_word_embeddings": True, "dtype": "bfloat16",
 }  # fmt: skip
@@ -102,10 +102,10 @@ GPU_JOB = JOB + "  resources: {gpusPerNode: 1}\n  training: {batchSizePerDevice:
     ],
 )
 def test_a_job_that_does_not_fit_is_refused(run_command: RunCommand, write_file: WriteFile, memory: str, code: int, message: str) -> None:
-    model = write_file("model/config.json", json.dumps(CONFIG)).parent
+    model = write_file("model/config.json", json.dumps(MODEL_CONFIG)).parent
     job = write_file("job.yaml", GPU_JOB)
-    found, _, stderr = run_command("validate", "--gpu-memory", memory, "--model-config", model, job)
-    assert (found, message in stderr, stderr == "") == (code, True, not message), stderr
+    exit_code, _, stderr = run_command("validate", "--gpu-memory", memory, "--model-config", model, job)
+    assert (exit_code, message in stderr, stderr == "") == (code, True, not message), stderr
     assert run_command("validate", "--strict", "--gpu-memory", memory, "--model-config", model, job)[0] == (1 if message else 0)
 
 

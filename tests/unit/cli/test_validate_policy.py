@@ -19,7 +19,7 @@ policy:
 
 
 @pytest.mark.parametrize(
-    ("options", "more", "expected"),
+    ("options", "more_lines", "expected"),
     [
         ((), "", []),
         ((), "  storage: {credentialsSecretRef: {name: s3}}\n", []),
@@ -35,18 +35,18 @@ policy:
     ],
 )  # fmt: skip
 def test_forbidden_values_are_reported_with_their_lines(
-    run_command: RunCommand, write_file: WriteFile, options: tuple[str, ...], more: str, expected: list[str]
+    run_command: RunCommand, write_file: WriteFile, options: tuple[str, ...], more_lines: str, expected: list[str]
 ) -> None:
-    path, values = write_file("job.yaml", JOB + more), write_file("values.yaml", VALUES)
-    code, _, stderr = run_command("validate", "--policy", values, *options, path)
+    path, values_path = write_file("job.yaml", JOB + more_lines), write_file("values.yaml", VALUES)
+    code, _, stderr = run_command("validate", "--policy", values_path, *options, path)
     errors = [line.removeprefix("error: ").replace(f"{path.parent}/", "") for line in stderr.splitlines()]
     assert (code, errors) == (1 if expected else 0, expected)
 
 
 def test_namespace_of_the_manifest_takes_precedence(run_command: RunCommand, write_file: WriteFile) -> None:
     job = JOB.replace("{name: bot}", "{name: bot, namespace: other}") + "  storage: {credentialsSecretRef: {name: s3}}\n"
-    path, values = write_file("job.yaml", job), write_file("values.yaml", VALUES)
-    assert run_command("validate", "--policy", values, "-n", "team-a", path)[0] == 0
+    path, values_path = write_file("job.yaml", job), write_file("values.yaml", VALUES)
+    assert run_command("validate", "--policy", values_path, "-n", "team-a", path)[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -61,16 +61,16 @@ def test_namespace_of_the_manifest_takes_precedence(run_command: RunCommand, wri
     ],
 )  # fmt: skip
 def test_wrong_values_file_is_refused_with_its_lines(run_command: RunCommand, write_file: WriteFile, text: str, expected: list[str] | None) -> None:
-    path, values = write_file("job.yaml", JOB), write_file("values.yaml", text)
-    code, _, stderr = run_command("validate", "--policy", values, path)
+    path, values_path = write_file("job.yaml", JOB), write_file("values.yaml", text)
+    code, _, stderr = run_command("validate", "--policy", values_path, path)
     errors = [line.removeprefix("error: ").replace(f"{path.parent}/", "") for line in stderr.splitlines()]
     assert code == 1 and "Traceback" not in stderr
     assert errors == expected if expected is not None else errors[0].startswith("values.yaml:")
 
 
 def test_empty_values_file_means_the_default_rules(run_command: RunCommand, write_file: WriteFile) -> None:
-    path, values = write_file("job.yaml", JOB + "  placement: {priorityClassName: system-node-critical}\n"), write_file("values.yaml", "")
-    code, _, stderr = run_command("validate", "--policy", values, path)
+    path, values_path = write_file("job.yaml", JOB + "  placement: {priorityClassName: system-node-critical}\n"), write_file("values.yaml", "")
+    code, _, stderr = run_command("validate", "--policy", values_path, path)
     assert code == 1 and "spec.placement.priorityClassName: 'system-node-critical' is refused by the platform's rule policy.priorityClasses" in stderr
 
 

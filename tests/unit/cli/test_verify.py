@@ -32,46 +32,46 @@ class SignedRun:
     other_root: Path
 
     @property
-    def statement(self) -> Path:
+    def statement_path(self) -> Path:
         return self.root / "lineage" / "statement.json"
 
     @property
-    def envelope(self) -> Path:
+    def envelope_path(self) -> Path:
         return self.root / "lineage" / "statement.dsse.json"
 
     @property
-    def weights(self) -> Path:
+    def weights_path(self) -> Path:
         return model_folder(self.root) / "adapter_model.safetensors"
 
 
 @pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def signed_runs_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with two signed runs and two keys."""
     folder = tmp_path_factory.mktemp("signed")
-    roots = [write_finished_run(folder / "one"), write_finished_run(folder / "two", uid="99999999-2222-3333-4444-555555555555")]
+    run_folders = [write_finished_run(folder / "one"), write_finished_run(folder / "two", uid="99999999-2222-3333-4444-555555555555")]
     for name in ("team.pem", "other.pem"):
         assert main.run(["sign", "--new-key", str(folder / name)], []) == 0
-    for root in roots:
+    for root in run_folders:
         assert main.run(["sign", f"file://{root}", "--key", str(folder / "team.pem")], []) == 0
     return folder
 
 
 @pytest.fixture
-def run(original: Path, tmp_path: Path) -> SignedRun:
-    folder = shutil.copytree(original, tmp_path / "runs")
-    one, two = (next((folder / name / "store/team/bot").iterdir()) for name in ("one", "two"))
-    return SignedRun(one, folder / "team.pem", folder / "other.pem", two)
+def run(signed_runs_folder: Path, tmp_path: Path) -> SignedRun:
+    folder = shutil.copytree(signed_runs_folder, tmp_path / "runs")
+    first_root, second_root = (next((folder / name / "store/team/bot").iterdir()) for name in ("one", "two"))
+    return SignedRun(first_root, folder / "team.pem", folder / "other.pem", second_root)
 
 
-def findings(run: SignedRun, key: Path | None = None) -> list[str]:
+def list_finding_codes(run: SignedRun, key: Path | None = None) -> list[str]:
     """Return the codes of all findings when the run is verified with `key`, by default with the key that signed it."""
     public_key = read_public_key(Path(f"{key or run.key}.pub"))
     return [str(finding.code) for finding in Verifier(JobStorage(f"file://{run.root}", StorageRoot())).verify(public_key).findings]
 
 
-def unsigned_findings(run: SignedRun) -> list[str]:
+def list_finding_codes_without_signature(run: SignedRun) -> list[str]:
     """Remove the signature, as an attacker who cannot sign would do, and return the codes of all findings."""
-    run.envelope.unlink()
+    run.envelope_path.unlink()
     return [str(finding.code) for finding in Verifier(JobStorage(f"file://{run.root}", StorageRoot())).verify().findings]
 
 
@@ -82,13 +82,13 @@ def test_an_unchanged_signed_run_has_no_findings(run: SignedRun) -> None:
 
 
 def flip_byte(run: SignedRun) -> None:
-    data = bytearray(run.weights.read_bytes())
+    data = bytearray(run.weights_path.read_bytes())
     data[100] ^= 1
-    run.weights.write_bytes(data)
+    run.weights_path.write_bytes(data)
 
 
-def truncate(run: SignedRun) -> None:
-    run.weights.write_bytes(run.weights.read_bytes()[:-1])
+def truncate_weights(run: SignedRun) -> None:
+    run.weights_path.write_bytes(run.weights_path.read_bytes()[:-1])
 
 
 def add_file(run: SignedRun) -> None:
@@ -96,17 +96,17 @@ def add_file(run: SignedRun) -> None:
 
 
 def remove_file(run: SignedRun) -> None:
-    run.weights.unlink()
+    run.weights_path.unlink()
 
 
 def rename_file(run: SignedRun) -> None:
-    run.weights.rename(run.weights.with_name("adapter_model-2.safetensors"))
+    run.weights_path.rename(run.weights_path.with_name("adapter_model-2.safetensors"))
 
 
 def replace_by_link(run: SignedRun) -> None:
     target = run.root.parent / "elsewhere"
-    run.weights.rename(target)
-    run.weights.symlink_to(target)
+    run.weights_path.rename(target)
+    run.weights_path.symlink_to(target)
 
 
 def replace_folder_by_link(run: SignedRun) -> None:
@@ -119,11 +119,11 @@ def change_weights_and_manifest(run: SignedRun) -> None:
     """Replace the weights, and update manifest, marker and subjects."""
     import hashlib
 
-    run.weights.write_bytes(b"other weights")
+    run.weights_path.write_bytes(b"other weights")
 
     def edit(manifest: Any) -> None:
-        entry = next(file for file in manifest["files"] if file["path"] == run.weights.name)
-        entry.update(size=13, sha256=hashlib.sha256(b"other weights").hexdigest())
+        file_entry = next(file for file in manifest["files"] if file["path"] == run.weights_path.name)
+        file_entry.update(size=13, sha256=hashlib.sha256(b"other weights").hexdigest())
 
     edit_manifest(run.root, edit)
 
@@ -133,13 +133,13 @@ def edit_only_manifest(run: SignedRun) -> None:
 
 
 def edit_manifest_and_marker(run: SignedRun) -> None:
-    subjects = json.loads(run.statement.read_text())["subject"]
+    subjects = json.loads(run.statement_path.read_text())["subject"]
     edit_manifest(run.root, lambda manifest: manifest.update(tokens=1))
-    edit_json(run.statement, lambda statement: statement.update(subject=subjects))
-    run.envelope.unlink()
+    edit_json(run.statement_path, lambda statement: statement.update(subject=subjects))
+    run.envelope_path.unlink()
 
 
-def list_path(path: str) -> Callable[[SignedRun], None]:
+def make_path_listing(path: str) -> Callable[[SignedRun], None]:
     """List one more file in the manifest, and adapt the commit marker and the statement's subjects to the changed manifest."""
 
     def edit(manifest: Any) -> None:
@@ -148,30 +148,30 @@ def list_path(path: str) -> Callable[[SignedRun], None]:
     return lambda run: edit_manifest(run.root, edit)
 
 
-def edit_statement(edit: Callable[[Any], None]) -> Callable[[SignedRun], None]:
-    return lambda run: edit_json(run.statement, edit)
+def make_statement_edit(edit: Callable[[Any], None]) -> Callable[[SignedRun], None]:
+    return lambda run: edit_json(run.statement_path, edit)
 
 
-def edit_envelope(edit: Callable[[Any], None]) -> Callable[[SignedRun], None]:
-    return lambda run: edit_json(run.envelope, edit)
+def make_envelope_edit(edit: Callable[[Any], None]) -> Callable[[SignedRun], None]:
+    return lambda run: edit_json(run.envelope_path, edit)
 
 
-def definition(statement: Any) -> Any:
+def get_build_definition(statement: Any) -> Any:
     return statement["predicate"]["buildDefinition"]
 
 
 def change_base_revision(statement: Any) -> None:
-    definition(statement)["resolvedDependencies"][0]["annotations"]["revision"] = "sha256:" + "0" * 64
+    get_build_definition(statement)["resolvedDependencies"][0]["annotations"]["revision"] = "sha256:" + "0" * 64
 
 
 def change_data_file(statement: Any) -> None:
-    entry = next(one for one in definition(statement)["resolvedDependencies"] if one["name"] == "dataset.train/train.jsonl")
-    entry["digest"]["sha256"] = "0" * 64
+    dependency = next(entry for entry in get_build_definition(statement)["resolvedDependencies"] if entry["name"] == "dataset.train/train.jsonl")
+    dependency["digest"]["sha256"] = "0" * 64
 
 
 def change_images(statement: Any) -> None:
-    entry = next(one for one in definition(statement)["resolvedDependencies"] if one["name"] == TRAINING_IMAGES)
-    entry["annotations"]["combinedDigest"] = "0" * 64
+    dependency = next(entry for entry in get_build_definition(statement)["resolvedDependencies"] if entry["name"] == TRAINING_IMAGES)
+    dependency["annotations"]["combinedDigest"] = "0" * 64
 
 
 def swap_lineage(run: SignedRun) -> None:
@@ -180,13 +180,13 @@ def swap_lineage(run: SignedRun) -> None:
 
 
 def take_signature_of_other_statement(run: SignedRun) -> None:
-    other = json.loads((run.other_root / "lineage" / "statement.dsse.json").read_text())
-    edit_json(run.envelope, lambda envelope: envelope.update(signatures=other["signatures"]))
+    other_envelope = json.loads((run.other_root / "lineage" / "statement.dsse.json").read_text())
+    edit_json(run.envelope_path, lambda envelope: envelope.update(signatures=other_envelope["signatures"]))
 
 
 def sign_other_payload(run: SignedRun) -> None:
     """Replace the signature by another one of the trusted key, which is valid only for the statement of another run."""
-    shutil.copy(run.other_root / "lineage" / "statement.dsse.json", run.envelope)
+    shutil.copy(run.other_root / "lineage" / "statement.dsse.json", run.envelope_path)
 
 
 def use_two_untrusted_signatures(envelope: Any) -> None:
@@ -197,14 +197,14 @@ def replace_checkpoint(run: SignedRun) -> None:
     edit_json(run.root / "checkpoints" / "step-00000010" / "_COMMITTED", lambda marker: marker.update(manifestSha256="0" * 64))
 
 
-def remove(path: str) -> Callable[[SignedRun], None]:
+def make_removal(path: str) -> Callable[[SignedRun], None]:
     return lambda run: (run.root / path).unlink()
 
 
 # Each row: the change, the expected codes when the trusted key is used, the expected codes when the signature is removed as well.
 TAMPERINGS: dict[str, tuple[Callable[[SignedRun], object], list[str], list[str]]] = {
     "a byte of the weights is flipped": (flip_byte, ["FileChanged"], ["FileChanged"]),
-    "the weights are truncated": (truncate, ["FileChanged"], ["FileChanged"]),
+    "the weights are truncated": (truncate_weights, ["FileChanged"], ["FileChanged"]),
     "a file is added": (add_file, ["FileUnexpected"], ["FileUnexpected"]),
     "a file is removed": (remove_file, ["FileMissing"], ["FileMissing"]),
     "a file is renamed": (rename_file, ["FileMissing", "FileUnexpected"], ["FileMissing", "FileUnexpected"]),
@@ -218,36 +218,39 @@ TAMPERINGS: dict[str, tuple[Callable[[SignedRun], object], list[str], list[str]]
     "the marker names a folder outside": (
         lambda run: edit_json(run.root / "model/_COMMITTED", lambda marker: marker.update(path="../model")), ["MarkerInvalid"], ["MarkerInvalid"],
     ),
-    "the marker is removed": (remove("model/_COMMITTED"), ["MarkerMissing"], ["MarkerMissing"]),
-    "the manifest lists a path outside": (list_path("../x"), ["ManifestPathInvalid", "SignedStatementDiffers"], ["ManifestPathInvalid"]),
-    "the manifest lists an absolute path": (list_path("/etc/passwd"), ["ManifestPathInvalid", "SignedStatementDiffers"], ["ManifestPathInvalid"]),
+    "the marker is removed": (make_removal("model/_COMMITTED"), ["MarkerMissing"], ["MarkerMissing"]),
+    "the manifest lists a path outside": (make_path_listing("../x"), ["ManifestPathInvalid", "SignedStatementDiffers"], ["ManifestPathInvalid"]),
+    "the manifest lists an absolute path": (make_path_listing("/etc/passwd"), ["ManifestPathInvalid", "SignedStatementDiffers"], ["ManifestPathInvalid"]),
     "the manifest lists another size": (
         lambda run: edit_manifest(run.root, lambda manifest: manifest["files"][0].update(size=1)),
         ["FileChanged", "SignedStatementDiffers"], ["FileChanged"],
     ),
     "the manifest lists a file twice": (
-        list_path("adapter_config.json"), ["ManifestPathDuplicate", "SignedStatementDiffers"], ["ManifestPathDuplicate"],
+        make_path_listing("adapter_config.json"), ["ManifestPathDuplicate", "SignedStatementDiffers"], ["ManifestPathDuplicate"],
     ),
     "the statement and its signature are those of another run": (swap_lineage, ["StatementOfAnotherRun"], ["StatementOfAnotherRun"]),
     "the digest of a subject is changed": (
-        edit_statement(lambda one: one["subject"][1]["digest"].update(sha256="0" * 64)), ["SubjectChanged", "SignedStatementDiffers"], ["SubjectChanged"],
+        make_statement_edit(lambda statement: statement["subject"][1]["digest"].update(sha256="0" * 64)),
+        ["SubjectChanged", "SignedStatementDiffers"], ["SubjectChanged"],
     ),
-    "a subject is removed": (edit_statement(lambda one: one["subject"].pop()), ["SubjectChanged", "SignedStatementDiffers"], ["SubjectChanged"]),
+    "a subject is removed": (
+        make_statement_edit(lambda statement: statement["subject"].pop()), ["SubjectChanged", "SignedStatementDiffers"], ["SubjectChanged"],
+    ),
     "the base revision is changed": (
-        edit_statement(change_base_revision), ["StatementContradictsManifest", "SignedStatementDiffers"], ["StatementContradictsManifest"],
+        make_statement_edit(change_base_revision), ["StatementContradictsManifest", "SignedStatementDiffers"], ["StatementContradictsManifest"],
     ),
     "the digest of a data file is changed": (
-        edit_statement(change_data_file), ["StatementContradictsManifest", "SignedStatementDiffers"], ["StatementContradictsManifest"],
+        make_statement_edit(change_data_file), ["StatementContradictsManifest", "SignedStatementDiffers"], ["StatementContradictsManifest"],
     ),
     "the digest of the images is changed": (
-        edit_statement(change_images), ["StatementContradictsManifest", "SignedStatementDiffers"], ["StatementContradictsManifest"],
+        make_statement_edit(change_images), ["StatementContradictsManifest", "SignedStatementDiffers"], ["StatementContradictsManifest"],
     ),
     "the seed is changed": (
-        edit_statement(lambda one: definition(one)["externalParameters"]["spec"]["training"].update(seed=7)),
+        make_statement_edit(lambda statement: get_build_definition(statement)["externalParameters"]["spec"]["training"].update(seed=7)),
         ["StatementContradictsRun", "SignedStatementDiffers"], ["StatementContradictsRun"],
     ),
-    "the statement is empty": (lambda run: run.statement.write_bytes(b""), ["StatementInvalid", "SignedStatementDiffers"], ["StatementInvalid"]),
-    "the statement is removed": (remove("lineage/statement.json"), ["StatementMissing", "SignedStatementDiffers"], ["StatementMissing"]),
+    "the statement is empty": (lambda run: run.statement_path.write_bytes(b""), ["StatementInvalid", "SignedStatementDiffers"], ["StatementInvalid"]),
+    "the statement is removed": (make_removal("lineage/statement.json"), ["StatementMissing", "SignedStatementDiffers"], ["StatementMissing"]),
     "a checkpoint is replaced": (replace_checkpoint, ["CheckpointChanged"], ["CheckpointChanged"]),
     "a folder is a link": (replace_folder_by_link, ["FileIsLink"], ["FileIsLink"]),
 }  # fmt: skip
@@ -257,27 +260,27 @@ TAMPERINGS: dict[str, tuple[Callable[[SignedRun], object], list[str], list[str]]
 def test_tampering_of_a_signed_run_is_found(name: str, run: SignedRun) -> None:
     tamper, expected, _ = TAMPERINGS[name]
     tamper(run)
-    assert findings(run) == expected
+    assert list_finding_codes(run) == expected
 
 
 @pytest.mark.parametrize("name", TAMPERINGS)
 def test_tampering_of_an_unsigned_run_is_found_unless_everything_fits(name: str, run: SignedRun) -> None:
     tamper, _, expected = TAMPERINGS[name]
     tamper(run)
-    assert unsigned_findings(run) == expected
+    assert list_finding_codes_without_signature(run) == expected
 
 
 SIGNATURE_TAMPERINGS: dict[str, tuple[Callable[[SignedRun], object], list[str]]] = {
     "the signature is of another statement": (take_signature_of_other_statement, ["SignatureInvalid"]),
     "the payload is another statement": (sign_other_payload, ["SignedStatementDiffers"]),
-    "the payload type is changed": (edit_envelope(lambda envelope: envelope.update(payloadType="text/plain")), ["PayloadTypeWrong"]),
-    "no signature is trusted": (edit_envelope(use_two_untrusted_signatures), ["SignatureNotTrusted"]),
-    "there is no signature in the envelope": (edit_envelope(lambda envelope: envelope.update(signatures=[])), ["EnvelopeInvalid"]),
-    "a second payload is added": (edit_envelope(lambda envelope: envelope.update(payload2="e30=")), ["EnvelopeInvalid"]),
-    "a field is added to a signature": (edit_envelope(lambda envelope: envelope["signatures"][0].update(cert="x")), ["EnvelopeInvalid"]),
-    "the payload is no base64": (edit_envelope(lambda envelope: envelope.update(payload="%")), ["SignedStatementDiffers", "SignatureInvalid"]),
-    "the envelope is removed": (remove("lineage/statement.dsse.json"), ["Unsigned"]),
-    "the envelope is empty": (lambda run: run.envelope.write_bytes(b""), ["EnvelopeInvalid"]),
+    "the payload type is changed": (make_envelope_edit(lambda envelope: envelope.update(payloadType="text/plain")), ["PayloadTypeWrong"]),
+    "no signature is trusted": (make_envelope_edit(use_two_untrusted_signatures), ["SignatureNotTrusted"]),
+    "there is no signature in the envelope": (make_envelope_edit(lambda envelope: envelope.update(signatures=[])), ["EnvelopeInvalid"]),
+    "a second payload is added": (make_envelope_edit(lambda envelope: envelope.update(payload2="e30=")), ["EnvelopeInvalid"]),
+    "a field is added to a signature": (make_envelope_edit(lambda envelope: envelope["signatures"][0].update(cert="x")), ["EnvelopeInvalid"]),
+    "the payload is no base64": (make_envelope_edit(lambda envelope: envelope.update(payload="%")), ["SignedStatementDiffers", "SignatureInvalid"]),
+    "the envelope is removed": (make_removal("lineage/statement.dsse.json"), ["Unsigned"]),
+    "the envelope is empty": (lambda run: run.envelope_path.write_bytes(b""), ["EnvelopeInvalid"]),
 }  # fmt: skip
 
 
@@ -285,17 +288,17 @@ SIGNATURE_TAMPERINGS: dict[str, tuple[Callable[[SignedRun], object], list[str]]]
 def test_tampering_of_the_signature_is_found(name: str, run: SignedRun) -> None:
     tamper, expected = SIGNATURE_TAMPERINGS[name]
     tamper(run)
-    assert findings(run) == expected
+    assert list_finding_codes(run) == expected
 
 
 def test_signature_of_another_key_is_not_trusted(run: SignedRun) -> None:
-    assert findings(run, run.other_key) == ["SignatureNotTrusted"]
+    assert list_finding_codes(run, run.other_key) == ["SignatureNotTrusted"]
 
 
 def test_a_changed_manifest_with_a_new_marker_contradicts_the_subjects(run: SignedRun) -> None:
     edit_manifest_and_marker(run)
     public_findings = Verifier(JobStorage(f"file://{run.root}", StorageRoot())).verify().findings
-    assert [str(one.code) for one in public_findings] == ["SubjectChanged"]
+    assert [str(finding.code) for finding in public_findings] == ["SubjectChanged"]
 
 
 # ---- the command ----
@@ -313,7 +316,7 @@ def test_command_prints_one_line_for_each_check(run: SignedRun, run_command: Run
 def test_unsigned_is_said_and_fails_only_if_a_signature_is_required(run: SignedRun, run_command: RunCommand) -> None:
     code, out, _ = run_command("verify", f"file://{run.root}")
     assert (code, "signature    -       signed, but not checked" in out) == (0, True)
-    run.envelope.unlink()
+    run.envelope_path.unlink()
     code, out, _ = run_command("verify", f"file://{run.root}")
     assert (code, "signature    -       unsigned: anyone who can write" in out) == (0, True)
     for options in (("--require-signature",), ("--key", f"{run.key}.pub")):
@@ -322,11 +325,11 @@ def test_unsigned_is_said_and_fails_only_if_a_signature_is_required(run: SignedR
 
 
 def test_json_has_the_codes(run: SignedRun, run_command: RunCommand) -> None:
-    truncate(run)
+    truncate_weights(run)
     code, out, _ = run_command("verify", f"file://{run.root}", "-o", "json")
-    result = json.loads(out)
-    assert (code, result["ok"], result["signature"]) == (2, False, "signed, but not checked")
-    assert [finding["code"] for check in result["checks"] for finding in check["findings"]] == ["FileChanged"]
+    report = json.loads(out)
+    assert (code, report["ok"], report["signature"]) == (2, False, "signed, but not checked")
+    assert [finding["code"] for check in report["checks"] for finding in check["findings"]] == ["FileChanged"]
 
 
 def test_a_folder_without_a_model_is_a_failed_check(tmp_path: Path, run_command: RunCommand) -> None:
@@ -361,13 +364,13 @@ def test_s3_storage_is_signed_and_verified(run: SignedRun, run_command: RunComma
         client = boto3.client("s3", region_name="us-east-1")
         client.create_bucket(Bucket="models")
         for path in run.root.rglob("*"):
-            if path.is_file() and path != run.envelope:
+            if path.is_file() and path != run.envelope_path:
                 client.put_object(Bucket="models", Key=f"ft/job/{path.relative_to(run.root)}", Body=path.read_bytes())
         options = ("s3://models/ft/job/model", "--key")
         assert run_command("verify", *options, f"{run.key}.pub")[0] == 2
         assert run_command("sign", *options, run.key)[0] == 0
         code, out, _ = run_command("verify", *options, f"{run.key}.pub")
         assert (code, out.count(" ok ")) == (0, len(CheckName))
-        client.put_object(Bucket="models", Key=f"ft/job/{run.weights.relative_to(run.root)}", Body=b"other")
+        client.put_object(Bucket="models", Key=f"ft/job/{run.weights_path.relative_to(run.root)}", Body=b"other")
         code, out, _ = run_command("verify", *options, f"{run.key}.pub")
         assert (code, "FAILED  FileChanged" in out) == (2, True)

@@ -65,6 +65,6 @@ def test_any_string_is_preserved(value: str) -> None:
 def test_imports_are_read_alike_by_both_versions(name: str) -> None:
     files, source, words = list_import_cases()[name]
     import_outcome = import_files(*files, source=source, words=words)
-    old, new = parse_with_yaml_1_1_and_1_2(import_outcome.text)
-    assert old == new
-    assert old[-1]["spec"] == json.loads(json.dumps(import_outcome.spec))
+    documents_1_1, documents_1_2 = parse_with_yaml_1_1_and_1_2(import_outcome.text)
+    assert documents_1_1 == documents_1_2
+    assert documents_1_1[-1]["spec"] == json.loads(json.dumps(import_outcome.spec))

@@ -76,21 +76,21 @@ def import_example(example: dict[str, Any], folder: Path) -> ExampleOutcome:
         return outcome
     spec = load_spec(import_outcome.spec)
     outcome.problems = [f"{problem.path}: {problem.message}" for problem in [*check_spec(spec), *find_unsupported_fields(spec)]]
-    outcome.unmentioned_keys = list(unmentioned_keys(example["config"], import_outcome))
+    outcome.unmentioned_keys = list(find_unmentioned_keys(example["config"], import_outcome))
     return outcome
 
 
-def unmentioned_keys(settings: dict[str, Any], imported: Any) -> Iterator[str]:
+def find_unmentioned_keys(settings: dict[str, Any], import_outcome: Any) -> Iterator[str]:
     """Yield the keys that the import silently ignored: they set no field, and no warning or note mentions them."""
-    mentioned_keys = {assigned.key for assigned in imported.assigned_values.values()} | set(imported.reasons)
-    text = " ".join([*imported.warnings, *imported.notes]).replace(",", " ").replace(":", " ").split()
+    mentioned_keys = {assigned.key for assigned in import_outcome.assigned_values.values()} | set(import_outcome.reasons)
+    mentioned_words = " ".join([*import_outcome.warnings, *import_outcome.notes]).replace(",", " ").replace(":", " ").split()
     for key in settings:
         if not any(name == key or name.startswith((f"{key}.", f"{key}[")) for name in mentioned_keys):
             yield key
-    yield from (name for name in imported.reasons if name not in text)
+    yield from (name for name in import_outcome.reasons if name not in mentioned_words)
 
 
-def report_lines(folder: Path) -> Iterator[str]:
+def build_report_lines(folder: Path) -> Iterator[str]:
     """Yield the lines of the report on the examples of all tools."""
     with tempfile.TemporaryDirectory() as temporary_folder:
         for tool in FILE_BY_TOOL:
@@ -100,24 +100,25 @@ def report_lines(folder: Path) -> Iterator[str]:
 
 
 def _report_kind(tool: str, kind: str, outcomes: list[ExampleOutcome]) -> Iterator[str]:
-    valid = [outcome for outcome in outcomes if outcome.is_valid]
-    refused = [outcome for outcome in outcomes if outcome.features]
-    others = [outcome for outcome in outcomes if not outcome.is_valid and not outcome.features]
-    possible = len(valid) + len(others)
+    valid_outcomes = [outcome for outcome in outcomes if outcome.is_valid]
+    refused_outcomes = [outcome for outcome in outcomes if outcome.features]
+    other_outcomes = [outcome for outcome in outcomes if not outcome.is_valid and not outcome.features]
+    importable_count = len(valid_outcomes) + len(other_outcomes)
     yield (
-        f"{tool}, {kind}: {len(outcomes)} examples, {len(valid)} validate, {len(refused)} refused by feature, {len(others)} others; "
-        f"{len(valid)} of {possible} without a missing feature validate; {sum(len(outcome.unmentioned_keys) for outcome in outcomes)} unmentioned keys"
+        f"{tool}, {kind}: {len(outcomes)} examples, {len(valid_outcomes)} validate, {len(refused_outcomes)} refused by feature, {len(other_outcomes)} others; "
+        f"{len(valid_outcomes)} of {importable_count} without a missing feature validate; "
+        f"{sum(len(outcome.unmentioned_keys) for outcome in outcomes)} unmentioned keys"
     )
-    counts = Counter(feature for outcome in refused for feature in outcome.features)
+    counts = Counter(feature for outcome in refused_outcomes for feature in outcome.features)
     yield from (f"  {count} x {feature}" for feature, count in counts.most_common())
-    for outcome in others:
+    for outcome in other_outcomes:
         yield from (f"  {outcome.example}: {problem}" for problem in [*outcome.problems, *map(str, outcome.mistakes)])
 
 
 def main() -> None:
     """Print the report on the examples in a folder."""
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else EXAMPLES_FOLDER
-    print("\n".join(report_lines(folder)))
+    print("\n".join(build_report_lines(folder)))
 
 
 if __name__ == "__main__":

@@ -53,11 +53,11 @@ def render(template: Callable[..., subprocess.CompletedProcess[str]]) -> Render:
 
 
 def select_only_object(objects: Objects, kind: str) -> dict[str, Any]:
-    (matching,) = [item for item in objects if item["kind"] == kind]
-    return matching
+    (matching_object,) = [item for item in objects if item["kind"] == kind]
+    return matching_object
 
 
-def config(objects: Objects) -> OperatorConfig:
+def read_config(objects: Objects) -> OperatorConfig:
     return parse_config(yaml.safe_load(select_only_object(objects, "ConfigMap")["data"]["config.yaml"]), "chart")
 
 
@@ -73,7 +73,7 @@ def test_default_values_render_the_expected_objects(render: Render) -> None:
 
 
 def test_default_values_are_the_operators_defaults(render: Render) -> None:
-    settings = config(render())
+    settings = read_config(render())
     assert settings.trainer == OperatorConfig().trainer.model_copy(update={"image": "example.org/finetune-trainer:0.2.0"})
     assert settings.resources == OperatorConfig().resources
     assert settings.storage == OperatorConfig().storage
@@ -82,7 +82,7 @@ def test_default_values_are_the_operators_defaults(render: Render) -> None:
 
 
 def test_every_value_reaches_the_configuration(render: Render) -> None:
-    settings = config(
+    settings = read_config(
         render(
             trainer={
                 "image": {"repository": "r/t", "digest": "sha256:" + "0" * 64, "pullPolicy": "Always"},
@@ -129,8 +129,8 @@ def test_chart_installs_the_generated_crd(render: Render, root: Path) -> None:
     ("crds", "has_annotations"), [({"enabled": True, "keep": False}, False), ({"enabled": False, "keep": True}, None)]
 )
 def test_crd_values_install_and_annotate_the_crd(render: Render, crds: dict[str, bool], has_annotations: bool | None) -> None:
-    found = [item for item in render(crds=crds) if item["kind"] == "CustomResourceDefinition"]
-    assert [("annotations" in item["metadata"]) for item in found] == ([] if has_annotations is None else [has_annotations])
+    crd_objects = [item for item in render(crds=crds) if item["kind"] == "CustomResourceDefinition"]
+    assert [("annotations" in item["metadata"]) for item in crd_objects] == ([] if has_annotations is None else [has_annotations])
 
 
 def collect_verbs_by_resource(rules: list[dict[str, Any]]) -> dict[str, list[str]]:
@@ -159,22 +159,22 @@ def test_operator_has_exactly_the_expected_permissions(render: Render) -> None:
         "networking.k8s.io/networkpolicies": ["create", "get"],
     }
     roles = {item["metadata"]["name"]: item["rules"] for item in objects if item["kind"] == "Role"}
-    create_key, read_key = roles.pop("rel-finetune-operator-attempt-key")
-    assert collect_verbs_by_resource([create_key]) == {"core/secrets": ["create"]}
-    assert collect_verbs_by_resource([read_key]) == {"core/secrets": ["get"]}
-    assert read_key["resourceNames"] == ["rel-finetune-operator-attempt-key"] == [config(objects).isolation.key_secret_name]
-    ((create, renew),) = roles.values()
-    assert collect_verbs_by_resource([create]) == {"coordination.k8s.io/leases": ["create"]}
-    assert collect_verbs_by_resource([renew]) == {"coordination.k8s.io/leases": ["get", "update"]}
-    assert renew["resourceNames"] == ["rel-finetune-operator"]
+    create_key_rule, read_key_rule = roles.pop("rel-finetune-operator-attempt-key")
+    assert collect_verbs_by_resource([create_key_rule]) == {"core/secrets": ["create"]}
+    assert collect_verbs_by_resource([read_key_rule]) == {"core/secrets": ["get"]}
+    assert read_key_rule["resourceNames"] == ["rel-finetune-operator-attempt-key"] == [read_config(objects).isolation.key_secret_name]
+    ((create_rule, renew_rule),) = roles.values()
+    assert collect_verbs_by_resource([create_rule]) == {"coordination.k8s.io/leases": ["create"]}
+    assert collect_verbs_by_resource([renew_rule]) == {"coordination.k8s.io/leases": ["get", "update"]}
+    assert renew_rule["resourceNames"] == ["rel-finetune-operator"]
 
 
 def test_the_cache_of_models_reaches_the_operator(render: Render, template: Any) -> None:
     node = {"path": "/var/lib/finetune-models", "sizeLimit": "1Ti", "namespaces": ["ml-*"]}
-    cache = config(render(modelCache={"default": "node", "node": node})).model_cache
+    cache = read_config(render(modelCache={"default": "node", "node": node})).model_cache
     assert (cache.default, cache.node.path, cache.node.size_limit_bytes, cache.node.namespaces) == ("node", node["path"], 2**40, ("ml-*",))
-    without = config(render()).model_cache
-    assert (without.default, without.node.path, without.node.namespaces) == (None, None, ())
+    default_cache = read_config(render()).model_cache
+    assert (default_cache.default, default_cache.node.path, default_cache.node.namespaces) == (None, None, ())
     for values, error in (
         ({"default": "node"}, "modelCache.default is node, but modelCache.node.path or modelCache.node.namespaces is empty"),
         ({"node": {"path": "/var/lib/x"}}, "modelCache.node.path and modelCache.node.namespaces only have an effect together"),
@@ -186,19 +186,20 @@ def test_the_cache_of_models_reaches_the_operator(render: Render, template: Any)
 
 def test_isolation_values_reach_the_configuration_and_the_permissions(render: Render, template: Any) -> None:
     own_pods = {"app.kubernetes.io/name": "finetune-operator", "app.kubernetes.io/instance": "rel"}
-    default = config(render()).isolation
-    assert (default.secret, default.network_policy, default.all_blocked_cidrs, default.metrics_from) == (True, True, (), ())
-    assert (default.operator_namespace, default.operator_labels) == ("ops", own_pods)
+    default_isolation = read_config(render()).isolation
+    assert (default_isolation.secret, default_isolation.network_policy) == (True, True)
+    assert (default_isolation.all_blocked_cidrs, default_isolation.metrics_from) == ((), ())
+    assert (default_isolation.operator_namespace, default_isolation.operator_labels) == ("ops", own_pods)
     labels = select_only_object(render(), "Deployment")["spec"]["template"]["metadata"]["labels"]
     assert own_pods.items() <= labels.items()
 
     monitoring = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}
-    changed = config(render(isolation={"metricsFrom": [monitoring], "blockMetadata": True, "blockedCidrs": ["10.1.0.0/16"]})).isolation
-    assert (changed.metrics_from, changed.blocked_cidrs, changed.block_metadata) == ((monitoring,), ("10.1.0.0/16",), True)
+    changed_isolation = read_config(render(isolation={"metricsFrom": [monitoring], "blockMetadata": True, "blockedCidrs": ["10.1.0.0/16"]})).isolation
+    assert (changed_isolation.metrics_from, changed_isolation.blocked_cidrs, changed_isolation.block_metadata) == ((monitoring,), ("10.1.0.0/16",), True)
 
     objects = render(rbac={"aggregate": False}, isolation={"secret": False, "networkPolicy": False})
-    off = config(objects).isolation
-    assert (off.secret, off.network_policy) == (False, False)
+    disabled_isolation = read_config(objects).isolation
+    assert (disabled_isolation.secret, disabled_isolation.network_policy) == (False, False)
     assert {"core/secrets", "networking.k8s.io/networkpolicies"} & set(collect_verbs_by_resource(select_only_object(objects, "ClusterRole")["rules"])) == set()
     roles = {item["metadata"]["name"]: collect_verbs_by_resource(item["rules"]) for item in objects if item["kind"] == "Role"}
     # Pods of attempts that started while isolation.secret was true still require a token. So the operator still needs the permission to read its key.
@@ -208,12 +209,12 @@ def test_isolation_values_reach_the_configuration_and_the_permissions(render: Re
 
     refused_process = template({"isolation": {"networkPolicy": False, "blockMetadata": True}})
     assert "isolation.networkPolicy is false, so isolation.blockMetadata" in refused_process.stderr
-    wrong = template({"isolation": {"secret": "yes", "blockedCidrs": ["10.0.0.1"], "keySecretName": "own"}})
+    wrong_process = template({"isolation": {"secret": "yes", "blockedCidrs": ["10.0.0.1"], "keySecretName": "own"}})
     for error in [
         "'/isolation/secret': got string", "'/isolation/blockedCidrs/0': '10.0.0.1' does not match",
         "'/isolation': additional properties 'keySecretName'",
     ]:  # fmt: skip
-        assert error in wrong.stderr
+        assert error in wrong_process.stderr
 
 
 def test_roles_view_and_edit_get_only_finetunejobs(render: Render) -> None:
@@ -236,10 +237,10 @@ def test_watch_namespaces_need_no_cluster_role(render: Render) -> None:
 
 
 def test_operator_pod_meets_pod_security_restricted(render: Render) -> None:
-    pod = select_only_object(render(), "Deployment")["spec"]["template"]["spec"]
-    (container,) = pod["containers"]
-    assert pod["securityContext"]["runAsNonRoot"] is True
-    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    pod_spec = select_only_object(render(), "Deployment")["spec"]["template"]["spec"]
+    (container,) = pod_spec["containers"]
+    assert pod_spec["securityContext"]["runAsNonRoot"] is True
+    assert pod_spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
     assert container["securityContext"] == {
         "allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]},
     }  # fmt: skip
@@ -394,7 +395,7 @@ def test_correct_platform_values_are_accepted(render: Render) -> None:
         {"key": "gpu", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 0},
     ]
     resources = {"cpu": 0, "memory": "1.5Gi", "ephemeralStorage": "1e9", "sharedMemory": "512M"}
-    settings = config(
+    settings = read_config(
         render(
             trainer={
                 "labels": {"example.com/team": "", "k" * 63: "v" * 63}, "annotations": {"example.com/note": "any text"},
@@ -421,7 +422,7 @@ def test_images_have_the_app_version_unless_the_values_name_another_tag(render: 
     objects = render(**values)
     assert get_pod_spec(objects)["containers"][0]["image"] == operator
     assert select_only_object(objects, "Pod")["spec"]["containers"][0]["image"] == operator
-    assert config(objects).trainer.image == trainer
+    assert read_config(objects).trainer.image == trainer
 
 
 def test_chart_metadata_has_the_version_of_the_package_and_the_quickstart(root: Path) -> None:
@@ -443,18 +444,18 @@ def test_every_value_is_documented(root: Path) -> None:
     text = chart_schema.VALUES_FILE.read_text("utf-8")
     comments = chart_schema.read_value_comments(text)
 
-    def keys(values: dict[str, Any], schema: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    def iterate_keys(values: dict[str, Any], schema: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
         for name, value in values.items():
             yield (*path, name)
             child = schema["properties"][name]
             if isinstance(value, dict) and name != "resources" and "properties" in child:
-                yield from keys(value, child, (*path, name))
+                yield from iterate_keys(value, child, (*path, name))
 
-    documented = set(keys(yaml.safe_load(text), chart_schema.make_values_schema()))
-    assert len(documented) > 90
-    assert documented == set(comments)
+    documented_paths = set(iterate_keys(yaml.safe_load(text), chart_schema.make_values_schema()))
+    assert len(documented_paths) > 90
+    assert documented_paths == set(comments)
     readme = (root / "helm/finetune-operator/README.md").read_text("utf-8")
-    assert [path for path in documented if f"| {'.'.join(path)} |" not in readme] == []
+    assert [path for path in documented_paths if f"| {'.'.join(path)} |" not in readme] == []
 
 
 def get_pod_spec(objects: Objects) -> dict[str, Any]:
@@ -475,17 +476,17 @@ def test_every_pod_value_reaches_the_operators_pods(render: Render) -> None:
         extraVolumeMounts=[{"name": "ca", "mountPath": "/ca"}], topologySpreadConstraints=[spread, own_spread],
         podLabels={"team": "x"}, podAnnotations={"note": "y"}, commonLabels={"owner": "z"},
     )  # fmt: skip
-    pod = get_pod_spec(objects)
-    for spec in (pod, select_only_object(objects, "Pod")["spec"]):
-        assert {key: spec[key] for key in placement} == placement
-        assert spec["imagePullSecrets"] == [{"name": "pull"}]
-    (container,) = pod["containers"]
+    operator_pod_spec = get_pod_spec(objects)
+    for pod_spec in (operator_pod_spec, select_only_object(objects, "Pod")["spec"]):
+        assert {key: pod_spec[key] for key in placement} == placement
+        assert pod_spec["imagePullSecrets"] == [{"name": "pull"}]
+    (container,) = operator_pod_spec["containers"]
     assert container["env"][-1] == {"name": "HTTPS_PROXY", "value": "http://p"}
     assert container["volumeMounts"][-1] == {"name": "ca", "mountPath": "/ca"}
-    assert pod["volumes"][-1] == volume
+    assert operator_pod_spec["volumes"][-1] == volume
     own_pods = {"app.kubernetes.io/name": "finetune-operator", "app.kubernetes.io/instance": "rel"}
-    first, second = pod["topologySpreadConstraints"]
-    assert (first, second) == (spread | {"labelSelector": {"matchLabels": own_pods}}, own_spread)
+    first_constraint, second_constraint = operator_pod_spec["topologySpreadConstraints"]
+    assert (first_constraint, second_constraint) == (spread | {"labelSelector": {"matchLabels": own_pods}}, own_spread)
     metadata = select_only_object(objects, "Deployment")["spec"]["template"]["metadata"]
     assert metadata["labels"] == own_pods | {"team": "x"}
     assert metadata["annotations"]["note"] == "y"
@@ -494,17 +495,17 @@ def test_every_pod_value_reaches_the_operators_pods(render: Render) -> None:
 
 def test_openshift_leaves_the_user_to_the_platform(render: Render) -> None:
     objects = render(openshift=True)
-    for spec in (get_pod_spec(objects), select_only_object(objects, "Pod")["spec"]):
-        assert spec["securityContext"] == {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
-    assert config(objects).trainer.fixed_user is False
-    assert config(render()).trainer.fixed_user is True
+    for pod_spec in (get_pod_spec(objects), select_only_object(objects, "Pod")["spec"]):
+        assert pod_spec["securityContext"] == {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
+    assert read_config(objects).trainer.fixed_user is False
+    assert read_config(render()).trainer.fixed_user is True
 
 
 def test_security_contexts_can_be_changed(render: Render) -> None:
     objects = render(podSecurityContext={"runAsUser": 2000, "fsGroup": None}, securityContext={"privileged": False})
-    pod = get_pod_spec(objects)
-    assert (pod["securityContext"]["runAsUser"], "fsGroup" in pod["securityContext"]) == (2000, False)
-    assert pod["containers"][0]["securityContext"]["privileged"] is False
+    pod_spec = get_pod_spec(objects)
+    assert (pod_spec["securityContext"]["runAsUser"], "fsGroup" in pod_spec["securityContext"]) == (2000, False)
+    assert pod_spec["containers"][0]["securityContext"]["privileged"] is False
 
 
 @pytest.mark.parametrize(
@@ -516,17 +517,17 @@ def test_security_contexts_can_be_changed(render: Render) -> None:
     ],
 )  # fmt: skip
 def test_disruption_budget_has_the_values_of_the_chart(render: Render, values: dict[str, Any], budget: dict[str, Any] | None) -> None:
-    found = [item["spec"] for item in render(podDisruptionBudget=values, replicas=2) if item["kind"] == "PodDisruptionBudget"]
+    budget_specs = [item["spec"] for item in render(podDisruptionBudget=values, replicas=2) if item["kind"] == "PodDisruptionBudget"]
     own_pods = {"app.kubernetes.io/name": "finetune-operator", "app.kubernetes.io/instance": "rel"}
     expected = {"selector": {"matchLabels": own_pods}, "unhealthyPodEvictionPolicy": "AlwaysAllow"}
-    assert found == ([] if budget is None else [expected | budget])
+    assert budget_specs == ([] if budget is None else [expected | budget])
 
 
 def test_network_policy_allows_the_api_server_dns_progress_and_metrics(render: Render) -> None:
-    def policy(watched: list[str] | None = None, **values: Any) -> dict[str, Any]:
-        return dict(select_only_object(render(watchNamespaces=watched or [], networkPolicy={"enabled": True, **values}), "NetworkPolicy")["spec"])
+    def render_policy(watched_namespaces: list[str] | None = None, **values: Any) -> dict[str, Any]:
+        return dict(select_only_object(render(watchNamespaces=watched_namespaces or [], networkPolicy={"enabled": True, **values}), "NetworkPolicy")["spec"])
 
-    spec = policy()
+    spec = render_policy()
     assert spec["policyTypes"] == ["Ingress", "Egress"]
     assert spec["ingress"] == [{"ports": [{"protocol": "TCP", "port": "http"}]}]
     api_server, dns, progress = spec["egress"]
@@ -539,7 +540,7 @@ def test_network_policy_allows_the_api_server_dns_progress_and_metrics(render: R
 
     monitoring = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}
     rule = {"ports": [{"port": 3128}]}
-    spec = policy(
+    spec = render_policy(
         ["a", "b"], metricsFrom=[monitoring], apiServerCidrs=["10.0.0.0/8"], apiServerPorts=[443], extraEgress=[rule], extraIngress=[rule]
     )
     test_pod = {"app.kubernetes.io/name": "finetune-operator-test", "app.kubernetes.io/instance": "rel"}
@@ -575,8 +576,8 @@ def test_monitor_selects_the_release(render: Render, kind: str, key: str, endpoi
     monitor = select_only_object(objects, kind)
     assert (monitor["metadata"]["namespace"], monitor["metadata"]["labels"]["release"]) == ("monitoring", "prom")
     assert monitor["spec"]["namespaceSelector"] == {"matchNames": ["ops"]}
-    selected = select_only_object(objects, "Service") if kind == "ServiceMonitor" else select_only_object(objects, "Deployment")["spec"]["template"]
-    assert monitor["spec"]["selector"]["matchLabels"].items() <= selected["metadata"]["labels"].items()
+    selected_object = select_only_object(objects, "Service") if kind == "ServiceMonitor" else select_only_object(objects, "Deployment")["spec"]["template"]
+    assert monitor["spec"]["selector"]["matchLabels"].items() <= selected_object["metadata"]["labels"].items()
     assert monitor["spec"][endpoints] == [{
         "port": "http", "path": "/metrics", "interval": "1m30s", "scrapeTimeout": "10s",
         "relabelings": [relabeling], "metricRelabelings": [relabeling],
@@ -607,10 +608,10 @@ def test_openai_server_is_off_by_default(render: Render) -> None:
 def test_openai_server_may_only_impersonate_the_listed_service_accounts(openai_objects: Objects) -> None:
     roles = {item["metadata"]["namespace"]: item["rules"] for item in openai_objects if item["kind"] in ("Role", "ClusterRole")}
 
-    def rule(*names: str) -> list[dict[str, Any]]:
+    def make_rule(*names: str) -> list[dict[str, Any]]:
         return [{"apiGroups": [""], "resources": ["serviceaccounts"], "resourceNames": list(names), "verbs": ["impersonate"]}]
 
-    assert roles == {"team-a": rule("alice", "bob"), "team-b": rule("carol")}
+    assert roles == {"team-a": make_rule("alice", "bob"), "team-b": make_rule("carol")}
     bindings = [item for item in openai_objects if item["kind"] == "RoleBinding"]
     assert [item["metadata"]["namespace"] for item in bindings] == ["team-a", "team-b"]
     assert all(item["subjects"] == [{"kind": "ServiceAccount", "name": "rel-finetune-operator-openai", "namespace": "ops"}] for item in bindings)
@@ -622,16 +623,16 @@ def test_openai_server_reads_its_configuration_and_secrets(openai_objects: Objec
     loaded_config = load_config(file)
     assert (loaded_config.storage.uri, loaded_config.max_file_bytes, list(loaded_config.models)) == ("s3://models/jobs", 512 << 20, ["gpt-4o-mini"])
     assert check_models(loaded_config) == []
-    spec = get_pod_spec(openai_objects)
-    (container,) = spec["containers"]
-    root: Any = typer.main.get_command(app)
-    context = root.commands["serve-openai"].make_context("serve-openai", container["args"][1:], obj=[])
+    pod_spec = get_pod_spec(openai_objects)
+    (container,) = pod_spec["containers"]
+    root_command: Any = typer.main.get_command(app)
+    context = root_command.commands["serve-openai"].make_context("serve-openai", container["args"][1:], obj=[])
     assert (context.params["host"], context.params["port"], str(context.params["keys"])) == ("0.0.0.0", 8080, "/etc/openai/keys/keys.yaml")
     assert container["image"] == "example.org/finetune-cli:0.2.0"
     assert container["envFrom"] == [{"secretRef": {"name": "s3-keys"}}]
-    assert [volume.get("secret") for volume in spec["volumes"]] == [None, {"secretName": "api-keys"}, None]
-    assert spec["serviceAccountName"] == "rel-finetune-operator-openai"
-    assert (container["securityContext"]["readOnlyRootFilesystem"], spec["securityContext"]["runAsNonRoot"]) == (True, True)
+    assert [volume.get("secret") for volume in pod_spec["volumes"]] == [None, {"secretName": "api-keys"}, None]
+    assert pod_spec["serviceAccountName"] == "rel-finetune-operator-openai"
+    assert (container["securityContext"]["readOnlyRootFilesystem"], pod_spec["securityContext"]["runAsNonRoot"]) == (True, True)
 
 
 def test_openai_server_has_services_and_policies_of_its_own(openai_objects: Objects, render: Render) -> None:

@@ -65,18 +65,18 @@ def test_error_without_a_cluster_is_one_line(bare_machine: pytest.MonkeyPatch, p
 
 
 @pytest.mark.parametrize(
-    ("wanted", "message"),
+    ("cluster_name", "message"),
     [
         ("kind", "CLUSTER=kind needs Docker"),
         ("local", "CLUSTER=local needs Go"),
         ("current", "CLUSTER=current needs kubectl"),
     ],
 )
-def test_cluster_without_its_requirements_is_refused(bare_machine: pytest.MonkeyPatch, wanted: str, message: str) -> None:
+def test_cluster_without_its_requirements_is_refused(bare_machine: pytest.MonkeyPatch, cluster_name: str, message: str) -> None:
     bare_machine.setattr(sys, "platform", "linux")
     bare_machine.setattr(os, "geteuid", lambda: 0)
     with pytest.raises(demo_clusters.NoCluster, match=f"^{message}"):
-        demo_clusters.choose_cluster(wanted, keep_running=False)
+        demo_clusters.choose_cluster(cluster_name, keep_running=False)
 
 
 def test_error_for_cluster_current_names_all_missing_variables(bare_machine: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -88,14 +88,14 @@ def test_error_for_cluster_current_names_all_missing_variables(bare_machine: pyt
 
 
 def test_cluster_kind_builds_the_dockerfiles_of_the_project(bare_machine: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    log = tmp_path / "calls"
+    call_log = tmp_path / "calls"
     for name in ("docker", "kubectl", "kind"):
-        write_program(tmp_path, name, f'echo "{name} $*" >> {log}')
+        write_program(tmp_path, name, f'echo "{name} $*" >> {call_log}')
     cluster = demo_clusters.choose_cluster("kind", keep_running=False)
     for step in cluster.steps():
         step.run(Commands(tmp_path / "logs"))
     root = demo_clusters.ROOT
-    calls = log.read_text().splitlines()
+    calls = call_log.read_text().splitlines()
     for name, file in (("operator", "operator/Dockerfile"), ("trainer", "trainer-image/Dockerfile")):
         assert f"docker build -q -f {root}/{file} -t localhost/finetune-{name}:dev {root}" in calls
     assert [call for call in calls if call.startswith("kind create cluster --name finetune-demo")]
@@ -126,8 +126,8 @@ def test_each_change_is_one_line_without_a_terminal() -> None:
     captured_stream = io.StringIO()
     done_status = FineTuneJobStatus(observed_generation=1, phase=Phase.SUCCEEDED)
     snapshots = [Snapshot(None, ()), Snapshot(make_running_status(10), (EVENT,)), Snapshot(make_running_status(11), (EVENT,)), Snapshot(done_status, (EVENT,))]
-    last = follow_job(FakeJob(snapshots), Console(file=captured_stream), timeout_seconds=60)
-    assert last.status == done_status
+    last_snapshot = follow_job(FakeJob(snapshots), Console(file=captured_stream), timeout_seconds=60)
+    assert last_snapshot.status == done_status
     lines = [line.strip() for line in captured_stream.getvalue().splitlines()]
     assert lines == [
         "phase Waiting for the operator",

@@ -86,8 +86,8 @@ def test_offline_commands_of_a_page_succeed(page: Path, tmp_path: Path, monkeypa
             Path(block.title).write_text(block.text, "utf-8")
         elif block.language == "sh":
             for words in (words for words in block.words() if words[0] == "finetune"):
-                result = run_finetune(words[1:])
-                assert result.exit_code == 0, f"{block.name}: {' '.join(words)}: {result.output}"
+                outcome = run_finetune(words[1:])
+                assert outcome.exit_code == 0, f"{block.name}: {' '.join(words)}: {outcome.output}"
 
 
 def list_finetune_lines() -> list[tuple[str, str]]:
@@ -97,12 +97,12 @@ def list_finetune_lines() -> list[tuple[str, str]]:
 
 
 def test_all_command_lines_are_valid() -> None:
-    root: Any = typer.main.get_command(app)
+    root_command: Any = typer.main.get_command(app)
     for name, line in list_finetune_lines():
         words = Block(ROOT, 0, "sh", "", line.partition(" | ")[0].partition(" -- ")[0], True).words()[0][1:]
         if not words[0].startswith("-"):
-            assert words[0] in root.commands, f"{name}: {line}"
-            root.commands[words[0]].make_context(words[0], words[1:], obj=[])
+            assert words[0] in root_command.commands, f"{name}: {line}"
+            root_command.commands[words[0]].make_context(words[0], words[1:], obj=[])
     assert len(list_finetune_lines()) > 50
 
 
@@ -116,8 +116,8 @@ YAML_BLOCKS = [block for block in list_blocks_with_language("yaml") if not is_in
 @pytest.mark.parametrize("block", YAML_BLOCKS, ids=make_block_name)
 def test_each_yaml_block_is_an_object_or_chart_values(block: Block) -> None:
     page = block.page.relative_to(ROOT).as_posix()
-    (first, *_) = documents = [document for document in yaml.safe_load_all(block.text) if document]
-    if set(first) & (OTHER_YAML.get(page, set()) | INCOMPLETE_FRAGMENTS.get(page, set())):
+    (first_document, *_) = documents = [document for document in yaml.safe_load_all(block.text) if document]
+    if set(first_document) & (OTHER_YAML.get(page, set()) | INCOMPLETE_FRAGMENTS.get(page, set())):
         return
     assert is_chart_values(block) or len(read_objects(block)) == len(documents), f"write `# chart values` into the first line, or a whole object: {block.text}"
 
@@ -172,18 +172,18 @@ def test_every_page_has_a_place_in_the_navigation() -> None:
     assert len(entries) == len(set(entries))
     pages = {page.relative_to(ROOT / "docs").as_posix() for page in PAGES if page.is_relative_to(ROOT / "docs")}
     decisions = {page for page in pages if re.match(r"decisions/0", page)}
-    in_docs = {entry for entry in entries if not entry.startswith("source/")}
-    assert in_docs == pages - decisions
+    docs_entries = {entry for entry in entries if not entry.startswith("source/")}
+    assert docs_entries == pages - decisions
     assert [entry for entry in entries if entry.startswith("source/") and not (ROOT / entry.removeprefix("source/")).is_file()] == []
 
 
 def test_metrics_of_the_alerts_exist() -> None:
     from finetune_operator.metrics import Metrics
 
-    named = set(re.findall(r"finetune_operator_[a-z_]+", (ROOT / "docs/operations/monitor.md").read_text("utf-8")))
-    known = {f"{metric.name}{suffix}" for metric in Metrics().registry.collect() for suffix in ("", "_total", "_bucket")}
-    assert len(named) >= 5
-    assert named - known == set()
+    named_metrics = set(re.findall(r"finetune_operator_[a-z_]+", (ROOT / "docs/operations/monitor.md").read_text("utf-8")))
+    known_metrics = {f"{metric.name}{suffix}" for metric in Metrics().registry.collect() for suffix in ("", "_total", "_bucket")}
+    assert len(named_metrics) >= 5
+    assert named_metrics - known_metrics == set()
 
 
 def test_speeds_of_training_are_those_of_the_benchmarks() -> None:

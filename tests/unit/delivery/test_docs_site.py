@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-LOADED = re.compile(r"<(?:script|link|img|iframe|source)\b[^>]*?(?:src|href)=[\"']?((?:https?:)?//[^\"'\s>]+)")
+LOADED_ADDRESS = re.compile(r"<(?:script|link|img|iframe|source)\b[^>]*?(?:src|href)=[\"']?((?:https?:)?//[^\"'\s>]+)")
 CSS_URL = re.compile(r"url\([\"']?((?:https?:)?//[^)\"']+)")
 
 
@@ -20,9 +20,9 @@ def test_site_has_no_dead_links_and_loads_nothing_from_other_servers(tmp_path: P
     assert completed_process.returncode == 0, completed_process.stdout + completed_process.stderr
     pages = list((tmp_path / "site").rglob("*.html"))
     assert len(pages) > 60
-    loaded = {address for page in pages for address in LOADED.findall(page.read_text("utf-8"))}
-    loaded |= {address for sheet in (tmp_path / "site").rglob("*.css") for address in CSS_URL.findall(sheet.read_text("utf-8"))}
-    assert loaded == set()
+    loaded_addresses = {address for page in pages for address in LOADED_ADDRESS.findall(page.read_text("utf-8"))}
+    loaded_addresses |= {address for style_sheet in (tmp_path / "site").rglob("*.css") for address in CSS_URL.findall(style_sheet.read_text("utf-8"))}
+    assert loaded_addresses == set()
 
 
 def test_lock_of_the_site_has_no_addresses(root: Path) -> None:

@@ -50,8 +50,8 @@ def test_example_passes_all_checks(path: Path) -> None:
 @pytest.mark.parametrize("path", EXAMPLE_FILES, ids=lambda path: path.stem)
 def test_operator_accepts_the_example(path: Path) -> None:
     (job,) = read_jobs(path)
-    decision = accept(job["spec"], parse_config(OPERATOR_CONFIG, "test"))
-    assert isinstance(decision, AcceptedSpec), decision
+    acceptance = accept(job["spec"], parse_config(OPERATOR_CONFIG, "test"))
+    assert isinstance(acceptance, AcceptedSpec), acceptance
 
 
 @pytest.mark.parametrize("path", EXAMPLE_FILES, ids=lambda path: path.stem)
@@ -60,8 +60,8 @@ def test_example_begins_with_a_comment(path: Path) -> None:
 
 
 def test_offline_validation_accepts_all_examples(run_finetune: RunFinetune) -> None:
-    result = run_finetune(["validate", *map(str, EXAMPLE_FILES)])
-    assert (result.exit_code, result.output.count(": ok\n")) == (0, len(EXAMPLE_FILES)), result.output
+    outcome = run_finetune(["validate", *map(str, EXAMPLE_FILES)])
+    assert (outcome.exit_code, outcome.output.count(": ok\n")) == (0, len(EXAMPLE_FILES)), outcome.output
 
 
 @pytest.mark.parametrize("path", EXAMPLE_FILES, ids=lambda path: path.stem)

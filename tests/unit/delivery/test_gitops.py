@@ -28,8 +28,8 @@ from tests.unit.operator.samples import at, end_pod, facts, job, pod, report, sp
 
 GITOPS = Path(__file__).resolve().parents[3] / "examples/gitops"
 STARTED_ATTEMPT = {"number": 1, "startTime": "2026-11-21T12:00:00Z"}
-RUNNING = {"attempt": 1, "startTime": "2026-11-21T12:00:00Z", "attempts": [STARTED_ATTEMPT]}
-RETRIED = {**RUNNING, "attempt": 2, "attempts": [
+RUNNING_STATUS = {"attempt": 1, "startTime": "2026-11-21T12:00:00Z", "attempts": [STARTED_ATTEMPT]}
+RETRIED_STATUS = {**RUNNING_STATUS, "attempt": 2, "attempts": [
     {**STARTED_ATTEMPT, "endTime": "2026-11-21T12:01:00Z", "reason": "Preempted"}, {"number": 2, "startTime": "2026-11-21T12:02:00Z"},
 ]}  # fmt: skip
 QUEUED_SPEC = spec(placement={"queueName": "q"})
@@ -38,17 +38,17 @@ IN_PROGRESS, CURRENT, FAILED = ("InProgress", "Progressing"), ("Current", "Healt
 
 PREPARED_JOB = job(0, name="run-prepare1", uid="prepare-1", completed_at=at(50))
 PREPARED_POD = pod(0, name="run-prepare1-0-x", uid="pod-prepare-1", job_uid="prepare-1")
-ADOPTED = TerminationMessage(exit_code=0, output=Output(uri="s3://models/test/team/run/old/model/a1-12345678", adopted_uid="old"))
-FOUND_POD = end_pod(PREPARED_POD, 64, TerminationMessage(class_=FailureClass.USER, code="ExistingResultFound", message="stored", exit_code=64))
-ADOPTING = facts(
+ADOPTION_MESSAGE = TerminationMessage(exit_code=0, output=Output(uri="s3://models/test/team/run/old/model/a1-12345678", adopted_uid="old"))
+POD_WITH_EXISTING_RESULT = end_pod(PREPARED_POD, 64, TerminationMessage(class_=FailureClass.USER, code="ExistingResultFound", message="stored", exit_code=64))
+ADOPTING_FACTS = facts(
     spec=spec(prepare={"strategy": "always"}), status=status(preparation={"number": 1, "startTime": "2026-11-21T12:00:00Z"}),
-    jobs=[PREPARED_JOB], pods=[end_pod(PREPARED_POD, 0, ADOPTED)],
+    jobs=[PREPARED_JOB], pods=[end_pod(PREPARED_POD, 0, ADOPTION_MESSAGE)],
 )  # fmt: skip
 
 
 def make_facts_in_stage(stage: str, step: int) -> Facts:
     received_report = report(stage=stage, progress={"step": step, "totalSteps": 10})
-    return facts(status=status(**RUNNING), jobs=[job()], pods=[pod()], last_report=received_report)
+    return facts(status=status(**RUNNING_STATUS), jobs=[job()], pods=[pod()], last_report=received_report)
 
 
 @dataclass(frozen=True)
@@ -67,27 +67,30 @@ SITUATIONS = {
     "quota": Situation(facts(), Phase.PENDING, result=ActionResult(blocking_condition=BlockingCondition(Reason.QUOTA_EXCEEDED, "no"))),
     "preparing": Situation(facts(spec=spec(prepare={"strategy": "always"})), Phase.PREPARING),
     "queued": Situation(facts(spec=QUEUED_SPEC, jobs=[job(is_suspended=True, started_at=None, queue="q")]), Phase.QUEUED),
-    "starting": Situation(facts(status=status(**RUNNING), jobs=[job()], pods=[pod(is_ready=False)]), Phase.STARTING),
-    "start timeout": Situation(facts(status=status(**RUNNING), jobs=[job()], pods=[pod(is_ready=False)], now=at(2000)), Phase.STARTING),
+    "starting": Situation(facts(status=status(**RUNNING_STATUS), jobs=[job()], pods=[pod(is_ready=False)]), Phase.STARTING),
+    "start timeout": Situation(facts(status=status(**RUNNING_STATUS), jobs=[job()], pods=[pod(is_ready=False)], now=at(2000)), Phase.STARTING),
     "validating": Situation(make_facts_in_stage("checking", 0), Phase.VALIDATING),
     "running": Situation(make_facts_in_stage("training", 3), Phase.RUNNING),
-    "recovering": Situation(facts(status=status(**RETRIED), jobs=[job(2)], pods=[pod(2, is_ready=False)]), Phase.RECOVERING),
+    "recovering": Situation(facts(status=status(**RETRIED_STATUS), jobs=[job(2)], pods=[pod(2, is_ready=False)]), Phase.RECOVERING),
     "evaluating": Situation(make_facts_in_stage("evaluating", 10), Phase.EVALUATING),
     "uploading": Situation(make_facts_in_stage("uploading", 10), Phase.UPLOADING),
-    "suspending": Situation(facts(spec=spec(suspend=True), status=status(**RUNNING), jobs=[job()], pods=[pod()]), Phase.SUSPENDING),
+    "suspending": Situation(facts(spec=spec(suspend=True), status=status(**RUNNING_STATUS), jobs=[job()], pods=[pod()]), Phase.SUSPENDING),
     "suspended": Situation(facts(spec=spec(suspend=True)), Phase.SUSPENDED, ("Current", "Suspended")),
-    "cancelling": Situation(facts(spec=spec(cancel=True), status=status(**RUNNING), jobs=[job()], pods=[pod()]), Phase.CANCELLING),
+    "cancelling": Situation(facts(spec=spec(cancel=True), status=status(**RUNNING_STATUS), jobs=[job()], pods=[pod()]), Phase.CANCELLING),
     "cancelled": Situation(facts(spec=spec(cancel=True)), Phase.CANCELLED, CURRENT),
     "succeeded": Situation(
-        facts(status=status(**RUNNING), jobs=[job(completed_at=at(60))], pods=[end_pod(pod(), 0)]), Phase.SUCCEEDED, CURRENT
+        facts(status=status(**RUNNING_STATUS), jobs=[job(completed_at=at(60))], pods=[end_pod(pod(), 0)]), Phase.SUCCEEDED, CURRENT
     ),
-    "adopted": Situation(ADOPTING, Phase.SUCCEEDED, CURRENT),
+    "adopted": Situation(ADOPTING_FACTS, Phase.SUCCEEDED, CURRENT),
     "existing result": Situation(
-        replace(ADOPTING, jobs=(replace(PREPARED_JOB, completed_at=None, failed_at=at(50), failed_reason="BackoffLimitExceeded"),), pods=(FOUND_POD,)),
+        replace(
+            ADOPTING_FACTS, jobs=(replace(PREPARED_JOB, completed_at=None, failed_at=at(50), failed_reason="BackoffLimitExceeded"),),
+            pods=(POD_WITH_EXISTING_RESULT,),
+        ),
         Phase.FAILED, FAILED,
     ),
     "failed": Situation(
-        facts(status=status(**RUNNING), jobs=[job(failed_at=at(60), failed_reason="BackoffLimitExceeded")], pods=[end_pod(pod(), 65)], now=at(61)),
+        facts(status=status(**RUNNING_STATUS), jobs=[job(failed_at=at(60), failed_reason="BackoffLimitExceeded")], pods=[end_pod(pod(), 65)], now=at(61)),
         Phase.FAILED, FAILED,
     ),
 }  # fmt: skip
@@ -120,28 +123,28 @@ def test_there_is_a_situation_for_each_phase() -> None:
 
 def derive_verdict_from_conditions(body: dict[str, Any]) -> tuple[str, str]:
     """Compute the verdicts of kstatus and Argo CD from only the conditions of a job, which `kubectl wait --for=condition=...` also reads."""
-    found = {condition["type"]: (condition["status"], condition["reason"]) for condition in body["status"]["conditions"]}
-    if found["Suspended"][0] == "True":
+    status_and_reason_by_type = {condition["type"]: (condition["status"], condition["reason"]) for condition in body["status"]["conditions"]}
+    if status_and_reason_by_type["Suspended"][0] == "True":
         return "Current", "Suspended"
-    if found["Finished"][0] == "False":
+    if status_and_reason_by_type["Finished"][0] == "False":
         return IN_PROGRESS
-    return CURRENT if found["Succeeded"][0] == "True" or found["Finished"][1] == Reason.CANCELLED else FAILED
+    return CURRENT if status_and_reason_by_type["Succeeded"][0] == "True" or status_and_reason_by_type["Finished"][1] == Reason.CANCELLED else FAILED
 
 
 def test_the_conditions_for_kubectl_wait_agree_with_the_verdicts() -> None:
-    found = {name: derive_verdict_from_conditions(make_job_in_situation(situation)) for name, situation in SITUATIONS.items()}
-    assert found == {name: situation.verdicts for name, situation in SITUATIONS.items()} | {"start timeout": IN_PROGRESS}
+    verdicts = {name: derive_verdict_from_conditions(make_job_in_situation(situation)) for name, situation in SITUATIONS.items()}
+    assert verdicts == {name: situation.verdicts for name, situation in SITUATIONS.items()} | {"start timeout": IN_PROGRESS}
     reasons = {name: make_job_in_situation(SITUATIONS[name])["status"]["reason"] for name in ("adopted", "existing result", "succeeded")}
     assert reasons == {"adopted": "ExistingResultAdopted", "existing result": "ExistingResultFound", "succeeded": "-"}
 
 
 @pytest.mark.slow
 def test_kstatus_and_argo_cd_agree_in_each_phase() -> None:
-    found = judge(*(make_job_in_situation(situation) for situation in SITUATIONS.values()))
-    assert {name: verdict[:2] for name, verdict in zip(SITUATIONS, found, strict=True)} == {
+    verdicts = judge(*(make_job_in_situation(situation) for situation in SITUATIONS.values()))
+    assert {name: verdict[:2] for name, verdict in zip(SITUATIONS, verdicts, strict=True)} == {
         name: situation.verdicts for name, situation in SITUATIONS.items()
     }
-    messages = {name: verdict[2] for name, verdict in zip(SITUATIONS, found, strict=True)}
+    messages = {name: verdict[2] for name, verdict in zip(SITUATIONS, verdicts, strict=True)}
     assert messages["quota"] == "Pending: no"
     assert messages["suspended"] == "Suspended: set spec.suspend to false to continue."
     assert messages["succeeded"] == "Succeeded"
@@ -149,17 +152,17 @@ def test_kstatus_and_argo_cd_agree_in_each_phase() -> None:
 
 @pytest.mark.slow
 def test_status_that_the_operator_has_not_written_is_in_progress() -> None:
-    succeeded = make_job_in_situation(SITUATIONS["succeeded"])
-    new = {key: value for key, value in succeeded.items() if key != "status"}
+    succeeded_job = make_job_in_situation(SITUATIONS["succeeded"])
+    job_without_status = {key: value for key, value in succeeded_job.items() if key != "status"}
     crd = yaml.load(build_crd_yaml(), yaml.CSafeLoader)
     default_status = crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["status"]["default"]
-    changed = succeeded | {"metadata": succeeded["metadata"] | {"generation": 2}}
-    deleted = succeeded | {"metadata": succeeded["metadata"] | {"deletionTimestamp": "2026-11-21T12:00:00Z"}}
-    by_default, after_change, while_deleting = judge(new | {"status": default_status}, changed, deleted)
-    assert (by_default[:2], after_change[:2]) == (IN_PROGRESS, IN_PROGRESS)
-    assert while_deleting[0] == "Terminating"
-    (without_status,) = judge(new)
-    assert without_status[1] == "Progressing", "kstatus reports an object without status as Current, so the CRD has a default status"
+    changed_job = succeeded_job | {"metadata": succeeded_job["metadata"] | {"generation": 2}}
+    deleted_job = succeeded_job | {"metadata": succeeded_job["metadata"] | {"deletionTimestamp": "2026-11-21T12:00:00Z"}}
+    default_verdict, changed_verdict, deleted_verdict = judge(job_without_status | {"status": default_status}, changed_job, deleted_job)
+    assert (default_verdict[:2], changed_verdict[:2]) == (IN_PROGRESS, IN_PROGRESS)
+    assert deleted_verdict[0] == "Terminating"
+    (missing_verdict,) = judge(job_without_status)
+    assert missing_verdict[1] == "Progressing", "kstatus reports an object without status as Current, so the CRD has a default status"
 
 
 def test_the_config_map_of_argo_cd_contains_the_script() -> None:
@@ -187,11 +190,11 @@ def test_chart_values_of_the_examples_are_accepted(helm: Path, root: Path) -> No
 def test_gitops_tools_create_jobs_after_the_operator() -> None:
     waves = {item["metadata"]["name"]: item["metadata"]["annotations"]["argocd.argoproj.io/sync-wave"] for item in read_documents("argocd/applications.yaml")}
     assert waves == {"finetune-operator": "0", "finetune-jobs-team-a": "1"}
-    flux = {(item["kind"], item["metadata"]["name"]): item["spec"] for item in read_documents("flux/jobs.yaml")}
-    jobs = flux["Kustomization", "team-a-jobs"]
-    assert jobs["dependsOn"] == [{"name": "finetune-operator"}]
-    assert flux["Kustomization", "finetune-operator"]["wait"] is True
-    for path in (jobs["path"], read_documents("argocd/applications.yaml")[1]["spec"]["source"]["path"]):
+    flux_specs = {(item["kind"], item["metadata"]["name"]): item["spec"] for item in read_documents("flux/jobs.yaml")}
+    jobs_spec = flux_specs["Kustomization", "team-a-jobs"]
+    assert jobs_spec["dependsOn"] == [{"name": "finetune-operator"}]
+    assert flux_specs["Kustomization", "finetune-operator"]["wait"] is True
+    for path in (jobs_spec["path"], read_documents("argocd/applications.yaml")[1]["spec"]["source"]["path"]):
         assert (GITOPS.parents[1] / path / "kustomization.yaml").is_file()
 
 
@@ -199,9 +202,9 @@ def test_gitops_tools_create_jobs_after_the_operator() -> None:
 def test_kustomize_builds_a_run_from_the_base() -> None:
     command = [ensure_built("kube"), "kubectl", "kustomize", GITOPS / "jobs/team-a"]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = yaml.safe_load(text)
+    built_job = yaml.safe_load(text)
     (health_check,) = next(item["spec"]["healthChecks"] for item in read_documents("flux/jobs.yaml") if "healthChecks" in item["spec"])
-    assert (found["kind"], found["metadata"]["name"], found["metadata"]["namespace"]) == (KIND, health_check["name"], health_check["namespace"])
-    found_spec = FineTuneJobSpec.model_validate(found["spec"])
-    assert rules.check_spec(found_spec) == []
-    assert (found_spec.training.epochs, found_spec.training.learning_rate) == (3, 0.0001)
+    assert (built_job["kind"], built_job["metadata"]["name"], built_job["metadata"]["namespace"]) == (KIND, health_check["name"], health_check["namespace"])
+    built_spec = FineTuneJobSpec.model_validate(built_job["spec"])
+    assert rules.check_spec(built_spec) == []
+    assert (built_spec.training.epochs, built_spec.training.learning_rate) == (3, 0.0001)

@@ -29,10 +29,10 @@ def test_operator_image_has_no_torch(root: Path) -> None:
 
 @pytest.mark.parametrize("name", [*LOCKED_PROGRAMS, "unit-tests"])
 def test_images_and_test_environment_have_the_same_package_versions(root: Path, name: str) -> None:
-    tested = read_locked_versions(root / "requirements/dev.lock")
+    tested_versions = read_locked_versions(root / "requirements/dev.lock")
     versions = read_locked_versions(root / f"requirements/{name}.lock")
     assert versions
-    assert {package: tested.get(package) for package in versions} == versions
+    assert {package: tested_versions.get(package) for package in versions} == versions
 
 
 def test_every_package_that_the_trainer_requires_is_known_as_part_of_the_image(root: Path) -> None:
@@ -43,8 +43,8 @@ def test_every_package_that_the_trainer_requires_is_known_as_part_of_the_image(r
     for module, owners in packages_distributions().items():
         for owner in owners:
             modules_by_distribution.setdefault(re.sub(r"[-_.]+", "-", owner).lower(), set()).add(module)
-    known = {name: modules_by_distribution[re.sub(r"[-_.]+", "-", name).lower()] & set(TRAINER_IMAGE_PACKAGES) for name in distributions}
-    assert len(known) > 10 and all(known.values()), known
+    known_modules = {name: modules_by_distribution[re.sub(r"[-_.]+", "-", name).lower()] & set(TRAINER_IMAGE_PACKAGES) for name in distributions}
+    assert len(known_modules) > 10 and all(known_modules.values()), known_modules
 
 
 @pytest.mark.parametrize(
@@ -65,8 +65,8 @@ def test_the_image_of_the_vllm_server_has_a_supported_version_and_only_its_own_p
     ]  # fmt: skip
     assert "--require-hashes" in text and "USER 10001:10001" in text
     assert not re.search(r"https?://|PIP_INDEX|UV_INDEX", text)
-    ignored = (root / ".dockerignore").read_text("utf-8").splitlines()
-    assert {"!requirements/vllm.lock", "!vllm-image/serve.py"} <= set(ignored)
+    ignore_lines = (root / ".dockerignore").read_text("utf-8").splitlines()
+    assert {"!requirements/vllm.lock", "!vllm-image/serve.py"} <= set(ignore_lines)
     version = re.search(r"^vllm==(\d+)\.(\d+)", (root / "requirements/vllm.lock").read_text("utf-8"), re.M)
     assert version is not None
     assert OLDEST_VLLM_VERSION <= (int(version[1]), int(version[2])) <= NEWEST_VLLM_VERSION
@@ -90,9 +90,9 @@ def test_dockerfile_copies_only_lock_and_packages(root: Path, dockerfile: str, l
     assert "USER 10001:10001" in text
     assert f'ENTRYPOINT ["/opt/venv/bin/python", "-m", "{module}"]' in text
     assert not re.search(r"https?://|PIP_INDEX|UV_INDEX", text)
-    ignored = (root / ".dockerignore").read_text("utf-8").splitlines()
-    assert "*" in ignored
-    assert {f"!{source}" for source, _ in copies} <= set(ignored)
+    ignore_lines = (root / ".dockerignore").read_text("utf-8").splitlines()
+    assert "*" in ignore_lines
+    assert {f"!{source}" for source, _ in copies} <= set(ignore_lines)
 
 
 def test_all_images_have_the_same_base_pinned_by_digest(root: Path) -> None:

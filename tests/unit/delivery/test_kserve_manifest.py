@@ -24,11 +24,11 @@ def schema(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The schema of InferenceService v1beta1, changed so that validation refuses unknown fields, as kubectl does."""
     if shutil.which("go") is None:
         pytest.skip("needs Go")
-    answer = subprocess.run(
+    download_process = subprocess.run(
         ["go", "mod", "download", "-json", KSERVE], cwd=tmp_path_factory.mktemp("go"), capture_output=True, text=True, timeout=300, check=False
     )
-    assert answer.returncode == 0, answer.stderr
-    file = Path(json.loads(answer.stdout)["Dir"]) / "config/crd/full/serving.kserve.io_inferenceservices.yaml"
+    assert download_process.returncode == 0, download_process.stderr
+    file = Path(json.loads(download_process.stdout)["Dir"]) / "config/crd/full/serving.kserve.io_inferenceservices.yaml"
     crd = yaml.safe_load(file.read_text())
     version = next(version for version in crd["spec"]["versions"] if version["name"] == "v1beta1")
     return _forbid_unknown_fields(version["schema"]["openAPIV3Schema"])
@@ -44,16 +44,16 @@ def _forbid_unknown_fields(schema: Any) -> Any:
         return schema
     if schema.get("x-kubernetes-int-or-string"):
         return {}
-    strict = {key: _forbid_unknown_fields(value) for key, value in schema.items() if key != "format"}
+    strict_schema = {key: _forbid_unknown_fields(value) for key, value in schema.items() if key != "format"}
     is_closed = isinstance(schema.get("properties"), dict) and schema.get("type") == "object" and not schema.get("x-kubernetes-preserve-unknown-fields")
-    return {"additionalProperties": False} | strict if is_closed else strict
+    return {"additionalProperties": False} | strict_schema if is_closed else strict_schema
 
 
 def read_inference_service(rank: int | None) -> dict[str, Any]:
     spec = FineTuneJobSpec.model_validate({"model": {"source": "org/base"}, "dataset": {"train": "org/d"}, "output": {"serving": ["kserve"]}})
     objects = yaml.safe_load_all(build_serving_files(spec, ServedModel("bot", "team-a", "hf://org/base", URI, rank))["kserve.yaml"])
-    found: dict[str, Any] = next(value for value in objects if value["kind"] == "InferenceService")
-    return found
+    inference_service: dict[str, Any] = next(value for value in objects if value["kind"] == "InferenceService")
+    return inference_service
 
 
 def add_metadata(schema: dict[str, Any]) -> dict[str, Any]:

@@ -20,9 +20,9 @@ MODELPACK = "github.com/modelpack/model-spec@v0.0.7"
 def test_config_of_the_artefact_is_valid_for_modelpack(kind: OutputKind, tmp_path: Path) -> None:
     if shutil.which("go") is None:
         pytest.skip("needs Go")
-    answer = subprocess.run(["go", "mod", "download", "-json", MODELPACK], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
-    assert answer.returncode == 0, answer.stderr
-    schema = json.loads((Path(json.loads(answer.stdout)["Dir"]) / "schema/config-schema.json").read_text())
+    download_process = subprocess.run(["go", "mod", "download", "-json", MODELPACK], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert download_process.returncode == 0, download_process.stderr
+    schema = json.loads((Path(json.loads(download_process.stdout)["Dir"]) / "schema/config-schema.json").read_text())
     config = json.loads(build_modelpack_artefact("bot", kind, [ModelFile("model.safetensors", 8, "0" * 64)]).config)
     jsonschema.validate(config, schema)
     with pytest.raises(jsonschema.ValidationError):

@@ -47,9 +47,9 @@ def test_first_failure_stops_the_other_steps_and_is_the_only_message(tmp_path: P
         pids.append(int(pid_file.read_text()))
         command(["sh", "-c", "echo first; echo second; exit 3"])
 
-    long = Step("long", lambda command: command(["sh", "-c", f"echo $$ > {pid_file}; exec sleep 1000"]))
+    long_step = Step("long", lambda command: command(["sh", "-c", f"echo $$ > {pid_file}; exec sleep 1000"]))
     with pytest.raises(StepFailed, match="^broken: first\nsecond$"):
-        run_all([long, Step("broken", fail)], tmp_path / "log", console)
+        run_all([long_step, Step("broken", fail)], tmp_path / "log", console)
     with pytest.raises(ProcessLookupError):
         os.kill(pids[0], 0)
 

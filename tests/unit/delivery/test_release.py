@@ -39,9 +39,9 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_builds_have_equal_digests(release: Path, tmp_path: Path) -> None:
     completed_process = run_release(str(tmp_path / "second"), "--url", URL, "--image", IMAGE, SOURCE_DATE_EPOCH="1800000000", UMASK="77", TZ="Asia/Tokyo")
     assert completed_process.returncode == 0, completed_process.stderr
-    first, second = ((folder / "SHA256SUMS").read_text() for folder in (release, tmp_path / "second"))
-    assert first == second
-    digests = dict(reversed(line.split("  ")) for line in first.splitlines())
+    first_sums, second_sums = ((folder / "SHA256SUMS").read_text() for folder in (release, tmp_path / "second"))
+    assert first_sums == second_sums
+    digests = dict(reversed(line.split("  ")) for line in first_sums.splitlines())
     assert set(digests) == {
         WHEEL, "finetune-operator-0.2.0.tgz", "kubectl-finetune-0.2.0.tar.gz", "finetunejobs.yaml", "finetune.yaml", "images.txt", "licences.md",
         "sbom-operator.cdx.json", "sbom-trainer.cdx.json", "sbom-cli.cdx.json",
@@ -52,12 +52,12 @@ def test_two_builds_have_equal_digests(release: Path, tmp_path: Path) -> None:
 def test_the_archives_have_the_time_of_the_release_and_fixed_owners(release: Path) -> None:
     for name in ("finetune-operator-0.2.0.tgz", "kubectl-finetune-0.2.0.tar.gz"):
         with tarfile.open(release / name) as archive:
-            entries = archive.getmembers()
-        assert {(entry.mtime, entry.uid, entry.gid, entry.uname) for entry in entries} == {(1800000000, 0, 0, "")}
-        assert [entry.name for entry in entries if entry.mode != 0o644] == (["kubectl-finetune"] if name.startswith("kubectl") else [])
+            members = archive.getmembers()
+        assert {(member.mtime, member.uid, member.gid, member.uname) for member in members} == {(1800000000, 0, 0, "")}
+        assert [member.name for member in members if member.mode != 0o644] == (["kubectl-finetune"] if name.startswith("kubectl") else [])
     with zipfile.ZipFile(release / WHEEL) as wheel:
-        assert {entry.date_time for entry in wheel.infolist()} == {(2027, 1, 15, 8, 0, 0)}
-        assert {entry.external_attr >> 16 for entry in wheel.infolist()} == {0o100644}
+        assert {member.date_time for member in wheel.infolist()} == {(2027, 1, 15, 8, 0, 0)}
+        assert {member.external_attr >> 16 for member in wheel.infolist()} == {0o100644}
         assert "finetune_cli/main.py" in wheel.namelist()
 
 
@@ -99,14 +99,15 @@ def test_the_plugin_installs_its_packages_once(release: Path, tmp_path: Path) ->
     (tmp_path / "kubectl-finetune").symlink_to(tmp_path / "store/kubectl-finetune")
     env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "HOME": str(tmp_path), "LOG": str(tmp_path / "log")}
 
-    def run() -> subprocess.CompletedProcess[str]:
+    def run_plugin() -> subprocess.CompletedProcess[str]:
         return subprocess.run([tmp_path / "kubectl-finetune", "status", "bot"], env=env, capture_output=True, text=True)
 
-    first, second = run(), run()
-    assert (first.returncode, first.stdout, second.returncode, second.stdout, second.stderr) == (7, "finetune status bot\n", 7, "finetune status bot\n", "")
-    lines = (tmp_path / "log").read_text().splitlines()
+    first_process, second_process = run_plugin(), run_plugin()
+    assert (first_process.returncode, first_process.stdout) == (7, "finetune status bot\n")
+    assert (second_process.returncode, second_process.stdout, second_process.stderr) == (7, "finetune status bot\n", "")
+    log_lines = (tmp_path / "log").read_text().splitlines()
     environment = tmp_path / ".cache/finetune-operator" / WHEEL.removesuffix(".whl")
-    assert [line for line in lines if " -c " not in line] == [
+    assert [line for line in log_lines if " -c " not in line] == [
         f"python -m venv --clear {environment}",
         f"pip install -q --disable-pip-version-check --require-hashes -r {tmp_path}/store/requirements.lock",
         f"pip install -q --disable-pip-version-check --no-deps {tmp_path}/store/{WHEEL}",

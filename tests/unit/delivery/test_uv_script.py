@@ -36,7 +36,7 @@ def test_another_version_than_the_locked_one_is_replaced(tmp_path: Path) -> None
     write_program(uv, UV.format(version="0.0.1"))
     variables = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "PYTHON": str(tmp_path / "python")}
     for _ in range(2):
-        run = subprocess.run([ROOT / "scripts/uv.sh"], env=variables, capture_output=True, text=True, check=True)
-        assert run.stdout.strip() == str(uv)
+        completed_process = subprocess.run([ROOT / "scripts/uv.sh"], env=variables, capture_output=True, text=True, check=True)
+        assert completed_process.stdout.strip() == str(uv)
     assert (tmp_path / "log").read_text() == "installed\n"
     assert uv.read_text() == UV.format(version=LOCKED_VERSION[1])

@@ -38,13 +38,13 @@ def plan(tmp_path: Path) -> Plan:
 
 
 def test_each_node_of_a_plan_has_its_own_addresses(plan: Plan) -> None:
-    first, second = plan.nodes
-    assert (first.name, first.address, first.pod_cidr) == ("n1", "10.222.0.1", "10.222.1.0/24")
-    assert (second.name, second.address, second.pod_cidr) == ("n2", "10.222.0.2", "10.222.2.0/24")
+    first_node, second_node = plan.nodes
+    assert (first_node.name, first_node.address, first_node.pod_cidr) == ("n1", "10.222.0.1", "10.222.1.0/24")
+    assert (second_node.name, second_node.address, second_node.pod_cidr) == ("n2", "10.222.0.2", "10.222.2.0/24")
     assert (plan.api_address, plan.host_address, plan.cluster_cidr) == ("10.222.0.1", "10.222.0.254", "10.222.0.0/16")
-    assert second.cgroup == "/finetune-localcluster/n2"
+    assert second_node.cgroup == "/finetune-localcluster/n2"
     assert Plan.load(plan.dump()) == plan
-    assert plan.node("n2") == second
+    assert plan.node("n2") == second_node
     with pytest.raises(KeyError):
         plan.node("n3")
 
@@ -76,8 +76,8 @@ def test_no_free_address_block_is_an_error(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def _set_routes(monkeypatch: pytest.MonkeyPatch, routes: list[dict[str, str]]) -> None:
-    done = subprocess.CompletedProcess([], 0, stdout=json.dumps(routes))
-    monkeypatch.setattr(layout.subprocess, "run", lambda *_, **__: done)
+    completed_process = subprocess.CompletedProcess([], 0, stdout=json.dumps(routes))
+    monkeypatch.setattr(layout.subprocess, "run", lambda *_, **__: completed_process)
 
 
 def test_api_server_on_the_loopback_has_no_endpoint_reconciler(tmp_path: Path) -> None:
@@ -101,10 +101,10 @@ def test_the_audit_log_records_created_pods_writes_to_one_group_and_requests_of_
 
 
 def test_kubeconfig_with_certificate_verifies_the_server() -> None:
-    unverified = json.loads(components.make_kubeconfig("https://a:1", "t", None))["clusters"][0]["cluster"]
-    assert unverified == {"server": "https://a:1", "insecure-skip-tls-verify": True}
-    verified = json.loads(components.make_kubeconfig("https://a:1", "t", b"x"))["clusters"][0]["cluster"]
-    assert verified == {"server": "https://a:1", "certificate-authority-data": "eA=="}
+    unverified_cluster = json.loads(components.make_kubeconfig("https://a:1", "t", None))["clusters"][0]["cluster"]
+    assert unverified_cluster == {"server": "https://a:1", "insecure-skip-tls-verify": True}
+    verified_cluster = json.loads(components.make_kubeconfig("https://a:1", "t", b"x"))["clusters"][0]["cluster"]
+    assert verified_cluster == {"server": "https://a:1", "certificate-authority-data": "eA=="}
 
 
 def test_user_becomes_a_line_of_the_token_file() -> None:
@@ -113,12 +113,12 @@ def test_user_becomes_a_line_of_the_token_file() -> None:
 
 def test_containerd_configuration_uses_a_local_sandbox_image(plan: Plan) -> None:
     node = plan.nodes[1]
-    parsed = tomllib.loads(containerd.make_configuration(node, is_cri_enabled=True))
-    cri = parsed["plugins"]["io.containerd.grpc.v1.cri"]
+    configuration = tomllib.loads(containerd.make_configuration(node, is_cri_enabled=True))
+    cri = configuration["plugins"]["io.containerd.grpc.v1.cri"]
     assert cri["restrict_oom_score_adj"] is True
     assert cri["sandbox_image"] == "localhost/pause:1"
-    assert parsed["root"] == str(node.image_folder)
-    assert "io.containerd.grpc.v1.cri" not in parsed["disabled_plugins"]
+    assert configuration["root"] == str(node.image_folder)
+    assert "io.containerd.grpc.v1.cri" not in configuration["disabled_plugins"]
     assert "io.containerd.grpc.v1.cri" in tomllib.loads(containerd.make_configuration(node, is_cri_enabled=False))["disabled_plugins"]
 
 
@@ -138,7 +138,7 @@ def test_small_images_are_reproducible_layouts(tmp_path: Path) -> None:
         assert hashlib.sha256(path.read_bytes()).hexdigest() == path.name
     manifest = json.loads(store.get_blob_path(layout_a, entry["digest"]).read_text())
     with tarfile.open(store.get_blob_path(layout_a, manifest["layers"][0]["digest"])) as layer:
-        assert [(m.name, oct(m.mode)) for m in layer] == [("bin/x", "0o755"), ("tmp", "0o1777")]
+        assert [(member.name, oct(member.mode)) for member in layer] == [("bin/x", "0o755"), ("tmp", "0o1777")]
     assert json.loads(store.get_blob_path(layout_a, manifest["config"]["digest"]).read_text())["config"]["User"] == "65532:65532"
 
 
@@ -216,25 +216,25 @@ def test_nodes_need_root_and_linux(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_free_ports_are_different_and_free() -> None:
-    free = ports.find_free_ports(20)
-    assert len(set(free)) == 20
+    free_ports = ports.find_free_ports(20)
+    assert len(set(free_ports)) == 20
     with socket.socket() as server:
-        server.bind(("127.0.0.1", free[0]))
+        server.bind(("127.0.0.1", free_ports[0]))
 
 
 def test_s3_server_has_no_telemetry_and_uses_each_port_once() -> None:
     arguments = s3.make_server_arguments(list(range(8)), data_folder="d", config_file="c", s3_bind_address="127.0.0.1")
     assert "-master.telemetry=false" in arguments
-    chosen = [a.partition("=")[2] for a in arguments if "port" in a and not a.endswith(("iceberg=0", "lance=0"))]
-    assert sorted(chosen) == [str(n) for n in range(8)]
+    chosen_ports = [argument.partition("=")[2] for argument in arguments if "port" in argument and not argument.endswith(("iceberg=0", "lance=0"))]
+    assert sorted(chosen_ports) == [str(port) for port in range(8)]
 
 
 def test_s3_pod_runs_only_on_the_given_node() -> None:
-    def node_selector(node: str | None) -> object:
+    def get_node_selector(node: str | None) -> object:
         return s3_pod.make_s3_manifests("a", "b", node=node)[-1]["spec"]["template"]["spec"]["nodeSelector"]
 
-    assert (node_selector("n1"), node_selector(None)) == ({"kubernetes.io/hostname": "n1"}, {})
-    assert [o["kind"] for o in s3_pod.make_s3_manifests("a", "b")] == ["Namespace", "Secret", "Service", "Deployment"]
+    assert (get_node_selector("n1"), get_node_selector(None)) == ({"kubernetes.io/hostname": "n1"}, {})
+    assert [manifest["kind"] for manifest in s3_pod.make_s3_manifests("a", "b")] == ["Namespace", "Secret", "Service", "Deployment"]
 
 
 def test_certificate_is_copied_until_the_api_server_is_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The local cluster finds its processes by their owner. It kills them when their parent ends, or when it is asked to stop them."""
+"""The local cluster finds its processes by their owner. These processes end when their parent ends, or when the cluster is stopped."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ def _wait_until(is_true: object, seconds: float = 10) -> None:
 
 
 def test_all_descendants_of_an_owner_are_found_and_killed(tmp_path: Path) -> None:
-    owner, other = tmp_path / "owner", tmp_path / "other"
+    owner, other_owner = tmp_path / "owner", tmp_path / "other"
     _spawn(owner, "sleep 600 & sleep 600 & wait", Lifetime.UNTIL_STOPPED)
-    _spawn(other, "exec sleep 600")
+    _spawn(other_owner, "exec sleep 600")
     _wait_until(lambda: len(processes.list_owned_pids(owner)) == 3)
     assert processes.end_owned_processes(owner) == 3
     assert processes.list_owned_pids(owner) == []
-    assert len(processes.list_owned_pids(other)) == 1
-    processes.end_owned_processes(other)
+    assert len(processes.list_owned_pids(other_owner)) == 1
+    processes.end_owned_processes(other_owner)
 
 
 def test_a_process_in_execve_is_searched_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    started, search = _spawn(tmp_path, "exec sleep 600", Lifetime.UNTIL_STOPPED), processes.find_processes
-    results = iter([processes.FoundProcesses([], [started.process.pid])])
-    monkeypatch.setattr(processes, "find_processes", lambda owner: next(results, None) or search(owner))
+    server, find_processes = _spawn(tmp_path, "exec sleep 600", Lifetime.UNTIL_STOPPED), processes.find_processes
+    unfinished_searches = iter([processes.FoundProcesses([], [server.process.pid])])
+    monkeypatch.setattr(processes, "find_processes", lambda owner: next(unfinished_searches, None) or find_processes(owner))
     assert processes.end_owned_processes(tmp_path) == 1
-    assert processes.read_start_time(started.process.pid) is None
+    assert processes.read_start_time(server.process.pid) is None
 
 
 @pytest.mark.parametrize(("stack_start", "expected"), [("140000000000000", []), ("0", None)], ids=["program without environment", "inside execve"])
@@ -72,10 +72,10 @@ def test_a_process_that_replaces_its_program_all_the_time_is_found(tmp_path: Pat
     """During `execve`, the environment of a process is read as empty. A search at this moment must not conclude that the process has no environment."""
     script = tmp_path / "again.sh"
     script.write_text("exec sh \"$0\"\n")
-    started = processes.spawn("x", ["sh", script], owner=tmp_path, log=tmp_path / "log", lifetime=Lifetime.UNTIL_STOPPED)
+    server = processes.spawn("x", ["sh", script], owner=tmp_path, log=tmp_path / "log", lifetime=Lifetime.UNTIL_STOPPED)
     for _ in range(200):
         found_processes = processes.find_processes(tmp_path)
-        assert [started.process.pid] in (found_processes.owned_pids, [pid for pid in found_processes.pids_in_exec if pid == started.process.pid])
+        assert [server.process.pid] in (found_processes.owned_pids, [pid for pid in found_processes.pids_in_exec if pid == server.process.pid])
     assert processes.end_owned_processes(tmp_path) == 1
 
 
@@ -91,8 +91,8 @@ def test_processes_of_others_may_have_no_environment_and_any_name(tmp_path: Path
 
 
 def test_kernel_threads_are_no_programs() -> None:
-    names = {stat.parent.name: stat.read_bytes() for stat in Path("/proc").glob("[0-9]*/stat") if stat.parent.name != "1"}
-    kernel_threads = [int(pid) for pid, stat in names.items() if stat.rpartition(b")")[2].split()[1] == b"2"]
+    stats_by_pid = {stat.parent.name: stat.read_bytes() for stat in Path("/proc").glob("[0-9]*/stat") if stat.parent.name != "1"}
+    kernel_threads = [int(pid) for pid, stat in stats_by_pid.items() if stat.rpartition(b")")[2].split()[1] == b"2"]
     assert [pid for pid in kernel_threads if processes.is_program(pid)] == []
     assert processes.is_program(os.getpid())
 
@@ -100,21 +100,21 @@ def test_kernel_threads_are_no_programs() -> None:
 def test_process_with_lifetime_parent_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
     script = (
         "import pathlib; from localcluster import processes as p; o = pathlib.Path({o!r})\n"
-        "p.spawn('x', ['sleep', '600'], owner=o, log=o / 'log', lifetime=p.Lifetime.{life})\n"
+        "p.spawn('x', ['sleep', '600'], owner=o, log=o / 'log', lifetime=p.Lifetime.{lifetime})\n"
         "print('ready', flush=True); input()"
     )
-    for life, expected in ((Lifetime.UNTIL_PARENT_ENDS, 0), (Lifetime.UNTIL_STOPPED, 1)):
-        owner = tmp_path / life.value
-        program = script.format(o=str(owner), life=life.name)
+    for lifetime, expected_count in ((Lifetime.UNTIL_PARENT_ENDS, 0), (Lifetime.UNTIL_STOPPED, 1)):
+        owner = tmp_path / lifetime.value
+        program = script.format(o=str(owner), lifetime=lifetime.name)
         with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as parent:
             assert parent.stdout is not None
             assert parent.stdout.readline() == b"ready\n"
             # Popen may return before the kernel has set the environment of the new program.
             _wait_until(lambda owner=owner: len(processes.list_owned_pids(owner)) == 1)
             parent.send_signal(signal.SIGKILL)
-        if expected == 0:
+        if expected_count == 0:
             _wait_until(lambda owner=owner: processes.list_owned_pids(owner) == [])
-        assert processes.end_owned_processes(owner) == expected
+        assert processes.end_owned_processes(owner) == expected_count
 
 
 def test_waiting_fails_as_soon_as_a_server_has_ended(tmp_path: Path) -> None:
@@ -140,12 +140,12 @@ def test_zombie_has_no_start_time() -> None:
 
 def test_lock_waits_while_the_cluster_of_the_same_folder_is_ending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "LOCK_FILE", tmp_path / "machine.lock")
-    ending = machine.take_lock(tmp_path / "own")
+    first_lock = machine.take_lock(tmp_path / "own")
     pauses: list[float] = []
 
     def record_pause_and_end(seconds: float) -> None:
         pauses.append(seconds)
-        ending.close()
+        first_lock.close()
 
     monkeypatch.setattr(processes.time, "sleep", record_pause_and_end)
     with machine.take_lock(tmp_path / "own"):

@@ -38,7 +38,7 @@ KEY = JobKey("team", "run")
 
 @dataclass
 class FakeApiServer:
-    """Stores objects by kind and name. Each request first calls `before(verb, kind)`, which may raise an error."""
+    """Stores objects by kind and name. Each request first calls `before_request(verb, kind)`, which may raise an error."""
 
     objects: dict[tuple[str, str], Object] = field(default_factory=dict)
     new_versions: Any = field(default_factory=lambda: itertools.count(2))
@@ -60,9 +60,9 @@ class FakeApiServer:
         """Store an object with a new resourceVersion."""
         created = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         meta = {"uid": f"uid-{body['metadata']['name']}", "creationTimestamp": created, **body["metadata"]}
-        stored = {**body, "metadata": {**meta, "resourceVersion": str(next(self.new_versions))}}
-        self.objects[kind.plural, meta["name"]] = stored
-        return stored
+        stored_object = {**body, "metadata": {**meta, "resourceVersion": str(next(self.new_versions))}}
+        self.objects[kind.plural, meta["name"]] = stored_object
+        return stored_object
 
     async def get(self, kind: Kind, namespace: str, name: str) -> Object:
         self._receive("get", kind)
@@ -88,9 +88,9 @@ class FakeApiServer:
         self._receive("update", kind)
         name = body["metadata"]["name"]
         if (kind.plural, name) not in self.objects:
-            missing = NotFound("update", kind, name, 404, "NotFound", "")
-            missing.is_object_missing = True
-            raise missing
+            error = NotFound("update", kind, name, 404, "NotFound", "")
+            error.is_object_missing = True
+            raise error
         stored_object = self.objects[kind.plural, name]
         if stored_object["metadata"]["resourceVersion"] != body["metadata"]["resourceVersion"]:
             raise Conflict("update", kind, name, 409, "Conflict", "")
@@ -168,18 +168,18 @@ class OperatorProcess:
     async def work(self) -> None:
         """Run one worker until the queue is empty."""
         self.queue.add(KEY)
-        working = asyncio.create_task(self.reconciler.work())
+        worker_task = asyncio.create_task(self.reconciler.work())
         async with asyncio.timeout(10):
             while not self.server.requests or not self.queue.is_idle:  # noqa: ASYNC110 -- the worker sends no signal when the queue is empty
                 await asyncio.sleep(0)
-        working.cancel()
+        worker_task.cancel()
 
     async def start_burst_of_new_jobs(self) -> None:
         """Make the operator detect a burst of new jobs: BURST_COUNT new jobs are taken from the queue."""
-        others = [JobKey("team", f"other{number}") for number in range(BURST_COUNT)]
-        for key in others:
+        other_keys = [JobKey("team", f"other{number}") for number in range(BURST_COUNT)]
+        for key in other_keys:
             self.queue.add_high_priority(key)
-        for _ in others:
+        for _ in other_keys:
             self.queue.done((await self.queue.take())[0])
 
     def start_burst_of_transitions(self) -> None:

@@ -56,10 +56,10 @@ def condition(kind: Condition, value: str, reason: str, seconds: float) -> dict[
 
 def spec(**groups: Any) -> Object:
     """Return a copy of SPEC. The fields in a keyword argument replace or extend the fields of the spec group of the same name."""
-    value = dict(SPEC)
+    raw_spec = dict(SPEC)
     for name, group in groups.items():
-        value[name] = {**value.get(name, {}), **group} if isinstance(group, dict) else group
-    return value
+        raw_spec[name] = {**raw_spec.get(name, {}), **group} if isinstance(group, dict) else group
+    return raw_spec
 
 
 def status(**fields: Any) -> FineTuneJobStatus:
@@ -69,37 +69,37 @@ def status(**fields: Any) -> FineTuneJobStatus:
 
 def finetunejob(spec: Object | None = None, status: FineTuneJobStatus | None = None, **fields: Any) -> FineTuneJobView:
     """Return a FineTuneJob named `run`."""
-    values: dict[str, Any] = {
+    default_fields: dict[str, Any] = {
         "namespace": "team", "name": "run", "uid": UID, "version": 1, "resource_version": "1", "generation": 1,
         "created_at": T0, "is_deleting": False,
     }  # fmt: skip
-    return FineTuneJobView(**{**values, **fields}, spec=spec or SPEC, status=status or FineTuneJobStatus())
+    return FineTuneJobView(**{**default_fields, **fields}, spec=spec or SPEC, status=status or FineTuneJobStatus())
 
 
 def job(attempt: int = 1, **fields: Any) -> JobView:
     """Return the Job of an attempt."""
-    values: dict[str, Any] = {
+    default_fields: dict[str, Any] = {
         "namespace": "team", "name": f"run-{attempt}", "uid": f"job-{attempt}", "version": 1, "owner_uid": UID,
         "is_owned": True, "finetunejob_name": "run", "attempt": attempt, "created_at": T0, "started_at": T0, "config_sha256": "c" * 64,
     }  # fmt: skip
-    return JobView(**{**values, **fields})
+    return JobView(**{**default_fields, **fields})
 
 
 def pod(attempt: int = 1, index: int = 0, **fields: Any) -> PodView:
     """Return a pod that runs and is ready."""
-    values: dict[str, Any] = {
+    default_fields: dict[str, Any] = {
         "namespace": "team", "name": f"run-{attempt}-{index}-abcde", "uid": f"pod-{attempt}-{index}", "version": 1,
         "job_uid": f"job-{attempt}", "owner_uid": UID, "finetunejob_name": "run", "attempt": attempt, "completion_index": index,
         "created_at": T0, "phase": "Running", "is_ready": True, "ip": "10.0.0.1", "node": "node-1",
     }  # fmt: skip
-    return PodView(**{**values, **fields})
+    return PodView(**{**default_fields, **fields})
 
 
 def end_pod(running_pod: PodView, code: int, termination_message: TerminationMessage | None = None, *, reason: str = "", message: str = "") -> PodView:
     """Return a copy of the pod in which its container has ended with exit code `code`."""
-    text = message or (termination_message.to_json() if termination_message else "")
+    message_text = message or (termination_message.to_json() if termination_message else "")
     phase = "Succeeded" if code == 0 else "Failed"
-    return replace(running_pod, phase=phase, is_ready=False, terminated=TerminatedState(code, reason, text, at(60)))
+    return replace(running_pod, phase=phase, is_ready=False, terminated=TerminatedState(code, reason, message_text, at(60)))
 
 
 def accept_spec(spec: Object | None = None, config: OperatorConfig = CONFIG) -> AcceptedSpec:
@@ -131,13 +131,13 @@ def parse_pod(phase: str, trainer: dict[str, Any], *, injected: dict[str, Any] |
     `init` that of an init container.
     """
     labels = {Label.MANAGED_BY: MANAGER_NAME, Label.JOB_NAME: "run", Label.JOB_UID: UID, Label.ATTEMPT: "1"}
-    states = [{"name": "istio-proxy", "imageID": "proxy", "state": injected}] if injected else []
-    states.append({"name": TRAINER_CONTAINER, "imageID": "trainer", "state": trainer})
+    container_statuses = [{"name": "istio-proxy", "imageID": "proxy", "state": injected}] if injected else []
+    container_statuses.append({"name": TRAINER_CONTAINER, "imageID": "trainer", "state": trainer})
     body = {
         "metadata": {"name": "run-1-0-x", "namespace": "team", "uid": "pod-1", "labels": labels},
         "spec": {"schedulingGates": [{"name": gate} for gate in gates or []]},
         "status": {
-            "phase": phase, "containerStatuses": states, "conditions": conditions or [],
+            "phase": phase, "containerStatuses": container_statuses, "conditions": conditions or [],
             "initContainerStatuses": [{"name": "setup", "state": init}] if init else [],
         },
     }  # fmt: skip

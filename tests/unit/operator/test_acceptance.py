@@ -25,8 +25,8 @@ STORE = {"uri": "s3://one/models", "endpoint": "https://a.example.com", "credent
 WITHOUT_STORAGE = {name: group for name, group in spec().items() if name != "storage"}
 
 
-def accept_with_storage(raw_spec: dict[str, Any], storage: dict[str, Any], kept: dict[str, Any] | None = None) -> AcceptedSpec:
-    acceptance = accept(raw_spec, parse_config({"storage": storage}, "test"), None if kept is None else FirstAttempt(kept))
+def accept_with_storage(raw_spec: dict[str, Any], storage: dict[str, Any], first_defaults: dict[str, Any] | None = None) -> AcceptedSpec:
+    acceptance = accept(raw_spec, parse_config({"storage": storage}, "test"), None if first_defaults is None else FirstAttempt(first_defaults))
     assert isinstance(acceptance, AcceptedSpec), acceptance
     return acceptance
 
@@ -90,22 +90,22 @@ def test_store_in_the_spec_takes_precedence_over_the_first_attempts_defaults() -
     assert accept_with_storage(raw_spec, {"uri": "s3://two/models"}, first_acceptance.defaults).spec == first_acceptance.spec
 
 
-@pytest.mark.parametrize("kept", [{"storage.uri": "no uri"}, {"training.learningRate": "fast"}, {"gone.option": 1}])
-def test_unusable_defaults_of_the_first_attempt_are_ignored(kept: dict[str, Any]) -> None:
-    assert accept_with_storage(WITHOUT_STORAGE, STORE, kept) == accept_with_storage(WITHOUT_STORAGE, STORE)
+@pytest.mark.parametrize("first_defaults", [{"storage.uri": "no uri"}, {"training.learningRate": "fast"}, {"gone.option": 1}])
+def test_unusable_defaults_of_the_first_attempt_are_ignored(first_defaults: dict[str, Any]) -> None:
+    assert accept_with_storage(WITHOUT_STORAGE, STORE, first_defaults) == accept_with_storage(WITHOUT_STORAGE, STORE)
 
 
 def test_running_attempt_keeps_its_resolved_spec_when_its_pool_is_removed() -> None:
     """The resolved spec must be kept, because the operator reads the attempt's batch size from it if the attempt runs out of memory later."""
     raw_spec = spec(resources={"nodePool": "gone", "gpusPerNode": 1}, policy={"onOutOfMemory": "Adapt"})
-    begun = {"number": 1, "startTime": "2026-11-21T12:00:00Z"}
+    started_attempt = {"number": 1, "startTime": "2026-11-21T12:00:00Z"}
     adaptation = {
         "time": "2026-11-21T12:00:00Z",
         "reason": "OutOfMemory",
         "change": "",
         "set": {"training.batchSizePerDevice": 2},
     }
-    old_status = status(attempt=1, attempts=[begun], adaptations=[adaptation])
+    old_status = status(attempt=1, attempts=[started_attempt], adaptations=[adaptation])
     plan = decide(
         facts(spec=raw_spec, status=old_status, jobs=[job(failed_at=at(60))], pods=[end_pod(pod(), 71)], now=at(61))
     )
@@ -151,12 +151,12 @@ AGAINST_A_RULE = {"training": {"optimizer": "adafactor", "adamBeta1": 0.9}}
     ids=["unsupported", "against a rule", "both"],
 )  # fmt: skip
 def test_a_started_job_is_not_refused_because_of_a_new_rule(groups: dict[str, Any], reason: Reason, problems: list[str]) -> None:
-    new, begun = accept(spec(**groups), CONFIG), accept(spec(**groups), CONFIG, FirstAttempt())
-    assert isinstance(new, RefusedSpec) and isinstance(begun, AcceptedSpec)
-    assert (new.reason, new.is_final, new.spec is not None and new.spec.policy.retries) == (reason, True, None)
-    assert [text.split(":")[0] for text in new.message.split("; ") if text.startswith("spec.")] == problems
-    refused_notes = [note.removeprefix("a new job would be refused: ") for note in begun.notes if note.startswith("a new job would be refused: ")]
-    assert (len(refused_notes), "; ".join(refused_notes)) == (len(problems), new.message)
+    new_acceptance, started_acceptance = accept(spec(**groups), CONFIG), accept(spec(**groups), CONFIG, FirstAttempt())
+    assert isinstance(new_acceptance, RefusedSpec) and isinstance(started_acceptance, AcceptedSpec)
+    assert (new_acceptance.reason, new_acceptance.is_final, new_acceptance.spec is not None and new_acceptance.spec.policy.retries) == (reason, True, None)
+    assert [text.split(":")[0] for text in new_acceptance.message.split("; ") if text.startswith("spec.")] == problems
+    refused_notes = [note.removeprefix("a new job would be refused: ") for note in started_acceptance.notes if note.startswith("a new job would be refused: ")]
+    assert (len(refused_notes), "; ".join(refused_notes)) == (len(problems), new_acceptance.message)
 
 
 @pytest.mark.parametrize("is_new", [True, False])
@@ -212,14 +212,14 @@ def test_spec_with_defaults_may_have_exactly_56_kib(first_attempt: FirstAttempt 
     assert isinstance(refusal, RefusedSpec)
     assert (refusal.reason, refusal.is_final) == (Reason.REJECTED, first_attempt is None)
     other_bytes = int(refusal.message.split("has ")[1].split(" bytes")[0]) - 57344
-    longest = accept_with_value(57344 - other_bytes)
-    assert isinstance(longest, AcceptedSpec)
-    assert len(json.dumps(longest.spec.to_wire(), separators=(",", ":"))) == pytest.approx(57344, abs=2)  # +- 2, because 1e-8 may be written as 1e-08
+    longest_accepted = accept_with_value(57344 - other_bytes)
+    assert isinstance(longest_accepted, AcceptedSpec)
+    assert len(json.dumps(longest_accepted.spec.to_wire(), separators=(",", ":"))) == pytest.approx(57344, abs=2)  # +- 2, because 1e-8 may be written as 1e-08
     assert isinstance(accept_with_value(57345 - other_bytes), RefusedSpec)
 
 
 @pytest.mark.parametrize(
-    ("recorded", "field", "value"),
+    ("recorded_defaults", "field", "value"),
     [
         ({"training.learningRate": 1e-3}, "training.learningRate", 1e-3), ({"training.learningRate": 1e-6}, "training.learningRate", 1e-6),
         ({"training.epochs": 1, "checkpoint.keep": 7}, "checkpoint.keep", 7), ({"resources.memory": "1Gi"}, "resources.memory", "4Gi"),
@@ -229,9 +229,9 @@ def test_spec_with_defaults_may_have_exactly_56_kib(first_attempt: FirstAttempt 
     ],
 )  # fmt: skip
 def test_training_values_stay_those_of_the_first_attempt_and_cluster_values_follow_the_configuration(
-    recorded: dict[str, Any], field: str, value: Any
+    recorded_defaults: dict[str, Any], field: str, value: Any
 ) -> None:
-    acceptance = accept(spec(), CONFIG, FirstAttempt(recorded))
+    acceptance = accept(spec(), CONFIG, FirstAttempt(recorded_defaults))
     assert isinstance(acceptance, AcceptedSpec)
     assert (acceptance.spec.value(field), acceptance.defaults.get(field)) == (value, value)
 
@@ -242,8 +242,8 @@ def test_resources_of_the_pool_take_precedence_over_the_operators_configuration(
     for gpus, expected in ((1, ("a", "amd.com/gpu", "7", "5Gi", "20Gi", "9Gi")), (0, (None, "nvidia.com/gpu", "1", "5Gi", "20Gi", "2Gi"))):
         acceptance = accept(spec(resources={"gpusPerNode": gpus}), config)
         assert isinstance(acceptance, AcceptedSpec)
-        found = acceptance.spec.resources
-        assert (found.node_pool, found.gpu_resource, found.cpu, found.memory, found.ephemeral_storage, found.shared_memory) == expected
+        resources = acceptance.spec.resources
+        assert (resources.node_pool, resources.gpu_resource, resources.cpu, resources.memory, resources.ephemeral_storage, resources.shared_memory) == expected
 
 
 def test_default_storage_that_cannot_be_parsed_waits_for_the_platform_team() -> None:

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 
 from tests.unit.operator.samples import T0, accept_spec, at, end_pod, facts, iso_time, job, pod, report, spec, status
 
-ROLLED_BACK = Adaptation(
+ROLLBACK = Adaptation(
     time=T0, reason=Reason.DIVERGED, change="", set={"resume.maxStep": 20, "resume.firstAttempt": 3}
 )
 
@@ -34,10 +34,10 @@ ROLLED_BACK = Adaptation(
 def list_all_changes(**groups: Any) -> list[str]:
     """Adapt the spec again and again until no further adaptation is possible, and return the changes in order."""
     current, changes = accept_spec(spec(**groups)).spec, []
-    while isinstance(change := adapt_to_out_of_memory(current, T0), Adaptation):
-        changes.append(change.change)
-        current = apply_adaptations(current, [change])
-        assert not check_spec(current), change
+    while isinstance(adaptation := adapt_to_out_of_memory(current, T0), Adaptation):
+        changes.append(adaptation.change)
+        current = apply_adaptations(current, [adaptation])
+        assert not check_spec(current), adaptation
     return changes
 
 
@@ -54,10 +54,10 @@ def test_memory_adaptations_keep_the_effective_batch_and_are_finite(batch: int, 
     current = accept_spec(spec(training={"batchSizePerDevice": batch, "gradientAccumulationSteps": accumulation})).spec
     previous_batch = batch
     for _ in range(12):
-        change = adapt_to_out_of_memory(current, T0)
-        if isinstance(change, AdaptationsExhausted):
+        adaptation = adapt_to_out_of_memory(current, T0)
+        if isinstance(adaptation, AdaptationsExhausted):
             break
-        current = apply_adaptations(current, [change])
+        current = apply_adaptations(current, [adaptation])
         new_batch, accumulation_steps = current.training.batch_size_per_device, current.training.gradient_accumulation_steps
         assert new_batch is not None and accumulation_steps is not None
         assert new_batch * accumulation_steps == batch * accumulation
@@ -83,24 +83,24 @@ def test_policy_fail_forbids_every_adaptation() -> None:
     assert isinstance(
         adapt_to_out_of_memory(accept_spec(spec(policy={"onOutOfMemory": "Fail"})).spec, T0), AdaptationsExhausted
     )
-    change = adapt_to_divergence(accept_spec(spec(policy={"onDivergence": "Fail"})).spec, [], [], T0)
-    assert isinstance(change, AdaptationsExhausted)
+    adaptation = adapt_to_divergence(accept_spec(spec(policy={"onDivergence": "Fail"})).spec, [], [], T0)
+    assert isinstance(adaptation, AdaptationsExhausted)
 
 
 def test_divergence_replays_once_then_rolls_back_twice_with_half_the_learning_rate() -> None:
     base = accept_spec(spec(training={"learningRate": 0.01})).spec
     checkpoints = [Checkpoint(step=s, uri=f"u{s}", healthy=True) for s in (10, 20, 30)]
-    done: list[Adaptation] = []
+    adaptations: list[Adaptation] = []
     for attempt in (1, 2, 3):
-        change = adapt_to_divergence(apply_adaptations(base, done), done, checkpoints, T0, attempt)
-        assert isinstance(change, Adaptation)
-        done.append(change)
-    assert [adaptation.set for adaptation in done] == [
+        adaptation = adapt_to_divergence(apply_adaptations(base, adaptations), adaptations, checkpoints, T0, attempt)
+        assert isinstance(adaptation, Adaptation)
+        adaptations.append(adaptation)
+    assert [adaptation.set for adaptation in adaptations] == [
         {},
         {"training.learningRate": 0.005, "resume.maxStep": 20, "resume.firstAttempt": 3},
         {"training.learningRate": 0.0025, "resume.maxStep": 10, "resume.firstAttempt": 4},
     ]
-    assert isinstance(adapt_to_divergence(apply_adaptations(base, done), done, checkpoints, T0), AdaptationsExhausted)
+    assert isinstance(adapt_to_divergence(apply_adaptations(base, adaptations), adaptations, checkpoints, T0), AdaptationsExhausted)
 
 
 def test_unhealthy_checkpoints_are_not_rollback_targets() -> None:
@@ -118,7 +118,7 @@ def test_unhealthy_checkpoints_are_not_rollback_targets() -> None:
 
 
 @pytest.mark.parametrize(
-    ("committed", "start"),
+    ("committed_checkpoints", "max_start_step"),
     [
         ([], 20),
         ([(10, 1), (20, 1), (30, 2)], 20),
@@ -132,14 +132,14 @@ def test_unhealthy_checkpoints_are_not_rollback_targets() -> None:
     ],
 )
 def test_rollback_excludes_checkpoints_of_older_attempts_only(
-    committed: list[tuple[int, int]], start: int | None
+    committed_checkpoints: list[tuple[int, int]], max_start_step: int | None
 ) -> None:
-    """`committed` has (step, attempt) of each checkpoint. If the attempt is 0, the checkpoint's URI names no attempt."""
+    """`committed_checkpoints` has the (step, attempt) of each checkpoint. If the attempt is 0, the checkpoint's URI names no attempt."""
     uris = {
-        attempt: f"s3://b/checkpoints/step/a{attempt}-0123abcd" if attempt else "s3://b/step" for _, attempt in committed
+        attempt: f"s3://b/checkpoints/step/a{attempt}-0123abcd" if attempt else "s3://b/step" for _, attempt in committed_checkpoints
     }
-    checkpoints = [Checkpoint(step=step, uri=uris[attempt]) for step, attempt in committed]
-    assert find_max_start_step([ROLLED_BACK], checkpoints) == start
+    checkpoints = [Checkpoint(step=step, uri=uris[attempt]) for step, attempt in committed_checkpoints]
+    assert find_max_start_step([ROLLBACK], checkpoints) == max_start_step
     assert find_max_start_step([], checkpoints) is None
 
 
@@ -150,14 +150,14 @@ def test_adaptation_that_the_rules_refuse_is_skipped() -> None:
 
 
 GB = 10**9
-NEEDED = {"needed_bytes": 81 * GB, "available_bytes": 80 * GB, "planned_bytes": 70 * GB, "expected_bytes": 60 * GB, "upper_bytes": 64 * GB}
+MEMORY_BYTES = {"needed_bytes": 81 * GB, "available_bytes": 80 * GB, "planned_bytes": 70 * GB, "expected_bytes": 60 * GB, "upper_bytes": 64 * GB}
 
 
-def adapt_with_advice(advice: dict[str, Any], earlier: list[Adaptation] | None = None, **groups: Any) -> Adaptation | AdaptationsExhausted:
+def adapt_with_advice(advice: dict[str, Any], earlier_adaptations: list[Adaptation] | None = None, **groups: Any) -> Adaptation | AdaptationsExhausted:
     """Return the adaptation that follows when the memory plan gives this advice for a job with micro-batches of 12 rows."""
     training = {"batchSizePerDevice": 12, "gradientAccumulationSteps": 5, **groups.pop("training", {})}
-    current = apply_adaptations(accept_spec(spec(training=training, **groups)).spec, earlier or [])
-    return adapt_to_out_of_memory(current, T0, MemoryAdvice(**NEEDED | advice), earlier or [])
+    current = apply_adaptations(accept_spec(spec(training=training, **groups)).spec, earlier_adaptations or [])
+    return adapt_to_out_of_memory(current, T0, MemoryAdvice(**MEMORY_BYTES | advice), earlier_adaptations or [])
 
 
 @pytest.mark.parametrize(
@@ -206,8 +206,8 @@ def test_advice_to_enable_recomputation_is_used_only_once() -> None:
 
 
 def test_the_evaluation_batch_follows_the_advised_micro_batch() -> None:
-    change = adapt_with_advice({"batch_size_per_device": 3}, dataset={"split": {"validation": 0.1}}, evaluation={"batchSizePerDevice": 8})
-    assert isinstance(change, Adaptation) and change.set == {
+    adaptation = adapt_with_advice({"batch_size_per_device": 3}, dataset={"split": {"validation": 0.1}}, evaluation={"batchSizePerDevice": 8})
+    assert isinstance(adaptation, Adaptation) and adaptation.set == {
         "training.batchSizePerDevice": 3, "training.gradientAccumulationSteps": 20, "evaluation.batchSizePerDevice": 3
     }  # fmt: skip
 
@@ -218,31 +218,30 @@ def test_policy_fail_forbids_the_advised_adaptation() -> None:
 
 def test_failure_after_the_last_reduction_names_changes_that_would_fit() -> None:
     smallest = {"batchSizePerDevice": 1, "gradientCheckpointing": "enabled"}
-    end = adapt_with_advice({"changes": ["method.type: qlora", "dataset.maxSequenceLength: 1024"]}, training=smallest)
-    assert isinstance(end, AdaptationsExhausted)
-    assert end.hint == "create a job with one of these changes, which fit by the memory plan: method.type: qlora; dataset.maxSequenceLength: 1024"
-    unknown = adapt_with_advice({"changes": []}, training=smallest)
-    assert isinstance(unknown, AdaptationsExhausted) and unknown.hint.startswith("use a larger GPU")
+    exhausted = adapt_with_advice({"changes": ["method.type: qlora", "dataset.maxSequenceLength: 1024"]}, training=smallest)
+    assert isinstance(exhausted, AdaptationsExhausted)
+    assert exhausted.hint == "create a job with one of these changes, which fit by the memory plan: method.type: qlora; dataset.maxSequenceLength: 1024"
+    exhausted_without_changes = adapt_with_advice({"changes": []}, training=smallest)
+    assert isinstance(exhausted_without_changes, AdaptationsExhausted) and exhausted_without_changes.hint.startswith("use a larger GPU")
 
 
 def test_advice_reaches_the_next_attempt_from_the_termination_message() -> None:
-    advice = MemoryAdvice(**NEEDED | {"batch_size_per_device": 1, "fits": True})
+    advice = MemoryAdvice(**MEMORY_BYTES | {"batch_size_per_device": 1, "fits": True})
     message = TerminationMessage(code="GpuOutOfMemory", plan=RunPlan(out_of_memory=advice))
     old_status = status(attempt=1, attempts=[STARTED_ATTEMPT])
     job_facts = facts(status=old_status, jobs=[job(failed_at=at(60))], pods=[end_pod(pod(), ExitCode.OUT_OF_MEMORY, message)], now=at(61))
     new_status = compute_status(job_facts, decide(job_facts), ActionResult())
-    assert [one.change for one in new_status.adaptations] == ["batchSizePerDevice 4 -> 1, gradientAccumulationSteps 4 -> 16"]
+    assert [adaptation.change for adaptation in new_status.adaptations] == ["batchSizePerDevice 4 -> 1, gradientAccumulationSteps 4 -> 16"]
     assert new_status.adaptations[0].explanation is not None
     assert new_status.plan is not None and new_status.plan.out_of_memory == advice
 
 
 def test_evaluation_batch_shrinks_with_the_training_batch() -> None:
-    held_out = {"split": {"validation": 0.1}}
-    assert list_all_changes(dataset={"train": "s3://data/a.jsonl", **held_out}, evaluation={"batchSizePerDevice": 32}, training={"batchSizePerDevice": 2}) == [
+    dataset = {"train": "s3://data/a.jsonl", "split": {"validation": 0.1}}
+    assert list_all_changes(dataset=dataset, evaluation={"batchSizePerDevice": 32}, training={"batchSizePerDevice": 2}) == [
         "batchSizePerDevice 2 -> 1, gradientAccumulationSteps 4 -> 8, evaluation.batchSizePerDevice 32 -> 1",
         "gradientCheckpointing disabled -> enabled",
     ]  # fmt: skip
-    dataset = {"train": "s3://data/a.jsonl", **held_out}
     assert list_all_changes(dataset=dataset, evaluation={"batchSizePerDevice": 8}, training={"batchSizePerDevice": 1})[0] == (
         "evaluation.batchSizePerDevice 8 -> 1"
     )  # fmt: skip
@@ -257,16 +256,16 @@ def test_second_rollback_uses_a_checkpoint_that_was_not_removed() -> None:
     kept_checkpoints = compute_status(job_facts, decide(job_facts), ActionResult()).checkpoints
     adaptations: list[Adaptation] = []
     for attempt in (1, 2, 3):
-        change = adapt_to_divergence(accept_spec(raw_spec).spec, adaptations, kept_checkpoints, T0, attempt)
-        assert not isinstance(change, AdaptationsExhausted)
-        adaptations.append(change)
+        adaptation = adapt_to_divergence(accept_spec(raw_spec).spec, adaptations, kept_checkpoints, T0, attempt)
+        assert not isinstance(adaptation, AdaptationsExhausted)
+        adaptations.append(adaptation)
     assert (adaptations[-1].set or {})["resume.maxStep"] == 400
 
 
 def describe_next_change(**groups: Any) -> str:
     """Return a text that says how a spec without defaults is changed after an attempt ran out of memory."""
-    change = adapt_to_out_of_memory(FineTuneJobSpec.model_validate(spec(**groups)), T0)
-    return change.change if isinstance(change, Adaptation) else change.message
+    adaptation = adapt_to_out_of_memory(FineTuneJobSpec.model_validate(spec(**groups)), T0)
+    return adaptation.change if isinstance(adaptation, Adaptation) else adaptation.message
 
 
 @pytest.mark.parametrize(
@@ -324,10 +323,10 @@ def test_evaluation_batch_shrinks_if_the_training_batch_cannot(evaluation_batch:
 
 
 def test_adapted_field_has_its_newest_value_and_its_original_value_is_known() -> None:
-    values: list[dict[str, Any] | None] = [
+    changed_fields: list[dict[str, Any] | None] = [
         {"training.batchSizePerDevice": 2, "resume.maxStep": 20, "resume.firstAttempt": 3}, None, {"training.batchSizePerDevice": 1}
     ]  # fmt: skip
-    adaptations = [Adaptation(time=T0, reason=Reason.OUT_OF_MEMORY, change="", set=value) for value in values]
+    adaptations = [Adaptation(time=T0, reason=Reason.OUT_OF_MEMORY, change="", set=fields) for fields in changed_fields]
     resolved_spec = accept_spec().spec
     assert apply_adaptations(resolved_spec, adaptations) == resolved_spec.with_values({"training.batchSizePerDevice": 1})
     assert get_original_values(resolved_spec, adaptations) == {"training.batchSizePerDevice": 4}
@@ -354,17 +353,17 @@ def test_each_rollback_skips_one_more_checkpoint(steps: list[int], texts: list[s
     base = accept_spec(spec(training={"learningRate": 0.01})).spec
     adaptations = [Adaptation(time=T0, reason=Reason.OUT_OF_MEMORY, change="")]
     for text in texts:
-        change = adapt_to_divergence(apply_adaptations(base, adaptations), adaptations, checkpoints, T0)
-        assert isinstance(change, Adaptation)
-        assert (change.change, change.time, change.reason) == (text, T0, Reason.DIVERGED)
-        assert (change.set or {}).get("resume.firstAttempt", 2) == 2
-        adaptations.append(change)
-    end = adapt_to_divergence(apply_adaptations(base, adaptations), adaptations, checkpoints, T0)
-    assert isinstance(end, AdaptationsExhausted)
-    assert end.message == "the loss was not finite again after one replay and 2 rollbacks, the last one with learningRate 0.0025"
+        adaptation = adapt_to_divergence(apply_adaptations(base, adaptations), adaptations, checkpoints, T0)
+        assert isinstance(adaptation, Adaptation)
+        assert (adaptation.change, adaptation.time, adaptation.reason) == (text, T0, Reason.DIVERGED)
+        assert (adaptation.set or {}).get("resume.firstAttempt", 2) == 2
+        adaptations.append(adaptation)
+    exhausted = adapt_to_divergence(apply_adaptations(base, adaptations), adaptations, checkpoints, T0)
+    assert isinstance(exhausted, AdaptationsExhausted)
+    assert exhausted.message == "the loss was not finite again after one replay and 2 rollbacks, the last one with learningRate 0.0025"
 
 
-@pytest.mark.parametrize(("values", "limit"), [({"resume.maxStep": 20}, 20), ({"resume.firstAttempt": 3}, None), ({"resume.maxStep": "x"}, None)])
-def test_incomplete_rollback_limits_the_start_step_only_if_the_step_is_known(values: dict[str, Any], limit: int | None) -> None:
-    incomplete = Adaptation(time=T0, reason=Reason.DIVERGED, change="", set=values)
-    assert find_max_start_step([incomplete], [Checkpoint(step=30, uri="s3://b/step")]) == limit
+@pytest.mark.parametrize(("set_fields", "limit"), [({"resume.maxStep": 20}, 20), ({"resume.firstAttempt": 3}, None), ({"resume.maxStep": "x"}, None)])
+def test_incomplete_rollback_limits_the_start_step_only_if_the_step_is_known(set_fields: dict[str, Any], limit: int | None) -> None:
+    incomplete_rollback = Adaptation(time=T0, reason=Reason.DIVERGED, change="", set=set_fields)
+    assert find_max_start_step([incomplete_rollback], [Checkpoint(step=30, uri="s3://b/step")]) == limit

@@ -42,8 +42,8 @@ def test_pod_status_shows_the_blocking_condition() -> None:
     ],
 )
 def test_slow_container_runtime_is_not_a_missing_configuration(message: str, reason: Reason) -> None:
-    waiting = replace(pod(), phase="Pending", waiting_reason="CreateContainerError", waiting_message=message)
-    assert find_blocking_condition_in_pods([waiting]) == BlockingCondition(reason, f"CreateContainerError: {message}")
+    waiting_pod = replace(pod(), phase="Pending", waiting_reason="CreateContainerError", waiting_message=message)
+    assert find_blocking_condition_in_pods([waiting_pod]) == BlockingCondition(reason, f"CreateContainerError: {message}")
 
 
 @pytest.mark.parametrize(
@@ -56,33 +56,33 @@ def test_slow_container_runtime_is_not_a_missing_configuration(message: str, rea
     ],
 )
 def test_warning_events_show_the_blocking_condition(reason: str, note: str, expected_reason: Reason | None) -> None:
-    waiting = find_blocking_condition_in_events(
+    blocking_condition = find_blocking_condition_in_events(
         [{"reason": reason, "message": note, "lastTimestamp": "2026-11-21T12:00:00Z"}]
     )
-    assert (waiting.reason if waiting else None) == expected_reason
+    assert (blocking_condition.reason if blocking_condition else None) == expected_reason
 
 
 def test_injected_container_that_keeps_the_pod_running_is_named() -> None:
-    blocking = find_blocking_condition_in_pods([parse_pod("Running", {"terminated": {"exitCode": 0}}, injected=RUNNING_STATE)])
-    assert blocking is not None
-    assert "ended with exit code 0, but another container of the pod still runs" in blocking.message
+    blocking_condition = find_blocking_condition_in_pods([parse_pod("Running", {"terminated": {"exitCode": 0}}, injected=RUNNING_STATE)])
+    assert blocking_condition is not None
+    assert "ended with exit code 0, but another container of the pod still runs" in blocking_condition.message
     assert find_blocking_condition_in_pods([parse_pod("Running", RUNNING_STATE, injected=RUNNING_STATE)]) is None
 
 
 def test_missing_image_of_an_init_container_is_a_blocking_condition() -> None:
-    blocking = find_blocking_condition_in_pods(
+    blocking_condition = find_blocking_condition_in_pods(
         [parse_pod("Pending", INITIALIZING_STATE, init={"waiting": {"reason": "ErrImagePull", "message": "none"}})]
     )
-    assert blocking is not None
-    assert (blocking.reason, blocking.message) == (Reason.IMAGE_PULL_FAILED, "ErrImagePull: none")
+    assert blocking_condition is not None
+    assert (blocking_condition.reason, blocking_condition.message) == (Reason.IMAGE_PULL_FAILED, "ErrImagePull: none")
     assert find_blocking_condition_in_pods([parse_pod("Pending", INITIALIZING_STATE, init=RUNNING_STATE)]) is None
 
 
 def test_blocking_condition_names_the_scheduling_gate() -> None:
-    gated = {"type": "PodScheduled", "status": "False", "reason": "SchedulingGated", "message": "Scheduling is blocked"}
-    blocking = find_blocking_condition_in_pods([parse_pod("Pending", {}, conditions=[gated], gates=["example.com/licence"])])
-    assert blocking is not None
-    assert (blocking.reason, blocking.message) == (Reason.UNSCHEDULABLE, "Scheduling is blocked (example.com/licence)")
+    gated_condition = {"type": "PodScheduled", "status": "False", "reason": "SchedulingGated", "message": "Scheduling is blocked"}
+    blocking_condition = find_blocking_condition_in_pods([parse_pod("Pending", {}, conditions=[gated_condition], gates=["example.com/licence"])])
+    assert blocking_condition is not None
+    assert (blocking_condition.reason, blocking_condition.message) == (Reason.UNSCHEDULABLE, "Scheduling is blocked (example.com/licence)")
 
 
 def test_most_important_condition_of_all_pods_is_shown() -> None:
@@ -95,8 +95,8 @@ def test_most_important_condition_of_all_pods_is_shown() -> None:
     reasons = [Reason.PODS_NOT_READY, Reason.UNSCHEDULABLE, Reason.IMAGE_PULL_FAILED, Reason.CONFIG_MISSING]
     for count, reason in enumerate(reasons, 1):
         for order in (pods[:count], pods[:count][::-1]):
-            found = find_blocking_condition_in_pods([pod(), *order])
-            assert found is not None and found.reason is reason
+            blocking_condition = find_blocking_condition_in_pods([pod(), *order])
+            assert blocking_condition is not None and blocking_condition.reason is reason
 
 
 @pytest.mark.parametrize("change", [{"phase": "Failed"}, {"phase": "Succeeded"}, {"is_deleted": True}, {"waiting_reason": "ContainerCreating"}])
@@ -111,7 +111,7 @@ def test_trainer_that_ended_in_a_pending_pod_does_not_block() -> None:
 
 
 @pytest.mark.parametrize(
-    "times",
+    "make_times",
     [
         lambda time: {"lastTimestamp": time},
         lambda time: {"eventTime": time, "metadata": {"creationTimestamp": "2026-01-01T00:00:00Z"}},
@@ -121,15 +121,15 @@ def test_trainer_that_ended_in_a_pending_pod_does_not_block() -> None:
     ],
     ids=["lastTimestamp", "eventTime", "creationTimestamp", "series", "lastTimestamp despite a series"],
 )  # fmt: skip
-def test_newest_event_with_an_explanation_is_used(times: Any) -> None:
-    middle = {"reason": "FailedMount", "note": "no such volume", "lastTimestamp": T0.isoformat()}
-    quota = {"reason": "FailedCreate", "message": "exceeded Quota"}
-    unrelated = {"reason": "Pulled", "message": "x", "lastTimestamp": "2028-01-01T00:00:00Z"}
-    undated = {"reason": "FailedCreate", "message": "undated"}
-    volume_found = BlockingCondition(Reason.CONFIG_MISSING, "no such volume")
-    quota_found = BlockingCondition(Reason.QUOTA_EXCEEDED, "exceeded Quota")
-    for time, found in (("2026-06-01T00:00:00Z", volume_found), ("2027-01-01T00:00:00Z", quota_found)):
-        assert find_blocking_condition_in_events([undated, middle, {**quota, **times(time)}, unrelated]) == found
+def test_newest_event_with_an_explanation_is_used(make_times: Any) -> None:
+    volume_event = {"reason": "FailedMount", "note": "no such volume", "lastTimestamp": T0.isoformat()}
+    quota_event = {"reason": "FailedCreate", "message": "exceeded Quota"}
+    unrelated_event = {"reason": "Pulled", "message": "x", "lastTimestamp": "2028-01-01T00:00:00Z"}
+    undated_event = {"reason": "FailedCreate", "message": "undated"}
+    volume_condition = BlockingCondition(Reason.CONFIG_MISSING, "no such volume")
+    quota_condition = BlockingCondition(Reason.QUOTA_EXCEEDED, "exceeded Quota")
+    for time, expected_condition in (("2026-06-01T00:00:00Z", volume_condition), ("2027-01-01T00:00:00Z", quota_condition)):
+        assert find_blocking_condition_in_events([undated_event, volume_event, {**quota_event, **make_times(time)}, unrelated_event]) == expected_condition
     assert find_blocking_condition_in_events([{"reason": "FailedAttachVolume"}]) == BlockingCondition(Reason.CONFIG_MISSING, "")
 
 

@@ -20,27 +20,27 @@ def server() -> FakeApiServer:
     return new_server()
 
 
-async def process_with_stuck_pod(server: FakeApiServer, scheduled: int) -> OperatorProcess:
-    """Return a new operator process with a Pending pod that was created an hour ago and was bound to a node `scheduled` seconds ago."""
+async def start_process_with_stuck_pod(server: FakeApiServer, scheduled_seconds_ago: int) -> OperatorProcess:
+    """Return a new operator process with a Pending pod that was created an hour ago and was bound to a node `scheduled_seconds_ago` seconds ago."""
     _, job = await start_attempt(server)
     process, now = OperatorProcess(server), server.clock.now()
     process.cache.put_job(job)
-    waiting = pod(version=5, phase="Pending", is_ready=False, created_at=now - timedelta(hours=1))
-    process.cache.put_pod(replace(waiting, scheduled_at=now - timedelta(seconds=scheduled)))
+    waiting_pod = pod(version=5, phase="Pending", is_ready=False, created_at=now - timedelta(hours=1))
+    process.cache.put_pod(replace(waiting_pod, scheduled_at=now - timedelta(seconds=scheduled_seconds_ago)))
     return process
 
 
-@pytest.mark.parametrize(("scheduled", "reads"), [(1, 0), (60, 1)])
-async def test_time_without_a_node_does_not_count_for_a_stuck_pod(server: FakeApiServer, scheduled: int, reads: int) -> None:
+@pytest.mark.parametrize(("scheduled_seconds_ago", "read_count"), [(1, 0), (60, 1)])
+async def test_time_without_a_node_does_not_count_for_a_stuck_pod(server: FakeApiServer, scheduled_seconds_ago: int, read_count: int) -> None:
     """Even if a pod waited an hour for a node, it has the usual time to mount its volumes after it was bound to the node."""
-    process = await process_with_stuck_pod(server, scheduled)
+    process = await start_process_with_stuck_pod(server, scheduled_seconds_ago)
     await process.reconcile()
-    assert server.count("list", CORE_EVENT) == reads
+    assert server.count("list", CORE_EVENT) == read_count
 
 
 async def test_reads_of_many_jobs_are_rate_limited(server: FakeApiServer) -> None:
     """Reading the events of a pod is expensive, because the API server scans all events of the namespace."""
-    process = await process_with_stuck_pod(server, 60)
+    process = await start_process_with_stuck_pod(server, 60)
     limiter, now = process.reconciler._blocking_reader._limiter, asyncio.get_running_loop().time()
     limiter.record_read(now - 0.2, now)
     await process.reconcile()
@@ -54,7 +54,7 @@ async def test_reads_of_many_jobs_are_rate_limited(server: FakeApiServer) -> Non
 
 
 async def test_failed_read_of_events_releases_its_reservation(server: FakeApiServer) -> None:
-    process = await process_with_stuck_pod(server, 60)
+    process = await start_process_with_stuck_pod(server, 60)
 
     def fail(verb: str, kind: Kind) -> None:
         if kind is CORE_EVENT:

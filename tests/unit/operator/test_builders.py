@@ -56,33 +56,33 @@ FULL_SPEC = spec(
 def build_config_and_job(raw_spec: Object, attempt: int = 1, **options: Any) -> tuple[RunConfig, Object]:
     acceptance = accept_spec(raw_spec)
     finetune_job = finetunejob(raw_spec)
-    values: dict[str, Any] = {"defaults": acceptance.defaults, "committed_step": 0, "max_step": None, **options}
-    run = build_run_config(finetune_job, acceptance.spec, attempt, **values)
+    run_options: dict[str, Any] = {"defaults": acceptance.defaults, "committed_step": 0, "max_step": None, **options}
+    run = build_run_config(finetune_job, acceptance.spec, attempt, **run_options)
     return run, build_job(finetune_job, run, acceptance.pool, CONFIG)
 
 
-def assert_matches_golden_file(name: str, value: Object) -> None:
+def assert_matches_golden_file(name: str, built_object: Object) -> None:
     path = GOLDEN_FOLDER / f"{name}.yaml"
-    text = yaml.safe_dump(json.loads(json.dumps(value)), sort_keys=False, width=120)
+    text = yaml.safe_dump(json.loads(json.dumps(built_object)), sort_keys=False, width=120)
     if os.environ.get("GOLDEN") == "write":
         path.write_text(text)
     assert path.read_text() == text
 
 
-def without_run(body: Object) -> Object:
-    value: Object = json.loads(json.dumps(body))
-    value["spec"]["template"]["metadata"]["annotations"][Annotation.RUN_CONFIG] = "..."
-    value["metadata"]["annotations"][Annotation.RUN_CONFIG_SHA256] = "..."
-    for variable in value["spec"]["template"]["spec"]["containers"][0]["env"]:
+def mask_run_config(body: Object) -> Object:
+    masked_job: Object = json.loads(json.dumps(body))
+    masked_job["spec"]["template"]["metadata"]["annotations"][Annotation.RUN_CONFIG] = "..."
+    masked_job["metadata"]["annotations"][Annotation.RUN_CONFIG_SHA256] = "..."
+    for variable in masked_job["spec"]["template"]["spec"]["containers"][0]["env"]:
         if variable["name"] == Env.RUN_SHA256:
             variable["value"] = "..."
-    return value
+    return masked_job
 
 
 @pytest.mark.parametrize(("name", "raw_spec"), [("small", spec()), ("everything", FULL_SPEC)])
 def test_job_matches_its_golden_file(name: str, raw_spec: Object) -> None:
     _, body = build_config_and_job(raw_spec)
-    assert_matches_golden_file(f"job-{name}", without_run(body))
+    assert_matches_golden_file(f"job-{name}", mask_run_config(body))
 
 
 def test_run_config_matches_its_golden_file() -> None:
@@ -101,8 +101,8 @@ def test_run_config_lists_the_checkpoint_manifests_of_the_status_as_marks() -> N
         Checkpoint(step=30, uri=f"{root}/step-00000030", sha256=sha256), Checkpoint(step=40, uri=f"{root}/step-00000040/a2-0123abcd/", sha256="x y"),
     ]  # fmt: skip
     acceptance = accept_spec(spec())
-    values: dict[str, Any] = {"defaults": acceptance.defaults, "committed_step": 40, "max_step": None}
-    run = build_run_config(finetunejob(spec(), status(checkpoints=[one.to_wire() for one in checkpoints])), acceptance.spec, 2, **values)
+    run_options: dict[str, Any] = {"defaults": acceptance.defaults, "committed_step": 40, "max_step": None}
+    run = build_run_config(finetunejob(spec(), status(checkpoints=[checkpoint.to_wire() for checkpoint in checkpoints])), acceptance.spec, 2, **run_options)
     assert run.resume.known_checkpoints == {"step-00000010/a1-0123abcd": sha256}
     wire = run.to_wire()
     assert "knownCheckpoints" not in wire["resume"] and f"#checkpoint step-00000010/a1-0123abcd {sha256}" in wire["defaults"]
@@ -115,13 +115,13 @@ def test_service_matches_its_golden_file() -> None:
 
 def test_job_contains_its_run_configuration_and_its_hash() -> None:
     run, body = build_config_and_job(FULL_SPEC)
-    text = body["spec"]["template"]["metadata"]["annotations"][Annotation.RUN_CONFIG]
-    assert RunConfig.model_validate(json.loads(text)) == run
-    digest = RunConfig.sha256(text.encode())
+    run_json = body["spec"]["template"]["metadata"]["annotations"][Annotation.RUN_CONFIG]
+    assert RunConfig.model_validate(json.loads(run_json)) == run
+    digest = RunConfig.sha256(run_json.encode())
     assert body["metadata"]["annotations"][Annotation.RUN_CONFIG_SHA256] == digest
-    env = {v["name"]: v.get("value") for v in body["spec"]["template"]["spec"]["containers"][0]["env"]}
+    env = {variable["name"]: variable.get("value") for variable in body["spec"]["template"]["spec"]["containers"][0]["env"]}
     assert env[Env.RUN_SHA256] == digest
-    assert len(text.encode()) < MAX_RUN_BYTES
+    assert len(run_json.encode()) < MAX_RUN_BYTES
 
 
 def test_platform_chooses_the_user_if_fixed_user_is_false() -> None:
@@ -150,9 +150,9 @@ def test_labels_and_annotations_of_placement_reach_the_job_and_its_pods() -> Non
 
 
 def test_queue_label_of_a_job_of_release_0_1_0_does_not_queue_its_next_attempt() -> None:
-    began = accept(spec(placement={"labels": {"kueue.x-k8s.io/queue-name": "old"}}), CONFIG, FirstAttempt())
-    assert isinstance(began, AcceptedSpec)
-    run = build_run_config(finetunejob(), began.spec, 2, defaults={}, committed_step=5, max_step=None)
+    acceptance = accept(spec(placement={"labels": {"kueue.x-k8s.io/queue-name": "old"}}), CONFIG, FirstAttempt())
+    assert isinstance(acceptance, AcceptedSpec)
+    run = build_run_config(finetunejob(), acceptance.spec, 2, defaults={}, committed_step=5, max_step=None)
     assert "kueue.x-k8s.io/queue-name" not in build_job(finetunejob(), run, None, CONFIG)["metadata"]["labels"]
 
 
@@ -184,34 +184,34 @@ def test_the_attempt_after_a_rollback_is_a_mark_that_older_trainers_ignore() -> 
     assert run.resume.rolled_back_attempt == 3
     assert "rolledBackAttempt" not in run.to_wire()["resume"] and "#rolledBackAttempt 3" in run.to_wire()["defaults"]
     assert RunConfig.model_validate_json(run.to_bytes()) == run
-    unlimited, _ = build_config_and_job(spec(), 4, committed_step=40, max_step=None, rolled_back_attempt=3)
-    assert unlimited.resume.rolled_back_attempt is None
+    run_without_limit, _ = build_config_and_job(spec(), 4, committed_step=40, max_step=None, rolled_back_attempt=3)
+    assert run_without_limit.resume.rolled_back_attempt is None
 
 
 def test_only_attempts_with_several_pods_use_dns_names() -> None:
-    alone, body = build_config_and_job(spec())
-    assert (alone.world.master_address, alone.world.master_port) == ("127.0.0.1", 0)
+    single_pod_run, body = build_config_and_job(spec())
+    assert (single_pod_run.world.master_address, single_pod_run.world.master_port) == ("127.0.0.1", 0)
     assert "subdomain" not in body["spec"]["template"]["spec"]
-    gang, body = build_config_and_job(spec(resources={"nodes": 2}), 3)
-    assert gang.world.master_address == "run-3-0.run-3"
-    assert gang.world.rendezvous_id.endswith("-3")
+    gang_run, body = build_config_and_job(spec(resources={"nodes": 2}), 3)
+    assert gang_run.world.master_address == "run-3-0.run-3"
+    assert gang_run.world.rendezvous_id.endswith("-3")
     assert body["spec"]["template"]["spec"]["subdomain"] == "run-3"
 
 
 @pytest.mark.parametrize(
-    ("raw_spec", "save_seconds", "grace"),
+    ("user_grace_seconds", "save_seconds", "grace_seconds"),
     [(None, None, 300), (None, 99.0, 300), (None, 200.5, 602), (None, 1e6, 86400), (120, 200.5, 120)],
 )
-def test_grace_period_covers_three_saves_unless_the_user_set_it(raw_spec: int | None, save_seconds: float | None, grace: int) -> None:
-    policy = {} if raw_spec is None else {"terminationGracePeriodSeconds": raw_spec}
-    body = finetunejob(spec(policy=policy))
-    slow = Checkpoint(step=40, uri="s3://r/40", save_seconds=save_seconds)
-    quick = Checkpoint(step=20, uri="s3://r/20", save_seconds=5000.0)
-    finetune_job = replace(body, status=body.status.model_copy(update={"checkpoints": [slow, quick] if save_seconds else []}))
+def test_grace_period_covers_three_saves_unless_the_user_set_it(user_grace_seconds: int | None, save_seconds: float | None, grace_seconds: int) -> None:
+    policy = {} if user_grace_seconds is None else {"terminationGracePeriodSeconds": user_grace_seconds}
+    old_job = finetunejob(spec(policy=policy))
+    newest_checkpoint = Checkpoint(step=40, uri="s3://r/40", save_seconds=save_seconds)
+    older_checkpoint = Checkpoint(step=20, uri="s3://r/20", save_seconds=5000.0)
+    finetune_job = replace(old_job, status=old_job.status.model_copy(update={"checkpoints": [newest_checkpoint, older_checkpoint] if save_seconds else []}))
     acceptance = accept_spec(spec(policy=policy))
     run = build_run_config(finetune_job, acceptance.spec, 2, defaults=acceptance.defaults, committed_step=40, max_step=None)
-    assert run.grace_seconds == grace
-    assert build_job(finetune_job, run, acceptance.pool, CONFIG)["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] == grace
+    assert run.grace_seconds == grace_seconds
+    assert build_job(finetune_job, run, acceptance.pool, CONFIG)["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] == grace_seconds
 
 
 def test_prompts_and_the_existing_model_are_mounted() -> None:
@@ -219,8 +219,8 @@ def test_prompts_and_the_existing_model_are_mounted() -> None:
         evaluation={"comparison": {"promptsRef": {"name": "prompts", "key": "prompts.txt"}}},
         phases={"train": False, "from": "pvc://models/job/model"},
     )
-    run, found = build_config_and_job(raw_spec)
-    container_spec = found["spec"]["template"]["spec"]
+    run, body = build_config_and_job(raw_spec)
+    container_spec = body["spec"]["template"]["spec"]
     assert {"name": "configmap-0", "configMap": {"name": "prompts"}} in container_spec["volumes"]
     [trainer] = container_spec["containers"]
     mounts = {mount["mountPath"]: mount.get("readOnly") for mount in trainer["volumeMounts"]}

@@ -57,7 +57,7 @@ def test_failed_stage_after_training_changes_no_value_of_the_training(code: int,
 
 
 @pytest.mark.parametrize(
-    ("reported_end", "known_values", "reason"),
+    ("termination_message", "known_values", "reason"),
     [
         (build_message("X", stage=Stage.BENCHMARKING), {}, Reason.BENCHMARK_FAILED),
         (build_message("X", stage=Stage.MERGING), {"is_model_committed": True, "stage": Stage.EVALUATING}, Reason.MERGE_FAILED),
@@ -66,9 +66,9 @@ def test_failed_stage_after_training_changes_no_value_of_the_training(code: int,
     ],
 )
 def test_memory_limit_after_training_changes_no_value_of_the_training(
-    reported_end: TerminationMessage | None, known_values: dict[str, Any], reason: Reason
+    termination_message: TerminationMessage | None, known_values: dict[str, Any], reason: Reason
 ) -> None:
-    cause = find_cause(None, [end_pod(pod(), 137, reported_end, reason="OOMKilled")], **known_values)
+    cause = find_cause(None, [end_pod(pod(), 137, termination_message, reason="OOMKilled")], **known_values)
     assert (cause.reason, cause.retry_policy, cause.failure.hint) == (reason, RetryPolicy.COUNTED, "raise resources.memory")
 
 
@@ -152,8 +152,8 @@ def test_exit_code_of_an_injected_container_is_ignored() -> None:
 
 
 def test_failure_names_the_failed_init_container() -> None:
-    failed = {"terminated": {"exitCode": 3, "reason": "Error", "message": "no route to the vault"}}
-    cause = find_cause(None, [parse_pod("Failed", INITIALIZING_STATE, init=failed)])
+    failed_state = {"terminated": {"exitCode": 3, "reason": "Error", "message": "no route to the vault"}}
+    cause = find_cause(None, [parse_pod("Failed", INITIALIZING_STATE, init=failed_state)])
     assert (cause.failure.code, cause.retry_policy) == ("InitContainerFailed", RetryPolicy.COUNTED)
     assert cause.failure.message == "init container setup ended with exit code 3: no route to the vault"
 
@@ -161,8 +161,8 @@ def test_failure_names_the_failed_init_container() -> None:
 @pytest.mark.parametrize("code", [75, 76, 137, 143])
 def test_pod_evicted_because_of_its_own_disk_usage_counts_as_a_retry(code: int) -> None:
     kubelet_message = "Pod ephemeral local storage usage exceeds the total limit of containers 20Gi."
-    evicted = replace(end_pod(pod(), code), reason="Evicted", message=kubelet_message)
-    cause = find_pod_cause(evicted)
+    evicted_pod = replace(end_pod(pod(), code), reason="Evicted", message=kubelet_message)
+    cause = find_pod_cause(evicted_pod)
     assert cause is not None
     assert (cause.failure.class_, cause.failure.code, cause.failure.message) == (
         FailureClass.INFRASTRUCTURE,
@@ -171,16 +171,16 @@ def test_pod_evicted_because_of_its_own_disk_usage_counts_as_a_retry(code: int) 
     )
     assert cause.retry_policy is RetryPolicy.COUNTED
     assert "resources.ephemeralStorage" in (cause.failure.hint or "")
-    disruption = find_pod_cause(replace(evicted, disruption_reason="TerminationByKubelet"))
-    assert disruption is not None
-    assert disruption.retry_policy is RetryPolicy.NOT_COUNTED
+    cause_with_disruption = find_pod_cause(replace(evicted_pod, disruption_reason="TerminationByKubelet"))
+    assert cause_with_disruption is not None
+    assert cause_with_disruption.retry_policy is RetryPolicy.NOT_COUNTED
 
 
 def build_failed_pod(seconds: float | None, index: int = 0, **fields: Any) -> PodView:
     """Return a pod that failed with exit code 70. `fields` are the fields of its termination message; if there are none, the pod has no termination message."""
-    text = TerminationMessage(code="E", message="m", **fields).to_json() if fields else ""
+    message_text = TerminationMessage(code="E", message="m", **fields).to_json() if fields else ""
     finished_at = None if seconds is None else at(seconds)
-    return replace(pod(index=index), phase="Failed", terminated=TerminatedState(70, "", text, finished_at), node=f"n{index}")
+    return replace(pod(index=index), phase="Failed", terminated=TerminatedState(70, "", message_text, finished_at), node=f"n{index}")
 
 
 T0_NS = int(T0.timestamp()) * 10**9
@@ -213,7 +213,7 @@ def test_earliest_own_failure_is_the_cause_if_precedences_are_equal(pods: list[P
         assert find_cause(None, order).failure.node == "n1"
 
 
-EVICTED = replace(pod(), phase="Failed", reason="".join(["Evic", "ted"]))  # a new string object, as if read from a response
+EVICTED_POD = replace(pod(), phase="Failed", reason="".join(["Evic", "ted"]))  # a new string object, as if read from a response
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ EVICTED = replace(pod(), phase="Failed", reason="".join(["Evic", "ted"]))  # a n
              "raise resources.memory, or lower training.batchSizePerDevice", 137),
         ),
         (
-            EVICTED, Reason.PREEMPTED, RetryPolicy.COUNTED, FailurePrecedence.REMOVED_BY_CLUSTER,
+            EVICTED_POD, Reason.PREEMPTED, RetryPolicy.COUNTED, FailurePrecedence.REMOVED_BY_CLUSTER,
             (FailureClass.INFRASTRUCTURE, "Evicted", "the node evicted the pod",
              "raise resources.ephemeralStorage, or resources.sharedMemory if the message names a volume", None),
         ),
@@ -319,10 +319,10 @@ def test_last_nonempty_line_of_the_log_is_shown(log: str, last_line: str) -> Non
 
 
 def test_job_without_a_failed_pod_or_a_reason_lost_its_pods() -> None:
-    lost = Failure(
+    lost_pods_failure = Failure(
         class_=FailureClass.INFRASTRUCTURE, code="PodsLost", message="the pods were deleted before the operator read their exit codes"
     )
-    expected = FailureCause(Reason.PEER_FAILED, lost, RetryPolicy.COUNTED, FailurePrecedence.REMOVED_BY_CLUSTER)
+    expected = FailureCause(Reason.PEER_FAILED, lost_pods_failure, RetryPolicy.COUNTED, FailurePrecedence.REMOVED_BY_CLUSTER)
     assert find_cause(None, [pod(), end_pod(pod(), 0)]) == find_cause(job(failed_at=T0), []) == expected
     failed_job = job(failed_at=T0, failed_reason="DeadlineExceeded", failed_message="too long")
-    assert find_cause(failed_job, []).failure == lost.model_copy(update={"code": "DeadlineExceeded", "message": "too long"})
+    assert find_cause(failed_job, []).failure == lost_pods_failure.model_copy(update={"code": "DeadlineExceeded", "message": "too long"})

@@ -40,8 +40,8 @@ def make_config(**changes: Any) -> OperatorConfig:
     return parse_config({"trainer": {"image": "r.example.com/t:1"}, "prepare": {"strategy": "auto"}, "nodePools": POOLS, "currency": "EUR", **changes}, "test")
 
 
-def accept_with_choices(raw_spec: Object, used: OperatorConfig, **choices: Any) -> AcceptedSpec:
-    verdict = accept(raw_spec, used, choices={path.replace("__", "."): value for path, value in choices.items()})
+def accept_with_choices(raw_spec: Object, config: OperatorConfig, **choices: Any) -> AcceptedSpec:
+    verdict = accept(raw_spec, config, choices={path.replace("__", "."): value for path, value in choices.items()})
     assert isinstance(verdict, AcceptedSpec), verdict
     return verdict
 
@@ -55,7 +55,7 @@ def make_choices(**values: Any) -> list[Choice]:
     return [Choice(field=path.replace("__", "."), value=value, reason="because") for path, value in values.items()]
 
 
-GOOD = {"resources__nodePool": "h100", "training__batchSizePerDevice": 16, "training__gradientAccumulationSteps": 1}
+GOOD_CHOICES = {"resources__nodePool": "h100", "training__batchSizePerDevice": 16, "training__gradientAccumulationSteps": 1}
 
 
 # ---- the pools ----
@@ -77,21 +77,21 @@ GOOD = {"resources__nodePool": "h100", "training__batchSizePerDevice": 16, "trai
     ],
 )
 def test_preparation_gets_the_pools_that_the_job_may_use(groups: dict[str, Any], changes: dict[str, Any], expected: list[tuple[str, int, bool]]) -> None:
-    raw_spec, used = make_open_spec(**groups), make_config(**changes)
-    pools = list_pools_to_choose(read_spec(raw_spec)[0], accept_with_choices(raw_spec, used), used, "team")
-    assert [(one.name, one.gpus_per_node, one.is_current) for one in pools] == expected
+    raw_spec, config = make_open_spec(**groups), make_config(**changes)
+    pools = list_pools_to_choose(read_spec(raw_spec)[0], accept_with_choices(raw_spec, config), config, "team")
+    assert [(pool.name, pool.gpus_per_node, pool.is_current) for pool in pools] == expected
 
 
 def test_gpus_that_the_vllm_server_needs_are_not_offered_for_training() -> None:
     raw_spec = make_open_spec(trainer={"type": "grpo", "grpo": {"rewards": [{"type": "length"}], "generation": {"backend": "vllm", "gpus": 2, "image": "v:1"}}})
-    used = make_config(policy={"maxGpus": 6})
-    pools = list_pools_to_choose(read_spec(raw_spec)[0], accept_with_choices(make_open_spec(), used), used, "team")
-    assert [(one.name, one.gpus_per_node) for one in pools] == [("l4", 2), ("h100", 4)]
+    config = make_config(policy={"maxGpus": 6})
+    pools = list_pools_to_choose(read_spec(raw_spec)[0], accept_with_choices(make_open_spec(), config), config, "team")
+    assert [(pool.name, pool.gpus_per_node) for pool in pools] == [("l4", 2), ("h100", 4)]
 
 
 def test_memory_of_a_pool_is_the_smaller_of_its_gpu_memory_and_its_gpu_type() -> None:
     pools = list_pools_to_choose(read_spec(make_open_spec())[0], accept_with_choices(make_open_spec(), make_config()), make_config(), "team")
-    assert [one.memory_bytes for one in pools] == [23034 * 2**20, 79 * 2**30, None]
+    assert [pool.memory_bytes for pool in pools] == [23034 * 2**20, 79 * 2**30, None]
     assert pools[0] == GpuPool(name="l4", memory_bytes=23034 * 2**20, gpu_type="l4-24gb", price_per_gpu_hour=1, gpus_per_node=4, is_current=True)
 
 
@@ -101,14 +101,14 @@ def test_memory_of_a_pool_is_the_smaller_of_its_gpu_memory_and_its_gpu_type() ->
 @pytest.mark.parametrize(
     ("reported", "groups", "is_accepted"),
     [
-        (GOOD, {}, True),
+        (GOOD_CHOICES, {}, True),
         ({"resources__gpusPerNode": 4, "training__batchSizePerDevice": 4, "training__gradientAccumulationSteps": 1, "distributed__strategy": "fsdp"}, {}, True),
         ({"training__gradientCheckpointing": "disabled"}, {}, True),
-        (GOOD, {"training": {"batchSizePerDevice": 4}}, False),
-        (GOOD | {"training__gradientAccumulationSteps": 2}, {}, False),
-        (GOOD | {"training__batchSizePerDevice": "many"}, {}, False),
-        (GOOD | {"resources__nodePool": "mig"}, {}, False),
-        (GOOD | {"resources__nodePool": "none"}, {}, False),
+        (GOOD_CHOICES, {"training": {"batchSizePerDevice": 4}}, False),
+        (GOOD_CHOICES | {"training__gradientAccumulationSteps": 2}, {}, False),
+        (GOOD_CHOICES | {"training__batchSizePerDevice": "many"}, {}, False),
+        (GOOD_CHOICES | {"resources__nodePool": "mig"}, {}, False),
+        (GOOD_CHOICES | {"resources__nodePool": "none"}, {}, False),
         ({"resources__gpusPerNode": 0}, {}, False),
         ({"resources__gpusPerNode": 16}, {}, False),
         ({"training__learningRate": 1}, {}, False),
@@ -118,16 +118,16 @@ def test_memory_of_a_pool_is_the_smaller_of_its_gpu_memory_and_its_gpu_type() ->
     ],
 )
 def test_only_values_that_a_user_could_write_are_accepted(reported: dict[str, Any], groups: dict[str, Any], is_accepted: bool) -> None:
-    raw_spec, found = make_open_spec(**groups), make_choices(**reported)
-    result = accept_choices(found, read_spec(raw_spec)[0], accept_with_choices(raw_spec, make_config()), make_config(), "team")
-    assert result == (found if is_accepted else None)
+    raw_spec, choices = make_open_spec(**groups), make_choices(**reported)
+    accepted_choices = accept_choices(choices, read_spec(raw_spec)[0], accept_with_choices(raw_spec, make_config()), make_config(), "team")
+    assert accepted_choices == (choices if is_accepted else None)
 
 
 # ---- the resolved spec ----
 
 
 def test_an_accepted_spec_has_the_chosen_values_and_the_resources_of_the_chosen_pool() -> None:
-    verdict = accept_with_choices(make_open_spec(), make_config(), **GOOD, resources__gpusPerNode=8)
+    verdict = accept_with_choices(make_open_spec(), make_config(), **GOOD_CHOICES, resources__gpusPerNode=8)
     assert verdict.pool is not None and verdict.pool.name == verdict.spec.resources.node_pool == "h100"
     assert (verdict.spec.training.batch_size_per_device, verdict.spec.resources.processes_per_node, verdict.spec.distributed.strategy) == (16, 8, "ddp")
     assert verdict.choices == {POOL: "h100", MICRO: 16, ACCUMULATION: 1, GPUS: 8}
@@ -135,8 +135,8 @@ def test_an_accepted_spec_has_the_chosen_values_and_the_resources_of_the_chosen_
 
 
 def test_job_that_started_without_choices_keeps_its_defaults() -> None:
-    recorded = FirstAttempt({MICRO: 4, ACCUMULATION: 4})
-    verdict = accept(make_open_spec(), make_config(), recorded)
+    first_attempt = FirstAttempt({MICRO: 4, ACCUMULATION: 4})
+    verdict = accept(make_open_spec(), make_config(), first_attempt)
     assert isinstance(verdict, AcceptedSpec)
     assert (verdict.choices, verdict.spec.training.batch_size_per_device, verdict.pool and verdict.pool.name) == ({}, 4, "l4")
 
@@ -152,9 +152,9 @@ def test_a_chosen_pool_that_no_longer_exists_lets_the_job_wait() -> None:
 def end_preparation_with_plan(plan: RunPlan | None, raw_spec: Object | None = None, **status_fields: Any) -> tuple[samples.Facts, FineTuneJobStatus]:
     """End a preparation that has reported this plan. Return the facts at its end, and the status that the operator then writes."""
     job = samples.job(0, name="run-prepare1", uid="prepare-1", completed_at=at(50))
-    reporting = end_pod(pod(0, name="run-prepare1-0-x", uid="p", job_uid="prepare-1"), 0, TerminationMessage(exit_code=0, plan=plan))
+    ended_pod = end_pod(pod(0, name="run-prepare1-0-x", uid="p", job_uid="prepare-1"), 0, TerminationMessage(exit_code=0, plan=plan))
     old_status = status(preparation={"number": 1, "startTime": iso_time(0)}, **status_fields)
-    job_facts = samples.facts(spec=raw_spec or make_open_spec(), status=old_status, jobs=[job], pods=[reporting], now=at(60), config=make_config())
+    job_facts = samples.facts(spec=raw_spec or make_open_spec(), status=old_status, jobs=[job], pods=[ended_pod], now=at(60), config=make_config())
     return job_facts, compute_status(job_facts, decide(job_facts), ActionResult())
 
 
@@ -162,11 +162,11 @@ WORK = WorkPlan(steps=10, tokens=1000, petaflop=1e6, traffic_terabytes=1)
 
 
 def test_choices_are_written_with_the_end_of_the_preparation() -> None:
-    _, new_status = end_preparation_with_plan(RunPlan(work=WORK, choices=make_choices(**GOOD)))
+    _, new_status = end_preparation_with_plan(RunPlan(work=WORK, choices=make_choices(**GOOD_CHOICES)))
     assert new_status.plan is not None and new_status.preparation is not None and new_status.preparation.reason == "Prepared"
-    assert (new_status.plan.choices, new_status.plan.no_choices) == (make_choices(**GOOD), None)
+    assert (new_status.plan.choices, new_status.plan.no_choices) == (make_choices(**GOOD_CHOICES), None)
     assert isinstance(new_status.plan.cost, CostPlan) and new_status.plan.cost.expected == 3900.94, "the price of the chosen pool"
-    assert reduce_status(new_status, status()).plan == RunPlan(choices=make_choices(**GOOD))
+    assert reduce_status(new_status, status()).plan == RunPlan(choices=make_choices(**GOOD_CHOICES))
 
 
 @pytest.mark.parametrize(
@@ -194,16 +194,17 @@ def test_a_job_without_a_preparation_says_that_its_values_are_the_defaults(group
 
 
 def test_later_reports_do_not_change_the_choices() -> None:
-    forged = samples.report(plan={"choices": [{"field": POOL, "value": "l4", "reason": "forged"}], "measured": {"memoryBytes": 5}})
-    old_status = status(attempt=1, attempts=[{"number": 1, "startTime": iso_time(0)}], plan={"choices": [choice.to_wire() for choice in make_choices(**GOOD)]})
+    forged_report = samples.report(plan={"choices": [{"field": POOL, "value": "l4", "reason": "forged"}], "measured": {"memoryBytes": 5}})
+    old_plan = {"choices": [choice.to_wire() for choice in make_choices(**GOOD_CHOICES)]}
+    old_status = status(attempt=1, attempts=[{"number": 1, "startTime": iso_time(0)}], plan=old_plan)
     job_facts = samples.facts(
-        spec=make_open_spec(), status=old_status, jobs=[samples.job(1)], pods=[pod(1)], last_report=forged, now=at(60), config=make_config()
+        spec=make_open_spec(), status=old_status, jobs=[samples.job(1)], pods=[pod(1)], last_report=forged_report, now=at(60), config=make_config()
     )
     new_status = compute_status(job_facts, decide(job_facts), ActionResult())
-    assert new_status.plan is not None and new_status.plan.choices == make_choices(**GOOD)
+    assert new_status.plan is not None and new_status.plan.choices == make_choices(**GOOD_CHOICES)
     assert new_status.plan.measured is not None and new_status.plan.measured.memory_bytes == 5
-    without = replace(job_facts, job=replace(job_facts.job, status=old_status.model_copy(update={"plan": None})))
-    unchanged_plan = compute_status(without, decide(without), ActionResult()).plan
+    facts_without_plan = replace(job_facts, job=replace(job_facts.job, status=old_status.model_copy(update={"plan": None})))
+    unchanged_plan = compute_status(facts_without_plan, decide(facts_without_plan), ActionResult()).plan
     assert unchanged_plan is not None and unchanged_plan.choices is None
 
 
@@ -227,8 +228,8 @@ async def end_preparation(server: Any, message: TerminationMessage) -> OperatorP
     """End the preparation of the job `run`. Return a restarted operator that has recorded this end in the status."""
     body = server.objects[JOB.plural, "run-prepare1"]
     is_ok = message.exit_code == 0
-    ended = {"type": "Complete" if is_ok else "Failed", "status": "True", "lastTransitionTime": iso_time(50)}
-    server.put(JOB, body | {"status": {"conditions": [ended], **({"completionTime": iso_time(50)} if is_ok else {})}})
+    end_condition = {"type": "Complete" if is_ok else "Failed", "status": "True", "lastTransitionTime": iso_time(50)}
+    server.put(JOB, body | {"status": {"conditions": [end_condition], **({"completionTime": iso_time(50)} if is_ok else {})}})
     template = body["spec"]["template"]
     container = {"name": template["spec"]["containers"][0]["name"], "state": {"terminated": {
         "exitCode": message.exit_code, "message": message.to_json(), "finishedAt": iso_time(50)
@@ -249,16 +250,16 @@ async def end_preparation(server: Any, message: TerminationMessage) -> OperatorP
     return process
 
 
-@pytest.mark.parametrize("restarts", [False, True])
-async def test_the_first_attempt_has_the_chosen_values_even_if_the_operator_restarts(restarts: bool) -> None:
+@pytest.mark.parametrize("is_restarted", [False, True])
+async def test_the_first_attempt_has_the_chosen_values_even_if_the_operator_restarts(is_restarted: bool) -> None:
     server = new_server()
     server.objects[FINETUNEJOB.plural, "run"]["spec"] = make_open_spec()
     await OperatorProcess(server, make_config()).reconcile()
-    assert {one.name for one in read_run_config(list_jobs(server)["run-prepare1"]).pools} == {"l4", "h100", "old"} and list_gpu_requests(server) == []
-    reported_message = TerminationMessage(exit_code=0, plan=RunPlan(choices=make_choices(**GOOD)))
+    assert {pool.name for pool in read_run_config(list_jobs(server)["run-prepare1"]).pools} == {"l4", "h100", "old"} and list_gpu_requests(server) == []
+    reported_message = TerminationMessage(exit_code=0, plan=RunPlan(choices=make_choices(**GOOD_CHOICES)))
     process = await end_preparation(server, reported_message)
     await process.reconcile()
-    process = OperatorProcess(server, make_config()) if restarts else process
+    process = OperatorProcess(server, make_config()) if is_restarted else process
     process.refresh()
     await process.reconcile()
     run = read_run_config(list_jobs(server)["run-1"])
@@ -277,8 +278,8 @@ async def test_job_that_fits_in_no_pool_never_requests_a_gpu() -> None:
     server.objects[FINETUNEJOB.plural, "run"]["spec"] = make_open_spec()
     await OperatorProcess(server, make_config()).reconcile()
     hint = "write method.type: qlora (5 GB at most)"
-    refused = TerminationMessage.model_validate({"class": "User", "code": "DoesNotFit", "message": "too large", "hint": hint, "exitCode": 64})
-    process = await end_preparation(server, refused)
+    refusal_message = TerminationMessage.model_validate({"class": "User", "code": "DoesNotFit", "message": "too large", "hint": hint, "exitCode": 64})
+    process = await end_preparation(server, refusal_message)
     for _ in range(3):
         await process.reconcile()
         process.refresh()

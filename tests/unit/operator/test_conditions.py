@@ -78,37 +78,37 @@ def test_tracker_problem_of_the_pod_becomes_a_condition(problem: str | None, val
 
 def test_start_timeout_sets_the_condition_stalled_but_does_not_finish_the_job() -> None:
     raw_spec = spec(policy={"startTimeoutSeconds": 60})
-    pulling = pod(phase="Pending", is_ready=False, waiting_reason="ImagePullBackOff", waiting_message="no")
-    late = compute_status_of(facts(spec=raw_spec, status=status(**RUNNING_STATUS), jobs=[job()], pods=[pulling], now=at(61)))
-    condition_statuses = get_condition_statuses(late)
+    pulling_pod = pod(phase="Pending", is_ready=False, waiting_reason="ImagePullBackOff", waiting_message="no")
+    late_status = compute_status_of(facts(spec=raw_spec, status=status(**RUNNING_STATUS), jobs=[job()], pods=[pulling_pod], now=at(61)))
+    condition_statuses = get_condition_statuses(late_status)
     assert [condition_statuses[name] for name in ("Stalled", "Reconciling", "Finished")] == ["True", "True", "False"]
-    early = compute_status_of(facts(spec=raw_spec, status=status(**RUNNING_STATUS), jobs=[job()], pods=[pulling], now=at(59)))
-    assert "Stalled" not in get_condition_statuses(early)
+    early_status = compute_status_of(facts(spec=raw_spec, status=status(**RUNNING_STATUS), jobs=[job()], pods=[pulling_pod], now=at(59)))
+    assert "Stalled" not in get_condition_statuses(early_status)
 
 
 def test_start_timeout_restarts_when_pods_stop_being_ready() -> None:
     """The operator's own status writes do not cause another reconcile. So the reconcile that records the unready pods must schedule the next one."""
     raw_spec = spec(policy={"startTimeoutSeconds": 60})
-    ready = compute_status_of(facts(spec=raw_spec, status=status(**RUNNING_STATUS), jobs=[job()], pods=[pod()], now=at(10)))
-    lost_facts = facts(spec=raw_spec, status=ready, jobs=[job()], pods=[pod(is_ready=False)], now=at(500))
+    ready_status = compute_status_of(facts(spec=raw_spec, status=status(**RUNNING_STATUS), jobs=[job()], pods=[pod()], now=at(10)))
+    lost_facts = facts(spec=raw_spec, status=ready_status, jobs=[job()], pods=[pod(is_ready=False)], now=at(500))
     assert decide(lost_facts).reconcile_at == at(560)
     old_status = compute_status_of(lost_facts)
     assert "Stalled" not in get_condition_statuses(old_status)
     for seconds, is_stalled in ((559, False), (560, True)):
-        later = facts(spec=raw_spec, status=old_status, jobs=[job()], pods=[pod(is_ready=False)], now=at(seconds))
-        assert ("Stalled" in get_condition_statuses(compute_status_of(later))) is is_stalled
+        later_facts = facts(spec=raw_spec, status=old_status, jobs=[job()], pods=[pod(is_ready=False)], now=at(seconds))
+        assert ("Stalled" in get_condition_statuses(compute_status_of(later_facts))) is is_stalled
 
 
 def test_transition_time_changes_only_if_the_status_of_the_condition_changes() -> None:
     first_status = compute_status_of(facts(status=status(**RUNNING_STATUS), jobs=[job()], pods=[pod(is_ready=False)], now=at(10)))
-    second = compute_status_of(facts(status=first_status, jobs=[job()], pods=[pod(is_ready=False)], now=at(20)))
-    third = compute_status_of(facts(status=second, jobs=[job()], pods=[pod()], now=at(30)))
+    second_status = compute_status_of(facts(status=first_status, jobs=[job()], pods=[pod(is_ready=False)], now=at(20)))
+    third_status = compute_status_of(facts(status=second_status, jobs=[job()], pods=[pod()], now=at(30)))
 
-    def changed_at(new_status: FineTuneJobStatus) -> datetime | None:
+    def get_transition_time(new_status: FineTuneJobStatus) -> datetime | None:
         condition = new_status.condition(Condition.PODS_READY)
         return condition.last_transition_time if condition else None
 
-    assert (changed_at(first_status), changed_at(second), changed_at(third)) == (at(10), at(10), at(30))
+    assert (get_transition_time(first_status), get_transition_time(second_status), get_transition_time(third_status)) == (at(10), at(10), at(30))
 
 
 def test_running_attempt_continues_if_its_pool_is_removed() -> None:
@@ -119,5 +119,5 @@ def test_running_attempt_continues_if_its_pool_is_removed() -> None:
     shown_status = compute_status_of(job_facts)
     assert shown_status.workers is not None and shown_status.workers.display == "2/2"
     assert get_condition_statuses(shown_status)["Accepted"] == "False"
-    late = decide(facts(spec=raw_spec, status=status(**RUNNING_STATUS), jobs=[job()], pods=pods, now=at(101)))
-    assert late.termination is not None and late.termination.reason is Reason.DEADLINE_EXCEEDED
+    late_plan = decide(facts(spec=raw_spec, status=status(**RUNNING_STATUS), jobs=[job()], pods=pods, now=at(101)))
+    assert late_plan.termination is not None and late_plan.termination.reason is Reason.DEADLINE_EXCEEDED

@@ -26,7 +26,7 @@ def make_config(**pool: Any) -> OperatorConfig:
 
 
 CONFIG = make_config(gpuType="h100-80gb")
-RUNNING = status(attempt=1, attempts=[{"number": 1, "startTime": iso_time(0)}])
+RUNNING_STATUS = status(attempt=1, attempts=[{"number": 1, "startTime": iso_time(0)}])
 WORK = WorkPlan(steps=1, tokens=1, petaflop=0.989 * 360, traffic_terabytes=0)
 
 
@@ -38,44 +38,46 @@ def make_gpu_pods(**fields: Any) -> list[Any]:
     return [pod(index=index, scheduled_at=at(10 + index), running_since=at(20), **fields) for index in (0, 1)]
 
 
-def make_ended_pods(ended: float, code: int = 74, **fields: Any) -> list[Any]:
-    terminated = TerminatedState(code, "Error", "", at(ended), at(20))
+def make_ended_pods(ended_seconds: float, code: int = 74, **fields: Any) -> list[Any]:
+    terminated = TerminatedState(code, "Error", "", at(ended_seconds), at(20))
     return [pod(index=index, scheduled_at=at(10), phase="Failed", is_ready=False, terminated=terminated, **fields) for index in (0, 1)]
 
 
-def make_running_facts(now: float, *, old: FineTuneJobStatus = RUNNING, max_cost: float | None = None, config: OperatorConfig = CONFIG, **fields: Any) -> Facts:
+def make_running_facts(
+    now: float, *, old_status: FineTuneJobStatus = RUNNING_STATUS, max_cost: float | None = None, config: OperatorConfig = CONFIG, **fields: Any
+) -> Facts:
     """Return facts about a running job on two nodes, with two GPUs on each node. Each GPU costs 0.001 EUR per second."""
     policy = {} if max_cost is None else {"maxCost": max_cost}
-    given = {"pods": make_gpu_pods(), "last_report": report(), "reported_at": at(now), **fields}
-    return facts(spec=make_gpu_spec(**policy), status=old, jobs=[job(pod_count=2)], now=at(now), config=config, **given)
+    facts_fields = {"pods": make_gpu_pods(), "last_report": report(), "reported_at": at(now), **fields}
+    return facts(spec=make_gpu_spec(**policy), status=old_status, jobs=[job(pod_count=2)], now=at(now), config=config, **facts_fields)
 
 
 def test_pods_cost_money_only_while_they_have_a_node() -> None:
     cost = compute_cost(make_running_facts(110), None)
     assert cost == JobCost(gpu_hours=round(2 * (100 + 99) / 3600, 4), amount=0.4, currency="EUR", display="0.40 EUR", price_per_gpu_hour=3.6)
     assert compute_cost(make_running_facts(110, config=make_config(pricePerGpuHour=None)), None) is None
-    without_report = make_running_facts(110, last_report=None)
-    assert compute_cost(without_report, None) == JobCost(currency="EUR", display="0.00 EUR", price_per_gpu_hour=3.6)
+    facts_without_report = make_running_facts(110, last_report=None)
+    assert compute_cost(facts_without_report, None) == JobCost(currency="EUR", display="0.00 EUR", price_per_gpu_hour=3.6)
 
 
 def test_cost_includes_ended_attempts_and_keeps_the_price_of_the_start() -> None:
     ended_pods = make_ended_pods(60)
-    failed_facts = facts(spec=make_gpu_spec(), status=RUNNING, jobs=[job(pod_count=2, failed_at=at(61))], pods=ended_pods, now=at(61), config=CONFIG)
+    failed_facts = facts(spec=make_gpu_spec(), status=RUNNING_STATUS, jobs=[job(pod_count=2, failed_at=at(61))], pods=ended_pods, now=at(61), config=CONFIG)
     first_status = compute_status(failed_facts, decide(failed_facts), ActionResult())
     assert first_status.cost is not None and (first_status.cost.ended_gpu_seconds, first_status.cost.amount) == (200.0, 0.2)
-    records = [*first_status.to_wire()["attempts"], {"number": 2, "startTime": iso_time(100)}]
-    old_status = status(attempt=2, attempts=records, cost=first_status.cost.to_wire())
-    dearer = make_config(pricePerGpuHour=36)
+    attempt_records = [*first_status.to_wire()["attempts"], {"number": 2, "startTime": iso_time(100)}]
+    old_status = status(attempt=2, attempts=attempt_records, cost=first_status.cost.to_wire())
+    dearer_config = make_config(pricePerGpuHour=36)
     second_pods = [pod(2, uid="pod-1-0", scheduled_at=at(110))]
     repeated_facts = facts(
-        spec=make_gpu_spec(), status=old_status, jobs=[job(2, pod_count=2)], pods=second_pods, now=at(210), config=dearer,
+        spec=make_gpu_spec(), status=old_status, jobs=[job(2, pod_count=2)], pods=second_pods, now=at(210), config=dearer_config,
         last_report=report(), reported_at=at(210)
     )  # fmt: skip
     assert compute_cost(repeated_facts, None) == JobCost(
         gpu_hours=round(400 / 3600, 4), amount=0.4, currency="EUR", display="0.40 EUR", price_per_gpu_hour=3.6, ended_gpu_seconds=200.0
     )
     facts_without_pods = facts(
-        spec=make_gpu_spec(), status=old_status, jobs=[job(2, pod_count=2)], now=at(210), config=dearer, last_report=report(), reported_at=at(210)
+        spec=make_gpu_spec(), status=old_status, jobs=[job(2, pod_count=2)], now=at(210), config=dearer_config, last_report=report(), reported_at=at(210)
     )  # fmt: skip
     cost = compute_cost(facts_without_pods, None)
     assert cost is not None and cost.amount == 0.2
@@ -85,9 +87,9 @@ def test_time_and_cost_are_planned_from_the_reported_work() -> None:
     plan = add_planned_cost(RunPlan(work=WORK), make_running_facts(30), None)
     assert plan is not None and plan.time is not None and plan.cost is not None
     assert (plan.time.expected_seconds, plan.cost) == (275, CostPlan(gpu_hours=0.306, expected=1.1, lower=0.58, upper=4.8, currency="EUR"))
-    named = make_config()
-    assert add_planned_cost(RunPlan(work=WORK), make_running_facts(30, config=named), None) == RunPlan(work=WORK), "the type of the GPUs is not known"
-    assert add_planned_cost(RunPlan(work=WORK), make_running_facts(30, config=named), "NVIDIA H100 80GB HBM3") == plan
+    typeless_config = make_config()
+    assert add_planned_cost(RunPlan(work=WORK), make_running_facts(30, config=typeless_config), None) == RunPlan(work=WORK), "the GPU type is not known"
+    assert add_planned_cost(RunPlan(work=WORK), make_running_facts(30, config=typeless_config), "NVIDIA H100 80GB HBM3") == plan
     assert add_planned_cost(None, make_running_facts(30), None) is None
 
 
@@ -100,18 +102,18 @@ def test_running_job_ends_when_its_maximum_cost_is_spent() -> None:
     assert plan.termination == Termination(Reason.BUDGET_EXCEEDED, "policy.maxCost 0.5 EUR is spent")
 
     old_status = compute_status(make_running_facts(136, max_cost=0.5), plan, ActionResult())
-    gone = make_ended_pods(140, 75, is_deleted=True)
-    over = facts(spec=make_gpu_spec(maxCost=0.5), status=old_status, pods=gone, now=at(141), config=CONFIG)
-    end = decide(over).job_end
+    deleted_pods = make_ended_pods(140, 75, is_deleted=True)
+    ended_facts = facts(spec=make_gpu_spec(maxCost=0.5), status=old_status, pods=deleted_pods, now=at(141), config=CONFIG)
+    end = decide(ended_facts).job_end
     assert end is not None and (end.outcome, end.reason) == (Outcome.FAILED, Reason.BUDGET_EXCEEDED)
     assert end.failure is not None and end.failure.message == "policy.maxCost 0.5 EUR is spent"
 
 
 def test_job_ends_if_its_maximum_cost_was_spent_while_the_operator_was_stopped() -> None:
     ended_pods = make_ended_pods(300)
-    failed = make_running_facts(400, max_cost=0.5, pods=ended_pods)
+    failed_facts = make_running_facts(400, max_cost=0.5, pods=ended_pods)
     ended_job = job(pod_count=2, failed_at=at(301))
-    plan = decide(facts(spec=make_gpu_spec(maxCost=0.5), status=RUNNING, jobs=[ended_job], pods=failed.pods, now=at(400), config=CONFIG))
+    plan = decide(facts(spec=make_gpu_spec(maxCost=0.5), status=RUNNING_STATUS, jobs=[ended_job], pods=failed_facts.pods, now=at(400), config=CONFIG))
     assert plan.job_end is not None and plan.job_end.reason is Reason.BUDGET_EXCEEDED
 
 
@@ -132,10 +134,10 @@ def test_job_with_a_maximum_cost_waits_if_its_pool_has_no_price() -> None:
     assert (refusal.reason, refusal.is_final, refusal.message) == (
         Reason.PRICE_UNKNOWN, False, "spec.policy.maxCost is 5, but node pool h100 has no pricePerGpuHour"
     )  # fmt: skip
-    no_pool = accept(make_gpu_spec(maxCost=5), parse_config({}, "test"))
-    assert isinstance(no_pool, RefusedSpec) and "the job uses no node pool" in no_pool.message
-    without_gpus = accept(spec(policy={"maxCost": 5}), CONFIG)
-    assert isinstance(without_gpus, RefusedSpec) and "policy.maxCost: maxCost has no effect" in without_gpus.message
+    refusal_without_pool = accept(make_gpu_spec(maxCost=5), parse_config({}, "test"))
+    assert isinstance(refusal_without_pool, RefusedSpec) and "the job uses no node pool" in refusal_without_pool.message
+    refusal_without_gpus = accept(spec(policy={"maxCost": 5}), CONFIG)
+    assert isinstance(refusal_without_gpus, RefusedSpec) and "policy.maxCost: maxCost has no effect" in refusal_without_gpus.message
 
 
 def test_unknown_gpu_type_of_a_pool_is_refused() -> None:

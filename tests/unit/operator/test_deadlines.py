@@ -21,18 +21,18 @@ def is_stalled(job_facts: Facts, result: ActionResult | None = None) -> bool:
     return any(condition.type == Condition.STALLED and condition.status == "True" for condition in new_status.conditions)
 
 
-def make_unready_status(ready_since: float) -> FineTuneJobStatus:
+def make_unready_status(unready_since: float) -> FineTuneJobStatus:
     return status(
         attempt=1, attempts=[{**STARTED_ATTEMPT, "lastStep": 500}], progress={"step": 500, "updateTime": iso_time(100)},
-        conditions=[condition(Condition.PODS_READY, "False", Reason.PODS_NOT_READY, ready_since)],
+        conditions=[condition(Condition.PODS_READY, "False", Reason.PODS_NOT_READY, unready_since)],
     )  # fmt: skip
 
 
 def test_start_timeout_begins_when_ready_pods_become_unready() -> None:
-    begun = status(
+    ready_status = status(
         attempt=1, attempts=[STARTED_ATTEMPT], conditions=[condition(Condition.PODS_READY, "True", Reason.PODS_READY, 5)]
     )
-    job_facts = facts(status=begun, jobs=[job()], pods=[pod(is_ready=False)], now=at(7200))
+    job_facts = facts(status=ready_status, jobs=[job()], pods=[pod(is_ready=False)], now=at(7200))
     assert not is_stalled(job_facts)
     lost_status = status(
         attempt=1, attempts=[STARTED_ATTEMPT], conditions=[condition(Condition.PODS_READY, "False", Reason.PODS_NOT_READY, 7200)]
@@ -47,7 +47,7 @@ def test_unready_pod_without_reports_stalls_after_a_restart_of_the_operator() ->
 
 
 @pytest.mark.parametrize(
-    ("old_status", "ready"),
+    ("old_status", "is_ready"),
     [
         (make_unready_status(200), True),
         (make_unready_status(500), False),
@@ -56,8 +56,8 @@ def test_unready_pod_without_reports_stalls_after_a_restart_of_the_operator() ->
     ],
     ids=["pod is ready", "unready for less than the timeout", "never reported", "an earlier attempt reported"],
 )  # fmt: skip
-def test_pod_without_any_report_does_not_stall(old_status: FineTuneJobStatus, ready: bool) -> None:
-    plan = decide(facts(status=old_status, jobs=[job()], pods=[pod(is_ready=ready)], now=at(900)))
+def test_pod_without_any_report_does_not_stall(old_status: FineTuneJobStatus, is_ready: bool) -> None:
+    plan = decide(facts(status=old_status, jobs=[job()], pods=[pod(is_ready=is_ready)], now=at(900)))
     assert plan.termination is None and plan.reconcile_at is not None
 
 
@@ -74,9 +74,9 @@ def test_new_pod_of_a_readmitted_job_gets_the_whole_stall_timeout() -> None:
     pending_pod = pod(uid="new", phase="Pending", is_ready=False, created_at=at(7200))
     running_pod = pod(uid="new", is_ready=False, created_at=at(7200), running_since=at(7300))
     queued_spec = spec(placement={"queueName": "q"})
-    for new, now, ends in ((pending_pod, 9000, False), (running_pod, 7400, False), (running_pod, 7899, False), (running_pod, 7905, True)):
-        job_facts = facts(spec=queued_spec, status=old_status, jobs=[readmitted_job], pods=[new], now=at(now))
-        assert (decide(job_facts).termination is not None) is ends, (new.phase, now)
+    for current_pod, now, is_ended in ((pending_pod, 9000, False), (running_pod, 7400, False), (running_pod, 7899, False), (running_pod, 7905, True)):
+        job_facts = facts(spec=queued_spec, status=old_status, jobs=[readmitted_job], pods=[current_pod], now=at(now))
+        assert (decide(job_facts).termination is not None) is is_ended, (current_pod.phase, now)
 
 
 def test_node_clock_that_is_ahead_does_not_stall_an_attempt_that_has_not_started() -> None:
@@ -110,21 +110,21 @@ def test_job_name_conflict_shows_as_stalled_after_the_start_timeout() -> None:
             condition(Condition.PODS_READY, "False", "ChildrenConflict", 0),
         ]
     )
-    early = facts(status=old_status, jobs=[job(owner_uid="other")], now=at(100))
-    assert decide(early).situation is Situation.BLOCKED and decide(early).reconcile_at == at(1800)
+    early_facts = facts(status=old_status, jobs=[job(owner_uid="other")], now=at(100))
+    assert decide(early_facts).situation is Situation.BLOCKED and decide(early_facts).reconcile_at == at(1800)
     assert is_stalled(facts(status=old_status, jobs=[job(owner_uid="other")], now=at(1900)))
 
 
 @pytest.mark.parametrize(
-    ("suspended", "ready", "now"),
+    ("suspended_condition", "pods_ready_reason", "now"),
     [
         (condition(Condition.SUSPENDED, "False", "Resumed", 9000), "QuotaExceeded", 9100),
         (condition(Condition.SUSPENDED, "True", "Suspended", 100), "PodsNotReady", 9000),
     ],
     ids=["resumed a while ago", "resumed in this reconcile"],
 )
-def test_suspended_time_does_not_count_as_waiting(suspended: dict[str, str], ready: str, now: float) -> None:
-    conditions = [condition(Condition.PODS_READY, "False", ready, 0), suspended]
+def test_suspended_time_does_not_count_as_waiting(suspended_condition: dict[str, str], pods_ready_reason: str, now: float) -> None:
+    conditions = [condition(Condition.PODS_READY, "False", pods_ready_reason, 0), suspended_condition]
     refused_result = ActionResult(blocking_condition=BlockingCondition(Reason.QUOTA_EXCEEDED, "exceeded quota"))
     assert not is_stalled(facts(status=status(conditions=conditions), now=at(now)), refused_result)
 
@@ -133,12 +133,12 @@ def test_backoff_does_not_count_as_waiting() -> None:
     attempts = [
         {"number": n, "startTime": iso_time(n), "endTime": iso_time(n + 1), "reason": "PodFailed", "counted": True} for n in range(1, 6)
     ]  # fmt: skip
-    ready = condition(Condition.PODS_READY, "False", "PodsNotReady", 5)
-    old_status, pause = status(attempt=6, attempts=attempts, conditions=[ready]), 160
+    unready_condition = condition(Condition.PODS_READY, "False", "PodsNotReady", 5)
+    old_status, backoff_seconds = status(attempt=6, attempts=attempts, conditions=[unready_condition]), 160
     refused_result = ActionResult(blocking_condition=BlockingCondition(Reason.QUOTA_EXCEEDED, "exceeded quota"))
-    for now, late in ((6 + pause + 1, False), (6 + pause + 61, True)):
+    for now, is_late in ((6 + backoff_seconds + 1, False), (6 + backoff_seconds + 61, True)):
         job_facts = facts(spec=spec(policy={"startTimeoutSeconds": 60}), status=old_status, now=at(now))
-        assert is_stalled(job_facts, refused_result) is late
+        assert is_stalled(job_facts, refused_result) is is_late
 
 
 def test_queued_time_does_not_count_towards_the_stall_timeout() -> None:
@@ -177,14 +177,14 @@ def test_single_failed_readiness_probe_of_an_unreachable_pod_is_not_a_stall() ->
     In this situation, one failed readiness probe must not count as a stall.
     """
     received_report = report(stage="training", health={"secondsSinceStep": 1.0})
-    flapping = pod(is_ready=False)
+    flapping_pod = pod(is_ready=False)
     old_status = status(attempt=1, attempts=[STARTED_ATTEMPT], conditions=[condition(Condition.PODS_READY, "True", "Progressing", 10)])
-    job_facts = facts(status=old_status, jobs=[job()], pods=[flapping], last_report=received_report, reported_at=at(0), now=at(3600))
+    job_facts = facts(status=old_status, jobs=[job()], pods=[flapping_pod], last_report=received_report, reported_at=at(0), now=at(3600))
     assert decide(job_facts).termination is None
     old_status = compute_status(job_facts, decide(job_facts), ActionResult())
-    later = facts(status=old_status, jobs=[job()], pods=[flapping], last_report=received_report, reported_at=at(0), now=at(3660))
-    wake = decide(later).reconcile_at
-    assert wake is not None and wake == at(3600 + 600 + 1)
-    late = facts(status=old_status, jobs=[job()], pods=[flapping], last_report=received_report, reported_at=at(0), now=wake)
-    termination = decide(late).termination
+    later_facts = facts(status=old_status, jobs=[job()], pods=[flapping_pod], last_report=received_report, reported_at=at(0), now=at(3660))
+    wake_at = decide(later_facts).reconcile_at
+    assert wake_at is not None and wake_at == at(3600 + 600 + 1)
+    late_facts = facts(status=old_status, jobs=[job()], pods=[flapping_pod], last_report=received_report, reported_at=at(0), now=wake_at)
+    termination = decide(late_facts).termination
     assert termination is not None and termination.reason is Reason.STALLED

@@ -65,10 +65,10 @@ def test_cancel_ends_the_running_attempt_and_the_job(state: str) -> None:
 
 @pytest.mark.parametrize("state", STATES)
 def test_cancel_takes_precedence_over_suspend(state: str) -> None:
-    both, alone = decide_in_state(state, cancel=True, suspend=True), decide_in_state(state, cancel=True)
-    assert (both.job_end, both.termination and both.termination.reason) == (
-        alone.job_end,
-        alone.termination and alone.termination.reason,
+    plan_of_both, plan_of_cancel = decide_in_state(state, cancel=True, suspend=True), decide_in_state(state, cancel=True)
+    assert (plan_of_both.job_end, plan_of_both.termination and plan_of_both.termination.reason) == (
+        plan_of_cancel.job_end,
+        plan_of_cancel.termination and plan_of_cancel.termination.reason,
     )
 
 
@@ -83,9 +83,9 @@ def test_finished_job_never_starts_again(state: str) -> None:
         "message": "",
         "lastTransitionTime": finish_time,
     }
-    finished = FineTuneJobStatus.model_validate({**(old_status.to_wire() if old_status else {}), "conditions": [finished_condition]})
+    finished_status = FineTuneJobStatus.model_validate({**(old_status.to_wire() if old_status else {}), "conditions": [finished_condition]})
     for stop_request in ({}, {"suspend": False}, {"suspend": True}, {"cancel": True}):
-        plan = decide(facts(spec=spec(**stop_request), status=finished, jobs=jobs, pods=pods, now=at(4000)))
+        plan = decide(facts(spec=spec(**stop_request), status=finished_status, jobs=jobs, pods=pods, now=at(4000)))
         assert plan.situation is Situation.FINISHED
         assert (plan.attempt_to_create, plan.job_end, plan.termination) == (None, None, None)
 
@@ -124,29 +124,29 @@ PASSED_LIMITS = {
 
 @pytest.mark.parametrize("case", PASSED_LIMITS)
 def test_time_limit_in_the_past_causes_no_busy_loop(case: str) -> None:
-    observed = PASSED_LIMITS[case]
-    plan = decide(observed)
+    job_facts = PASSED_LIMITS[case]
+    plan = decide(job_facts)
     assert plan.termination is None
     assert plan.reconcile_at is not None
-    assert (plan.reconcile_at - observed.now).total_seconds() >= 30
+    assert (plan.reconcile_at - job_facts.now).total_seconds() >= 30
 
 
 def test_checkpoints_of_earlier_attempts_are_no_progress_of_the_current_one() -> None:
     """A pod's report lists all existing checkpoints, including the checkpoints of attempts that the status no longer lists."""
-    old = {"step": 500, "uri": "s3://b/checkpoints/step-00000500/a1-0123abcd"}
-    idle = [{"number": n, "startTime": START_TIME, "endTime": START_TIME, "reason": "NodeLost", "counted": False} for n in range(2, 12)]
-    old_status = status(attempt=12, attempts=[*idle, {"number": 12, "startTime": START_TIME}], checkpoints=[old], retriesUsed=3)
-    received = TerminationMessage.model_validate(
-        {"checkpoints": [old], "committedStep": 500, "checkpoint": old["uri"], "resumedFromStep": 300}
+    old_checkpoint = {"step": 500, "uri": "s3://b/checkpoints/step-00000500/a1-0123abcd"}
+    earlier_attempts = [{"number": n, "startTime": START_TIME, "endTime": START_TIME, "reason": "NodeLost", "counted": False} for n in range(2, 12)]
+    old_status = status(attempt=12, attempts=[*earlier_attempts, {"number": 12, "startTime": START_TIME}], checkpoints=[old_checkpoint], retriesUsed=3)
+    message = TerminationMessage.model_validate(
+        {"checkpoints": [old_checkpoint], "committedStep": 500, "checkpoint": old_checkpoint["uri"], "resumedFromStep": 300}
     )
-    last_pod = end_pod(pod(12), 70, received)
+    last_pod = end_pod(pod(12), 70, message)
     plan = decide(facts(status=old_status, jobs=[job(12, failed_at=at(60))], pods=[last_pod], now=at(61)))
     assert plan.attempt_end is not None
     assert (plan.attempt_end.made_progress, plan.attempt_end.committed_step) == (False, None)
     assert plan.job_end is not None and plan.job_end.reason is Reason.RETRIES_EXHAUSTED
-    new = {"step": 600, "uri": "s3://b/checkpoints/step-00000600/a12-0123abcd"}
-    received = received.model_copy(update={"checkpoints": [Checkpoint.model_validate(one) for one in (old, new)]})
-    plan = decide(facts(status=old_status, jobs=[job(12, failed_at=at(60))], pods=[end_pod(pod(12), 70, received)], now=at(61)))
+    new_checkpoint = {"step": 600, "uri": "s3://b/checkpoints/step-00000600/a12-0123abcd"}
+    message = message.model_copy(update={"checkpoints": [Checkpoint.model_validate(checkpoint) for checkpoint in (old_checkpoint, new_checkpoint)]})
+    plan = decide(facts(status=old_status, jobs=[job(12, failed_at=at(60))], pods=[end_pod(pod(12), 70, message)], now=at(61)))
     assert plan.attempt_end is not None
     assert (plan.attempt_end.made_progress, plan.attempt_end.committed_step) == (True, 600)
 
@@ -160,8 +160,8 @@ def build_uri(step: int, attempt: int) -> str:
 
 @pytest.mark.parametrize(("step", "made_progress"), [(500, False), (501, True)])
 def test_committing_an_already_committed_step_is_not_progress(step: int, made_progress: bool) -> None:
-    first = {**STARTED_ATTEMPT, "endTime": START_TIME, "reason": "InternalError", "committedStep": 500}
-    old_status = status(attempt=2, attempts=[first, {"number": 2, "startTime": START_TIME}])
+    first_attempt = {**STARTED_ATTEMPT, "endTime": START_TIME, "reason": "InternalError", "committedStep": 500}
+    old_status = status(attempt=2, attempts=[first_attempt, {"number": 2, "startTime": START_TIME}])
     message = TerminationMessage.model_validate({"checkpoints": [{"step": step, "uri": build_uri(step, 2)}]})
     plan = decide(facts(status=old_status, jobs=[job(2, failed_at=at(60))], pods=[end_pod(pod(2), 70, message)], now=at(61)))
     assert plan.attempt_end is not None
@@ -180,8 +180,8 @@ def test_gang_whose_job_was_deleted_succeeded_only_if_every_rank_exited_with_0(c
 def test_fatal_exit_during_a_termination_fails_the_job(reason: Reason) -> None:
     """Exit code 65 is a data error. It ends the job, because the next attempt would have the same error."""
     old_status = status(attempt=1, attempts=[{**STARTED_ATTEMPT, "reason": reason}])
-    over = replace(end_pod(pod(), 65), is_deleted=True)
-    plan = decide(facts(spec=spec(suspend=reason is Reason.SUSPENDED), status=old_status, pods=[over], now=at(90)))
+    ended_pod = replace(end_pod(pod(), 65), is_deleted=True)
+    plan = decide(facts(spec=spec(suspend=reason is Reason.SUSPENDED), status=old_status, pods=[ended_pod], now=at(90)))
     assert plan.job_end is not None
     assert (plan.job_end.outcome, plan.job_end.reason) == (Outcome.FAILED, Reason.DATA_ERROR)
 
@@ -216,8 +216,8 @@ def test_backoff_is_over_if_the_clock_was_set_back(now: float, situation: Situat
 @pytest.mark.parametrize("stop_request", [{"suspend": True}, {"cancel": True}, {}])
 def test_job_without_the_finetunejobs_controller_reference_is_never_deleted(stop_request: dict[str, bool]) -> None:
     """The Job has a label with the FineTuneJob's uid, but no owner reference to the FineTuneJob."""
-    foreign = job(is_owned=False)
-    job_facts = facts(spec=spec(**stop_request), jobs=[foreign])
+    foreign_job = job(is_owned=False)
+    job_facts = facts(spec=spec(**stop_request), jobs=[foreign_job])
     assert job_facts.owned_jobs == ()
     assert decide(job_facts).jobs_to_delete == ()
 
@@ -272,8 +272,8 @@ def test_finished_job_deletes_running_objects_at_once_and_finished_ones_after_th
     plan = decide(job_facts)
     assert (get_names(plan.jobs_to_delete), get_names(plan.pods_to_delete), plan.reconcile_at) == (jobs, pods, reconcile_at)
     only_jobs, only_pods = replace(job_facts, pods=()), replace(job_facts, jobs=())
-    neither = replace(job_facts, jobs=(JOBS["done and is being deleted"],), pods=(PODS["is being deleted"],))
-    assert [decide(found).is_cleaned_up for found in (job_facts, only_jobs, only_pods, neither)] == [False, False, False, True]
+    no_objects_left = replace(job_facts, jobs=(JOBS["done and is being deleted"],), pods=(PODS["is being deleted"],))
+    assert [decide(remaining_facts).is_cleaned_up for remaining_facts in (job_facts, only_jobs, only_pods, no_objects_left)] == [False, False, False, True]
 
 
 def test_job_that_is_being_deleted_needs_no_action() -> None:
@@ -285,8 +285,8 @@ def plan_next_attempt(
 ) -> Plan:
     """Return the operator's plan when attempt 6 must be created and these Jobs and pods of earlier attempts exist."""
     old_status = status(attempt=6, conditions=[NOT_READY_CONDITION])
-    found = [*(PODS[name] for name in pods), *added_pods]
-    return decide(facts(spec=spec(**stop_request), status=old_status, jobs=[JOBS[name] for name in jobs], pods=found, now=at(now)))
+    earlier_pods = [*(PODS[name] for name in pods), *added_pods]
+    return decide(facts(spec=spec(**stop_request), status=old_status, jobs=[JOBS[name] for name in jobs], pods=earlier_pods, now=at(now)))
 
 
 @pytest.mark.parametrize("stop_request", [{}, {"suspend": True}], ids=["next attempt", "suspend"])
@@ -299,7 +299,7 @@ def test_running_jobs_and_pods_of_earlier_attempts_are_deleted_before_the_next_a
 
 
 @pytest.mark.parametrize(
-    ("jobs", "pods", "situation"),
+    ("job_names", "pod_names", "situation"),
     [
         ([], [], Situation.STARTING),
         (["done", "failed"], ["ended", "is deleted"], Situation.STARTING),
@@ -309,8 +309,8 @@ def test_running_jobs_and_pods_of_earlier_attempts_are_deleted_before_the_next_a
         ([], ["is being deleted"], Situation.BLOCKED),
     ],
 )
-def test_next_attempt_waits_until_no_job_or_pod_of_an_earlier_attempt_runs(jobs: list[str], pods: list[str], situation: Situation) -> None:
-    assert plan_next_attempt(jobs, pods).situation is situation
+def test_next_attempt_waits_until_no_job_or_pod_of_an_earlier_attempt_runs(job_names: list[str], pod_names: list[str], situation: Situation) -> None:
+    assert plan_next_attempt(job_names, pod_names).situation is situation
 
 
 def test_pods_of_earlier_attempts_are_force_deleted_60_s_after_their_grace_period() -> None:
@@ -321,7 +321,7 @@ def test_pods_of_earlier_attempts_are_force_deleted_60_s_after_their_grace_perio
 
 
 @pytest.mark.parametrize(
-    ("names_of_jobs", "superseded"),
+    ("job_names", "superseded_names"),
     [
         ([], []),
         (["failed"], []),
@@ -333,15 +333,15 @@ def test_pods_of_earlier_attempts_are_force_deleted_60_s_after_their_grace_perio
         (["runs", "last"], []),
     ],
 )
-def test_running_attempt_keeps_only_the_newest_job_of_earlier_attempts(names_of_jobs: list[str], superseded: list[str]) -> None:
+def test_running_attempt_keeps_only_the_newest_job_of_earlier_attempts(job_names: list[str], superseded_names: list[str]) -> None:
     """The newest earlier Job is kept, so that users can still read its logs. The operator does not delete Jobs that still run or are already being deleted."""
-    jobs = [job(500, failed_at=at(60)) if name == "last" else JOBS[name] for name in names_of_jobs]
+    jobs = [job(500, failed_at=at(60)) if name == "last" else JOBS[name] for name in job_names]
     old_status = status(attempt=1000, attempts=[{**STARTED_ATTEMPT, "number": 1000}])
-    running = facts(status=old_status, jobs=[job(int("1000")), *jobs], now=at(61))  # a new int object, so that comparing it with `is` would fail
-    assert get_names(decide(running).jobs_to_delete) == superseded
-    if all(one.is_finished and not one.is_deleting for one in jobs):
+    running_facts = facts(status=old_status, jobs=[job(int("1000")), *jobs], now=at(61))  # a new int object, so that comparing it with `is` would fail
+    assert get_names(decide(running_facts).jobs_to_delete) == superseded_names
+    if all(earlier_job.is_finished and not earlier_job.is_deleting for earlier_job in jobs):
         plan = decide(facts(status=status(attempt=1000), jobs=jobs, now=at(61)))
-        assert (plan.attempt_to_create, get_names(plan.jobs_to_delete)) == (1000, superseded)
+        assert (plan.attempt_to_create, get_names(plan.jobs_to_delete)) == (1000, superseded_names)
 
 
 # Before an attempt
@@ -361,39 +361,39 @@ def test_final_refusal_fails_the_job_and_temporary_refusal_lets_it_wait(hint: st
     refusal = RefusedSpec(Reason.REJECTED, "no model", hint, is_final=True)
     job_facts = facts(status=status(conditions=[REFUSED_CONDITION]), now=at(100))
     failure = Failure(class_=FailureClass.USER, code=Reason.REJECTED, message="no model", hint=hint or None)
-    failed = Plan(Situation.FINISHED, refusal=refusal, job_end=JobEnd(Outcome.FAILED, Reason.REJECTED, failure))
-    assert decide(replace(job_facts, acceptance=refusal)) == failed
-    temporary = replace(refusal, is_final=False)
-    assert decide(replace(job_facts, acceptance=temporary)) == Plan(Situation.REFUSED, refusal=temporary, reconcile_at=at(1800))
+    failed_plan = Plan(Situation.FINISHED, refusal=refusal, job_end=JobEnd(Outcome.FAILED, Reason.REJECTED, failure))
+    assert decide(replace(job_facts, acceptance=refusal)) == failed_plan
+    temporary_refusal = replace(refusal, is_final=False)
+    assert decide(replace(job_facts, acceptance=temporary_refusal)) == Plan(Situation.REFUSED, refusal=temporary_refusal, reconcile_at=at(1800))
 
 
 @pytest.mark.parametrize(("owner", "text"), [(UID, f"uid {UID}"), ("other", "uid other"), ("", "uid unknown")])
 def test_job_of_another_owner_blocks_the_attempt_only_if_it_has_its_name(owner: str, text: str) -> None:
     """The Jobs have the labels of the FineTuneJob's attempts, but no owner reference to the FineTuneJob."""
-    found = [job(attempt, is_owned=False, owner_uid=owner) for attempt in (1, 2, 3)]
+    unowned_jobs = [job(attempt, is_owned=False, owner_uid=owner) for attempt in (1, 2, 3)]
     old_status = status(attempt=2, conditions=[NOT_READY_CONDITION])
     blocking_condition = BlockingCondition(Reason.CHILDREN_CONFLICT, f"Job run-2 belongs to another object ({text})")
-    blocked = Plan(Situation.BLOCKED, blocking_condition=blocking_condition, reconcile_at=at(1800))
-    assert decide(facts(status=old_status, jobs=found, now=at(100))) == blocked
-    assert decide(facts(status=old_status, jobs=[found[0], found[2]], now=at(100))) == Plan(Situation.STARTING, attempt_to_create=2)
+    blocked_plan = Plan(Situation.BLOCKED, blocking_condition=blocking_condition, reconcile_at=at(1800))
+    assert decide(facts(status=old_status, jobs=unowned_jobs, now=at(100))) == blocked_plan
+    assert decide(facts(status=old_status, jobs=[unowned_jobs[0], unowned_jobs[2]], now=at(100))) == Plan(Situation.STARTING, attempt_to_create=2)
 
 
 @pytest.mark.parametrize(("now", "is_over"), [(60, False), (69, False), (70, True)])
 def test_backoff_lasts_10_s_after_the_first_failed_attempt(now: float, is_over: bool) -> None:
-    waiting, starting = Plan(Situation.BACKING_OFF, reconcile_at=at(70)), Plan(Situation.STARTING, attempt_to_create=2)
-    assert decide(facts(status=RECOVERING_STATUS, now=at(now))) == (starting if is_over else waiting)
+    waiting_plan, starting_plan = Plan(Situation.BACKING_OFF, reconcile_at=at(70)), Plan(Situation.STARTING, attempt_to_create=2)
+    assert decide(facts(status=RECOVERING_STATUS, now=at(now))) == (starting_plan if is_over else waiting_plan)
 
 
 # While the attempt runs
 
 
 def plan_active_attempt(pods: Sequence[PodView] = (), *, now: float = 100, nodes: int = 1, policy: dict[str, Any] | None = None, **fields: Any) -> Plan:
-    found_facts = facts(spec=spec(policy=policy or {}), status=RUNNING_STATUS, jobs=[job(pod_count=nodes, **fields)], pods=pods, now=at(now))
-    return decide(replace(found_facts, blocking_condition=BlockingCondition(Reason.QUOTA_EXCEEDED, "from events")))
+    job_facts = facts(spec=spec(policy=policy or {}), status=RUNNING_STATUS, jobs=[job(pod_count=nodes, **fields)], pods=pods, now=at(now))
+    return decide(replace(job_facts, blocking_condition=BlockingCondition(Reason.QUOTA_EXCEEDED, "from events")))
 
 
 @pytest.mark.parametrize(
-    ("pods", "scraped"),
+    ("pods", "scraped_uid"),
     [
         ([pod(index=1), pod(index=0)], "pod-1-0"),
         ([pod(index=1)], None),
@@ -405,9 +405,9 @@ def plan_active_attempt(pods: Sequence[PodView] = (), *, now: float = 100, nodes
     ],
     ids=["two ranks", "no rank 0", "pending", "unknown", "no address", "ended", "not ready"],
 )
-def test_only_a_running_pod_of_rank_0_with_an_address_is_scraped(pods: list[PodView], scraped: str | None) -> None:
+def test_only_a_running_pod_of_rank_0_with_an_address_is_scraped(pods: list[PodView], scraped_uid: str | None) -> None:
     plan = plan_active_attempt(pods, nodes=2)
-    assert (plan.pod_to_scrape.uid if plan.pod_to_scrape else None) == scraped
+    assert (plan.pod_to_scrape.uid if plan.pod_to_scrape else None) == scraped_uid
 
 
 @pytest.mark.parametrize(
@@ -446,16 +446,16 @@ def test_running_attempt_is_reconciled_at_its_next_time_limit(
     assert plan_active_attempt(pods, policy=policy, is_suspended=is_suspended).reconcile_at == reconcile_at
 
 
-@pytest.mark.parametrize(("now", "earlier", "is_over"), [(99, 0, False), (100, 0, True), (101, 0, True), (59, 40, False), (60, 40, True)])
-def test_attempt_is_ended_when_the_job_has_run_for_its_active_deadline(now: float, earlier: int, is_over: bool) -> None:
-    old_status = status(attempt=1, attempts=[STARTED_ATTEMPT], activeSeconds=earlier)
-    limit = {"activeDeadlineSeconds": 100}
-    plan = decide(facts(spec=spec(policy=limit), status=old_status, jobs=[job()], pods=[pod()], now=at(now)))
-    ended = Termination(Reason.DEADLINE_EXCEEDED, "policy.activeDeadlineSeconds 100 passed")
-    assert plan.termination == (ended if is_over else None)
+@pytest.mark.parametrize(("now", "earlier_seconds", "is_over"), [(99, 0, False), (100, 0, True), (101, 0, True), (59, 40, False), (60, 40, True)])
+def test_attempt_is_ended_when_the_job_has_run_for_its_active_deadline(now: float, earlier_seconds: int, is_over: bool) -> None:
+    old_status = status(attempt=1, attempts=[STARTED_ATTEMPT], activeSeconds=earlier_seconds)
+    policy = {"activeDeadlineSeconds": 100}
+    plan = decide(facts(spec=spec(policy=policy), status=old_status, jobs=[job()], pods=[pod()], now=at(now)))
+    deadline_termination = Termination(Reason.DEADLINE_EXCEEDED, "policy.activeDeadlineSeconds 100 passed")
+    assert plan.termination == (deadline_termination if is_over else None)
     queued_status = status(attempt=1, activeSeconds=100, attempts=[{**STARTED_ATTEMPT}], conditions=[condition(Condition.QUOTA_RESERVED, "False", "Queued", 0)])
     waiting_job = job(is_suspended=True, started_at=None, queue="q")
-    assert decide(facts(spec=spec(policy=limit), status=queued_status, jobs=[waiting_job], now=at(now))).termination is None
+    assert decide(facts(spec=spec(policy=policy), status=queued_status, jobs=[waiting_job], now=at(now))).termination is None
 
 
 @pytest.mark.parametrize(("node", "text"), [("node-1", "node node-1"), ("", "node unknown")])
@@ -495,6 +495,6 @@ def test_pods_of_a_deleted_job_are_deleted_before_the_attempt_ends() -> None:
     pods = [pod(), LEAVING_POD, lost_pod, end_pod(pod(index=2), 75)]
     plan = decide(facts(status=SUSPENDING_STATUS, pods=pods, now=at(100)))
     assert plan == Plan(Situation.TERMINATING, pods_to_delete=(pods[0],), pods_to_force_delete=(lost_pod,), reconcile_at=at(130))
-    without_lost = decide(facts(status=SUSPENDING_STATUS, pods=pods[:2], now=at(100)))
-    assert (without_lost.pods_to_force_delete, without_lost.reconcile_at) == ((), at(90 + 61))
+    plan_without_lost_pod = decide(facts(status=SUSPENDING_STATUS, pods=pods[:2], now=at(100)))
+    assert (plan_without_lost_pod.pods_to_force_delete, plan_without_lost_pod.reconcile_at) == ((), at(90 + 61))
     assert decide(facts(status=SUSPENDING_STATUS, pods=pods[3:], now=at(100))).situation is Situation.ENDED

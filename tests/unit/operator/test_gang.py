@@ -33,21 +33,21 @@ def make_waiting_gang(placed_count: int, *, nodes: int = 3, created_count: int =
     return facts(spec=GANG_SPEC, status=UNREADY_STATUS, jobs=[job(pod_count=nodes, **job_fields)], pods=pods, now=at(now_seconds))
 
 
-@pytest.mark.parametrize(("nodes", "placed", "created"), [(2, 1, 2), (2, 1, 1), (3, 1, 3), (3, 2, 3), (3, 1, 1), (3, 2, 2)])
-def test_incomplete_gang_is_ended_at_the_start_timeout(nodes: int, placed: int, created: int) -> None:
+@pytest.mark.parametrize(("nodes", "placed_count", "created_count"), [(2, 1, 2), (2, 1, 1), (3, 1, 3), (3, 2, 3), (3, 1, 1), (3, 2, 2)])
+def test_incomplete_gang_is_ended_at_the_start_timeout(nodes: int, placed_count: int, created_count: int) -> None:
     """Pods that have no node may be unschedulable, and missing pods may not exist because they would exceed a quota."""
     for now_seconds in (600, 601):
-        plan = decide(make_waiting_gang(placed, nodes=nodes, created_count=created, now_seconds=now_seconds))
+        plan = decide(make_waiting_gang(placed_count, nodes=nodes, created_count=created_count, now_seconds=now_seconds))
         assert plan.termination is not None
         assert plan.termination.reason is Reason.GANG_INCOMPLETE
-        assert f"{placed} of {nodes} pods have a node" in plan.termination.message
-    assert decide(make_waiting_gang(placed, nodes=nodes, created_count=created, now_seconds=599)).termination is None
+        assert f"{placed_count} of {nodes} pods have a node" in plan.termination.message
+    assert decide(make_waiting_gang(placed_count, nodes=nodes, created_count=created_count, now_seconds=599)).termination is None
 
 
-@pytest.mark.parametrize(("placed", "created"), [(0, 3), (3, 3), (0, 0)])
-def test_gang_keeps_waiting_if_none_or_all_of_its_pods_have_a_node(placed: int, created: int) -> None:
+@pytest.mark.parametrize(("placed_count", "created_count"), [(0, 3), (3, 3), (0, 0)])
+def test_gang_keeps_waiting_if_none_or_all_of_its_pods_have_a_node(placed_count: int, created_count: int) -> None:
     """If no pod has a node, an autoscaler may still be adding nodes. If all pods have a node, they may still be pulling the image."""
-    plan = decide(make_waiting_gang(placed, created_count=created))
+    plan = decide(make_waiting_gang(placed_count, created_count=created_count))
     assert (plan.situation, plan.termination) == (Situation.ACTIVE, None)
 
 
@@ -58,14 +58,14 @@ def test_gang_in_a_queue_keeps_waiting() -> None:
 def test_gang_with_an_unreadable_spec_keeps_waiting() -> None:
     """The operator cannot read the spec, which may set a longer start timeout. If it ended this attempt, it could not start another one from this spec."""
     job_facts = make_waiting_gang(1, now_seconds=1e6)
-    unreadable = replace(job_facts.job, spec={**GANG_SPEC, "newer": {"field": 1}})
-    plan = decide(replace(job_facts, job=unreadable, acceptance=accept(unreadable.spec, CONFIG)))
+    unreadable_job = replace(job_facts.job, spec={**GANG_SPEC, "newer": {"field": 1}})
+    plan = decide(replace(job_facts, job=unreadable_job, acceptance=accept(unreadable_job.spec, CONFIG)))
     assert (plan.situation, plan.termination) == (Situation.ACTIVE, None)
 
 
-@pytest.mark.parametrize(("placed", "created"), [(0, 0), (0, 1), (1, 1)])
-def test_single_pod_keeps_waiting(placed: int, created: int) -> None:
-    assert decide(make_waiting_gang(placed, nodes=1, created_count=created)).termination is None
+@pytest.mark.parametrize(("placed_count", "created_count"), [(0, 0), (0, 1), (1, 1)])
+def test_single_pod_keeps_waiting(placed_count: int, created_count: int) -> None:
+    assert decide(make_waiting_gang(placed_count, nodes=1, created_count=created_count)).termination is None
 
 
 def test_gang_with_a_finished_pod_is_not_terminated() -> None:
@@ -80,8 +80,8 @@ def test_incomplete_gang_is_retried_uncounted_after_a_delay() -> None:
     plan = decide(facts(spec=GANG_SPEC, status=terminated_status, now=at(700)))
     assert plan.attempt_end is not None and plan.job_end is None
     assert (plan.attempt_end.reason, plan.attempt_end.is_counted, plan.attempt_end.next_attempt) == (Reason.GANG_INCOMPLETE, False, 2)
-    over = {**STARTED_ATTEMPT, "endTime": at(700).isoformat(), "reason": Reason.GANG_INCOMPLETE}
-    assert decide(facts(spec=GANG_SPEC, status=status(attempt=2, attempts=[over]), now=at(701))).situation is Situation.BACKING_OFF
+    ended_attempt = {**STARTED_ATTEMPT, "endTime": at(700).isoformat(), "reason": Reason.GANG_INCOMPLETE}
+    assert decide(facts(spec=GANG_SPEC, status=status(attempt=2, attempts=[ended_attempt]), now=at(701))).situation is Situation.BACKING_OFF
 
 
 def make_incomplete_attempts(count: int) -> list[Attempt]:
@@ -90,10 +90,10 @@ def make_incomplete_attempts(count: int) -> list[Attempt]:
 
 def test_delay_of_incomplete_gangs_grows_and_differs_between_jobs() -> None:
     settings = RetrySettings(base_seconds=10, max_seconds=600)
-    delays = [compute_backoff_seconds(make_incomplete_attempts(count), settings, UID) for count in range(1, 5)]
-    for count, delay in enumerate(delays):
+    delays_seconds = [compute_backoff_seconds(make_incomplete_attempts(count), settings, UID) for count in range(1, 5)]
+    for count, delay in enumerate(delays_seconds):
         assert 0.5 * 10 * 2**count <= delay <= 1.5 * 10 * 2**count
-    assert delays == [compute_backoff_seconds(make_incomplete_attempts(count), settings, UID) for count in range(1, 5)]
+    assert delays_seconds == [compute_backoff_seconds(make_incomplete_attempts(count), settings, UID) for count in range(1, 5)]
     assert len({compute_backoff_seconds(make_incomplete_attempts(1), settings, f"job-{n}") for n in range(20)}) == 20
 
 
@@ -102,6 +102,6 @@ def test_trainer_that_is_too_old_is_retried_after_a_backoff() -> None:
     assert compute_backoff_seconds(attempts, RetrySettings(base_seconds=10, max_seconds=600)) == 10
 
 
-@pytest.mark.parametrize(("blocked", "pause"), [(0, 15), (20, 15), (100, 50), (9999, 300)])
-def test_refused_create_is_repeated_with_a_growing_pause(blocked: float, pause: float) -> None:
-    assert compute_blocked_retry_seconds(blocked) == pause
+@pytest.mark.parametrize(("blocked_seconds", "pause_seconds"), [(0, 15), (20, 15), (100, 50), (9999, 300)])
+def test_refused_create_is_repeated_with_a_growing_pause(blocked_seconds: float, pause_seconds: float) -> None:
+    assert compute_blocked_retry_seconds(blocked_seconds) == pause_seconds

@@ -43,28 +43,28 @@ SERVER_SPEC = {"backend": "vllm", "gpus": 2}
 
 
 def make_server_spec(gpus: int = 6, generation: dict[str, Any] | None = None, **groups: Any) -> Object:
-    options = SERVER_SPEC if generation is None else generation
-    trainer = {"type": "grpo", "rewards": [{"builtin": "thinkFormat"}], "grpo": {"generation": options, "numGenerations": 2}}
+    generation_options = SERVER_SPEC if generation is None else generation
+    trainer = {"type": "grpo", "rewards": [{"builtin": "thinkFormat"}], "grpo": {"generation": generation_options, "numGenerations": 2}}
     return spec(trainer=trainer, resources={"gpusPerNode": gpus}, **groups)
 
 
-def build_job_body(raw_spec: Object, config: OperatorConfig = CONFIG) -> tuple[RunConfig, Object]:
-    found, finetune_job = accept_spec(raw_spec, config), finetunejob(raw_spec)
-    run = build_run_config(finetune_job, found.spec, 1, defaults=found.defaults, committed_step=0, max_step=None)
-    return run, build_job(finetune_job, run, found.pool, config, "attempt-secret")
+def build_run_and_job(raw_spec: Object, config: OperatorConfig = CONFIG) -> tuple[RunConfig, Object]:
+    acceptance, finetune_job = accept_spec(raw_spec, config), finetunejob(raw_spec)
+    run = build_run_config(finetune_job, acceptance.spec, 1, defaults=acceptance.defaults, committed_step=0, max_step=None)
+    return run, build_job(finetune_job, run, acceptance.pool, config, "attempt-secret")
 
 
 def test_the_server_and_the_model_cache_are_both_in_the_pod() -> None:
-    found, finetune_job = accept_spec(make_server_spec(), CONFIG), finetunejob(make_server_spec())
-    run = build_run_config(finetune_job, found.spec, 1, defaults=found.defaults, committed_step=0, max_step=None)
-    pod_spec = build_job(finetune_job, run, found.pool, CONFIG, model_cache="pvc://models/hub")["spec"]["template"]["spec"]
+    acceptance, finetune_job = accept_spec(make_server_spec(), CONFIG), finetunejob(make_server_spec())
+    run = build_run_config(finetune_job, acceptance.spec, 1, defaults=acceptance.defaults, committed_step=0, max_step=None)
+    pod_spec = build_job(finetune_job, run, acceptance.pool, CONFIG, model_cache="pvc://models/hub")["spec"]["template"]["spec"]
     assert [container["name"] for container in pod_spec["initContainers"]] == ["model-cache", "generation"]
 
 
 def test_the_server_is_a_sidecar_with_its_own_gpus_and_without_secrets() -> None:
-    pod_spec = build_job_body(make_server_spec())[1]["spec"]["template"]["spec"]
-    (server,) = pod_spec["initContainers"]
-    assert server == {
+    pod_spec = build_run_and_job(make_server_spec())[1]["spec"]["template"]["spec"]
+    (server_container,) = pod_spec["initContainers"]
+    assert server_container == {
         "name": "generation",
         "image": "vllm:1",
         "imagePullPolicy": "Always",
@@ -78,46 +78,46 @@ def test_the_server_is_a_sidecar_with_its_own_gpus_and_without_secrets() -> None
             {"name": "generation-shm", "mountPath": "/dev/shm"},
         ],
     }  # fmt: skip
-    (trainer,) = pod_spec["containers"]
-    assert trainer["resources"]["limits"]["nvidia.com/gpu"] == "6"
-    assert {"name": "generation", "mountPath": "/work/generation"} in trainer["volumeMounts"]
+    (trainer_container,) = pod_spec["containers"]
+    assert trainer_container["resources"]["limits"]["nvidia.com/gpu"] == "6"
+    assert {"name": "generation", "mountPath": "/work/generation"} in trainer_container["volumeMounts"]
     volumes = {volume["name"]: volume for volume in pod_spec["volumes"]}
     assert volumes["generation"] == {"name": "generation", "emptyDir": {}}
     assert volumes["generation-shm"] == {"name": "generation-shm", "emptyDir": {"medium": "Memory"}}
 
 
 def test_a_job_with_a_model_cache_has_both_init_containers() -> None:
-    found, finetune_job = accept_spec(make_server_spec(), CONFIG), finetunejob(make_server_spec())
-    run = build_run_config(finetune_job, found.spec, 1, defaults=found.defaults, committed_step=0, max_step=None)
-    body = build_job(finetune_job, run, found.pool, CONFIG, "attempt-secret", model_cache="pvc://models/base")
+    acceptance, finetune_job = accept_spec(make_server_spec(), CONFIG), finetunejob(make_server_spec())
+    run = build_run_config(finetune_job, acceptance.spec, 1, defaults=acceptance.defaults, committed_step=0, max_step=None)
+    body = build_job(finetune_job, run, acceptance.pool, CONFIG, "attempt-secret", model_cache="pvc://models/base")
     pod_spec = body["spec"]["template"]["spec"]
-    cache, server = pod_spec["initContainers"]
-    assert (cache["name"], server["name"]) == (names.MODEL_CACHE_CONTAINER, names.GENERATION_CONTAINER)
-    assert "generation" not in {mount["name"] for mount in cache["volumeMounts"]}
+    cache_container, server_container = pod_spec["initContainers"]
+    assert (cache_container["name"], server_container["name"]) == (names.MODEL_CACHE_CONTAINER, names.GENERATION_CONTAINER)
+    assert "generation" not in {mount["name"] for mount in cache_container["volumeMounts"]}
 
 
 def test_server_options_in_the_spec_replace_the_defaults() -> None:
     generation = {"backend": "vllm", "image": "own/vllm:2", "gpus": 0, "cpu": "8", "memory": "3Gi"}
-    server = build_job_body(make_server_spec(gpus=0, generation=generation))[1]["spec"]["template"]["spec"]["initContainers"][0]
+    server = build_run_and_job(make_server_spec(gpus=0, generation=generation))[1]["spec"]["template"]["spec"]["initContainers"][0]
     assert (server["image"], server["resources"]) == ("own/vllm:2", {"requests": {"cpu": "8", "memory": "3Gi"}, "limits": {"memory": "3Gi"}})
 
 
 @pytest.mark.parametrize("raw_spec", [make_server_spec(generation={"backend": "transformers"}), make_server_spec(generation={}), spec()])
 def test_pod_of_a_job_without_vllm_has_no_server(raw_spec: Object) -> None:
-    run, body = build_job_body(raw_spec)
+    run, body = build_run_and_job(raw_spec)
     assert "initContainers" not in body["spec"]["template"]["spec"]
     assert run.generation_url is None and "generationUrl" not in run.to_bytes().decode()
 
 
 def test_a_preparation_has_no_server() -> None:
-    run, _ = build_job_body(make_server_spec())
+    run, _ = build_run_and_job(make_server_spec())
     body = build_preparation_job(finetunejob(make_server_spec()), run, 1, run.spec.prepare.resources.model_copy(update={"cpu": "1"}), None, CONFIG)
     pod_spec = body["spec"]["template"]["spec"]
     assert "initContainers" not in pod_spec and "generation" not in json.dumps(pod_spec)
 
 
 def test_run_json_contains_the_address_of_the_server_as_a_mark() -> None:
-    run, _ = build_job_body(make_server_spec())
+    run, _ = build_run_and_job(make_server_spec())
     wire = json.loads(run.to_bytes())
     assert "#generationUrl http://127.0.0.1:8100" in wire["defaults"] and "generationUrl" not in wire
     assert wire["spec"]["trainer"]["grpo"]["generation"] == {"backend": "vllm", "gpus": 2, "image": "vllm:1"}
@@ -126,12 +126,12 @@ def test_run_json_contains_the_address_of_the_server_as_a_mark() -> None:
 
 
 def test_job_waits_if_neither_spec_nor_configuration_names_the_server_image() -> None:
-    without_image = CONFIG.model_copy(update={"trainer": CONFIG.trainer.model_copy(update={"generation_image": None})})
-    refusal = accept(make_server_spec(), without_image)
+    config_without_image = CONFIG.model_copy(update={"trainer": CONFIG.trainer.model_copy(update={"generation_image": None})})
+    refusal = accept(make_server_spec(), config_without_image)
     assert isinstance(refusal, RefusedSpec)
     assert (refusal.reason, refusal.is_final) == (Reason.GENERATION_IMAGE_NOT_CONFIGURED, False)
     assert refusal.message == "spec.trainer.grpo.generation.image is absent, and the operator's configuration has no trainer.generationImage"
-    accept_spec(make_server_spec(generation={**SERVER_SPEC, "image": "own/vllm:2"}), without_image)
+    accept_spec(make_server_spec(generation={**SERVER_SPEC, "image": "own/vllm:2"}), config_without_image)
 
 
 def test_gpus_of_trainer_and_server_must_fit_on_one_node() -> None:
@@ -142,9 +142,9 @@ def test_gpus_of_trainer_and_server_must_fit_on_one_node() -> None:
 
 
 def test_cost_of_a_job_includes_the_gpus_of_its_server() -> None:
-    running = status(attempt=1, attempts=[{"number": 1, "startTime": iso_time(0)}])
+    running_status = status(attempt=1, attempts=[{"number": 1, "startTime": iso_time(0)}])
     job_facts = facts(
-        spec=make_server_spec(), status=running, jobs=[job()], pods=[pod(scheduled_at=at(0))], now=at(3600), last_report=report(), reported_at=at(3600),
+        spec=make_server_spec(), status=running_status, jobs=[job()], pods=[pod(scheduled_at=at(0))], now=at(3600), last_report=report(), reported_at=at(3600),
         config=CONFIG,
     )  # fmt: skip
     cost = compute_cost(job_facts, None)
@@ -152,15 +152,15 @@ def test_cost_of_a_job_includes_the_gpus_of_its_server() -> None:
 
 
 def test_server_image_that_cannot_be_pulled_is_a_blocking_condition() -> None:
-    waiting = {"waiting": {"reason": "ImagePullBackOff", "message": "no such image"}}
-    condition = find_blocking_condition_in_pods([parse_pod("Pending", {"waiting": {"reason": "PodInitializing"}}, init=waiting)])
+    waiting_state = {"waiting": {"reason": "ImagePullBackOff", "message": "no such image"}}
+    condition = find_blocking_condition_in_pods([parse_pod("Pending", {"waiting": {"reason": "PodInitializing"}}, init=waiting_state)])
     assert condition is not None and (condition.reason, condition.message) == (Reason.IMAGE_PULL_FAILED, "ImagePullBackOff: no such image")
 
 
 def test_trainers_message_is_the_cause_if_the_vllm_server_ends() -> None:
     """The operator must report the trainer's termination message as the cause, not the state of the server's container."""
     message = TerminationMessage(class_=FailureClass.INFRASTRUCTURE, code="GenerationServerEnded", message="the vLLM server ended: exit code 1")
-    failed = replace(end_pod(pod(), 74, message), init_failure_message="init container generation ended with exit code 1")
-    cause = find_pod_cause(failed)
+    failed_pod = replace(end_pod(pod(), 74, message), init_failure_message="init container generation ended with exit code 1")
+    cause = find_pod_cause(failed_pod)
     assert cause is not None
     assert (cause.failure.code, cause.failure.class_, cause.reason) == ("GenerationServerEnded", FailureClass.INFRASTRUCTURE, Reason.PEER_FAILED)

@@ -21,8 +21,8 @@ def test_event_of_a_cached_version_is_not_parsed_again() -> None:
     cache = JobCache()
     cache.put_finetunejob(finetunejob(version=4, resource_version="4"))
     meta = {"namespace": "team", "name": "run", "uid": UID, "resourceVersion": "4"}
-    unchanged = cache_finetunejob(cache, "MODIFIED", {"metadata": meta, "status": "not even a status"})
-    assert unchanged == CacheUpdate(RUN, has_changed=False)
+    update = cache_finetunejob(cache, "MODIFIED", {"metadata": meta, "status": "not even a status"})
+    assert update == CacheUpdate(RUN, has_changed=False)
     assert cache_finetunejob(cache, "MODIFIED", {"metadata": meta | {"resourceVersion": "5"}, "spec": {}}).has_changed
     assert cache_finetunejob(cache, "DELETED", {"metadata": meta}).has_changed
     assert cache.get(RUN).finetunejob is None
@@ -30,9 +30,9 @@ def test_event_of_a_cached_version_is_not_parsed_again() -> None:
 
 def test_objects_without_the_operators_labels_are_ignored() -> None:
     cache = JobCache()
-    foreign = {"metadata": {"namespace": "team", "name": "run-1", "uid": "u", "labels": {}}}
-    assert cache_job(cache, "ADDED", foreign) is None
-    assert cache_pod(cache, "ADDED", foreign) is None
+    foreign_object = {"metadata": {"namespace": "team", "name": "run-1", "uid": "u", "labels": {}}}
+    assert cache_job(cache, "ADDED", foreign_object) is None
+    assert cache_pod(cache, "ADDED", foreign_object) is None
 
 
 def make_object_of_run(version: int, spec: dict[str, Any] | None = None, **meta: Any) -> Object:

@@ -26,7 +26,7 @@ KEY = JobKey("team", "run")
 
 
 class Process:
-    """Those objects of an operator process that the health checks read."""
+    """The objects of an operator process that the health checks read."""
 
     def __init__(self) -> None:
         self.monitor = WatchMonitor([kind.path(None) for kind in (FINETUNEJOB, JOB, POD)], lambda *_: None)

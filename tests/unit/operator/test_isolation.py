@@ -70,14 +70,14 @@ def test_only_pods_of_the_attempt_the_operator_and_monitoring_may_connect() -> N
 def test_blocked_addresses_are_exceptions_of_an_egress_rule() -> None:
     settings = ISOLATION.model_copy(update={"block_metadata": True, "blocked_cidrs": ("10.9.0.0/16",)})
     policy = build_network_policy(job(network_policy_name="run-1"), settings)["spec"]
-    blocked_v4 = [cidr for cidr in METADATA_CIDRS if ":" not in cidr]
+    metadata_ipv4_cidrs = [cidr for cidr in METADATA_CIDRS if ":" not in cidr]
     assert policy["policyTypes"] == ["Ingress", "Egress"]
     assert policy["egress"] == [{"to": [
         {"namespaceSelector": {}},
-        {"ipBlock": {"cidr": "0.0.0.0/0", "except": [*blocked_v4, "10.9.0.0/16"]}},
+        {"ipBlock": {"cidr": "0.0.0.0/0", "except": [*metadata_ipv4_cidrs, "10.9.0.0/16"]}},
         {"ipBlock": {"cidr": "::/0", "except": ["fd00:ec2::254/128", "fd20:ce::254/128"]}},
     ]}]  # fmt: skip
-    assert "169.254.169.254/32" in blocked_v4
+    assert "169.254.169.254/32" in metadata_ipv4_cidrs
 
 
 def test_an_address_family_without_blocked_addresses_has_no_exceptions() -> None:
@@ -102,10 +102,10 @@ async def test_pods_mount_the_secret_next_to_run_json() -> None:
     await create_first_attempt(server, make_isolated_config())
     job_body = server.objects[JOB.plural, "run-1"]
     volume = next(volume for volume in job_body["spec"]["template"]["spec"]["volumes"] if volume["name"] == "run")
-    run_json, secret = volume["projected"]["sources"]
-    assert run_json["downwardAPI"]["items"][0]["path"] == "run.json"
+    run_source, secret_source = volume["projected"]["sources"]
+    assert run_source["downwardAPI"]["items"][0]["path"] == "run.json"
     items = [{"key": "attempt-secret", "path": "attempt-secret"}, {"key": "checkpoint-key", "path": "checkpoint-key"}]
-    assert secret == {"secret": {"name": SECRET_NAME, "items": items}}
+    assert secret_source == {"secret": {"name": SECRET_NAME, "items": items}}
     assert job_body["metadata"]["annotations"][Annotation.ATTEMPT_SECRET] == SECRET_NAME
 
 
@@ -156,8 +156,8 @@ async def test_only_a_preparation_without_user_code_gets_the_key_for_prepared_ro
     await make_executor(server, config).act(job_facts, Plan(Situation.PREPARING, preparation_to_create=1))
     volumes = server.objects[JOB.plural, "run-prepare1"]["spec"]["template"]["spec"]["volumes"]
     sources = [source for volume in volumes if volume["name"] == "run" for source in volume["projected"]["sources"]]
-    mounted = [item["key"] for source in sources if "secret" in source for item in source["secret"]["items"]]
-    assert mounted == ["attempt-secret", *(["checkpoint-key"] if has_key else [])]
+    mounted_keys = [item["key"] for source in sources if "secret" in source for item in source["secret"]["items"]]
+    assert mounted_keys == ["attempt-secret", *(["checkpoint-key"] if has_key else [])]
 
 
 async def test_by_default_an_attempt_gets_neither_secret_nor_policy() -> None:
@@ -179,8 +179,8 @@ async def test_a_running_job_of_an_older_operator_is_not_changed() -> None:
 
 async def test_missing_objects_of_a_running_job_are_created_again() -> None:
     server = new_server()
-    running = job(pod_count=1, attempt_secret_name=SECRET_NAME, network_policy_name="run-1")
-    await make_executor(server, make_isolated_config()).act(facts(jobs=[running], config=make_isolated_config()), Plan(Situation.ACTIVE))
+    running_job = job(pod_count=1, attempt_secret_name=SECRET_NAME, network_policy_name="run-1")
+    await make_executor(server, make_isolated_config()).act(facts(jobs=[running_job], config=make_isolated_config()), Plan(Situation.ACTIVE))
     assert {(SECRET.plural, SECRET_NAME), (NETWORK_POLICY.plural, "run-1")} <= set(server.objects)
 
 
@@ -219,7 +219,7 @@ async def test_network_policy_of_another_owner_is_a_conflict() -> None:
 # The operator's key
 
 
-async def load(server: FakeApiServer) -> AttemptSecrets:
+async def load_key(server: FakeApiServer) -> AttemptSecrets:
     secrets = AttemptSecrets(ISOLATION)
     await secrets.load_key(cast("KubeClient", server), "ops")
     return secrets
@@ -227,23 +227,23 @@ async def load(server: FakeApiServer) -> AttemptSecrets:
 
 async def test_the_operator_creates_its_key_once() -> None:
     server = new_server()
-    first, second = await load(server), await load(server)
+    first_secrets, second_secrets = await load_key(server), await load_key(server)
     assert server.requests == [("get", SECRET.plural), ("create", SECRET.plural), ("get", SECRET.plural)]
-    assert first.derive_secret(UID, 1) == second.derive_secret(UID, 1) != (await load(new_server())).derive_secret(UID, 1)
+    assert first_secrets.derive_secret(UID, 1) == second_secrets.derive_secret(UID, 1) != (await load_key(new_server())).derive_secret(UID, 1)
     body = server.objects[SECRET.plural, ISOLATION.key_secret_name]
     assert (len(base64.b64decode(body["data"]["key"])), body["immutable"]) == (32, True)
 
 
 async def test_two_replicas_use_the_key_that_was_created_first() -> None:
-    server, faster = new_server(), new_server()
-    expected = await load(faster)
+    server, server_of_first_replica = new_server(), new_server()
+    first_secrets = await load_key(server_of_first_replica)
 
-    def create_first(verb: str, kind: Kind) -> None:
+    def create_key_before(verb: str, kind: Kind) -> None:
         if (verb, kind) == ("create", SECRET):
-            server.put(SECRET, cast("Object", faster.objects[SECRET.plural, ISOLATION.key_secret_name]))
+            server.put(SECRET, cast("Object", server_of_first_replica.objects[SECRET.plural, ISOLATION.key_secret_name]))
 
-    server.before_request = create_first
-    assert (await load(server)).derive_secret(UID, 1) == expected.derive_secret(UID, 1)
+    server.before_request = create_key_before
+    assert (await load_key(server)).derive_secret(UID, 1) == first_secrets.derive_secret(UID, 1)
 
 
 @pytest.mark.parametrize("data", [None, {}, {"key": ""}, {"key": "not base64"}, {"key": base64.b64encode(bytes(31)).decode()}])
@@ -251,7 +251,7 @@ async def test_a_damaged_key_is_refused_without_showing_it(data: Object | None) 
     server = new_server()
     server.put(SECRET, {"metadata": {"name": ISOLATION.key_secret_name, "namespace": "ops"}, "data": data})
     with pytest.raises(StartError) as error:
-        await load(server)
+        await load_key(server)
     assert str(error.value) == (
         "Secret ops/finetune-operator-attempt-key has no key 'key' of at least 32 bytes: delete the Secret, and the operator creates a new one"
     )
@@ -260,38 +260,38 @@ async def test_a_damaged_key_is_refused_without_showing_it(data: Object | None) 
 async def test_deleted_key_is_restored_while_the_operator_runs() -> None:
     """If the operator restarted with another key, it could not read the progress of running attempts."""
     server = new_server()
-    secrets = await load(server)
-    original = server.objects.pop((SECRET.plural, ISOLATION.key_secret_name))
+    secrets = await load_key(server)
+    original_secret = server.objects.pop((SECRET.plural, ISOLATION.key_secret_name))
     await secrets.restore_key(cast("KubeClient", server), "ops")
-    assert server.objects[SECRET.plural, ISOLATION.key_secret_name]["data"] == original["data"]
+    assert server.objects[SECRET.plural, ISOLATION.key_secret_name]["data"] == original_secret["data"]
     server.requests.clear()
     await secrets.restore_key(cast("KubeClient", server), "ops")
     assert server.requests == [("get", SECRET.plural)], "an existing key is not created again"
-    assert (await load(server)).derive_secret(UID, 1) == secrets.derive_secret(UID, 1)
+    assert (await load_key(server)).derive_secret(UID, 1) == secrets.derive_secret(UID, 1)
 
 
 async def test_only_the_leader_creates_a_key_and_a_leader_keeps_its_key() -> None:
     """A standby replica may start after the key was deleted and before the leader restores it. The standby replica must not create another key."""
     server, new_standby = new_server(), AttemptSecrets(ISOLATION)
-    old_standby = await load(server)
-    original = server.objects.pop((SECRET.plural, ISOLATION.key_secret_name))
+    old_standby = await load_key(server)
+    original_secret = server.objects.pop((SECRET.plural, ISOLATION.key_secret_name))
     await new_standby.load_key(cast("KubeClient", server), "ops", may_create=False)
     assert new_standby.derive_progress_token(UID, 1) is None and (SECRET.plural, ISOLATION.key_secret_name) not in server.objects
     await old_standby.load_key(cast("KubeClient", server), "ops")
-    assert server.objects[SECRET.plural, ISOLATION.key_secret_name]["data"] == original["data"]
+    assert server.objects[SECRET.plural, ISOLATION.key_secret_name]["data"] == original_secret["data"]
     await new_standby.load_key(cast("KubeClient", server), "ops")
     assert new_standby.derive_secret(UID, 1) == old_standby.derive_secret(UID, 1)
 
 
 async def test_a_secret_with_another_key_is_logged_without_the_keys(caplog: pytest.LogCaptureFixture) -> None:
     server = new_server()
-    secrets = await load(server)
-    original = server.objects.pop((SECRET.plural, ISOLATION.key_secret_name))
-    other = base64.b64encode(KEY).decode()
-    server.put(SECRET, {"metadata": {"name": ISOLATION.key_secret_name, "namespace": "ops"}, "data": {"key": other}})
+    secrets = await load_key(server)
+    original_secret = server.objects.pop((SECRET.plural, ISOLATION.key_secret_name))
+    other_key = base64.b64encode(KEY).decode()
+    server.put(SECRET, {"metadata": {"name": ISOLATION.key_secret_name, "namespace": "ops"}, "data": {"key": other_key}})
     await secrets.restore_key(cast("KubeClient", server), "ops")
     assert "contains another key than the operator uses" in caplog.text
-    assert other not in caplog.text and original["data"]["key"] not in caplog.text
+    assert other_key not in caplog.text and original_secret["data"]["key"] not in caplog.text
 
 
 async def test_without_secrets_no_key_is_restored() -> None:
@@ -308,7 +308,7 @@ async def test_without_secrets_no_key_is_created_and_no_token_is_sent() -> None:
 
 async def test_after_secrets_are_turned_off_the_progress_of_running_attempts_is_still_read() -> None:
     server = new_server()
-    token = (await load(server)).derive_progress_token(UID, 1)
+    token = (await load_key(server)).derive_progress_token(UID, 1)
     secrets = AttemptSecrets(IsolationSettings())
     await secrets.load_key(cast("KubeClient", server), "ops")
     assert token is not None
@@ -332,9 +332,9 @@ async def test_without_secrets_a_missing_permission_for_the_key_does_not_stop_th
     server.before_request = refuse
     await secrets.load_key(cast("KubeClient", server), "ops")
     assert secrets.derive_progress_token(UID, 1) is None
-    enabled = AttemptSecrets(ISOLATION)
+    enabled_secrets = AttemptSecrets(ISOLATION)
     with pytest.raises(Forbidden):
-        await enabled.load_key(cast("KubeClient", server), "ops")
+        await enabled_secrets.load_key(cast("KubeClient", server), "ops")
 
 
 # The configuration

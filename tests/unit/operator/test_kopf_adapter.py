@@ -76,11 +76,11 @@ def test_equal_credentials_make_equal_sessions() -> None:
 
 async def test_each_context_of_kopf_gets_its_own_session() -> None:
     """kopf may close the session of one context. The watches of the other contexts must continue until the process ends."""
-    credentials = make_session("a")
-    first, second = credentials.aiohttp_session, credentials.aiohttp_session
-    await first.close()
-    assert (first.closed, second.closed) == (True, False)
-    await second.close()
+    session_of_credentials = make_session("a")
+    first_session, second_session = session_of_credentials.aiohttp_session, session_of_credentials.aiohttp_session
+    await first_session.close()
+    assert (first_session.closed, second_session.closed) == (True, False)
+    await second_session.close()
 
 
 async def test_requests_are_observed_and_a_rejected_watch_counts_as_stalled() -> None:
@@ -89,9 +89,9 @@ async def test_requests_are_observed_and_a_rejected_watch_counts_as_stalled() ->
 
     app = web.Application()
     app.router.add_get("/{path:.*}", answer)
-    observed: list[tuple[str, str, int]] = []
+    observed_requests: list[tuple[str, str, int]] = []
     monitor = WatchMonitor(
-        [POD.path(None), JOB.path(None)], lambda verb, plural, code, _: observed.append((verb, plural, code))
+        [POD.path(None), JOB.path(None)], lambda verb, plural, code, _: observed_requests.append((verb, plural, code))
     )
     monitor.start()
     await asyncio.sleep(0.002)
@@ -104,7 +104,7 @@ async def test_requests_are_observed_and_a_rejected_watch_counts_as_stalled() ->
             await server.close()
             with pytest.raises(aiohttp.ClientError):
                 await session.get(root + "/api/v1/pods?watch=true")
-    assert observed == [
+    assert observed_requests == [
         ("list", "pods", 200), ("watch", "pods", 200), ("get", "discovery", 200), ("watch", "jobs", 403), ("watch", "pods", 0),
     ]  # fmt: skip
     assert monitor.describe_stalled_watch(0.001).startswith("the watch of /apis/batch/v1/jobs")

@@ -39,8 +39,8 @@ class FakeHttpServer:
     requests: list[tuple[str, str, Any]] = field(default_factory=list)
 
     def answer(self, code: int, body: Object | None = None, **headers: str) -> None:
-        found = {name.replace("_", "-"): value for name, value in headers.items()}
-        self.answers.append((code, body or {}, found))
+        header_values = {name.replace("_", "-"): value for name, value in headers.items()}
+        self.answers.append((code, body or {}, header_values))
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         text = await request.text()
@@ -75,7 +75,7 @@ async def kube(server: FakeHttpServer) -> AsyncIterator[KubeClient]:
     await runner.cleanup()
 
 
-def status(reason: str, message: str = "message") -> Object:
+def make_status_body(reason: str, message: str = "message") -> Object:
     return {"kind": "Status", "reason": reason, "message": message}
 
 
@@ -89,14 +89,14 @@ def status(reason: str, message: str = "message") -> Object:
 async def test_error_class_follows_status_and_reason(
     server: FakeHttpServer, kube: KubeClient, code: int, reason: str, error: type[KubeError]
 ) -> None:
-    server.answer(code, status(reason))
+    server.answer(code, make_status_body(reason))
     with pytest.raises(error) as caught:
         await kube.create(JOB, "team", JOB_BODY)
     assert (caught.value.code, caught.value.reason, caught.value.message) == (code, reason, "message")
     assert len(server.requests) == 1
 
 
-TERMINATING: Object = {
+TERMINATING_DETAILS: Object = {
     "causes": [
         {
             "reason": "NamespaceTerminating",
@@ -110,14 +110,14 @@ TERMINATING: Object = {
 @pytest.mark.parametrize(
     ("code", "reason", "details"),
     [
-        (403, "Forbidden", {"name": "run-1", "group": "batch", "kind": "jobs", **TERMINATING}),
+        (403, "Forbidden", {"name": "run-1", "group": "batch", "kind": "jobs", **TERMINATING_DETAILS}),
         (404, "NotFound", {"name": "team", "kind": "namespaces"}),
     ],
 )
 async def test_terminating_namespace_has_its_own_error(
     server: FakeHttpServer, kube: KubeClient, code: int, reason: str, details: Object
 ) -> None:
-    server.answer(code, status(reason) | {"details": details})
+    server.answer(code, make_status_body(reason) | {"details": details})
     with pytest.raises(NamespaceTerminating):
         await kube.create(JOB, "team", JOB_BODY)
     assert len(server.requests) == 1
@@ -126,8 +126,8 @@ async def test_terminating_namespace_has_its_own_error(
 @pytest.mark.parametrize(
     ("body", "is_object_missing"),
     [
-        (status("NotFound") | {"details": {"name": "run-1", "kind": "jobs"}}, True),
-        (status("NotFound") | {"details": {}}, False),
+        (make_status_body("NotFound") | {"details": {"name": "run-1", "kind": "jobs"}}, True),
+        (make_status_body("NotFound") | {"details": {}}, False),
         ({}, False),
     ],
     ids=["missing object", "missing kind", "body without details"],
@@ -183,14 +183,14 @@ async def test_create_is_never_retried(server: FakeHttpServer, kube: KubeClient,
 
 
 async def test_throttled_create_raises_unavailable_and_not_outcome_unknown(server: FakeHttpServer, kube: KubeClient) -> None:
-    server.answer(429, status("TooManyRequests"), Retry_After="7")
+    server.answer(429, make_status_body("TooManyRequests"), Retry_After="7")
     with pytest.raises(Unavailable) as caught:
         await kube.create(JOB, "team", JOB_BODY)
     assert caught.value.retry_after == 7
 
 
 async def test_delete_keeps_an_object_of_the_same_name_with_another_uid(server: FakeHttpServer, kube: KubeClient) -> None:
-    server.answer(409, status("Conflict"))
+    server.answer(409, make_status_body("Conflict"))
     assert await kube.delete(POD, "team", "p", uid="u-1", grace_seconds=0) is False
     method, path, body = server.requests[0]
     assert (method, path) == ("DELETE", "/api/v1/namespaces/team/pods/p")
@@ -200,22 +200,22 @@ async def test_delete_keeps_an_object_of_the_same_name_with_another_uid(server: 
 async def test_list_reads_all_pages(server: FakeHttpServer, kube: KubeClient) -> None:
     server.answer(200, {"items": [{"n": 1}], "metadata": {"continue": "t", "resourceVersion": "5"}})
     server.answer(200, {"items": [{"n": 2}], "metadata": {"resourceVersion": "5"}})
-    listing = await kube.list(FINETUNEJOB, label_selector="a=b")
-    assert (listing.items, listing.version) == ([{"n": 1}, {"n": 2}], 5)
+    object_list = await kube.list(FINETUNEJOB, label_selector="a=b")
+    assert (object_list.items, object_list.version) == ([{"n": 1}, {"n": 2}], 5)
     assert server.requests[1][1].endswith("finetunejobs?limit=200&labelSelector=a%3Db&continue=t")
 
 
 async def test_list_restarts_as_one_page_when_its_continue_token_expires(server: FakeHttpServer, kube: KubeClient) -> None:
     server.answer(200, {"items": [{"n": 1}], "metadata": {"continue": "t", "resourceVersion": "5"}})
-    server.answer(410, status("Expired"))
+    server.answer(410, make_status_body("Expired"))
     server.answer(200, {"items": [{"n": 2}, {"n": 3}], "metadata": {"resourceVersion": "9"}})
-    listing = await kube.list(FINETUNEJOB, label_selector="a=b")
-    assert (listing.items, listing.version) == ([{"n": 2}, {"n": 3}], 9)
+    object_list = await kube.list(FINETUNEJOB, label_selector="a=b")
+    assert (object_list.items, object_list.version) == ([{"n": 2}, {"n": 3}], 9)
     assert server.requests[2][1].endswith("finetunejobs?labelSelector=a%3Db")
 
 
 async def test_list_that_expires_without_a_continue_token_fails(server: FakeHttpServer, kube: KubeClient) -> None:
-    server.answer(410, status("Expired"))
+    server.answer(410, make_status_body("Expired"))
     with pytest.raises(ContinueTokenExpired):
         await kube.list(FINETUNEJOB)
     assert len(server.requests) == 1
@@ -244,19 +244,19 @@ async def test_every_write_except_of_the_lease_checks_leadership(server: FakeHtt
 
 
 async def test_each_try_of_a_request_is_observed(server: FakeHttpServer, kube: KubeClient) -> None:
-    observed: list[tuple[str, str, int]] = []
-    observing = KubeClient(
-        kube.configuration, ApiSettings(), lambda verb, plural, code, _: observed.append((verb, plural, code))
+    observed_requests: list[tuple[str, str, int]] = []
+    observed_client = KubeClient(
+        kube.configuration, ApiSettings(), lambda verb, plural, code, _: observed_requests.append((verb, plural, code))
     )
     server.answer(503)
     server.answer(200)
-    await observing.get(JOB, "team", "x")
-    await observing.close()
-    assert observed == [("get", "jobs", 503), ("get", "jobs", 200)]
+    await observed_client.get(JOB, "team", "x")
+    await observed_client.close()
+    assert observed_requests == [("get", "jobs", 503), ("get", "jobs", 200)]
 
 
 async def test_long_error_message_is_cut(server: FakeHttpServer, kube: KubeClient) -> None:
-    server.answer(422, status("Invalid", "x" * 100_000))
+    server.answer(422, make_status_body("Invalid", "x" * 100_000))
     with pytest.raises(Invalid) as caught:
         await kube.create(JOB, "team", JOB_BODY)
     assert len(caught.value.message) == 2048
@@ -286,10 +286,10 @@ async def test_proxy_of_the_environment_is_used(
 
 def test_clock_follows_the_server_if_the_difference_is_large() -> None:
     clock = ServerClock()
-    wrong = datetime.now(UTC) + timedelta(hours=2)
-    clock.update_offset(wrong.strftime("%a, %d %b %Y %H:%M:%S GMT"), 100.0)
-    assert abs((clock.now() - wrong).total_seconds()) < 2
+    server_time = datetime.now(UTC) + timedelta(hours=2)
+    clock.update_offset(server_time.strftime("%a, %d %b %Y %H:%M:%S GMT"), 100.0)
+    assert abs((clock.now() - server_time).total_seconds()) < 2
     clock.update_offset(datetime.now(UTC).strftime("%a, %d %b %Y %H:%M:%S GMT"), 101.0)
-    assert abs((clock.now() - wrong).total_seconds()) < 2
+    assert abs((clock.now() - server_time).total_seconds()) < 2
     clock.update_offset(datetime.now(UTC).strftime("%a, %d %b %Y %H:%M:%S GMT"), 200.0)
     assert clock.clock_offset == timedelta()

@@ -26,8 +26,8 @@ class FakeLeaseServer:
         self.version = 0
         self.is_down = False
         self.answer_delay_seconds = 0.0
-        self.conflicts = 0
-        """Number of update requests for the Lease that fail with a conflict, as if another client had changed the Lease."""
+        self.conflict_count = 0
+        """The number of next updates of the Lease that fail with a conflict, as if another client had changed the Lease."""
 
     async def get(self, kind: Kind, namespace: str, name: str) -> Object:
         self._check("get", kind, name)
@@ -43,8 +43,8 @@ class FakeLeaseServer:
 
     async def replace(self, kind: Kind, namespace: str, body: Object) -> Object:
         self._check("update", kind, "l")
-        if self.conflicts:
-            self.conflicts -= 1
+        if self.conflict_count:
+            self.conflict_count -= 1
             raise Conflict("update", kind, "l", 409, "Conflict", "changed")
         if self.lease is None or body["metadata"]["resourceVersion"] != self.lease["metadata"]["resourceVersion"]:
             raise Conflict("update", kind, "l", 409, "Conflict", "changed")
@@ -77,22 +77,22 @@ def make_elector(server: FakeLeaseServer, name: str, settings: LeaderElection = 
     return LeaderElector(cast(KubeClient, server), settings, "operators", name)
 
 
-def loop_seconds() -> float:
+def get_loop_seconds() -> float:
     return asyncio.get_running_loop().time()
 
 
 def test_second_replica_waits_while_the_first_renews() -> None:
     async def scenario() -> None:
         server = FakeLeaseServer()
-        first, second = make_elector(server, "first"), make_elector(server, "second")
-        await first.acquire()
-        renewing = asyncio.create_task(first.renew_until_lost())
+        first_elector, second_elector = make_elector(server, "first"), make_elector(server, "second")
+        await first_elector.acquire()
+        renew_task = asyncio.create_task(first_elector.renew_until_lost())
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(300):
-                await second.acquire()
+                await second_elector.acquire()
         assert server.holder == "first"
-        first.ensure_leading()
-        renewing.cancel()
+        first_elector.ensure_leading()
+        renew_task.cancel()
 
     run(scenario())
 
@@ -101,12 +101,12 @@ def test_leader_that_does_not_renew_is_replaced_after_the_lease_duration() -> No
     async def scenario() -> float:
         server = FakeLeaseServer()
         await make_elector(server, "first").acquire()
-        second = make_elector(server, "second")
-        await second.acquire()
+        second_elector = make_elector(server, "second")
+        await second_elector.acquire()
         assert server.holder == "second"
         assert server.lease is not None
         assert server.lease["spec"]["leaseTransitions"] == 1
-        return loop_seconds()
+        return get_loop_seconds()
 
     assert 15 < run(scenario()) <= 15 + 2 * 2
 
@@ -121,7 +121,7 @@ def test_replica_ignores_the_times_in_the_lease() -> None:
             "acquireTime": "1970-01-01T00:00:00.000000Z",
         }
         await make_elector(server, "second").acquire()
-        return loop_seconds()
+        return get_loop_seconds()
 
     assert run(scenario()) > 15
 
@@ -134,7 +134,7 @@ def test_leader_that_cannot_renew_stops_before_another_replica_leads() -> None:
         server.is_down = True
         with pytest.raises(LeaseLost):
             await first_elector.renew_until_lost()
-        return loop_seconds()
+        return get_loop_seconds()
 
     assert 10 < run(scenario()) < 15
 
@@ -182,7 +182,7 @@ def test_released_lease_can_be_acquired_at_once() -> None:
         await first_elector.release()
         assert not first_elector.is_leader
         await make_elector(server, "second").acquire()
-        return loop_seconds()
+        return get_loop_seconds()
 
     assert run(scenario()) < 1
 
@@ -195,7 +195,7 @@ def test_renewal_time_is_the_start_of_the_request() -> None:
         server.answer_delay_seconds = 6
         first_elector = make_elector(server, "first")
         await first_elector.acquire()
-        assert loop_seconds() == 6
+        assert get_loop_seconds() == 6
         await asyncio.sleep(3.5)
         first_elector.ensure_leading()
         await asyncio.sleep(1)  # 10.5 s after the start of the request and 4.5 s after its response
@@ -205,18 +205,18 @@ def test_renewal_time_is_the_start_of_the_request() -> None:
     run(scenario())
 
 
-@pytest.mark.parametrize(("old", "new"), [("a", "b"), ("b", "a")])
-def test_lease_of_another_holder_is_never_released(old: str, new: str) -> None:
+@pytest.mark.parametrize(("first_name", "second_name"), [("a", "b"), ("b", "a")])
+def test_lease_of_another_holder_is_never_released(first_name: str, second_name: str) -> None:
     async def scenario() -> tuple[str, int]:
         server = FakeLeaseServer()
-        first, second = make_elector(server, old), make_elector(server, new)
-        await first.acquire()
-        await second.acquire()  # the Lease has expired, because the first replica was paused
-        await first.release()
+        first_elector, second_elector = make_elector(server, first_name), make_elector(server, second_name)
+        await first_elector.acquire()
+        await second_elector.acquire()  # the Lease has expired, because the first replica was paused
+        await first_elector.release()
         assert server.lease is not None
         return server.holder, server.lease["spec"]["leaseTransitions"]
 
-    assert run(scenario()) == (new, 1)
+    assert run(scenario()) == (second_name, 1)
 
 
 def test_replica_does_not_lead_while_the_server_is_down() -> None:
@@ -224,13 +224,13 @@ def test_replica_does_not_lead_while_the_server_is_down() -> None:
         server = FakeLeaseServer()
         server.is_down = True
         first_elector = make_elector(server, "first")
-        acquiring = asyncio.create_task(first_elector.acquire())
+        acquire_task = asyncio.create_task(first_elector.acquire())
         await asyncio.sleep(31)
-        assert not acquiring.done()
+        assert not acquire_task.done()
         server.is_down = False
-        await acquiring
+        await acquire_task
         first_elector.ensure_leading()
-        return loop_seconds()
+        return get_loop_seconds()
 
     assert 31 < run(scenario()) <= 31 + 2
 
@@ -240,11 +240,11 @@ def test_conflicting_renewal_is_retried() -> None:
         server = FakeLeaseServer()
         first_elector = make_elector(server, "first")
         await first_elector.acquire()
-        server.conflicts = 2
+        server.conflict_count = 2
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(30):
                 await first_elector.renew_until_lost()
-        assert server.conflicts == 0
+        assert server.conflict_count == 0
         first_elector.ensure_leading()
 
     run(scenario())
@@ -260,17 +260,17 @@ def test_lease_is_renewed_during_a_long_first_resync() -> None:
 
         async def resync() -> None:
             first_elector.ensure_leading()
-            events.append(f"resync from {loop_seconds():.0f} s")
+            events.append(f"resync from {get_loop_seconds():.0f} s")
             await asyncio.sleep(11)
 
         def start_work() -> None:
             first_elector.ensure_leading()
-            events.append(f"work from {loop_seconds():.0f} s")
+            events.append(f"work from {get_loop_seconds():.0f} s")
 
-        coroutines = [asyncio.create_task(coroutine) for coroutine in LeaderTasks(first_elector, resync, start_work).create_coroutines().values()]
+        tasks = [asyncio.create_task(coroutine) for coroutine in LeaderTasks(first_elector, resync, start_work).create_coroutines().values()]
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(60):
-                await asyncio.gather(*coroutines)
+                await asyncio.gather(*tasks)
         return events
 
     assert run(scenario()) == ["resync from 0 s", "work from 11 s"]
@@ -289,7 +289,7 @@ def test_resync_ends_when_the_lease_is_lost() -> None:
         assert isinstance(error, LeaseLost)
         for task in tasks:
             task.cancel()
-        return loop_seconds()
+        return get_loop_seconds()
 
     assert 10 < run(scenario()) < 15
 
@@ -302,7 +302,7 @@ def test_without_leader_election_work_starts_at_once() -> None:
             events.append("resync")
 
         tasks = [
-            asyncio.create_task(p) for p in LeaderTasks(None, resync, lambda: events.append("work")).create_coroutines().values()
+            asyncio.create_task(coroutine) for coroutine in LeaderTasks(None, resync, lambda: events.append("work")).create_coroutines().values()
         ]
         await asyncio.sleep(1)
         assert not any(task.done() for task in tasks)
@@ -313,19 +313,19 @@ def test_without_leader_election_work_starts_at_once() -> None:
     assert run(scenario()) == ["work"]
 
 
-@pytest.mark.parametrize("values", [{"leaseDurationSeconds": 5}, {"retryPeriodSeconds": 12}])
-def test_contradictory_durations_are_refused(values: dict[str, Any]) -> None:
+@pytest.mark.parametrize("durations", [{"leaseDurationSeconds": 5}, {"retryPeriodSeconds": 12}])
+def test_contradictory_durations_are_refused(durations: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="must exceed"):
-        LeaderElection.model_validate(values)
+        LeaderElection.model_validate(durations)
 
 
 def make_lease(holder: str | None, **fields: Any) -> Object:
     return {"metadata": {"name": "l", "resourceVersion": "0"}, "spec": {"holderIdentity": holder, **fields}}
 
 
-@pytest.mark.parametrize(("duration", "written_seconds"), [(15.0, 15), (15.6, 16), (0.4, 1)])
-def test_written_lease_has_the_fields_that_client_go_expects(duration: float, written_seconds: int) -> None:
-    settings = LeaderElection(lease_duration_seconds=duration, renew_deadline_seconds=0.3, retry_period_seconds=0.1)
+@pytest.mark.parametrize(("duration_seconds", "written_seconds"), [(15.0, 15), (15.6, 16), (0.4, 1)])
+def test_written_lease_has_the_fields_that_client_go_expects(duration_seconds: float, written_seconds: int) -> None:
+    settings = LeaderElection(lease_duration_seconds=duration_seconds, renew_deadline_seconds=0.3, retry_period_seconds=0.1)
 
     async def scenario() -> None:
         server, start = FakeLeaseServer(), datetime.now(UTC)
@@ -355,7 +355,7 @@ def test_lease_without_another_holder_is_acquired_at_once(lease: Object, transit
         server = FakeLeaseServer()
         server.lease = lease
         await make_elector(server, "first").acquire()
-        assert loop_seconds() == 0
+        assert get_loop_seconds() == 0
         assert (server.holder, server.lease["spec"]["leaseTransitions"]) == ("first", transitions)
 
     run(scenario())
@@ -380,7 +380,7 @@ def test_lease_expires_when_it_has_been_unchanged_for_longer_than_its_duration()
         server = FakeLeaseServer()
         server.lease = make_lease("first")
         await make_elector(server, "second", settings).acquire()
-        return loop_seconds()
+        return get_loop_seconds()
 
     assert run(scenario()) == 20
 
@@ -404,11 +404,11 @@ def test_request_without_answer_ends_at_the_renew_deadline(caplog: pytest.LogCap
     async def scenario() -> float:
         server = FakeLeaseServer()
         server.answer_delay_seconds = 11
-        acquiring = asyncio.create_task(make_elector(server, "first").acquire())
+        acquire_task = asyncio.create_task(make_elector(server, "first").acquire())
         await asyncio.sleep(10.5)
         server.answer_delay_seconds = 0
-        await acquiring
-        return loop_seconds()
+        await acquire_task
+        return get_loop_seconds()
 
     assert run(scenario()) == 12
     assert "the Lease cannot be written: no answer in time" in caplog.messages
@@ -418,11 +418,11 @@ def test_every_change_of_the_lease_counts_as_a_renewal() -> None:
     async def scenario() -> float:
         server = FakeLeaseServer()
         server.lease = make_lease("b", renewTime="2026-01-02T00:00:00Z")
-        acquiring = asyncio.create_task(make_elector(server, "second").acquire())
+        acquire_task = asyncio.create_task(make_elector(server, "second").acquire())
         await asyncio.sleep(11)
         server.lease = make_lease("a", renewTime="2026-01-01T00:00:00Z")
-        await acquiring
-        return loop_seconds()
+        await acquire_task
+        return get_loop_seconds()
 
     assert run(scenario()) == 28  # the other replica observes the change of the Lease after 12 s
 
@@ -430,10 +430,10 @@ def test_every_change_of_the_lease_counts_as_a_renewal() -> None:
 def test_conflict_does_not_make_a_replica_the_leader() -> None:
     async def scenario() -> float:
         server = FakeLeaseServer()
-        server.lease, server.conflicts = make_lease(""), 1
+        server.lease, server.conflict_count = make_lease(""), 1
         await make_elector(server, "first").acquire()
         assert server.holder == "first"
-        return loop_seconds()
+        return get_loop_seconds()
 
     assert run(scenario()) == 2
 
@@ -474,7 +474,7 @@ def test_lease_that_another_replica_creates_first_is_not_held() -> None:
     async def scenario() -> float:
         server = RacingServer()
         await make_elector(server, "first").acquire()
-        return loop_seconds()
+        return get_loop_seconds()
 
     assert 15 < run(scenario()) <= 20
 

@@ -16,8 +16,8 @@ def make_record(message: str) -> logging.LogRecord:
 def test_log_lines_name_the_job() -> None:
     token = logs.current_job.set("team/run")
     try:
-        value = json.loads(JsonFormatter().format(make_record("created")))
-        assert {k: value[k] for k in ("level", "message", "job")} == {
+        log_line = json.loads(JsonFormatter().format(make_record("created")))
+        assert {name: log_line[name] for name in ("level", "message", "job")} == {
             "level": "info",
             "message": "created",
             "job": "team/run",

@@ -75,39 +75,39 @@ async def test_spec_of_a_finished_job_is_read_again_if_its_status_is_emptied(ser
     assert acceptance.spec.model.source == SPEC["model"]["source"]
 
 
-@pytest.mark.parametrize("read", [CORE_EVENT, POD, JOB], ids=["events", "pods", "Job"])
-async def test_job_deleted_during_a_live_read_is_not_written(server: FakeApiServer, read: Kind) -> None:
+@pytest.mark.parametrize("kind_read", [CORE_EVENT, POD, JOB], ids=["events", "pods", "Job"])
+async def test_job_deleted_during_a_live_read_is_not_written(server: FakeApiServer, kind_read: Kind) -> None:
     _, job = await start_attempt(server)
     process = OperatorProcess(server)
     long_ago = server.clock.now() - timedelta(hours=1)
-    if read is not JOB:
-        process.cache.put_job(replace(job, version=10**6, created_at=long_ago, completed_at=long_ago if read is POD else None))
+    if kind_read is not JOB:
+        process.cache.put_job(replace(job, version=10**6, created_at=long_ago, completed_at=long_ago if kind_read is POD else None))
 
-    def delete(verb: str, kind: Kind) -> None:
-        if kind is read:
+    def delete_job(verb: str, kind: Kind) -> None:
+        if kind is kind_read:
             process.cache.drop_finetunejob(KEY, UID)
             del server.objects[FINETUNEJOB.plural, "run"]
             server.before_request = lambda verb, kind: None
 
-    server.before_request = delete
+    server.before_request = delete_job
     server.requests.clear()
     await process.reconcile()
-    assert [plural for _, plural in server.requests] == [read.plural]
+    assert [plural for _, plural in server.requests] == [kind_read.plural]
     assert process.cache.list_keys() == []
 
 
-@pytest.mark.parametrize("known_at", ["at first", "later"])
-async def test_rules_for_new_jobs_do_not_apply_after_the_first_attempt_has_a_job(server: FakeApiServer, known_at: str) -> None:
+@pytest.mark.parametrize("job_known", ["at first", "later"])
+async def test_rules_for_new_jobs_do_not_apply_after_the_first_attempt_has_a_job(server: FakeApiServer, job_known: str) -> None:
     """An older release of the operator created the Job, and stopped before it wrote the status."""
     _, job = await start_attempt(server)
-    refused_today = {**SPEC, "resources": {"gpusPerNode": 0, "memory": 4}}
-    server.put(FINETUNEJOB, {**server.finetunejob, "spec": refused_today, "status": {}})
+    refused_spec = {**SPEC, "resources": {"gpusPerNode": 0, "memory": 4}}
+    server.put(FINETUNEJOB, {**server.finetunejob, "spec": refused_spec, "status": {}})
     process = OperatorProcess(server)
     observer = process.reconciler._observer
-    if known_at == "later":
+    if job_known == "later":
         observer._read_facts_from_cache(KEY)
-        found = observer.states[KEY].acceptance
-        assert isinstance(found, RefusedSpec) and found.is_final
+        acceptance = observer.states[KEY].acceptance
+        assert isinstance(acceptance, RefusedSpec) and acceptance.is_final
     process.cache.put_job(job)
     await process.reconcile()
     assert isinstance(observer.states[KEY].acceptance, AcceptedSpec)

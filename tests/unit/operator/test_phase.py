@@ -112,5 +112,5 @@ REASON_CASES: dict[str, tuple[Facts, ActionResult | None, str]] = {
 
 @pytest.mark.parametrize("case", REASON_CASES)
 def test_reason_shows_why_a_job_waits_or_failed(case: str) -> None:
-    found, result, reason = REASON_CASES[case]
-    assert compute_status_of(found, result).reason == reason
+    job_facts, result, reason = REASON_CASES[case]
+    assert compute_status_of(job_facts, result).reason == reason

@@ -25,13 +25,13 @@ CONFIG_WITH_POOL = parse_config(
 )
 
 
-def accept_placement(placement: dict[str, Any], first: FirstAttempt | None = None, **groups: Any) -> AcceptedSpec | RefusedSpec:
+def accept_placement(placement: dict[str, Any], first_attempt: FirstAttempt | None = None, **groups: Any) -> AcceptedSpec | RefusedSpec:
     raw_spec = spec(placement=placement, resources={"gpusPerNode": 1}, **groups)
-    return accept(raw_spec, CONFIG_WITH_POOL, first)
+    return accept(raw_spec, CONFIG_WITH_POOL, first_attempt)
 
 
 @pytest.mark.parametrize(
-    ("placement", "values"),
+    ("placement", "expected_texts"),
     [
         ({"nodeSelector": {"gpu": "a100"}}, ("spec.placement.nodeSelector.gpu is 'a100'", "pool h100 selects nodes with 'h100'")),
         ({"tolerations": [{**TAINT, "value": "a100"}]}, ("'value': 'a100'", "pool h100 sets", "'value': 'h100'")),
@@ -46,12 +46,12 @@ def accept_placement(placement: dict[str, Any], first: FirstAttempt | None = Non
         ({"nodeSelector": {"a b": "c"}}, ("spec.placement.nodeSelector.a b", "'a b'")),
     ],
 )  # fmt: skip
-def test_contradicting_value_is_refused_and_both_values_are_named(placement: dict[str, Any], values: tuple[str, ...]) -> None:
+def test_contradicting_value_is_refused_and_both_values_are_named(placement: dict[str, Any], expected_texts: tuple[str, ...]) -> None:
     acceptance = accept_placement(placement)
     assert isinstance(acceptance, RefusedSpec), acceptance
     assert (acceptance.reason, acceptance.is_final) == (Reason.REJECTED, True)
-    for value in values:
-        assert value in acceptance.message
+    for expected_text in expected_texts:
+        assert expected_text in acceptance.message
 
 
 @pytest.mark.parametrize(
@@ -86,9 +86,9 @@ def test_wrong_quantity_is_refused_with_its_field(name: str, value: str) -> None
 
 
 def test_storage_with_dots_in_its_path_is_refused() -> None:
-    found_acceptance = accept(spec(storage={"uri": "pvc://claim/../x"}), CONFIG)
-    assert isinstance(found_acceptance, RefusedSpec) and found_acceptance.is_final
-    assert "spec.storage.uri" in found_acceptance.message and ".." in found_acceptance.message
+    refusal = accept(spec(storage={"uri": "pvc://claim/../x"}), CONFIG)
+    assert isinstance(refusal, RefusedSpec) and refusal.is_final
+    assert "spec.storage.uri" in refusal.message and ".." in refusal.message
 
 
 def test_accepted_spec_names_its_pool() -> None:
@@ -179,22 +179,22 @@ def test_tolerations_conflict_if_they_match_the_same_taint_but_differ(
     config = parse_config({"nodePools": [pool]}, "test")
     job_toleration = {"".join(list(name)): value and "".join(list(value)) for name, value in {**TAINT, **toleration}.items()}
     raw_spec = make_spec(placement={"tolerations": [{"key": "other", "operator": "Exists"}, job_toleration]})
-    values = [{name: value for name, value in {**TAINT, **fields}.items() if value} for fields in (toleration, pool_toleration)]
-    message = f"spec.placement.tolerations[1] is {values[0]}, but pool h100 sets {values[1]}"
+    shown_tolerations = [{name: value for name, value in {**TAINT, **fields}.items() if value} for fields in (toleration, pool_toleration)]
+    message = f"spec.placement.tolerations[1] is {shown_tolerations[0]}, but pool h100 sets {shown_tolerations[1]}"
     assert list(find_placement_problems(raw_spec, config.node_pools[0], config)) == ([message] if has_conflict else [])
     assert list(find_placement_problems(raw_spec, None, config)) == []
 
 
 @pytest.mark.parametrize("value", ["a", "z"])
 def test_each_conflicting_label_is_named_with_both_values(value: str) -> None:
-    equal = "".join(["h", "100"])
+    equal_value = "".join(["h", "100"])
     raw_spec = make_spec(placement={"nodeSelector": {"gpu": value, "disk": "b"}, "labels": {"cost": value}, "annotations": {"mesh": value}})
     assert list(find_placement_problems(raw_spec, CONFIG_WITH_POOL.node_pools[0], CONFIG_WITH_POOL)) == [
         f"spec.placement.nodeSelector.gpu is '{value}', but pool h100 selects nodes with 'h100'",
         f"spec.placement.labels.cost is '{value}', but the operator's configuration sets 'research'",
         f"spec.placement.annotations.mesh is '{value}', but the operator's configuration sets 'off'",
     ]
-    raw_spec = make_spec(placement={"nodeSelector": {"gpu": equal}, "labels": {"cost": "".join(["re", "search"])}})
+    raw_spec = make_spec(placement={"nodeSelector": {"gpu": equal_value}, "labels": {"cost": "".join(["re", "search"])}})
     assert list(find_placement_problems(raw_spec, CONFIG_WITH_POOL.node_pools[0], CONFIG_WITH_POOL)) == []
 
 

@@ -16,7 +16,7 @@ from finetune_operator.settings import OperatorConfig, parse_config
 from tests.unit.operator.fake_cluster import KEY, FakeApiServer, OperatorProcess, new_server, start_attempt
 from tests.unit.operator.samples import at, condition, facts, iso_time, job, pod, spec, status
 
-IMAGE = {"placement": {"image": "docker.io/own:1"}}
+FORBIDDEN_IMAGE = {"placement": {"image": "docker.io/own:1"}}
 MESSAGE = (
     "spec.placement.image: 'docker.io/own:1' is refused by the platform's rule policy.images for namespace team; "
     "write a value that the rule allows: registry.example.com/*"
@@ -32,7 +32,7 @@ def accept_in_team(raw_spec: Object, config: OperatorConfig, first_attempt: Firs
 
 
 def test_new_job_is_finally_refused_with_the_field_and_the_rule() -> None:
-    refusal = accept_in_team(spec(**IMAGE), make_config())
+    refusal = accept_in_team(spec(**FORBIDDEN_IMAGE), make_config())
     assert isinstance(refusal, RefusedSpec)
     assert (refusal.reason, refusal.message, refusal.is_final) == (Reason.FORBIDDEN_BY_POLICY, MESSAGE, True)
     assert refusal.spec is not None and refusal.spec.policy.retries == 3
@@ -40,16 +40,16 @@ def test_new_job_is_finally_refused_with_the_field_and_the_rule() -> None:
 
 @pytest.mark.parametrize("options", [{"first_attempt": FirstAttempt()}, {"was_accepted": True}], ids=["started", "accepted"])
 def test_new_rule_does_not_affect_a_job_that_was_accepted(options: dict[str, Any]) -> None:
-    found = accept_in_team(spec(**IMAGE), make_config(maxDurationSeconds=60), **options)
-    assert isinstance(found, AcceptedSpec)
-    assert f"a new job would be refused: {MESSAGE}" in found.notes
-    assert found.max_duration_seconds is None
+    acceptance = accept_in_team(spec(**FORBIDDEN_IMAGE), make_config(maxDurationSeconds=60), **options)
+    assert isinstance(acceptance, AcceptedSpec)
+    assert f"a new job would be refused: {MESSAGE}" in acceptance.notes
+    assert acceptance.max_duration_seconds is None
 
 
 def test_job_gets_the_rules_of_its_namespace() -> None:
     config = make_config(namespaces=[{"names": ["team"], "images": ["*"]}])
-    assert isinstance(accept(spec(**IMAGE), config, namespace="team"), AcceptedSpec)
-    assert isinstance(accept(spec(**IMAGE), config, namespace="other"), RefusedSpec)
+    assert isinstance(accept(spec(**FORBIDDEN_IMAGE), config, namespace="team"), AcceptedSpec)
+    assert isinstance(accept(spec(**FORBIDDEN_IMAGE), config, namespace="other"), RefusedSpec)
 
 
 def test_forbidden_pool_is_refused_before_an_unknown_pool_makes_the_job_wait() -> None:
@@ -57,31 +57,31 @@ def test_forbidden_pool_is_refused_before_an_unknown_pool_makes_the_job_wait() -
     assert isinstance(refusal, RefusedSpec) and refusal.reason is Reason.FORBIDDEN_BY_POLICY
 
 
-def write_image(server: FakeApiServer) -> None:
-    server.put(FINETUNEJOB, {**server.finetunejob, "spec": spec(**IMAGE)})
+def write_spec_with_forbidden_image(server: FakeApiServer) -> None:
+    server.put(FINETUNEJOB, {**server.finetunejob, "spec": spec(**FORBIDDEN_IMAGE)})
 
 
 async def test_refused_job_fails_without_a_pod() -> None:
     server = new_server()
-    write_image(server)
+    write_spec_with_forbidden_image(server)
     process = OperatorProcess(server, make_config())
     for _ in range(2):
         await process.reconcile()
-    found = server.finetunejob["status"]
-    assert (found["phase"], found["reason"]) == ("Failed", "ForbiddenByPolicy")
-    assert (found["failure"]["class"], found["failure"]["code"], found["failure"]["message"]) == ("User", "ForbiddenByPolicy", MESSAGE)
-    accepted = server.condition(Condition.ACCEPTED)
-    assert (accepted["status"], accepted["reason"], accepted["message"]) == ("False", "ForbiddenByPolicy", MESSAGE)
+    new_status = server.finetunejob["status"]
+    assert (new_status["phase"], new_status["reason"]) == ("Failed", "ForbiddenByPolicy")
+    assert (new_status["failure"]["class"], new_status["failure"]["code"], new_status["failure"]["message"]) == ("User", "ForbiddenByPolicy", MESSAGE)
+    accepted_condition = server.condition(Condition.ACCEPTED)
+    assert (accepted_condition["status"], accepted_condition["reason"], accepted_condition["message"]) == ("False", "ForbiddenByPolicy", MESSAGE)
     assert server.count("create", JOB) == 0
 
 
 async def test_job_that_waits_while_suspended_may_start_after_a_new_rule() -> None:
     server = new_server()
-    server.put(FINETUNEJOB, {**server.finetunejob, "spec": {**spec(**IMAGE), "suspend": True}})
+    server.put(FINETUNEJOB, {**server.finetunejob, "spec": {**spec(**FORBIDDEN_IMAGE), "suspend": True}})
     await OperatorProcess(server).reconcile()
     assert server.condition(Condition.ACCEPTED)["status"] == "True"
     restarted_operator = OperatorProcess(server, make_config())
-    server.write_spec(spec(**IMAGE))
+    server.write_spec(spec(**FORBIDDEN_IMAGE))
     restarted_operator.refresh()
     await restarted_operator.reconcile()
     assert server.count("create", JOB) == 1
@@ -89,7 +89,7 @@ async def test_job_that_waits_while_suspended_may_start_after_a_new_rule() -> No
 
 async def test_next_attempt_of_a_started_job_starts_after_a_new_rule() -> None:
     server = new_server()
-    write_image(server)
+    write_spec_with_forbidden_image(server)
     process, first_job = await start_attempt(server)
     restarted_operator = OperatorProcess(server, make_config())
     restarted_operator.cache.put_job(first_job)
@@ -101,13 +101,13 @@ async def test_next_attempt_of_a_started_job_starts_after_a_new_rule() -> None:
 
 # --- the longest running time ---------------------------------------------------------------------------------------
 
-STARTED = {"number": 1, "startTime": iso_time(0)}
+STARTED_ATTEMPT = {"number": 1, "startTime": iso_time(0)}
 
 
-def make_started_status(limit: int | None) -> Any:
-    ready = condition(Condition.PODS_READY, "True", Reason.PODS_READY, 5)
-    resolved = {} if limit is None else {"resolved": {"maxDurationSeconds": limit}}
-    return status(attempt=1, attempts=[STARTED], conditions=[ready], **resolved)
+def make_started_status(max_seconds: int | None) -> Any:
+    ready_condition = condition(Condition.PODS_READY, "True", Reason.PODS_READY, 5)
+    resolved = {} if max_seconds is None else {"resolved": {"maxDurationSeconds": max_seconds}}
+    return status(attempt=1, attempts=[STARTED_ATTEMPT], conditions=[ready_condition], **resolved)
 
 
 def test_limit_is_recorded_when_the_job_is_accepted() -> None:
@@ -117,17 +117,17 @@ def test_limit_is_recorded_when_the_job_is_accepted() -> None:
 
 
 @pytest.mark.parametrize(
-    ("limit", "deadline", "termination"),
+    ("max_seconds", "deadline_seconds", "message"),
     [
         (100, None, "the platform's rule policy.maxDurationSeconds 100 passed"), (100, 500, "the platform's rule policy.maxDurationSeconds 100 passed"),
         (100, 100, "policy.activeDeadlineSeconds 100 passed"), (500, 100, "policy.activeDeadlineSeconds 100 passed"), (None, None, None), (101, None, None),
     ],
 )  # fmt: skip
-def test_job_ends_at_the_lower_of_its_deadline_and_the_recorded_limit(limit: int | None, deadline: int | None, termination: str | None) -> None:
+def test_job_ends_at_the_lower_of_its_deadline_and_the_recorded_limit(max_seconds: int | None, deadline_seconds: int | None, message: str | None) -> None:
     """A user may raise the deadline of a running job, but the job never runs longer than the limit that the operator has recorded."""
-    policy = {} if deadline is None else {"activeDeadlineSeconds": deadline}
-    plan = decide(facts(spec=spec(policy=policy), status=make_started_status(limit), jobs=[job()], pods=[pod()], now=at(100)))
-    assert plan.termination == (None if termination is None else Termination(Reason.DEADLINE_EXCEEDED, termination))
+    policy = {} if deadline_seconds is None else {"activeDeadlineSeconds": deadline_seconds}
+    plan = decide(facts(spec=spec(policy=policy), status=make_started_status(max_seconds), jobs=[job()], pods=[pod()], now=at(100)))
+    assert plan.termination == (None if message is None else Termination(Reason.DEADLINE_EXCEEDED, message))
 
 
 def test_new_limit_does_not_end_a_running_job() -> None:

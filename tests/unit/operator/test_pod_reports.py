@@ -32,17 +32,17 @@ def read_report(value: Any) -> ProgressReport | None:
 
 def change_report(path: str, value: Any) -> dict[str, Any]:
     """Return a copy of GOOD_REPORT that has `value` at this dotted path."""
-    result = json.loads(json.dumps(GOOD_REPORT))
+    changed_report = json.loads(json.dumps(GOOD_REPORT))
     *parents, name = [int(part) if part.isdigit() else part for part in path.split(".")]
-    inner = result
+    parent = changed_report
     for part in parents:
-        inner = inner[part]
-    inner[name] = value
-    return result
+        parent = parent[part]
+    parent[name] = value
+    return changed_report
 
 
-def get_value_at_path(parsed: ProgressReport, path: str) -> Any:
-    value: Any = parsed.to_wire()
+def get_value_at_path(parsed_report: ProgressReport, path: str) -> Any:
+    value: Any = parsed_report.to_wire()
     for part in path.split("."):
         value = value[int(part)] if part.isdigit() else value.get(part)
     return value
@@ -53,7 +53,7 @@ def test_good_report_is_unchanged() -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "value", "kept"),
+    ("path", "value", "kept_value"),
     [
         ("progress.step", 2**63, None),
         ("progress.step", 10**400, None),
@@ -98,13 +98,13 @@ def test_good_report_is_unchanged() -> None:
     ],
     ids=lambda value: repr(value)[:40],
 )
-def test_value_out_of_bounds_is_dropped_or_cleaned(path: str, value: Any, kept: Any) -> None:
+def test_value_out_of_bounds_is_dropped_or_cleaned(path: str, value: Any, kept_value: Any) -> None:
     parsed_report = read_report(change_report(path, value))
     assert parsed_report is not None
-    assert get_value_at_path(parsed_report, path) == kept
+    assert get_value_at_path(parsed_report, path) == kept_value
     assert parsed_report.attempt == 1 and parsed_report.uid == UID
-    missing = [other for other in ("progress.totalSteps", "health.healthy") if get_value_at_path(parsed_report, other) is None]
-    assert missing == []
+    missing_paths = [other_path for other_path in ("progress.totalSteps", "health.healthy") if get_value_at_path(parsed_report, other_path) is None]
+    assert missing_paths == []
 
 
 @pytest.mark.parametrize("key", ["\x00updateTime", "updateTime ", "update_time", "\u202eupdate_time"], ids=ascii)
@@ -119,8 +119,8 @@ def test_time_is_bounded_in_camel_case_and_snake_case_fields(key: str) -> None:
 @pytest.mark.parametrize("group", ["resolved", "\x07resolved"], ids=ascii)
 def test_fields_of_the_operator_are_dropped_in_camel_case_and_snake_case(group: str, key: str) -> None:
     """A wrong hash of the spec in the status would block the next attempt forever with reason SpecChanged."""
-    without = {name: one for name, one in GOOD_REPORT.items() if name != "resolved"}
-    parsed_report = read_report(without | {group: {"strategy": "ddp", key: "0" * 64}})
+    report_without_resolved = {name: value for name, value in GOOD_REPORT.items() if name != "resolved"}
+    parsed_report = read_report(report_without_resolved | {group: {"strategy": "ddp", key: "0" * 64}})
     assert parsed_report is not None
     assert (parsed_report.resolved.strategy, parsed_report.resolved.spec_sha256) == ("ddp", None)
 

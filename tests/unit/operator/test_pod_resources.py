@@ -11,19 +11,19 @@ from finetune_operator.settings import parse_config
 from tests.unit.operator.samples import spec
 
 POOL_80_GIB = {"name": "h100", "default": True, "gpusPerNode": 8, "gpuMemory": "80Gi"}
-FORMER = {"resources.cpu": "1", "resources.memory": "4Gi", "resources.sharedMemory": "1Gi"}
+FORMER_DEFAULTS = {"resources.cpu": "1", "resources.memory": "4Gi", "resources.sharedMemory": "1Gi"}
 
 
 def compute_resources(
-    gpus: int, recorded: dict[str, Any] | None = None, raw_spec: dict[str, Any] | None = None, **config: Any
+    gpus: int, recorded_defaults: dict[str, Any] | None = None, job_resources: dict[str, Any] | None = None, **config: Any
 ) -> tuple[Any, ...]:
     """Return the CPU, memory, disk and shared memory of a pod."""
-    first_attempt = None if recorded is None else FirstAttempt(recorded)
-    job = spec(resources={"gpusPerNode": gpus, **(raw_spec or {})})
-    acceptance = accept(job, parse_config(config, "test"), first_attempt)
+    first_attempt = None if recorded_defaults is None else FirstAttempt(recorded_defaults)
+    job_spec = spec(resources={"gpusPerNode": gpus, **(job_resources or {})})
+    acceptance = accept(job_spec, parse_config(config, "test"), first_attempt)
     assert isinstance(acceptance, AcceptedSpec), acceptance
-    found = acceptance.spec.resources
-    return found.cpu, found.memory, found.ephemeral_storage, found.shared_memory
+    resources = acceptance.spec.resources
+    return resources.cpu, resources.memory, resources.ephemeral_storage, resources.shared_memory
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_all_gpus_of_a_pool_are_counted() -> None:
 def test_mig_slices_get_the_values_of_a_pod_without_gpus() -> None:
     pool = POOL_80_GIB | {"gpuResource": "nvidia.com/mig-1g.10gb", "gpuMemory": "10Gi"}
     assert compute_resources(1, nodePools=[pool]) == compute_resources(0)
-    assert compute_resources(1, raw_spec={"gpuResource": "nvidia.com/mig-1g.10gb"}) == compute_resources(0)
+    assert compute_resources(1, job_resources={"gpuResource": "nvidia.com/mig-1g.10gb"}) == compute_resources(0)
 
 
 def test_resources_come_from_job_then_pool_then_per_gpu_then_general_then_built_in_values() -> None:
@@ -57,22 +57,22 @@ def test_resources_come_from_job_then_pool_then_per_gpu_then_general_then_built_
         "nodePools": [POOL_80_GIB | {"resources": {"sharedMemory": "9Gi"}}],
     }
     assert compute_resources(2, **config) == ("1000m", str(3 * 2**30), "50Gi", "9Gi")
-    assert compute_resources(2, raw_spec={"cpu": 7}, **config)[0] == 7
+    assert compute_resources(2, job_resources={"cpu": 7}, **config)[0] == 7
     assert compute_resources(0, **config) == ("2", "6Gi", "50Gi", "1Gi")
     assert compute_resources(2, resources={"cpu": "2"}) == ("2", "20Gi", "20Gi", "4Gi")
 
 
 @pytest.mark.parametrize(
-    ("recorded", "expected"),
+    ("recorded_defaults", "expected"),
     [
-        (FORMER, ("1", "4Gi", "20Gi", "1Gi")),
-        (FORMER | {"resources.memory": "80Gi", "resources.cpu": "24"}, ("24", "80Gi", "20Gi", "16Gi")),
+        (FORMER_DEFAULTS, ("1", "4Gi", "20Gi", "1Gi")),
+        (FORMER_DEFAULTS | {"resources.memory": "80Gi", "resources.cpu": "24"}, ("24", "80Gi", "20Gi", "16Gi")),
         ({}, ("24", "80Gi", "20Gi", "16Gi")),
     ],
 )
-def test_job_that_started_with_the_former_values_keeps_them(recorded: dict[str, Any], expected: tuple[str, ...]) -> None:
-    assert compute_resources(8, recorded) == expected
+def test_job_that_started_with_the_former_values_keeps_them(recorded_defaults: dict[str, Any], expected: tuple[str, ...]) -> None:
+    assert compute_resources(8, recorded_defaults) == expected
 
 
 def test_configuration_also_replaces_former_values() -> None:
-    assert compute_resources(8, FORMER, resources={"memory": "64Gi"}) == ("1", "64Gi", "20Gi", "1Gi")
+    assert compute_resources(8, FORMER_DEFAULTS, resources={"memory": "64Gi"}) == ("1", "64Gi", "20Gi", "1Gi")

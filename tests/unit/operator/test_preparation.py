@@ -45,9 +45,8 @@ from tests.unit.operator import samples
 from tests.unit.operator.fake_cluster import OperatorProcess, new_server
 from tests.unit.operator.samples import CONFIG, accept_spec, at, end_pod, finetunejob, iso_time, pod, spec, status
 
-PREPARING = {"strategy": "auto"}
 CONFIG_WITH_PREPARATION = CONFIG.model_copy(update={"prepare": CONFIG.prepare.model_copy(update={"strategy": "auto", "node_selector": {"cpu": "yes"}})})
-RECORD = {"number": 1, "startTime": iso_time(0)}
+PREPARATION_RECORD = {"number": 1, "startTime": iso_time(0)}
 USER_MISTAKE = TerminationMessage(class_=FailureClass.DATA, code="DatasetEmpty", message="no rows", hint="add rows", exit_code=65)
 LOST_STORE = TerminationMessage(class_=FailureClass.STORAGE, code="EndpointUnreachable", message="no answer", exit_code=69)
 
@@ -80,7 +79,7 @@ def make_facts(
 
 def make_failed_preparation(report: TerminationMessage | None, code: int, **fields: Any) -> tuple[JobView, tuple[PodView, ...]]:
     ended_pod = end_pod(make_preparation_pod(), code, report, **fields)
-    return make_preparation_job( failed_at=at(50), failed_reason="BackoffLimitExceeded"), (ended_pod,)
+    return make_preparation_job(failed_at=at(50), failed_reason="BackoffLimitExceeded"), (ended_pod,)
 
 
 def compute_status_of(job_facts: Facts, plan: Plan, result: ActionResult | None = None) -> FineTuneJobStatus:
@@ -118,10 +117,10 @@ def test_the_operators_configuration_chooses_the_strategy_of_jobs_that_leave_it_
 
 
 def test_a_job_with_an_attempt_is_never_prepared() -> None:
-    ended = {"number": 1, "startTime": iso_time(0), "endTime": iso_time(10), "reason": "Preempted"}
-    assert decide(make_facts(status_fields={"attempt": 2, "attempts": [ended]})).attempt_to_create == 2
-    running = samples.facts(spec=make_gpu_spec(), status=status(), jobs=[samples.job(1)], pods=[pod(1)])
-    assert decide(running).situation is Situation.ACTIVE
+    ended_attempt = {"number": 1, "startTime": iso_time(0), "endTime": iso_time(10), "reason": "Preempted"}
+    assert decide(make_facts(status_fields={"attempt": 2, "attempts": [ended_attempt]})).attempt_to_create == 2
+    running_facts = samples.facts(spec=make_gpu_spec(), status=status(), jobs=[samples.job(1)], pods=[pod(1)])
+    assert decide(running_facts).situation is Situation.ACTIVE
 
 
 # ---- the Job ----
@@ -146,7 +145,7 @@ def test_the_job_of_a_preparation_has_no_gpu_and_no_placement_of_the_training_po
     assert "tolerations" not in pod_spec and "subdomain" not in pod_spec and "suspend" not in body["spec"]
     assert body["metadata"]["labels"]["cost"] == "x" and "kueue.x-k8s.io/queue-name" not in body["metadata"]["labels"]
     assert {"name": "A", "value": "b"} in container["env"]
-    assert run.world.nodes == 2 and "prepare" not in run.to_wire()["spec"], "run.json is that of the first attempt, so every trainer release can read it"
+    assert run.world.nodes == 2 and "prepare" not in run.to_wire()["spec"], "run.json is written as for the first attempt, so every trainer release can read it"
     view = read_job(body | {"metadata": body["metadata"] | {"uid": "u", "creationTimestamp": iso_time(0)}})
     assert view is not None and view.attempt == 0
 
@@ -180,24 +179,24 @@ def test_no_preparation_has_the_name_of_an_attempt_or_of_another_preparation(nam
 
 # ---- prepared rows ----
 
-STORED = {"digest": "a" * 64, "preparedUri": "s3://b/team/_prepared/" + "a" * 64, "preparedSha256": "b" * 64}
+STORED_ROWS = {"digest": "a" * 64, "preparedUri": "s3://b/team/_prepared/" + "a" * 64, "preparedSha256": "b" * 64}
 
 
 @pytest.mark.parametrize(
-    ("prepare", "data", "marks"),
+    ("prepare", "status_fields", "marks"),
     [
-        ({"strategy": "auto"}, {"data": STORED}, ["#preparedRows " + "a" * 64 + " " + "b" * 64, "#preparedTtlDays 30"]),
+        ({"strategy": "auto"}, {"data": STORED_ROWS}, ["#preparedRows " + "a" * 64 + " " + "b" * 64, "#preparedTtlDays 30"]),
         ({"strategy": "always", "ttlDays": 7}, {}, ["#preparedTtlDays 7"]),
-        ({"strategy": "auto"}, {"data": {**STORED, "preparedSha256": None}}, ["#preparedTtlDays 30"]),
-        ({"strategy": "auto"}, {"data": {**STORED, "digest": "../../other"}}, ["#preparedTtlDays 30"]),
-        ({"strategy": "never"}, {"data": STORED}, []),
+        ({"strategy": "auto"}, {"data": {**STORED_ROWS, "preparedSha256": None}}, ["#preparedTtlDays 30"]),
+        ({"strategy": "auto"}, {"data": {**STORED_ROWS, "digest": "../../other"}}, ["#preparedTtlDays 30"]),
+        ({"strategy": "never"}, {"data": STORED_ROWS}, []),
     ],
     ids=["prepared", "preparation", "not stored", "no digest", "never"],
 )
 @pytest.mark.parametrize("attempt", [1, 2])
-def test_every_attempt_gets_the_prepared_rows_of_the_status(prepare: dict[str, Any], data: dict[str, Any], marks: list[str], attempt: int) -> None:
+def test_every_attempt_gets_the_prepared_rows_of_the_status(prepare: dict[str, Any], status_fields: dict[str, Any], marks: list[str], attempt: int) -> None:
     acceptance = accept_spec(make_gpu_spec(prepare=prepare), CONFIG_WITH_PREPARATION)
-    job = finetunejob(make_gpu_spec(prepare=prepare), status=status(**data))
+    job = finetunejob(make_gpu_spec(prepare=prepare), status=status(**status_fields))
     run = build_run_config(job, acceptance.spec, attempt, defaults=acceptance.defaults, committed_step=0, max_step=None)
     wire = run.to_wire()
     assert [mark for mark in wire["defaults"] if mark.startswith("#prepared")] == marks
@@ -205,28 +204,29 @@ def test_every_attempt_gets_the_prepared_rows_of_the_status(prepare: dict[str, A
     assert RunConfig.model_validate_json(run.to_bytes()) == run
 
 
-def make_running_report(stage: str, rows: int, pod_uid: str = "pod-prepare-1") -> ReceivedReport:
-    value = {"attempt": 0, "uid": samples.UID, "stage": stage, "data": {"tokenisedRows": rows}}
-    return ReceivedReport(ProgressReport.model_validate(value), at(60), pod_uid)
+def make_running_report(stage: str, tokenised_rows: int, pod_uid: str = "pod-prepare-1") -> ReceivedReport:
+    report_fields = {"attempt": 0, "uid": samples.UID, "stage": stage, "data": {"tokenisedRows": tokenised_rows}}
+    return ReceivedReport(ProgressReport.model_validate(report_fields), at(60), pod_uid)
 
 
 def test_progress_of_a_preparation_is_shown_without_an_urgent_status_write() -> None:
     config = CONFIG.model_copy(update={"isolation": CONFIG.isolation.model_copy(update={"secret": True})})
-    observed = replace(make_facts(RECORD, make_preparation_job(), (make_preparation_pod(),)), config=config)
-    plan = decide(observed)
+    job_facts = replace(make_facts(PREPARATION_RECORD, make_preparation_job(), (make_preparation_pod(),)), config=config)
+    plan = decide(job_facts)
     assert plan.pod_to_scrape is not None and plan.pod_to_scrape.uid == "pod-prepare-1"
-    assert decide(replace(observed, config=CONFIG)).pod_to_scrape is None, "without a secret, the pod refuses every request"
-    first, second = (
-        compute_status_of(seen := replace(observed, preparation_report=make_running_report("checking", rows)), decide(seen)) for rows in (1000, 2000)
+    assert decide(replace(job_facts, config=CONFIG)).pod_to_scrape is None, "without a secret, the pod refuses every request"
+    first_status, second_status = (
+        compute_status_of(seen := replace(job_facts, preparation_report=make_running_report("checking", rows)), decide(seen)) for rows in (1000, 2000)
     )
-    assert first.preparation is not None and (first.preparation.stage, first.preparation.tokenised_rows) == ("checking", 1000)
-    assert second.preparation is not None and second.preparation.tokenised_rows == 2000
-    assert select_immediate_fields(first.to_wire()) == select_immediate_fields(second.to_wire())
-    other_pod = replace(observed, preparation_report=make_running_report("checking", 1000, "pod-prepare-0"))
-    assert compute_status_of(other_pod, decide(other_pod)).preparation == Preparation.model_validate(RECORD)
-    message = TerminationMessage(exit_code=0, data=DataReport.model_validate({**STORED, "tokenisedRows": 2500}))
+    assert first_status.preparation is not None and (first_status.preparation.stage, first_status.preparation.tokenised_rows) == ("checking", 1000)
+    assert second_status.preparation is not None and second_status.preparation.tokenised_rows == 2000
+    assert select_immediate_fields(first_status.to_wire()) == select_immediate_fields(second_status.to_wire())
+    facts_of_other_pod = replace(job_facts, preparation_report=make_running_report("checking", 1000, "pod-prepare-0"))
+    assert compute_status_of(facts_of_other_pod, decide(facts_of_other_pod)).preparation == Preparation.model_validate(PREPARATION_RECORD)
+    message = TerminationMessage(exit_code=0, data=DataReport.model_validate({**STORED_ROWS, "tokenisedRows": 2500}))
     ended_facts = samples.facts(
-        spec=make_gpu_spec(), status=second, jobs=[make_preparation_job(completed_at=at(50))], pods=(end_pod(make_preparation_pod(), 0, message),), now=at(70)
+        spec=make_gpu_spec(), status=second_status, jobs=[make_preparation_job(completed_at=at(50))],
+        pods=(end_pod(make_preparation_pod(), 0, message),), now=at(70),
     )
     last_status = compute_status_of(replace(ended_facts, preparation_report=make_running_report("uploading", 2500)), decide(ended_facts))
     assert last_status.preparation is not None and (last_status.preparation.stage, last_status.preparation.tokenised_rows) == (None, 2500)
@@ -240,22 +240,22 @@ def test_a_prepared_job_starts_its_first_attempt() -> None:
     plan_of_run = RunPlan.model_validate({"memory": {"expectedBytes": 5, "upperBytes": 6, "parts": {"weights": 5}}})
     message = TerminationMessage(exit_code=0, data=DataReport(tokens=12), resolved=ResolvedConfig(dataset_rows=3), plan=plan_of_run)
     ended_pod = end_pod(make_preparation_pod(), 0, message)
-    job_facts = make_facts(RECORD, make_preparation_job(completed_at=at(50)), (ended_pod,))
+    job_facts = make_facts(PREPARATION_RECORD, make_preparation_job(completed_at=at(50)), (ended_pod,))
     plan = decide(job_facts)
     new_status = compute_status_of(job_facts, plan)
     assert plan.writes_decision and plan.attempt_to_create is None
     assert new_status.preparation is not None and new_status.preparation.reason == Reason.PREPARED
     assert (new_status.data, new_status.resolved and new_status.resolved.dataset_rows) == (DataReport(tokens=12), 3)
     assert new_status.plan == plan_of_run.model_copy(update={"no_choices": "the preparation reported no usable choices"})
-    prepared = new_status.condition(Condition.PREPARED)
-    assert prepared is not None and (prepared.status, prepared.reason) == ("True", "Prepared")
+    prepared_condition = new_status.condition(Condition.PREPARED)
+    assert prepared_condition is not None and (prepared_condition.status, prepared_condition.reason) == ("True", "Prepared")
     assert [draft.reason for draft in draft_events(job_facts.job.status, new_status)] == [Reason.ACCEPTED, Reason.PREPARED]
-    following = samples.facts(spec=make_gpu_spec(), status=new_status, jobs=job_facts.jobs, pods=job_facts.pods, now=at(61))
-    assert decide(following).attempt_to_create == 1
+    next_facts = samples.facts(spec=make_gpu_spec(), status=new_status, jobs=job_facts.jobs, pods=job_facts.pods, now=at(61))
+    assert decide(next_facts).attempt_to_create == 1
 
 
 def test_reduced_status_keeps_the_record_of_the_preparation() -> None:
-    prepared_status = status(preparation=RECORD | {"reason": "Prepared"})
+    prepared_status = status(preparation=PREPARATION_RECORD | {"reason": "Prepared"})
     assert reduce_status(prepared_status, status()).preparation == prepared_status.preparation
 
 
@@ -263,7 +263,7 @@ def test_reduced_status_keeps_the_record_of_the_preparation() -> None:
 
 
 def test_a_mistake_of_the_user_ends_the_job_before_any_attempt() -> None:
-    job_facts = make_facts(RECORD, *make_failed_preparation(USER_MISTAKE, 65))
+    job_facts = make_facts(PREPARATION_RECORD, *make_failed_preparation(USER_MISTAKE, 65))
     plan = decide(job_facts)
     assert plan.job_end is not None and plan.job_end.outcome is Outcome.FAILED
     new_status = compute_status_of(job_facts, plan)
@@ -276,7 +276,7 @@ def test_a_mistake_of_the_user_ends_the_job_before_any_attempt() -> None:
 
 
 @pytest.mark.parametrize(
-    ("message", "code", "fields", "failures"),
+    ("message", "code", "fields", "failure_count"),
     [
         (LOST_STORE, 69, {}, 1),
         (None, ExitCode.SIGTERM, {}, 1),
@@ -284,16 +284,16 @@ def test_a_mistake_of_the_user_ends_the_job_before_any_attempt() -> None:
     ],
     ids=["store unreachable", "killed without a message", "stopped"],
 )  # fmt: skip
-def test_preparation_is_repeated_after_a_temporary_failure(message: TerminationMessage | None, code: int, fields: Any, failures: int) -> None:
-    job_facts = make_facts(RECORD, *make_failed_preparation(message, code, **fields), now=at(50))
+def test_preparation_is_repeated_after_a_temporary_failure(message: TerminationMessage | None, code: int, fields: Any, failure_count: int) -> None:
+    job_facts = make_facts(PREPARATION_RECORD, *make_failed_preparation(message, code, **fields), now=at(50))
     new_status = compute_status_of(job_facts, decide(job_facts))
     record = new_status.preparation
     assert record is not None
-    assert (record.number, record.failures, record.reason, record.end_time) == (2, failures, None, at(50))
-    following = samples.facts(spec=make_gpu_spec(), status=new_status, jobs=job_facts.jobs, pods=job_facts.pods, now=at(59))
-    assert decide(following).preparation_to_create is None
-    later = replace(following, now=at(60))
-    assert decide(later).preparation_to_create == 2
+    assert (record.number, record.failures, record.reason, record.end_time) == (2, failure_count, None, at(50))
+    next_facts = samples.facts(spec=make_gpu_spec(), status=new_status, jobs=job_facts.jobs, pods=job_facts.pods, now=at(59))
+    assert decide(next_facts).preparation_to_create is None
+    later_facts = replace(next_facts, now=at(60))
+    assert decide(later_facts).preparation_to_create == 2
     assert [draft.reason for draft in draft_events(job_facts.job.status, new_status)] == [Reason.ACCEPTED, Reason.RETRYING]
 
 
@@ -317,15 +317,15 @@ def test_other_failures_skip_an_automatic_preparation_and_end_a_required_one(
     if fields.get("deadline"):
         job = replace(job, failed_reason="DeadlineExceeded", failed_message="DeadlineExceeded: the Job was active too long")
         pods = pods if fields.get("keepsPod") else ()
-    job_facts = make_facts(RECORD | fields.get("record", {}), job, pods, strategy=strategy)
+    job_facts = make_facts(PREPARATION_RECORD | fields.get("record", {}), job, pods, strategy=strategy)
     plan = decide(job_facts)
     new_status = compute_status_of(job_facts, plan)
     assert new_status.preparation is not None
     if strategy == "auto":
         assert (plan.job_end, new_status.preparation.reason) == (None, Reason.PREPARATION_SKIPPED)
         assert cause in (new_status.preparation.message or "")
-        following = samples.facts(spec=make_gpu_spec(), status=new_status, jobs=job_facts.jobs, pods=job_facts.pods, now=at(61))
-        assert decide(following).attempt_to_create == 1
+        next_facts = samples.facts(spec=make_gpu_spec(), status=new_status, jobs=job_facts.jobs, pods=job_facts.pods, now=at(61))
+        assert decide(next_facts).attempt_to_create == 1
         assert draft_events(job_facts.job.status, new_status)[-1].reason is Reason.PREPARATION_SKIPPED
     else:
         assert plan.job_end is not None and plan.job_end.failure is not None and new_status.phase is Phase.FAILED
@@ -350,30 +350,31 @@ CREDENTIALS = {"storage": {"credentialsSecretRef": {"name": "keys"}}}
 def test_only_a_failure_that_training_pods_would_share_ends_the_job(code: str, exit_code: int, groups: dict[str, Any], is_final: bool) -> None:
     """Failures for other reasons do not end the job: training pods may have another node's role, more disk, or a GPU for the user's reward code."""
     reported_message = TerminationMessage(class_=FailureClass.USER, code=code, message="no", exit_code=exit_code)
-    plan = decide(make_facts(RECORD, *make_failed_preparation(reported_message, exit_code), **groups))
+    plan = decide(make_facts(PREPARATION_RECORD, *make_failed_preparation(reported_message, exit_code), **groups))
     assert (plan.job_end is not None) is is_final
     assert plan.preparation is not None and (plan.preparation.reason == Reason.PREPARATION_SKIPPED) is not is_final
 
 
 def test_required_preparation_is_repeated_if_its_image_is_too_old() -> None:
-    too_old = TerminationMessage(class_=FailureClass.INFRASTRUCTURE, code="TrainerTooOld", message="too old", exit_code=79)
-    plan = decide(make_facts(RECORD | {"failures": 3}, *make_failed_preparation(too_old, 79), strategy="always"))
+    too_old_message = TerminationMessage(class_=FailureClass.INFRASTRUCTURE, code="TrainerTooOld", message="too old", exit_code=79)
+    plan = decide(make_facts(PREPARATION_RECORD | {"failures": 3}, *make_failed_preparation(too_old_message, 79), strategy="always"))
     assert plan.job_end is None and plan.preparation is not None and (plan.preparation.number, plan.preparation.failures) == (2, 3)
 
 
 def test_an_automatic_preparation_is_not_repeated_without_end() -> None:
     stopped_message = TerminationMessage(class_=FailureClass.PREEMPTED, code="StoppedSaved", exit_code=75)
     job, pods = make_failed_preparation(stopped_message, 75)
-    sixth = replace(job, name="run-prepare6")
-    plan = decide(make_facts(RECORD | {"number": 6}, sixth, pods))
+    sixth_job = replace(job, name="run-prepare6")
+    plan = decide(make_facts(PREPARATION_RECORD | {"number": 6}, sixth_job, pods))
     assert plan.preparation is not None and plan.preparation.reason == Reason.PREPARATION_SKIPPED
-    plan = decide(make_facts(RECORD | {"number": 6}, sixth, pods, strategy="always"))
+    plan = decide(make_facts(PREPARATION_RECORD | {"number": 6}, sixth_job, pods, strategy="always"))
     assert plan.preparation is not None and plan.preparation.number == 7
 
 
 def test_only_the_newest_ended_preparation_is_kept() -> None:
-    ended = [make_preparation_job(number, failed_at=at(number)) for number in (1, 2)]
-    job_facts = samples.facts(spec=make_gpu_spec(), status=status(preparation=RECORD | {"number": 3, "endTime": iso_time(2)}), jobs=ended, now=at(60))
+    ended_jobs = [make_preparation_job(number, failed_at=at(number)) for number in (1, 2)]
+    old_status = status(preparation=PREPARATION_RECORD | {"number": 3, "endTime": iso_time(2)})
+    job_facts = samples.facts(spec=make_gpu_spec(), status=old_status, jobs=ended_jobs, now=at(60))
     plan = decide(job_facts)
     assert (plan.preparation_to_create, [job.name for job in plan.jobs_to_delete]) == (3, ["run-prepare1"])
 
@@ -386,63 +387,64 @@ def test_a_job_is_not_prepared_if_the_crd_does_not_keep_the_record() -> None:
 
 
 def test_an_automatic_preparation_without_a_node_is_skipped_after_five_minutes() -> None:
-    waiting = make_preparation_pod(phase="Pending", is_ready=False, node="", unschedulable_message="0/3 nodes are available")
-    job_facts = make_facts(RECORD, make_preparation_job(), (waiting,), now=at(299))
+    pending_pod = make_preparation_pod(phase="Pending", is_ready=False, node="", unschedulable_message="0/3 nodes are available")
+    job_facts = make_facts(PREPARATION_RECORD, make_preparation_job(), (pending_pod,), now=at(299))
     plan = decide(job_facts)
     new_status = compute_status_of(job_facts, plan)
     assert (new_status.phase, new_status.reason, plan.reconcile_at) == (Phase.PREPARING, "Unschedulable", at(300))
     reconciling = new_status.condition(Condition.RECONCILING)
     assert reconciling is not None and "0/3 nodes" in reconciling.message
-    skipped = decide(replace(job_facts, now=at(300)))
-    assert skipped.preparation is not None and skipped.preparation.reason == Reason.PREPARATION_SKIPPED
-    following = samples.facts(spec=make_gpu_spec(), status=compute_status_of(job_facts, skipped), jobs=job_facts.jobs, pods=job_facts.pods, now=at(301))
-    ending = decide(following)
-    assert (ending.situation, [job.name for job in ending.jobs_to_delete]) == (Situation.BLOCKED, ["run-prepare1"])
-    required = decide(make_facts(RECORD, make_preparation_job(), (waiting,), now=at(9999), strategy="always"))
-    assert required.situation is Situation.PREPARING and required.preparation is None
+    skipping_plan = decide(replace(job_facts, now=at(300)))
+    assert skipping_plan.preparation is not None and skipping_plan.preparation.reason == Reason.PREPARATION_SKIPPED
+    next_facts = samples.facts(spec=make_gpu_spec(), status=compute_status_of(job_facts, skipping_plan), jobs=job_facts.jobs, pods=job_facts.pods, now=at(301))
+    next_plan = decide(next_facts)
+    assert (next_plan.situation, [job.name for job in next_plan.jobs_to_delete]) == (Situation.BLOCKED, ["run-prepare1"])
+    required_plan = decide(make_facts(PREPARATION_RECORD, make_preparation_job(), (pending_pod,), now=at(9999), strategy="always"))
+    assert required_plan.situation is Situation.PREPARING and required_plan.preparation is None
 
 
 def test_a_volume_that_cannot_be_mounted_is_shown_and_skips_an_automatic_preparation() -> None:
-    stuck = make_preparation_pod(phase="Pending", is_ready=False, scheduled_at=at(0))
+    stuck_pod = make_preparation_pod(phase="Pending", is_ready=False, scheduled_at=at(0))
     blocking_condition = BlockingCondition(Reason.CONFIG_MISSING, "no ConfigMap")
-    observed = replace(make_facts(RECORD, make_preparation_job(), (stuck,), now=at(60)), blocking_condition=blocking_condition)
-    missing = find_event_subject(observed)
-    assert missing is not None and missing.uid == stuck.uid
-    plan = decide(observed)
-    assert (compute_status_of(observed, plan).reason, plan.preparation) == ("ConfigMissing", None)
-    skipped = decide(replace(observed, now=at(300)))
-    assert skipped.preparation is not None and "no ConfigMap" in (skipped.preparation.message or "")
-    without_pod = find_event_subject(make_facts(RECORD, make_preparation_job()))
-    assert without_pod is not None and without_pod.uid == "prepare-1"
+    job_facts = replace(make_facts(PREPARATION_RECORD, make_preparation_job(), (stuck_pod,), now=at(60)), blocking_condition=blocking_condition)
+    event_subject = find_event_subject(job_facts)
+    assert event_subject is not None and event_subject.uid == stuck_pod.uid
+    plan = decide(job_facts)
+    assert (compute_status_of(job_facts, plan).reason, plan.preparation) == ("ConfigMissing", None)
+    skipping_plan = decide(replace(job_facts, now=at(300)))
+    assert skipping_plan.preparation is not None and "no ConfigMap" in (skipping_plan.preparation.message or "")
+    subject_without_pod = find_event_subject(make_facts(PREPARATION_RECORD, make_preparation_job()))
+    assert subject_without_pod is not None and subject_without_pod.uid == "prepare-1"
 
 
 def test_preparation_that_runs_on_a_node_is_waited_for() -> None:
-    plan = decide(make_facts(RECORD, make_preparation_job(), (make_preparation_pod(),), now=at(9999)))
+    plan = decide(make_facts(PREPARATION_RECORD, make_preparation_job(), (make_preparation_pod(),), now=at(9999)))
     assert (plan.situation, plan.preparation, plan.jobs_to_delete) == (Situation.PREPARING, None, ())
 
 
 def test_an_automatic_preparation_whose_job_cannot_be_created_is_skipped_after_five_minutes() -> None:
-    assert decide(make_facts(RECORD, now=at(299))).preparation_to_create == 1
-    plan = decide(make_facts(RECORD, now=at(300)))
+    assert decide(make_facts(PREPARATION_RECORD, now=at(299))).preparation_to_create == 1
+    plan = decide(make_facts(PREPARATION_RECORD, now=at(300)))
     assert plan.preparation_to_create is None and plan.preparation is not None and plan.preparation.reason == Reason.PREPARATION_SKIPPED
-    resumed = [{"type": "Suspended", "status": "False", "reason": "Resumed", "lastTransitionTime": iso_time(5000)}]
-    assert decide(make_facts(RECORD, now=at(5010), status_fields={"conditions": resumed})).preparation_to_create == 1, "suspended time does not count"
+    resumed_conditions = [{"type": "Suspended", "status": "False", "reason": "Resumed", "lastTransitionTime": iso_time(5000)}]
+    resumed_facts = make_facts(PREPARATION_RECORD, now=at(5010), status_fields={"conditions": resumed_conditions})
+    assert decide(resumed_facts).preparation_to_create == 1, "suspended time does not count"
 
 
 def test_a_preparation_on_a_lost_node_is_deleted_and_starts_again() -> None:
-    lost = make_preparation_pod(deletion_timestamp=at(0))
-    plan = decide(make_facts(RECORD, make_preparation_job(), (lost,), now=at(61)))
+    lost_pod = make_preparation_pod(deletion_timestamp=at(0))
+    plan = decide(make_facts(PREPARATION_RECORD, make_preparation_job(), (lost_pod,), now=at(61)))
     assert [job.name for job in plan.jobs_to_delete] == ["run-prepare1"]
     assert plan.preparation is not None and (plan.preparation.number, plan.preparation.end_time) == (2, at(61))
-    deleting = decide(make_facts(RECORD, make_preparation_job(is_deleting=True), (lost,), now=at(62)))
-    assert deleting.pods_to_force_delete == (lost,) and deleting.preparation_to_create is None
-    gone = decide(make_facts(RECORD, None, (mark_deleted(lost),), now=at(63)))
-    assert gone.preparation_to_create == 1
+    plan_while_deleting = decide(make_facts(PREPARATION_RECORD, make_preparation_job(is_deleting=True), (lost_pod,), now=at(62)))
+    assert plan_while_deleting.pods_to_force_delete == (lost_pod,) and plan_while_deleting.preparation_to_create is None
+    plan_without_job = decide(make_facts(PREPARATION_RECORD, None, (mark_deleted(lost_pod),), now=at(63)))
+    assert plan_without_job.preparation_to_create == 1
 
 
 @pytest.mark.parametrize(("change", "situation"), [({"suspend": True}, Situation.BLOCKED), ({"cancel": True}, Situation.FINISHED)])
 def test_suspend_and_cancel_end_a_running_preparation(change: dict[str, Any], situation: Situation) -> None:
-    plan = decide(make_facts(RECORD, make_preparation_job(), (make_preparation_pod(),), **change))
+    plan = decide(make_facts(PREPARATION_RECORD, make_preparation_job(), (make_preparation_pod(),), **change))
     assert plan.situation is situation and plan.preparation is None
     if situation is Situation.BLOCKED:
         assert [job.name for job in plan.jobs_to_delete] == ["run-prepare1"]
@@ -474,8 +476,8 @@ async def test_a_preparation_fills_the_cache_in_a_claim_if_the_plan_cannot_choos
     process = OperatorProcess(server, config)
     process.refresh()
     await process.reconcile()
-    pod = server.objects[JOB.plural, "run-prepare1"]["spec"]["template"]["spec"]
-    assert ("model-cache" in [volume["name"] for volume in pod["volumes"]]) is fills_cache
+    pod_spec = server.objects[JOB.plural, "run-prepare1"]["spec"]["template"]["spec"]
+    assert ("model-cache" in [volume["name"] for volume in pod_spec["volumes"]]) is fills_cache
 
 
 async def test_a_reconcile_creates_the_job_once_and_then_the_first_attempt() -> None:
@@ -488,8 +490,8 @@ async def test_a_reconcile_creates_the_job_once_and_then_the_first_attempt() -> 
     await OperatorProcess(server, config).reconcile()  # a restarted operator, in whose cache the Job is missing
     assert [name for plural, name in server.objects if plural == JOB.plural] == ["run-prepare1"]
     body = server.objects[JOB.plural, "run-prepare1"]
-    completed = {"type": "Complete", "status": "True", "lastTransitionTime": iso_time(50)}
-    server.put(JOB, body | {"status": {"conditions": [completed], "completionTime": iso_time(50)}})
+    complete_condition = {"type": "Complete", "status": "True", "lastTransitionTime": iso_time(50)}
+    server.put(JOB, body | {"status": {"conditions": [complete_condition], "completionTime": iso_time(50)}})
     process = OperatorProcess(server, config)
     completed_job = read_job(server.objects[JOB.plural, "run-prepare1"])
     assert completed_job is not None
@@ -505,16 +507,16 @@ async def test_a_reconcile_creates_the_job_once_and_then_the_first_attempt() -> 
 # ---- results of earlier jobs ----
 
 ADOPTED_URI = "s3://models/test/team/run/old/model/a1-12345678"
-ADOPTED = TerminationMessage(
+ADOPTION_MESSAGE = TerminationMessage(
     exit_code=0, step=40, output=Output(uri=ADOPTED_URI, sha256="ab" * 32, kind="adapter", lineage_uri="s3://l", adopted_uid="old"),
     evaluation=EvaluationResult(rows=7), metrics=Metrics(train_loss=0.5), progress=Progress(step=40, total_steps=40), data=DataReport(rows={"train": 3}),
     resolved=ResolvedConfig(dataset_digest="d", device="NVIDIA H100"),
 )  # fmt: skip
 
 
-def make_adopting_facts(message: TerminationMessage = ADOPTED, **fields: Any) -> Facts:
+def make_adopting_facts(message: TerminationMessage = ADOPTION_MESSAGE, **fields: Any) -> Facts:
     pods = (end_pod(make_preparation_pod(), 0, message),)
-    return make_facts(RECORD, make_preparation_job(completed_at=at(50)), pods, **fields)
+    return make_facts(PREPARATION_RECORD, make_preparation_job(completed_at=at(50)), pods, **fields)
 
 
 def test_a_job_with_an_earlier_result_succeeds_without_an_attempt() -> None:
@@ -524,12 +526,12 @@ def test_a_job_with_an_earlier_result_succeeds_without_an_attempt() -> None:
     computed_status = compute_status_of(job_facts, plan)
     assert (computed_status.phase, computed_status.reason) == (Phase.SUCCEEDED, "ExistingResultAdopted")
     assert (computed_status.attempt, computed_status.attempts, computed_status.restarts) == (None, [], 0)
-    assert (computed_status.output, computed_status.metrics, computed_status.data) == (ADOPTED.output, ADOPTED.metrics, ADOPTED.data)
+    assert (computed_status.output, computed_status.metrics, computed_status.data) == (ADOPTION_MESSAGE.output, ADOPTION_MESSAGE.metrics, ADOPTION_MESSAGE.data)
     assert computed_status.progress is not None and computed_status.progress.display == "40/40 (100%)"
     assert computed_status.evaluation is not None and (computed_status.evaluation.rows, computed_status.evaluation.headline) == (7, "training loss 0.5")
     assert computed_status.resolved is not None and computed_status.resolved.device == "NVIDIA H100"
     assert (computed_status.failure, computed_status.duration, computed_status.workers) == (None, "-", Workers(ready=0, total=2, display="0/2"))
-    reasons = {one.type: (one.status, one.reason) for one in computed_status.conditions}
+    reasons = {condition.type: (condition.status, condition.reason) for condition in computed_status.conditions}
     assert reasons[Condition.SUCCEEDED] == reasons[Condition.PREPARED] == ("True", "ExistingResultAdopted")
     assert reasons[Condition.FINISHED] == ("True", "Succeeded")
     assert not {Condition.RECONCILING, Condition.STALLED} & set(reasons)
@@ -542,8 +544,8 @@ def test_a_job_with_an_earlier_result_succeeds_without_an_attempt() -> None:
 def test_a_result_is_adopted_only_if_the_spec_permits_it() -> None:
     job_facts = make_adopting_facts(policy={"onExistingResult": "train"})
     assert (decide(job_facts).job_end, compute_status_of(job_facts, decide(job_facts)).phase) == (None, Phase.PREPARING)
-    without_result = decide(make_adopting_facts(ADOPTED.model_copy(update={"output": None})))
-    assert without_result.job_end is None and without_result.preparation is not None and without_result.preparation.reason == Reason.PREPARED
+    plan_without_result = decide(make_adopting_facts(ADOPTION_MESSAGE.model_copy(update={"output": None})))
+    assert plan_without_result.job_end is None and plan_without_result.preparation is not None and plan_without_result.preparation.reason == Reason.PREPARED
 
 
 def test_job_with_attempts_never_adopts_a_result() -> None:
@@ -554,7 +556,7 @@ def test_job_with_attempts_never_adopts_a_result() -> None:
 
 def test_existing_result_fails_a_job_with_on_existing_result_fail() -> None:
     found_message = TerminationMessage(class_=FailureClass.USER, code="ExistingResultFound", message="stored", hint="choose another name", exit_code=64)
-    job_facts = make_facts(RECORD, *make_failed_preparation(found_message, 64), policy={"onExistingResult": "fail"})
+    job_facts = make_facts(PREPARATION_RECORD, *make_failed_preparation(found_message, 64), policy={"onExistingResult": "fail"})
     new_status = compute_status_of(job_facts, decide(job_facts))
     assert (new_status.phase, new_status.reason) == (Phase.FAILED, "ExistingResultFound")
     assert new_status.failure is not None and (new_status.failure.code, new_status.failure.hint) == ("ExistingResultFound", "choose another name")
@@ -580,8 +582,8 @@ def test_results_are_adopted_by_default_only_in_prepared_jobs(groups: dict[str, 
 
 def test_run_json_omits_fields_that_attempts_do_not_read() -> None:
     acceptance = accept_spec(spec(resources={"gpusPerNode": 8}, policy={"onExistingResult": "train", "retries": 1}), CONFIG_WITH_PREPARATION)
-    limited = acceptance.spec.model_copy(update={"policy": acceptance.spec.policy.model_copy(update={"max_cost": 5.0})})
-    run = build_run_config(finetunejob(spec()), limited, 2, defaults=acceptance.defaults, committed_step=0, max_step=None)
+    spec_with_max_cost = acceptance.spec.model_copy(update={"policy": acceptance.spec.policy.model_copy(update={"max_cost": 5.0})})
+    run = build_run_config(finetunejob(spec()), spec_with_max_cost, 2, defaults=acceptance.defaults, committed_step=0, max_step=None)
     assert run.to_wire()["spec"]["policy"] == run.to_wire()["spec"]["policy"] | {"retries": 1}
     assert not {"maxCost", "onExistingResult"} & run.to_wire()["spec"]["policy"].keys()
     assert "#minTrainerVersion 0.1.0" in run.to_wire()["defaults"]
@@ -590,16 +592,16 @@ def test_run_json_omits_fields_that_attempts_do_not_read() -> None:
 
 def test_reduced_status_keeps_the_uid_of_an_adopted_result() -> None:
     adopted_status = status(output={"uri": "s3://b/old/model", "adoptedUid": "old"})
-    reduced = reduce_status(adopted_status, status()).output
-    assert reduced is not None and reduced.to_wire() == {"uri": "s3://b/old/model", "adoptedUid": "old"}
+    reduced_output = reduce_status(adopted_status, status()).output
+    assert reduced_output is not None and reduced_output.to_wire() == {"uri": "s3://b/old/model", "adoptedUid": "old"}
 
 
 @pytest.mark.parametrize("mode", ["adopt", "fail"])
 def test_preparation_is_required_if_the_user_wrote_on_existing_result(mode: str) -> None:
-    on_cpu = make_facts(resources={"gpusPerNode": 0}, policy={"onExistingResult": mode})
-    assert decide(on_cpu).preparation_to_create == 1
-    waiting = make_preparation_pod(phase="Pending", is_ready=False, node="", unschedulable_message="0/3 nodes are available")
-    by_default = decide(make_facts(RECORD, make_preparation_job(), (waiting,), now=at(9999)))
-    assert by_default.preparation is not None and by_default.preparation.reason == Reason.PREPARATION_SKIPPED
-    raw_spec = decide(make_facts(RECORD, make_preparation_job(), (waiting,), now=at(9999), policy={"onExistingResult": mode}))
-    assert (raw_spec.situation, raw_spec.preparation) == (Situation.PREPARING, None)
+    facts_without_gpus = make_facts(resources={"gpusPerNode": 0}, policy={"onExistingResult": mode})
+    assert decide(facts_without_gpus).preparation_to_create == 1
+    pending_pod = make_preparation_pod(phase="Pending", is_ready=False, node="", unschedulable_message="0/3 nodes are available")
+    plan_by_default = decide(make_facts(PREPARATION_RECORD, make_preparation_job(), (pending_pod,), now=at(9999)))
+    assert plan_by_default.preparation is not None and plan_by_default.preparation.reason == Reason.PREPARATION_SKIPPED
+    plan_with_mode = decide(make_facts(PREPARATION_RECORD, make_preparation_job(), (pending_pod,), now=at(9999), policy={"onExistingResult": mode}))
+    assert (plan_with_mode.situation, plan_with_mode.preparation) == (Situation.PREPARING, None)

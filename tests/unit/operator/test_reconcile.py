@@ -64,14 +64,14 @@ async def test_worker_yields_to_the_event_loop_between_reconciles_without_reques
     keys = [JobKey("team", f"gone{number}") for number in range(100)]
     for key in keys:
         process.queue.add(key)
-    yields = 0
-    working = asyncio.create_task(process.reconciler.work())
+    yield_count = 0
+    worker_task = asyncio.create_task(process.reconciler.work())
     while not process.queue.is_idle:
-        yields += 1
+        yield_count += 1
         await asyncio.sleep(0)
-    working.cancel()
+    worker_task.cancel()
     assert server.requests == []
-    assert yields >= len(keys)
+    assert yield_count >= len(keys)
 
 
 async def test_unknown_error_code_is_logged_in_one_line(server: FakeApiServer, caplog: pytest.LogCaptureFixture) -> None:
@@ -121,12 +121,12 @@ async def test_job_refused_by_admission_waits_and_quotes_the_policy(
 
 
 @pytest.mark.parametrize(
-    ("name_taken", "reason", "message"),
+    ("is_name_taken", "reason", "message"),
     [(True, Reason.CHILDREN_CONFLICT, "Service run-1 exists"), (False, Reason.QUOTA_EXCEEDED, "create Service run-1: exceeded quota")],
     ids=["name taken", "quota"],
 )  # fmt: skip
 async def test_missing_service_of_a_gang_is_a_blocking_condition(
-    server: FakeApiServer, name_taken: bool, reason: Reason, message: str
+    server: FakeApiServer, is_name_taken: bool, reason: Reason, message: str
 ) -> None:
     """Pods cannot resolve each other's names without the Service. Nevertheless the operator records the attempt if the Service cannot be created."""
 
@@ -135,7 +135,7 @@ async def test_missing_service_of_a_gang_is_a_blocking_condition(
             raise Forbidden(verb, kind, "run-1", 403, "Forbidden", "exceeded quota: tight")
 
     server.finetunejob["spec"] = {**SPEC, "resources": {"nodes": 2, "gpusPerNode": 0}}
-    if name_taken:
+    if is_name_taken:
         server.put(SERVICE, {"metadata": {"name": "run-1", "namespace": "team"}})
     else:
         server.before_request = refuse
@@ -162,8 +162,8 @@ async def test_later_attempts_keep_the_store_and_the_defaults_of_the_first_attem
     credentials.
     """
     server.finetunejob["spec"] = {name: group for name, group in SPEC.items() if name != "storage"}
-    secret = {"credentialsSecretRef": {"name": "old"}}
-    first_operator = OperatorProcess(server, make_config("trainer:1", uri="s3://one/models", endpoint="https://a.example.com", **secret))
+    storage_fields = {"credentialsSecretRef": {"name": "old"}}
+    first_operator = OperatorProcess(server, make_config("trainer:1", uri="s3://one/models", endpoint="https://a.example.com", **storage_fields))
     for _ in range(2):
         await first_operator.reconcile()
     (job,) = first_operator.cache.get(KEY).jobs.values()
@@ -177,11 +177,11 @@ async def test_later_attempts_keep_the_store_and_the_defaults_of_the_first_attem
     other_operator.cache.put_job(replace(job, version=10**6, failed_at=job.created_at))
     for _ in range(3):
         await other_operator.reconcile()
-    second = server.objects[JOB.plural, "run-2"]["spec"]["template"]
-    run = RunConfig.model_validate_json(second["metadata"]["annotations"][Annotation.RUN_CONFIG])
+    second_template = server.objects[JOB.plural, "run-2"]["spec"]["template"]
+    run = RunConfig.model_validate_json(second_template["metadata"]["annotations"][Annotation.RUN_CONFIG])
     assert run.storage.uri.startswith("s3://one/models/team/run/")
     assert run.storage.endpoint == "https://a.example.com"
     assert run.spec.storage.credentials_secret_ref == SecretRef(name="old")
     assert run.spec.training.learning_rate == 0.125
-    assert second["spec"]["containers"][0]["image"] == "trainer:2"
+    assert second_template["spec"]["containers"][0]["image"] == "trainer:2"
     assert server.finetunejob["status"]["resolved"]["image"] == "trainer:2"

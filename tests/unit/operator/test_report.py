@@ -56,9 +56,9 @@ def test_equal_facts_give_equal_statuses() -> None:
 
 
 def test_edited_spec_of_a_finished_job_changes_the_generation_only() -> None:
-    over = {"status": status(**RUNNING_STATUS), "jobs": [job(completed_at=at(90))], "pods": [end_pod(pod(), 0)]}
-    done_status = compute_status_of(facts(**over, now=at(95)))
-    edited_status = compute_status_of(facts(**(over | {"status": done_status}), now=at(99), generation=2))
+    finished_fields = {"status": status(**RUNNING_STATUS), "jobs": [job(completed_at=at(90))], "pods": [end_pod(pod(), 0)]}
+    done_status = compute_status_of(facts(**finished_fields, now=at(95)))
+    edited_status = compute_status_of(facts(**(finished_fields | {"status": done_status}), now=at(99), generation=2))
     assert (edited_status.observed_generation, {condition.observed_generation for condition in edited_status.conditions}) == (2, {2})
     expected = done_status.to_wire() | {"observedGeneration": 2, "conditions": edited_status.to_wire()["conditions"]}
     assert edited_status.to_wire() == expected
@@ -74,19 +74,19 @@ def test_progress_is_shown_as_text() -> None:
 
 
 def test_progress_alone_is_not_written_promptly() -> None:
-    first, second = (
+    first_status, second_status = (
         compute_running_status(progress={"step": step, "totalSteps": 500}, metrics={"trainLoss": 1 / step}) for step in (7, 9)
     )
-    assert select_immediate_fields(first.to_wire()) == select_immediate_fields(second.to_wire())
-    assert first.to_wire() != second.to_wire()
+    assert select_immediate_fields(first_status.to_wire()) == select_immediate_fields(second_status.to_wire())
+    assert first_status.to_wire() != second_status.to_wire()
 
 
 # Checkpoints
 
 
 def test_status_keeps_the_newest_five_checkpoints_and_the_best() -> None:
-    listed = [{"step": s, "uri": f"s3://b/{s}", "evalLoss": abs(s - 20) + 1.0} for s in range(10, 100, 10)]
-    new_status = compute_running_status(checkpoints=listed, latestCheckpoint="s3://b/90")
+    checkpoints = [{"step": step, "uri": f"s3://b/{step}", "evalLoss": abs(step - 20) + 1.0} for step in range(10, 100, 10)]
+    new_status = compute_running_status(checkpoints=checkpoints, latestCheckpoint="s3://b/90")
     assert [checkpoint.step for checkpoint in new_status.checkpoints] == [20, 50, 60, 70, 80, 90]
     assert (new_status.latest_checkpoint, new_status.latest_checkpoint_step) == ("s3://b/90", 90)
 
@@ -107,16 +107,16 @@ def test_step_of_an_unlisted_latest_checkpoint_comes_from_its_uri(uri: str, step
 
 
 def compute_first_attempt_after_resume(
-    known_step: int | None, resumed_from: int, *, committed_by: int | None = None, second: dict[str, Any] | None = None
+    known_step: int | None, resumed_from_step: int, *, committed_by: int | None = None, second_fields: dict[str, Any] | None = None
 ) -> Attempt:
-    """Return the record of attempt 1 after attempt 2 has reported that it resumed from step `resumed_from`. The fields in `second` were already recorded for
-    attempt 2.
+    """Return the record of attempt 1 after attempt 2 has reported that it resumed from `resumed_from_step`. The fields in `second_fields` were already
+    recorded for attempt 2.
     """
-    first = {"number": 1, "startTime": "2026-11-21T12:00:00Z", "endTime": "2026-11-21T12:05:00Z", "reason": "Preempted", "lastStep": known_step}
-    attempts = [first, {"number": 2, "startTime": "2026-11-21T12:06:00Z", **(second or {})}]
-    uri = f"s3://b/checkpoints/step-{resumed_from:08d}/a{committed_by}-1f3c9a2b" if committed_by else "s3://b/x"
-    listed = [{"step": resumed_from, "uri": uri}] if committed_by else []
-    received_report = report(attempt=2, resumedFromStep=resumed_from, progress={"step": resumed_from + 1}, checkpoints=listed)
+    first_attempt = {"number": 1, "startTime": "2026-11-21T12:00:00Z", "endTime": "2026-11-21T12:05:00Z", "reason": "Preempted", "lastStep": known_step}
+    attempts = [first_attempt, {"number": 2, "startTime": "2026-11-21T12:06:00Z", **(second_fields or {})}]
+    uri = f"s3://b/checkpoints/step-{resumed_from_step:08d}/a{committed_by}-1f3c9a2b" if committed_by else "s3://b/x"
+    checkpoints = [{"step": resumed_from_step, "uri": uri}] if committed_by else []
+    received_report = report(attempt=2, resumedFromStep=resumed_from_step, progress={"step": resumed_from_step + 1}, checkpoints=checkpoints)
     pods = [pod(2, uid="pod-1-0")]
     job_facts = facts(status=status(attempt=2, attempts=attempts), jobs=[job(2)], pods=pods, last_report=received_report)
     return compute_status_of(job_facts).attempts[0]
@@ -135,11 +135,11 @@ def test_last_step_of_an_attempt_that_was_never_observed_is_corrected() -> None:
 
 
 def test_corrected_last_step_is_kept_while_the_next_attempt_trains() -> None:
-    first = {"number": 1, "lastStep": 190, "committedStep": 190, "stepsLost": 0, "endTime": "2026-11-21T12:05:00Z", "reason": "Preempted"}
-    old_status = status(attempt=2, attempts=[first, {"number": 2, "startTime": "2026-11-21T12:06:00Z", "lastStep": 191, "resumedFromStep": 190}])
+    old_attempt = {"number": 1, "lastStep": 190, "committedStep": 190, "stepsLost": 0, "endTime": "2026-11-21T12:05:00Z", "reason": "Preempted"}
+    old_status = status(attempt=2, attempts=[old_attempt, {"number": 2, "startTime": "2026-11-21T12:06:00Z", "lastStep": 191, "resumedFromStep": 190}])
     received_report = report(attempt=2, resumedFromStep=190, progress={"step": 250})
-    new_status = compute_status_of(facts(status=old_status, jobs=[job(2)], pods=[pod(2, uid="pod-1-0")], last_report=received_report)).attempts[0]
-    assert (new_status.last_step, new_status.committed_step, new_status.steps_lost) == (190, 190, 0)
+    first_attempt = compute_status_of(facts(status=old_status, jobs=[job(2)], pods=[pod(2, uid="pod-1-0")], last_report=received_report)).attempts[0]
+    assert (first_attempt.last_step, first_attempt.committed_step, first_attempt.steps_lost) == (190, 190, 0)
 
 
 def test_steps_after_the_last_checkpoint_are_counted_as_lost() -> None:
@@ -148,15 +148,15 @@ def test_steps_after_the_last_checkpoint_are_counted_as_lost() -> None:
 
 
 @pytest.mark.parametrize(
-    ("committed_by", "second"),
+    ("committed_by", "second_fields"),
     [(2, {}), (2, {"lastStep": 300, "resumedFromStep": 80}), (None, {"lastStep": 300, "resumedFromStep": 80})],
     ids=["own checkpoint", "own checkpoint after its pods were replaced", "unknown attempt after its pods were replaced"],
 )
 def test_resume_from_an_own_checkpoint_does_not_change_the_previous_attempt(
-    committed_by: int | None, second: dict[str, Any]
+    committed_by: int | None, second_fields: dict[str, Any]
 ) -> None:
     """A queue may replace the pods of attempt 2. The new pods resume from a checkpoint of attempt 2, which says nothing about attempt 1."""
-    first_attempt = compute_first_attempt_after_resume(80, 290, committed_by=committed_by, second=second)
+    first_attempt = compute_first_attempt_after_resume(80, 290, committed_by=committed_by, second_fields=second_fields)
     assert (first_attempt.last_step, first_attempt.committed_step) == (80, None)
 
 
@@ -164,8 +164,8 @@ def test_termination_message_is_sufficient_to_report_success() -> None:
     message = TerminationMessage.model_validate(
         {"step": 500, "output": {"uri": "s3://b/model", "kind": "adapter"}, "latestCheckpoint": "s3://b/500"}
     )
-    over = [end_pod(pod(), 0, message)]
-    new_status = compute_status_of(facts(status=status(**RUNNING_STATUS), jobs=[job(completed_at=at(90))], pods=over, now=at(95)))
+    ended_pods = [end_pod(pod(), 0, message)]
+    new_status = compute_status_of(facts(status=status(**RUNNING_STATUS), jobs=[job(completed_at=at(90))], pods=ended_pods, now=at(95)))
     assert (new_status.phase, new_status.duration, new_status.completion_time) == (Phase.SUCCEEDED, "1m30s", at(90))
     assert new_status.output is not None and new_status.output.uri == "s3://b/model"
     assert new_status.progress is not None and new_status.progress.step == 500
@@ -178,8 +178,8 @@ def test_results_of_the_evaluation_stay_in_the_status() -> None:
     job_facts = facts(status=status(**RUNNING_STATUS), jobs=[job(completed_at=at(90))], pods=[end_pod(pod(), 0, message)], now=at(95))
     new_status = compute_status_of(job_facts)
     assert new_status.to_wire()["evaluation"] == evaluation | {"headline": "semanticSimilarity -0.25 (gate failed)"}
-    later = compute_status_of(facts(status=new_status, jobs=[job(completed_at=at(90))], now=at(200)))
-    assert later.evaluation == new_status.evaluation
+    later_status = compute_status_of(facts(status=new_status, jobs=[job(completed_at=at(90))], now=at(200)))
+    assert later_status.evaluation == new_status.evaluation
 
 
 def test_a_termination_message_without_metrics_keeps_those_of_the_last_report() -> None:
@@ -223,10 +223,10 @@ def test_headline_is_the_metric_of_the_first_gate_or_else_the_first_metric(
 )
 def test_headline_is_a_loss_if_there_are_no_metrics_of_an_evaluation(metrics: dict[str, float] | None, expected: dict[str, str] | None) -> None:
     message = TerminationMessage.model_validate({"step": 500, "output": {"uri": "s3://b/model"}, "metrics": metrics})
-    ended = {"pods": [end_pod(pod(), 0, message)], "now": at(95)}
-    assert compute_status_of(facts(status=status(**RUNNING_STATUS), jobs=[job(completed_at=at(90))], **ended)).to_wire().get("evaluation") == expected
-    running = facts(status=status(**RUNNING_STATUS, metrics=metrics), jobs=[job()], pods=[pod()], now=at(60))
-    assert "evaluation" not in compute_status_of(running).to_wire()
+    ended_fields = {"pods": [end_pod(pod(), 0, message)], "now": at(95)}
+    assert compute_status_of(facts(status=status(**RUNNING_STATUS), jobs=[job(completed_at=at(90))], **ended_fields)).to_wire().get("evaluation") == expected
+    running_facts = facts(status=status(**RUNNING_STATUS, metrics=metrics), jobs=[job()], pods=[pod()], now=at(60))
+    assert "evaluation" not in compute_status_of(running_facts).to_wire()
 
 
 def test_the_headline_names_a_failed_gate() -> None:
@@ -254,8 +254,8 @@ def test_failed_gate_ends_the_job_with_its_message_and_keeps_the_model() -> None
 
 
 def test_a_job_without_training_shows_its_stage_and_no_steps() -> None:
-    live = report(stage="comparing", progress={}, output={"uri": "s3://b/model", "kind": "adapter"})
-    new_status = compute_status_of(facts(status=status(**{**RUNNING_STATUS, "progress": None}), jobs=[job()], pods=[pod()], last_report=live))
+    received_report = report(stage="comparing", progress={}, output={"uri": "s3://b/model", "kind": "adapter"})
+    new_status = compute_status_of(facts(status=status(**{**RUNNING_STATUS, "progress": None}), jobs=[job()], pods=[pod()], last_report=received_report))
     assert new_status.phase is Phase.EVALUATING
     assert new_status.progress is not None and (new_status.progress.step, new_status.progress.display) == (None, "-")
     assert new_status.output is not None and new_status.output.uri == "s3://b/model"
@@ -278,12 +278,13 @@ def test_image_of_the_spec_takes_precedence_over_the_configured_one() -> None:
 
 def test_plan_and_measured_memory_are_shown_and_kept() -> None:
     memory = {"expectedBytes": 5, "upperBytes": 6, "parts": {"weights": 5}}
-    shown = compute_running_status(plan={"memory": memory})
-    assert shown.plan is not None and shown.plan.memory is not None and (shown.plan.memory.expected_bytes, shown.plan.memory.parts.weights) == (5, 5)
-    later = compute_running_status(shown, plan={"measured": {"memoryBytes": 4}})
-    assert later.plan is not None and later.plan.memory == shown.plan.memory
-    assert later.plan.measured is not None and later.plan.measured.memory_bytes == 4
-    assert compute_running_status(later).plan == later.plan
+    first_status = compute_running_status(plan={"memory": memory})
+    assert first_status.plan is not None and first_status.plan.memory is not None
+    assert (first_status.plan.memory.expected_bytes, first_status.plan.memory.parts.weights) == (5, 5)
+    later_status = compute_running_status(first_status, plan={"measured": {"memoryBytes": 4}})
+    assert later_status.plan is not None and later_status.plan.memory == first_status.plan.memory
+    assert later_status.plan.measured is not None and later_status.plan.measured.memory_bytes == 4
+    assert compute_running_status(later_status).plan == later_status.plan
 
 
 WORK = {"steps": 100, "tokens": 1, "petaflop": 1, "trafficTerabytes": 1}
@@ -305,9 +306,9 @@ def test_the_time_of_the_steps_is_recorded_after_a_successful_training(
 ) -> None:
     message = TerminationMessage.model_validate({"plan": plan, "timeUse": time_use, "progress": {"step": 40}})
     ended_pod = end_pod(pod(scheduled_at=at(0), running_since=at(1)), code, message)
-    finished = {"completed_at": at(61)} if code == 0 else {"failed_at": at(61)}
-    observed_facts = facts(spec=spec(policy={"retries": 0}), status=status(**RUNNING_STATUS), jobs=[job(**finished)], pods=[ended_pod], now=at(62))
-    new_status = compute_status_of(observed_facts)
+    end_fields = {"completed_at": at(61)} if code == 0 else {"failed_at": at(61)}
+    job_facts = facts(spec=spec(policy={"retries": 0}), status=status(**RUNNING_STATUS), jobs=[job(**end_fields)], pods=[ended_pod], now=at(62))
+    new_status = compute_status_of(job_facts)
     assert new_status.plan is not None
     assert (new_status.plan.measured.to_wire() if new_status.plan.measured else None) == measured
 
@@ -351,7 +352,7 @@ def test_no_time_in_the_status_is_later_than_the_completion(exit_code: int) -> N
     wire = new_status.to_wire()
     assert (new_status.phase, wire["completionTime"]) == (Phase.FAILED if exit_code else Phase.SUCCEEDED, format_rfc3339(at(95)))
     assert max(list_times(wire)) == wire["completionTime"]
-    assert {one["type"]: one["lastTransitionTime"] for one in wire["conditions"]}["Finished"] == wire["completionTime"]
+    assert {condition_fields["type"]: condition_fields["lastTransitionTime"] for condition_fields in wire["conditions"]}["Finished"] == wire["completionTime"]
 
 
 def test_the_completion_is_the_end_of_the_last_container_if_nothing_is_later() -> None:
@@ -363,17 +364,17 @@ def test_the_completion_is_the_end_of_the_last_container_if_nothing_is_later() -
 
 def test_time_of_a_checkpoint_from_a_fast_clock_does_not_change_with_each_report() -> None:
     checkpoint = {"step": 100, "uri": "s3://b/100", "time": at(4000).isoformat()}
-    current = status(**RUNNING_STATUS)
+    current_status = status(**RUNNING_STATUS)
     for now in (50, 60, 70):
-        current = compute_status_of(facts(status=current, jobs=[job()], pods=[pod()], last_report=report(checkpoints=[checkpoint]), now=at(now)))
-        assert [one.time for one in current.checkpoints] == [at(50)]
+        current_status = compute_status_of(facts(status=current_status, jobs=[job()], pods=[pod()], last_report=report(checkpoints=[checkpoint]), now=at(now)))
+        assert [stored_checkpoint.time for stored_checkpoint in current_status.checkpoints] == [at(50)]
 
 
 def test_defaults_from_the_trainer_are_added_to_the_recorded_defaults() -> None:
     old_status = status(**RUNNING_STATUS, resolved={"defaults": {"training.learningRate": 2e-4}})
-    reported = {"defaults": {"dataset.maxSequenceLength": 1024, "training.learningRate": 9}}
-    current = compute_running_status(old_status, resolved=reported)
-    assert current.resolved is not None
-    assert current.resolved.defaults == {"training.learningRate": 2e-4, "dataset.maxSequenceLength": 1024}
-    later = compute_running_status(current, resolved={})
-    assert later.resolved is not None and later.resolved.defaults == current.resolved.defaults
+    reported_fields = {"defaults": {"dataset.maxSequenceLength": 1024, "training.learningRate": 9}}
+    current_status = compute_running_status(old_status, resolved=reported_fields)
+    assert current_status.resolved is not None
+    assert current_status.resolved.defaults == {"training.learningRate": 2e-4, "dataset.maxSequenceLength": 1024}
+    later_status = compute_running_status(current_status, resolved={})
+    assert later_status.resolved is not None and later_status.resolved.defaults == current_status.resolved.defaults

@@ -24,7 +24,7 @@ CHECKPOINTS = [
 
 
 def compute_steps_in_status(reported_steps: list[int], known_steps: list[int]) -> list[int]:
-    """Return the steps of the checkpoints in the new status, if the old status contains checkpoints of `known_steps` and a pod reports those of
+    """Return the steps of the checkpoints in the new status. The old status contains the checkpoints of `known_steps`, and a pod reports the checkpoints of
     `reported_steps`.
     """
     old_status = status(attempt=1, attempts=[STARTED_ATTEMPT], checkpoints=[checkpoint for checkpoint in CHECKPOINTS if checkpoint["step"] in known_steps])
@@ -75,16 +75,16 @@ def test_termination_message_replaces_the_checkpoints_of_the_last_report() -> No
 def test_committed_model_stays_in_the_status_while_later_stages_run_and_fail() -> None:
     old_status = status(attempt=1, attempts=[STARTED_ATTEMPT])
     received_report = report(stage="evaluating", output={"uri": "s3://m/final"}, progress={"step": 500})
-    running = facts(status=old_status, jobs=[job()], pods=[pod()], last_report=received_report)
-    new_status = compute_status(running, decide(running), ActionResult())
+    running_facts = facts(status=old_status, jobs=[job()], pods=[pod()], last_report=received_report)
+    new_status = compute_status(running_facts, decide(running_facts), ActionResult())
     assert new_status.phase is Phase.EVALUATING and new_status.output is not None and new_status.output.uri == "s3://m/final"
     message = TerminationMessage.model_validate(
         {"step": 500, "stage": "evaluating", "code": "DatasetEmpty", "message": "m", "output": {"uri": "s3://m/final"}, "class": "Data"}
     )
     failed_facts = facts(status=new_status, jobs=[job(failed_at=at(60))], pods=[end_pod(pod(), 65, message)], now=at(61))
     ended_status = compute_status(failed_facts, decide(failed_facts), ActionResult())
-    succeeded = ended_status.condition(Condition.SUCCEEDED)
-    assert succeeded is not None and (succeeded.status, succeeded.reason) == ("False", "EvaluationFailed")
+    succeeded_condition = ended_status.condition(Condition.SUCCEEDED)
+    assert succeeded_condition is not None and (succeeded_condition.status, succeeded_condition.reason) == ("False", "EvaluationFailed")
     assert (ended_status.phase, ended_status.reason) == (Phase.FAILED, "DatasetEmpty")
     assert ended_status.output is not None and ended_status.output.uri == "s3://m/final"
 
@@ -92,9 +92,9 @@ def test_committed_model_stays_in_the_status_while_later_stages_run_and_fail() -
 def test_output_addresses_that_the_termination_message_lacks_are_kept() -> None:
     old_status = status(attempt=1, attempts=[STARTED_ATTEMPT], output={"uri": "s3://m/final", "mergedUri": "s3://m/merged"})
     received_report = report(stage="reporting", output={"uri": "s3://m/final", "reportUri": "s3://m/report"}, progress={"step": 500})
-    running = facts(status=old_status, jobs=[job()], pods=[pod()], last_report=received_report)
+    running_facts = facts(status=old_status, jobs=[job()], pods=[pod()], last_report=received_report)
     message = TerminationMessage.model_validate({"step": 500, "output": {"uri": "s3://m/final", "promoted": True}})
-    reported_status = compute_status(running, decide(running), ActionResult())
+    reported_status = compute_status(running_facts, decide(running_facts), ActionResult())
     ended_facts = facts(status=reported_status, jobs=[job(completed_at=at(60))], pods=[end_pod(pod(), 0, message)], now=at(61))
     output = compute_status(ended_facts, decide(ended_facts), ActionResult()).output
     assert output is not None
@@ -102,26 +102,26 @@ def test_output_addresses_that_the_termination_message_lacks_are_kept() -> None:
 
 
 def test_suspending_a_queued_job_is_not_reported_as_preemption() -> None:
-    admitted = {
+    admitted_condition = {
         "type": "QuotaReserved",
         "status": "True",
         "reason": "Progressing",
         "lastTransitionTime": STARTED_ATTEMPT["startTime"],
     }
-    old_status = status(attempt=1, attempts=[{**STARTED_ATTEMPT, "reason": "Suspended"}], conditions=[admitted])
+    old_status = status(attempt=1, attempts=[{**STARTED_ATTEMPT, "reason": "Suspended"}], conditions=[admitted_condition])
     raw_spec = spec(placement={"queueName": "team"}, suspend=True)
-    gone = facts(spec=raw_spec, status=old_status, pods=[replace(end_pod(pod(), 75), is_deleted=True)], now=at(60))
-    new_status = compute_status(gone, decide(gone), ActionResult())
+    ended_facts = facts(spec=raw_spec, status=old_status, pods=[replace(end_pod(pod(), 75), is_deleted=True)], now=at(60))
+    new_status = compute_status(ended_facts, decide(ended_facts), ActionResult())
     reasons = [note.reason for note in draft_events(old_status, new_status)]
     assert Reason.PREEMPTED not in reasons
     assert Reason.QUEUED not in reasons
     assert Reason.SUSPENDED in reasons
-    quota = next(condition for condition in new_status.conditions if condition.type == Condition.QUOTA_RESERVED)
-    assert (quota.status, quota.message) == ("False", "no Job exists, so no quota is requested")
+    quota_condition = next(condition for condition in new_status.conditions if condition.type == Condition.QUOTA_RESERVED)
+    assert (quota_condition.status, quota_condition.message) == ("False", "no Job exists, so no quota is requested")
     repeated_facts = facts(spec=spec(placement={"queueName": "team"}), status=new_status, now=at(90))
     plan = decide(repeated_facts)
-    waits = compute_status(repeated_facts, plan, ActionResult(created_job=job(2, is_suspended=True, started_at=None, queue="team")))
-    assert Reason.QUEUED in [note.reason for note in draft_events(new_status, waits)]
+    queued_status = compute_status(repeated_facts, plan, ActionResult(created_job=job(2, is_suspended=True, started_at=None, queue="team")))
+    assert Reason.QUEUED in [note.reason for note in draft_events(new_status, queued_status)]
 
 
 def test_job_suspended_while_it_waits_for_a_pool_is_suspended_at_once() -> None:

@@ -115,8 +115,8 @@ def test_missing_crd_is_a_start_error() -> None:
 def test_first_full_list_sets_cache_filled() -> None:
     async def scenario() -> list[bool]:
         resync = make_resyncer(ListServer(ObjectList([], 20)), JobCache())
-        before = resync.cache_filled.is_set()
+        was_filled_before = resync.cache_filled.is_set()
         await resync.run_once()
-        return [before, resync.cache_filled.is_set()]
+        return [was_filled_before, resync.cache_filled.is_set()]
 
     assert run(scenario()) == [False, True]

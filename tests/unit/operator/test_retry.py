@@ -34,19 +34,19 @@ def make_attempts(*attempt_values: tuple[str, bool, int]) -> list[Attempt]:
 
 
 @pytest.mark.parametrize(
-    ("used", "retries", "made_progress", "gives_up", "counted"),
+    ("retries_used", "retries", "made_progress", "gives_up", "is_counted"),
     [(0, 3, False, False, True), (2, 3, False, False, True), (3, 3, False, True, None), (3, 3, True, False, False), (0, 0, False, True, None)],
 )  # fmt: skip
 def test_job_fails_when_attempts_without_progress_exceed_the_retries(
-    used: int, retries: int, made_progress: bool, gives_up: bool, counted: bool | None
+    retries_used: int, retries: int, made_progress: bool, gives_up: bool, is_counted: bool | None
 ) -> None:
     decision = retry_or_give_up(
-        INTERNAL_ERROR_CAUSE, accept_spec(spec(policy={"retries": retries})).spec, FineTuneJobStatus(retries_used=used),
+        INTERNAL_ERROR_CAUSE, accept_spec(spec(policy={"retries": retries})).spec, FineTuneJobStatus(retries_used=retries_used),
         made_progress=made_progress, now=T0,
     )  # fmt: skip
     assert isinstance(decision, GiveUp) == gives_up
     if isinstance(decision, RetryDecision):
-        assert decision.is_counted == counted
+        assert decision.is_counted == is_counted
     else:
         assert decision.reason is Reason.RETRIES_EXHAUSTED
 
@@ -80,8 +80,8 @@ def test_backoff_doubles_with_attempts_without_progress(attempt_values: list[tup
 
 def test_backoff_stops_doubling_after_21_attempts() -> None:
     settings = RetrySettings(base_seconds=0.001, max_seconds=86400)
-    delays = [compute_backoff_seconds(make_attempts(*[("InternalError", True, 0)] * count), settings) for count in (20, 21, 22, 50)]
-    assert delays == pytest.approx([524.288, 1048.576, 1048.576, 1048.576])
+    delays_seconds = [compute_backoff_seconds(make_attempts(*[("InternalError", True, 0)] * count), settings) for count in (20, 21, 22, 50)]
+    assert delays_seconds == pytest.approx([524.288, 1048.576, 1048.576, 1048.576])
 
 
 @pytest.mark.parametrize(
@@ -97,19 +97,19 @@ def test_backoff_ends_when_an_attempt_commits_a_newer_step_than_it_resumed_from(
 
 def test_backoff_after_an_incomplete_gang_is_random_for_each_job_and_attempt() -> None:
     settings, gang = RetrySettings(base_seconds=10, max_seconds=600), ("GangIncomplete", False, 0)
-    delays = [
+    delays_seconds = [
         compute_backoff_seconds(make_attempts(*attempt_values), settings, seed)
         for attempt_values, seed in (([gang], "a"), ([gang], "b"), ([gang, gang], "a"), ([gang, ("InternalError", True, 0)], "a"))
     ]
-    assert delays == pytest.approx([8.319, 14.193, 19.026, 20.0], abs=0.001)
+    assert delays_seconds == pytest.approx([8.319, 14.193, 19.026, 20.0], abs=0.001)
 
 
 @pytest.mark.parametrize(
-    ("blocked", "delay"),
+    ("blocked_seconds", "delay_seconds"),
     [(0.0, 15.0), (30.0, 15.0), (31.0, 15.5), (599.0, 299.5), (600.0, 300.0), (602.0, 300.0), (86400.0, 300.0)],
 )
-def test_refused_request_is_repeated_after_half_of_the_blocked_time(blocked: float, delay: float) -> None:
-    assert compute_blocked_retry_seconds(blocked) == delay
+def test_refused_request_is_repeated_after_half_of_the_blocked_time(blocked_seconds: float, delay_seconds: float) -> None:
+    assert compute_blocked_retry_seconds(blocked_seconds) == delay_seconds
 
 
 def make_cause(policy: RetryPolicy, message: str = "it failed") -> FailureCause:
@@ -126,8 +126,8 @@ def test_three_retries_are_allowed_by_default(retries_used: int | None, retries:
     if not gives_up:
         assert decision == RetryDecision(is_counted=True)
         return
-    used = retries_used or 0
-    message = f"{used + 1} attempts in a row made no progress, but policy.retries is {used}; last failure: it failed"
+    expected_retries = retries_used or 0
+    message = f"{expected_retries + 1} attempts in a row made no progress, but policy.retries is {expected_retries}; last failure: it failed"
     failure = Failure(class_=FailureClass.INTERNAL, code="C", message=message)
     assert decision == GiveUp(Reason.RETRIES_EXHAUSTED, failure)
 
@@ -162,22 +162,22 @@ def test_final_failure_is_not_retried(is_spec_readable: bool) -> None:
 
 @pytest.mark.parametrize("made_progress", [True, False])
 def test_adapted_retry_is_not_counted(made_progress: bool) -> None:
-    for policy, changed in ((RetryPolicy.ADAPT_MEMORY, "training.batchSizePerDevice"), (RetryPolicy.ROLL_BACK, "resume.maxStep")):
-        replayed = Adaptation(time=T0, reason=Reason.DIVERGED, change="")
+    for policy, changed_path in ((RetryPolicy.ADAPT_MEMORY, "training.batchSizePerDevice"), (RetryPolicy.ROLL_BACK, "resume.maxStep")):
+        replay = Adaptation(time=T0, reason=Reason.DIVERGED, change="")
         decision = retry_or_give_up(
-            make_cause(policy), accept_spec(spec(training={"batchSizePerDevice": 4})).spec, FineTuneJobStatus(adaptations=[replayed]),
+            make_cause(policy), accept_spec(spec(training={"batchSizePerDevice": 4})).spec, FineTuneJobStatus(adaptations=[replay]),
             made_progress=made_progress, now=T0,
         )  # fmt: skip
         assert isinstance(decision, RetryDecision) and decision.adaptation is not None
-        values: dict[str, Any] = decision.adaptation.set or {}
-        assert changed in values and values.get("resume.firstAttempt", 2) == 2
+        set_fields: dict[str, Any] = decision.adaptation.set or {}
+        assert changed_path in set_fields and set_fields.get("resume.firstAttempt", 2) == 2
         assert (decision.is_counted, decision.made_progress) == (False, made_progress)
 
 
-@pytest.mark.parametrize(("message", "joined"), [("it failed", "it failed; policy.onOutOfMemory is Fail"), ("", "policy.onOutOfMemory is Fail")])
-def test_failure_after_the_last_adaptation_says_why_no_other_is_possible(message: str, joined: str) -> None:
-    unadaptable = accept_spec(spec(policy={"onOutOfMemory": "Fail"})).spec
+@pytest.mark.parametrize(("message", "full_message"), [("it failed", "it failed; policy.onOutOfMemory is Fail"), ("", "policy.onOutOfMemory is Fail")])
+def test_failure_after_the_last_adaptation_says_why_no_other_is_possible(message: str, full_message: str) -> None:
+    unadaptable_spec = accept_spec(spec(policy={"onOutOfMemory": "Fail"})).spec
     cause = make_cause(RetryPolicy.ADAPT_MEMORY, message)
-    decision = retry_or_give_up(cause, unadaptable, FineTuneJobStatus(), made_progress=True, now=T0)
+    decision = retry_or_give_up(cause, unadaptable_spec, FineTuneJobStatus(), made_progress=True, now=T0)
     hint = "write policy.onOutOfMemory: Adapt, or lower the batch"
-    assert decision == GiveUp(cause.reason, Failure(class_=FailureClass.INTERNAL, code="C", message=joined, hint=hint))
+    assert decision == GiveUp(cause.reason, Failure(class_=FailureClass.INTERNAL, code="C", message=full_message, hint=hint))

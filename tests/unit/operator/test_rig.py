@@ -34,17 +34,17 @@ class WatchServer:
 
 @pytest.fixture
 async def session() -> AsyncIterator[aiohttp.ClientSession]:
-    async with aiohttp.ClientSession() as found:
-        yield found
+    async with aiohttp.ClientSession() as client_session:
+        yield client_session
 
 
 @pytest.mark.parametrize(
-    "first",
+    "first_answer",
     [(429, "storage is (re)initializing"), (500, ""), (200, EVENT[:20]), (200, "")],
     ids=["refused", "failed", "cut in a line", "ended"],
 )
-async def test_rig_restarts_a_watch_that_ended(session: aiohttp.ClientSession, first: tuple[int, str]) -> None:
-    watch_server = WatchServer(first, (200, EVENT), (200, EVENT))
+async def test_rig_restarts_a_watch_that_ended(session: aiohttp.ClientSession, first_answer: tuple[int, str]) -> None:
+    watch_server = WatchServer(first_answer, (200, EVENT), (200, EVENT))
     runner = web.ServerRunner(web.Server(watch_server.handle))
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()

@@ -29,14 +29,14 @@ class FakeProgressServer:
         self.redirects = False
         self.may_answer = asyncio.Event()
         self.may_answer.set()
-        self.requests = 0
+        self.request_count = 0
         self.tokens: set[str | None] = set()
         self._changed = asyncio.Condition()
         self.url = ""
 
     async def handle(self, request: web.Request) -> web.Response:
         async with self._changed:
-            self.requests += 1
+            self.request_count += 1
             self.tokens.add(request.headers.get(PROGRESS_TOKEN_HEADER))
             self._changed.notify_all()
         await self.may_answer.wait()
@@ -47,7 +47,7 @@ class FakeProgressServer:
     async def wait_for_requests(self, count: int) -> None:
         """Wait until `count` requests have arrived."""
         async with asyncio.timeout(10), self._changed:
-            await self._changed.wait_for(lambda: self.requests >= count)
+            await self._changed.wait_for(lambda: self.request_count >= count)
 
 
 @contextlib.asynccontextmanager
@@ -65,8 +65,8 @@ async def serve(pod: FakeProgressServer) -> AsyncIterator[FakeProgressServer]:
 
 @pytest.fixture
 async def pod() -> AsyncIterator[FakeProgressServer]:
-    async with serve(FakeProgressServer()) as found:
-        yield found
+    async with serve(FakeProgressServer()) as server:
+        yield server
 
 
 class ReportRecorder:
@@ -86,16 +86,16 @@ class ReportRecorder:
 
 
 @pytest.fixture
-async def reports() -> ReportRecorder:
+async def recorder() -> ReportRecorder:
     return ReportRecorder()
 
 
 @pytest.fixture
-async def scraper(reports: ReportRecorder) -> AsyncIterator[ProgressScraper]:
+async def scraper(recorder: ReportRecorder) -> AsyncIterator[ProgressScraper]:
     settings = ScrapeSettings(interval_seconds=0.01, starting_interval_seconds=0.01, timeout_seconds=60, concurrency=2)
-    found = ProgressScraper(settings, lambda: T0, reports)
-    task = asyncio.create_task(found.run())
-    yield found
+    running_scraper = ProgressScraper(settings, lambda: T0, recorder)
+    task = asyncio.create_task(running_scraper.run())
+    yield running_scraper
     task.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await task
@@ -106,16 +106,16 @@ def make_target(pod: FakeProgressServer, **fields: Any) -> ScrapeTarget:
 
 
 @pytest.mark.parametrize("token", [None, "abc"])
-async def test_request_has_the_token_of_the_attempt(scraper: ProgressScraper, reports: ReportRecorder, pod: FakeProgressServer, token: str | None) -> None:
+async def test_request_has_the_token_of_the_attempt(scraper: ProgressScraper, recorder: ReportRecorder, pod: FakeProgressServer, token: str | None) -> None:
     scraper.watch(KEY, make_target(pod, token=token))
-    await reports.wait()
+    await recorder.wait()
     assert pod.tokens == {token}
     assert "abc" not in repr(make_target(pod, token=token))
 
 
-async def test_report_is_kept_with_its_time_for_its_uid_and_attempt(scraper: ProgressScraper, reports: ReportRecorder, pod: FakeProgressServer) -> None:
+async def test_report_is_kept_with_its_time_for_its_uid_and_attempt(scraper: ProgressScraper, recorder: ReportRecorder, pod: FakeProgressServer) -> None:
     scraper.watch(KEY, make_target(pod))
-    await reports.wait()
+    await recorder.wait()
     received = scraper.last_report(KEY, UID, 1)
     assert received is not None
     assert (received.report.progress.step, received.received_at, received.pod_uid) == (3, T0, "pod-1-0")
@@ -132,20 +132,20 @@ async def test_report_is_kept_with_its_time_for_its_uid_and_attempt(scraper: Pro
     ids=["503", "empty", "text", "list", "other job", "other attempt", "too long"],
 )  # fmt: skip
 async def test_response_that_is_not_a_report_of_this_attempt_is_ignored(
-    scraper: ProgressScraper, reports: ReportRecorder, pod: FakeProgressServer, body: str | None
+    scraper: ProgressScraper, recorder: ReportRecorder, pod: FakeProgressServer, body: str | None
 ) -> None:
     pod.body = body
     scraper.watch(KEY, make_target(pod))
     await pod.wait_for_requests(3)
-    assert reports.keys == []
+    assert recorder.keys == []
     assert scraper.last_report(KEY, UID, 1) is None
     pod.body = json.dumps(REPORT)
-    await reports.wait()
+    await recorder.wait()
 
 
-async def test_stopped_target_keeps_its_report_until_it_is_dropped(scraper: ProgressScraper, reports: ReportRecorder, pod: FakeProgressServer) -> None:
+async def test_stopped_target_keeps_its_report_until_it_is_dropped(scraper: ProgressScraper, recorder: ReportRecorder, pod: FakeProgressServer) -> None:
     scraper.watch(KEY, make_target(pod))
-    await reports.wait()
+    await recorder.wait()
     scraper.stop(KEY)
     assert scraper.last_report(KEY, UID, 1) is not None
     scraper.drop(KEY)
@@ -154,19 +154,19 @@ async def test_stopped_target_keeps_its_report_until_it_is_dropped(scraper: Prog
     assert scraper._targets_and_reports == {}
 
 
-async def test_unresponsive_pod_does_not_delay_reads_of_other_pods(scraper: ProgressScraper, reports: ReportRecorder, pod: FakeProgressServer) -> None:
+async def test_unresponsive_pod_does_not_delay_reads_of_other_pods(scraper: ProgressScraper, recorder: ReportRecorder, pod: FakeProgressServer) -> None:
     """The first pod does not respond during the whole test. If the scraper read only one pod at a time, it would never read the second pod."""
     async with serve(FakeProgressServer()) as blocked_server:
         blocked_server.may_answer.clear()
         scraper.watch(JobKey("team", "silent"), make_target(blocked_server))
         await blocked_server.wait_for_requests(1)
         scraper.watch(KEY, make_target(pod))
-        await reports.wait()
-        assert set(reports.keys) == {KEY}
-        assert blocked_server.requests == 1
+        await recorder.wait()
+        assert set(recorder.keys) == {KEY}
+        assert blocked_server.request_count == 1
 
 
-async def test_number_of_concurrent_reads_is_limited(scraper: ProgressScraper, reports: ReportRecorder, pod: FakeProgressServer) -> None:
+async def test_number_of_concurrent_reads_is_limited(scraper: ProgressScraper, recorder: ReportRecorder, pod: FakeProgressServer) -> None:
     async with serve(FakeProgressServer()) as blocked_server:
         blocked_server.may_answer.clear()
         for name in ("a", "b"):
@@ -175,7 +175,7 @@ async def test_number_of_concurrent_reads_is_limited(scraper: ProgressScraper, r
         scraper.watch(KEY, make_target(pod))
         for _ in range(20):
             await asyncio.sleep(0)
-        assert (pod.requests, reports.keys) == (0, [])
+        assert (pod.request_count, recorder.keys) == (0, [])
         blocked_server.may_answer.set()
         await pod.wait_for_requests(1)
 
@@ -187,21 +187,21 @@ async def test_target_that_is_stopped_and_watched_again_is_read_by_one_subscript
         scraper.stop(KEY)
     scraper.watch(KEY, make_target(pod))
     await pod.wait_for_requests(5)
-    assert len([one for _, _, one in scraper._heap if scraper._is_current(one)]) <= 1
+    assert len([subscription for _, _, subscription in scraper._heap if scraper._is_current(subscription)]) <= 1
     assert len(scraper._heap) <= 1
 
 
-async def test_redirects_are_not_followed(scraper: ProgressScraper, reports: ReportRecorder, pod: FakeProgressServer) -> None:
+async def test_redirects_are_not_followed(scraper: ProgressScraper, recorder: ReportRecorder, pod: FakeProgressServer) -> None:
     pod.redirects = True
     scraper.watch(KEY, make_target(pod))
     await pod.wait_for_requests(3)
-    assert reports.keys == []
+    assert recorder.keys == []
 
 
 def test_interval_grows_while_a_pod_does_not_answer() -> None:
     scraper = ProgressScraper(ScrapeSettings(), lambda: T0, lambda key: None)
-    intervals = [scraper._compute_interval_seconds(None, failures) for failures in (1, 4, 5, 9, 10, 15, 20, 25, 1000)]
-    assert intervals == [3, 3, 6, 6, 12, 24, 48, 60, 60]
+    intervals_seconds = [scraper._compute_interval_seconds(None, failure_count) for failure_count in (1, 4, 5, 9, 10, 15, 20, 25, 1000)]
+    assert intervals_seconds == [3, 3, 6, 6, 12, 24, 48, 60, 60]
 
 
 @pytest.mark.parametrize(

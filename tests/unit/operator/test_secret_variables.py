@@ -24,8 +24,8 @@ def build_secret_variables(**groups: Any) -> dict[str, Any]:
     run = RunConfig.model_validate(run.model_dump(by_alias=True) | {"spec": raw_spec.to_wire()})
     job = build_job(finetunejob(spec()), run, accept_spec(spec()).pool, CONFIG)
     (container,) = job["spec"]["template"]["spec"]["containers"]
-    found = [variable["name"] for variable in container["env"]]
-    assert sorted(set(found)) == sorted(found)
+    variable_names = [variable["name"] for variable in container["env"]]
+    assert sorted(set(variable_names)) == sorted(variable_names)
     return {variable["name"]: variable.get("valueFrom", {}).get("secretKeyRef") or variable.get("value") for variable in container["env"]}
 
 

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tests.unit.operator.samples import CONFIG, T0, UID, accept_spec
-from tests.unit.operator.world import FOREIGN_JOB, SimulatedCluster, effective_batch
+from tests.unit.operator.world import FOREIGN_JOB, SimulatedCluster, compute_effective_batch
 
 EXIT_CODES = st.sampled_from([0, 1, 64, 65, 69, 70, 71, 71, 72, 72, 73, 74, 75, 76, 77, 137, 143])
 PAUSE_SECONDS = st.sampled_from([0, 30, 650])
@@ -40,17 +40,17 @@ class JobEvents(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.world = SimulatedCluster(nodes=self.pod_count)
-        self.final: str | None = None
-        self.highest = 0
-        self.attempts = 0
+        self.final_phase: str | None = None
+        self.highest_attempt = 0
+        self.attempt_count = 0
 
     @initialize(
         queue=st.sampled_from([None, "team-a"]), deadline=st.sampled_from([None, DEADLINE_SECONDS]),
-        ttl=st.sampled_from([None, TTL_SECONDS]), kept_checkpoints=st.sampled_from([3, 8]),
+        ttl=st.sampled_from([None, TTL_SECONDS]), kept_checkpoint_count=st.sampled_from([3, 8]),
     )  # fmt: skip
-    def choose_spec(self, queue: str | None, deadline: int | None, ttl: int | None, kept_checkpoints: int) -> None:
+    def choose_spec(self, queue: str | None, deadline: int | None, ttl: int | None, kept_checkpoint_count: int) -> None:
         world = self.world
-        world.queue, world.deadline_seconds, world.ttl_seconds, world.kept_checkpoints = queue, deadline, ttl, kept_checkpoints
+        world.queue, world.deadline_seconds, world.ttl_seconds, world.kept_checkpoint_count = queue, deadline, ttl, kept_checkpoint_count
 
     # Operator
 
@@ -69,9 +69,9 @@ class JobEvents(RuleBasedStateMachine):
             return plan
         result = ActionResult()
         if plan.termination is None:
-            for one in plan.jobs_to_delete:
-                if one.uid in world.jobs:
-                    world.jobs[one.uid] = replace(world.jobs[one.uid], is_deleting=True)
+            for job in plan.jobs_to_delete:
+                if job.uid in world.jobs:
+                    world.jobs[job.uid] = replace(world.jobs[job.uid], is_deleting=True)
             world.delete_pods(list(plan.pods_to_delete))
             for pod in plan.pods_to_force_delete:
                 world.pods[pod.uid] = mark_deleted(pod)
@@ -91,8 +91,9 @@ class JobEvents(RuleBasedStateMachine):
     def _check_that_only_owned_objects_are_deleted(self, facts: Facts, plan: Plan) -> None:
         assert all(job.is_owned and job.owner_uid == UID for job in plan.jobs_to_delete)
         assert all(pod.owner_uid == UID for pod in (*plan.pods_to_delete, *plan.pods_to_force_delete))
-        late = CONFIG.lost_node_seconds
-        assert all(pod.deletion_timestamp and between(pod.deletion_timestamp, facts.now) > late for pod in plan.pods_to_force_delete), plan.pods_to_force_delete
+        assert all(
+            pod.deletion_timestamp and between(pod.deletion_timestamp, facts.now) > CONFIG.lost_node_seconds for pod in plan.pods_to_force_delete
+        ), plan.pods_to_force_delete
 
     def _check_deadline(self, facts: Facts, plan: Plan) -> None:
         world, job = self.world, facts.current_job
@@ -105,17 +106,17 @@ class JobEvents(RuleBasedStateMachine):
     def _check_new_attempt(self, facts: Facts) -> None:
         """Check that a new attempt has the same effective batch as the first one and continues from the checkpoints that the operator knows."""
         assert not facts.is_finished
-        first: FineTuneJobSpec = accept_spec(self.world.user_spec()).spec
-        assert effective_batch(facts.spec) == effective_batch(first)
+        first_spec: FineTuneJobSpec = accept_spec(self.world.build_user_spec()).spec
+        assert compute_effective_batch(facts.spec) == compute_effective_batch(first_spec)
         rollbacks = [adaptation.set for adaptation in facts.job.status.adaptations if adaptation.set and MAX_STEP_KEY in adaptation.set]
-        assert facts.spec.training.learning_rate == (first.training.learning_rate or 0) * 0.5 ** len(rollbacks)
+        assert facts.spec.training.learning_rate == (first_spec.training.learning_rate or 0) * 0.5 ** len(rollbacks)
         if not rollbacks:
             assert facts.max_start_step is None
             return
-        since = [step for step, attempt in self.world.reported_checkpoints if attempt >= rollbacks[-1][FIRST_ATTEMPT_KEY]]
+        steps_since_rollback = [step for step, attempt in self.world.reported_checkpoints if attempt >= rollbacks[-1][FIRST_ATTEMPT_KEY]]
         assert facts.max_start_step is None or facts.max_start_step >= rollbacks[-1][MAX_STEP_KEY]
-        start = self.world.allowed_start_step(facts.max_start_step, facts.rolled_back_attempt)
-        assert start >= max(since, default=0), (start, since)
+        start_step = self.world.find_allowed_start_step(facts.max_start_step, facts.rolled_back_attempt)
+        assert start_step >= max(steps_since_rollback, default=0), (start_step, steps_since_rollback)
         if facts.attempt == rollbacks[-1][FIRST_ATTEMPT_KEY]:
             assert facts.max_start_step == rollbacks[-1][MAX_STEP_KEY]
 
@@ -153,14 +154,14 @@ class JobEvents(RuleBasedStateMachine):
 
     @rule(code=EXIT_CODES, pod_index=st.integers(0, 3))
     def pod_ends(self, code: int, pod_index: int) -> None:
-        if running := self.world.running_pods():
-            self.world.end_container(running[pod_index % len(running)], code)
+        if running_pods := self.world.list_running_pods():
+            self.world.end_container(running_pods[pod_index % len(running_pods)], code)
 
     @rule(pod_index=st.integers(0, 3))
     def pod_is_deleted(self, pod_index: int) -> None:
-        existing = [pod for pod in self.world.pods.values() if not pod.is_deleted and pod.deletion_timestamp is None]
-        if existing:
-            self.world.delete_pods([existing[pod_index % len(existing)]])
+        existing_pods = [pod for pod in self.world.pods.values() if not pod.is_deleted and pod.deletion_timestamp is None]
+        if existing_pods:
+            self.world.delete_pods([existing_pods[pod_index % len(existing_pods)]])
 
     @rule(steps=st.integers(1, 30))
     def gang_trains(self, steps: int) -> None:
@@ -189,14 +190,14 @@ class JobEvents(RuleBasedStateMachine):
 
     @rule(pod_index=st.integers(0, 3), seconds=PAUSE_SECONDS)
     def node_is_lost(self, pod_index: int, seconds: int) -> None:
-        if running := self.world.running_pods():
-            self.world.lose_node(running[pod_index % len(running)])
+        if running_pods := self.world.list_running_pods():
+            self.world.lose_node(running_pods[pod_index % len(running_pods)])
             self.world.pass_time(seconds)
 
     @precondition(lambda self: self.world.lost_since_by_pod)
     @rule()
     def node_comes_back(self) -> None:
-        self.world.node_comes_back()
+        self.world.reconnect_nodes()
 
     @precondition(lambda self: self.world.queue)
     @rule()
@@ -213,16 +214,16 @@ class JobEvents(RuleBasedStateMachine):
 
     @rule()
     def another_client_deletes_the_job(self) -> None:
-        for one in list(self.world.jobs.values())[-1:]:
-            self.world.jobs[one.uid] = replace(one, is_deleting=True)
-            self.world.attempts_that_may_count.add(one.attempt)
+        for job in list(self.world.jobs.values())[-1:]:
+            self.world.jobs[job.uid] = replace(job, is_deleting=True)
+            self.world.attempts_that_may_count.add(job.attempt)
 
     @rule()
     def job_is_orphaned(self) -> None:
-        for one in list(self.world.jobs.values())[-1:]:
-            if one.is_owned:
-                del self.world.jobs[one.uid]
-                self.world.attempts_that_may_count.add(one.attempt)
+        for job in list(self.world.jobs.values())[-1:]:
+            if job.is_owned:
+                del self.world.jobs[job.uid]
+                self.world.attempts_that_may_count.add(job.attempt)
 
     @rule()
     def operator_restarts(self) -> None:
@@ -233,7 +234,7 @@ class JobEvents(RuleBasedStateMachine):
 
     @rule()
     def foreign_job_takes_the_name(self) -> None:
-        if not any(one.name == FOREIGN_JOB.name for one in self.world.jobs.values()):
+        if not any(job.name == FOREIGN_JOB.name for job in self.world.jobs.values()):
             self.world.jobs[FOREIGN_JOB.uid] = FOREIGN_JOB
 
     @rule(seconds=st.sampled_from([1, 30, 700, 4000]))
@@ -244,36 +245,36 @@ class JobEvents(RuleBasedStateMachine):
 
     @invariant()
     def at_most_one_active_job(self) -> None:
-        active = [job for job in self.world.jobs.values() if job.is_owned and not job.is_finished]
-        assert len(active) <= 1, active
+        active_jobs = [job for job in self.world.jobs.values() if job.is_owned and not job.is_finished]
+        assert len(active_jobs) <= 1, active_jobs
 
     @invariant()
     def finished_job_stays_finished(self) -> None:
         status = self.world.status
-        over = any(c.type is Condition.FINISHED and c.status == "True" for c in status.conditions)
-        if self.final is not None:
-            assert over
-            assert status.phase == self.final
-        elif over:
+        is_finished = any(condition.type is Condition.FINISHED and condition.status == "True" for condition in status.conditions)
+        if self.final_phase is not None:
+            assert is_finished
+            assert status.phase == self.final_phase
+        elif is_finished:
             assert status.phase in (Phase.SUCCEEDED, Phase.FAILED, Phase.CANCELLED)
-            self.final = status.phase
+            self.final_phase = status.phase
 
     @invariant()
     def attempts_only_grow(self) -> None:
-        assert (self.world.status.attempt or 0) >= self.highest
-        self.highest = self.world.status.attempt or 0
+        assert (self.world.status.attempt or 0) >= self.highest_attempt
+        self.highest_attempt = self.world.status.attempt or 0
 
     @invariant()
     def finished_job_starts_no_attempt(self) -> None:
         """After a job has finished, no event makes the operator start another attempt."""
-        if self.final is None:
-            self.attempts = len(self.world.created_attempts)
-        assert len(self.world.created_attempts) == self.attempts
+        if self.final_phase is None:
+            self.attempt_count = len(self.world.created_attempts)
+        assert len(self.world.created_attempts) == self.attempt_count
 
     @invariant()
     def preemption_does_not_count(self) -> None:
-        counted = {attempt.number for attempt in self.world.status.attempts if attempt.counted}
-        assert counted <= self.world.attempts_that_may_count, self.world.status.to_wire()
+        counted_attempts = {attempt.number for attempt in self.world.status.attempts if attempt.counted}
+        assert counted_attempts <= self.world.attempts_that_may_count, self.world.status.to_wire()
 
     @invariant()
     def no_attempt_stalls(self) -> None:
@@ -293,20 +294,20 @@ class JobEvents(RuleBasedStateMachine):
         parts = goodput.parts.seconds()
         assert min(parts.values(), default=0.0) >= 0
         assert sum(parts.values()) == pytest.approx(goodput.wall_seconds, abs=0.01)
-        assert sum(goodput.earlier.values() if goodput.earlier else []) + sum(entry.wall_seconds for entry in goodput.attempts) == pytest.approx(
+        assert sum(goodput.earlier.values() if goodput.earlier else []) + sum(attempt_time.wall_seconds for attempt_time in goodput.attempts) == pytest.approx(
             goodput.wall_seconds, abs=0.01
         )
-        last = self.world.status.attempts[-1] if self.world.status.attempts else None
-        if last is not None and last.end_time is not None and goodput.attempts[-1].number == last.number:
-            assert goodput.wall_seconds == pytest.approx(max(0.0, between(T0, last.end_time)), abs=1.0)
+        last_attempt = self.world.status.attempts[-1] if self.world.status.attempts else None
+        if last_attempt is not None and last_attempt.end_time is not None and goodput.attempts[-1].number == last_attempt.number:
+            assert goodput.wall_seconds == pytest.approx(max(0.0, between(T0, last_attempt.end_time)), abs=1.0)
         assert goodput.wall_seconds <= between(T0, self.world.now) + 1.0
 
     @invariant()
     def adaptations_have_an_end(self) -> None:
         changes = [adaptation.set or {} for adaptation in self.world.status.adaptations]
         assert len([change for change in changes if LEARNING_RATE_FIELD in change]) <= MAX_ROLLBACKS
-        diverged = [adaptation for adaptation in self.world.status.adaptations if adaptation.reason == Reason.DIVERGED]
-        assert len(diverged) <= MAX_ROLLBACKS + 1
+        divergence_adaptations = [adaptation for adaptation in self.world.status.adaptations if adaptation.reason == Reason.DIVERGED]
+        assert len(divergence_adaptations) <= MAX_ROLLBACKS + 1
 
     def teardown(self) -> None:
         """Reconcile until the job has finished or, if the user has suspended it, is suspended. Check that another reconcile changes nothing."""
@@ -318,11 +319,11 @@ class JobEvents(RuleBasedStateMachine):
             assert not [pod for pod in world.pods.values() if not pod.is_finished]
         world.suspend = False
         self._reconcile_until(Situation.FINISHED, pods_end=True)
-        before = world.status.to_wire()
+        status_before = world.status.to_wire()
         self._reconcile()
-        assert world.status.to_wire() == before
+        assert world.status.to_wire() == status_before
         self._check_cleanup()
-        assert world.status.to_wire() == before
+        assert world.status.to_wire() == status_before
 
     def _check_cleanup(self) -> None:
         """Check that all Jobs and pods are deleted after the TTL, and that the operator creates no new Jobs."""
@@ -333,7 +334,7 @@ class JobEvents(RuleBasedStateMachine):
             self._reconcile()
             world.run_controllers()
             world.run_kubelet()
-        assert not world.owned_jobs()
+        assert not world.list_owned_jobs()
         assert not [pod for pod in world.pods.values() if not pod.is_deleted], world.pods
         self.finished_job_starts_no_attempt()
 
@@ -344,7 +345,7 @@ class JobEvents(RuleBasedStateMachine):
             world.run_kubelet()
             world.admit_jobs()
             world.start_pods()
-            for pod in world.running_pods() if pods_end else []:
+            for pod in world.list_running_pods() if pods_end else []:
                 world.end_container(pod, 0)
             world.pass_time(700)
             plan = self._reconcile()

@@ -35,11 +35,11 @@ class ProcessDied(BaseException):
 
 
 async def test_event_is_emitted_once_if_the_process_dies_before_the_status_write(server: FakeApiServer) -> None:
-    def cut(verb: str, kind: Kind) -> None:
+    def die_before_status_write(verb: str, kind: Kind) -> None:
         if (verb, kind) == ("update", FINETUNEJOB):
             raise ProcessDied
 
-    server.before_request = cut
+    server.before_request = die_before_status_write
     with pytest.raises(ProcessDied):
         await OperatorProcess(server).reconcile()
     assert server.event_counts() == {Reason.ATTEMPT_STARTED: 1}
@@ -79,16 +79,16 @@ async def test_repeated_event_is_created_again_after_the_first_event_expired(ser
     assert (second_name > first_name, server.event_counts()) == (True, {Reason.SUSPENDED: 1})
 
 
-@pytest.mark.parametrize("refused", ["events", "nothing"])
-async def test_status_is_written_without_permission_for_events(server: FakeApiServer, refused: str) -> None:
+@pytest.mark.parametrize("refused_plural", ["events", "nothing"])
+async def test_status_is_written_without_permission_for_events(server: FakeApiServer, refused_plural: str) -> None:
     def refuse(verb: str, kind: Kind) -> None:
-        if kind.plural == refused:
+        if kind.plural == refused_plural:
             raise Forbidden(verb, kind, "", 403, "Forbidden", "")
 
     server.before_request = refuse
     await OperatorProcess(server).reconcile()
     assert server.finetunejob["status"]["phase"] == "Starting"
-    assert bool(server.event_counts()) is (refused == "nothing")
+    assert bool(server.event_counts()) is (refused_plural == "nothing")
 
 
 async def test_status_is_written_when_the_event_times_out(
@@ -245,10 +245,10 @@ STATUS_CHANGES = {
 
 @pytest.mark.parametrize("case", STATUS_CHANGES)
 def test_only_transitions_without_an_event_may_be_deferred(case: str) -> None:
-    before, after, expected = STATUS_CHANGES[case]
-    old, new = read_status(before), read_status(after)
-    assert may_defer(Plan(Situation.ACTIVE), old, new, events.draft_events(old, new)) is expected
-    assert not may_defer(Plan(Situation.SUSPENDED), old, new, [])
+    old_fields, new_fields, is_deferrable = STATUS_CHANGES[case]
+    old_status, new_status = read_status(old_fields), read_status(new_fields)
+    assert may_defer(Plan(Situation.ACTIVE), old_status, new_status, events.draft_events(old_status, new_status)) is is_deferrable
+    assert not may_defer(Plan(Situation.SUSPENDED), old_status, new_status, [])
 
 
 # Progress
@@ -280,8 +280,8 @@ async def test_progress_interval_starts_when_the_report_was_received(
     monkeypatch.setattr(process.scraper, "last_report", lambda *_: received_report)
     await process.reconcile()
     assert server.finetunejob["status"]["progress"]["step"] == 7
-    passed = asyncio.get_running_loop().time() - process.reconciler._observer.states[KEY].pending_changes.progress_at
-    assert 4 <= passed < 8
+    passed_seconds = asyncio.get_running_loop().time() - process.reconciler._observer.states[KEY].pending_changes.progress_at
+    assert 4 <= passed_seconds < 8
 
 
 # A status that the API server rejects
@@ -345,16 +345,16 @@ async def test_suspend_works_although_an_older_crd_lacks_phases_and_a_condition(
 async def test_status_that_an_older_crd_prunes_is_not_written_again(server: FakeApiServer) -> None:
     server.pruned_fields = frozenset({"reason"})
     process, _ = await start_attempt(server)
-    writes, events = server.count("update", FINETUNEJOB), server.event_counts()
-    assert writes and "reason" not in server.finetunejob["status"]
+    write_count, event_counts = server.count("update", FINETUNEJOB), server.event_counts()
+    assert write_count and "reason" not in server.finetunejob["status"]
     for _ in range(3):
         process.refresh()
         await process.reconcile()
-    assert (server.count("update", FINETUNEJOB), server.event_counts()) == (writes, events)
+    assert (server.count("update", FINETUNEJOB), server.event_counts()) == (write_count, event_counts)
     server.write_spec({**SPEC, "suspend": True})
     process.refresh()
     await process.reconcile()
-    assert server.count("update", FINETUNEJOB) == writes + 1
+    assert server.count("update", FINETUNEJOB) == write_count + 1
 
 
 async def test_deadline_works_although_the_status_is_rejected(server: FakeApiServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -377,22 +377,22 @@ async def test_rejected_progress_does_not_change_the_stored_status(server: FakeA
     await process.reconcile()
     server.rejects_status = has_progress
     report_step(process, job, monkeypatch, stage="downloading")
-    stored, versions = server.finetunejob, []
+    stored_job, versions = server.finetunejob, []
     for _ in range(3):
         process.reconciler._observer.states[KEY].pending_changes.progress_at = float("-inf")  # with this value, the next write of progress is due at once
         await process.reconcile()
         versions.append(server.finetunejob["metadata"]["resourceVersion"])
     assert len(set(versions)) == 1
-    changed = [name for name in ("phase", "attempts", "progress") if server.finetunejob["status"].get(name) != stored["status"].get(name)]
-    assert changed == []
+    changed_fields = [name for name in ("phase", "attempts", "progress") if server.finetunejob["status"].get(name) != stored_job["status"].get(name)]
+    assert changed_fields == []
     assert server.event_counts()[Reason.STATUS_REJECTED] == 1
 
 
 async def test_stored_values_that_a_newer_crd_rejects_are_left_out(server: FakeApiServer) -> None:
     process, job = await start_attempt(server)
-    stored = server.finetunejob
+    stored_job = server.finetunejob
     checkpoint = {"step": 5, "uri": "s3://b/5"}
-    server.put(FINETUNEJOB, {**stored, "status": {**stored["status"], "checkpoints": [checkpoint]}})
+    server.put(FINETUNEJOB, {**stored_job, "status": {**stored_job["status"], "checkpoints": [checkpoint]}})
     server.rejects_status = lambda status: "checkpoints" in status and status["checkpoints"] != []
     process.refresh()
     server.write_spec({**SPEC, "suspend": True})
@@ -406,12 +406,12 @@ async def test_status_that_another_writer_changed_is_written_again(server: FakeA
     """The operator keeps the JSON of the last status that it wrote. The operator must not use this JSON if another client has changed the job since then."""
     process = OperatorProcess(server)
     await process.work()
-    write_count = server.finetunejob["status"]
-    count = server.count("update", FINETUNEJOB)
+    written_status = server.finetunejob["status"]
+    write_count = server.count("update", FINETUNEJOB)
     process.refresh()
     await process.reconcile()
-    assert server.count("update", FINETUNEJOB) == count
-    server.put(FINETUNEJOB, {**server.finetunejob, "status": {**write_count, "phase": "Failed"}})
+    assert server.count("update", FINETUNEJOB) == write_count
+    server.put(FINETUNEJOB, {**server.finetunejob, "status": {**written_status, "phase": "Failed"}})
     process.refresh()
     await process.reconcile()
-    assert (server.count("update", FINETUNEJOB), server.finetunejob["status"]) == (count + 1, write_count)
+    assert (server.count("update", FINETUNEJOB), server.finetunejob["status"]) == (write_count + 1, written_status)

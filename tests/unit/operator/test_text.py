@@ -9,7 +9,7 @@ from finetune_operator.text import clean, format_duration
 
 
 @pytest.mark.parametrize(
-    ("text", "shown"),
+    ("text", "shown_text"),
     [
         ("AWS_SECRET_ACCESS_KEY=abcdefgh1234 x", "AWS_SECRET_ACCESS_KEY=[redacted] x"),
         ('{"password": "hunter22"}', '{"password": "[redacted]"}'),
@@ -22,8 +22,8 @@ from finetune_operator.text import clean, format_duration
         ("MY_OTHER-api_key: abcdefgh, mytoken=abcd, my-token=abcd", "MY_OTHER-api_key: [redacted], mytoken=abcd, my-token=[redacted]"),
     ],
 )
-def test_secrets_and_control_characters_are_not_shown(text: str, shown: str) -> None:
-    assert clean(text) == shown
+def test_secrets_and_control_characters_are_not_shown(text: str, shown_text: str) -> None:
+    assert clean(text) == shown_text
 
 
 def test_long_text_is_cut() -> None:
@@ -32,9 +32,9 @@ def test_long_text_is_cut() -> None:
 
 def test_cache_of_cleaned_texts_does_not_hold_long_texts() -> None:
     text = "y" * 1_000_000
-    references = sys.getrefcount(text)
+    reference_count = sys.getrefcount(text)
     clean(text)
-    assert sys.getrefcount(text) == references
+    assert sys.getrefcount(text) == reference_count
 
 
 @pytest.mark.parametrize(

@@ -22,9 +22,9 @@ from finetune_operator.throttle import (
 def start_burst(throttle: StatusThrottle, now: float) -> None:
     """Make the throttle detect a burst: BURST_COUNT phase transitions of other jobs are recorded, and their statuses are written."""
     for _ in range(BURST_COUNT):
-        other = PendingChanges()
-        throttle.compute_transition_delay(other, pods_ended=False, now=now)
-        throttle.record_write(other, now)
+        other_changes = PendingChanges()
+        throttle.compute_transition_delay(other_changes, pods_ended=False, now=now)
+        throttle.record_write(other_changes, now)
 
 
 def test_burst_is_many_occurrences_in_a_short_time() -> None:
@@ -56,7 +56,7 @@ def test_deferred_transition_is_written_when_the_burst_ends() -> None:
 
 
 @pytest.mark.parametrize(
-    ("passed", "pods_ended", "delay"),
+    ("passed_seconds", "pods_ended", "delay_seconds"),
     [
         (MIN_DEFER_LIMIT_SECONDS - RECHECK_SECONDS - 1, False, RECHECK_SECONDS),
         (MIN_DEFER_LIMIT_SECONDS - 2, False, 2.0),
@@ -65,12 +65,12 @@ def test_deferred_transition_is_written_when_the_burst_ends() -> None:
     ],
     ids=["well before the limit", "just before the limit", "at the limit", "pods ended: the longer of both delays"],
 )
-def test_long_burst_defers_a_transition_up_to_a_limit(passed: float, pods_ended: bool, delay: float) -> None:
+def test_long_burst_defers_a_transition_up_to_a_limit(passed_seconds: float, pods_ended: bool, delay_seconds: float) -> None:
     throttle, pending = StatusThrottle(15.0), PendingChanges()
     start_burst(throttle, 50.0)
     throttle.compute_transition_delay(pending, pods_ended=False, now=50.0)
-    start_burst(throttle, 50.0 + passed)
-    assert throttle.compute_transition_delay(pending, pods_ended=pods_ended, now=50.0 + passed) == delay
+    start_burst(throttle, 50.0 + passed_seconds)
+    assert throttle.compute_transition_delay(pending, pods_ended=pods_ended, now=50.0 + passed_seconds) == delay_seconds
 
 
 def test_ended_pods_wait_for_the_end_of_their_job() -> None:
@@ -87,12 +87,12 @@ def test_progress_is_written_once_per_interval_and_does_not_start_a_burst() -> N
     assert throttle.compute_transition_delay(pending, pods_ended=False, now=104.0) == 0.0
 
 
-@pytest.mark.parametrize(("passed", "delay"), [(4.0, 11.0), (15.0, RECHECK_SECONDS), (33.0, 2.0), (35.0, 0.0)])
-def test_progress_before_the_first_step_is_deferred_during_a_burst(passed: float, delay: float) -> None:
+@pytest.mark.parametrize(("passed_seconds", "delay_seconds"), [(4.0, 11.0), (15.0, RECHECK_SECONDS), (33.0, 2.0), (35.0, 0.0)])
+def test_progress_before_the_first_step_is_deferred_during_a_burst(passed_seconds: float, delay_seconds: float) -> None:
     throttle, pending = StatusThrottle(15.0), PendingChanges(progress_at=100.0)
-    start_burst(throttle, 100.0 + passed)
-    assert throttle.compute_progress_delay(pending, 100.0 + passed, has_steps=False) == delay
-    assert throttle.compute_progress_delay(pending, 101.0 + passed + BURST_SECONDS, has_steps=False) == 12.0 - passed
+    start_burst(throttle, 100.0 + passed_seconds)
+    assert throttle.compute_progress_delay(pending, 100.0 + passed_seconds, has_steps=False) == delay_seconds
+    assert throttle.compute_progress_delay(pending, 101.0 + passed_seconds + BURST_SECONDS, has_steps=False) == 12.0 - passed_seconds
 
 
 def test_progress_after_the_first_step_is_not_deferred_during_a_burst() -> None:
@@ -134,31 +134,31 @@ def test_limit_of_a_deferred_first_status_counts_from_its_first_deferral() -> No
     ids=["one job", "as long as the lower bound", "in proportion", "as long as the upper bound", "beyond the upper bound"],
 )  # fmt: skip
 def test_limit_of_a_deferral_grows_with_the_number_of_deferred_jobs(job_count: int, limit_seconds: float) -> None:
-    throttle, jobs = StatusThrottle(15.0), [PendingChanges() for _ in range(job_count)]
-    for pending in jobs:
+    throttle, changes_of_jobs = StatusThrottle(15.0), [PendingChanges() for _ in range(job_count)]
+    for pending in changes_of_jobs:
         throttle.defer_first_status(pending, 50.0)
-    assert throttle.compute_first_status_due_at(jobs[0]) == 50.0 + limit_seconds
-    for pending in jobs[1:]:
+    assert throttle.compute_first_status_due_at(changes_of_jobs[0]) == 50.0 + limit_seconds
+    for pending in changes_of_jobs[1:]:
         throttle.record_write(pending, 60.0)
-    assert throttle.compute_first_status_due_at(jobs[0]) == 50.0 + limit_seconds  # for a deferred job, the limit stays when fewer jobs are deferred
-    throttle.defer_first_status(jobs[-1], 70.0)
-    assert throttle.compute_first_status_due_at(jobs[-1]) == 70.0 + MIN_DEFER_LIMIT_SECONDS
+    assert throttle.compute_first_status_due_at(changes_of_jobs[0]) == 50.0 + limit_seconds  # for a deferred job, the limit stays when fewer jobs are deferred
+    throttle.defer_first_status(changes_of_jobs[-1], 70.0)
+    assert throttle.compute_first_status_due_at(changes_of_jobs[-1]) == 70.0 + MIN_DEFER_LIMIT_SECONDS
 
 
 def test_jobs_whose_status_is_up_to_date_again_do_not_count_as_deferred() -> None:
-    throttle, jobs, pending = StatusThrottle(15.0), [PendingChanges() for _ in range(1000)], PendingChanges()
-    for reverted in jobs:
-        throttle.defer_first_status(reverted, 50.0)
-        throttle.record_reverted_change(reverted)
+    throttle, changes_of_jobs, pending = StatusThrottle(15.0), [PendingChanges() for _ in range(1000)], PendingChanges()
+    for reverted_change in changes_of_jobs:
+        throttle.defer_first_status(reverted_change, 50.0)
+        throttle.record_reverted_change(reverted_change)
     throttle.defer_first_status(pending, 50.0)
     assert throttle.compute_first_status_due_at(pending) == 50.0 + MIN_DEFER_LIMIT_SECONDS
 
 
 def test_deleted_jobs_do_not_count_as_deferred() -> None:
-    throttle, deleted_jobs, pending = StatusThrottle(15.0), [PendingChanges() for _ in range(1000)], PendingChanges()
-    for deleted in deleted_jobs:
-        throttle.defer_first_status(deleted, 50.0)
-    del deleted, deleted_jobs
+    throttle, deleted_changes, pending = StatusThrottle(15.0), [PendingChanges() for _ in range(1000)], PendingChanges()
+    for deleted_change in deleted_changes:
+        throttle.defer_first_status(deleted_change, 50.0)
+    del deleted_change, deleted_changes
     throttle.defer_first_status(pending, 50.0)
     assert throttle.compute_first_status_due_at(pending) == 50.0 + MIN_DEFER_LIMIT_SECONDS
 
@@ -169,8 +169,8 @@ def test_reads_pause_in_proportion_to_the_duration_of_the_last_read() -> None:
     for caller in "abc":
         limiter.release(caller)
     limiter.record_read(19.9, 20.0)
-    expected = [20.0 + 0.1 * READ_TIME_DIVISOR * number for number in (1, 2, 3)]
-    assert [limiter.reserve_read(caller, 20.0) for caller in "abc"] == pytest.approx(expected)
+    expected_times = [20.0 + 0.1 * READ_TIME_DIVISOR * number for number in (1, 2, 3)]
+    assert [limiter.reserve_read(caller, 20.0) for caller in "abc"] == pytest.approx(expected_times)
 
 
 def test_released_reservations_delay_no_other_caller() -> None:
@@ -192,6 +192,6 @@ def test_pause_after_a_slow_read_is_limited() -> None:
 def test_too_many_reservations_are_spread_over_the_longest_delay() -> None:
     limiter = ReadTimeLimiter()
     limiter.record_read(0.0, 150.0)
-    reserved = [limiter.reserve_read(number, 150.0) - 150.0 for number in range(1200)]
-    assert min(reserved) == 0.0 and max(reserved) == MAX_READ_DELAY_SECONDS - MAX_READ_PAUSE_SECONDS
-    assert {reserved.count(moment) for moment in set(reserved)} == {int(1200 * MAX_READ_PAUSE_SECONDS / MAX_READ_DELAY_SECONDS)}
+    delays_seconds = [limiter.reserve_read(number, 150.0) - 150.0 for number in range(1200)]
+    assert min(delays_seconds) == 0.0 and max(delays_seconds) == MAX_READ_DELAY_SECONDS - MAX_READ_PAUSE_SECONDS
+    assert {delays_seconds.count(delay_seconds) for delay_seconds in set(delays_seconds)} == {int(1200 * MAX_READ_PAUSE_SECONDS / MAX_READ_DELAY_SECONDS)}

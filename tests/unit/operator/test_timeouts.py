@@ -16,7 +16,7 @@ UNREADY_POD = replace(pod(), is_ready=False)
 
 
 @pytest.mark.parametrize(
-    ("limit", "active", "since", "moment"),
+    ("limit_seconds", "active_seconds", "running_since", "deadline"),
     [
         (100, 0.0, T0, at(100)),
         (100, 30.0, T0, at(70)),
@@ -28,13 +28,13 @@ UNREADY_POD = replace(pod(), is_ready=False)
     ],
 )
 def test_deadline_counts_earlier_running_time(
-    limit: int | None, active: float, since: datetime | None, moment: datetime | None
+    limit_seconds: int | None, active_seconds: float, running_since: datetime | None, deadline: datetime | None
 ) -> None:
-    assert timeouts.compute_deadline(limit, active, since) == moment
+    assert timeouts.compute_deadline(limit_seconds, active_seconds, running_since) == deadline
 
 
 @pytest.mark.parametrize(
-    ("stage", "since_step", "report_age", "is_ready", "is_stalled"),
+    ("stage", "seconds_since_step", "report_age_seconds", "is_ready", "is_stalled"),
     [
         ("training", 601.0, 0, True, True),
         ("training", 599.0, 0, True, False),
@@ -45,10 +45,10 @@ def test_deadline_counts_earlier_running_time(
     ],
 )
 def test_attempt_stalls_without_steps_or_without_reports_while_its_pod_is_not_ready(
-    stage: str, since_step: float, report_age: int, is_ready: bool, is_stalled: bool
+    stage: str, seconds_since_step: float, report_age_seconds: int, is_ready: bool, is_stalled: bool
 ) -> None:
-    received_report = report(stage=stage, health={"secondsSinceStep": since_step, "medianStepSeconds": 1.0})
-    message = timeouts.describe_stall(accept_spec().spec, received_report, T0, [replace(pod(), is_ready=is_ready)], at(report_age))
+    received_report = report(stage=stage, health={"secondsSinceStep": seconds_since_step, "medianStepSeconds": 1.0})
+    message = timeouts.describe_stall(accept_spec().spec, received_report, T0, [replace(pod(), is_ready=is_ready)], at(report_age_seconds))
     assert bool(message) == is_stalled
 
 
@@ -61,11 +61,11 @@ def test_next_reconcile_is_within_an_hour() -> None:
     assert timeouts.compute_next_reconcile(T0, None) is None
 
 
-@pytest.mark.parametrize(("heartbeat_age", "is_late"), [(3.0, False), (690.0, True), (None, True)])
-def test_heartbeat_of_an_evaluation_batch_prevents_a_stall(heartbeat_age: float | None, is_late: bool) -> None:
-    received_report = report(health={"secondsSinceStep": 700.0, "secondsSinceHeartbeat": heartbeat_age, "medianStepSeconds": 1.0})
+@pytest.mark.parametrize(("heartbeat_age_seconds", "is_late"), [(3.0, False), (690.0, True), (None, True)])
+def test_heartbeat_of_an_evaluation_batch_prevents_a_stall(heartbeat_age_seconds: float | None, is_late: bool) -> None:
+    received_report = report(health={"secondsSinceStep": 700.0, "secondsSinceHeartbeat": heartbeat_age_seconds, "medianStepSeconds": 1.0})
     assert bool(timeouts.describe_stall(accept_spec().spec, received_report, T0, [pod()], at(5))) is (
-        is_late and (heartbeat_age is None or heartbeat_age + 5 > 600)
+        is_late and (heartbeat_age_seconds is None or heartbeat_age_seconds + 5 > 600)
     )
 
 
@@ -84,14 +84,14 @@ def test_ttl_starts_when_the_job_completes(
     assert timeouts.compute_ttl_end(ttl_seconds, completed_at) == expires_at
 
 
-@pytest.mark.parametrize(("median", "limit"), [(None, 600.0), (30.0, 600.0), (30.5, 610.0)])
-def test_default_stall_limit_is_20_steps_but_at_least_ten_minutes(median: float | None, limit: float) -> None:
-    assert timeouts.compute_stall_limit_seconds(accept_spec().spec, report(health={"medianStepSeconds": median})) == limit
+@pytest.mark.parametrize(("median_seconds", "limit_seconds"), [(None, 600.0), (30.0, 600.0), (30.5, 610.0)])
+def test_default_stall_limit_is_20_steps_but_at_least_ten_minutes(median_seconds: float | None, limit_seconds: float) -> None:
+    assert timeouts.compute_stall_limit_seconds(accept_spec().spec, report(health={"medianStepSeconds": median_seconds})) == limit_seconds
     assert timeouts.compute_stall_limit_seconds(accept_spec().spec, None) == 600.0
 
 
 @pytest.mark.parametrize(
-    ("since_step", "report_age", "message"),
+    ("seconds_since_step", "report_age_seconds", "message"),
     [
         (590.0, 10, ""),
         (590.0, 11, "no rank has reported progress for 601 s; the stall timeout is 600 s"),
@@ -100,9 +100,9 @@ def test_default_stall_limit_is_20_steps_but_at_least_ten_minutes(median: float 
         (None, 100, ""),
     ],
 )
-def test_run_without_steps_stalls_only_while_its_report_is_new(since_step: float | None, report_age: float, message: str) -> None:
-    received_report = report(health={"secondsSinceStep": since_step})
-    assert timeouts.describe_stall(accept_spec().spec, received_report, T0, [pod()], at(report_age)) == message
+def test_run_without_steps_stalls_only_while_its_report_is_new(seconds_since_step: float | None, report_age_seconds: float, message: str) -> None:
+    received_report = report(health={"secondsSinceStep": seconds_since_step})
+    assert timeouts.describe_stall(accept_spec().spec, received_report, T0, [pod()], at(report_age_seconds)) == message
 
 
 def test_report_older_than_a_short_stall_timeout_is_ignored() -> None:
@@ -131,6 +131,6 @@ def test_running_pods_stall_if_none_has_answered_or_been_ready_for_the_stall_tim
 
 
 def test_node_is_lost_if_its_pod_exists_longer_than_the_margin_after_its_grace_period() -> None:
-    late, deleted = replace(pod(), deletion_timestamp=at(-31)), replace(pod(), deletion_timestamp=at(-31), is_deleted=True)
+    lost_pod, deleted_pod = replace(pod(), deletion_timestamp=at(-31)), replace(pod(), deletion_timestamp=at(-31), is_deleted=True)
     assert timeouts.find_pods_of_lost_nodes([replace(pod(), deletion_timestamp=at(-29))], 30.0, T0) == []
-    assert timeouts.find_pods_of_lost_nodes([pod(), late, deleted, replace(pod(), deletion_timestamp=at(-30))], 30.0, T0) == [late]
+    assert timeouts.find_pods_of_lost_nodes([pod(), lost_pod, deleted_pod, replace(pod(), deletion_timestamp=at(-30))], 30.0, T0) == [lost_pod]

@@ -36,23 +36,23 @@ def make_newer_spec(name: str, **groups: Any) -> Object:
 
 
 @pytest.mark.parametrize("name", NEWER_GROUPS)
-@pytest.mark.parametrize("attempts", [0, 1], ids=["new", "between attempts"])
-def test_job_with_an_unreadable_spec_waits_for_a_newer_operator(name: str, attempts: int) -> None:
-    over = {**STARTED_ATTEMPT, "endTime": at(1).isoformat(), "reason": "Suspended"}
-    old_status = status(attempt=2, attempts=[over]) if attempts else None
+@pytest.mark.parametrize("attempt_count", [0, 1], ids=["new", "between attempts"])
+def test_job_with_an_unreadable_spec_waits_for_a_newer_operator(name: str, attempt_count: int) -> None:
+    ended_attempt = {**STARTED_ATTEMPT, "endTime": at(1).isoformat(), "reason": "Suspended"}
+    old_status = status(attempt=2, attempts=[ended_attempt]) if attempt_count else None
     job_facts = facts(spec=make_newer_spec(name), status=old_status, now=at(5000))
     plan = decide(job_facts)
     assert (plan.situation, plan.attempt_to_create, plan.job_end) == (Situation.REFUSED, None, None)
     new_status = compute_status(job_facts, plan, ActionResult())
-    accepted = new_status.condition(Condition.ACCEPTED)
-    assert accepted is not None and (accepted.status, accepted.reason) == ("False", Reason.OPERATOR_TOO_OLD)
-    assert next(iter(NEWER_GROUPS[name])) in accepted.message
+    accepted_condition = new_status.condition(Condition.ACCEPTED)
+    assert accepted_condition is not None and (accepted_condition.status, accepted_condition.reason) == ("False", Reason.OPERATOR_TOO_OLD)
+    assert next(iter(NEWER_GROUPS[name])) in accepted_condition.message
     assert new_status.phase is Phase.PENDING
 
 
 def test_suspended_job_with_an_unreadable_spec_stays_suspended() -> None:
-    over = {**STARTED_ATTEMPT, "endTime": at(1).isoformat(), "reason": "Suspended", "committedStep": 5000}
-    job_facts = facts(spec=make_newer_spec("unknown field", suspend=True), status=status(attempt=2, attempts=[over]), now=at(5000))
+    ended_attempt = {**STARTED_ATTEMPT, "endTime": at(1).isoformat(), "reason": "Suspended", "committedStep": 5000}
+    job_facts = facts(spec=make_newer_spec("unknown field", suspend=True), status=status(attempt=2, attempts=[ended_attempt]), now=at(5000))
     assert compute_status(job_facts, decide(job_facts), ActionResult()).phase is Phase.SUSPENDED
 
 
@@ -69,13 +69,13 @@ def make_running_facts(raw_spec: Object, now: float = 60, **fields: Any) -> Fact
     return facts(spec=raw_spec, status=RUNNING_STATUS, jobs=[job(pod_count=4)], pods=pods, now=at(now), **fields)
 
 
-@pytest.mark.parametrize("lost", ["resources", "training"])
-def test_running_gang_keeps_its_number_of_pods(lost: str) -> None:
+@pytest.mark.parametrize("unreadable_group", ["resources", "training"])
+def test_running_gang_keeps_its_number_of_pods(unreadable_group: str) -> None:
     """The operator reads the number of pods from the Job, because it may be unable to read the group `resources` of the spec."""
-    observed = make_running_facts({**spec(resources={"nodes": 4}), lost: {"newer": 1, "nodes": "four"}})
-    plan = decide(observed)
+    job_facts = make_running_facts({**spec(resources={"nodes": 4}), unreadable_group: {"newer": 1, "nodes": "four"}})
+    plan = decide(job_facts)
     assert (plan.situation, plan.termination, plan.jobs_to_delete) == (Situation.ACTIVE, None, ())
-    new_status = compute_status(observed, plan, ActionResult())
+    new_status = compute_status(job_facts, plan, ActionResult())
     assert new_status.workers is not None and new_status.workers.display == "4/4"
     assert new_status.phase is Phase.RUNNING or new_status.phase is Phase.STARTING
 
@@ -95,8 +95,8 @@ def test_running_attempt_with_an_unreadable_spec_can_be_stopped(groups: Object, 
 
 def test_running_attempt_with_an_unreadable_spec_is_not_stalled() -> None:
     received_report = report(health={"secondsSinceHeartbeat": 5000.0}, progress={"step": 5})
-    stalled = make_running_facts(spec(), last_report=received_report)
-    assert (decide(stalled).termination is not None) is True
+    stalled_facts = make_running_facts(spec(), last_report=received_report)
+    assert (decide(stalled_facts).termination is not None) is True
     assert decide(make_running_facts(make_newer_spec("unknown field"), last_report=received_report)).termination is None
 
 
@@ -121,27 +121,27 @@ def make_started_status(raw_spec: Object) -> FineTuneJobStatus:
 
 
 def test_resume_waits_if_an_older_crd_removed_a_field() -> None:
-    before = make_started_status(spec(training={"seed": 7}))
-    acceptance_after = accept(spec(), CONFIG, read_first_attempt(before))
+    started_status = make_started_status(spec(training={"seed": 7}))
+    acceptance_after = accept(spec(), CONFIG, read_first_attempt(started_status))
     assert isinstance(acceptance_after, RefusedSpec)
     assert (acceptance_after.reason, acceptance_after.is_final) == (Reason.SPEC_CHANGED, False)
-    attempts = [attempt.model_copy(update={"end_time": at(1), "reason": "Suspended"}) for attempt in before.attempts]
-    ended_status = before.model_copy(update={"attempts": attempts, "attempt": 2})
-    waits = Facts(finetunejob(spec(), ended_status), acceptance_after, at(100), CONFIG)
-    plan = decide(waits)
+    attempts = [attempt.model_copy(update={"end_time": at(1), "reason": "Suspended"}) for attempt in started_status.attempts]
+    ended_status = started_status.model_copy(update={"attempts": attempts, "attempt": 2})
+    waiting_facts = Facts(finetunejob(spec(), ended_status), acceptance_after, at(100), CONFIG)
+    plan = decide(waiting_facts)
     assert (plan.situation, plan.attempt_to_create, plan.job_end) == (Situation.REFUSED, None, None)
 
 
 @pytest.mark.parametrize(
-    "changed",
+    "changed_groups",
     [
         {"suspend": True}, {"cancel": False}, {"policy": {}}, {"placement": {}},
         {"policy": {"activeDeadlineSeconds": 5, "ttlSecondsAfterFinished": 5}}, {"placement": {"queueName": "q"}},
     ],
 )  # fmt: skip
-def test_changes_that_the_api_allows_keep_the_hash(changed: Object) -> None:
-    assert compute_spec_sha256(spec(**changed)) == compute_spec_sha256(spec())
-    assert isinstance(accept(spec(**changed), CONFIG, read_first_attempt(make_started_status(spec()))), AcceptedSpec)
+def test_changes_that_the_api_allows_keep_the_hash(changed_groups: Object) -> None:
+    assert compute_spec_sha256(spec(**changed_groups)) == compute_spec_sha256(spec())
+    assert isinstance(accept(spec(**changed_groups), CONFIG, read_first_attempt(make_started_status(spec()))), AcceptedSpec)
 
 
 def test_job_without_a_recorded_hash_continues() -> None:

@@ -64,8 +64,8 @@ FIELDS = st.sampled_from(
 
 
 @given(st.dictionaries(FIELDS, JSON_VALUES))
-def test_reading_a_corrupt_status_never_raises(raw: dict[str, Any]) -> None:
-    read_status(raw)
+def test_reading_a_corrupt_status_never_raises(raw_status: dict[str, Any]) -> None:
+    read_status(raw_status)
 
 
 def test_corrupt_field_is_dropped_and_all_others_are_kept() -> None:
@@ -76,7 +76,7 @@ def test_corrupt_field_is_dropped_and_all_others_are_kept() -> None:
 def test_unknown_condition_is_dropped_and_known_ones_are_kept() -> None:
     known_condition = {"type": "Finished", "status": "True"}
     new_status = read_status({"attempt": 4, "conditions": [known_condition, {"type": "Theirs", "status": "True"}]})
-    assert [c.type for c in new_status.conditions] == ["Finished"]
+    assert [condition.type for condition in new_status.conditions] == ["Finished"]
 
 
 def test_finetunejob_is_parsed() -> None:

@@ -56,8 +56,8 @@ class Handler:
         self.changes.append((event_type, version))
 
 
-async def read_lines(data: list[bytes], handler: Handler) -> list[dict[str, Any]]:
-    stream = WatchStream(cast("aiohttp.StreamReader", Content(*data)), handler)
+async def read_lines(chunks: list[bytes], handler: Handler) -> list[dict[str, Any]]:
+    stream = WatchStream(cast("aiohttp.StreamReader", Content(*chunks)), handler)
     text = b"".join([chunk async for chunk in stream.iter_chunked(1024)])
     return [json.loads(line) for line in text.splitlines()]
 
@@ -69,14 +69,14 @@ EVENTS = [
 LINES = b"".join(json.dumps(event).encode() + b"\n" for event in EVENTS)
 
 
-@pytest.mark.parametrize("size", [1, 7, 60, len(LINES)])
-async def test_kopf_reads_bookmarks_instead_of_handled_changes(size: int) -> None:
+@pytest.mark.parametrize("chunk_size", [1, 7, 60, len(LINES)])
+async def test_kopf_reads_bookmarks_instead_of_handled_changes(chunk_size: int) -> None:
     """Some events are still passed on to kopf: deletions, errors, and changes whose handler failed."""
     handler = Handler()
-    forwarded = await read_lines([LINES[start : start + size] for start in range(0, len(LINES), size)], handler)
+    forwarded_events = await read_lines([LINES[start : start + chunk_size] for start in range(0, len(LINES), chunk_size)], handler)
     assert handler.changes == [("ADDED", "1"), ("MODIFIED", "2")]
-    bookmarks = [make_bookmark(2)] if size == len(LINES) else [make_bookmark(1), make_bookmark(2)]
-    assert forwarded == [*bookmarks, *EVENTS[2:]]
+    bookmarks = [make_bookmark(2)] if chunk_size == len(LINES) else [make_bookmark(1), make_bookmark(2)]
+    assert forwarded_events == [*bookmarks, *EVENTS[2:]]
 
 
 @pytest.mark.parametrize("line", [b"no json", b"[]", b'{"type": "ADDED", "object": {}}'])
@@ -85,12 +85,12 @@ async def test_lines_that_are_not_events_go_to_kopf(line: bytes) -> None:
     assert [chunk async for chunk in stream.iter_chunked(1024)] == [line + b"\n"]
 
 
-@pytest.mark.parametrize("cut", [1, 40])
-async def test_event_that_the_connection_cut_off_is_read_again_by_the_next_watch(cut: int) -> None:
+@pytest.mark.parametrize("missing_bytes", [1, 40])
+async def test_event_that_the_connection_cut_off_is_read_again_by_the_next_watch(missing_bytes: int) -> None:
     """kopf gets no part of an incomplete event, so its next watch continues after the last bookmark."""
     handler = Handler()
     lines = b"".join(json.dumps(make_event("MODIFIED", version)).encode() + b"\n" for version in (1, 2))
-    assert await read_lines([lines[:-cut]], handler) == [make_bookmark(1)]
+    assert await read_lines([lines[:-missing_bytes]], handler) == [make_bookmark(1)]
     assert handler.changes == [("MODIFIED", "1")]
 
 
@@ -100,7 +100,7 @@ def test_connection_errors_come_from_the_original_content() -> None:
 
 
 @pytest.mark.parametrize(
-    ("url", "status", "handled"),
+    ("url", "status", "handled_count"),
     [
         ("/api/v1/pods?watch=true", 200, 2),
         ("/api/v1/namespaces/team/pods?watch=true", 200, 2),
@@ -109,7 +109,7 @@ def test_connection_errors_come_from_the_original_content() -> None:
         ("/api/v1/services?watch=true", 200, 0),
     ],
 )
-async def test_only_successful_watches_of_known_collections_are_handled(url: str, status: int, handled: int) -> None:
+async def test_only_successful_watches_of_known_collections_are_handled(url: str, status: int, handled_count: int) -> None:
     """The test reads the response with kopf's own function. If a later version of kopf read responses in another way, kopf itself would get all changes, and
     this test would fail.
     """
@@ -121,11 +121,11 @@ async def test_only_successful_watches_of_known_collections_are_handled(url: str
     app.router.add_get("/{path:.*}", respond)
     async with TestServer(app) as server:
         connection_info = kopf.ConnectionInfo(server=str(server.make_url("")), insecure=True)
-        credentials = TracedSession(connection_info, WatchMonitor([], lambda *_: None), {"pods": handler})
-        async with credentials.aiohttp_session as session, session.get(server.make_url(url)) as response:
-            read_by_kopf = [json.loads(line) async for line in api.iter_jsonlines(response.content)]
-    assert len(handler.changes) == handled
-    assert read_by_kopf == ([make_bookmark(2), *EVENTS[2:]] if handled else EVENTS)
+        traced_session = TracedSession(connection_info, WatchMonitor([], lambda *_: None), {"pods": handler})
+        async with traced_session.aiohttp_session as session, session.get(server.make_url(url)) as response:
+            events_read_by_kopf = [json.loads(line) async for line in api.iter_jsonlines(response.content)]
+    assert len(handler.changes) == handled_count
+    assert events_read_by_kopf == ([make_bookmark(2), *EVENTS[2:]] if handled_count else EVENTS)
 
 
 async def test_kopf_continues_at_the_last_handled_change_and_lists_again_after_410() -> None:
@@ -153,9 +153,9 @@ async def test_kopf_continues_at_the_last_handled_change_and_lists_again_after_4
         session = TracedSession(kopf.ConnectionInfo(server=f"http://127.0.0.1:{server.port}"), WatchMonitor([], lambda *_: None), {"pods": handler})
         auth.vault_var.set(vault := credentials.Vault({credentials.VaultKey("login"): session}))
         pods = references.Resource(group="", version="v1", plural="pods", namespaced=True)
-        async for found in watching.infinite_watch(settings=settings, resource=pods, namespace=None):
-            if isinstance(found, dict) and found["type"] == "DELETED":
-                versions.append(str(found["object"]["metadata"]["resourceVersion"]))
+        async for event in watching.infinite_watch(settings=settings, resource=pods, namespace=None):
+            if isinstance(event, dict) and event["type"] == "DELETED":
+                versions.append(str(event["object"]["metadata"]["resourceVersion"]))
             if versions[-1:] == ["99"]:
                 break
         await vault.close()

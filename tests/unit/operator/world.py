@@ -40,7 +40,7 @@ class SimulatedCluster:
     queue: str | None = None
     deadline_seconds: int | None = None
     ttl_seconds: int | None = None
-    kept_checkpoints: int = 3
+    kept_checkpoint_count: int = 3
     suspend: bool = False
     cancel: bool = False
     now: datetime = T0
@@ -53,7 +53,7 @@ class SimulatedCluster:
     created_attempts: list[int] = field(default_factory=list)
     lost_since_by_pod: dict[str, datetime] = field(default_factory=dict)
     """For each pod on a lost node, by the pod's uid: the time at which the node was lost."""
-    ended_by_suspension: set[str] = field(default_factory=set)
+    uids_ended_by_suspension: set[str] = field(default_factory=set)
     """uids of pods that ended because their Job was suspended. The Job controller does not count these pods as failed."""
     attempt_of_step: dict[int, int] = field(default_factory=dict)
     """For the step of each checkpoint: the attempt that committed this checkpoint."""
@@ -83,16 +83,16 @@ class SimulatedCluster:
 
     def facts(self) -> Facts:
         """Return the facts that the operator observes."""
-        raw_spec = self.user_spec()
+        raw_spec = self.build_user_spec()
         finetune_job = finetunejob(raw_spec, self.status, generation=self.generation)
-        observed = Facts(
+        job_facts = Facts(
             finetune_job, accept(raw_spec, CONFIG), self.now, CONFIG, tuple(self.jobs.values()), tuple(self.pods.values())
         )
-        same = self.last_report is not None and self.last_report.report.attempt == observed.attempt
-        return replace(observed, last_report=self.last_report) if same else observed
+        is_current = self.last_report is not None and self.last_report.report.attempt == job_facts.attempt
+        return replace(job_facts, last_report=self.last_report) if is_current else job_facts
 
     def owned_jobs(self) -> list[JobView]:
-        """Jobs that the FineTuneJob owns."""
+        """Return the Jobs that the FineTuneJob owns."""
         return [job for job in self.jobs.values() if job.is_owned]
 
     def list_pods_of(self, job: JobView) -> list[PodView]:
@@ -102,9 +102,9 @@ class SimulatedCluster:
     def create_job(self, attempt: int, max_step: int | None, rolled_back_attempt: int | None) -> JobView | None:
         """Create the Job of an attempt and return it, as the API server does. If a Job of another owner already has this name, return None."""
         name = attempt_job_name("run", attempt)
-        existing = next((job for job in self.jobs.values() if job.name == name), None)
-        if existing is not None:
-            return existing if existing.is_owned else None
+        existing_job = next((job for job in self.jobs.values() if job.name == name), None)
+        if existing_job is not None:
+            return existing_job if existing_job.is_owned else None
         self.last_serial_number += 1
         start_fields = {"is_suspended": True, "queue": self.queue, "started_at": None} if self.queue else {"started_at": self.now}
         created_job = make_job(attempt, uid=f"job-{attempt}-{self.last_serial_number}", created_at=self.now, **start_fields)
@@ -129,18 +129,18 @@ class SimulatedCluster:
     def _run_job(self, job: JobView, pods: list[PodView]) -> None:
         if job.is_suspended:
             self._hold_job(job, pods)
-        job_pods = [pod_view for pod_view in self.pods.values() if pod_view.job_uid == job.uid and pod_view.uid not in self.ended_by_suspension]
+        job_pods = [pod_view for pod_view in self.pods.values() if pod_view.job_uid == job.uid and pod_view.uid not in self.uids_ended_by_suspension]
         if any(pod_view.is_finished and pod_view.phase != "Succeeded" for pod_view in job_pods):
             self.delete_pods([pod_view for pod_view in pods if not pod_view.is_finished])
             if all(pod_view.is_finished for pod_view in pods):
                 self.jobs[job.uid] = replace(job, failed_at=self.now, failed_reason="BackoffLimitExceeded")
         elif job.is_suspended:
             return
-        elif missing := set(range(self.nodes)) - {
+        elif missing_indexes := set(range(self.nodes)) - {
             pod_view.completion_index for pod_view in (*job_pods, *(pod_view for pod_view in pods if not pod_view.is_finished))
         }:
-            for index in missing:
-                self._make_pod(job, index)
+            for index in missing_indexes:
+                self._create_pod(job, index)
         elif all(pod_view.phase == "Succeeded" for pod_view in job_pods):
             self.jobs[job.uid] = replace(job, completed_at=self.now)
 
@@ -148,11 +148,11 @@ class SimulatedCluster:
         """Delete the pods of a suspended Job. The Job fails only if the podFailurePolicy lists the exit code of one of these pods."""
         self.delete_pods([pod_view for pod_view in pods if not pod_view.is_finished])
         for pod_view in self.pods.values():
-            final = pod_view.terminated is not None and pod_view.terminated.exit_code in list_exit_codes_that_fail_the_job()
-            if pod_view.job_uid == job.uid and pod_view.phase != "Succeeded" and not final:
-                self.ended_by_suspension.add(pod_view.uid)
+            is_final = pod_view.terminated is not None and pod_view.terminated.exit_code in list_exit_codes_that_fail_the_job()
+            if pod_view.job_uid == job.uid and pod_view.phase != "Succeeded" and not is_final:
+                self.uids_ended_by_suspension.add(pod_view.uid)
 
-    def _make_pod(self, job: JobView, index: int) -> None:
+    def _create_pod(self, job: JobView, index: int) -> None:
         self.last_serial_number += 1
         uid = f"pod-{self.last_serial_number}"
         self.pods[uid] = make_pod(
@@ -178,16 +178,16 @@ class SimulatedCluster:
             if pod_view.phase == "Pending" and not pod_view.is_deleted and pod_view.deletion_timestamp is None:
                 self.pods[pod_view.uid] = replace(pod_view, phase="Running", is_ready=True, scheduled_at=self.now, running_since=self.now)
 
-    def running_pods(self) -> list[PodView]:
+    def list_running_pods(self) -> list[PodView]:
         """Return the running pods on nodes that are not lost."""
-        running = [pod_view for pod_view in self.pods.values() if pod_view.phase == "Running" and not pod_view.is_deleted]
-        return [pod_view for pod_view in running if pod_view.uid not in self.lost_since_by_pod]
+        running_pods = [pod_view for pod_view in self.pods.values() if pod_view.phase == "Running" and not pod_view.is_deleted]
+        return [pod_view for pod_view in running_pods if pod_view.uid not in self.lost_since_by_pod]
 
     def end_container(self, pod_view: PodView, code: int) -> None:
         """End the container. A container that is not killed writes its termination message."""
         if pod_view.is_finished:
             return
-        message = self._termination_message(pod_view) if code not in (ExitCode.SIGKILL, ExitCode.SIGTERM) and pod_view.phase == "Running" else None
+        message = self._build_termination_message(pod_view) if code not in (ExitCode.SIGKILL, ExitCode.SIGTERM) and pod_view.phase == "Running" else None
         if message is not None and pod_view.completion_index == 0:
             self.reported_checkpoints |= {(checkpoint.step, self.find_attempt_of(checkpoint)) for checkpoint in message.checkpoints}
         ended_pod = end_pod(pod_view, code, message)
@@ -206,13 +206,13 @@ class SimulatedCluster:
 
     def evict_pods(self) -> None:
         """If a node has been lost for EVICTION_DELAY, mark its pods as disrupted and delete them, as the taint manager does."""
-        for uid, since in self.lost_since_by_pod.items():
+        for uid, lost_since in self.lost_since_by_pod.items():
             pod_view = self.pods.get(uid)
-            if pod_view is not None and not pod_view.is_finished and not pod_view.disruption_reason and self.now >= since + EVICTION_DELAY:
-                deleting = pod_view.deletion_timestamp or since + EVICTION_DELAY + GRACE_PERIOD
-                self.pods[uid] = replace(pod_view, disruption_reason="DeletionByTaintManager", deletion_timestamp=deleting)
+            if pod_view is not None and not pod_view.is_finished and not pod_view.disruption_reason and self.now >= lost_since + EVICTION_DELAY:
+                deletion_timestamp = pod_view.deletion_timestamp or lost_since + EVICTION_DELAY + GRACE_PERIOD
+                self.pods[uid] = replace(pod_view, disruption_reason="DeletionByTaintManager", deletion_timestamp=deletion_timestamp)
 
-    def node_comes_back(self) -> None:
+    def reconnect_nodes(self) -> None:
         """Reconnect the lost nodes, so that their kubelets end the deleted pods."""
         for uid in list(self.lost_since_by_pod):
             pod_view = self.pods.get(uid)
@@ -224,14 +224,14 @@ class SimulatedCluster:
 
     def admit_jobs(self) -> None:
         """Admit all Jobs that wait for quota."""
-        for job in self.owned_jobs():
+        for job in self.list_owned_jobs():
             has_running_pods = any(not pod_view.is_finished for pod_view in self.list_pods_of(job))
             if job.is_suspended and not job.is_finished and not job.is_deleting and not has_running_pods:
                 self.jobs[job.uid] = replace(job, is_suspended=False, suspended_since=None, started_at=self.now)
 
     def preempt_jobs(self) -> None:
         """Suspend the Job and clear its start time, as Kueue does when it gives the quota to another workload."""
-        for job in self.owned_jobs():
+        for job in self.list_owned_jobs():
             if job.queue and not job.is_suspended and not job.is_finished and not job.is_deleting:
                 self.jobs[job.uid] = replace(job, is_suspended=True, suspended_since=self.now, started_at=None)
 
@@ -239,58 +239,58 @@ class SimulatedCluster:
 
     def train_gangs(self, steps: int) -> None:
         """Let each gang whose pods all run train `steps` more steps, and commit its checkpoints."""
-        for job in self.owned_jobs():
-            gang = [pod_view for pod_view in self.running_pods() if pod_view.job_uid == job.uid and pod_view.deletion_timestamp is None]
-            if job.is_finished or job.is_suspended or len({pod_view.completion_index for pod_view in gang}) < self.nodes:
+        for job in self.list_owned_jobs():
+            gang_pods = [pod_view for pod_view in self.list_running_pods() if pod_view.job_uid == job.uid and pod_view.deletion_timestamp is None]
+            if job.is_finished or job.is_suspended or len({pod_view.completion_index for pod_view in gang_pods}) < self.nodes:
                 continue
-            leader = next(pod_view for pod_view in gang if pod_view.completion_index == 0)
-            before = self.steps_by_pod.setdefault(leader.uid, self._start(leader))
-            self.steps_by_pod[leader.uid] = before + steps
-            for step in range(before + 1, before + steps + 1):
+            leader = next(pod_view for pod_view in gang_pods if pod_view.completion_index == 0)
+            step_before = self.steps_by_pod.setdefault(leader.uid, self._record_start_step(leader))
+            self.steps_by_pod[leader.uid] = step_before + steps
+            for step in range(step_before + 1, step_before + steps + 1):
                 if step % CHECKPOINT_EVERY_STEPS == 0:
                     self._commit(step, job.attempt)
 
     def _commit(self, step: int, attempt: int) -> None:
         """Commit a checkpoint, and apply the retention policy to checkpoints up to this step. Newer checkpoints, which a rollback has skipped, are kept."""
         self.attempt_of_step[step] = attempt
-        for old in sorted(other for other in self.attempt_of_step if other <= step)[: -self.kept_checkpoints]:
-            del self.attempt_of_step[old]
+        for removed_step in sorted(committed_step for committed_step in self.attempt_of_step if committed_step <= step)[: -self.kept_checkpoint_count]:
+            del self.attempt_of_step[removed_step]
 
-    def _start(self, leader: PodView) -> int:
+    def _record_start_step(self, leader: PodView) -> int:
         """Record and return the step from which the pod of rank 0 starts: the newest committed step that its run configuration allows."""
-        self.start_steps_by_pod[leader.uid] = self.allowed_start_step(*self.start_limits[leader.job_uid])
+        self.start_steps_by_pod[leader.uid] = self.find_allowed_start_step(*self.start_limits[leader.job_uid])
         return self.start_steps_by_pod[leader.uid]
 
-    def allowed_start_step(self, limit: int | None, rolled_back_attempt: int | None) -> int:
+    def find_allowed_start_step(self, max_step: int | None, rolled_back_attempt: int | None) -> int:
         """Return the newest committed step that a run configuration with these limits allows."""
-        exempt = rolled_back_attempt if limit is not None else None
-        steps = [step for step, attempt in self.attempt_of_step.items() if limit is None or step <= limit or (exempt and attempt >= exempt)]
+        exempt = rolled_back_attempt if max_step is not None else None
+        steps = [step for step, attempt in self.attempt_of_step.items() if max_step is None or step <= max_step or (exempt and attempt >= exempt)]
         return max(steps, default=0)
 
     def report_progress(self) -> None:
         """Let the operator read the progress report of rank 0."""
-        for pod_view in self.running_pods():
+        for pod_view in self.list_running_pods():
             if pod_view.completion_index == 0 and pod_view.uid in self.steps_by_pod and pod_view.job_uid in self.jobs:
-                step, start, checkpoints = self.steps_by_pod[pod_view.uid], self.start_steps_by_pod[pod_view.uid], self._checkpoints()
+                step, start_step, checkpoints = self.steps_by_pod[pod_view.uid], self.start_steps_by_pod[pod_view.uid], self._list_checkpoints()
                 seconds = (self.now - (pod_view.running_since or self.now)).total_seconds()
-                received_report = report(attempt=pod_view.attempt, stage=Stage.TRAINING, resumedFromStep=start, health={}, timeUse={"steps": seconds})
+                received_report = report(attempt=pod_view.attempt, stage=Stage.TRAINING, resumedFromStep=start_step, health={}, timeUse={"steps": seconds})
                 received_report = received_report.model_copy(
                     update={"progress": Progress(step=step, update_time=self.now), "checkpoints": checkpoints}
                 )
                 self.last_report = ReceivedReport(received_report, self.now, pod_view.uid)
                 self.reported_checkpoints |= {(checkpoint.step, self.find_attempt_of(checkpoint)) for checkpoint in checkpoints}
 
-    def _termination_message(self, pod_view: PodView) -> TerminationMessage:
+    def _build_termination_message(self, pod_view: PodView) -> TerminationMessage:
         if pod_view.uid not in self.steps_by_pod:
             return TerminationMessage(code="Code", message="message")
         step, start_step = self.steps_by_pod[pod_view.uid], self.start_steps_by_pod[pod_view.uid]
         message = TerminationMessage(code="Code", message="message", step=step, resumed_from_step=start_step)
-        return message.model_copy(update={"checkpoints": self._checkpoints()})
+        return message.model_copy(update={"checkpoints": self._list_checkpoints()})
 
-    def _checkpoints(self) -> list[Checkpoint]:
+    def _list_checkpoints(self) -> list[Checkpoint]:
         uri = "s3://models/test/checkpoints/step-{step:08d}/a{attempt}-00000000"
         return [
-            Checkpoint(step=s, uri=uri.format(step=s, attempt=self.attempt_of_step[s]), healthy=True) for s in sorted(self.attempt_of_step)
+            Checkpoint(step=step, uri=uri.format(step=step, attempt=self.attempt_of_step[step]), healthy=True) for step in sorted(self.attempt_of_step)
         ]
 
     @staticmethod
@@ -302,14 +302,14 @@ class SimulatedCluster:
 
     def pass_time(self, seconds: int) -> None:
         """Advance the clock. The passed time counts as running time of the job if an attempt is admitted or still has running pods."""
-        admitted = [job for job in self.owned_jobs() if not job.is_suspended and not job.is_finished]
-        if admitted or not all(pod_view.is_finished for pod_view in self.pods.values()):
+        admitted_jobs = [job for job in self.list_owned_jobs() if not job.is_suspended and not job.is_finished]
+        if admitted_jobs or not all(pod_view.is_finished for pod_view in self.pods.values()):
             self.running_seconds += seconds
         self.now += timedelta(seconds=seconds)
         self.evict_pods()
 
 
-def effective_batch(spec: FineTuneJobSpec) -> int:
+def compute_effective_batch(spec: FineTuneJobSpec) -> int:
     """Return the number of rows per optimizer step and rank."""
     training = spec.training
     return (training.batch_size_per_device or 1) * (training.gradient_accumulation_steps or 1)
