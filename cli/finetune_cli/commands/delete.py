@@ -64,5 +64,6 @@ def describe_remaining_files(job: dict[str, Any]) -> list[str]:
         purge_command = ["finetune", "purge", metadata["name"], "-n", metadata["namespace"], "--uid", uid, "--storage", storage_root_uri]
         purge_command += ["--endpoint", connection.endpoint] if connection.endpoint else []
         removal_hint = f"to remove them, run `{shlex.join(purge_command)}`"
-    notes = [f"{' and '.join(file_texts) or 'files that the job has stored'} stay in {uri}; {removal_hint}"]
+    stored_files_text = " and ".join(file_texts) or "files that the job has stored"
+    notes = [f"still stored in {uri}: {stored_files_text}; {removal_hint}"]
     return [*notes, f"copies stay in {' and '.join(copy_uris)}"] if copy_uris else notes

@@ -78,7 +78,7 @@ def check_quantization_without_bits(spec: FineTuneJobSpec, target: ExecutionTarg
         )
     elif quantization.bits == 8 and set_options:
         wire_names = ", ".join(type(quantization).model_fields[name].alias or name for name in set_options)
-        yield "model.quantization", f"{wire_names} have no effect, because bits is 8", f"remove {wire_names}, or write `bits: 4`"
+        yield "model.quantization", f"without effect, because bits is 8: {wire_names}", f"remove {wire_names}, or write `bits: 4`"
 
 
 @rule(

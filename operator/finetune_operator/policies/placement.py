@@ -42,7 +42,7 @@ def choose_pool(spec: FineTuneJobSpec, config: OperatorConfig) -> NodePool | Ref
         return RefusedSpec(Reason.POOL_TOO_SMALL, f"{message}; {_describe_pools(config)}", hint, is_final=False)
     node_count = resources.nodes or 1
     if pool.max_nodes is not None and node_count > pool.max_nodes:
-        message = f"spec.resources.nodes is {node_count}, but pool {pool.name} has at most {pool.max_nodes} nodes"
+        message = f"spec.resources.nodes is {node_count}, but the maximum of pool {pool.name} is {pool.max_nodes}"
         return RefusedSpec(Reason.POOL_TOO_SMALL, f"{message}; {_describe_pools(config)}", "lower resources.nodes", is_final=False)
     return pool
 

@@ -354,7 +354,7 @@ def test_delete_lists_what_stays_in_storage(finetune: Finetune, job: Job, api: K
     purge = f"finetune purge bot -n {namespace} --uid {uid} --storage s3://models/root --endpoint https://s3.example.com"
     assert result == Result(
         0, "bot: deleted\n",
-        f"note: 2 checkpoints (3.0 KiB) and the adapter stay in s3://models/root/{namespace}/bot/{uid}; to remove them, run `{purge}`\n"
+        f"note: still stored in s3://models/root/{namespace}/bot/{uid}: 2 checkpoints (3.0 KiB) and the adapter; to remove them, run `{purge}`\n"
         "note: copies stay in https://hub/x\n",
     )  # fmt: skip
     assert api.find(names.PLURAL, namespace, "bot") is None

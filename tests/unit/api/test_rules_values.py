@@ -252,7 +252,7 @@ REWARD_PATH = "trainer.rewards[0].parameters"
          "type is customerKey, but customerKeySecretRef is missing; write `{type: customerKey, customerKeySecretRef: {name: s3-customer-key, "
          "key: key}}`, or write another type and remove customerKeySecretRef"),
         ({"model.quantization.bits": 8, "model.quantization.doubleQuant": True},
-         "doubleQuant have no effect, because bits is 8; remove doubleQuant, or write `bits: 4`"),
+         "without effect, because bits is 8: doubleQuant; remove doubleQuant, or write `bits: 4`"),
     ],
 )  # fmt: skip
 def test_a_problem_says_what_is_wrong_and_what_to_write(fields: dict[str, Any], expected: str) -> None:

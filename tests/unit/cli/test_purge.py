@@ -110,5 +110,5 @@ def test_a_uid_selects_its_own_folder_also_if_the_job_adopted_a_result(uid: str 
 
 def test_delete_names_the_folder_of_an_adopted_result() -> None:
     assert delete.describe_remaining_files(make_adopting_job()) == [
-        "the adapter stay in s3://models/x/team/bot/u0; to remove them, run `finetune purge bot -n team --uid u0 --storage s3://models/x`"
+        "still stored in s3://models/x/team/bot/u0: the adapter; to remove them, run `finetune purge bot -n team --uid u0 --storage s3://models/x`"
     ]
