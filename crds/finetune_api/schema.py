@@ -175,13 +175,13 @@ def _make_scalar_schema(annotation: type, metadata: list[Any], path: tuple[str, 
 def iterate_constraints(metadata: list[Any]) -> Iterator[tuple[str, Any]]:
     """Yield (name, value) of every constraint in the metadata of an annotation, such as (`ge`, 1)."""
     for metadata_item in metadata:
-        parts = [*metadata_item.metadata, metadata_item] if isinstance(metadata_item, FieldInfo) else [metadata_item]
-        for part in parts:
+        constraint_sources = [*metadata_item.metadata, metadata_item] if isinstance(metadata_item, FieldInfo) else [metadata_item]
+        for source in constraint_sources:
             for name in ("ge", "gt", "le", "lt", "min_length", "max_length", "pattern"):
-                value = getattr(part, name, None)
+                value = getattr(source, name, None)
                 if value is not None:
                     yield name, value
-            schema_extra = getattr(part, "json_schema_extra", None)
+            schema_extra = getattr(source, "json_schema_extra", None)
             if isinstance(schema_extra, dict) and "enum" in schema_extra:
                 yield "enum", schema_extra["enum"]
 

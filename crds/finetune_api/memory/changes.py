@@ -23,7 +23,7 @@ from finetune_api.memory.plan import (
 from finetune_api.rules import (
     MAX_ACCUMULATION,
     base_bits,
-    batch_split,
+    compute_batch_split,
     divisors,
     effective_batch,
     gpus_per_node,
@@ -125,7 +125,7 @@ def _iterate_changes_with_more_gpus(spec: FineTuneJobSpec) -> Iterator[dict[str,
         return
     for gpu_count in (2, 4, 8):
         if gpu_count > gpus_per_node(spec) and rows_per_step % (gpu_count * node_count) == 0:
-            batch_split_values = _split_batch(rows_per_step // (gpu_count * node_count), batch_split(spec)[0])
+            batch_split_values = _split_batch(rows_per_step // (gpu_count * node_count), compute_batch_split(spec)[0])
             if batch_split_values[BATCH_PATHS[1]] <= MAX_ACCUMULATION:
                 yield {GPUS_PATH: gpu_count, STRATEGY_PATH: "fsdp", **batch_split_values}
 
@@ -154,7 +154,7 @@ def _find_largest_fitting_batch(
 
     Only micro-batches smaller than that of `spec` are tried. None: no micro-batch fits.
     """
-    micro_batch, accumulation = batch_split(spec)
+    micro_batch, accumulation = compute_batch_split(spec)
     rows_per_rank = micro_batch * accumulation
     smaller_micro_batches = [
         size for size in divisors(rows_per_rank)
