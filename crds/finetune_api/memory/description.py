@@ -47,7 +47,7 @@ LOSS_HEADS = {
 METHODS_CHECKED_WITH_PREFERENCES = (MethodType.FULL, MethodType.LORA, MethodType.QLORA)
 """Methods whose planned peaks with dpo, orpo, kto and reward were compared with measured peaks, on a CPU."""
 IA3_LAYERS, IA3_INPUT_LAYERS = frozenset({"k_proj", "v_proj", "down_proj"}), frozenset({"down_proj"})
-"""Names of all linear layers that IA3 scales, and of those layers whose inputs it scales.
+"""Names of all linear layers that IA3 scales, and names of the layers whose inputs IA3 scales.
 
 Of the layers that are only in the first set, IA3 scales the outputs.
 """
@@ -187,7 +187,10 @@ def _get_autocast_bytes(spec: FineTuneJobSpec, is_gpu: bool) -> int | None:
 
 
 def _describe_weights(spec: FineTuneJobSpec, shape: ModelShape, is_gpu: bool) -> TrainedWeights:
-    """Return the precision of the weights and the adapters. The choices are those of `finetune_trainer.hardware` and `finetune_trainer.method`."""
+    """Return the weights that the job trains, and the precision of all weights.
+
+    The choices are those of `finetune_trainer.hardware` and `finetune_trainer.method`.
+    """
     weights = _describe_method_weights(spec, shape, is_gpu)
     if trainer_type_of(spec) is TrainerType.SFT:
         return weights

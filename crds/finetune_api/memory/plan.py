@@ -106,12 +106,12 @@ def make_batch_values(micro_batch: int, accumulation: int) -> dict[str, Any]:
     return {MICRO_BATCH_PATH: micro_batch, ACCUMULATION_PATH: accumulation}
 
 
-def change_spec(spec: FineTuneJobSpec, values: dict[str, Any]) -> FineTuneJobSpec:
+def change_spec(spec: FineTuneJobSpec, values_by_path: dict[str, Any]) -> FineTuneJobSpec:
     """Return a copy of a spec with some values changed, by spec path. If `method.type` changes, settings that the new method cannot have are removed."""
-    changed_spec = spec.with_values(values)
-    if "method.type" not in values:
+    changed_spec = spec.with_values(values_by_path)
+    if "method.type" not in values_by_path:
         return changed_spec
-    spec_values, method = changed_spec.to_wire(), MethodType(values["method.type"])
+    spec_values, method = changed_spec.to_wire(), MethodType(values_by_path["method.type"])
     spec_values["method"] = {"type": method, **({"lora": spec_values["method"].get("lora") or {}} if method in LORA_METHODS else {})}
     if method is not MethodType.QLORA:
         spec_values.get("model", {}).pop("quantization", None)
