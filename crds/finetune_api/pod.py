@@ -388,15 +388,15 @@ def _make_termination_json(message: dict[str, Any], part_removers: tuple[Callabl
     redacted_texts = {key: redact_all(message[key], "[redacted]") for key in ("hint", "message") if isinstance(message.get(key), str)}
     message |= redacted_texts
     for remove_part in part_removers:
-        if len(_compact_json(message)) <= MAX_TERMINATION_BYTES:
+        if len(_to_compact_json(message)) <= MAX_TERMINATION_BYTES:
             break
         remove_part(message)
     for key in sorted(redacted_texts, key=lambda name: len(redacted_texts[name]), reverse=True):  # Cut the longest text first, so that a short hint stays complete.
-        excess_bytes = len(_compact_json(message)) - MAX_TERMINATION_BYTES
+        excess_bytes = len(_to_compact_json(message)) - MAX_TERMINATION_BYTES
         if excess_bytes > 0:
             text_bytes = redacted_texts[key].encode(errors="replace")
             message[key] = text_bytes[: max(0, len(text_bytes) - excess_bytes - 16)].decode(errors="ignore") + " ..."
-    return _compact_json(message).decode()
+    return _to_compact_json(message).decode()
 
 
 def _drop_texts_of_passed_gates(message: dict[str, Any]) -> None:
@@ -436,6 +436,6 @@ All results of the evaluation are also in storage. The removed URIs are also in 
 """
 
 
-def _compact_json(value: dict[str, Any]) -> bytes:
-    """Return compact JSON in valid UTF-8. An incomplete character, such as at the end of a log line that was cut, is replaced by `?`."""
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode(errors="replace")
+def _to_compact_json(message: dict[str, Any]) -> bytes:
+    """Return a message as compact JSON in valid UTF-8. An incomplete character, such as at the end of a log line that was cut, is replaced by `?`."""
+    return json.dumps(message, separators=(",", ":"), ensure_ascii=False).encode(errors="replace")

@@ -119,7 +119,7 @@ def _iterate_cel_rules(model: type[BaseModel], path: tuple[str, ...]) -> Iterato
 
 
 def make_type_schema(annotation: Any, metadata: list[Any], path: tuple[str, ...]) -> Schema:
-    """Return the structural schema of a type annotation. `metadata`: constraints of the annotations around it. `path`: the field, for error messages."""
+    """Return the structural schema of a type annotation. `metadata`: constraints of the enclosing annotations. `path`: the field, for error messages."""
     origin = get_origin(annotation)
     if origin is Annotated:
         inner_annotation, *inner_metadata = get_args(annotation)

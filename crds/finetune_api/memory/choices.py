@@ -115,7 +115,7 @@ def choose_values(
     """
     _require_choosable(resolved_spec)
     search = _Search(resolved_spec, shape, facts or RunFacts(), data_size, trained_parameters)
-    allowed_pools = [pool for pool in pools if pool.is_current or search.is_open(POOL_PATH)]
+    allowed_pools = [pool for pool in pools if pool.is_current or search.may_choose(POOL_PATH)]
     known_pools = [pool for pool in allowed_pools if pool.memory_bytes is not None]
     pools_of_unknown_memory = [pool for pool in allowed_pools if pool.memory_bytes is None]
     if not known_pools or any(pool.is_current for pool in pools_of_unknown_memory):
@@ -192,8 +192,8 @@ class _Search:
         """Whether the trainer pads the rows of a micro-batch on GPUs of this pool. The kernel without padding needs Ampere or newer."""
         return self.has_padding or (pool.gpu_type in GPU_TYPES_WITH_PADDING and self.spec.dataset.packing is not True)
 
-    def is_open(self, path: str) -> bool:
-        """Whether the user has not set the field, so that the plan may choose its value."""
+    def may_choose(self, path: str) -> bool:
+        """Whether the plan may choose the value of the field, because the user has not set the field."""
         return path in self.resolved_spec.defaults or self.spec.value(path) is None
 
     def find_best_arrangement(self, pool: GpuPool) -> _Arrangement:
@@ -225,39 +225,40 @@ class _Search:
     def _list_possible_gpu_counts(self, pool: GpuPool) -> list[int]:
         """Return the possible numbers of GPUs on each node. The effective batch must be divisible by the number of ranks."""
         current_count, node_count = gpus_per_node(self.spec), self.spec.resources.nodes or 1
-        if not (self.is_open(GPUS_PATH) and PROCESSES_PER_NODE_PATH in self.resolved_spec.defaults):
+        if not (self.may_choose(GPUS_PATH) and PROCESSES_PER_NODE_PATH in self.resolved_spec.defaults):
             return [current_count]
         return [count for count in range(current_count, max(current_count, pool.gpus_per_node) + 1) if self.rows_per_step % (count * node_count) == 0]
 
     def _list_possible_strategies(self, gpus: int) -> list[StrategyType]:
         current_strategy = self.spec.distributed.strategy or StrategyType.NONE
-        if not self.is_open(STRATEGY_PATH):
+        if not self.may_choose(STRATEGY_PATH):
             return [current_strategy]
         return [StrategyType.NONE] if gpus * (self.spec.resources.nodes or 1) == 1 else [StrategyType.DDP, StrategyType.FSDP]
 
     def _list_possible_checkpointing_modes(self, fixed_values: dict[str, Any]) -> list[GradientCheckpointing]:
         """Return the values of `training.gradientCheckpointing` to compare. The value that needs the least memory comes last."""
         current_mode = self.spec.training.gradient_checkpointing or GradientCheckpointing.ENABLED
-        is_fixed = not self.is_open(CHECKPOINTING_PATH) or self.spec.trainer.backend is TrainerBackend.UNSLOTH or current_mode is GradientCheckpointing.DISABLED
+        is_disabled = current_mode is GradientCheckpointing.DISABLED
+        is_fixed = not self.may_choose(CHECKPOINTING_PATH) or self.spec.trainer.backend is TrainerBackend.UNSLOTH or is_disabled
         if is_fixed or not self._keeps_rules(fixed_values | {CHECKPOINTING_PATH: GradientCheckpointing.DISABLED}):
             return [current_mode]
         return [GradientCheckpointing.DISABLED, current_mode]
 
     def _keeps_rules(self, values_by_path: dict[str, Any]) -> bool:
-        changed_values = {path: value for path, value in values_by_path.items() if self.is_open(path) and value != self.spec.value(path)}
+        changed_values = {path: value for path, value in values_by_path.items() if self.may_choose(path) and value != self.spec.value(path)}
         return not new_problems(self.user_spec, self.user_spec.with_values(changed_values))
 
     def _list_possible_micro_batches(self, gpus: int, pool: GpuPool) -> list[int]:
         """Return the sizes of the micro-batch that keep the effective batch, in ascending order."""
-        training, rows = self.spec.training, self.rows_per_step // (gpus * (self.spec.resources.nodes or 1))
+        training, rows_per_rank = self.spec.training, self.rows_per_step // (gpus * (self.spec.resources.nodes or 1))
         current_micro_batch, accumulation = training.batch_size_per_device or 1, training.gradient_accumulation_steps or 1
         min_micro_batch = min_batch_size_per_device(self.spec)
-        possible_micro_batches = [size for size in divisors(rows) if size >= min_micro_batch and rows // size <= MAX_ACCUMULATION]
-        if not self.is_open(MICRO_BATCH_PATH):
+        possible_micro_batches = [size for size in divisors(rows_per_rank) if size >= min_micro_batch and rows_per_rank // size <= MAX_ACCUMULATION]
+        if not self.may_choose(MICRO_BATCH_PATH):
             possible_micro_batches = [size for size in possible_micro_batches if size == current_micro_batch]
-        if not self.is_open(ACCUMULATION_PATH):
-            possible_micro_batches = [size for size in possible_micro_batches if rows // size == accumulation]
-        if self.pads_rows(pool) and self.is_open(MICRO_BATCH_PATH):  # the plan does not know how much padding a larger micro-batch has
+        if not self.may_choose(ACCUMULATION_PATH):
+            possible_micro_batches = [size for size in possible_micro_batches if rows_per_rank // size == accumulation]
+        if self.pads_rows(pool) and self.may_choose(MICRO_BATCH_PATH):  # the plan does not know how much padding a larger micro-batch has
             possible_micro_batches = [size for size in possible_micro_batches if size <= current_micro_batch] or possible_micro_batches[:1]
         return possible_micro_batches
 
@@ -265,7 +266,7 @@ class _Search:
         self, pool: GpuPool, fixed_values: dict[str, Any], micro_batches: list[int], checkpointing_mode: GradientCheckpointing
     ) -> _Arrangement:
         """Return the arrangement with the largest micro-batch that fits. If no arrangement fits, return the one with the smallest micro-batch."""
-        fitting_count = bisect_right(micro_batches, False, key=lambda rows: not self._plan_arrangement(pool, fixed_values, rows, checkpointing_mode).fits)
+        fitting_count = bisect_right(micro_batches, False, key=lambda size: not self._plan_arrangement(pool, fixed_values, size, checkpointing_mode).fits)
         best_arrangement = self._plan_arrangement(pool, fixed_values, micro_batches[max(0, fitting_count - 1)], checkpointing_mode)
         return replace(best_arrangement, gpu_seconds=self._estimate_gpu_seconds(best_arrangement))
 
@@ -323,7 +324,7 @@ def _iterate_chosen_paths(search: _Search, best_arrangement: _Arrangement) -> It
     """Yield the spec paths whose values the plan chose. For a job with one rank, the plan chooses no strategy."""
     for path in CHOSEN_FIELDS:
         is_strategy_of_one_rank = path == STRATEGY_PATH and world_size(best_arrangement.spec) == 1
-        if search.is_open(path) and not is_strategy_of_one_rank and not (path == GPUS_PATH and PROCESSES_PER_NODE_PATH not in search.resolved_spec.defaults):
+        if search.may_choose(path) and not is_strategy_of_one_rank and not (path == GPUS_PATH and PROCESSES_PER_NODE_PATH not in search.resolved_spec.defaults):
             yield path
 
 

@@ -1,4 +1,4 @@
-"""Advises which values a job should change after a GPU ran out of memory.
+"""Advises which values of a job should change after a GPU ran out of memory.
 
 The memory in use when an allocation failed, plus the refused request, is a lower bound of the true peak. If this lower bound exceeds the planned
 peak, the plan was too low, and all planned peaks are multiplied by lower bound / planned peak. The advice is the largest micro-batch whose corrected upper

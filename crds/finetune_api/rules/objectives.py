@@ -221,7 +221,7 @@ def check_generations(spec: FineTuneJobSpec, target: ExecutionTarget) -> Finding
         )
     answers_per_batch = (spec.evaluation.batch_size_per_device or compute_batch_split(spec)[0]) * world_size(spec)
     generates_for_evaluation = evaluates_during_training(spec) or has_test_set(spec)
-    if generates_for_evaluation and not any(answers_per_batch % size == 0 for size in range(2, generations_per_prompt + 1)):
+    if generates_for_evaluation and not any(answers_per_batch % group_size == 0 for group_size in range(2, generations_per_prompt + 1)):
         yield (
             "evaluation.batchSizePerDevice",
             f"an evaluation batch of all ranks has {answers_per_batch} answers, which cannot be divided into groups of two or more",

@@ -1,4 +1,4 @@
-"""Lists the features of a job that inference servers cannot serve, and contains the rule and the warnings about them.
+"""Lists the features of a job that inference servers cannot serve, and contains the rule and the warnings about these features.
 
 If `output.serving` names a server that cannot serve a feature of the job, the job is refused. If `output.serving` does not name the server, the user gets a
 warning. The list is correct for vLLM 0.11 to 0.22 (`vllm/lora/peft_helper.py`, `vllm/config/lora.py`). KServe's Hugging Face runtime passes adapters to

@@ -34,8 +34,8 @@ def build_cel_for_each(path: str, build_condition: Callable[[str], str]) -> str:
     return _build_cel_for_each_below("object.spec", path.split("."), build_condition, 0)
 
 
-def _build_cel_for_each_below(parent_cel: str, names: list[str], build_condition: Callable[[str], str], depth: int) -> str:
-    name, *names_below = names
+def _build_cel_for_each_below(parent_cel: str, field_names: list[str], build_condition: Callable[[str], str], depth: int) -> str:
+    name, *names_below = field_names
     value_cel = f"{parent_cel}.{name.removesuffix('[]')}"
     target_cel = f"item{depth}" if name.endswith("[]") else value_cel
     condition_cel = _build_cel_for_each_below(target_cel, names_below, build_condition, depth + 1) if names_below else build_condition(target_cel)
@@ -45,8 +45,8 @@ def _build_cel_for_each_below(parent_cel: str, names: list[str], build_condition
 
 def _build_cel_with_default(path: str, default: str) -> str:
     """Return CEL for the value at a path without lists. The CEL returns `default` if the field is missing."""
-    names = path.split(".")
-    prefix_cels = ["object.spec." + ".".join(names[: i + 1]) for i in range(len(names))]
+    field_names = path.split(".")
+    prefix_cels = ["object.spec." + ".".join(field_names[: i + 1]) for i in range(len(field_names))]
     return f"{' && '.join(f'has({prefix_cel})' for prefix_cel in prefix_cels)} ? {prefix_cels[-1]} : {default}"
 
 
