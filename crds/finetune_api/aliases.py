@@ -136,6 +136,9 @@ def normalise(name: str) -> str:
 
 
 def find_field_for_alias(alias_path: str) -> str:
-    """Return the spec path of the field that an option of another tool corresponds to: `training.learningRate` for `training.lr`. Unknown name: ""."""
+    """Return the spec path of the field that an option of another tool corresponds to: `training.learningRate` for `training.lr`.
+
+    For an unknown name, return an empty string.
+    """
     group, _, name = alias_path.rpartition(".")
     return FIELD_ALIASES.get(f"{group}.{normalise(name)}") or FIELD_ALIASES.get(normalise(name), "")

@@ -55,7 +55,7 @@ class ReportModel(LenientModel):
         except ValidationError as error:
             if not isinstance(raw_values, dict):
                 raise
-            return handler(_remove_values(raw_values, [item["loc"] for item in error.errors()]))
+            return handler(_remove_values(raw_values, [detail["loc"] for detail in error.errors()]))
 
 
 def _remove_values(raw_values: dict[str, Any], locations: list[tuple[int | str, ...]]) -> dict[str, Any]:
@@ -201,9 +201,9 @@ def get_value_at_path(nested_values: Any, path: str) -> Any:
 
 def remove_value_at_path(nested_values: dict[str, Any], path: str) -> None:
     """Remove the value at a dotted path from nested dicts, if the path exists."""
-    *groups, name = path.split(".")
+    *group_names, name = path.split(".")
     group_value: Any = nested_values
-    for group in groups:
-        group_value = group_value.get(group) if isinstance(group_value, dict) else None
+    for group_name in group_names:
+        group_value = group_value.get(group_name) if isinstance(group_value, dict) else None
     if isinstance(group_value, dict):
         group_value.pop(name, None)

@@ -32,8 +32,8 @@ class Calibration:
 
 def find_calibration(table: CalibrationTable, gpu: GpuType, *, has_several_gpus: bool) -> Calibration | None:
     """Return the calibration for a type of GPU, or None if the table has fewer than MIN_CALIBRATION_RUNS runs on it."""
-    name = next((name for name, known_gpu in GPU_TYPES.items() if known_gpu == gpu), "")
-    table_row = table.get((name, has_several_gpus))
+    gpu_type_name = next((name for name, known_gpu in GPU_TYPES.items() if known_gpu == gpu), "")
+    table_row = table.get((gpu_type_name, has_several_gpus))
     return Calibration(*table_row) if table_row is not None and table_row[0] >= MIN_CALIBRATION_RUNS else None
 
 

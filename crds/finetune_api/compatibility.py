@@ -63,14 +63,14 @@ def read_run_config(run_json: bytes) -> RunConfig:
     if make_version_sort_key(needed_release) > make_version_sort_key(RELEASE):
         raise _make_too_old_error(f"run.json needs trainer {needed_release} or newer")
     try:
-        run, unknown_items = _read_known_items(RunConfig, raw_config)
+        run_config, unknown_items = _read_known_items(RunConfig, raw_config)
     except ValidationError as error:
         first_error = error.errors()[0]
         raise ConfigError("RunFileInvalid", f"run.json: {_format_dotted_path(first_error['loc'])}: {first_error['msg']}") from error
-    refused_paths = [path for item in unknown_items for path in _iterate_paths_to_refuse(run, item)]
+    refused_paths = [path for item in unknown_items for path in _iterate_paths_to_refuse(run_config, item)]
     if refused_paths:
         raise _make_too_old_error(f"run.json contains {', '.join(refused_paths)}, which this trainer does not know")
-    return run
+    return run_config
 
 
 def _make_too_old_error(reason: str) -> TooOldError:
@@ -78,27 +78,27 @@ def _make_too_old_error(reason: str) -> TooOldError:
     return TooOldError("TrainerTooOld", f"{reason}; this is trainer {RELEASE}", hint=hint)
 
 
-def _iterate_paths_to_refuse(run: RunConfig, unknown_item: UnknownItem) -> Iterator[str]:
-    """Yield the path of the unknown item, unless the trainer can ignore it.
+def _iterate_paths_to_refuse(run_config: RunConfig, unknown_item: UnknownItem) -> Iterator[str]:
+    """Yield the path of the unknown item, unless the trainer can ignore the item.
 
-    For an unknown group, yield the paths of those values in the group that the trainer cannot ignore.
+    For an unknown enumeration value, yield `path: value`. For an unknown group, yield the paths of those values in the group that the trainer cannot ignore.
     """
     location, value = unknown_item.location, unknown_item.value
     if not unknown_item.is_field:
         yield f"{_format_dotted_path(location)}: {value}"
         return
     path = _format_dotted_path(location[1:])
-    if location[0] != "spec" or (path in run.defaults and run.origin(path) is Origin.DEFAULT):
+    if location[0] != "spec" or (path in run_config.defaults and run_config.origin(path) is Origin.DEFAULT):
         return
     if isinstance(value, dict):
-        for name, inner in value.items():
-            yield from _iterate_paths_to_refuse(run, UnknownItem((*location, name), inner, is_field=True))
+        for name, nested_value in value.items():
+            yield from _iterate_paths_to_refuse(run_config, UnknownItem((*location, name), nested_value, is_field=True))
     else:
         yield f"spec.{path}"
 
 
 def _read_known_items(model: type[Model], raw_values: Any) -> tuple[Model, list[UnknownItem]]:
-    """Return the model with the known fields, and the list of unknown fields and values. Errors: ValidationError for values that every release refuses."""
+    """Return the model with the known fields, and the list of unknown fields and values. Errors: ValidationError for values that no release accepts."""
     raw_values = copy.deepcopy(raw_values)
     unknown_items: list[UnknownItem] = []
     while True:
@@ -106,30 +106,31 @@ def _read_known_items(model: type[Model], raw_values: Any) -> tuple[Model, list[
             return model.model_validate(raw_values), unknown_items
         except ValidationError as error:
             removed_locations = {item.location for item in unknown_items}
-            removable_items = {
-                item["loc"]: item["type"] for item in error.errors() if item["type"] in (UNKNOWN_FIELD_ERROR, *UNKNOWN_VALUE_ERRORS)
+            error_type_by_location = {
+                detail["loc"]: detail["type"] for detail in error.errors() if detail["type"] in (UNKNOWN_FIELD_ERROR, *UNKNOWN_VALUE_ERRORS)
             } | {
                 # A group cannot be read without its required fields. If a required field has an unknown value, remove the whole group.
-                item["loc"][:-1]: item["type"] for item in error.errors()
-                if item["type"] == "missing" and item["loc"] in removed_locations and len(item["loc"]) > 1
+                detail["loc"][:-1]: detail["type"] for detail in error.errors()
+                if detail["type"] == "missing" and detail["loc"] in removed_locations and len(detail["loc"]) > 1
             }  # fmt: skip
-            if not removable_items:
+            if not error_type_by_location:
                 raise
             # Remove items from the end of a list first, so that the indices of the items before them remain valid.
-            for location in sorted(removable_items, key=_make_location_sort_key, reverse=True):
+            for location in sorted(error_type_by_location, key=_make_location_sort_key, reverse=True):
                 value = _remove_value_at(raw_values, location)
-                unknown_items.append(UnknownItem(location, value, is_field=removable_items[location] == UNKNOWN_FIELD_ERROR))
+                unknown_items.append(UnknownItem(location, value, is_field=error_type_by_location[location] == UNKNOWN_FIELD_ERROR))
 
 
 def _make_location_sort_key(location: Location) -> list[tuple[int, str]]:
     return [(part, "") if isinstance(part, int) else (0, part) for part in location]
 
 
-def _remove_value_at(values: Any, location: Location) -> Any:
+def _remove_value_at(container: Any, location: Location) -> Any:
+    """Remove the value at `location` from nested dicts and lists, and return the value."""
     *parent_keys, last_key = location
-    for part in parent_keys:
-        values = values[part]
-    return values.pop(last_key)
+    for key in parent_keys:
+        container = container[key]
+    return container.pop(last_key)
 
 
 def _format_dotted_path(location: Location) -> str:

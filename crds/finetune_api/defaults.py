@@ -20,8 +20,8 @@ from finetune_api.rules import (
     BASE_WEIGHT_METHODS,
     LORA_METHODS,
     PROMPT_METHODS,
-    batch_split,
     can_be_cached,
+    compute_batch_split,
     evaluates_during_training,
     find_warnings,
     generation_server,
@@ -116,8 +116,8 @@ def resolve_defaults(
     `choices`: values that the plan chose for fields that the user left out, by spec path. The chosen values take precedence over defaults.
     """
     platform_defaults = platform_defaults or PlatformDefaults()
-    applied_choices = {path: spec_values for path, spec_values in (choices or {}).items() if spec.value(path) is None}
-    micro_batch_before_plan = batch_split(spec)[0]
+    applied_choices = {path: chosen_value for path, chosen_value in (choices or {}).items() if spec.value(path) is None}
+    micro_batch_before_plan = compute_batch_split(spec)[0]
     spec = spec.with_values(applied_choices)
     spec_values = spec.to_wire()
     filled_values: dict[str, Any] = {}
@@ -144,13 +144,13 @@ def resolve_defaults(
 
 def _compute_defaults(spec: FineTuneJobSpec, platform_defaults: PlatformDefaults) -> dict[str, Any]:
     """Return the defaults that depend on other fields or on the platform, by spec path."""
-    method, trainer, gpus = method_type_of(spec), trainer_type_of(spec), gpus_per_node(spec)
+    method, objective, gpu_count = method_type_of(spec), trainer_type_of(spec), gpus_per_node(spec)
     default_by_path: dict[str, Any] = {
         "model.tokenizer": spec.model.source,
         "model.cache": platform_defaults.model_cache if can_be_cached(spec) else None,
-        "training.learningRate": _choose_default_learning_rate(method, trainer),
-        "training.gradientCheckpointing": "disabled" if gpus == 0 or method is MethodType.PREFIX_TUNING else "enabled",
-        "resources.processesPerNode": gpus or 1,
+        "training.learningRate": _choose_default_learning_rate(method, objective),
+        "training.gradientCheckpointing": "disabled" if gpu_count == 0 or method is MethodType.PREFIX_TUNING else "enabled",
+        "resources.processesPerNode": gpu_count or 1,
         "resources.gpuResource": platform_defaults.gpu_resource,
         "resources.nodePool": platform_defaults.node_pool,
         "resources.cpu": platform_defaults.cpu,
@@ -164,21 +164,21 @@ def _compute_defaults(spec: FineTuneJobSpec, platform_defaults: PlatformDefaults
         "prepare.resources.ephemeralStorage": platform_defaults.prepare_ephemeral_storage,
         "distributed.strategy": "ddp" if world_size(spec) > 1 else "none",
         "evaluation.strategy": "steps" if has_validation_set(spec) else "no",
-        "evaluation.batchSizePerDevice": batch_split(spec)[0],
+        "evaluation.batchSizePerDevice": compute_batch_split(spec)[0],
         "phases.evaluate": bool(spec.evaluation.metrics or spec.evaluation.benchmarks),
         "dataset.responseOnly.enabled": spec.dataset.format not in FORMATS_WITHOUT_TURNS,
     }
     if spec.trainer.backend is TrainerBackend.UNSLOTH:
         default_by_path["model.ligerKernels"] = True
     if spec.training.effective_batch_size is not None:
-        default_by_path["training.batchSizePerDevice"], default_by_path["training.gradientAccumulationSteps"] = batch_split(spec)
+        default_by_path["training.batchSizePerDevice"], default_by_path["training.gradientAccumulationSteps"] = compute_batch_split(spec)
     if spec.training.warmup_steps is None:
         default_by_path["training.warmupRatio"] = WARMUP_RATIO
     if generation_server(spec) is not None:
         default_by_path[GENERATION_IMAGE_PATH] = platform_defaults.generation_image
     if evaluates_during_training(spec) and spec.evaluation.strategy in (None, IntervalStrategy.STEPS):
         default_by_path["evaluation.steps"] = spec.checkpoint.steps or 100
-    default_by_path |= _list_method_defaults(spec, method) | dict(OBJECTIVES[trainer].defaults) | _list_storage_defaults(spec, platform_defaults)
+    default_by_path |= _compute_method_defaults(spec, method) | dict(OBJECTIVES[objective].defaults) | _compute_storage_defaults(spec, platform_defaults)
     return {path: default for path, default in default_by_path.items() if default is not None}
 
 
@@ -193,14 +193,14 @@ def _choose_default_on_existing_result(spec: FineTuneJobSpec, platform_defaults:
     return OnExistingResult.ADOPT.value if needs_preparation(spec, strategy) else OnExistingResult.TRAIN.value
 
 
-def _choose_default_learning_rate(method: MethodType, trainer: TrainerType) -> float:
-    objective_default = OBJECTIVES[trainer].learning_rate
+def _choose_default_learning_rate(method: MethodType, objective: TrainerType) -> float:
+    objective_default = OBJECTIVES[objective].learning_rate
     if objective_default is not None:
         return objective_default
     return LEARNING_RATE_FULL if method in BASE_WEIGHT_METHODS else LEARNING_RATE_ADAPTER
 
 
-def _list_method_defaults(spec: FineTuneJobSpec, method: MethodType) -> dict[str, Any]:
+def _compute_method_defaults(spec: FineTuneJobSpec, method: MethodType) -> dict[str, Any]:
     default_by_path: dict[str, Any] = {}
     if method is MethodType.QLORA:
         default_by_path["model.quantization.bits"] = 4
@@ -219,7 +219,7 @@ def _list_method_defaults(spec: FineTuneJobSpec, method: MethodType) -> dict[str
     return default_by_path
 
 
-def _list_storage_defaults(spec: FineTuneJobSpec, platform_defaults: PlatformDefaults) -> dict[str, Any]:
+def _compute_storage_defaults(spec: FineTuneJobSpec, platform_defaults: PlatformDefaults) -> dict[str, Any]:
     """Return defaults of `spec.storage` from the operator's configuration.
 
     If the job sets its own endpoint, only `uri` has a default, because the configured region and credentials belong to
@@ -276,14 +276,14 @@ def keep_recorded_defaults(resolved_spec: ResolvedSpec, recorded_defaults: Mappi
     restored_values = {
         path: recorded_value for path, recorded_value in recorded_defaults.items()
         if path.partition(".")[0] not in GROUPS_WITH_CURRENT_DEFAULTS and path not in FIELDS_WITH_CURRENT_DEFAULTS
-        and _must_restore_recorded(resolved_spec, path, recorded_value)
+        and _must_restore_default(resolved_spec, path, recorded_value)
     }  # fmt: skip
     if not restored_values:
         return resolved_spec
     return replace(resolved_spec, spec=resolved_spec.spec.with_values(restored_values), defaults={**resolved_spec.defaults, **restored_values})
 
 
-def _must_restore_recorded(resolved_spec: ResolvedSpec, path: str, recorded_value: Any) -> bool:
+def _must_restore_default(resolved_spec: ResolvedSpec, path: str, recorded_value: Any) -> bool:
     """Whether the recorded default of a field has to replace the current default, because this release changed or removed the recorded default.
 
     False for a field that the user set.
@@ -331,7 +331,7 @@ class _Field(NamedTuple):
 
 
 @cache
-def _list_fields(model: type[BaseModel]) -> tuple[_Field, ...]:
+def _list_group_fields(model: type[BaseModel]) -> tuple[_Field, ...]:
     fields = []
     for name, info in model.model_fields.items():
         group = find_nested_group(info.annotation)
@@ -343,7 +343,7 @@ def _list_fields(model: type[BaseModel]) -> tuple[_Field, ...]:
 
 def _fill_in_constants(model: type[BaseModel], group_values: dict[str, Any], path_prefix: str, filled_values: dict[str, Any]) -> None:
     """Fill in every constant default of a group and of the groups nested in it. `group_values`: the values of the group, by camelCase name."""
-    for wire_name, group, can_be_empty, metadata in _list_fields(model):
+    for wire_name, group, can_be_empty, metadata in _list_group_fields(model):
         path = f"{path_prefix}{wire_name}"
         if group is not None:
             if can_be_empty and path not in OPTIONAL_GROUPS:
@@ -360,9 +360,9 @@ def _default_applies(path: str, group_values: dict[str, Any]) -> bool:
 
 def _fill_in_default(spec_values: dict[str, Any], path: str, default: Any, filled_values: dict[str, Any]) -> None:
     """Set the value at `path` to `default` and record it in `filled_values`, unless a value is already set."""
-    *groups, name = path.split(".")
+    *group_names, name = path.split(".")
     group_values = spec_values
-    for group in groups:
-        group_values = group_values.setdefault(group, {})
+    for group_name in group_names:
+        group_values = group_values.setdefault(group_name, {})
     if group_values.get(name) is None:
         group_values[name] = filled_values[path] = default

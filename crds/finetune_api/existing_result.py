@@ -56,15 +56,15 @@ def collect_result_settings(spec: FineTuneJobSpec, filled_paths: Collection[str]
     changed after a failure. Queries and passwords of web addresses are removed, so an address whose signature was renewed counts as unchanged.
     """
     redacted_spec, _ = remove_secrets(spec.to_wire())
-    settings = {path: leaf for path, leaf in _iterate_leaves(redacted_spec, "") if path not in filled_paths and not _is_without_effect(path)}
+    settings = {path: value for path, value in _iterate_values_by_path(redacted_spec, "") if path not in filled_paths and not _is_without_effect(path)}
     user_settings = settings | {path: user_value for path, user_value in (user_values or {}).items() if path in settings}
-    return {path: leaf for path, leaf in user_settings.items() if leaf is not None}
+    return {path: value for path, value in user_settings.items() if value is not None}
 
 
-def _iterate_leaves(nested_values: Mapping[str, Any], path_prefix: str) -> Iterator[tuple[str, Any]]:
+def _iterate_values_by_path(nested_values: Mapping[str, Any], path_prefix: str) -> Iterator[tuple[str, Any]]:
     for name, nested_value in nested_values.items():
         if isinstance(nested_value, Mapping):
-            yield from _iterate_leaves(nested_value, f"{path_prefix}{name}.")
+            yield from _iterate_values_by_path(nested_value, f"{path_prefix}{name}.")
         else:
             yield f"{path_prefix}{name}", nested_value
 
@@ -79,10 +79,10 @@ def compute_result_digest(settings: Mapping[str, Any], inputs: Mapping[str, str]
     return hashlib.sha256(settings_and_inputs_json.encode()).hexdigest()
 
 
-def list_result_differences(earlier: RunResult, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> list[str]:
-    """Return what differs from the earlier run: spec paths, then `contents of <input>`. The list is empty if the digests are equal."""
-    return _list_changed_keys(earlier.settings, settings) + [f"contents of {name}" for name in _list_changed_keys(earlier.inputs, inputs)]
+def list_result_differences(earlier_result: RunResult, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> list[str]:
+    """Return what differs from the earlier result: the spec paths of settings, then `contents of <input>`. The list is empty if the digests are equal."""
+    return _list_changed_keys(earlier_result.settings, settings) + [f"contents of {name}" for name in _list_changed_keys(earlier_result.inputs, inputs)]
 
 
-def _list_changed_keys(earlier: Mapping[str, Any], later: Mapping[str, Any]) -> list[str]:
-    return [key for key in sorted({*earlier, *later}) if earlier.get(key) != later.get(key)]
+def _list_changed_keys(earlier_values: Mapping[str, Any], new_values: Mapping[str, Any]) -> list[str]:
+    return [key for key in sorted({*earlier_values, *new_values}) if earlier_values.get(key) != new_values.get(key)]

@@ -140,12 +140,12 @@ class Statement(LenientModel):
     predicate: Provenance
 
     def to_wire(self) -> dict[str, Any]:
-        value = super().to_wire()
-        definition, details = value["predicate"]["buildDefinition"], value["predicate"]["runDetails"]
-        value["subject"] = [resource.to_wire() for resource in self.subject]
+        statement = super().to_wire()
+        definition, details = statement["predicate"]["buildDefinition"], statement["predicate"]["runDetails"]
+        statement["subject"] = [resource.to_wire() for resource in self.subject]
         definition["resolvedDependencies"] = [dependency.to_wire() for dependency in self.predicate.build_definition.resolved_dependencies]
         details["byproducts"] = [byproduct.to_wire() for byproduct in self.predicate.run_details.byproducts]
-        return value
+        return statement
 
     def to_bytes(self) -> bytes:
         """Return the statement as the JSON that is stored and signed."""
@@ -199,20 +199,20 @@ def remove_secrets(spec: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     never their contents.
     """
     changed_paths: list[str] = []
-    value = _redact(spec, "", changed_paths)
-    for index, variable in enumerate((value.get("placement") or {}).get("env") or []):
+    redacted_spec = _redact(spec, "", changed_paths)
+    for index, variable in enumerate((redacted_spec.get("placement") or {}).get("env") or []):
         if variable.pop("value", None) is not None:
             changed_paths.append(f"placement.env[{index}].value")
-    return value, changed_paths
+    return redacted_spec, changed_paths
 
 
 def _redact(value: Any, path: str, changed_paths: list[str]) -> Any:
     """Return a copy of a spec or of a part of it without secrets in web addresses, and append the paths of changed values to `changed_paths`."""
     if isinstance(value, dict):
-        return {key: _redact(inner, f"{path}.{key}".lstrip("."), changed_paths) for key, inner in value.items()}
+        return {key: _redact(nested_value, f"{path}.{key}".lstrip("."), changed_paths) for key, nested_value in value.items()}
     if isinstance(value, list):
-        return [_redact(inner, f"{path}[{index}]", changed_paths) for index, inner in enumerate(value)]
-    if isinstance(value, str) and (redacted := redact_source(value)) != value:
+        return [_redact(item, f"{path}[{index}]", changed_paths) for index, item in enumerate(value)]
+    if isinstance(value, str) and (redacted_text := redact_source(value)) != value:
         changed_paths.append(path)
-        return redacted
+        return redacted_text
     return value

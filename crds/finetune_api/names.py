@@ -565,23 +565,23 @@ def make_incarnation_folder_name(attempt: int, pod_uid: str) -> str:
 
 def parse_attempt_of_uri(uri: str) -> int | None:
     """Return the number of the attempt that wrote the checkpoint or model at `uri`, or None if the URI does not end with an incarnation's folder."""
-    prefix, _, digits = uri.rstrip("/").rpartition("/")[2].partition("-")
-    attempt_text = prefix[1:]
-    return int(attempt_text) if prefix[:1] == "a" and attempt_text.isdecimal() and len(digits) == 8 else None
+    attempt_part, _, uid_digits = uri.rstrip("/").rpartition("/")[2].partition("-")
+    attempt_text = attempt_part[1:]
+    return int(attempt_text) if attempt_part[:1] == "a" and attempt_text.isdecimal() and len(uid_digits) == 8 else None
 
 
 def make_attempt_folder_name(attempt: int) -> str:
     """Return the name of an attempt's folder below `run/`. This folder marks the start of the attempt."""
-    return f"{_ATTEMPT_FOLDER}{attempt}"
+    return f"{_ATTEMPT_FOLDER_PREFIX}{attempt}"
 
 
 def parse_attempt_of_folder(folder_name: str) -> int | None:
     """Return the attempt number in the name of a folder below `run/`, or None if the folder belongs to no attempt."""
-    attempt_text = folder_name.removeprefix(_ATTEMPT_FOLDER)
+    attempt_text = folder_name.removeprefix(_ATTEMPT_FOLDER_PREFIX)
     return int(attempt_text) if attempt_text != folder_name and attempt_text.isdecimal() else None
 
 
-_ATTEMPT_FOLDER = "attempt-"
+_ATTEMPT_FOLDER_PREFIX = "attempt-"
 
 
 PREPARATION_ATTEMPT = 0

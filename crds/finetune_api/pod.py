@@ -122,13 +122,13 @@ class GpuPool(WireModel):
 
 
 _MARK_PREFIX = "#"
-_MIN_TRAINER_VERSION = "minTrainerVersion"
-_ROLLED_BACK_ATTEMPT = "rolledBackAttempt"
-_CHECKPOINT = "checkpoint"
-_PREPARED_ROWS = "preparedRows"
-_PREPARED_TTL_DAYS = "preparedTtlDays"
-_GPU_POOL = "gpuPool"
-_GENERATION_URL = "generationUrl"
+_MIN_TRAINER_VERSION_MARK = "minTrainerVersion"
+_ROLLED_BACK_ATTEMPT_MARK = "rolledBackAttempt"
+_CHECKPOINT_MARK = "checkpoint"
+_PREPARED_ROWS_MARK = "preparedRows"
+_PREPARED_TTL_DAYS_MARK = "preparedTtlDays"
+_GPU_POOL_MARK = "gpuPool"
+_GENERATION_URL_MARK = "generationUrl"
 
 
 class RunConfig(WireModel):
@@ -186,25 +186,25 @@ class RunConfig(WireModel):
             remove_value_at_path(wire_values["spec"], path)
         wire_values["spec"].pop("prepare", None)  # trainer 0.1.0 does not know `prepare`, and only the operator reads this group
         mark_entries = [f"{_MARK_PREFIX}{origin} {path}" for path, origin in wire_values.pop("origins").items()]
-        mark_entries.append(f"{_MARK_PREFIX}{_MIN_TRAINER_VERSION} {max(required_releases, key=make_version_sort_key)}")
+        mark_entries.append(f"{_MARK_PREFIX}{_MIN_TRAINER_VERSION_MARK} {max(required_releases, key=make_version_sort_key)}")
         rolled_back_attempt = wire_values["resume"].pop("rolledBackAttempt", None)
         if rolled_back_attempt is not None:
-            mark_entries.append(f"{_MARK_PREFIX}{_ROLLED_BACK_ATTEMPT} {rolled_back_attempt}")
+            mark_entries.append(f"{_MARK_PREFIX}{_ROLLED_BACK_ATTEMPT_MARK} {rolled_back_attempt}")
         known_checkpoints = wire_values["resume"].pop("knownCheckpoints", {})
-        mark_entries += [f"{_MARK_PREFIX}{_CHECKPOINT} {folder} {sha256}" for folder, sha256 in known_checkpoints.items()]
+        mark_entries += [f"{_MARK_PREFIX}{_CHECKPOINT_MARK} {folder} {sha256}" for folder, sha256 in known_checkpoints.items()]
         wire_values.pop("prepared", None)
         if self.prepared is not None:
-            mark_entries.append(f"{_MARK_PREFIX}{_PREPARED_TTL_DAYS} {self.prepared.ttl_days}")
+            mark_entries.append(f"{_MARK_PREFIX}{_PREPARED_TTL_DAYS_MARK} {self.prepared.ttl_days}")
             if self.prepared.digest and self.prepared.manifest_sha256:
-                mark_entries.append(f"{_MARK_PREFIX}{_PREPARED_ROWS} {self.prepared.digest} {self.prepared.manifest_sha256}")
-        mark_entries += [f"{_MARK_PREFIX}{_GPU_POOL} {json.dumps(pool, sort_keys=True)}" for pool in wire_values.pop("pools", [])]
+                mark_entries.append(f"{_MARK_PREFIX}{_PREPARED_ROWS_MARK} {self.prepared.digest} {self.prepared.manifest_sha256}")
+        mark_entries += [f"{_MARK_PREFIX}{_GPU_POOL_MARK} {json.dumps(pool, sort_keys=True)}" for pool in wire_values.pop("pools", [])]
         if wire_values.pop("generationUrl", None) is not None:
-            mark_entries.append(f"{_MARK_PREFIX}{_GENERATION_URL} {self.generation_url}")
+            mark_entries.append(f"{_MARK_PREFIX}{_GENERATION_URL_MARK} {self.generation_url}")
         return wire_values | {"defaults": [*self.defaults, *sorted(mark_entries)]}
 
     @model_validator(mode="before")
     @classmethod
-    def _read_marks(cls, raw_config: Any) -> Any:
+    def _move_marks_to_fields(cls, raw_config: Any) -> Any:
         return read_marks(raw_config) if isinstance(raw_config, dict) else raw_config
 
     def to_bytes(self) -> bytes:
@@ -226,22 +226,22 @@ def read_marks(raw_config: dict[str, Any]) -> dict[str, Any]:
     config = raw_config | {"defaults": [entry for entry in raw_config["defaults"] if entry not in mark_entries], "origins": {}}
     for mark in mark_entries:
         mark_name, _, mark_value = mark.removeprefix(_MARK_PREFIX).partition(" ")
-        if mark_name == _MIN_TRAINER_VERSION:
+        if mark_name == _MIN_TRAINER_VERSION_MARK:
             config["minTrainerVersion"] = mark_value
-        elif mark_name == _ROLLED_BACK_ATTEMPT:
+        elif mark_name == _ROLLED_BACK_ATTEMPT_MARK:
             config["resume"] = {**(config.get("resume") or {}), "rolledBackAttempt": mark_value}
-        elif mark_name == _CHECKPOINT:
+        elif mark_name == _CHECKPOINT_MARK:
             folder, _, sha256 = mark_value.partition(" ")
             resume_values = config.get("resume") or {}
             config["resume"] = {**resume_values, "knownCheckpoints": {**resume_values.get("knownCheckpoints", {}), folder: sha256}}
-        elif mark_name == _PREPARED_TTL_DAYS:
+        elif mark_name == _PREPARED_TTL_DAYS_MARK:
             config["prepared"] = {**(config.get("prepared") or {}), "ttlDays": mark_value}
-        elif mark_name == _GPU_POOL:
+        elif mark_name == _GPU_POOL_MARK:
             config["pools"] = [*config.get("pools", []), json.loads(mark_value)]
-        elif mark_name == _PREPARED_ROWS:
+        elif mark_name == _PREPARED_ROWS_MARK:
             digest, _, sha256 = mark_value.partition(" ")
             config["prepared"] = {**(config.get("prepared") or {}), "digest": digest, "manifestSha256": sha256}
-        elif mark_name == _GENERATION_URL:
+        elif mark_name == _GENERATION_URL_MARK:
             config["generationUrl"] = mark_value
         else:
             # An unknown origin counts as `user`, so that the trainer refuses an unknown field instead of ignoring it.
@@ -388,15 +388,15 @@ def _make_termination_json(message: dict[str, Any], part_removers: tuple[Callabl
     redacted_texts = {key: redact_all(message[key], "[redacted]") for key in ("hint", "message") if isinstance(message.get(key), str)}
     message |= redacted_texts
     for remove_part in part_removers:
-        if len(_compact_json(message)) <= MAX_TERMINATION_BYTES:
+        if len(_to_compact_json(message)) <= MAX_TERMINATION_BYTES:
             break
         remove_part(message)
     for key in sorted(redacted_texts, key=lambda name: len(redacted_texts[name]), reverse=True):  # Cut the longest text first, so that a short hint stays complete.
-        excess_bytes = len(_compact_json(message)) - MAX_TERMINATION_BYTES
+        excess_bytes = len(_to_compact_json(message)) - MAX_TERMINATION_BYTES
         if excess_bytes > 0:
             text_bytes = redacted_texts[key].encode(errors="replace")
             message[key] = text_bytes[: max(0, len(text_bytes) - excess_bytes - 16)].decode(errors="ignore") + " ..."
-    return _compact_json(message).decode()
+    return _to_compact_json(message).decode()
 
 
 def _drop_texts_of_passed_gates(message: dict[str, Any]) -> None:
@@ -436,6 +436,6 @@ All results of the evaluation are also in storage. The removed URIs are also in 
 """
 
 
-def _compact_json(value: dict[str, Any]) -> bytes:
-    """Return compact JSON in valid UTF-8. An incomplete character, such as at the end of a log line that was cut, is replaced by `?`."""
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode(errors="replace")
+def _to_compact_json(message: dict[str, Any]) -> bytes:
+    """Return a message as compact JSON in valid UTF-8. An incomplete character, such as at the end of a log line that was cut, is replaced by `?`."""
+    return json.dumps(message, separators=(",", ":"), ensure_ascii=False).encode(errors="replace")

@@ -1,6 +1,6 @@
 """The marker `_USED` in each folder below `<storage.uri>/<namespace>/_prepared/`, which says until when the prepared rows are kept.
 
-Each preparation that uses the rows, and the first pod of each attempt that uses them, sets the time in the marker to a later one. After this
+Each preparation that uses the rows sets a later time in the marker, and so does the first pod of each attempt that uses the rows. After this
 time, preparation pods and `finetune purge` may remove the rows.
 """
 
@@ -45,7 +45,7 @@ def renew_marker(current_marker: UsedMarker | None, now: datetime, ttl_days: int
 
 
 def group_keys_for_removal(object_keys: Iterable[str]) -> list[list[str]]:
-    """Return groups of the objects in a folder with prepared rows, in the order of removal: commit marker, manifests, other files, `_USED`.
+    """Return groups of the keys in a folder with prepared rows, in the order of removal: commit marker, manifests, other files, `_USED`.
 
     With this order, a reader finds either the complete rows or no commit marker. An interrupted removal leaves `_USED`, so a later removal
     can continue.

@@ -12,13 +12,13 @@ CPU_PATTERN = r"^([0-9]+(\.[0-9]{1,3})?|\.[0-9]{1,3}|[0-9]+m)$"
 SIZE_PATTERN = r"^([0-9]{7,}|[0-9]+(\.[0-9]+)?([KMGTPE]i|[kMGTPE])|[0-9]+[eE][0-9]+)$"
 """A number of bytes, such as `32Gi` or `500M`. A number without a unit needs at least 7 digits, because users who write `4` usually mean `4Gi`."""
 MIN_SIZE_BYTES = 1_000_000
-_NUMBER_PATTERN = re.compile(r"^\s*[-+]?(\d+(?:\.\d+)?)\s*([A-Za-z%]*)\s*$")
-_UNIT_FACTORS: dict[str, int] = {"k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "P": 10**15, "E": 10**18} | {
+_NUMBER_WITH_UNIT_PATTERN = re.compile(r"^\s*[-+]?(\d+(?:\.\d+)?)\s*([A-Za-z%]*)\s*$")
+_LARGE_UNIT_FACTORS: dict[str, int] = {"k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "P": 10**15, "E": 10**18} | {
     f"{letter}i": 2 ** (10 * power) for power, letter in enumerate("KMGTPE", 1)
 }
 
-_ALL_UNIT_FACTORS: dict[str, int | Decimal] = {
-    "n": Decimal("1e-9"), "u": Decimal("1e-6"), "m": Decimal("1e-3"), **_UNIT_FACTORS,
+_FACTOR_BY_UNIT: dict[str, int | Decimal] = {
+    "n": Decimal("1e-9"), "u": Decimal("1e-6"), "m": Decimal("1e-3"), **_LARGE_UNIT_FACTORS,
 }  # fmt: skip
 
 
@@ -61,13 +61,13 @@ def find_quantity_problem(value: str | int, kind: QuantityKind) -> tuple[str, st
 
 def parse_amount(quantity_text: str) -> Decimal:
     """Return the number of CPUs or bytes that a Kubernetes quantity means. Errors: decimal.InvalidOperation if the text is not a quantity."""
-    unit = next((suffix for suffix in sorted(_ALL_UNIT_FACTORS, key=len, reverse=True) if quantity_text.endswith(suffix)), "")
-    return Decimal(quantity_text.removesuffix(unit)) * _ALL_UNIT_FACTORS.get(unit, 1)
+    unit = next((suffix for suffix in sorted(_FACTOR_BY_UNIT, key=len, reverse=True) if quantity_text.endswith(suffix)), "")
+    return Decimal(quantity_text.removesuffix(unit)) * _FACTOR_BY_UNIT.get(unit, 1)
 
 
 def _suggest_quantity(quantity_text: str, kind: QuantityKind) -> str:
     """Return the quantity that the user probably means, or an empty string if the meaning is unclear."""
-    match = _NUMBER_PATTERN.match(quantity_text)
+    match = _NUMBER_WITH_UNIT_PATTERN.match(quantity_text)
     if match is None or "%" in quantity_text or Decimal(match.group(1)) == 0:
         return ""
     number, unit = match.groups()

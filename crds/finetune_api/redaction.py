@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import re
 
-_PREFIXED_TOKENS = (
+_PREFIXED_TOKEN_PATTERNS = (
     r"(?:AKIA|ASIA|ABIA|ACCA)[0-9A-Z]{16}",  # AWS access keys
     r"hf_[A-Za-z0-9]{16,}", r"api_org_[A-Za-z0-9]{20,}",  # Hugging Face
     r"sk-(?=[A-Za-z_-]{0,40}[0-9])[A-Za-z0-9_-]{20,}",  # OpenAI, Anthropic, DeepSeek, OpenRouter
@@ -32,15 +32,15 @@ _PREFIXED_TOKENS = (
 )  # fmt: skip
 _TOKEN_START = r"(?:(?<![A-Za-z0-9_])|(?<=\\[nrt])|(?<=%[0-9A-Fa-f]{2})|(?<=\[[0-9]m)|(?<=\[[0-9]{2}m))"  # noqa: S105 -- a pattern
 """Matches a position at which a token can start: at the start of a word, or after an escaped line break, an escaped character of a URL, or a colour code."""
-_QUERY_NAMES = r"[A-Za-z_-]{0,40}(?:token|key|keyid|secret|password|passwd|credential|sig|signature|auth)"
-_VALUE_NAMES = (
+_SENSITIVE_QUERY_NAMES = r"[A-Za-z_-]{0,40}(?:token|key|keyid|secret|password|passwd|credential|sig|signature|auth)"
+_SENSITIVE_NAMES = (
     r"secret[_-]?(?:access[_-]?)?key|secret|token|password|passwd|api[_-]?key|access[_-]?key|account[_-]?key|private[_-]?key|"
     r"client[_-]?secret|connection[_-]?string|shared[_-]?access[_-]?signature|set-cookie|cookie"
 )
 
 TOKEN_PATTERNS = (
     re.compile(r"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY[A-Z ]{0,10}-----[\s\S]*?(?:-----END [A-Z0-9 ]{0,60}-----|\Z)"),
-    re.compile(rf"{_TOKEN_START}(?:{'|'.join(_PREFIXED_TOKENS)})"),
+    re.compile(rf"{_TOKEN_START}(?:{'|'.join(_PREFIXED_TOKEN_PATTERNS)})"),
     re.compile(r"(?<=Bearer )[A-Za-z0-9._~+/=-]{8,}", re.IGNORECASE),
     re.compile(r"(?<=Basic )(?=[A-Za-z+/]{0,200}[0-9=])[A-Za-z0-9+/]{8,}={0,2}", re.IGNORECASE),
     re.compile(
@@ -48,13 +48,13 @@ TOKEN_PATTERNS = (
         re.IGNORECASE,
     ),
     re.compile(r"(?<=://)[^/\s:@]{1,300}:[^/\s@]{1,500}(?=@)"),
-    re.compile(rf"(?<=[?&;])({_QUERY_NAMES})(=)([^&\s'\"<>]+)", re.IGNORECASE),
-    re.compile(rf"(?<=%26|%3F)({_QUERY_NAMES})(%3D)([^&%\s'\"<>]+(?:%2[0-57-9A-F][^&%\s'\"<>]{{0,500}})?)", re.IGNORECASE),
+    re.compile(rf"(?<=[?&;])({_SENSITIVE_QUERY_NAMES})(=)([^&\s'\"<>]+)", re.IGNORECASE),
+    re.compile(rf"(?<=%26|%3F)({_SENSITIVE_QUERY_NAMES})(%3D)([^&%\s'\"<>]+(?:%2[0-57-9A-F][^&%\s'\"<>]{{0,500}})?)", re.IGNORECASE),
     re.compile(r"(hooks\.slack\.com/(?:services|workflows))(/)([A-Za-z0-9/_+]{20,})"),
 )
 """Patterns of secrets that are recognisable by their own form. If a pattern has three groups, only the third is replaced."""
 
-ASSIGNMENT_PATTERN = re.compile(rf"(?<![A-Za-z])({_VALUE_NAMES})([\"']?\s{{0,5}}[=:]\s{{0,5}}[\"']?)([^\s\"',;]{{4,}})", re.IGNORECASE)
+ASSIGNMENT_PATTERN = re.compile(rf"(?<![A-Za-z])({_SENSITIVE_NAMES})([\"']?\s{{0,5}}[=:]\s{{0,5}}[\"']?)([^\s\"',;]{{4,}})", re.IGNORECASE)
 """Matches a value after a name that suggests a secret, as in `password=...`.
 
 Texts that users write, such as YAML files, contain names such as `password` that no secret follows.
@@ -64,16 +64,16 @@ Texts that users write, such as YAML files, contain names such as `password` tha
 def redact_tokens(text: str, replacement: str) -> str:
     """Return the text with every secret that is recognisable by its own form replaced by `replacement`."""
     for pattern in TOKEN_PATTERNS:
-        text = _replace(pattern, text, replacement)
+        text = _replace_secrets(pattern, text, replacement)
     return text
 
 
 def redact_all(text: str, replacement: str) -> str:
     """Return the text with every secret replaced by `replacement`, and also every value that follows a name such as `password`."""
-    return _replace(ASSIGNMENT_PATTERN, redact_tokens(text, replacement), replacement)
+    return _replace_secrets(ASSIGNMENT_PATTERN, redact_tokens(text, replacement), replacement)
 
 
-def _replace(pattern: re.Pattern[str], text: str, replacement: str) -> str:
+def _replace_secrets(pattern: re.Pattern[str], text: str, replacement: str) -> str:
     return pattern.sub(lambda match: f"{match[1]}{match[2]}{replacement}" if match.lastindex == 3 else replacement, text)
 
 

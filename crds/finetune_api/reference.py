@@ -109,7 +109,7 @@ def _make_exit_codes_section() -> str:
 
 
 def _build_names_page() -> str:
-    enums: list[tuple[str, type[Enum]]] = [
+    titled_enums: list[tuple[str, type[Enum]]] = [
         ("Labels on objects that the operator creates", names.Label),
         ("Annotations", names.Annotation),
         ("Conditions", names.Condition),
@@ -117,7 +117,7 @@ def _build_names_page() -> str:
         ("Environment variables of the trainer container", names.Env),
         ("Names in storage", names.Storage),
     ]
-    return "# Names shared by operator, trainer and CLI\n\n" + "\n".join(_make_enum_table(title, enum) for title, enum in enums) + "\n" + _make_exit_codes_section()
+    return "# Names shared by operator, trainer and CLI\n\n" + "\n".join(_make_enum_table(title, enum_class) for title, enum_class in titled_enums) + "\n" + _make_exit_codes_section()
 
 
 def _build_rules_page() -> str:
@@ -128,7 +128,7 @@ def _build_rules_page() -> str:
         f"| `{rule.code}` | {'API server, ' if messages_by_code[rule.code] else ''}operator, command line | {_escape_cell('; '.join(messages_by_code[rule.code]))} |"
         for rule in RULES
     ]
-    unsupported_field_rows = [f"| `{to_wire_path(row.path)}` | {_escape_cell(row.hint)} |" for row in UNSUPPORTED_FIELDS]
+    unsupported_field_rows = [f"| `{to_wire_path(unsupported_field.path)}` | {_escape_cell(unsupported_field.hint)} |" for unsupported_field in UNSUPPORTED_FIELDS]
     return "\n".join(
         [
             "# Rules\n", "## Cross-field rules\n", "| rule | checked by | message of the API server |", "|---|---|---|", *rows,

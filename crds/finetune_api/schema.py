@@ -119,7 +119,7 @@ def _iterate_cel_rules(model: type[BaseModel], path: tuple[str, ...]) -> Iterato
 
 
 def make_type_schema(annotation: Any, metadata: list[Any], path: tuple[str, ...]) -> Schema:
-    """Return the structural schema of a type annotation. `metadata`: constraints of the annotations around it. `path`: the field, for error messages."""
+    """Return the structural schema of a type annotation. `metadata`: constraints of the enclosing annotations. `path`: the field, for error messages."""
     origin = get_origin(annotation)
     if origin is Annotated:
         inner_annotation, *inner_metadata = get_args(annotation)
@@ -175,13 +175,13 @@ def _make_scalar_schema(annotation: type, metadata: list[Any], path: tuple[str, 
 def iterate_constraints(metadata: list[Any]) -> Iterator[tuple[str, Any]]:
     """Yield (name, value) of every constraint in the metadata of an annotation, such as (`ge`, 1)."""
     for metadata_item in metadata:
-        parts = [*metadata_item.metadata, metadata_item] if isinstance(metadata_item, FieldInfo) else [metadata_item]
-        for part in parts:
+        constraint_sources = [*metadata_item.metadata, metadata_item] if isinstance(metadata_item, FieldInfo) else [metadata_item]
+        for source in constraint_sources:
             for name in ("ge", "gt", "le", "lt", "min_length", "max_length", "pattern"):
-                value = getattr(part, name, None)
+                value = getattr(source, name, None)
                 if value is not None:
                     yield name, value
-            schema_extra = getattr(part, "json_schema_extra", None)
+            schema_extra = getattr(source, "json_schema_extra", None)
             if isinstance(schema_extra, dict) and "enum" in schema_extra:
                 yield "enum", schema_extra["enum"]
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import re
 from urllib.parse import urlsplit
 
-S3_SPELLINGS = ("s3a", "s3n")
+HADOOP_S3_SCHEMES = ("s3a", "s3n")
 """Hadoop's URL schemes for S3."""
-S3_COMPATIBLE_STORES = {
+S3_ENDPOINT_BY_SCHEME = {
     "gs": "https://storage.googleapis.com", "gcs": "https://storage.googleapis.com", "minio": "http://minio:9000",
     "r2": "https://ACCOUNT.r2.cloudflarestorage.com", "oss": "https://oss-REGION.aliyuncs.com", "cos": "https://cos.REGION.myqcloud.com",
 }  # fmt: skip
 """Maps the URL scheme of another store with an S3 interface to the endpoint of this interface, or to an example of such an endpoint."""
-STORES_WITHOUT_S3 = ("az", "abfs", "abfss", "wasb", "wasbs", "adl", "hdfs", "dbfs", "ftp", "sftp", "git", "ssh", "nfs")
+SCHEMES_WITHOUT_S3 = ("az", "abfs", "abfss", "wasb", "wasbs", "adl", "hdfs", "dbfs", "ftp", "sftp", "git", "ssh", "nfs")
+"""URL schemes of stores without an S3 interface."""
 _SCHEME_WITHOUT_SLASHES_PATTERN = re.compile(r"^(s3|hf|pvc|configmap|file):/?(?!/)(\S+)$", re.IGNORECASE)
 _S3_ARN_PATTERN = re.compile(r"^arn:[a-z-]+:s3:::(\S+)$")
 _WINDOWS_PATH_PATTERN = re.compile(r"^[A-Za-z]:[\\/]|\\")
@@ -51,17 +52,17 @@ def has_placeholder(text: str) -> bool:
 
 def _explain_scheme(scheme: str, address: str, spec_path: str) -> tuple[str, str] | None:
     lowercase_scheme = scheme.lower()
-    if lowercase_scheme in S3_SPELLINGS or (lowercase_scheme != scheme and lowercase_scheme in ("s3", "hf", "pvc", "configmap", "file")):
-        correct_scheme = "s3" if lowercase_scheme in S3_SPELLINGS else lowercase_scheme
+    if lowercase_scheme in HADOOP_S3_SCHEMES or (lowercase_scheme != scheme and lowercase_scheme in ("s3", "hf", "pvc", "configmap", "file")):
+        correct_scheme = "s3" if lowercase_scheme in HADOOP_S3_SCHEMES else lowercase_scheme
         return f"`{scheme}://` is not a supported notation", f"{correct_scheme}://{address}"
     if lowercase_scheme == "https" and scheme != lowercase_scheme:
         # The address may contain a signature, so the suggestion does not repeat the address.
         return f"`{scheme}://` is not a supported notation", "https:// in lower case"
-    if lowercase_scheme in S3_COMPATIBLE_STORES:
+    if lowercase_scheme in S3_ENDPOINT_BY_SCHEME:
         endpoint_field = {"dataset": "dataset.storage.endpoint", "model": "model.storage.endpoint"}.get(spec_path.partition(".")[0], "storage.endpoint")
         problem = f"`{scheme}://` is not a supported notation, but the trainer can use the S3 interface of this store"
-        return problem, f"s3://{address}, and the address of the interface in {endpoint_field}, for example {S3_COMPATIBLE_STORES[lowercase_scheme]}"
-    if lowercase_scheme in STORES_WITHOUT_S3:
+        return problem, f"s3://{address}, and the address of the interface in {endpoint_field}, for example {S3_ENDPOINT_BY_SCHEME[lowercase_scheme]}"
+    if lowercase_scheme in SCHEMES_WITHOUT_S3:
         problem = f"`{scheme}://` is not a supported notation, because the trainer cannot read this store"
         return problem, "s3://bucket/key or pvc://claim/path, after you copied the files there"
     return None

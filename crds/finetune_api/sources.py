@@ -224,7 +224,7 @@ MAX_MODEL_NAME_LENGTH = 24
 
 
 def model_name(source: str) -> str:
-    """Return a short name of a model source for tables: its last folder, cut after `MAX_MODEL_NAME_LENGTH` characters."""
+    """Return a short name of a model source for tables: the last folder of the source, shortened to at most `MAX_MODEL_NAME_LENGTH` characters."""
     folder_name = get_last_folder(source)
     return folder_name if len(folder_name) <= MAX_MODEL_NAME_LENGTH else folder_name[: MAX_MODEL_NAME_LENGTH - 3] + "..."
 

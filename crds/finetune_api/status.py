@@ -666,9 +666,9 @@ class FineTuneJobStatus(ReportModel):
 
 def select_immediate_fields(status_json: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of a status whose changes the operator writes at once. If two statuses agree in these fields, the newer status can be written later."""
-    is_present = {name: bool(status_json.get(name)) for name in _list_fields_with_immediate_write(FineTuneJobStatus, ImmediateWrite.WHEN_PRESENCE_CHANGES)}
+    presence_by_name = {name: bool(status_json.get(name)) for name in _list_fields_with_immediate_write(FineTuneJobStatus, ImmediateWrite.WHEN_PRESENCE_CHANGES)}
     selected_fields: dict[str, Any] = _select_fields(status_json, _build_immediate_field_tree(FineTuneJobStatus))
-    return selected_fields | is_present
+    return selected_fields | presence_by_name
 
 
 def _select_fields(json_value: Any, field_tree: dict[str, Any] | None) -> Any:

@@ -37,29 +37,29 @@ class UnsupportedField:
         return self.is_refused is _is_set
 
 
-def _make_membership_check(*values: object) -> Callable[[Any], bool]:
-    return lambda value: value in values
+def _make_check_for_values(*refused_values: object) -> Callable[[Any], bool]:
+    return lambda value: value in refused_values
 
 
-def _make_contains_check(item: object) -> Callable[[Any], bool]:
-    return lambda values: item in (values or ())
+def _make_check_for_list_item(refused_item: object) -> Callable[[Any], bool]:
+    return lambda items: refused_item in (items or ())
 
 
 UNSUPPORTED_FIELDS: tuple[UnsupportedField, ...] = (
-    UnsupportedField("method.lora.loftq.bits", _make_membership_check(2, 8), "write 4, because no library can load LoftQ's base model with 2 or 8 bits"),
+    UnsupportedField("method.lora.loftq.bits", _make_check_for_values(2, 8), "write 4, because no library can load LoftQ's base model with 2 or 8 bits"),
     UnsupportedField(
         "method.lora.loftq.iterations",
         lambda value: value not in (None, 1),
         "write 1, because each further iteration changes the quantised base model, but only the adapter is saved",
     ),
     UnsupportedField(
-        "output.export", _make_contains_check("gguf"),
+        "output.export", _make_check_for_list_item("gguf"),
         "write safetensors and `mergeAdapter: true`, and convert the folder of status.output.mergedUri (method full: status.output.uri) with "
         "convert_hf_to_gguf.py of llama.cpp",
         "contains gguf, but no library can convert a complete model to GGUF with the transformers version of this release",
     ),
     UnsupportedField(
-        "output.export", _make_contains_check("onnx"),
+        "output.export", _make_check_for_list_item("onnx"),
         "write safetensors and `mergeAdapter: true`, and convert the folder of status.output.mergedUri (method full: status.output.uri) with "
         "optimum-onnx and the older transformers version that it needs",
         "contains onnx, but no library can convert a complete model to ONNX with the transformers version of this release",

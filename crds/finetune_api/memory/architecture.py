@@ -38,6 +38,7 @@ class ModelShape:
     has_attention_bias: bool = False
     """Whether the linear layers of queries, keys and values have biases."""
     has_output_bias: bool = False
+    """Whether the linear layer at the end of the attention (`o_proj`) has a bias."""
     has_feed_forward_bias: bool = False
     has_head_norms: bool = False
     """Whether a norm is applied to the queries and keys of each head."""
@@ -45,7 +46,7 @@ class ModelShape:
     expert_count: int = 0
     experts_per_token: int = 0
     expert_layer_count: int = 0
-    """Number of layers with routed experts. They are the last layers of the model; all layers before them have no routed experts."""
+    """Number of layers with routed experts. The plan assumes that these layers are the last layers of the model."""
     expert_feed_forward_size: int = 0
     shared_feed_forward_size: int = 0
     """Width of the expert that all tokens use; 0 if the model has none."""
@@ -132,7 +133,7 @@ def _read_sizes(model_type: str, config: Mapping[str, Any]) -> ModelShape:
 
     hidden_size, head_count, layer_count = read_number("hidden_size"), read_number("num_attention_heads"), read_number("num_hidden_layers")
     has_bias = bool(config.get("attention_bias"))
-    shape: dict[str, Any] = {
+    shape_fields: dict[str, Any] = {
         "model_type": model_type, "hidden_size": hidden_size, "layer_count": layer_count, "head_count": head_count,
         "key_value_head_count": read_number("num_key_value_heads", head_count), "head_size": read_number("head_dim", hidden_size // max(head_count, 1)),
         "feed_forward_size": read_number("intermediate_size"), "vocabulary_size": read_number("vocab_size"),
@@ -144,11 +145,11 @@ def _read_sizes(model_type: str, config: Mapping[str, Any]) -> ModelShape:
     }  # fmt: skip
     if model_type in EXPERT_MODEL_TYPES:
         dense_layer_indices = config.get("mlp_only_layers") or []
-        shape |= {
+        shape_fields |= {
             "expert_count": read_number("num_local_experts" if "num_local_experts" in config else "num_experts"),
             "experts_per_token": read_number("num_experts_per_tok"),
             "expert_layer_count": max(0, layer_count - len(dense_layer_indices)) // max(1, read_number("decoder_sparse_step", 1)),
-            "expert_feed_forward_size": read_number("moe_intermediate_size", shape["feed_forward_size"]),
+            "expert_feed_forward_size": read_number("moe_intermediate_size", shape_fields["feed_forward_size"]),
             "shared_feed_forward_size": read_number("shared_expert_intermediate_size", 0),
         }  # fmt: skip
-    return ModelShape(**shape)
+    return ModelShape(**shape_fields)

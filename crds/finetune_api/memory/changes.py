@@ -23,7 +23,7 @@ from finetune_api.memory.plan import (
 from finetune_api.rules import (
     MAX_ACCUMULATION,
     base_bits,
-    batch_split,
+    compute_batch_split,
     divisors,
     effective_batch,
     gpus_per_node,
@@ -54,24 +54,24 @@ class Change:
 
 
 def find_fitting_changes(spec: FineTuneJobSpec, shape: ModelShape, memory_bytes: int, facts: RunFacts | None = None) -> list[Change]:
-    """Return at most three changes of a resolved spec. Each of them alone lets the job fit. The change with the smallest consequences comes first.
+    """Return at most three changes of a resolved spec. Each change alone lets the job fit. The change with the smallest consequences comes first.
 
     No change alters the effective batch.
     """
     fitting_changes: list[Change] = []
-    for values in _iterate_possible_changes(spec):
-        changed_spec = change_spec(spec, values | _match_process_count(values))
-        if MICRO_BATCH_PATH in values and GPUS_PATH not in values:
+    for values_by_path in _iterate_possible_changes(spec):
+        changed_spec = change_spec(spec, values_by_path | _match_process_count(values_by_path))
+        if MICRO_BATCH_PATH in values_by_path and GPUS_PATH not in values_by_path:
             fitting_batch_values = _find_largest_fitting_batch(changed_spec, spec, shape, memory_bytes, facts)
             if fitting_batch_values is None:
                 continue
-            values = {path: value for path, value in values.items() if path not in BATCH_PATHS} | fitting_batch_values
-            changed_spec = change_spec(spec, values | _match_process_count(values))
+            values_by_path = {path: value for path, value in values_by_path.items() if path not in BATCH_PATHS} | fitting_batch_values
+            changed_spec = change_spec(spec, values_by_path | _match_process_count(values_by_path))
         if new_problems(spec, changed_spec):
             continue
         plan = plan_memory(changed_spec, shape, facts)
         if plan.fits(memory_bytes):
-            fitting_changes.append(Change(values, plan))
+            fitting_changes.append(Change(values_by_path, plan))
         if len(fitting_changes) == MAX_CHANGES:
             break
     return fitting_changes
@@ -89,9 +89,9 @@ def format_change(change: Change) -> str:
     return f"{format_values_by_path(change.values_by_path)} ({format_gigabytes(change.plan.memory.upper_bytes)} at most)"
 
 
-def format_values_by_path(values: Mapping[str, Any]) -> str:
+def format_values_by_path(values_by_path: Mapping[str, Any]) -> str:
     """Return values by spec path as text, such as `method.type: lora, training.batchSizePerDevice: 1`."""
-    return ", ".join(f"{path}: {value}" for path, value in values.items())
+    return ", ".join(f"{path}: {value}" for path, value in values_by_path.items())
 
 
 def _iterate_possible_changes(spec: FineTuneJobSpec) -> Iterator[dict[str, Any]]:
@@ -125,17 +125,17 @@ def _iterate_changes_with_more_gpus(spec: FineTuneJobSpec) -> Iterator[dict[str,
         return
     for gpu_count in (2, 4, 8):
         if gpu_count > gpus_per_node(spec) and rows_per_step % (gpu_count * node_count) == 0:
-            batch_split_values = _split_batch(rows_per_step // (gpu_count * node_count), batch_split(spec)[0])
+            batch_split_values = _split_batch(rows_per_step // (gpu_count * node_count), compute_batch_split(spec)[0])
             if batch_split_values[BATCH_PATHS[1]] <= MAX_ACCUMULATION:
                 yield {GPUS_PATH: gpu_count, STRATEGY_PATH: "fsdp", **batch_split_values}
 
 
-def _match_process_count(values: dict[str, Any]) -> dict[str, Any]:
+def _match_process_count(values_by_path: dict[str, Any]) -> dict[str, Any]:
     """If a change sets the number of GPUs, return the same number for `resources.processesPerNode`.
 
     The resolved spec contains the number of processes for the number of GPUs before the change.
     """
-    return {"resources.processesPerNode": values[GPUS_PATH]} if GPUS_PATH in values else {}
+    return {"resources.processesPerNode": values_by_path[GPUS_PATH]} if GPUS_PATH in values_by_path else {}
 
 
 def _split_batch(rows_per_rank: int, max_micro_batch: int) -> dict[str, Any]:
@@ -154,7 +154,7 @@ def _find_largest_fitting_batch(
 
     Only micro-batches smaller than that of `spec` are tried. None: no micro-batch fits.
     """
-    micro_batch, accumulation = batch_split(spec)
+    micro_batch, accumulation = compute_batch_split(spec)
     rows_per_rank = micro_batch * accumulation
     smaller_micro_batches = [
         size for size in divisors(rows_per_rank)

@@ -47,7 +47,7 @@ LOSS_HEADS = {
 METHODS_CHECKED_WITH_PREFERENCES = (MethodType.FULL, MethodType.LORA, MethodType.QLORA)
 """Methods whose planned peaks with dpo, orpo, kto and reward were compared with measured peaks, on a CPU."""
 IA3_LAYERS, IA3_INPUT_LAYERS = frozenset({"k_proj", "v_proj", "down_proj"}), frozenset({"down_proj"})
-"""Names of all linear layers that IA3 scales, and of those layers whose inputs it scales.
+"""Names of all linear layers that IA3 scales, and names of the layers whose inputs IA3 scales.
 
 Of the layers that are only in the first set, IA3 scales the outputs.
 """
@@ -105,7 +105,7 @@ def describe_step(spec: FineTuneJobSpec, shape: ModelShape, facts: RunFacts | No
     if uses_liger is None:
         uses_liger = is_gpu and spec.model.liger_kernels is not False and shape.model_type in DENSE_MODEL_TYPES
     batch, assumptions = _describe_largest_batch(spec, facts, attention, weights.prompt_tokens)
-    objective, reference = trainer_type_of(spec), _find_reference(spec)
+    objective, reference = trainer_type_of(spec), _choose_reference(spec)
     step = Step(
         shape, weights, batch, _find_optimizer(spec), Kernels(is_gpu=is_gpu, uses_liger=uses_liger, attention=attention), _get_autocast_bytes(spec, is_gpu),
         quantized_compute_bytes=2 if is_gpu else 4, loss_head=LOSS_HEADS[objective], reference=reference,
@@ -169,7 +169,7 @@ def _is_objective_checked(spec: FineTuneJobSpec, is_gpu: bool) -> bool:
     return trainer_type_of(spec) is TrainerType.SFT or (not is_gpu and method_type_of(spec) in METHODS_CHECKED_WITH_PREFERENCES)
 
 
-def _find_reference(spec: FineTuneJobSpec) -> Reference:
+def _choose_reference(spec: FineTuneJobSpec) -> Reference:
     """Return the reference model of the objective. The choice is the same as in `finetune_trainer.objective.reference_model`."""
     if OBJECTIVES[trainer_type_of(spec)].passes_without_gradients == 0:
         return Reference.NONE
@@ -187,7 +187,10 @@ def _get_autocast_bytes(spec: FineTuneJobSpec, is_gpu: bool) -> int | None:
 
 
 def _describe_weights(spec: FineTuneJobSpec, shape: ModelShape, is_gpu: bool) -> TrainedWeights:
-    """Return the precision of the weights and the adapters. The choices are those of `finetune_trainer.hardware` and `finetune_trainer.method`."""
+    """Return the weights that the job trains, and the precision of all weights.
+
+    The choices are those of `finetune_trainer.hardware` and `finetune_trainer.method`.
+    """
     weights = _describe_method_weights(spec, shape, is_gpu)
     if trainer_type_of(spec) is TrainerType.SFT:
         return weights

@@ -53,21 +53,21 @@ class LinearLayer:
     weight: Parameter
     bias: Parameter | None = None
     adapter: Adapter | None = None
-    scales: Parameter | None = None
-    """IA3's trained scales."""
-    scales_inputs: bool = False
+    ia3_scales: Parameter | None = None
+    """The vector with which IA3 scales the inputs or the outputs of the layer."""
+    ia3_scales_inputs: bool = False
     """Whether IA3 scales the inputs instead of the outputs."""
 
     def __call__(self, context: ComputeContext, hidden_states: Tensor) -> Tensor:
-        if self.scales is not None:
-            return self._run_scaled(context, hidden_states, self.scales)
+        if self.ia3_scales is not None:
+            return self._run_with_ia3_scales(context, hidden_states, self.ia3_scales)
         if self.adapter is None:
             return op.linear(context, hidden_states, self.weight, self.bias)
-        return _run_adapted(context, hidden_states, self, self.adapter)
+        return _run_with_adapter(context, hidden_states, self, self.adapter)
 
-    def _run_scaled(self, context: ComputeContext, hidden_states: Tensor, scales: Parameter) -> Tensor:
+    def _run_with_ia3_scales(self, context: ComputeContext, hidden_states: Tensor, scales: Parameter) -> Tensor:
         """Run the layer with IA3's scales, as PEFT does."""
-        if self.scales_inputs:
+        if self.ia3_scales_inputs:
             item_bytes = hidden_states.item_bytes
             hidden_states = op.cast(context, hidden_states, scales.item_bytes)
             scaled_states = op.cast(context, op.multiply(context, hidden_states, op.view_vector_as_row(context, scales, len(hidden_states.shape))), item_bytes)
@@ -76,15 +76,16 @@ class LinearLayer:
         return op.cast(context, op.multiply(context, output, op.view_vector_as_row(context, scales, len(output.shape))), output.item_bytes)
 
 
-def _run_adapted(context: ComputeContext, hidden_states: Tensor, layer: LinearLayer, adapter: Adapter) -> Tensor:
+def _run_with_adapter(context: ComputeContext, hidden_states: Tensor, layer: LinearLayer, adapter: Adapter) -> Tensor:
     """Run a linear layer and add the scaled output of its adapter, as PEFT does."""
     output = op.linear(context, hidden_states, layer.weight, layer.bias)
     item_bytes = output.item_bytes
     hidden_states = op.cast(context, hidden_states, adapter.matrix_a.item_bytes) if adapter.casts_inputs else hidden_states
     if adapter.magnitude is not None:
         output = op.add(
-            context, output, _run_dora(context, op.apply_dropout(context, hidden_states) if adapter.has_dropout else hidden_states, layer, adapter, output)
-        )
+            context, output,
+            _compute_dora_change(context, op.apply_dropout(context, hidden_states) if adapter.has_dropout else hidden_states, layer, adapter, output),
+        )  # fmt: skip
     elif adapter.has_dropout:
         output = op.add(
             context, output,
@@ -95,7 +96,7 @@ def _run_adapted(context: ComputeContext, hidden_states: Tensor, layer: LinearLa
     return op.cast(context, output, item_bytes)
 
 
-def _run_dora(context: ComputeContext, hidden_states: Tensor, layer: LinearLayer, adapter: Adapter, output: Tensor) -> Tensor:
+def _compute_dora_change(context: ComputeContext, hidden_states: Tensor, layer: LinearLayer, adapter: Adapter, output: Tensor) -> Tensor:
     """Return the change of the output by DoRA. While the norms of the changed weight are computed, this weight and two more tensors of the same size exist."""
     weight_value_count = layer.weight.numel
     adapter_product = context.tape.allocate(weight_value_count * adapter.matrix_a.item_bytes)
@@ -120,7 +121,8 @@ class Experts:
 class Layer:
     """The weights of one decoder layer."""
 
-    linear: dict[str, LinearLayer]
+    linear_layers: dict[str, LinearLayer]
+    """The linear layers, by their name in transformers."""
     norms: list[Parameter]
     head_norms: list[Parameter] = field(default_factory=list)
     experts: Experts | None = None
@@ -130,12 +132,12 @@ class Layer:
     def parameters(self) -> list[Parameter]:
         """Return all weights of the layer, including adapters."""
         parameters: list[Parameter] = []
-        for linear in self.linear.values():
-            parameters += [linear.weight, *([linear.bias] if linear.bias else [])]
-            if linear.scales:
-                parameters.append(linear.scales)
-            if linear.adapter:
-                adapter = linear.adapter
+        for linear_layer in self.linear_layers.values():
+            parameters += [linear_layer.weight, *([linear_layer.bias] if linear_layer.bias else [])]
+            if linear_layer.ia3_scales:
+                parameters.append(linear_layer.ia3_scales)
+            if linear_layer.adapter:
+                adapter = linear_layer.adapter
                 parameters += [adapter.matrix_a, adapter.matrix_b, *([adapter.magnitude] if adapter.magnitude else [])]
         parameters += [*self.head_norms, *self.norms, *([self.prefix] if self.prefix else [])]
         return parameters + ([self.experts.router, self.experts.gate_up, self.experts.down] if self.experts else [])
@@ -209,9 +211,9 @@ class ForwardPass:
         return make_tensor(shape, item_bytes, MemoryPart.BUFFERS), make_tensor(shape, item_bytes, MemoryPart.BUFFERS)
 
     def run_layer(self, layer: Layer, hidden_states: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
-        """Run one decoder layer:
+        """Run one decoder layer: attention, then the feed-forward layer.
 
-        attention, then the feed-forward layer. A norm precedes both attention and the feed-forward layer; in some models, another norm follows each of them.
+        One norm precedes attention, and another one precedes the feed-forward layer. In some models, a norm also follows each of the two.
         """
         context, residual = self.context, hidden_states
         hidden_states = self._apply_norm(hidden_states, layer.norms[0])
@@ -234,27 +236,27 @@ class ForwardPass:
         return op.apply_rms_norm(self.context, hidden_states, weight, adds_one=self.shape.is_gemma, is_fused=self.kernels.uses_liger)
 
     def _run_attention(self, layer: Layer, hidden_states: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
-        query, key, value = self._project(layer, hidden_states)
+        query, key, value = self._compute_query_key_value(layer, hidden_states)
         query, key = self._rotate(query, positions), self._rotate(key, positions)
         if layer.prefix is not None:
             prefix_token_count = layer.prefix.shape[0]
             key, value = op.prepend(self.context, key, layer.prefix, prefix_token_count), op.prepend(self.context, value, layer.prefix, prefix_token_count)
         output = self._attend(query, key, value)
         # `query`, `key` and `value` stay in memory until this function returns, as in transformers.
-        return layer.linear["o_proj"](self.context, output.view(*hidden_states.shape[:-1], self.shape.head_count * self.shape.head_size))
+        return layer.linear_layers["o_proj"](self.context, output.view(*hidden_states.shape[:-1], self.shape.head_count * self.shape.head_size))
 
-    def _project(self, layer: Layer, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _compute_query_key_value(self, layer: Layer, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         shape, row_count, token_count = self.shape, self.batch.row_count, self.batch.tokens_per_row
         if shape.has_fused_projections:
-            joint_output = layer.linear["qkv_proj"](self.context, hidden_states)
+            joint_output = layer.linear_layers["qkv_proj"](self.context, hidden_states)
             head_counts = (shape.head_count, shape.key_value_head_count, shape.key_value_head_count)
             query, key, value = (op.take_slice(self.context, joint_output, row_count, token_count, head_count, shape.head_size) for head_count in head_counts)
             return query, key, value
-        query = layer.linear["q_proj"](self.context, hidden_states).view(row_count, token_count, shape.head_count, shape.head_size)
+        query = layer.linear_layers["q_proj"](self.context, hidden_states).view(row_count, token_count, shape.head_count, shape.head_size)
         query = self._apply_norm(query, layer.head_norms[0]) if layer.head_norms else query
-        key = layer.linear["k_proj"](self.context, hidden_states).view(row_count, token_count, shape.key_value_head_count, shape.head_size)
+        key = layer.linear_layers["k_proj"](self.context, hidden_states).view(row_count, token_count, shape.key_value_head_count, shape.head_size)
         key = self._apply_norm(key, layer.head_norms[1]) if layer.head_norms else key
-        value = layer.linear["v_proj"](self.context, hidden_states).view(row_count, token_count, shape.key_value_head_count, shape.head_size)
+        value = layer.linear_layers["v_proj"](self.context, hidden_states).view(row_count, token_count, shape.key_value_head_count, shape.head_size)
         return query, key, value
 
     def _rotate(self, heads: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
@@ -266,20 +268,20 @@ class ForwardPass:
         is_eager = self.kernels.attention == "eager"
         repeat_count = self.shape.head_count // self.shape.key_value_head_count
         if is_eager or (self.kernels.attention == "sdpa" and (self.batch.has_mask or not self.kernels.is_gpu)):
-            key, value = (op.repeat_heads(self.context, one, repeat_count, is_eager=is_eager) for one in (key, value))
+            key, value = (op.repeat_heads(self.context, heads, repeat_count, is_eager=is_eager) for heads in (key, value))
         if is_eager:
             return op.attend_eagerly(self.context, query, key, value)
         return op.attend(self.context, query, key, value, has_mask=self.batch.has_mask and self.kernels.attention == "sdpa")
 
     def _run_feed_forward(self, layer: Layer, hidden_states: Tensor) -> Tensor:
         if layer.experts is None:
-            return self._run_dense(layer, hidden_states)
-        shared_output = self._run_dense(layer, hidden_states) if "down_proj" in layer.linear else None
+            return self._run_dense_feed_forward(layer, hidden_states)
+        shared_output = self._run_dense_feed_forward(layer, hidden_states) if "down_proj" in layer.linear_layers else None
         routed_output = self._run_experts(layer.experts, hidden_states)
         return routed_output if shared_output is None else op.add(self.context, routed_output, shared_output)
 
-    def _run_dense(self, layer: Layer, hidden_states: Tensor) -> Tensor:
-        context, linear_layers = self.context, layer.linear
+    def _run_dense_feed_forward(self, layer: Layer, hidden_states: Tensor) -> Tensor:
+        context, linear_layers = self.context, layer.linear_layers
         if self.shape.has_fused_projections:
             joint_output = linear_layers["gate_up_proj"](context, hidden_states)
             half_shape = (*joint_output.shape[:-1], joint_output.shape[-1] // 2)
@@ -390,8 +392,8 @@ def build_decoder(tape: Tape, shape: ModelShape, trained_weights: TrainedWeights
             magnitude = make_weight(op.FLOAT32_BYTES, output_count, is_trained=True) if trained_weights.is_dora else None
             layer.adapter = Adapter(matrix_a, matrix_b, trained_weights.has_dropout, magnitude, trained_weights.casts_inputs)
         if name in trained_weights.ia3_layers:
-            layer.scales_inputs = name in trained_weights.ia3_input_layers
-            layer.scales = make_weight(op.FLOAT32_BYTES, input_count if layer.scales_inputs else output_count, is_trained=True)
+            layer.ia3_scales_inputs = name in trained_weights.ia3_input_layers
+            layer.ia3_scales = make_weight(op.FLOAT32_BYTES, input_count if layer.ia3_scales_inputs else output_count, is_trained=True)
         return layer
 
     def make_decoder_layer(index: int) -> Layer:
@@ -427,21 +429,22 @@ def copy_adapters(tape: Tape, model: Decoder) -> Decoder:
     def copy_if_trained(weight: Parameter) -> Parameter:
         return Parameter(weight.shape, weight.item_bytes, tape.allocate(weight.storage.byte_count, MemoryPart.WEIGHTS)) if weight.is_trained else weight
 
-    def copy_linear(linear: LinearLayer) -> LinearLayer:
-        adapter = linear.adapter
+    def copy_linear_layer(linear_layer: LinearLayer) -> LinearLayer:
+        adapter = linear_layer.adapter
         if adapter is not None:
             magnitude = copy_if_trained(adapter.magnitude) if adapter.magnitude else None
             adapter = replace(adapter, matrix_a=copy_if_trained(adapter.matrix_a), matrix_b=copy_if_trained(adapter.matrix_b), magnitude=magnitude)
-        return replace(linear, adapter=adapter, scales=copy_if_trained(linear.scales) if linear.scales else None)
+        ia3_scales = copy_if_trained(linear_layer.ia3_scales) if linear_layer.ia3_scales else None
+        return replace(linear_layer, adapter=adapter, ia3_scales=ia3_scales)
 
     def copy_layer(layer: Layer) -> Layer:
-        linear_layers = {name: copy_linear(linear_layer) for name, linear_layer in layer.linear.items()}
-        return replace(layer, linear=linear_layers, prefix=copy_if_trained(layer.prefix) if layer.prefix else None)
+        linear_layers = {name: copy_linear_layer(linear_layer) for name, linear_layer in layer.linear_layers.items()}
+        return replace(layer, linear_layers=linear_layers, prefix=copy_if_trained(layer.prefix) if layer.prefix else None)
 
     return replace(model, layers=[copy_layer(layer) for layer in model.layers], prompt=copy_if_trained(model.prompt) if model.prompt else None)
 
 
 def _map_layers_to_bias(shape: ModelShape) -> Mapping[str, bool]:
-    """Return whether a linear layer has a bias, by its name in transformers."""
-    has_feed_forward_bias = dict.fromkeys(("gate_proj", "up_proj", "down_proj"), shape.has_feed_forward_bias)
-    return dict.fromkeys(("q_proj", "k_proj", "v_proj", "qkv_proj"), shape.has_attention_bias) | {"o_proj": shape.has_output_bias} | has_feed_forward_bias
+    """Return whether each linear layer has a bias, by the layer's name in transformers."""
+    feed_forward_bias_by_name = dict.fromkeys(("gate_proj", "up_proj", "down_proj"), shape.has_feed_forward_bias)
+    return dict.fromkeys(("q_proj", "k_proj", "v_proj", "qkv_proj"), shape.has_attention_bias) | {"o_proj": shape.has_output_bias} | feed_forward_bias_by_name

@@ -33,9 +33,9 @@ class Optimizer:
 
     def state_bytes(self, parameters: Sequence[Parameter], shard_count: int) -> list[float]:
         """Return the bytes of each state tensor on one of `shard_count` ranks."""
-        return [] if self.is_on_host else [byte_count / shard_count for parameter in parameters for byte_count in self._state_bytes_of(parameter)]
+        return [] if self.is_on_host else [byte_count / shard_count for parameter in parameters for byte_count in self._compute_state_bytes(parameter)]
 
-    def _state_bytes_of(self, weight: Parameter) -> list[float]:
+    def _compute_state_bytes(self, weight: Parameter) -> list[float]:
         if self.is_factored:
             if len(weight.shape) < 2:
                 return [weight.numel * 4]
@@ -49,11 +49,11 @@ class Optimizer:
     def temporary_bytes(self, parameters: Sequence[Parameter], shard_count: int) -> float:
         """Return the bytes of the temporary tensors of one optimizer step on one of `shard_count` ranks."""
         if self.is_factored:
-            return self._adafactor_temporary_bytes(parameters, shard_count)
+            return self._compute_adafactor_temporary_bytes(parameters, shard_count)
         bytes_per_parameter = [parameter.numel * parameter.item_bytes / shard_count for parameter in parameters] or [0]
         return self.temporary_copies_of_largest * max(bytes_per_parameter) + self.temporary_copies_of_all * sum(bytes_per_parameter)
 
-    def _adafactor_temporary_bytes(self, parameters: Sequence[Parameter], shard_count: int) -> float:
+    def _compute_adafactor_temporary_bytes(self, parameters: Sequence[Parameter], shard_count: int) -> float:
         """Return the bytes of Adafactor's temporary tensors at their peak.
 
         These tensors are the update of the previous weight, and the update and the squared gradient of the current weight, all in 32 bits. 16-bit weights

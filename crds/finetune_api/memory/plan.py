@@ -10,7 +10,7 @@ from finetune_api.memory.description import RunFacts, StepDescription, describe_
 from finetune_api.memory.layers import TrainedWeights, build_decoder
 from finetune_api.memory.replay import replay
 from finetune_api.memory.tape import MemoryMeter, Tape
-from finetune_api.rules import LORA_METHODS, batch_split, divisors, min_batch_size_per_device
+from finetune_api.rules import LORA_METHODS, compute_batch_split, divisors, min_batch_size_per_device
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.enums import MethodType
 from finetune_api.status import MemoryParts, MemoryPlan
@@ -83,7 +83,7 @@ def find_largest_micro_batch(spec: FineTuneJobSpec, shape: ModelShape, memory_by
 
     min_micro_batch = min_batch_size_per_device(spec)
     if spec.training.effective_batch_size is not None:
-        micro_batch, accumulation = batch_split(spec)
+        micro_batch, accumulation = compute_batch_split(spec)
         return max((size for size in divisors(micro_batch * accumulation) if min_micro_batch <= size <= MAX_MICRO_BATCH and fits(size)), default=0)
     if not fits(min_micro_batch):
         return 0
@@ -106,12 +106,12 @@ def make_batch_values(micro_batch: int, accumulation: int) -> dict[str, Any]:
     return {MICRO_BATCH_PATH: micro_batch, ACCUMULATION_PATH: accumulation}
 
 
-def change_spec(spec: FineTuneJobSpec, values: dict[str, Any]) -> FineTuneJobSpec:
+def change_spec(spec: FineTuneJobSpec, values_by_path: dict[str, Any]) -> FineTuneJobSpec:
     """Return a copy of a spec with some values changed, by spec path. If `method.type` changes, settings that the new method cannot have are removed."""
-    changed_spec = spec.with_values(values)
-    if "method.type" not in values:
+    changed_spec = spec.with_values(values_by_path)
+    if "method.type" not in values_by_path:
         return changed_spec
-    spec_values, method = changed_spec.to_wire(), MethodType(values["method.type"])
+    spec_values, method = changed_spec.to_wire(), MethodType(values_by_path["method.type"])
     spec_values["method"] = {"type": method, **({"lora": spec_values["method"].get("lora") or {}} if method in LORA_METHODS else {})}
     if method is not MethodType.QLORA:
         spec_values.get("model", {}).pop("quantization", None)

@@ -92,15 +92,15 @@ class _Replay:
         self.step, self.tape = step, tape
         self.context = ComputeContext(tape, step.autocast_bytes, step.quantized_compute_bytes, step.gathers_weights, step.kernels.is_gpu)
         self.model: Decoder = build_decoder(tape, step.shape, step.weights)
-        self.reference = _build_reference(tape, step, self.model)
-        self.trained = [parameter for parameter in self.model.parameters() if parameter.is_trained]
+        self.reference_model = _build_reference_model(tape, step, self.model)
+        self.trained_parameters = [parameter for parameter in self.model.parameters() if parameter.is_trained]
         self.optimizer_state: list[Storage] = []
         self.kept_logits: Storage | None = None
-        bucket_bytes = sum(parameter.numel * parameter.item_bytes for parameter in self.trained) if step.has_gradient_buckets else 0
-        self.buckets = tape.allocate(bucket_bytes, MemoryPart.BUFFERS)
-        self.gathered = tape.allocate(self._gathered_bytes(), MemoryPart.BUFFERS)
+        bucket_bytes = sum(parameter.numel * parameter.item_bytes for parameter in self.trained_parameters) if step.has_gradient_buckets else 0
+        self.gradient_buckets = tape.allocate(bucket_bytes, MemoryPart.BUFFERS)
+        self.gathered_weights = tape.allocate(self._compute_gathered_bytes(), MemoryPart.BUFFERS)
 
-    def _gathered_bytes(self) -> float:
+    def _compute_gathered_bytes(self) -> float:
         """Return the bytes of the gathered weights: those of the current layer, of the next layer, and of the embeddings or the head."""
         if not self.step.gathers_weights:
             return 0
@@ -118,7 +118,7 @@ class _Replay:
             self._forward()
             self.tape.backward()
         self._optimize()
-        for parameter in self.trained:
+        for parameter in self.trained_parameters:
             parameter.gradient = None
 
     def _forward(self) -> None:
@@ -126,10 +126,11 @@ class _Replay:
         step, tape, batch = self.step, self.tape, self.step.batch
         batch_inputs = tape.allocate(batch.row_count * batch.tokens_per_row * 8 * 3, MemoryPart.BUFFERS)
         logits = self._run_model(self.model, step.kernels, step.recomputed_layer_count)
-        if self.reference is not None:
+        if self.reference_model is not None:
             # Liger's kernels replace only the layers of the trained model.
             kernels = step.kernels if step.reference is Reference.ADAPTER else replace(step.kernels, uses_liger=False)
-            self._run_model(self.reference, kernels, recomputed_layer_count=0)  # all weights of the reference model are frozen, so the tape records nothing
+            # All weights of the reference model are frozen, so the tape records nothing.
+            self._run_model(self.reference_model, kernels, recomputed_layer_count=0)
         if logits is not None:
             record_pair_losses(self.context, logits)
         del batch_inputs
@@ -174,13 +175,13 @@ class _Replay:
         """Allocate the optimizer state on the first call, and temporary tensors on each call."""
         optimizer, tape = self.step.optimizer, self.tape
         if not self.optimizer_state:
-            state_bytes = optimizer.state_bytes(self.trained, self.step.optimizer_shards)
+            state_bytes = optimizer.state_bytes(self.trained_parameters, self.step.optimizer_shards)
             self.optimizer_state = [tape.allocate(byte_count, MemoryPart.OPTIMIZER) for byte_count in state_bytes]
-        temporary_storage = tape.allocate(optimizer.temporary_bytes(self.trained, self.step.optimizer_shards), MemoryPart.OPTIMIZER)
+        temporary_storage = tape.allocate(optimizer.temporary_bytes(self.trained_parameters, self.step.optimizer_shards), MemoryPart.OPTIMIZER)
         del temporary_storage
 
 
-def _build_reference(tape: Tape, step: Step, model: Decoder) -> Decoder | None:
+def _build_reference_model(tape: Tape, step: Step, model: Decoder) -> Decoder | None:
     if step.reference is Reference.NONE:
         return None
     if step.reference is Reference.ADAPTER:

@@ -123,7 +123,8 @@ class Node:
 
     inputs: tuple[Node | Parameter | None, ...]
     gradients: tuple[Gradient, ...]
-    saved: list[Storage]
+    saved_storages: list[Storage]
+    """The memory that the backward pass of the operation needs."""
     part: MemoryPart
     segment: Segment | None = None
     """The layer that recomputes the tensors which this operation needs. None: the operation itself has saved these tensors."""
@@ -154,8 +155,10 @@ class Tape:
         self.converted_weights: list[Parameter] = []
         """Weights of which autocast keeps a converted copy."""
         self._segment: Segment | None = None
-        self._recomputed: list[Node] | None = None
-        self._still_to_save = 0
+        self._recomputed_nodes: list[Node] | None = None
+        """The operations that the current recomputation has recorded. None: no layer is being recomputed."""
+        self._remaining_tensor_count = 0
+        """Number of tensors that the current recomputation still has to save."""
 
     def allocate(self, byte_count: float, part: MemoryPart | None = None) -> Storage:
         """Allocate bytes, by default for the tape's current part. The bytes are freed when the last reference to the returned storage disappears."""
@@ -180,16 +183,16 @@ class Tape:
             return output
         node = Node(gradient_receivers, tuple(gradients), list(saved_storages), self.part, self._segment)
         output.node = node
-        if self._recomputed is not None:
-            self._recomputed.append(node)
-            self._still_to_save -= len(node.saved)
-            if self._still_to_save <= 0:
+        if self._recomputed_nodes is not None:
+            self._recomputed_nodes.append(node)
+            self._remaining_tensor_count -= len(node.saved_storages)
+            if self._remaining_tensor_count <= 0:
                 raise _AllRecomputedSignal
             return output
         if self._segment is not None:
             self._segment.nodes.append(node)
-            self._segment.saved_tensor_count += len(node.saved)
-            node.saved = []
+            self._segment.saved_tensor_count += len(node.saved_storages)
+            node.saved_storages = []
         self.nodes.append(node)
         return output
 
@@ -233,7 +236,7 @@ class Tape:
             temporary_storages = [self.allocate(byte_count, node.part) for byte_count in gradient.temporary_bytes]
             computed_gradients.append((receiver, self.allocate(gradient.numel * gradient.item_bytes, node.part)))
             del temporary_storages
-        node.saved.clear()
+        node.saved_storages.clear()
         del output_gradient
         for receiver, storage in computed_gradients:
             if isinstance(receiver, Parameter):
@@ -244,7 +247,7 @@ class Tape:
     def _recompute(self, segment: Segment) -> None:
         """Run a layer again, to compute the tensors that its operations need for their backward pass."""
         segment.is_recomputed = True
-        self._recomputed, self._still_to_save = [], segment.saved_tensor_count
+        self._recomputed_nodes, self._remaining_tensor_count = [], segment.saved_tensor_count
         part_before, self.part = self.part, MemoryPart.ACTIVATIONS
         try:
             if segment.saved_tensor_count:
@@ -252,9 +255,9 @@ class Tape:
         except _AllRecomputedSignal:
             pass
         finally:
-            for node, recomputed_node in zip(segment.nodes, self._recomputed, strict=False):
-                node.saved = recomputed_node.saved
-            self._recomputed, self.part = None, part_before
+            for node, recomputed_node in zip(segment.nodes, self._recomputed_nodes, strict=False):
+                node.saved_storages = recomputed_node.saved_storages
+            self._recomputed_nodes, self.part = None, part_before
             segment.nodes.clear()
             self.end_autocast()
 

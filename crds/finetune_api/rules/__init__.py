@@ -30,7 +30,7 @@ from finetune_api.rules.derived_values import (
     PROMPT_METHODS,
     BASE_WEIGHT_METHODS,
     base_bits,
-    batch_split,
+    compute_batch_split,
     benchmarks_after_training,
     compares_answers,
     compares_metrics,
@@ -95,7 +95,7 @@ RULE_MODULES = (
 """Modules with rules, in the order in which the rules run."""
 
 __all__ = [
-    "MODULES",
+    "RULE_MODULES",
     "NODE_CACHE",
     "NO_CACHE",
     "can_be_cached",
@@ -125,7 +125,7 @@ __all__ = [
     "BASE_WEIGHT_METHODS",
     "compute_adapter_rank",
     "base_bits",
-    "batch_split",
+    "compute_batch_split",
     "benchmarks_after_training",
     "trains_base_weights",
     "check_spec",

@@ -88,10 +88,10 @@ def remove_defaults(spec: FineTuneJobSpec, filled_paths: Iterable[str]) -> FineT
     """Return a copy of a resolved spec without the defaults at `filled_paths`. Rules need a spec without filled-in defaults."""
     spec_values = spec.to_wire()
     for path in filled_paths:
-        *groups, name = path.split(".")
+        *group_names, name = path.split(".")
         group_value: Any = spec_values
-        for group in groups:
-            group_value = group_value.get(group, {}) if isinstance(group_value, dict) else {}
+        for group_name in group_names:
+            group_value = group_value.get(group_name, {}) if isinstance(group_value, dict) else {}
         group_value.pop(name, None)
     return FineTuneJobSpec.model_validate({key: _remove_empty_groups(group) for key, group in spec_values.items()})
 

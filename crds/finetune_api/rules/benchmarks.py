@@ -88,18 +88,18 @@ def check_options_without_effect(spec: FineTuneJobSpec, target: ExecutionTarget)
 
 @rule("BenchmarkRepeated")
 def check_repeated_benchmarks(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
-    earlier_tasks: set[tuple[BenchmarkKind, str]] = set()
+    earlier_kinds_and_tasks: set[tuple[BenchmarkKind, str]] = set()
     for i, benchmark in enumerate(spec.evaluation.benchmarks or []):
         kind = BENCHMARK_KINDS.get(benchmark.name)
         if kind is None:
             continue
         folder = benchmark.folder or ""
         is_rating_sheet = kind is BenchmarkKind.RATING_SHEETS
-        tasks = {(kind, task) for task in replace_old_task_names(benchmark.tasks or [])} or {(kind, "" if is_rating_sheet else f"all of {folder}")}
-        if repeated_tasks := sorted(task for _, task in tasks & earlier_tasks):
+        kinds_and_tasks = {(kind, task) for task in replace_old_task_names(benchmark.tasks or [])} or {(kind, "" if is_rating_sheet else f"all of {folder}")}
+        if repeated_tasks := sorted(task for _, task in kinds_and_tasks & earlier_kinds_and_tasks):
             repeated_text = f"the task {repeated_tasks[0]}" if benchmark.tasks else "the same tasks" if folder else "the same sheets"
             yield f"evaluation.benchmarks[{i}]", f"another benchmark of the list has {repeated_text}", "remove one of the two benchmarks"
-        earlier_tasks |= tasks
+        earlier_kinds_and_tasks |= kinds_and_tasks
 
 
 @rule("BenchmarkRowsMissing")

@@ -25,12 +25,12 @@ from finetune_api.spec.enums import (
 def check_data_files(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     if spec.dataset.file_format not in (None, FileFormat.AUTO):
         return
-    for path, text in iterate_source_fields(spec):
-        if path.startswith("dataset.") and path != IMAGE_ROOT and not text.startswith("hf://") and is_unreadable_data_file(text):
-            extension = redact_source(text).rpartition(".")[2].lower()
+    for path, source_text in iterate_source_fields(spec):
+        if path.startswith("dataset.") and path != IMAGE_ROOT and not source_text.startswith("hf://") and is_unreadable_data_file(source_text):
+            extension = redact_source(source_text).rpartition(".")[2].lower()
             yield (
                 path,
-                f"{redact_source(text)!r}: the trainer cannot read .{extension} files",
+                f"{redact_source(source_text)!r}: the trainer cannot read .{extension} files",
                 "convert the rows to a .jsonl, .json, .csv, .tsv, .txt or .parquet file (.gz is possible, except for .parquet)",
             )
 

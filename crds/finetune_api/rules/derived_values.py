@@ -126,7 +126,7 @@ def min_batch_size_per_device(spec: FineTuneJobSpec) -> int:
     return 2 if trainer_type_of(spec) is TrainerType.KTO else 1
 
 
-def batch_split(spec: FineTuneJobSpec) -> tuple[int, int]:
+def compute_batch_split(spec: FineTuneJobSpec) -> tuple[int, int]:
     """Return the micro-batch and the accumulation steps. A value that the user did not set is computed from `training.effectiveBatchSize` or from the defaults.
 
     If the user set only `training.effectiveBatchSize`, the micro-batch is the largest possible one that does not exceed the default of
@@ -147,7 +147,7 @@ def batch_split(spec: FineTuneJobSpec) -> tuple[int, int]:
 
 def effective_batch(spec: FineTuneJobSpec) -> int:
     """Return the number of rows in one optimizer step on all ranks together. The rows of ranks that share a sequence count once."""
-    micro_batch, accumulation = batch_split(spec)
+    micro_batch, accumulation = compute_batch_split(spec)
     return micro_batch * accumulation * compute_data_parallel_size(spec)
 
 
@@ -212,8 +212,8 @@ def reads_rows_after_training(spec: FineTuneJobSpec) -> bool:
 
 def compares_metrics(spec: FineTuneJobSpec) -> bool:
     """Whether the metrics of the base model are also computed: for `evaluation.comparison`, or for a gate with `notWorseThanBase`."""
-    has_gate = any(gate.not_worse_than_base is not None for gate in spec.evaluation.gates or [])
-    return bool(metrics_after_training(spec)) and (spec.evaluation.comparison is not None or has_gate)
+    has_gate_against_base = any(gate.not_worse_than_base is not None for gate in spec.evaluation.gates or [])
+    return bool(metrics_after_training(spec)) and (spec.evaluation.comparison is not None or has_gate_against_base)
 
 
 def compares_answers(spec: FineTuneJobSpec) -> bool:

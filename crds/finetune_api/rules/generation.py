@@ -81,8 +81,8 @@ def check_generation_gpus(spec: FineTuneJobSpec, target: ExecutionTarget) -> Fin
     server = generation_server(spec)
     if server is None:
         return
-    gpus, trainer_gpus = int(value_or_default(server, "gpus")), gpus_per_node(spec)
-    if gpus and not trainer_gpus:
-        yield f"{GENERATION_PATH}.gpus", f"{gpus}, but resources.gpusPerNode is 0, so the trainer runs on CPUs", "write `gpus: 0`, or request GPUs for the trainer"
-    if trainer_gpus and not gpus:
-        yield f"{GENERATION_PATH}.gpus", f"0, but resources.gpusPerNode is {trainer_gpus}: the server would be slower than the trainer", "write `gpus: 1` or more"
+    server_gpu_count, trainer_gpu_count = int(value_or_default(server, "gpus")), gpus_per_node(spec)
+    if server_gpu_count and not trainer_gpu_count:
+        yield f"{GENERATION_PATH}.gpus", f"{server_gpu_count}, but resources.gpusPerNode is 0, so the trainer runs on CPUs", "write `gpus: 0`, or request GPUs for the trainer"
+    if trainer_gpu_count and not server_gpu_count:
+        yield f"{GENERATION_PATH}.gpus", f"0, but resources.gpusPerNode is {trainer_gpu_count}: the server would be slower than the trainer", "write `gpus: 1` or more"

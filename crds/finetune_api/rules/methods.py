@@ -69,15 +69,15 @@ def check_quantization_without_bits(spec: FineTuneJobSpec, target: ExecutionTarg
     quantization = spec.model.quantization
     if quantization is None or method_type_of(spec) is MethodType.QLORA:
         return
-    set_options = [name for name in ("type", "compute_dtype", "double_quant") if getattr(quantization, name) is not None]
-    if set_options and quantization.bits is None:
+    user_options = [name for name in ("type", "compute_dtype", "double_quant") if getattr(quantization, name) is not None]
+    if user_options and quantization.bits is None:
         yield (
             "model.quantization.bits",
             "bits is missing, so the base model is not quantised and the other fields of model.quantization have no effect",
             "write `bits: 4`, or remove model.quantization",
         )
-    elif quantization.bits == 8 and set_options:
-        wire_names = ", ".join(type(quantization).model_fields[name].alias or name for name in set_options)
+    elif quantization.bits == 8 and user_options:
+        wire_names = ", ".join(type(quantization).model_fields[name].alias or name for name in user_options)
         yield "model.quantization", f"without effect, because bits is 8: {wire_names}", f"remove {wire_names}, or write `bits: 4`"
 
 
@@ -131,8 +131,8 @@ def check_options_of_another_method(spec: FineTuneJobSpec, target: ExecutionTarg
     if method is MethodType.DORA and spec.method.lora is not None and spec.method.lora.use_dora is False:
         yield "method.lora.useDora", "false, but method.type is dora", "remove useDora, or write `type: lora`"
     if method is MethodType.ADAPTER and spec.method.lora is not None:
-        set_options = [name for name in type(spec.method.lora).model_fields if getattr(spec.method.lora, name) is not None]
-        for name in set_options:
+        user_options = [name for name in type(spec.method.lora).model_fields if getattr(spec.method.lora, name) is not None]
+        for name in user_options:
             if name != "plus_ratio":
                 wire_name = type(spec.method.lora).model_fields[name].alias or name
                 yield (
@@ -162,7 +162,7 @@ def check_target_parameters(spec: FineTuneJobSpec, target: ExecutionTarget) -> F
     lora = spec.method.lora
     if lora is None or not lora.target_parameters:
         return
-    for path, is_set, value in (
+    for path, is_set, option_text in (
         ("method.lora.dropout", bool(lora.dropout), "dropout"),
         ("method.lora.useDora", lora.use_dora is True or method_type_of(spec) is MethodType.DORA, "DoRA"),
         ("method.lora.init", lora.init not in (None, LoraInit.DEFAULT) or uses_loftq(spec), f"the initialisation {lora.init}"),
@@ -170,7 +170,7 @@ def check_target_parameters(spec: FineTuneJobSpec, target: ExecutionTarget) -> F
         if is_set:
             yield (
                 path,
-                f"adapters of method.lora.targetParameters cannot have {value}",
+                f"adapters of method.lora.targetParameters cannot have {option_text}",
                 f"remove {path}, or remove targetParameters",
             )
     if spec.distributed.strategy in (StrategyType.FSDP, StrategyType.DEEPSPEED):
@@ -193,12 +193,12 @@ def check_lora_initialisation(spec: FineTuneJobSpec, target: ExecutionTarget) ->
             "remove init or loftq",
         )
     bits = given_bits(spec)
-    conflicts = list(_find_conflicts_with_changed_base(spec)) if lora.init in INITS_CHANGING_BASE else []
-    if conflicts:
+    conflicting_options = list(_find_conflicts_with_changed_base(spec)) if lora.init in INITS_CHANGING_BASE else []
+    if conflicting_options:
         yield (
             "method.lora.init",
             f"{lora.init} moves a part of the base weights into the adapter, so the trainer converts the final adapter for the original base model; "
-            f"this conversion does not support {' and '.join(conflicts)}",
+            f"this conversion does not support {' and '.join(conflicting_options)}",
             "remove init, or remove the unsupported options",
         )
     if lora.init is LoraInit.EVA and spec.dataset.packing:
@@ -258,7 +258,7 @@ def _find_conflicts_with_changed_base(spec: FineTuneJobSpec) -> Iterator[str]:
 
 
 def keeps_reference_adapter(spec: FineTuneJobSpec) -> bool:
-    """Whether the reference model of the objective is the untrained model. With adapters, it is the base model with a second, frozen adapter."""
+    """Whether the reference model of the objective is the untrained model. With adapters, the reference model is the base model with a second, frozen adapter."""
     match trainer_type_of(spec):
         case TrainerType.DPO | TrainerType.KTO:
             return spec.trainer.dpo is None or spec.trainer.dpo.reference_model is None
@@ -282,11 +282,11 @@ def check_bias_with_reference_model(spec: FineTuneJobSpec, target: ExecutionTarg
 @rule("NewTokensUntrained")
 def check_new_tokens(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     """Require a method that trains the embeddings of new tokens, and a strategy that supports larger embeddings."""
-    tokens, method = spec.model.new_tokens or [], method_type_of(spec)
-    if not tokens:
+    new_tokens, method = spec.model.new_tokens or [], method_type_of(spec)
+    if not new_tokens:
         return
     path = "model.newTokens"
-    duplicate_token = next((token for token in tokens if tokens.count(token) > 1), None)
+    duplicate_token = next((token for token in new_tokens if new_tokens.count(token) > 1), None)
     if duplicate_token is not None:
         yield path, f"the list contains {duplicate_token} twice", "write each token once"
     if method in (MethodType.IA3, *PROMPT_METHODS):
@@ -356,11 +356,11 @@ def check_spectrum_layers(spec: FineTuneJobSpec, target: ExecutionTarget) -> Fin
 @rule("PromptTuning")
 def check_prompt_tuning(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     method = method_type_of(spec)
-    checkpointing = spec.training.gradient_checkpointing
-    if method is MethodType.PREFIX_TUNING and checkpointing not in (None, GradientCheckpointing.DISABLED):
+    checkpointing_mode = spec.training.gradient_checkpointing
+    if method is MethodType.PREFIX_TUNING and checkpointing_mode not in (None, GradientCheckpointing.DISABLED):
         yield (
             "training.gradientCheckpointing",
-            f"{checkpointing}, but prefix tuning passes the prefix as a key-value cache, and recomputation discards this cache",
+            f"{checkpointing_mode}, but prefix tuning passes the prefix as a key-value cache, and recomputation discards this cache",
             "write `gradientCheckpointing: disabled`",
         )
     if method in PROMPT_METHODS and spec.dataset.packing:

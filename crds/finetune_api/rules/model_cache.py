@@ -51,7 +51,7 @@ def check_model_cache_effect(spec: FineTuneJobSpec, target: ExecutionTarget) -> 
 
 
 def can_be_cached(spec: FineTuneJobSpec) -> bool:
-    """Whether the source of the base model has hashes of its files. Without hashes, a cache could not verify the files."""
+    """Whether the base model can be cached: only the hub and S3 report the hashes of files, with which a cache verifies its files."""
     try:
         return isinstance(parse_source(spec.model.source or ""), HubSource | S3Source)
     except ConfigError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from finetune_api.objectives import OBJECTIVES, choose_objective_for_format, list_objectives_that_read
 from finetune_api.rules.base import ExecutionTarget, Findings, rule
 from finetune_api.rules.derived_values import (
-    batch_split,
+    compute_batch_split,
     effective_batch,
     evaluates_during_training,
     has_test_set,
@@ -27,16 +27,16 @@ from finetune_api.spec.enums import (
 @rule("FormatOfAnotherObjective")
 def check_format_of_objective(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     trainer = trainer_type_of(spec)
-    formats = OBJECTIVES[trainer].dataset_formats
-    format_by_path = [("dataset.format", spec.dataset.format)] + [
+    supported_formats = OBJECTIVES[trainer].dataset_formats
+    paths_and_formats = [("dataset.format", spec.dataset.format)] + [
         (f"dataset.mixture[{i}].format", item.format) for i, item in enumerate(spec.dataset.mixture or [])
     ]
-    for path, dataset_format in format_by_path:
-        if dataset_format is not None and dataset_format not in formats:
+    for path, dataset_format in paths_and_formats:
+        if dataset_format is not None and dataset_format not in supported_formats:
             yield (
                 path,
                 f"{dataset_format}, but trainer {trainer} cannot learn from {dataset_format} rows",
-                f"write `format: {formats[0]}`, or `trainer: {{type: {choose_objective_for_format(dataset_format)}}}`",
+                f"write `format: {supported_formats[0]}`, or `trainer: {{type: {choose_objective_for_format(dataset_format)}}}`",
             )
 
 
@@ -181,7 +181,7 @@ def check_dpo_losses(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings
 @rule("BatchTooSmall")
 def check_kto_batch(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     training, min_micro_batch = spec.training, min_batch_size_per_device(spec)
-    if batch_split(spec)[0] < min_micro_batch:
+    if compute_batch_split(spec)[0] < min_micro_batch:
         if training.effective_batch_size is not None and training.batch_size_per_device is None:
             rows_per_step = min_micro_batch * (training.gradient_accumulation_steps or 1) * world_size(spec)
             yield (
@@ -219,9 +219,9 @@ def check_generations(spec: FineTuneJobSpec, target: ExecutionTarget) -> Finding
             f"one optimizer step has {completion_count} completions (batchSizePerDevice x gradientAccumulationSteps x ranks), and {completion_count} is not divisible by {generations_per_prompt}",
             "change one of these values so that the number of completions is divisible by numGenerations",
         )
-    answers_per_batch = (spec.evaluation.batch_size_per_device or batch_split(spec)[0]) * world_size(spec)
+    answers_per_batch = (spec.evaluation.batch_size_per_device or compute_batch_split(spec)[0]) * world_size(spec)
     generates_for_evaluation = evaluates_during_training(spec) or has_test_set(spec)
-    if generates_for_evaluation and not any(answers_per_batch % size == 0 for size in range(2, generations_per_prompt + 1)):
+    if generates_for_evaluation and not any(answers_per_batch % group_size == 0 for group_size in range(2, generations_per_prompt + 1)):
         yield (
             "evaluation.batchSizePerDevice",
             f"an evaluation batch of all ranks has {answers_per_batch} answers, which cannot be divided into groups of two or more",

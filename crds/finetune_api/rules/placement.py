@@ -46,20 +46,20 @@ def check_environment_values(spec: FineTuneJobSpec, target: ExecutionTarget) -> 
 @rule("VolumeContradiction")
 def check_volumes(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     for i, volume in enumerate(spec.placement.volumes or []):
-        given_sources = [source for source in (volume.persistent_volume_claim, volume.config_map, volume.secret) if source is not None]
-        if len(given_sources) != 1:
+        sources = [source for source in (volume.persistent_volume_claim, volume.config_map, volume.secret) if source is not None]
+        if len(sources) != 1:
             yield (
                 f"placement.volumes[{i}]",
-                f"{volume.name} has {len(given_sources)} sources",
+                f"{volume.name} has {len(sources)} sources",
                 "write exactly one of `persistentVolumeClaim`, `configMap` and `secret`",
             )
     volume_names = [volume.name for volume in spec.placement.volumes or []]
     for i, mount in enumerate(spec.placement.volume_mounts or []):
         if mount.name not in volume_names:
-            known_volumes = f"placement.volumes contains {', '.join(volume_names)}" if volume_names else "placement.volumes is empty"
+            volumes_text = f"placement.volumes contains {', '.join(volume_names)}" if volume_names else "placement.volumes is empty"
             yield (
                 f"placement.volumeMounts[{i}].name",
-                f"{mount.name} is not the name of a volume: {known_volumes}",
+                f"{mount.name} is not the name of a volume: {volumes_text}",
                 "add the volume to placement.volumes, or write the name of an existing volume",
             )
 
@@ -67,22 +67,22 @@ def check_volumes(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
 @rule("PlacementNameTwice")
 def check_unique_names(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     placement = spec.placement
-    values_by_path = {
+    values_by_path_template = {
         "env[{}].name": [variable.name for variable in placement.env or []],
         "volumes[{}].name": [volume.name for volume in placement.volumes or []],
         "volumeMounts[{}].mountPath": [mount.mount_path for mount in placement.volume_mounts or []],
     }
-    for path, values in values_by_path.items():
+    for path_template, values in values_by_path_template.items():
         for i, value in enumerate(values):
             if value in values[:i]:
-                yield f"placement.{path.format(i)}", f"another entry also has {value}", "write each value once"
+                yield f"placement.{path_template.format(i)}", f"another entry also has {value}", "write each value once"
 
 
 @rule("LabelSyntax")
 def check_label_syntax(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     placement = spec.placement
-    for field, values in (("labels", placement.labels), ("annotations", placement.annotations), ("nodeSelector", placement.node_selector)):
-        for key, value in (values or {}).items():
+    for field, value_by_key in (("labels", placement.labels), ("annotations", placement.annotations), ("nodeSelector", placement.node_selector)):
+        for key, value in (value_by_key or {}).items():
             path = f"placement.{field}.{key}"
             if not KEY_PATTERN.fullmatch(key):
                 yield path, f"{key!r} is not a valid key of a label or an annotation", "write a key such as team or example.com/team"
@@ -112,10 +112,10 @@ def check_scheduling_terms(spec: FineTuneJobSpec, target: ExecutionTarget) -> Fi
         yield from _check_affinity(f"placement.nodeAffinity[{i}].values", term.operator, term.values or [])
 
 
-def _check_affinity(path: str, operator: str, values: list[str]) -> Findings:
-    if operator in OPERATORS_WITH_VALUES and not values:
+def _check_affinity(path: str, operator: str, label_values: list[str]) -> Findings:
+    if operator in OPERATORS_WITH_VALUES and not label_values:
         yield path, f"operator {operator} needs at least one value, but the list is empty", "write for example `values: [eu-1a]`"
-    elif operator in OPERATORS_WITH_NUMBER and (len(values) != 1 or not re.fullmatch(r"-?\d+", values[0])):
-        yield path, f"{values}, but operator {operator} needs exactly one integer", 'write for example `values: ["8"]`'
-    elif operator not in OPERATORS_WITH_VALUES + OPERATORS_WITH_NUMBER and values:
-        yield path, f"{values}, but operator {operator} must not have values", f"remove values, or write `operator: {'In' if operator == 'Exists' else 'NotIn'}`"
+    elif operator in OPERATORS_WITH_NUMBER and (len(label_values) != 1 or not re.fullmatch(r"-?\d+", label_values[0])):
+        yield path, f"{label_values}, but operator {operator} needs exactly one integer", 'write for example `values: ["8"]`'
+    elif operator not in OPERATORS_WITH_VALUES + OPERATORS_WITH_NUMBER and label_values:
+        yield path, f"{label_values}, but operator {operator} must not have values", f"remove values, or write `operator: {'In' if operator == 'Exists' else 'NotIn'}`"

@@ -13,10 +13,10 @@ QUANTITY_KIND_BY_FIELD: dict[str, QuantityKind] = {"cpu": CPU_KIND, "memory": SI
 
 @rule("QuantityInvalid")
 def check_quantity_invalid(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
-    groups: dict[str, Group] = {"resources": spec.resources, "prepare.resources": spec.prepare.resources}
+    group_by_path: dict[str, Group] = {"resources": spec.resources, "prepare.resources": spec.prepare.resources}
     if spec.trainer.grpo and spec.trainer.grpo.generation:
-        groups["trainer.grpo.generation"] = spec.trainer.grpo.generation
-    for path, group in groups.items():
+        group_by_path["trainer.grpo.generation"] = spec.trainer.grpo.generation
+    for path, group in group_by_path.items():
         for name, value in group.to_wire().items():
             problem = find_quantity_problem(value, QUANTITY_KIND_BY_FIELD[name]) if name in QUANTITY_KIND_BY_FIELD else None
             if problem is not None:

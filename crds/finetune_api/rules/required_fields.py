@@ -82,20 +82,20 @@ def _is_readable_web_folder(source: HttpsSource, path: str) -> bool:
     return source.is_checkpoint if path == "checkpoint.resume" else source.is_job_result
 
 
-def _describe_unreadable_folder(text: str, path: str) -> tuple[str, str]:
+def _describe_unreadable_folder(url: str, path: str) -> tuple[str, str]:
     """Return (message, hint) for an `https://` folder that the trainer cannot read."""
     example = "https://host/jobs/checkpoints/step-00000100"
     if path == "checkpoint.resume":
-        return f"{redact_source(text)!r} does not name a checkpoint", f"write {example}"
+        return f"{redact_source(url)!r} does not name a checkpoint", f"write {example}"
     return (
-        f"the trainer cannot list the files of {redact_source(text)!r} on a web server",
+        f"the trainer cannot list the files of {redact_source(url)!r} on a web server",
         f"write org/name, s3://bucket/prefix, pvc://claim/path, file:///path, or the URL of a FineTuneJob's result, such as https://host/jobs/model or {example}",
     )
 
 
 def iterate_source_fields(spec: FineTuneJobSpec) -> Iterator[tuple[str, str]]:
     """Yield (spec path, text) of each source that the spec contains."""
-    fields: list[tuple[str, str | None]] = [
+    paths_and_sources: list[tuple[str, str | None]] = [
         ("model.source", spec.model.source),
         ("model.tokenizer", spec.model.tokenizer),
         ("method.adapter.source", spec.method.adapter.source if spec.method.adapter else None),
@@ -105,15 +105,15 @@ def iterate_source_fields(spec: FineTuneJobSpec) -> Iterator[tuple[str, str]]:
         ("dataset.test", spec.dataset.test),
         ("dataset.images.root", spec.dataset.images.root if spec.dataset.images else None),
     ]
-    fields += [(f"dataset.mixture[{i}].source", item.source) for i, item in enumerate(spec.dataset.mixture or [])]
+    paths_and_sources += [(f"dataset.mixture[{i}].source", item.source) for i, item in enumerate(spec.dataset.mixture or [])]
     if spec.evaluation.metric_models is not None:
-        fields += [
+        paths_and_sources += [
             ("evaluation.metricModels.bertscore", spec.evaluation.metric_models.bertscore),
             ("evaluation.metricModels.semanticSimilarity", spec.evaluation.metric_models.semantic_similarity),
         ]
-    fields += [(f"evaluation.benchmarks[{i}].folder", benchmark.folder) for i, benchmark in enumerate(spec.evaluation.benchmarks or [])]
-    fields += [(f"output.combineAdapters[{i}].source", item.source) for i, item in enumerate(spec.output.combine_adapters or [])]
-    fields.append(("phases.from", spec.phases.from_))
+    paths_and_sources += [(f"evaluation.benchmarks[{i}].folder", benchmark.folder) for i, benchmark in enumerate(spec.evaluation.benchmarks or [])]
+    paths_and_sources += [(f"output.combineAdapters[{i}].source", item.source) for i, item in enumerate(spec.output.combine_adapters or [])]
+    paths_and_sources.append(("phases.from", spec.phases.from_))
     if spec.checkpoint.resume not in (None, "auto", "never"):
-        fields.append(("checkpoint.resume", spec.checkpoint.resume))
-    return ((path, text) for path, text in fields if text is not None)
+        paths_and_sources.append(("checkpoint.resume", spec.checkpoint.resume))
+    return ((path, text) for path, text in paths_and_sources if text is not None)

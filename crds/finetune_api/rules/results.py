@@ -128,7 +128,7 @@ def check_combined_adapters(spec: FineTuneJobSpec, target: ExecutionTarget) -> F
             "write `mergeAdapter: true`, or remove combineAdapters",
         )
     lora = spec.method.lora
-    uncombinable_options = {
+    is_used_by_option = {
         f"method {method_type_of(spec)}": method_type_of(spec) not in (MethodType.LORA, MethodType.QLORA, MethodType.ADAPTER),
         "method.lora.useDora": bool(lora and lora.use_dora),
         "method.lora.bias": bool(lora and lora.bias not in (None, LoraBias.NONE)),
@@ -137,10 +137,10 @@ def check_combined_adapters(spec: FineTuneJobSpec, target: ExecutionTarget) -> F
         "model.newTokens": bool(spec.model.new_tokens),
         f"the objective {trainer_type_of(spec)}": trainer_type_of(spec) is TrainerType.REWARD,
     }
-    for name in (name for name, is_used in uncombinable_options.items() if is_used):
+    for option in (option for option, is_used in is_used_by_option.items() if is_used):
         yield (
             "output.combineAdapters",
-            f"only plain LoRA adapters can be combined, but the job uses {name}",
+            f"only plain LoRA adapters can be combined, but the job uses {option}",
             "remove combineAdapters",
         )
 
@@ -148,9 +148,9 @@ def check_combined_adapters(spec: FineTuneJobSpec, target: ExecutionTarget) -> F
 @rule("OutputPathInvalid")
 def check_output_folder(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     folder_names_by_path = {"output.dir": (spec.output.dir or "").split("/"), "output.project": [spec.output.project or ""]}
-    for path, names in folder_names_by_path.items():
-        if any(name in (".", "..") for name in names):
-            yield path, f"{'/'.join(names)}, but a folder must not have the name `.` or `..`", "write a folder below storage.uri, for example results"
+    for path, folder_names in folder_names_by_path.items():
+        if any(name in (".", "..") for name in folder_names):
+            yield path, f"{'/'.join(folder_names)}, but a folder must not have the name `.` or `..`", "write a folder below storage.uri, for example results"
     if "://" in (spec.output.dir or ""):
         yield (
             "output.dir",
@@ -232,30 +232,30 @@ def check_judge(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     if judge is None or judge.model is None:
         yield (
             "evaluation.judge.model",
-            f"evaluation.metrics contains {_join(judge_metrics)}, but the judge model is missing",
+            f"evaluation.metrics contains {_join_with_and(judge_metrics)}, but the judge model is missing",
             "write for example `judge: {model: gpt-4.1-mini, apiKeySecretRef: {name: judge, key: apiKey}}`; "
             "for a server of your own also write evaluation.judge.endpoint (default https://api.openai.com/v1)",
         )
-    has_key = (judge is not None and judge.api_key_secret_ref is not None) or any(variable.name == JUDGE_KEY for variable in spec.placement.env or [])
-    if not has_key and target is ExecutionTarget.CLUSTER:
+    has_api_key = (judge is not None and judge.api_key_secret_ref is not None) or any(variable.name == JUDGE_KEY for variable in spec.placement.env or [])
+    if not has_api_key and target is ExecutionTarget.CLUSTER:
         yield (
             "evaluation.judge.apiKeySecretRef",
-            f"evaluation.metrics contains {_join(judge_metrics)}, but the API key of the judge is missing",
+            f"evaluation.metrics contains {_join_with_and(judge_metrics)}, but the API key of the judge is missing",
             "write `judge: {apiKeySecretRef: {name: judge, key: apiKey}}`; if the server does not check the API key, the Secret may contain any text",
         )
     embedding_metrics = [metric for metric in JUDGE_EMBEDDING_METRICS if metric in metrics]
     if embedding_metrics and (judge is None or judge.embedding is None):
         yield (
             "evaluation.judge.embedding",
-            f"evaluation.metrics contains {_join(embedding_metrics)}, but the judge's embedding model is missing",
+            f"evaluation.metrics contains {_join_with_and(embedding_metrics)}, but the judge's embedding model is missing",
             "write for example `judge: {embedding: text-embedding-3-small}`",
         )
 
 
 @rule("MetricModelMissing")
 def check_metric_models(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
-    metrics, models, judge = metrics_after_training(spec), spec.evaluation.metric_models, spec.evaluation.judge
-    bertscore, semantic_similarity = (models.bertscore, models.semantic_similarity) if models else (None, None)
+    metrics, metric_models, judge = metrics_after_training(spec), spec.evaluation.metric_models, spec.evaluation.judge
+    bertscore, semantic_similarity = (metric_models.bertscore, metric_models.semantic_similarity) if metric_models else (None, None)
     if EvaluationMetric.BERTSCORE in metrics and bertscore is None:
         yield (
             "evaluation.metricModels.bertscore",
@@ -426,5 +426,5 @@ def _is_hub_source(text: str) -> bool:
         return False
 
 
-def _join(metrics: Iterable[EvaluationMetric]) -> str:
+def _join_with_and(metrics: Iterable[EvaluationMetric]) -> str:
     return " and ".join(metrics)

@@ -1,4 +1,4 @@
-"""Lists the features of a job that inference servers cannot serve, and contains the rule and the warnings about them.
+"""Lists the features of a job that inference servers cannot serve, and contains the rule and the warnings about these features.
 
 If `output.serving` names a server that cannot serve a feature of the job, the job is refused. If `output.serving` does not name the server, the user gets a
 warning. The list is correct for vLLM 0.11 to 0.22 (`vllm/lora/peft_helper.py`, `vllm/config/lora.py`). KServe's Hugging Face runtime passes adapters to
@@ -44,7 +44,7 @@ class UnservableFeature:
     warns: bool = True
     """Whether jobs that do not name the server in `output.serving` get a warning. False if results with this feature are rarely served."""
 
-    def message(self, servers: tuple[ServingTarget, ...]) -> str:
+    def format_message(self, servers: tuple[ServingTarget, ...]) -> str:
         """Return a sentence that says what these servers cannot do."""
         return f"{' and '.join(servers)} cannot {self.missing_ability}"
 
@@ -128,7 +128,7 @@ def check_serving_targets(spec: FineTuneJobSpec, target: ExecutionTarget) -> Fin
     for feature in find_unservable_features(spec):
         refused_servers = tuple(server for server in feature.servers if server in requested_servers)
         if refused_servers:
-            yield feature.path, f"output.serving contains {' and '.join(refused_servers)}, but {feature.message(refused_servers)}", feature.hint
+            yield feature.path, f"output.serving contains {' and '.join(refused_servers)}, but {feature.format_message(refused_servers)}", feature.hint
 
 
 def warn_about_serving_targets(spec: FineTuneJobSpec) -> Iterator[Problem]:
@@ -137,4 +137,4 @@ def warn_about_serving_targets(spec: FineTuneJobSpec) -> Iterator[Problem]:
     for feature in find_unservable_features(spec):
         other_servers_that_cannot_serve = tuple(server for server in feature.servers if server not in requested_servers)
         if other_servers_that_cannot_serve and feature.warns:
-            yield Problem(feature.path, "NotServable", feature.message(other_servers_that_cannot_serve), feature.hint)
+            yield Problem(feature.path, "NotServable", feature.format_message(other_servers_that_cannot_serve), feature.hint)

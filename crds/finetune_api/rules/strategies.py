@@ -31,25 +31,25 @@ from finetune_api.spec.enums import (
 
 @rule("RanksAndGpus")
 def check_ranks_and_gpus(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
-    gpus, ranks = gpus_per_node(spec), spec.resources.processes_per_node
-    if target is ExecutionTarget.CLUSTER and gpus > 0 and ranks not in (None, gpus):
+    gpu_count, rank_count = gpus_per_node(spec), spec.resources.processes_per_node
+    if target is ExecutionTarget.CLUSTER and gpu_count > 0 and rank_count not in (None, gpu_count):
         yield (
             "resources.processesPerNode",
-            f"{ranks}, but resources.gpusPerNode is {gpus}: each GPU needs exactly one rank",
-            f"write {gpus}, or remove processesPerNode",
+            f"{rank_count}, but resources.gpusPerNode is {gpu_count}: each GPU needs exactly one rank",
+            f"write {gpu_count}, or remove processesPerNode",
         )
 
 
 @rule("StrategyAndRanks")
 def check_strategy_and_ranks(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
-    strategy, ranks = spec.distributed.strategy, world_size(spec)
-    if strategy is StrategyType.NONE and ranks > 1:
+    strategy, rank_count = spec.distributed.strategy, world_size(spec)
+    if strategy is StrategyType.NONE and rank_count > 1:
         yield (
             "distributed.strategy",
-            f"none, but the job has {ranks} ranks, and each rank would train a separate model",
+            f"none, but the job has {rank_count} ranks, and each rank would train a separate model",
             "write ddp, fsdp or deepspeed, or remove strategy",
         )
-    if strategy is StrategyType.FSDP and ranks == 1:
+    if strategy is StrategyType.FSDP and rank_count == 1:
         yield (
             "distributed.strategy",
             "fsdp, but the job has only one rank, and FSDP needs several ranks to shard a model",
@@ -185,18 +185,18 @@ def check_strategy_and_method(spec: FineTuneJobSpec, target: ExecutionTarget) ->
 
 @rule("ContextParallel")
 def check_context_parallel(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
-    size, ranks = spec.distributed.context_parallel_size or 1, world_size(spec)
-    if size == 1:
+    group_size, rank_count = spec.distributed.context_parallel_size or 1, world_size(spec)
+    if group_size == 1:
         return
     path, strategy = "distributed.contextParallelSize", spec.distributed.strategy
     if strategy is not StrategyType.DEEPSPEED:
-        yield path, f"{size}, but distributed.strategy is {strategy or 'missing'}, and only DeepSpeed can split a sequence over several ranks", "write `strategy: deepspeed`"
-    if ranks == 1:
-        yield path, f"{size}, but the job has 1 rank", f"write `gpusPerNode: {size}` in resources, or remove contextParallelSize"
-    elif ranks % size:
-        yield path, f"{size}, but the job has {ranks} ranks, which cannot be divided into groups of {size}", f"write a divisor of {ranks}"
+        yield path, f"{group_size}, but distributed.strategy is {strategy or 'missing'}, and only DeepSpeed can split a sequence over several ranks", "write `strategy: deepspeed`"
+    if rank_count == 1:
+        yield path, f"{group_size}, but the job has 1 rank", f"write `gpusPerNode: {group_size}` in resources, or remove contextParallelSize"
+    elif rank_count % group_size:
+        yield path, f"{group_size}, but the job has {rank_count} ranks, which cannot be divided into groups of {group_size}", f"write a divisor of {rank_count}"
     for option, value, hint in _find_context_parallel_conflicts(spec):
-        yield option, f"{value} cannot be combined with distributed.contextParallelSize {size}", f"{hint}, or remove contextParallelSize"
+        yield option, f"{value} cannot be combined with distributed.contextParallelSize {group_size}", f"{hint}, or remove contextParallelSize"
 
 
 def _find_context_parallel_conflicts(spec: FineTuneJobSpec) -> Iterator[tuple[str, str, str]]:

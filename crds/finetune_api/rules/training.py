@@ -8,7 +8,7 @@ import math
 from finetune_api.aliases import OPTIMIZER_ALIASES, normalise
 from finetune_api.rules.base import ExecutionTarget, Findings, rule
 from finetune_api.rules.derived_values import (
-    batch_split,
+    compute_batch_split,
     compute_data_parallel_size,
     evaluates_during_training,
     gpus_per_node,
@@ -102,11 +102,12 @@ def check_effective_batch_size(spec: FineTuneJobSpec, target: ExecutionTarget) -
         lower_multiple = requested_batch // batch_product * batch_product
         nearest_multiples = f"{lower_multiple} or {lower_multiple + batch_product}" if lower_multiple else str(batch_product)
         yield path, f"{requested_batch} is not divisible by {product_text}" + (f" = {batch_product}" if len(factors) > 1 else ""), f"write {nearest_multiples}"
-    elif max(batch_split(spec)) > MAX_ACCUMULATION:
+    elif max(compute_batch_split(spec)) > MAX_ACCUMULATION:
         yield path, f"{requested_batch} needs more than {MAX_ACCUMULATION} accumulation steps, or more than {MAX_ACCUMULATION} rows in a micro-batch", f"write at most {MAX_ACCUMULATION * batch_product}"
 
 
 def _format_ranks(spec: FineTuneJobSpec, group_count: int) -> str:
+    """Return the words that follow `group_count` in a message: `ranks` or, with context parallelism, for example `groups of 4 ranks`."""
     context_parallel_size = spec.distributed.context_parallel_size or 1
     if context_parallel_size > 1:
         return f"{'group' if group_count == 1 else 'groups'} of {context_parallel_size} ranks"

@@ -97,7 +97,7 @@ MAX_USUAL_CPUS = 448
 
 def _warn_about_resources(spec: FineTuneJobSpec) -> Iterator[Problem]:
     resources = spec.resources
-    cpu, memory, shared_memory = _parse_if_valid(resources.cpu, CPU_KIND), _parse_if_valid(resources.memory, SIZE_KIND), _parse_if_valid(resources.shared_memory, SIZE_KIND)
+    cpu, memory, shared_memory = _parse_quantity_if_valid(resources.cpu, CPU_KIND), _parse_quantity_if_valid(resources.memory, SIZE_KIND), _parse_quantity_if_valid(resources.shared_memory, SIZE_KIND)
     if cpu is not None and cpu > MAX_USUAL_CPUS:
         message = f"{resources.cpu} is more CPUs than common nodes have, so the pods may never start"
         yield Problem("resources.cpu", "ResourcesUnusual", message, f"for thousandths of a CPU write {cpu:g}m")
@@ -106,13 +106,13 @@ def _warn_about_resources(spec: FineTuneJobSpec) -> Iterator[Problem]:
         yield Problem("resources.sharedMemory", "ResourcesUnusual", message, "write a smaller sharedMemory or a larger memory")
 
 
-def _parse_if_valid(quantity: str | int | None, kind: QuantityKind) -> Decimal | None:
+def _parse_quantity_if_valid(quantity: str | int | None, kind: QuantityKind) -> Decimal | None:
     """Return a quantity in CPUs or bytes. None: the quantity is missing or invalid. A rule reports invalid quantities."""
     return None if quantity is None or find_quantity_problem(quantity, kind) else parse_amount(str(quantity))
 
 
 def _warn_about_placeholders(spec: FineTuneJobSpec) -> Iterator[Problem]:
-    for path, text in iterate_source_fields(spec):
-        if "://" in text and has_placeholder(text):
-            message = f"{redact_source(text)!r} seems to contain a placeholder, but a FineTuneJob does not replace placeholders"
+    for path, source_text in iterate_source_fields(spec):
+        if "://" in source_text and has_placeholder(source_text):
+            message = f"{redact_source(source_text)!r} seems to contain a placeholder, but a FineTuneJob does not replace placeholders"
             yield Problem(path, "PlaceholderInSource", message, "write the value itself")

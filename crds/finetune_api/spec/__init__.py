@@ -101,14 +101,14 @@ class FineTuneJobSpec(Group):
         """Return the value at a dotted path of camelCase names, or None."""
         return get_value_at_path(self.to_wire(), path)
 
-    def with_values(self, values: Mapping[str, Any]) -> FineTuneJobSpec:
-        """Return a copy of the spec with new values. The keys of `values` are dotted paths of camelCase names. Errors: pydantic's ValidationError."""
+    def with_values(self, values_by_path: Mapping[str, Any]) -> FineTuneJobSpec:
+        """Return a copy of the spec with new values. The keys are dotted paths of camelCase names. Errors: pydantic's ValidationError."""
         wire_values = self.to_wire()
-        for path, value in values.items():
-            *groups, name = path.split(".")
+        for path, value in values_by_path.items():
+            *group_names, name = path.split(".")
             group_values = wire_values
-            for group in groups:
-                group_values = group_values.setdefault(group, {})
+            for group_name in group_names:
+                group_values = group_values.setdefault(group_name, {})
             group_values[name] = value
         return FineTuneJobSpec.model_validate(wire_values)
 

@@ -44,21 +44,21 @@ def check_policy(spec: FineTuneJobSpec, rules: PolicyRules, platform: Platform) 
     ]
 
 
-def find_values_at(value: Any, path: str, path_prefix: str = "") -> Iterator[tuple[str, Any]]:
+def find_values_at(group_values: Any, path: str, path_prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield (path with list indices, value) for each value at `path`. In `path`, the name of a list ends with `[]`."""
     name, _, path_below = path.partition(".")
-    nested_value = value.get(name.removesuffix("[]"))
+    nested_value = group_values.get(name.removesuffix("[]"))
     if nested_value is None:
         return
     if name.endswith("[]"):
-        items_by_path = [(f"{path_prefix}{name[:-2]}[{i}]", item) for i, item in enumerate(nested_value)]
+        paths_and_values = [(f"{path_prefix}{name[:-2]}[{i}]", item) for i, item in enumerate(nested_value)]
     else:
-        items_by_path = [(f"{path_prefix}{name}", nested_value)]
-    for item_path, item in items_by_path:
+        paths_and_values = [(f"{path_prefix}{name}", nested_value)]
+    for value_path, value in paths_and_values:
         if path_below:
-            yield from find_values_at(item, path_below, f"{item_path}.")
+            yield from find_values_at(value, path_below, f"{value_path}.")
         else:
-            yield item_path, item
+            yield value_path, value
 
 
 def find_pool_name(spec: FineTuneJobSpec, pools: Sequence[Pool]) -> str:
@@ -99,8 +99,8 @@ class _Checker:
         if not patterns:
             return "the rule allows no value: remove the field"
         storage_root = self._platform.s3_root
-        used_patterns = [pattern for pattern in patterns if storage_root or "{storage}" not in pattern]
-        pattern_texts = [pattern.replace("{storage}", storage_root).replace("{namespace}", self._platform.namespace) for pattern in used_patterns]
+        usable_patterns = [pattern for pattern in patterns if storage_root or "{storage}" not in pattern]
+        pattern_texts = [pattern.replace("{storage}", storage_root).replace("{namespace}", self._platform.namespace) for pattern in usable_patterns]
         order_explanation = "; the last matching pattern decides, and ! refuses" if any(text.startswith("!") for text in pattern_texts) else ""
         return f"write a value that the rule allows: {', '.join(pattern_texts)}{order_explanation}"
 
@@ -114,8 +114,8 @@ class _Checker:
         """Check each field that is compared with the patterns of a rule and does not depend on other fields."""
         for check in table.PATTERN_CHECKS:
             for path, value in find_values_at(wire_values, check.path):
-                for text in check.read_texts(value, self._platform):
-                    yield from self._check_text(check.rule, path, text)
+                for field_text in check.read_texts(value, self._platform):
+                    yield from self._check_text(check.rule, path, field_text)
 
     def check_output_folder(self, spec: FineTuneJobSpec) -> Iterator[PolicyProblem]:
         """Check the address `<storage.uri>/<output.dir>`. A job without storage passes, because another check refuses it."""

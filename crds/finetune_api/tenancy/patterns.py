@@ -81,7 +81,7 @@ def _compile_pattern(pattern: str, compares_folders: bool, storage: str, namespa
 
 
 def allows(patterns: Sequence[str], text: str, *, compares_folders: bool, storage: str, namespace: str) -> bool:
-    """Whether the patterns allow the text: the last pattern that matches it must not begin with `!`. A text that no pattern matches is not allowed."""
+    """Whether the patterns allow the text: the last pattern that matches the text must not begin with `!`. A text that no pattern matches is not allowed."""
     for pattern in reversed(patterns):
         regex = _compile_pattern(pattern, compares_folders, storage, namespace)
         if regex is not None and regex.fullmatch(text):

@@ -115,10 +115,10 @@ class PlatformPolicy(NamespacePolicy):
     def rules_for(self, namespace: str) -> PolicyRules:
         """Return the rules of a namespace. A rule comes from the first entry that matches the namespace, else from `policy`, else from the defaults."""
         matching_entry = next((entry for entry in self.namespaces if any(_matches_name(name, namespace) for name in entry.names)), None)
-        set_rules = self.model_dump(exclude_none=True, exclude={"namespaces"})
+        rules_by_name = self.model_dump(exclude_none=True, exclude={"namespaces"})
         if matching_entry is not None:
-            set_rules |= matching_entry.model_dump(exclude_none=True, exclude={"names"})
-        return PolicyRules(**set_rules)
+            rules_by_name |= matching_entry.model_dump(exclude_none=True, exclude={"names"})
+        return PolicyRules(**rules_by_name)
 
 
 @lru_cache(maxsize=1024)

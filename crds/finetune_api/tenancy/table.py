@@ -183,7 +183,7 @@ def _build_cel_for_resume(rule: str, value_cel: str) -> str:
     return f"{value_cel} in ['auto', 'never'] || ({_build_cel_for_source(rule, value_cel)})"
 
 
-def _read_cache(value: Any, platform: Platform) -> Iterator[FieldText]:
+def _read_model_cache(value: Any, platform: Platform) -> Iterator[FieldText]:
     if value not in ("node", "none"):
         yield from _read_source(value, platform)
 
@@ -213,15 +213,15 @@ def _build_cel_for_hub_repository(rule: str, value_cel: str) -> str:
     return build_cel_allowed(rule, f"('hf://' + {value_cel})")
 
 
-def find_paths_of_type(model: type[Group], types: tuple[type[Group], ...], path_prefix: str = "") -> Iterator[str]:
+def find_paths_of_type(model: type[Group], group_types: tuple[type[Group], ...], path_prefix: str = "") -> Iterator[str]:
     """Yield the path of each field of `model`, at any depth, that holds a group of one of the given types or a list of such groups."""
     for name, info in model.model_fields.items():
         path = f"{path_prefix}{info.alias or name}"
         for group, is_list in _find_groups(info.annotation):
             path_of_value = f"{path}[]" if is_list else path
-            if issubclass(group, types):
+            if issubclass(group, group_types):
                 yield path_of_value
-            yield from find_paths_of_type(group, types, f"{path_of_value}.")
+            yield from find_paths_of_type(group, group_types, f"{path_of_value}.")
 
 
 def _find_groups(annotation: Any, is_list: bool = False) -> Iterator[tuple[type[Group], bool]]:
@@ -260,7 +260,7 @@ PATTERN_CHECKS: tuple[PatternCheck, ...] = (
     PatternCheck("mountPaths", "placement.volumeMounts[].mountPath", _read_mount_path, _build_cel_for_mount_path),
     *(PatternCheck("endpoints", path, _read_endpoint, _build_cel_for_endpoint) for path in ENDPOINT_PATHS),
     *(PatternCheck("sources", path, _read_source, _build_cel_for_source) for path in SOURCE_PATHS),
-    PatternCheck("sources", "model.cache", _read_cache, _build_cel_for_model_cache),
+    PatternCheck("sources", "model.cache", _read_model_cache, _build_cel_for_model_cache),
     PatternCheck("sources", "checkpoint.resume", _read_resume, _build_cel_for_resume),
     PatternCheck("destinations", "storage.uri", _read_storage_uri, _build_cel_for_storage_uri),
     PatternCheck("destinations", "output.hub.repository", _read_hub_repository, _build_cel_for_hub_repository),

@@ -72,7 +72,7 @@ class SimulatedCluster:
     attempts_that_may_count: set[int] = field(default_factory=set)
     """Attempts that may count against the retries."""
 
-    def user_spec(self) -> Object:
+    def build_user_spec(self) -> Object:
         """Return the spec as the user wrote it."""
         policy = {"retries": 2, "activeDeadlineSeconds": self.deadline_seconds, "ttlSecondsAfterFinished": self.ttl_seconds}
         groups: Object = {"policy": {name: value for name, value in policy.items() if value is not None}}
@@ -91,7 +91,7 @@ class SimulatedCluster:
         is_current = self.last_report is not None and self.last_report.report.attempt == job_facts.attempt
         return replace(job_facts, last_report=self.last_report) if is_current else job_facts
 
-    def owned_jobs(self) -> list[JobView]:
+    def list_owned_jobs(self) -> list[JobView]:
         """Return the Jobs that the FineTuneJob owns."""
         return [job for job in self.jobs.values() if job.is_owned]
 
