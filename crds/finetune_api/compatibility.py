@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from finetune_api.base import make_version_sort_key
 from finetune_api.errors import ConfigError, TooOldError
@@ -109,9 +110,7 @@ def _read_known_items(model: type[Model], raw_values: Any) -> tuple[Model, list[
             error_type_by_location = {
                 detail["loc"]: detail["type"] for detail in error.errors() if detail["type"] in (UNKNOWN_FIELD_ERROR, *UNKNOWN_VALUE_ERRORS)
             } | {
-                # A group cannot be read without its required fields. If a required field has an unknown value, remove the whole group.
-                detail["loc"][:-1]: detail["type"] for detail in error.errors()
-                if detail["type"] == "missing" and detail["loc"] in removed_locations and len(detail["loc"]) > 1
+                location: detail["type"] for detail in error.errors() if (location := _find_incomplete_container(detail, removed_locations))
             }  # fmt: skip
             if not error_type_by_location:
                 raise
@@ -119,6 +118,17 @@ def _read_known_items(model: type[Model], raw_values: Any) -> tuple[Model, list[
             for location in sorted(error_type_by_location, key=_make_location_sort_key, reverse=True):
                 value = _remove_value_at(raw_values, location)
                 unknown_items.append(UnknownItem(location, value, is_field=error_type_by_location[location] == UNKNOWN_FIELD_ERROR))
+
+
+def _find_incomplete_container(error_details: ErrorDetails, removed_locations: set[Location]) -> Location:
+    """Return the location of a group or list that has an error only because an unknown item in it was removed; () if the error has another cause.
+
+    For example, a group cannot be read without its required fields, and the only item of a list cannot be removed if the list must not be empty.
+    """
+    location = error_details["loc"]
+    if error_details["type"] == "missing":
+        return location[:-1] if location in removed_locations else ()
+    return location if any(len(removed) > len(location) and removed[: len(location)] == location for removed in removed_locations) else ()
 
 
 def _make_location_sort_key(location: Location) -> list[tuple[int, str]]:
