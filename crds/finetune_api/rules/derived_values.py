@@ -79,7 +79,6 @@ LORA_METHODS = (MethodType.LORA, MethodType.QLORA, MethodType.DORA, MethodType.A
 BASE_WEIGHT_METHODS = (MethodType.FULL, MethodType.SPECTRUM)
 """Methods that train weights of the base model. All other methods train an adapter or a prompt."""
 PROMPT_METHODS = (MethodType.PREFIX_TUNING, MethodType.PROMPT_TUNING)
-PREFERENCE_TRAINERS = (TrainerType.DPO, TrainerType.ORPO, TrainerType.REWARD)
 OUTPUT_HEADS = ("lm_head", "embed_out", "output_projection")
 
 

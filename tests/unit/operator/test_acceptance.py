@@ -55,7 +55,7 @@ def test_all_problems_are_listed_at_once_with_their_fields() -> None:
         (spec(resources={"gpusPerNode": 9}), Reason.POOL_TOO_SMALL, "gpusPerNode is 9, but a node of pool h100 has 8", False),
         (
             spec(resources={"nodePool": "mig", "gpusPerNode": 1, "nodes": 3}),
-            Reason.POOL_TOO_SMALL, "nodes is 3, but pool mig has at most 2", False,
+            Reason.POOL_TOO_SMALL, "nodes is 3, but the maximum of pool mig is 2", False,
         ),
         (spec(storage={"uri": None}), Reason.STORAGE_NOT_CONFIGURED, "spec.storage.uri is absent", False),
         (spec(storage={"uri": "pvc://claim/../x"}), Reason.REJECTED, "spec.storage.uri", True),

@@ -145,7 +145,7 @@ def test_pool_with_enough_gpus_and_nodes_is_chosen(resources: dict[str, Any], na
          "gpuResource is amd.com/gpu, but nodes of pool slices have nvidia.com/mig"),
         ({"gpusPerNode": 9}, Reason.POOL_TOO_SMALL, "gpusPerNode is 9, but a node of pool main has 8"),
         ({"nodePool": "cpu"}, Reason.POOL_TOO_SMALL, "gpusPerNode is 1, but a node of pool cpu has 0"),
-        ({"nodes": 3}, Reason.POOL_TOO_SMALL, "nodes is 3, but pool main has at most 2 nodes"),
+        ({"nodes": 3}, Reason.POOL_TOO_SMALL, "nodes is 3, but the maximum of pool main is 2"),
         ({"nodePool": "slices", "nodes": 2}, Reason.POOL_TOO_SMALL, "nodes is 2, but the maximum of pool slices is 1"),
     ],
 )  # fmt: skip

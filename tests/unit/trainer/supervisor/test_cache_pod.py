@@ -285,7 +285,7 @@ def test_the_arguments_of_fill_cache_become_options(monkeypatch: pytest.MonkeyPa
         def run(self) -> int:
             return 0
 
-    monkeypatch.setattr(cache_pod, "CachePod", Recorder)
+    monkeypatch.setattr(cache_pod, "PodModelProvider", Recorder)
     cache_pod.main(["--folder", "/mnt/model-cache", "--tenant", "team", "--size-limit", "123", "--free-share", "0.15"])
     cache_pod.main(["--folder", "/mnt/model-cache/hub", "--tenant", "models", "--copy"])
     assert passed_options == [
