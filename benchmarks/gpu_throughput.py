@@ -3,16 +3,15 @@
     python benchmarks/gpu_throughput.py --shape 8b --method lora --data packed     # one GPU
     python benchmarks/gpu_throughput.py --shape tiny --device cpu --no-write       # only checks that the benchmark runs
 
-Method. The model is a Llama of the chosen shape. Its weights are random, because throughput does not depend on them. `packed` data are documents
-of different lengths that are packed into full sequences. `chat` data are conversations of about 500 tokens, a few of them much longer. An
-arm is one program with one set of settings. All arms train in one process on the same rows, one after the other, those with Liger's kernels last. Each
-arm runs `rounds` times. `ours` is a whole rank of this trainer with the defaults of a FineTuneJob that names only model, data, method, sequence
-length and batch size. `bare` is TRL's
-SFTTrainer with TRL's defaults on 16-bit weights. The `tuned` arms are TRL with settings chosen by hand for speed. The loss of the
-first step is recorded, because arms that do the same work must have the same loss. Time is measured from the end of the warm-up steps to the end of the
-last step, with the device synchronised at both ends. Padding tokens are not counted. MFU is the number of the model's FLOPs
-per second (recomputation is not counted), divided by the device's peak for dense bf16. With N parameters and A attention FLOPs per token, a token
-needs 4N + 3A FLOPs with adapters and 3 (2N + A) with full training.
+Method. The model is a Llama of the chosen shape. Its weights are random, because throughput does not depend on them. `packed` data are documents of different
+lengths that are packed into full sequences. `chat` data are conversations of about 500 tokens, a few of them much longer. An arm is one program with one set
+of settings. All arms train in one process on the same rows, one after the other, those with Liger's kernels last. Each arm runs `rounds` times. `ours` is a
+whole rank of this trainer. Its FineTuneJob sets only model, data, method, sequence length and batch size, and has the defaults for everything else. `bare` is
+TRL's SFTTrainer with TRL's defaults on 16-bit weights. The `tuned` arms are TRL with settings chosen by hand for speed. The loss of the first step is
+recorded, because arms that do the same work must have the same loss. Time is measured from the end of the warm-up steps to the end of the last step, with the
+device synchronised at both ends. Padding tokens are not counted. MFU is the number of the model's FLOPs per second (recomputation is not counted), divided by
+the device's peak for dense bf16. With N parameters and A attention FLOPs per token, a token needs 4N + 3A FLOPs with adapters and 3 (2N + A) with full
+training.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     python -m benchmarks.repeated_kills --kills 1000 --every 1 --seconds 420 --folder ~/.cache/finetune-operator/repeated_kills
 
 Method. The ranks compute a chain of hashes instead of training (tests/pod/toy_rank.py); supervisor, agent, checkpoint protocol and S3
-server are real. After the first new step of an attempt, at a random time between two checkpoints, a random victim (rank, agent or the whole
-pod) is killed with SIGKILL, or the pod is stopped with SIGTERM. This program then starts the next attempt at once, with the same inputs as
+server are real. After the first new step of an attempt, at a random time between two checkpoints, either the rank, the agent or the whole pod is
+killed with SIGKILL, or the pod is stopped with SIGTERM. This program then starts the next attempt at once, with the same inputs as
 the operator. Steps lost: the steps after the newest committed checkpoint. At a kill, one checkpoint may be in upload and another one queued; both are lost.
 If each step of 50 ms saves a checkpoint, the number of lost steps also depends on the load of the machine. Goodput: the duration of all
 steps that were kept, divided by the running time of all pods. Recovery: the time from a kill to the next attempt's first new step.
@@ -35,7 +35,7 @@ from benchmarks.lib.bench_pods import Workspace, open_workspace, summarize
 from tests.pod.pod_harness import Pod
 from tests.pod.toy_rank import CHAIN_FILE, next_chain
 
-VICTIMS = ("rank", "agent", "pod", "stop")
+INTERRUPTIONS = ("rank", "agent", "pod", "stop")
 POLL_SECONDS = 0.01
 
 
@@ -48,19 +48,19 @@ class RunRecord(BaseModel):
     pod_seconds: float = Field(default=0.0, description="Running time of all pods in seconds.")
     recovery_seconds: list[float] = Field(default_factory=list)
     steps_lost: list[int] = Field(default_factory=list)
-    codes: dict[str, int] = Field(default_factory=dict, description="Number of attempts by victim and exit code.")
+    codes: dict[str, int] = Field(default_factory=dict, description="Number of attempts by interruption and exit code.")
     verified_checkpoints: int = Field(default=0, description="Committed checkpoints that were read and verified.")
     is_finished: bool = False
 
 
-def kill_victim(pod: Pod, victim: str) -> None:
+def interrupt_pod(pod: Pod, interruption: str) -> None:
     """Kill the rank, the agent or the pod with SIGKILL, or stop the pod with SIGTERM."""
-    if victim == "pod":
+    if interruption == "pod":
         pod.kill()
-    elif victim == "stop":
+    elif interruption == "stop":
         pod.terminate()
     else:
-        for pid in pod.pids("train" if victim == "rank" else "agent")[:1]:
+        for pid in pod.pids("train" if interruption == "rank" else "agent")[:1]:
             os.kill(pid, signal.SIGKILL)
 
 
@@ -105,7 +105,7 @@ def compare_states(checkpoint_tree: CheckpointTree, step_count: int) -> int:
 
 
 def run_attempt(workspace: Workspace, options: argparse.Namespace, run_record: RunRecord, rng: random.Random) -> None:
-    """Run one attempt: start it, wait for a new step, kill a victim, and verify the checkpoints."""
+    """Run one attempt: start it, wait for a new step, interrupt it in a random way, and verify the checkpoints."""
     run_record.attempt += 1
     target, name = workspace.make_target("repeated-kills"), f"attempt-{run_record.attempt}"
     spec = workspace.make_spec(checkpoint={"steps": options.every})
@@ -119,20 +119,20 @@ def run_attempt(workspace: Workspace, options: argparse.Namespace, run_record: R
             time.sleep(POLL_SECONDS)
         if run_record.kill_count:
             run_record.recovery_seconds.append(time.monotonic() - began_at)
-        last_step, victim = pod.step(), "none"
+        last_step, interruption = pod.step(), "none"
         if run_record.kill_count < options.kills:
             time.sleep(rng.uniform(0, options.every * options.pause))
-            last_step, victim = pod.step(), rng.choice(VICTIMS)
-            kill_victim(pod, victim)
+            last_step, interruption = pod.step(), rng.choice(INTERRUPTIONS)
+            interrupt_pod(pod, interruption)
             run_record.kill_count += 1
         exit_code = pod.end(600)
     run_record.pod_seconds += time.monotonic() - began_at
-    run_record.codes[f"{victim} {exit_code}"] = run_record.codes.get(f"{victim} {exit_code}", 0) + 1
+    run_record.codes[f"{interruption} {exit_code}"] = run_record.codes.get(f"{interruption} {exit_code}", 0) + 1
     run_record.is_finished = exit_code == 0
     if not run_record.is_finished:
         run_record.newest_step = verify_checkpoints(checkpoint_tree, workspace.folder / "check", run_record)
         run_record.steps_lost.append(max(0, last_step - run_record.newest_step))
-        print(f"kill {run_record.kill_count}: {victim:<5} at step {last_step}, code {exit_code}, committed {run_record.newest_step}", flush=True)
+        print(f"kill {run_record.kill_count}: {interruption:<5} at step {last_step}, code {exit_code}, committed {run_record.newest_step}", flush=True)
 
 
 def compute_figures(workspace: Workspace, options: argparse.Namespace, run_record: RunRecord) -> dict[str, Any]:

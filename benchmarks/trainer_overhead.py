@@ -80,7 +80,7 @@ class MeasuringHooks:
     def get_resume_folder(self, inputs: Any) -> None:
         """Return None: the run does not resume."""
 
-    def report_final_artefact(self, run: Any, channel: Any, model_dir: Path, kind: Any, extra: dict[str, Any]) -> None:
+    def report_final_artefact(self, run: Any, channel: Any, model_dir: Path, kind: Any, manifest_extra: dict[str, Any]) -> None:
         """Do nothing: the artefact is not uploaded."""
 
 

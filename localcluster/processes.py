@@ -110,7 +110,7 @@ def find_processes(owner: Path) -> FoundProcesses:
     owner_variable, found_processes = f"{OWNER_VARIABLE}={owner}".encode(), FoundProcesses([], [])
     for pid in {int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()} - {os.getpid()}:
         try:
-            environment = read_environment(pid) if is_program(pid) else []
+            environment = read_environment(pid) if is_running_program(pid) else []
         except OSError:
             continue  # the process has ended or belongs to another user
         if environment is None:
@@ -135,7 +135,7 @@ def read_environment(pid: int) -> list[bytes] | None:
     return []
 
 
-def is_program(pid: int) -> bool:
+def is_running_program(pid: int) -> bool:
     """Whether a process is running and is not a thread of the kernel. Errors: OSError if the process has ended."""
     state, *other_fields = _read_stat(pid)
     return state not in "ZX" and not int(other_fields[5]) & _KERNEL_THREAD_FLAG

@@ -99,13 +99,13 @@ def copy_checkout(target_folder: Path) -> None:
 class MutationRun:
     """Tests mutants in several copies of the checkout at the same time."""
 
-    def __init__(self, folder: Path, worker_count: int, timeout_seconds: float, sample_size: int | None, *, runs_only_own_tests: bool):
+    def __init__(self, work_folder: Path, worker_count: int, timeout_seconds: float, sample_size: int | None, *, runs_only_own_tests: bool):
         self._programs_folder, self._timeout_seconds = install_cosmic_ray(), timeout_seconds
         self._sample_size, self._worker_count = sample_size, worker_count
-        self._socket, self._runs_only_own_tests = folder / "tests.sock", runs_only_own_tests
+        self._socket, self._runs_only_own_tests = work_folder / "tests.sock", runs_only_own_tests
         self._idle_checkouts: queue.SimpleQueue[Path] = queue.SimpleQueue()
         for number in range(worker_count):
-            checkout = folder / str(number)
+            checkout = work_folder / str(number)
             copy_checkout(checkout)
             self._idle_checkouts.put(checkout)
 

@@ -340,13 +340,13 @@ class Verifier:
             self._add_finding(CheckName.SIGNATURE, Code.NOT_TRUSTED, text)
 
 
-def find_contradictions(statement: Statement, manifest: dict[str, Any]) -> Iterator[str]:
-    """Yield the names of the facts whose value in the statement differs from the value in the manifest."""
-    facts = manifest["facts"]
+def find_contradictions(statement: Statement, model_manifest: dict[str, Any]) -> Iterator[str]:
+    """Yield the names of the facts whose value in the statement differs from the value in the model's manifest."""
+    facts = model_manifest["facts"]
     for name in sorted({*facts, *statement.run.facts}):
         if facts.get(name) != statement.run.facts.get(name):
             yield name
-    if statement.run.step != manifest.get("step"):
+    if statement.run.step != model_manifest.get("step"):
         yield "step"
     base_model = statement.dependency(BASE_MODEL_DEPENDENCY)
     revision = facts.get("modelRevision")

@@ -187,9 +187,9 @@ class RecordingHooks:
         """Folder of the restored checkpoint."""
         return inputs.restore.path if inputs.restore else None
 
-    def report_final_artefact(self, run: RunConfig, channel: Channel, model_dir: Path, kind: Any, extra: dict[str, Any]) -> None:
+    def report_final_artefact(self, run: RunConfig, channel: Channel, model_dir: Path, kind: Any, manifest_extra: dict[str, Any]) -> None:
         """Record the folder of the artefact instead of uploading it."""
-        self.outcome.folder, self.outcome.kind, self.outcome.extra = model_dir, kind.value, extra
+        self.outcome.folder, self.outcome.kind, self.outcome.extra = model_dir, kind.value, manifest_extra
 
 
 def train_here(run: RunConfig, inputs: Inputs) -> RunOutcome:

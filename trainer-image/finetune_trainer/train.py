@@ -79,9 +79,12 @@ class TrainingHooks(Protocol):
         """Return the folder of the checkpoint to resume from, or None for a new run."""
 
     def report_final_artefact(
-        self, run: RunConfig, channel: Channel, model_dir: Path, kind: OutputKind, extra: dict[str, Any]
+        self, run: RunConfig, channel: Channel, model_dir: Path, kind: OutputKind, manifest_extra: dict[str, Any]
     ) -> None:
-        """Hand the final artefact in the folder `model_dir` to the supervisor, which uploads it."""
+        """Hand the final artefact in the folder `model_dir` to the supervisor, which uploads it.
+
+        `manifest_extra`: the fields of `extra` in the model's manifest.
+        """
 
 
 def main(run: RunConfig, channel: Channel, inputs: Inputs, hooks: TrainingHooks | None = None) -> None:

@@ -128,7 +128,7 @@ DEFAULTS: tuple[ToolDefault, ...] = (
 TEMPLATES_WITH_THINKING_VARIABLE = ("qwen3", "qwen3_5", "qwen3_6", "glm4_moe", "glm4_7")
 """Templates for reasoning. The chat templates of their models' tokenizers have the variable `enable_thinking`."""
 OTHER_REASONING_TEMPLATES = ("aeva", "deepseekr1", "gemma4", "gemma4n", "glmz1", "gpt_oss", "hy3", "mimo", "mimo_v2", "minimax2", "seed_oss", "youtu")
-"""Templates for reasoning whose tokenizers switch the reasoning off in another way or not at all."""
+"""Templates for reasoning. The chat templates of their models' tokenizers do not have this variable: they turn the reasoning off in another way, or cannot."""
 RECOGNISED_KEYS = ("stage", "finetuning_type", "cutoff_len", "lora_target", "template", "dataset_dir")
 
 

@@ -63,8 +63,8 @@ def find_pod_cause(pod: PodView, *, is_model_committed: bool = False, stage: Sta
         if failed_stage is not None or is_model_committed:
             return _explain_memory_limit_after_training(pod, failed_stage or stage)
         return _explain_memory_limit(pod)
-    # An evicted pod can exit with an unknown code, because of a stop request, or because of a lost peer. In all three cases, the eviction is the cause. In
-    # the same way, a disruption can lead to a stop request or a lost peer.
+    # An evicted pod can exit with an unknown code, with the code of a stop request, or with the code of a lost peer. The cause is the eviction. In the
+    # same way, a disruption can lead to a stop request or a lost peer.
     if pod.reason == EVICTED_REASON and not pod.disruption_reason and (exit_policy is None or exit_policy.precedence >= FailurePrecedence.UNKNOWN_CAUSE):
         return _explain_eviction(pod)
     if exit_policy is not None and not (pod.disruption_reason and exit_policy.precedence >= FailurePrecedence.PEER_FAILURE):

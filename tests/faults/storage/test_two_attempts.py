@@ -1,7 +1,7 @@
 """Row 13 of docs/guides/checkpoints.md: the pods of two attempts of one job train and commit at the same time.
 
-Two attempts run at the same time if a node is lost but its pod still runs. The checkpoints of the later attempt are valid, and only the
-markers in storage tell which ones these are.
+Two attempts run at the same time if a node is lost but its pod still runs. Only the checkpoints of the later attempt
+are valid. Readers recognise them by their markers in storage.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ class NumberField:
     default: Any
 
     def accepted_spellings(self) -> list[str]:
-        """Return all spellings of these accepted values: the default, the smallest and the largest value, and all values of an enumeration."""
+        """Return all spellings of the default, of the smallest and the largest value, and of each value of an enumeration."""
         values = [*self.bounds.get("enum", []), *([] if self.default is None else [self.default])]
         values += [self.bounds[name] for name in ("ge", "le") if name in self.bounds]
         step = 1 if self.is_integer else 1e-9

@@ -93,8 +93,8 @@ def test_processes_of_others_may_have_no_environment_and_any_name(tmp_path: Path
 def test_kernel_threads_are_no_programs() -> None:
     stats_by_pid = {stat.parent.name: stat.read_bytes() for stat in Path("/proc").glob("[0-9]*/stat") if stat.parent.name != "1"}
     kernel_threads = [int(pid) for pid, stat in stats_by_pid.items() if stat.rpartition(b")")[2].split()[1] == b"2"]
-    assert [pid for pid in kernel_threads if processes.is_program(pid)] == []
-    assert processes.is_program(os.getpid())
+    assert [pid for pid in kernel_threads if processes.is_running_program(pid)] == []
+    assert processes.is_running_program(os.getpid())
 
 
 def test_process_with_lifetime_parent_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
