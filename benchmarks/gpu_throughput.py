@@ -118,7 +118,7 @@ TRL_ARMS = {
 
 @dataclass
 class ArmResult:
-    """Measurements of one run of an arm."""
+    """Measurements of one run of an arm, which is one program with one set of settings."""
 
     tokens_per_second: float | None = None
     step_seconds: float | None = None

@@ -87,14 +87,14 @@ class MeasuringHooks:
 Program = Callable[[Any, Any, Path], RunMeasurements]
 
 
-def run_our_trainer(run: Any, inputs: Any, folder: Path) -> RunMeasurements:
+def run_our_trainer(run: Any, trainer_inputs: Any, folder: Path) -> RunMeasurements:
     """Run this trainer once and return its measurements."""
     from finetune_trainer import train
     from finetune_trainer.channel import Channel
 
     measurements = RunMeasurements()
     channel = Channel.create_recording(folder / "work")
-    train.TrainingSession(run, channel, inputs, MeasuringHooks(make_timing_callback(measurements))).execute()
+    train.TrainingSession(run, channel, trainer_inputs, MeasuringHooks(make_timing_callback(measurements))).execute()
     return measurements
 
 

@@ -42,7 +42,7 @@ class _ChartValues(BaseModel):
 
 
 @dataclass(frozen=True)
-class ChartPolicy:
+class InstallationRules:
     """The rules, the default storage and the node pools of an installation."""
 
     policy: PlatformPolicy
@@ -60,7 +60,7 @@ class ChartPolicy:
             yield Finding(Mistake(manifest.location(path), path, problem.message, problem.hint), FINDING_CODE)
 
 
-def read_chart_policy(path: Path) -> ChartPolicy:
+def read_installation_rules(path: Path) -> InstallationRules:
     """Read a values file of the chart. Raises UnreadableFile, or InvalidInput with every wrong key."""
     values, lines = read_mapping(path, "a values file of the chart", "write `policy:` followed by its rules")
     policy = values.get("policy")
@@ -71,4 +71,4 @@ def read_chart_policy(path: Path) -> ChartPolicy:
     except ValidationError as error:
         raise InvalidInput(list(list_mistakes(error, display_name(path), lines, "there is no rule of this name"))) from error
     pools = tuple(Pool(pool.name, pool.gpu_resource, pool.default) for pool in chart_values.node_pools)
-    return ChartPolicy(chart_values.policy, chart_values.storage.uri, pools)
+    return InstallationRules(chart_values.policy, chart_values.storage.uri, pools)

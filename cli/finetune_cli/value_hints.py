@@ -180,7 +180,7 @@ def _list_allowed_words(path: str) -> tuple[str, ...]:
 
 
 def _find_known_word(text: str, path: str) -> str:
-    """Return the allowed word that `text` means, in another spelling or as a name from other tools. Return an empty string for an unknown text."""
+    """Return the allowed word that `text` means; an empty string for an unknown text. `text` may have another spelling, or be another tool's name."""
     pattern = remove_indexes(path).removesuffix("[]")
     spelling = normalise(text).removeprefix("torch.")
     word_by_spelling = {normalise(word): word for word in _list_allowed_words(path)}

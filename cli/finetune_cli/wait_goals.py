@@ -144,13 +144,13 @@ def _parse_status(status: str, goal_text: str) -> str:
 
 
 def _parse_json_path_goal(text: str) -> JsonPathGoal:
-    unquoted_text = text.strip("'\"") if text.endswith(("'", '"')) else text
-    if unquoted_text.startswith("{") or unquoted_text.startswith(("'{", '"{')):
-        path, brace, rest = unquoted_text.rpartition("}")
+    goal_text = text.strip("'\"") if text.endswith(("'", '"')) else text
+    if goal_text.startswith("{") or goal_text.startswith(("'{", '"{')):
+        path, brace, rest = goal_text.rpartition("}")
         path, rest = path + brace, rest.lstrip("'\"")
     else:
-        separator_match = re.search(r"=(?![^\[]*\])", unquoted_text)
-        path, rest = (unquoted_text[: separator_match.start()], unquoted_text[separator_match.start() :]) if separator_match else (unquoted_text, "")
+        separator_match = re.search(r"=(?![^\[]*\])", goal_text)
+        path, rest = (goal_text[: separator_match.start()], goal_text[separator_match.start() :]) if separator_match else (goal_text, "")
     if rest and not rest.startswith("="):
         raise InvalidGoal(f"--for jsonpath={text}: write `=` and a value after the path, for example jsonpath='{EXAMPLE}'=Running")
     return JsonPathGoal(parse_json_path(path), rest[1:].strip("'\"") if rest else None)

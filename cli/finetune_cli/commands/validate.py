@@ -90,13 +90,13 @@ def validate(
 def _make_policy_check(file: Path, namespace: str | None) -> SpecCheck:
     """Return a function that yields a finding for each value that the policy rules in the values file refuse."""
     from finetune_cli.mistakes import InvalidInput
-    from finetune_cli.platform_policy import read_chart_policy
+    from finetune_cli.platform_policy import read_installation_rules
 
     try:
-        chart_policy = read_chart_policy(file)
+        installation_rules = read_installation_rules(file)
     except InvalidInput as error:
         raise output.fail(*error.mistakes) from error
-    return lambda manifest, spec: chart_policy.find_problems(manifest, spec, namespace)
+    return lambda manifest, spec: installation_rules.find_problems(manifest, spec, namespace)
 
 
 def _find_errors(manifest: Manifest, execution_target: object, strict: bool, extra_checks: list[SpecCheck]) -> list[str]:

@@ -49,7 +49,7 @@ def assign_source(draft: JobDraft, option_key: str, spec_path: str, *, always_lo
 
 
 def assign_tokenizer(draft: JobDraft, option_key: str, model_key: str) -> None:
-    """Set the tokenizer. If the file names its model as the tokenizer, and an override replaces the model, do not set it."""
+    """Set the tokenizer, unless the file names its model as the tokenizer and an override replaces this model."""
     if "model.source" in draft.request.overrides and option_key in draft.given_options and draft.get(option_key) == draft.get(model_key):
         draft.add_note(
             f"{draft.given_options[option_key].key} is the name of the model itself, so the job uses the tokenizer of --model"

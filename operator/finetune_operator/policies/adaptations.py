@@ -234,8 +234,8 @@ def find_max_start_step(adaptations: Iterable[Adaptation], checkpoints: Iterable
     """Return the newest step that the next attempt may start from, or None if there is no limit.
 
     After a rollback, an attempt must not continue from a checkpoint of an attempt before the rollback if the checkpoint's step is after the limit.
-    An attempt may continue from all checkpoints of attempts after the rollback. If one of these later checkpoints has the newest step of all, the limit is
-    no longer needed.
+    An attempt may continue from all checkpoints of attempts after the rollback. There is no limit if one of these has a higher step than all checkpoints
+    before the rollback, because an attempt resumes from the highest step.
     """
     adapted_values = merge_adapted_values(adaptations)
     max_step, first_attempt = adapted_values.get(MAX_STEP_KEY), adapted_values.get(FIRST_ATTEMPT_KEY)

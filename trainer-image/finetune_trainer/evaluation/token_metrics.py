@@ -34,7 +34,7 @@ class OutputHead:
     """
 
     project: Callable[[Tensor], Tensor]
-    """The layer, including its bias. The layer maps the shape (positions, hidden size) to (positions, vocabulary size)."""
+    """The output layer of the model as a function, including its bias. It maps the shape (positions, hidden size) to (positions, vocabulary size)."""
     vocabulary_size: int
     scale: float = 1.0
     softcap: float | None = None

@@ -44,8 +44,8 @@ class StallWatch:
     def __init__(
         self, run_state: RunState, timeout_seconds: float | None, *, pod_count: int = 1, longest_wait_seconds: float = 0.0, work_watch: WorkWatch | None = None
     ) -> None:
-        """`pod_count`: number of pods of the job. `longest_wait_seconds`: longest time that ranks wait without work while they load, for example for a
-        vLLM server.
+        """`pod_count`: number of pods of the job. `longest_wait_seconds`: longest time for which ranks may be idle before training, because
+        they wait for another process such as a vLLM server.
 
         `work_watch`: measures the work of the ranks.
         """
