@@ -24,7 +24,11 @@ def main() -> NoReturn:
 
 def _train(channel: Channel) -> None:
     channel.report_start()
-    run, _ = load_run(Settings.from_env())
+    settings = Settings.from_env()
+    run, _ = load_run(settings)
+    # transformers copies the Python code of a model to this folder and then imports the copy. If ranks shared the folder, a rank could import a file that
+    # another rank is still writing.
+    os.environ["HF_MODULES_CACHE"] = str(settings.work_folder / "model-code" / f"rank-{channel.local_rank}")
     module: ModuleType = importlib.import_module(os.environ.get(TRAINER_MODULE_VARIABLE, "finetune_trainer.train"))
     if hasattr(module, "preload"):
         module.preload(run)

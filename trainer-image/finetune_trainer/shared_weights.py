@@ -59,11 +59,11 @@ def _convert_model(model_folder: Path, folder: Path) -> bool:
     for name, tensor in read_folder(model_folder).items():
         weights_by_file.setdefault(tensor.path, {})[name] = tensor
     needed_bytes = sum(_compute_converted_bytes(tensor) for weights in weights_by_file.values() for tensor in weights.values())
-    if free_bytes(folder.parent) < needed_bytes + DISK_RESERVE_BYTES:
-        return False
     partial_folder = folder.with_name(folder.name + ".part")
     for leftover_folder in (partial_folder, folder):
         shutil.rmtree(leftover_folder, ignore_errors=True)
+    if free_bytes(folder.parent) < needed_bytes + DISK_RESERVE_BYTES:
+        return False
     partial_folder.mkdir(parents=True)
     for path in model_folder.iterdir():
         if path in weights_by_file:

@@ -5,7 +5,6 @@ If this step fails because of a fault of the model's code, the preparation refus
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from pathlib import Path
@@ -23,33 +22,13 @@ from finetune_trainer.trial_step import make_small_run, reason_against_trial_ste
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.support.learning import make_run
+from tests.support.model_with_code import write_model_with_code
 from tests.support.tiny import make_tiny_model
 
 pytestmark = pytest.mark.pod
 NO_STEP_NOTE = "the preparation trained no step with a small copy of the model: "
 PAIRS = [{"prompt": "a question", "chosen": f"yes {number}", "rejected": f"no {number}"} for number in range(6)]
 LABELLED = [{"prompt": "a question", "completion": f"yes {number}", "label": number % 2 == 0} for number in range(6)]
-REMOTE_CODE = """
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
-
-
-class OwnConfig(LlamaConfig):
-    model_type = "own"
-
-
-class OwnModel(LlamaModel):
-    config_class = OwnConfig
-    {body}
-
-
-class OwnForCausalLM(LlamaForCausalLM):
-    config_class = OwnConfig
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.model = OwnModel(config)
-        self.post_init()
-"""
 MODEL_CLASS_BODIES = {
     "good": "pass",
     "unknown name": "def forward(self, *args, **options):\n        return no_such_function(*args, **options)",
@@ -72,16 +51,6 @@ def check_and_list_notes(folder: Path, model: Path, spec: dict[str, Any], rows: 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
-
-
-def write_model_with_code(folder: Path, body: str, **config: Any) -> Path:
-    """Write a tiny model with its own modelling code. `body` is the code in its model class. Returns its folder."""
-    path = make_tiny_model(folder / "model")
-    (path / "modeling_own.py").write_text(REMOTE_CODE.format(body=body))
-    content = json.loads((path / "config.json").read_text()) | config
-    auto_map = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
-    (path / "config.json").write_text(json.dumps(content | {"model_type": "own", "architectures": ["OwnForCausalLM"], "auto_map": auto_map}))
-    return path
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,13 @@ def test_without_space_every_rank_loads_the_original_files(
         ])  # fmt: skip
 
 
+def test_converted_files_of_an_interrupted_run_are_not_used(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / shared_weights.CONVERTED_FOLDER_NAME).mkdir()
+    monkeypatch.setattr(shared_weights, "free_bytes", lambda work: 0)
+    with shared_weights.float32_weights(model, tmp_path, converts=True, local_rank_0_first=nullcontext(), wait_for_ranks=lambda: None) as (folder, _):
+        assert folder == model
+
+
 @pytest.mark.parametrize(("dtype", "is_converted"), [("bfloat16", True), ("float16", True), ("float32", False)])
 def test_only_models_with_16_bit_weights_are_converted(tmp_path: Path, dtype: str, is_converted: bool) -> None:
     save_file({"ids": torch.arange(2), "weight": torch.ones(2, dtype=getattr(torch, dtype))}, tmp_path / "model.safetensors")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -67,7 +68,9 @@ class Lora(PeftMethod, types=(MethodType.LORA, MethodType.QLORA, MethodType.DORA
             require_splittable_layers(peft_model, self.init, config.r)
             trainable.initial_adapter = self.context.inputs.output_dir.parent / "initial-adapter"
             config.init_lora_weights = True
-            peft_model.save_pretrained(trainable.initial_adapter)
+            # All ranks of a pod would write to the same folder. Rank 0 reads it at the end.
+            is_writer = int(os.environ.get("LOCAL_RANK", "0")) == 0
+            peft_model.save_pretrained(trainable.initial_adapter, is_main_process=is_writer)
             config.init_lora_weights = PEFT_INIT[self.init]
             trainable.notes.append(
                 f"init {self.init}: the final adapter is written for the unchanged base model, with twice the rank"

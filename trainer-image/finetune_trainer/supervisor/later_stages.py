@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
@@ -64,6 +65,8 @@ from finetune_trainer.supervisor.stall import StallWatch, dump_rank_stacks
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+PARTS_RETRY_SECONDS = 30.0
+"""Pause before parts of a stage are stored again after storage has failed."""
 MODEL_FOLDER = "final-model"
 """Folder on the pod's disk to which a pod that has not trained downloads the model."""
 RECORDS_FOLDER = f"{Storage.RUN}/stages"
@@ -101,6 +104,8 @@ class LaterStages:
         self._parts_folder, self._parts_key = self._stages_folder, ""
         self._stored_parts: set[str] = set()
         """Names of the parts of the current stage that are already in storage. A part is a file with the result of a finished task."""
+        self._next_parts_time = 0.0
+        """Monotonic time from which parts may be stored again after storage has failed."""
         self._record_by_stage: dict[Stage, StageRecord] = {}
 
     def run(self, output: Output) -> StageReport:
@@ -372,8 +377,10 @@ class LaterStages:
 
         Errors: StoppedError; PeerError `Stalled`.
         """
-        if self._list_new_parts():
+        if self._list_new_parts() and time.monotonic() >= self._next_parts_time:
             self._run_until_stop(self._store_parts)
+            if self._list_new_parts():
+                self._next_parts_time = time.monotonic() + PARTS_RETRY_SECONDS
         if self._is_stop_requested():
             raise StoppedError
         if (stall_error := stall_watch.stall_error()) is not None:
@@ -454,8 +461,11 @@ class LaterStages:
         except FineTuneError:
             log.warning("it could not be read from storage whether a later attempt has begun", exc_info=True)
         for path in self._list_new_parts():
-            self._stored_parts.add(path.name)
-            store_quietly(self._state, "results of finished tasks", partial(self._tree.store.put_file, path, f"{self._parts_key}/{path.name}"))
+            store_quietly(self._state, "results of finished tasks", partial(self._store_part, path))
+
+    def _store_part(self, path: Path) -> None:
+        self._tree.store.put_file(path, f"{self._parts_key}/{path.name}")
+        self._stored_parts.add(path.name)
 
 
 def build_verification_error(verification: Verification, output: Output) -> VerificationFailedError:

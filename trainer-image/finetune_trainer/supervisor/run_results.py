@@ -45,14 +45,19 @@ class RunResults:
 
     def record_start(self) -> None:
         """Record the start of the run, unless an earlier attempt has recorded it."""
-        self._tree.store.create(START_TIME_KEY, json.dumps({"time": datetime.now(UTC).isoformat()}).encode())
+        data = json.dumps({"time": datetime.now(UTC).isoformat()}).encode()
+        self._tree.store.create(START_TIME_KEY, data)
+        if self._read_recorded_start() is None:  # On a volume without hard links, a pod that was killed can leave an empty file.
+            self._tree.store.put(START_TIME_KEY, data)
 
     def store_rank_files(self) -> None:
-        """Store the files that rank 0 has written. Called before each commit. Errors: those of storage."""
-        for name in FILES_OF_RANK_0:
-            if name not in self._stored_files and (path := self._output_folder / name).exists():
-                self._tree.store.put_file(path, join_key(Storage.METRICS, name))
-                self._stored_files.add(name)
+        """Store the files that rank 0 has written, unless a later attempt has begun. Called before each commit. Errors: those of storage."""
+        new_files = {name: path for name in FILES_OF_RANK_0 if name not in self._stored_files and (path := self._output_folder / name).exists()}
+        if new_files and self._tree.is_superseded(self._run.attempt):
+            return
+        for name, path in new_files.items():
+            self._tree.store.put_file(path, join_key(Storage.METRICS, name))
+            self._stored_files.add(name)
         reference_values_file = self._output_folder / reference.FILE_NAME
         if reference_values_file.exists():
             self._tree.store.put_file(reference_values_file, reference.reference_values_key(sha256_file(reference_values_file)))
@@ -117,8 +122,14 @@ class RunResults:
 
     def read_start_time(self) -> datetime:
         """Return when the first attempt of the run started."""
-        data = self._tree.store.get(START_TIME_KEY)
-        return datetime.fromisoformat(json.loads(data)["time"]) if data is not None else datetime.now(UTC)
+        return self._read_recorded_start() or datetime.now(UTC)
+
+    def _read_recorded_start(self) -> datetime | None:
+        """Return the recorded start of the run; None if it is missing or unreadable."""
+        try:
+            return datetime.fromisoformat(json.loads(self._tree.store.get(START_TIME_KEY) or b"{}")["time"])
+        except (ValueError, KeyError):
+            return None
 
     def _describe_run(self) -> RunDescription:
         spec, parameter_counts = self._run.spec, self._read_parameter_counts()

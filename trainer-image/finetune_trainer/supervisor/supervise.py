@@ -194,7 +194,8 @@ class Supervisor:
         work_folder.mkdir(parents=True, exist_ok=True)
         for name in (FILE_NAME, STOP_FILE, RESULT_FILE):
             (work_folder / name).unlink(missing_ok=True)
-        for name in ("output", "staged", "stages", MODEL_FOLDER, "merged-model"):
+        # In a local run, an earlier attempt may have left files. A model folder must not contain files of another model.
+        for name in ("output", "staged", "stages", "fetched", MODEL_FOLDER, "merged-model"):
             shutil.rmtree(work_folder / name, ignore_errors=True)
         for name in ("output", "staged"):
             (work_folder / name).mkdir()

@@ -116,10 +116,16 @@ def event_to_line(event: Event) -> str:
 
 
 def append_events(path: Path, events: Iterable[Event]) -> None:
-    """Append events to a file, with one write call for all of them."""
-    text = "".join(event_to_line(event) for event in events)
-    with path.open("a", encoding="utf-8") as stream:
-        stream.write(text)
+    """Append events to a file: all of them, or none if the disk is full. Errors: OSError."""
+    data = "".join(event_to_line(event) for event in events).encode()
+    with path.open("ab", buffering=0) as stream:
+        old_size = stream.tell()
+        try:
+            while data:
+                data = data[stream.write(data) :]
+        except OSError:
+            stream.truncate(old_size)  # The next event must not continue an unfinished line.
+            raise
 
 
 class EventReader:

@@ -89,7 +89,8 @@ class SystemMetrics:
         self._key = join_key(Storage.METRICS, SYSTEM_METRICS_FILE)
         self._next_sample_time = self._next_upload_time = time.monotonic()
         if not path.exists():
-            path.write_bytes(storage.store.get(self._key) or b"")
+            with replace_file(path) as partial_file:
+                partial_file.write_bytes(storage.store.get(self._key) or b"")
 
     def sample_and_upload_if_due(self) -> None:
         """Take a sample if `SAMPLE_SECONDS` have passed, and upload the file of samples if its next upload is due."""

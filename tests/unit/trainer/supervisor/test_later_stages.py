@@ -139,6 +139,29 @@ def test_a_superseded_attempt_stores_no_part_and_ends_its_stage(tmp_path: Path, 
     assert list(attempt.tree.store.list("run/stages/")) == []
 
 
+def test_a_part_that_storage_refused_is_stored_later(tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+    attempt = Attempt(tmp_path, 1)
+    put_file, tries = attempt.tree.store.put_file, []
+
+    def fail_once(path: Path, key: str) -> Any:
+        tries.append(key)
+        if len(tries) == 1:
+            raise StorageError("StoreUnavailable", "m")
+        return put_file(path, key)
+
+    def run(folder: Path) -> None:
+        (folder / PARTS_FOLDER / "task-1.json").write_text("{}")
+        monkeypatch.setattr(attempt.tree.store, "put_file", fail_once)
+        attempt.stages._store_parts()
+        attempt.stages._store_parts()
+        attempt.stages._store_parts()
+        raise StoppedError
+
+    attempt.stages.behaviour = run  # type: ignore[method-assign]
+    attempt.end(output)
+    assert len(tries) == 2 and tries[0] == tries[1] and attempt.tree.store.get(tries[0]) == b"{}"
+
+
 def test_a_process_without_a_result_is_a_failure(tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FakeStages, "behaviour", staticmethod(lambda _folder: None))
     report = Attempt(tmp_path, 1).end(output)

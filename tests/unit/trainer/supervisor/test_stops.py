@@ -241,6 +241,14 @@ def supervisor(tmp_path: Path) -> Supervisor:
     return supervisor
 
 
+def test_an_attempt_begins_without_the_downloads_of_an_earlier_attempt(supervisor: Supervisor, tmp_path: Path) -> None:
+    """In a local run, the work folder stays. A model folder with files of two models would load the wrong weights."""
+    (tmp_path / "fetched" / "model").mkdir(parents=True)
+    (tmp_path / "fetched" / "model" / "model.safetensors").write_bytes(b"weights of another model")
+    supervisor._clean_work_folder()
+    assert not (tmp_path / "fetched").exists()
+
+
 def test_time_limits_are_shares_of_the_grace_period(supervisor: Supervisor) -> None:
     assert supervisor._compute_time_after_grace_share(0.5) == float("inf") and not supervisor._is_past_deadline()
     supervisor._facts.stop_requested_at = 1000.0

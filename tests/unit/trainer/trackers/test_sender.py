@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -150,6 +151,22 @@ def test_the_end_event_is_sent_last_and_without_a_pause_and_is_flushed(events: P
     sender.send_waiting_events(is_ending=True)
     assert sender.has_ended and tracker.accepted_steps == [1, 2] and tracker.flush_count == 1
     sender.run(threading.Event())  # returns at once, because the end event has been sent
+
+
+def test_a_full_disk_leaves_no_unfinished_line(events: Path) -> None:
+    """The limit of the file size acts as a full disk: the system writes the part of the data that fits."""
+    append_events(events, log_events(1, 2))
+    size = events.stat().st_size
+    soft_limit, hard_limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, hard_limit))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            append_events(events, log_events(3, 3))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft_limit, hard_limit))
+    assert events.stat().st_size == size
+    append_events(events, log_events(4, 4))
+    assert [event.entry.step for event in EventReader(events).read()] == [1, 2, 4]  # type: ignore[union-attr]
 
 
 def test_a_reader_waits_for_the_end_of_a_line(events: Path) -> None:
