@@ -124,7 +124,8 @@ def combine_options(draft: JobDraft) -> None:
         draft.assign_default("model.quantization.bits", 4)
     if "token" in draft.given_options:
         draft.assign("model.tokenSecretRef", draft.store_secret("hf-token", draft.get("token")), "token")
-    _explain_16bit(draft)
+    if "load_in_16bit" in draft.given_options:
+        _explain_16bit(draft)
     _set_initialisation(draft)
     if "save_method" in draft.given_options:
         draft.assign("output.mergeAdapter", str(draft.get("save_method")).startswith("merged"), "save_method")

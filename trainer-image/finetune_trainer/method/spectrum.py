@@ -29,6 +29,7 @@ from finetune_api.pod import RunConfig
 from finetune_api.spec.enums import MethodType, OutputKind, SpectrumMetric
 
 from finetune_trainer.distributed import local_rank_0_first
+from finetune_trainer.files import replace_file
 from finetune_trainer.hardware import trains_on_quantized_base, uses_gpu
 from finetune_trainer.inputs import Inputs
 from finetune_trainer.library_internals import accept_quantized_model
@@ -171,10 +172,8 @@ def _load_or_make_scan(file: Path, model: Any, metric: SpectrumMetric, device: t
         ScannedModule(name, layer, module_type, signal_to_noise(_read_weight(model, name, device), metric))
         for name, (layer, module_type) in _find_linear_modules(model)
     ]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary_file = file.with_suffix(f".{id(model)}")
-    temporary_file.write_text(json.dumps([{**asdict(m), "snr": str(m.snr)} for m in scan]))
-    temporary_file.rename(file)
+    with replace_file(file) as partial_file:
+        partial_file.write_text(json.dumps([{**asdict(m), "snr": str(m.snr)} for m in scan]))
     return scan
 
 

@@ -26,7 +26,7 @@ from finetune_trainer.results.file_names import ResultFile
 from finetune_trainer.results.layout import CopyFolder, find_copy_folder
 from finetune_trainer.results.log_entry import LogEntry
 from finetune_trainer.results.metric_files import RunDescription, build_metric_files
-from finetune_trainer.storage.base import ByteCounter, join_key
+from finetune_trainer.storage.base import ByteCounter, CreateResult, join_key
 from finetune_trainer.storage.roots import open_store
 from finetune_trainer.supervisor.published_copy import PublishedCopy
 from finetune_trainer.verification import reference
@@ -46,8 +46,8 @@ class RunResults:
     def record_start(self) -> None:
         """Record the start of the run, unless an earlier attempt has recorded it."""
         data = json.dumps({"time": datetime.now(UTC).isoformat()}).encode()
-        self._tree.store.create(START_TIME_KEY, data)
-        if self._read_recorded_start() is None:  # On a volume without hard links, a pod that was killed can leave an empty file.
+        is_recorded = self._tree.store.create(START_TIME_KEY, data) is CreateResult.EXISTS
+        if is_recorded and self._read_recorded_start() is None:  # On a volume without hard links, a pod that was killed can leave an empty file.
             self._tree.store.put(START_TIME_KEY, data)
 
     def store_rank_files(self) -> None:
